@@ -1,0 +1,240 @@
+"""UHR-BAT configuration: every number of the model, with its reason and its check.
+
+The defaults are the paper's 7B model (CLIP ViT-L/14-336 and Qwen2-7B, four scales, Table 4 and appendix A) with the
+paper's rules. A checkpoint that was trained with the released code states its rules in the same fields; nothing is
+guessed from a name or a shape.
+"""
+
+from typing import Literal
+
+from huggingface_hub.dataclasses import strict
+from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    MODEL_MAPPING_NAMES,
+)
+
+
+# `transformers serve` looks the class name of a model up in these tables before it loads it, remote code included.
+for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
+    _names.setdefault("uhr_bat", "UHRBatForConditionalGeneration")
+# The library tells base models from models with a head by this one.
+MODEL_MAPPING_NAMES.setdefault("uhr_bat", "UHRBatModel")
+
+# CLIP ViT-L/14-336 and Qwen2-7B, the towers of the paper (section 4, "More Details of Our Method").
+CLIP_VIT_L_14_336 = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+    "projection_dim": 768,
+}
+QWEN2_7B = {
+    "hidden_size": 3584,
+    "intermediate_size": 18944,
+    "num_hidden_layers": 28,
+    "num_attention_heads": 28,
+    "num_key_value_heads": 4,
+    "vocab_size": 152064,
+    "max_position_embeddings": 32768,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
+}
+
+
+def split_budgets(budgets, scales, num_images=1) -> list[list[int]]:
+    """Share the budgets of a prompt among its images, so that the prompt's total stays B (section 3.3).
+
+    Args:
+        budgets: visual tokens that each scale may spend, in the order of `scales`; never fewer at a finer scale
+            ("we assign larger B_s values", section 3.3).
+        scales: sides of the views in pixels.
+        num_images: images in the prompt. Each gets the floor of its share, the first one the remainder too.
+
+    Returns:
+        int[num_images][S], each at least 1.
+
+    Raises:
+        ValueError: a missing or surplus budget, a decreasing one, or fewer tokens than images.
+    """
+    budgets = [int(budget) for budget in budgets]
+    if len(budgets) != len(scales):
+        raise ValueError(
+            f"`budgets` needs one number per scale. Got {len(budgets)} budgets {budgets} and {len(scales)} scales "
+            f"{list(scales)}."
+        )
+    if any(low > high for low, high in zip(budgets, budgets[1:])):
+        raise ValueError(
+            f"`budgets` must not decrease from one scale to the next finer one. Got {budgets} for the scales "
+            f"{list(scales)}."
+        )
+    if budgets[0] < num_images:
+        raise ValueError(
+            f"Every budget must be at least 1 token per image. Got {budgets} for {num_images} image(s) in one prompt."
+        )
+    share = [budget // num_images for budget in budgets]
+    first = [budget - (num_images - 1) * part for budget, part in zip(budgets, share)]
+    return [first] + [share] * (num_images - 1)
+
+
+@strict
+class UHRBatConfig(PreTrainedConfig):
+    """Configuration of [`UHRBatModel`] and [`UHRBatForConditionalGeneration`].
+
+    The tile size is `vision_config.image_size` and the patch size `vision_config.patch_size`: a tile is what the
+    vision tower sees at once. Each field stands with the reason for its default; `validate_*` raise `ValueError` with
+    both numbers of a contradiction.
+    """
+
+    model_type = "uhr_bat"
+    sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
+    attribute_map = {"image_token_id": "image_token_index"}
+
+    # Towers. `None` means the paper's: CLIP ViT-L/14-336 and Qwen2-7B.
+    vision_config: dict | PreTrainedConfig | None = None
+    text_config: dict | PreTrainedConfig | None = None
+
+    # Side of every view in pixels, ascending; the first one is the anchor (section 3.3). Multiples of the tile.
+    scales: list[int] | tuple[int, ...] = (672, 1344, 2688, 4032)
+    # Visual tokens that each scale may spend, B_s (section 3.3; appendix A gives these for 48 GB training).
+    budgets: list[int] | tuple[int, ...] = (80, 320, 600, 2000)
+
+    # Id of the token that stands for an image in the prompt: the first row after Qwen2's own special tokens.
+    image_token_index: int = 151646
+    # The last but one layer of CLIP, patch tokens only (LLaVA's choice, kept by the released weights).
+    vision_feature_layer: int = -2
+    # Activation between the two linear layers of the projector and of the token MLP ("mlp2x_gelu").
+    projector_hidden_act: str = "gelu"
+    # Tiles that go through the vision tower at once: 16 tiles of 577 tokens fill a GPU and keep activations small.
+    vision_chunk_size: int = 16
+
+    # Decoder layer whose attention gives the importance (section 3.2 "a fixed interface layer"); negative counts from
+    # the end. The last one is the only choice that is documented for the released weights.
+    importance_layer: int = -1
+    # Eq. 2 averages over all text after the image; the released code reads the last prompt token.
+    question_tokens: Literal["all", "last"] = "all"
+
+    # Region partition (appendix C.2) of an image that comes without label maps. "none" makes every token a region of
+    # its own, which is plain top-k by importance: what the released code does where it has no SAM masks.
+    region_method: Literal["kmeans", "birch", "none"] = "kmeans"
+    # k of the clustering (Table 7: 600 matches the granularity of SAM). `None` takes the budget of the scale.
+    num_regions: int | None = 600
+    # Lloyd iterations; labels rarely change after ten.
+    kmeans_iterations: int = 10
+    # Weight of the coordinates beside unit-length features (eq. 13), the released value.
+    coord_weight: float = 0.05
+    # Coordinates over the whole scale (eq. 13) or, as the released code has them, inside each tile.
+    coord_frame: Literal["scale", "tile"] = "scale"
+
+    # Eq. 9 keeps a_i >= mean; the released code keeps a_i > mean.
+    threshold: Literal["ge", "gt"] = "ge"
+    # Whether every region is guaranteed a token. Eq. 12 alone does not: early regions can fill the budget.
+    coverage: bool = False
+
+    # "factorized": one base table interpolated over the whole scale plus a vector per scale (eq. 5).
+    # "per_scale": the released form, one table per scale, interpolated over one tile and repeated for every tile.
+    scale_embedding: Literal["factorized", "per_scale"] = "factorized"
+    # Side of the base table: the grid that CLIP was trained on, 336 / 14. Released tables are capped at 64.
+    scale_embedding_grid: int = 24
+    # How often the embedding is added to the tokens that are clustered, merged and read by the decoder. The pass that
+    # measures importance always adds it once. The released code adds it twice, or never if it was switched off.
+    scale_embedding_additions: int = 1
+    # Two-layer GELU MLP after the selection, no skip: part of the released weights, not of the paper.
+    token_mlp: bool = False
+    # Whether tokens that show only the letterbox are left out. The released code lets them be chosen.
+    mask_padding: bool = True
+
+    # Pixels of the largest image that is read: 1 gigapixel decodes to 3 GB.
+    max_image_pixels: int = 1_000_000_000
+
+    initializer_range: float = 0.02
+    tie_word_embeddings: bool = False
+
+    def __post_init__(self, **kwargs):
+        self.vision_config = _sub_config(self.vision_config, "clip_vision_model", CLIP_VIT_L_14_336)
+        self.text_config = _sub_config(self.text_config, "qwen2", QWEN2_7B)
+        # JSON has no tuples: lists here keep a config equal to its own copy that was saved and loaded.
+        self.scales = list(self.scales)
+        self.budgets = list(self.budgets)
+        super().__post_init__(**kwargs)
+
+    def validate_scales(self):
+        """Scales are ascending multiples of the tile, and the tile a multiple of the patch."""
+        tile, patch = self.tile_size, self.patch_size
+        if tile % patch:
+            raise ValueError(f"The tile of {tile} px is not a multiple of the patch of {patch} px.")
+        if not self.scales:
+            raise ValueError("`scales` is empty: at least the anchor scale is needed.")
+        for scale in self.scales:
+            if scale <= 0 or scale % tile:
+                raise ValueError(f"Scale {scale} px is not a positive multiple of the tile of {tile} px.")
+        if any(low >= high for low, high in zip(self.scales, self.scales[1:])):
+            raise ValueError(f"`scales` must be ascending, the anchor first. Got {self.scales}.")
+
+    def validate_budgets(self):
+        """One budget per scale, ascending, and together they leave room for text in the context window."""
+        split_budgets(self.budgets, self.scales)
+        if sum(self.budgets) >= self.text_config.max_position_embeddings:
+            raise ValueError(
+                f"The budgets {self.budgets} sum to {sum(self.budgets)} visual tokens, but the context window holds "
+                f"{self.text_config.max_position_embeddings} tokens and needs room for text."
+            )
+
+    def validate_layers(self):
+        """The vision and the importance layer exist in their towers."""
+        # As an index into CLIP's hidden states, where 0 is what enters the first layer.
+        num_layers = self.vision_config.num_hidden_layers
+        if not 1 <= abs(self.vision_feature_layer) <= num_layers:
+            raise ValueError(
+                f"`vision_feature_layer` is {self.vision_feature_layer}, but the vision tower has {num_layers} layers."
+            )
+        num_layers = self.text_config.num_hidden_layers
+        if not -num_layers <= self.importance_layer < num_layers:
+            raise ValueError(f"`importance_layer` is {self.importance_layer}, but the decoder has {num_layers} layers.")
+        if "sliding_attention" in self.text_config.layer_types:
+            raise ValueError("The importance pass needs full attention in every layer, not sliding windows.")
+
+    def validate_numbers(self):
+        """Counts are positive; the image token has a row in the embedding table."""
+        for name in ("vision_chunk_size", "kmeans_iterations", "scale_embedding_grid", "max_image_pixels"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
+        if self.num_regions is not None and self.num_regions < 1:
+            raise ValueError(f"`num_regions` must be at least 1, or None for the budget. Got {self.num_regions}.")
+        if self.scale_embedding_additions not in (0, 1, 2):
+            raise ValueError(f"`scale_embedding_additions` must be 0, 1 or 2. Got {self.scale_embedding_additions}.")
+        if not 0 <= self.image_token_index < self.text_config.vocab_size:
+            raise ValueError(
+                f"`image_token_index` is {self.image_token_index}, but the vocabulary has "
+                f"{self.text_config.vocab_size} rows."
+            )
+
+    @property
+    def tile_size(self) -> int:
+        """Pixels a side of what the vision tower sees at once."""
+        return self.vision_config.image_size
+
+    @property
+    def patch_size(self) -> int:
+        """Pixels a side of what one token shows."""
+        return self.vision_config.patch_size
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(height, width) in tokens of every scale, U_s x V_s in the paper."""
+        return [(scale // self.patch_size, scale // self.patch_size) for scale in self.scales]
+
+
+def _sub_config(value, model_type, defaults):
+    """A tower's config from None (the paper's), a dict as it stands in config.json, or a config object."""
+    if value is None:
+        return CONFIG_MAPPING[model_type](**defaults)
+    if isinstance(value, dict):
+        value = dict(value)
+        return CONFIG_MAPPING[value.pop("model_type", model_type)](**value)
+    return value
+
+
+__all__ = ["UHRBatConfig"]

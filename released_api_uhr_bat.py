@@ -1,0 +1,155 @@
+"""The call of the released code, translated to this model's arguments.
+
+The model card of the release loads these names from the module of the model class and calls `generate` with
+`multiscale_*` arguments. Nothing here computes anything of its own: tiles come from the image processor, label maps
+become `region_labels`, and the placeholder -200 becomes the image token.
+"""
+
+import torch
+from transformers import StoppingCriteria
+
+from .configuration_uhr_bat import split_budgets
+from .image_processing_uhr_bat import UHRBatImageProcessor, padding_mask
+
+
+# Placeholder of the LLaVA family: no row of the vocabulary.
+RELEASED_IMAGE_TOKEN = -200
+
+# Arguments of the released `generate`. The last two say what is known anyway.
+RELEASED_ARGUMENTS = (
+    "multiscale_pixels",
+    "multiscale_masks",
+    "multiscale_topk",
+    "multiscale_target_sizes",
+    "image_sizes",
+    "modalities",
+)
+
+
+def tokenizer_image_token(prompt, tokenizer, image_token_index=RELEASED_IMAGE_TOKEN, return_tensors=None):
+    """Ids of a prompt with `image_token_index` for each "<image>": list[int], or long[M] with `return_tensors="pt"`."""
+    first, *rest = prompt.split("<image>")
+    ids = list(tokenizer(first).input_ids)
+    for chunk in rest:
+        ids += [image_token_index, *tokenizer(chunk, add_special_tokens=False).input_ids]
+    if return_tensors is None:
+        return ids
+    if return_tensors != "pt":
+        raise ValueError(f"`return_tensors` must be None or 'pt'. Got {return_tensors!r}.")
+    return torch.tensor(ids, dtype=torch.long)
+
+
+def split_image_to_multiscale_tiles(image, image_processor, target_sizes, tile_size=336):
+    """Tiles of every scale: {scale: float[T, 3, tile, tile]}, row-major, from a PIL image of any shape.
+
+    `image_processor` may be this repository's or CLIP's; the tile size must be the one that it was made for.
+    """
+    processor = UHRBatImageProcessor.from_clip(image_processor, scales=list(target_sizes), tile_size=tile_size)
+    pixel_values = processor(image, return_tensors="pt")["pixel_values"][0]
+    numbers = [(scale // tile_size) ** 2 for scale in target_sizes]
+    return dict(zip(target_sizes, pixel_values.split(numbers)))
+
+
+def load_multiscale_tile_masks(path, target_sizes=None):
+    """Token label maps of one image as the released mask cache holds them: {scale: long[H, W]}, 0 = background.
+
+    Reads `{"scales": {scale: {"tile_masks": [int[P, P], ...], "tile_coords": [(row, column), ...]}}}` with weights
+    only, so no code in the file is ever run.
+
+    Raises:
+        ValueError: another layout, or a scale of `target_sizes` that is missing.
+    """
+    cache = torch.load(path, map_location="cpu", weights_only=True)
+    if not isinstance(cache, dict) or "scales" not in cache:
+        raise ValueError(f"{path} is no mask cache: it has no entry 'scales'.")
+    masks = {}
+    for scale, entry in cache["scales"].items():
+        tiles = torch.stack([torch.as_tensor(tile) for tile in entry["tile_masks"]]).long()
+        rows, columns = torch.tensor(entry["tile_coords"]).T
+        side = round(len(tiles) ** 0.5)
+        if side**2 != len(tiles) or len(rows) != len(tiles):
+            raise ValueError(f"{path}: scale {scale} has {len(tiles)} masks and {len(rows)} places, not a square.")
+        T, height, width = tiles.shape
+        ordered = tiles[(rows * side + columns).argsort()].view(side, side, height, width)
+        masks[int(scale)] = ordered.transpose(1, 2).reshape(side * height, side * width)
+    missing = sorted(set(target_sizes or ()) - set(masks))
+    if missing:
+        raise ValueError(f"{path} has masks for the scales {sorted(masks)}, but not for {missing}.")
+    return masks
+
+
+class KeywordsStoppingCriteria(StoppingCriteria):
+    """Stops a sequence once one of the keywords stands in its new text (LLaVA's helper, for batches too)."""
+
+    def __init__(self, keywords, tokenizer, input_ids):
+        self.keywords = list(keywords)
+        self.tokenizer = tokenizer
+        self.start = input_ids.shape[1]
+        # A keyword spans at most so many tokens; one more on each side for the text around it.
+        self.reach = max(len(tokenizer(keyword, add_special_tokens=False).input_ids) for keyword in keywords) + 2
+
+    def __call__(self, output_ids, scores, **kwargs) -> torch.BoolTensor:
+        # The prompt may have grown by its visual tokens since: look at the end, never before the prompt's old end.
+        recent = output_ids[:, max(self.start, output_ids.shape[1] - self.reach) :]
+        texts = self.tokenizer.batch_decode(recent, skip_special_tokens=False)
+        found = [any(keyword in text for keyword in self.keywords) for text in texts]
+        return torch.tensor(found, device=output_ids.device)
+
+
+def translate_released_call(config, inputs, kwargs) -> dict:
+    """Arguments of the released `generate` to this model's; any other call is returned as it is.
+
+    Args:
+        config: the model's configuration.
+        inputs: long[B, M], prompt ids with -200 or the image token, one per image; or None.
+        kwargs: keyword arguments of `generate`.
+
+    Raises:
+        ValueError: scales, images or label maps that do not fit the configuration or each other.
+    """
+    if inputs is not None and (inputs == RELEASED_IMAGE_TOKEN).any():
+        kwargs = {**kwargs, "input_ids": inputs.masked_fill(inputs == RELEASED_IMAGE_TOKEN, config.image_token_id)}
+    if not any(name in kwargs for name in RELEASED_ARGUMENTS):
+        return kwargs
+    kwargs = dict(kwargs)
+    released = {name: kwargs.pop(name, None) for name in RELEASED_ARGUMENTS}
+    scales = list(released["multiscale_target_sizes"] or config.scales)
+    if scales != config.scales:
+        raise ValueError(f"This model was made for the scales {config.scales}. Got multiscale_target_sizes={scales}.")
+    if released["multiscale_topk"] is not None:
+        split_budgets(released["multiscale_topk"], scales)
+        kwargs["budgets"] = list(released["multiscale_topk"])
+    images = released["multiscale_pixels"]
+    if images is None:
+        return kwargs
+    kwargs["pixel_values"] = torch.stack([_stack_tiles(image, scales) for image in images])
+    if config.mask_padding and released["image_sizes"] is not None:
+        # PIL's order here, (width, height), as the release passes it.
+        sizes = [(height, width) for width, height in released["image_sizes"]]
+        kwargs["pixel_attention_mask"] = torch.stack(
+            [torch.cat([torch.from_numpy(padding_mask(size, grid)).flatten() for grid in config.grids]) for size in sizes]
+        )
+    masks = released["multiscale_masks"]
+    if masks is not None and any(masks):
+        if len(masks) != len(images) or not all(masks):
+            raise ValueError(
+                f"`multiscale_masks` needs label maps for every image or for none. Got {sum(map(bool, masks))} for "
+                f"{len(images)} images."
+            )
+        kwargs["region_labels"] = torch.stack([_stack_labels(mask, config) for mask in masks])
+    return kwargs
+
+
+def _stack_tiles(image, scales):
+    missing = [scale for scale in scales if scale not in image]
+    if missing:
+        raise ValueError(f"`multiscale_pixels` has the scales {sorted(image)}, but not {missing}.")
+    return torch.cat([image[scale] for scale in scales])
+
+
+def _stack_labels(masks, config):
+    for scale, (height, width) in zip(config.scales, config.grids):
+        shape = list(masks[scale].shape) if scale in masks else None
+        if shape != [height, width]:
+            raise ValueError(f"The label map of scale {scale} px must be {[height, width]} tokens. Got {shape}.")
+    return torch.cat([masks[scale].flatten() for scale in config.scales])
