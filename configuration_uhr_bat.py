@@ -59,6 +59,8 @@ def split_budgets(budgets, scales, num_images=1) -> list[list[int]]:
     Raises:
         ValueError: a missing or surplus budget, a decreasing one, or fewer tokens than images.
     """
+    if not scales:
+        raise ValueError("`scales` is empty: at least the anchor scale is needed.")
     budgets = [int(budget) for budget in budgets]
     if len(budgets) != len(scales):
         raise ValueError(
@@ -165,8 +167,6 @@ class UHRBatConfig(PreTrainedConfig):
         tile, patch = self.tile_size, self.patch_size
         if tile % patch:
             raise ValueError(f"The tile of {tile} px is not a multiple of the patch of {patch} px.")
-        if not self.scales:
-            raise ValueError("`scales` is empty: at least the anchor scale is needed.")
         for scale in self.scales:
             if scale <= 0 or scale % tile:
                 raise ValueError(f"Scale {scale} px is not a positive multiple of the tile of {tile} px.")

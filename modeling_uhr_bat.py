@@ -84,6 +84,14 @@ class UHRBatCompressionOutput(ModelOutput):
     slots: list[list[torch.Tensor]] | None = None
     images_per_prompt: list[int] | None = None
 
+    @property
+    def tokens_per_prompt(self) -> list[int] | None:
+        """Visual tokens of each prompt of the batch."""
+        if self.images_per_prompt is None:
+            return None
+        images = iter(self.pooler_output)
+        return [sum(len(next(images)) for _ in range(num_images)) for num_images in self.images_per_prompt]
+
 
 @dataclass
 class UHRBatModelOutputWithPast(BaseModelOutputWithPast):
@@ -644,13 +652,18 @@ class UHRBatModel(UHRBatPreTrainedModel):
 
     # ---- The decoder -----------------------------------------------------------------------------------------------
 
-    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features) -> torch.Tensor:
+    def get_placeholder_mask(self, input_ids, inputs_embeds, image_features, tokens_per_prompt=None) -> torch.Tensor:
         """bool[B, M, 1], where visual tokens go; as many places as float[n, D] `image_features` has rows.
+
+        `tokens_per_prompt` int[B]: places after so many in a prompt are image tokens that a model wrote into its own
+        answer, and stay text.
 
         Raises:
             ValueError: the numbers differ; both are named.
         """
         mask = self._placeholders(input_ids, inputs_embeds)
+        if tokens_per_prompt is not None:
+            mask = mask & (mask.cumsum(1) <= torch.tensor(tokens_per_prompt, device=mask.device)[:, None])
         num_places = int(mask.sum())
         if num_places != len(image_features):
             raise ValueError(
@@ -701,7 +714,7 @@ class UHRBatModel(UHRBatPreTrainedModel):
             )
         if compressed is not None:
             visual_tokens = torch.cat(compressed.pooler_output).to(inputs_embeds)
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual_tokens)
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual_tokens, compressed.tokens_per_prompt)
             inputs_embeds = inputs_embeds.masked_scatter(mask, visual_tokens)
 
         outputs = self.language_model(
@@ -745,8 +758,9 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value):
         self.lm_head = value
 
+    @torch.no_grad()
     def encode_image(self, pixel_values, pixel_attention_mask=None, region_labels=None) -> list[UHRBatImageFeatures]:
-        """See [`UHRBatModel.encode_image`]."""
+        """See [`UHRBatModel.encode_image`]. Without gradients: training goes through `forward`."""
         return self.model.encode_image(pixel_values, pixel_attention_mask, region_labels)
 
     def estimate_importance(self, input_ids, anchor_tokens, inputs_embeds=None) -> torch.Tensor:
@@ -758,8 +772,9 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
         """See [`UHRBatModel.get_image_features`]."""
         return self.model.get_image_features(pixel_values, pixel_attention_mask, return_dict=True, **kwargs)
 
+    @torch.no_grad()
     def compress(self, **inputs) -> UHRBatCompressionOutput:
-        """See [`UHRBatModel.compress`]. Goes through `forward`, so that the hooks of the whole model fire."""
+        """See [`UHRBatModel.compress`]. Without gradients, and through `forward`, so that the whole model's hooks fire."""
         return self(**inputs, compress_only=True)
 
     @can_return_tuple
@@ -861,7 +876,7 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
                 kwargs["input_ids"], kwargs["attention_mask"] = self._expand_placeholders(
                     input_ids, attention_mask, compressed
                 )
-        self._check_context(kwargs.get("input_ids", inputs))
+        self._check_prompt(kwargs.get("input_ids", inputs), kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def _expand_placeholders(self, input_ids, attention_mask, compressed):
@@ -882,17 +897,31 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
         input_ids = torch.stack([F.pad(ids, (length - len(ids), 0), value=pad) for ids, _ in rows])
         return input_ids, torch.stack([F.pad(real, (length - len(real), 0)) for _, real in rows])
 
-    def _check_context(self, input_ids):
+    def _check_prompt(self, input_ids, kwargs):
+        """Raises `ValueError` for image tokens without images, and for a prompt over the context window."""
+        if input_ids is None:
+            return
+        num_places = int((input_ids == self.config.image_token_id).sum())
+        # The images of a conversation that goes on are in its cache.
+        if num_places and not kwargs.get("mm_encoder_outputs") and kwargs.get("past_key_values") is None:
+            raise ValueError(
+                f"Image features and image tokens do not match, tokens: {num_places} image tokens in the prompts, but no "
+                "images were passed."
+            )
         window = self.config.text_config.max_position_embeddings
-        if input_ids is not None and input_ids.shape[-1] >= window:
+        if input_ids.shape[-1] >= window:
             raise ValueError(
                 f"The prompt has {input_ids.shape[-1]} tokens with its images, but the context window holds {window} "
                 "and the answer needs room. Shorten the text or lower the budgets: nothing is cut silently."
             )
 
-    def prepare_inputs_for_generation(self, *args, mm_encoder_outputs=None, is_first_iteration=False, **kwargs):
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, mm_encoder_outputs=None, is_first_iteration=False, **kwargs
+    ):
         """Visual tokens go in with the whole prompt: in the first step, or in each one without a cache."""
-        model_inputs = super().prepare_inputs_for_generation(*args, is_first_iteration=is_first_iteration, **kwargs)
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
         if is_first_iteration or not kwargs.get("use_cache", True):
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
         return model_inputs
@@ -908,7 +937,8 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
             tokens = iter(image.pooler_output)
             groups = [[next(tokens) for _ in range(num_images)] for num_images in image.images_per_prompt]
             expanded = [visual for group in groups for visual in group * expand_size]
-            outputs = {"image": UHRBatCompressionOutput(pooler_output=expanded)}
+            numbers = [num_images for num_images in image.images_per_prompt for _ in range(expand_size)]
+            outputs = {"image": UHRBatCompressionOutput(pooler_output=expanded, images_per_prompt=numbers)}
         if outputs is not None:
             model_kwargs["mm_encoder_outputs"] = outputs
         return input_ids, model_kwargs

@@ -8,7 +8,12 @@ import numpy as np
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
 from .configuration_uhr_bat import split_budgets
-from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs, padding_mask
+from .image_processing_uhr_bat import (
+    UHRBatImageProcessor,
+    UHRBatImageProcessorKwargs,
+    flatten_images,
+    padding_mask,
+)
 
 
 class UHRBatImagesKwargs(UHRBatImageProcessorKwargs, total=False):
@@ -74,8 +79,9 @@ class UHRBatProcessor(ProcessorMixin):
         Raises:
             ValueError: counts of images and placeholders that differ; wrong budgets; a prompt over the context window.
         """
-        if images is not None and text is not None:
-            kwargs["images_per_prompt"] = self._images_per_prompt(images, [text] if isinstance(text, str) else text)
+        if text is not None:
+            prompts = [text] if isinstance(text, str) else list(text)
+            kwargs["images_per_prompt"] = self._images_per_prompt(images, prompts, kwargs)
         inputs = super().__call__(images=images, text=text, **kwargs)
         longest = max((len(ids) for ids in inputs.get("input_ids", [])), default=0)
         if longest > self.tokenizer.model_max_length:
@@ -85,12 +91,21 @@ class UHRBatProcessor(ProcessorMixin):
             )
         return inputs
 
-    def _images_per_prompt(self, images, text) -> list[int]:
+    def _images_per_prompt(self, images, prompts, kwargs) -> list[int]:
         """Images of each prompt: from a list per prompt, else from the placeholders of the text."""
+        placeholders = [prompt.count(self.image_token) for prompt in prompts]
+        num_images = 0 if images is None else len(flatten_images(images))
         nested = isinstance(images, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in images)
-        if nested and len(images) == len(text):
-            return [len(group) for group in images]
-        return [prompt.count(self.image_token) for prompt in text]
+        per_prompt = [len(group) for group in images] if nested and len(images) == len(prompts) else placeholders
+        # A placeholder that a user typed is plain text where the template marked it so.
+        marked = kwargs.get("sanitize_control_tokens")
+        if not marked and (sum(placeholders) != num_images or per_prompt != placeholders):
+            raise ValueError(
+                f"The total number of {self.image_token} tokens in the prompts should be the same as the number of "
+                f"images passed. Found {placeholders} {self.image_token} tokens per prompt and {num_images} images"
+                + (f", {per_prompt} per prompt." if nested else ".")
+            )
+        return per_prompt
 
     def _process_images(self, images, budgets=None, images_per_prompt=None, **kwargs):
         """Adds the exact number of visual tokens per image and scale to what the image processor returns."""

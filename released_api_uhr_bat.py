@@ -7,10 +7,13 @@ become `region_labels`, and the placeholder -200 becomes the image token.
 
 import torch
 from transformers import StoppingCriteria
+from transformers.utils import logging
 
 from .configuration_uhr_bat import split_budgets
 from .image_processing_uhr_bat import UHRBatImageProcessor, padding_mask
 
+
+logger = logging.get_logger(__name__)
 
 # Placeholder of the LLaVA family: no row of the vocabulary.
 RELEASED_IMAGE_TOKEN = -200
@@ -39,15 +42,18 @@ def tokenizer_image_token(prompt, tokenizer, image_token_index=RELEASED_IMAGE_TO
     return torch.tensor(ids, dtype=torch.long)
 
 
-def split_image_to_multiscale_tiles(image, image_processor, target_sizes, tile_size=336):
+def split_image_to_multiscale_tiles(image, image_processor, target_sizes, tile_size=None):
     """Tiles of every scale: {scale: float[T, 3, tile, tile]}, row-major, from a PIL image of any shape.
 
-    `image_processor` may be this repository's or CLIP's; the tile size must be the one that it was made for.
+    `image_processor` may be this repository's or CLIP's. The tile is the one that it was made for, whatever `tile_size`
+    says: the released call passes 336, which is right for its own weights only.
     """
-    processor = UHRBatImageProcessor.from_clip(image_processor, scales=list(target_sizes), tile_size=tile_size)
+    processor = UHRBatImageProcessor.from_clip(image_processor, scales=list(target_sizes))
+    tile = processor.crop_size["height"]
+    if tile_size not in (None, tile):
+        logger.warning_once(f"`tile_size={tile_size}` is not the tile of this image processor: tiles of {tile} px are cut.")
     pixel_values = processor(image, return_tensors="pt")["pixel_values"][0]
-    numbers = [(scale // tile_size) ** 2 for scale in target_sizes]
-    return dict(zip(target_sizes, pixel_values.split(numbers)))
+    return dict(zip(target_sizes, pixel_values.split([(scale // tile) ** 2 for scale in target_sizes])))
 
 
 def load_multiscale_tile_masks(path, target_sizes=None):

@@ -1,0 +1,480 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from small import BUDGETS, GRIDS, IMAGE, SIZES, count_tiles, pad_left, prompt, random_pixels, small_model
+from torch.utils._python_dispatch import TorchDispatchMode
+from uhr_bat import modeling_uhr_bat
+from uhr_bat.modeling_uhr_bat import count_images, first_identical_tile, tile_of
+from uhr_bat.token_compression_uhr_bat import align_importance, merge_tokens, select_tokens
+
+
+QUESTION = prompt(5, "image", 6, 7, 8)
+OTHER_QUESTION = prompt(5, "image", 30, 31, 32, 33)
+
+
+def half_shown():
+    """int[1, N]: the image fills the upper half of every scale."""
+    return torch.cat([(torch.arange(h * w) < h * w // 2).long() for h, w in GRIDS])[None]
+
+
+# ---- Geometry ----
+
+
+def test_tile_of_finds_the_tile_and_the_patch_that_unfolding_the_grid_gives():
+    grid = torch.arange(36).view(6, 6)
+    tiles = grid.view(3, 2, 3, 2).transpose(1, 2).reshape(9, 4)
+    tile_idx, patch_idx = tile_of(torch.arange(36), width=6, patches_per_side=2)
+    assert torch.equal(tiles[tile_idx, patch_idx], torch.arange(36))
+
+
+def test_first_identical_tile_joins_tiles_of_one_colour_only():
+    tiles = torch.randn(5, 3, 8, 8)
+    tiles[[1, 3]] = torch.tensor([0.1, 0.2, 0.3])[:, None, None]
+    tiles[4] = tiles[0]
+    tiles[2] = torch.tensor([0.1, 0.2, 0.4])[:, None, None]
+    assert first_identical_tile(tiles).tolist() == [0, 1, 2, 1, 4]
+
+
+@pytest.mark.parametrize(
+    ("placeholders", "sizes", "expected"),
+    [
+        ([14], [14], [1]),
+        ([1, 0, 2], [14, 14, 14], [1, 0, 2]),  # not expanded yet
+        ([20, 0, 14], [10, 10, 14], [2, 0, 1]),
+        ([0], [], [0]),
+    ],
+)
+def test_count_images_reads_prompts_with_one_placeholder_per_image_or_per_token(placeholders, sizes, expected):
+    assert count_images(placeholders, sizes) == expected
+
+
+@pytest.mark.parametrize(("placeholders", "sizes"), [([13], [14]), ([14, 14], [14]), ([14], [14, 14]), ([], [14])])
+def test_count_images_names_both_numbers_of_a_mismatch(placeholders, sizes):
+    message = f"Image features and image tokens do not match, tokens: {placeholders} per prompt, features: {sizes} per"
+    with pytest.raises(ValueError) as error:
+        count_images(placeholders, sizes)
+    assert message in str(error.value).replace("\\", "")
+
+
+@pytest.mark.parametrize("form", ["factorized", "per_scale"])
+def test_scale_embedding_is_the_interpolated_table(form):
+    model = small_model(scale_embedding=form, scale_embedding_grid=3).model
+    embedding = model.scale_embedding
+    for scale_idx, (height, width) in enumerate(GRIDS):
+        if form == "factorized":
+            table, vector, size = embedding.table, embedding.scale_vectors[scale_idx], (height, width)
+        else:
+            table, vector, size = embedding.tables[str(embedding.scales[scale_idx])], 0, (2, 2)
+        side = round(table.shape[1] ** 0.5)
+        assert side == (3 if form == "factorized" else min(height, 3))
+        whole = F.interpolate(table.view(1, side, side, -1).permute(0, 3, 1, 2), size=size, mode="bilinear")
+        whole = whole.repeat(1, 1, height // size[0], width // size[1])[0].permute(1, 2, 0).flatten(0, 1) + vector
+        torch.testing.assert_close(embedding(scale_idx, torch.arange(height * width)), whole)
+
+
+# ---- Encoding ----
+
+
+def test_every_tile_goes_through_the_vision_tower_once():
+    model = small_model()
+    calls = count_tiles(model)
+    with torch.no_grad():
+        model(input_ids=QUESTION, pixel_values=random_pixels())
+    assert sum(calls) == 14
+    assert max(calls) <= model.config.vision_chunk_size
+
+
+def test_tiles_that_show_only_the_letterbox_are_not_encoded():
+    model = small_model()
+    calls = count_tiles(model)
+    model.encode_image(random_pixels(), half_shown())
+    assert sum(calls) == 1 + 2 + 6  # the upper half of 1, 2 and 3 rows of tiles; the middle row is half shown
+
+
+def test_plain_tiles_are_encoded_once_where_padding_counts():
+    model = small_model(mask_padding=False)
+    calls = count_tiles(model)
+    pixel_values = random_pixels()
+    pixel_values[:, 5:] = 0.25
+    features = model.encode_image(pixel_values)[0]
+    assert sum(calls) == 1 + 4 + 1
+    assert len(features.tokens[2]) == 36
+
+
+def test_the_chunk_size_does_not_change_the_tokens():
+    pixel_values = random_pixels()
+    one, many = (small_model(vision_chunk_size=size).encode_image(pixel_values)[0] for size in (1, 14))
+    for left, right in zip(one.tokens, many.tokens):
+        torch.testing.assert_close(left, right)
+
+
+def test_tokens_stand_row_by_row_over_the_whole_scale():
+    model = small_model()
+    pixel_values = random_pixels()
+    features = model.encode_image(pixel_values)[0]
+    with torch.no_grad():
+        states = model.model.vision_tower(pixel_values[0, 5:], output_hidden_states=True).hidden_states[-2][:, 1:]
+        tokens = model.model.multi_modal_projector(states).view(3, 3, 2, 2, -1).transpose(1, 2).reshape(36, -1)
+        tokens = tokens + model.model.scale_embedding(2, torch.arange(36))
+    torch.testing.assert_close(features.tokens[2], tokens)
+    assert torch.equal(features.positions[2], torch.arange(36))
+
+
+@pytest.mark.parametrize("additions", [0, 1, 2])
+def test_the_pass_reads_the_scale_embedding_once_however_often_the_tokens_have_it(additions):
+    model = small_model(scale_embedding_additions=additions)
+    features = model.encode_image(random_pixels())[0]
+    embedding = model.model.scale_embedding(0, torch.arange(4))
+    torch.testing.assert_close(features.anchor_tokens + (additions - 1) * embedding, features.tokens[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("pixel_values", (1, 13, 3, 8, 8), "[images, 14, 3, 8, 8] for the scales [8, 16, 24]. Got [1, 13, 3, 8, 8]"),
+        ("pixel_values", (14, 3, 8, 8), "[images, 14, 3, 8, 8] for the scales [8, 16, 24]. Got [14, 3, 8, 8]"),
+        ("pixel_attention_mask", (1, 55), "must have the shape [1, 56]"),
+        ("region_labels", (2, 56), "must have the shape [1, 56]"),
+    ],
+)
+def test_encode_image_names_the_shape_it_needs_and_the_one_it_got(name, shape, message):
+    inputs = {"pixel_values": random_pixels(), name: torch.ones(shape)}
+    with pytest.raises(ValueError) as error:
+        small_model().encode_image(**inputs)
+    assert message in str(error.value)
+
+
+def test_a_scale_that_shows_nothing_is_an_error():
+    mask = torch.ones(1, 56)
+    mask[0, :4] = 0
+    with pytest.raises(ValueError, match="leaves a scale without a patch that shows the image"):
+        small_model().encode_image(random_pixels(), mask)
+
+
+# ---- Importance ----
+
+
+def eager_importance(model, input_ids, anchor_tokens, rows):
+    """Eq. 2 from the library's own attention weights: mean over heads and over the last `rows` rows."""
+    decoder = model.model.language_model
+    where = (input_ids[0] == IMAGE).nonzero()[:, 0]
+    embeds = model.get_input_embeddings()(input_ids[0])
+    sequence = torch.cat((embeds[: where[0]], anchor_tokens, embeds[where[-1] + 1 :]))
+    decoder.config._attn_implementation = "eager"
+    attention = decoder(inputs_embeds=sequence[None], output_attentions=True).attentions[model.config.importance_layer]
+    decoder.config._attn_implementation = "sdpa"
+    return attention[0].mean(0)[-rows:].mean(0)[where[0] : where[0] + len(anchor_tokens)]
+
+
+@pytest.mark.parametrize("layer", [0, 1, -1])
+@pytest.mark.parametrize(("question_tokens", "rows"), [("all", 3), ("last", 1)])
+def test_importance_is_the_attention_of_the_question_to_the_anchor(layer, question_tokens, rows):
+    model = small_model(importance_layer=layer, question_tokens=question_tokens)
+    anchor_tokens = model.encode_image(random_pixels())[0].anchor_tokens
+    with torch.no_grad():
+        importance = model.estimate_importance(QUESTION[0], anchor_tokens)
+        torch.testing.assert_close(importance, eager_importance(model, QUESTION, anchor_tokens, rows))
+
+
+def test_importance_does_not_depend_on_the_block_of_question_rows(monkeypatch):
+    model = small_model()
+    anchor_tokens = model.encode_image(random_pixels())[0].anchor_tokens
+    whole = model.estimate_importance(QUESTION[0], anchor_tokens)
+    monkeypatch.setattr(modeling_uhr_bat, "QUESTION_BLOCK", 2)
+    torch.testing.assert_close(model.estimate_importance(QUESTION[0], anchor_tokens), whole)
+
+
+def test_the_pass_stops_at_the_importance_layer():
+    model = small_model(importance_layer=1)
+    seen = []
+    for index, layer in enumerate(model.model.language_model.layers):
+        layer.register_forward_hook(lambda *args, index=index: seen.append(index))
+    model.compress(input_ids=QUESTION, pixel_values=random_pixels())
+    assert seen == [0, 1]
+
+
+class LargestTensor(TorchDispatchMode):
+    """Number of elements of the largest tensor that any operation returned."""
+
+    def __init__(self):
+        super().__init__()
+        self.numel = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        tensors = result if isinstance(result, (tuple, list)) else [result]
+        self.numel = max([self.numel, *(tensor.numel() for tensor in tensors if isinstance(tensor, torch.Tensor))])
+        return result
+
+
+def test_the_pass_never_builds_a_matrix_of_all_tokens_by_all_tokens():
+    model = small_model()
+    anchor_tokens = torch.randn(4000, 24)
+    with torch.no_grad(), LargestTensor() as largest:
+        model.estimate_importance(QUESTION[0], anchor_tokens)
+    assert largest.numel < 4000 * 4000 / 10
+
+
+def test_importance_can_be_trained():
+    model = small_model()
+    anchor_tokens = model.encode_image(random_pixels())[0].anchor_tokens.detach()
+    model.estimate_importance(QUESTION[0], anchor_tokens)[0].backward()
+    layers = model.model.language_model.layers
+    assert layers[1].self_attn.q_proj.weight.grad.abs().sum() > 0
+    assert layers[2].self_attn.q_proj.weight.grad is None
+
+
+def test_a_prompt_without_an_image_has_no_importance():
+    with pytest.raises(ValueError, match="holds no image token"):
+        small_model().estimate_importance(torch.tensor([5, 6]), torch.randn(4, 24))
+
+
+# ---- Compression ----
+
+
+# Coverage without regions is left out: it would need a token for every token.
+@pytest.mark.parametrize(
+    ("method", "coverage"), [("kmeans", False), ("kmeans", True), ("birch", False), ("birch", True), ("none", False)]
+)
+@pytest.mark.parametrize("rows_shown", range(1, 7))
+def test_exactly_the_budget_is_spent_on_every_image(method, rows_shown, coverage):
+    model = small_model(region_method=method, coverage=coverage)
+    mask = torch.cat([(torch.arange(h).repeat_interleave(w) * 6 < rows_shown * h).long() for h, w in GRIDS])[None]
+    shown = [int(part.sum()) for part in mask[0].split(SIZES)]
+    spent = [min(pair) for pair in zip(BUDGETS, shown)]
+    out = model.compress(
+        input_ids=prompt(5, "image", 6, 7, num_tokens=sum(spent)),
+        pixel_values=random_pixels(),
+        pixel_attention_mask=mask,
+        budgets=torch.tensor([spent]),
+    )
+    assert [len(tokens) for tokens in out.tokens[0]] == spent
+    assert len(out.pooler_output[0]) == sum(spent)
+    for slots, part, budget in zip(out.slots[0], mask[0].split(SIZES), spent):
+        assert slots[slots >= 0].unique().tolist() == list(range(budget))
+        assert (slots[part == 0] == -1).all()  # the letterbox is never chosen
+
+
+def test_the_outputs_are_the_steps_of_section_3():
+    model = small_model()
+    features = model.encode_image(random_pixels())
+    out = model.compress(input_ids=QUESTION, image_features=features)
+    anchor = model.estimate_importance(QUESTION[0], features[0].anchor_tokens)
+    # Tile by tile and row by row are the same on an anchor of one tile.
+    assert torch.equal(features[0].anchor_positions, torch.arange(4))
+    for scale_idx, grid in enumerate(GRIDS):
+        importance, regions = out.importance[0][scale_idx], out.regions[0][scale_idx]
+        torch.testing.assert_close(importance, align_importance(anchor.view(2, 2), grid))
+        slots = select_tokens(importance.flatten(), regions, BUDGETS[scale_idx])
+        assert torch.equal(out.slots[0][scale_idx], slots)
+        tokens = merge_tokens(features[0].tokens[scale_idx], slots, BUDGETS[scale_idx])
+        torch.testing.assert_close(out.tokens[0][scale_idx], tokens)
+    torch.testing.assert_close(torch.cat(out.tokens[0]), out.pooler_output[0])
+
+
+def test_the_letterbox_has_no_say_in_the_importance_of_its_neighbours():
+    model = small_model()
+    features = model.encode_image(random_pixels(), half_shown())
+    question = torch.tensor([[5, IMAGE, 6]])
+    out = model.compress(input_ids=question, image_features=features, budgets=[1, 2, 3])
+    anchor = model.estimate_importance(question[0], features[0].anchor_tokens)
+    assert len(anchor) == 2
+    # One row of the anchor is left, so the aligned map cannot change from row to row.
+    torch.testing.assert_close(out.importance[0][1][:2], align_importance(anchor.view(1, 2), (2, 4)))
+    assert (out.importance[0][1][2:] == 0).all() and (out.regions[0][1].view(4, 4)[2:] == -1).all()
+
+
+def test_the_question_guides_the_selection():
+    model = small_model()
+    features = model.encode_image(random_pixels())
+    first, second = (model.compress(input_ids=ids, image_features=features) for ids in (QUESTION, OTHER_QUESTION))
+    assert not torch.equal(first.importance[0][0], second.importance[0][0])
+    assert any(not torch.equal(a, b) for a, b in zip(first.slots[0], second.slots[0]))
+
+
+def test_an_image_is_clustered_once_for_any_number_of_questions(monkeypatch):
+    calls = []
+
+    def cluster(*args, **kwargs):
+        calls.append(len(args[0]))
+        return cluster_regions(*args, **kwargs)
+
+    cluster_regions = modeling_uhr_bat.cluster_regions
+    monkeypatch.setattr(modeling_uhr_bat, "cluster_regions", cluster)
+    model = small_model()
+    features = model.encode_image(random_pixels())
+    for ids in (QUESTION, OTHER_QUESTION, QUESTION):
+        model.compress(input_ids=ids, image_features=features)
+    assert calls == [4, 16, 36]
+
+
+def test_asking_an_encoded_image_gives_the_same_as_asking_afresh():
+    model = small_model()
+    features = model.encode_image(random_pixels())
+    for ids in (QUESTION, OTHER_QUESTION):
+        afresh = model.compress(input_ids=ids, pixel_values=random_pixels())
+        again = model.compress(input_ids=ids, image_features=features)
+        assert torch.equal(afresh.pooler_output[0], again.pooler_output[0])
+
+
+def test_the_same_input_gives_the_same_tokens():
+    runs = [small_model().compress(input_ids=QUESTION, pixel_values=random_pixels()) for _ in range(2)]
+    assert torch.equal(runs[0].pooler_output[0], runs[1].pooler_output[0])
+
+
+def test_label_maps_take_the_place_of_clustering():
+    model = small_model()
+    labels = torch.randint(0, 3, (1, 56), generator=torch.Generator().manual_seed(1))
+    out = model.compress(input_ids=QUESTION, pixel_values=random_pixels(), region_labels=labels)
+    for regions, part in zip(out.regions[0], labels[0].split(SIZES)):
+        for label in (1, 2):
+            assert len(regions[part == label].unique()) == min(1, int((part == label).sum()))
+        background = regions[part == 0]
+        assert len(background.unique()) == len(background)
+
+
+def test_padding_a_prompt_on_the_left_changes_nothing():
+    model = small_model()
+    features = model.encode_image(random_pixels(2))
+    batch = pad_left(QUESTION, prompt(5, 9, 10, "image", 6, 7, 8, 9, 10))
+    together = model.compress(**batch, image_features=features)
+    for row, image in enumerate(features):
+        real = batch["input_ids"][row][batch["attention_mask"][row] == 1][None]
+        alone = model.compress(input_ids=real, image_features=[image])
+        assert torch.equal(together.pooler_output[row], alone.pooler_output[0])
+    assert together.images_per_prompt == [1, 1]
+
+
+def test_each_image_of_a_prompt_is_weighed_without_the_others():
+    model = small_model()
+    features = model.encode_image(random_pixels(2))
+    out = model.compress(input_ids=torch.tensor([[5, IMAGE, 6, IMAGE, 7, 8]]), image_features=features)
+    assert [[len(tokens) for tokens in image] for image in out.tokens] == [[1, 3, 4], [1, 2, 3]]
+    first = model.compress(
+        input_ids=torch.tensor([[5, IMAGE, 6, 7, 8]]), image_features=features[:1], budgets=torch.tensor([[1, 3, 4]])
+    )
+    second = model.compress(
+        input_ids=torch.tensor([[5, 6, IMAGE, 7, 8]]), image_features=features[1:], budgets=torch.tensor([[1, 2, 3]])
+    )
+    assert torch.equal(out.pooler_output[0], first.pooler_output[0])
+    assert torch.equal(out.pooler_output[1], second.pooler_output[0])
+
+
+def test_a_budget_per_call_replaces_that_of_the_configuration():
+    model = small_model()
+    out = model.compress(input_ids=torch.tensor([[5, IMAGE, 6]]), pixel_values=random_pixels(), budgets=[3, 6, 20])
+    assert [len(tokens) for tokens in out.tokens[0]] == [3, 6, 20]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"budgets": torch.tensor([[2, 5, 37]])}, "The budget of scale 24 px is 37 tokens, but 36 tokens of it show"),
+        ({"budgets": torch.tensor([[0, 5, 7]])}, "The budget of scale 8 px is 0 tokens, but 4 tokens of it show"),
+        ({"budgets": torch.tensor([[2, 5]])}, "`budgets` must have the shape [1, 3]: images and scales. Got [1, 2]"),
+        ({"budgets": [2, 5]}, "Got 2 budgets [2, 5] and 3 scales [8, 16, 24]"),
+        ({"attention_mask": torch.ones(1, 1, 3, 3)}, "`attention_mask` must be [batch, sequence] here. Got [1, 1, 3, 3]"),
+        ({"input_ids": torch.tensor([[5, IMAGE, IMAGE, 6]])}, "tokens: [2] per prompt, features: [14] per"),
+    ],
+)
+def test_wrong_counts_are_errors_with_both_numbers(inputs, message):
+    inputs = {"input_ids": torch.tensor([[5, IMAGE, 6]]), "pixel_values": random_pixels(), **inputs}
+    with pytest.raises(ValueError) as error:
+        small_model().compress(**inputs)
+    assert message in str(error.value)
+
+
+# ---- Training ----
+
+
+def test_the_selection_never_sees_the_answer():
+    model = small_model()
+    features = model.encode_image(random_pixels())
+    outs = []
+    for answer in ((9, 10), (40, 41, 42)):
+        ids = prompt(5, "image", 6, 7, *answer)
+        labels = ids.clone()
+        labels[:, : -len(answer)] = -100
+        outs.append(model.compress(input_ids=ids, image_features=features, labels=labels))
+    assert torch.equal(outs[0].pooler_output[0], outs[1].pooler_output[0])
+    asked = model.compress(input_ids=prompt(5, "image", 6, 7), image_features=features)
+    assert torch.equal(outs[0].pooler_output[0], asked.pooler_output[0])
+
+
+def test_an_answer_before_the_image_is_context():
+    model = small_model()
+    features = model.encode_image(random_pixels())
+    ids = prompt(5, 6, 20, 21, "image", 7, 8, 30)
+    labels = torch.full_like(ids, -100)
+    labels[0, 2:4], labels[0, -1] = ids[0, 2:4], 30
+    out = model.compress(input_ids=ids, image_features=features, labels=labels)
+    asked = model.compress(input_ids=prompt(5, 6, 20, 21, "image", 7, 8), image_features=features)
+    assert torch.equal(out.pooler_output[0], asked.pooler_output[0])
+
+
+def test_image_tokens_do_not_count_in_the_loss():
+    model = small_model()
+    ids = prompt(5, "image", 6, 7, 8)
+    labels = ids.masked_fill(ids == IMAGE, -100)
+    features = model.encode_image(random_pixels())
+    with torch.no_grad():
+        marked = model(input_ids=ids, image_features=features, labels=labels).loss
+        unmarked = model(input_ids=ids, image_features=features, labels=ids.clone()).loss
+    torch.testing.assert_close(marked, unmarked)
+
+
+def test_gradients_reach_every_parameter_that_is_trained_with_and_without_checkpointing():
+    gradients = []
+    for checkpointing in (False, True):
+        model = small_model().train()
+        if checkpointing:
+            model.gradient_checkpointing_enable()
+        ids = prompt(5, "image", 6, 7, 8)
+        labels = ids.clone()
+        labels[:, :-2] = -100
+        model(input_ids=ids, pixel_values=random_pixels(), labels=labels).loss.backward()
+        missing = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+        assert missing == []
+        gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
+    assert gradients[0]["model.vision_tower.embeddings.patch_embedding.weight"].abs().sum() > 0
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradient, gradients[1][name])
+
+
+def test_the_tail_of_the_vision_tower_that_nothing_reads_is_frozen():
+    frozen = {name.split(".layers.")[-1][0] for name, p in small_model().named_parameters() if not p.requires_grad}
+    assert frozen == {"2", "m"}  # the last of three layers, and model.vision_tower.post_layernorm
+
+
+def test_embeddings_in_place_of_ids_give_the_same_scores():
+    model = small_model()
+    with torch.no_grad():
+        from_ids = model(input_ids=QUESTION, pixel_values=random_pixels()).logits
+        embeds = model.get_input_embeddings()(QUESTION)
+        from_embeds = model(inputs_embeds=embeds, pixel_values=random_pixels()).logits
+    assert torch.equal(from_ids, from_embeds)
+
+
+def test_the_base_model_gives_the_hidden_states_that_the_head_scores():
+    model = small_model()
+    with torch.no_grad():
+        base = model.model(input_ids=QUESTION, pixel_values=random_pixels())
+        scored = model(input_ids=QUESTION, pixel_values=random_pixels(), logits_to_keep=2)
+    torch.testing.assert_close(model.lm_head(base.last_hidden_state[:, -2:]), scored.logits)
+    assert [tuple(tokens.shape) for tokens in base.image_hidden_states] == [(14, 24)]
+
+
+def test_get_image_features_returns_every_token_uncompressed():
+    model = small_model()
+    out = model.get_image_features(random_pixels(2), output_hidden_states=True)
+    assert [tuple(tokens.shape) for tokens in out.pooler_output] == [(56, 24), (56, 24)]
+    assert out.last_hidden_state.shape == (2, 14, 5, 16)
+    assert all(state.shape == (2, 14, 5, 16) for state in out.hidden_states)
+
+
+def test_torch_compile_gives_the_same_scores():
+    model = small_model()
+    with torch.no_grad():
+        plain = model(input_ids=QUESTION, pixel_values=random_pixels()).logits
+        compiled = torch.compile(model, backend="eager")(input_ids=QUESTION, pixel_values=random_pixels()).logits
+    torch.testing.assert_close(plain, compiled)

@@ -1,0 +1,155 @@
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
+from uhr_bat.processing_uhr_bat import UHRBatProcessor
+
+
+BUDGETS = [4, 8, 16]
+
+
+@pytest.fixture(scope="module")
+def processor(model_folder):
+    """Tiles of 28 px with 2 x 2 patches, grids of 2, 4 and 6."""
+    image_processor = UHRBatImageProcessor(crop_size={"height": 28, "width": 28}, scales=[28, 56, 84])
+    tokenizer = AutoTokenizer.from_pretrained(model_folder)
+    template = (model_folder / "chat_template.jinja").read_text(encoding="utf-8")
+    return UHRBatProcessor(image_processor, tokenizer, chat_template=template, budgets=BUDGETS)
+
+
+def image(height=90, width=90, seed=0):
+    return Image.fromarray(np.random.default_rng(seed).integers(0, 255, (height, width, 3), dtype=np.uint8))
+
+
+def count_placeholders(processor, inputs):
+    return (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
+
+
+def test_an_image_takes_exactly_its_budget(processor):
+    inputs = processor(text="<image>\nHow many?", images=image(), return_tensors="pt")
+    assert count_placeholders(processor, inputs) == [28]
+    assert inputs["budgets"].tolist() == [BUDGETS]
+    assert inputs["pixel_values"].shape == (1, 1 + 4 + 9, 3, 28, 28)
+    assert inputs["pixel_attention_mask"].shape == (1, 4 + 16 + 36)
+
+
+@pytest.mark.parametrize(("height", "width"), [(90, 90), (90, 30), (20, 90), (1, 90), (90, 1), (61, 84)])
+def test_a_scale_spends_no_more_than_it_shows(processor, height, width):
+    inputs = processor(text="<image>", images=image(height, width), return_tensors="pt", budgets=[3, 14, 33])
+    shown = [int(mask.sum()) for mask in inputs["pixel_attention_mask"][0].split([4, 16, 36])]
+    assert inputs["budgets"].tolist() == [[min(pair) for pair in zip([3, 14, 33], shown)]]
+    assert count_placeholders(processor, inputs) == inputs["budgets"].sum(1).tolist()
+    known = processor._get_num_multimodal_tokens(image_sizes=[(height, width)], budgets=[3, 14, 33])
+    assert known.num_image_tokens == inputs["budgets"].sum(1).tolist()
+
+
+def test_the_letterbox_counts_where_it_is_not_masked(processor):
+    plain = UHRBatProcessor(
+        UHRBatImageProcessor.from_clip(processor.image_processor, mask_padding=False), processor.tokenizer, budgets=BUDGETS
+    )
+    inputs = plain(text="<image>", images=image(1, 90), return_tensors="pt")
+    assert inputs["budgets"].tolist() == [BUDGETS]
+    assert plain._get_num_multimodal_tokens(image_sizes=[(1, 90)]).num_image_tokens == [28]
+
+
+def test_the_images_of_a_prompt_share_its_budget(processor):
+    prompts = ["<image> and <image>: which is larger?", "no image", "<image>"]
+    images = [image(seed=seed) for seed in range(3)]
+    flat = processor(text=prompts, images=images, return_tensors="pt", padding=True)
+    assert flat["budgets"].tolist() == [[2, 4, 8], [2, 4, 8], BUDGETS]
+    assert count_placeholders(processor, flat) == [28, 0, 28]
+    nested = processor(text=prompts, images=[images[:2], [], images[2:]], return_tensors="pt", padding=True)
+    assert all(torch.equal(flat[name], nested[name]) for name in flat)
+
+
+def test_batches_are_padded_on_the_left(processor):
+    inputs = processor(text=["<image>", "<image> with a question"], images=[image()] * 2, return_tensors="pt", padding=True)
+    assert inputs["attention_mask"][:, -1].tolist() == [1, 1] and inputs["attention_mask"][0, 0] == 0
+
+
+def test_images_alone_and_text_alone_are_processed(processor):
+    assert set(processor(images=[image()], return_tensors="pt")) == {"pixel_values", "pixel_attention_mask", "budgets"}
+    assert set(processor(text="only text", return_tensors="pt")) == {"input_ids", "attention_mask"}
+
+
+def test_a_chat_is_rendered_read_and_counted(processor, tmp_path):
+    image().save(tmp_path / "a.png")
+    for key, value in (("path", str(tmp_path / "a.png")), ("image", image()), ("url", str(tmp_path / "a.png"))):
+        chat = [{"role": "user", "content": [{"type": "image", key: value}, {"type": "text", "text": "How many?"}]}]
+        inputs = processor.apply_chat_template(chat, tokenize=True, return_dict=True, return_tensors="pt")
+        assert count_placeholders(processor, inputs) == [28]
+        assert torch.equal(inputs["pixel_values"], processor(images=image(), return_tensors="pt")["pixel_values"])
+
+
+def test_one_processor_for_every_call_keeps_nothing_between_calls(processor):
+    before = processor(text="<image>", images=image(), return_tensors="pt")
+    processor(text="<image>", images=image(seed=1), return_tensors="pt", budgets=[1, 2, 3])
+    after = processor(text="<image>", images=image(), return_tensors="pt")
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_clips_image_processor_is_turned_into_ours(processor):
+    clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
+    scales = [28 * factor for factor in (2, 4, 8, 12)]
+    made = UHRBatProcessor(UHRBatImageProcessor.from_clip(clip, scales=scales), processor.tokenizer)
+    assert made.image_processor.crop_size["height"] == 28 and made.budgets == [80, 320, 600, 2000]
+    default = UHRBatProcessor(CLIPImageProcessorPil(crop_size={"height": 336, "width": 336}), processor.tokenizer)
+    assert default.image_processor.scales == [672, 1344, 2688, 4032]
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        ({"text": "<image>"}, "Found [1] <image> tokens per prompt and 0 images."),
+        ({"text": "no image", "images": [image()]}, "Found [0] <image> tokens per prompt and 1 images."),
+        ({"text": "<image><image>", "images": [image()]}, "Found [2] <image> tokens per prompt and 1 images."),
+        (
+            {"text": ["<image>", "<image>"], "images": [[image(), image()], []]},
+            "Found [1, 1] <image> tokens per prompt and 2 images, [2, 0] per prompt.",
+        ),
+        ({"text": "<image>", "images": image(), "budgets": [1, 2]}, "Got 2 budgets [1, 2] and 3 scales [28, 56, 84]"),
+        ({"text": "<image>", "images": image(), "budgets": [0, 2, 3]}, "at least 1 token per image. Got [0, 2, 3]"),
+        ({"text": "<image>", "images": image(), "budgets": [9, 2, 3]}, "must not decrease from one scale to the next"),
+        ({"text": "<image>" * 5, "images": [image()] * 5}, "Got [4, 8, 16] for 5 image(s) in one prompt"),
+        (
+            {"text": "<image>" + " word" * 4096, "images": image()},
+            "but the context window holds 4096. Shorten the text or lower the budgets: nothing is cut silently.",
+        ),
+    ],
+)
+def test_wrong_counts_are_errors_with_both_numbers(processor, inputs, message):
+    with pytest.raises(ValueError) as error:
+        processor(**inputs, return_tensors="pt")
+    assert message in str(error.value)
+
+
+def test_a_placeholder_that_a_user_types_in_a_chat_raises(processor):
+    content = [{"type": "image", "image": image()}, {"type": "text", "text": "What does <image> mean?"}]
+    with pytest.raises(ValueError, match=r"Found \[2\] <image> tokens per prompt and 1 images, \[1\] per prompt"):
+        processor.apply_chat_template([{"role": "user", "content": content}], tokenize=True, return_dict=True)
+
+
+def test_a_typed_placeholder_is_plain_text_where_control_tokens_are_sanitized(processor):
+    content = [{"type": "image", "image": image()}, {"type": "text", "text": "What does <image> mean?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": content}], tokenize=True, return_dict=True, return_tensors="pt",
+        sanitize_control_tokens=True,
+    )  # fmt: skip
+    assert count_placeholders(processor, inputs) == [28]
+    assert "What does <image> mean?" in processor.decode(inputs["input_ids"][0])
+
+
+def test_a_tokenizer_without_the_image_token_is_an_error(processor):
+    with pytest.raises(ValueError, match="does not know '<picture>' as one token"):
+        UHRBatProcessor(processor.image_processor, processor.tokenizer, budgets=BUDGETS, image_token="<picture>")
+
+
+def test_a_processor_survives_saving(processor, tmp_path):
+    processor.save_pretrained(tmp_path)
+    settings = UHRBatProcessor.get_processor_dict(tmp_path)[0]
+    assert settings["budgets"] == BUDGETS
+    image_processor = UHRBatImageProcessor.from_pretrained(tmp_path)
+    assert image_processor.to_dict() == processor.image_processor.to_dict()
