@@ -22,6 +22,10 @@ for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_
 # The library tells base models from models with a head by this one.
 MODEL_MAPPING_NAMES.setdefault("uhr_bat", "UHRBatModel")
 
+# Scales of section 4 and budgets of appendix A.
+PAPER_SCALES = (672, 1344, 2688, 4032)
+PAPER_BUDGETS = (80, 320, 600, 2000)
+
 # CLIP ViT-L/14-336 and Qwen2-7B, the towers of the paper (section 4, "More Details of Our Method").
 CLIP_VIT_L_14_336 = {
     "hidden_size": 1024,
@@ -99,9 +103,9 @@ class UHRBatConfig(PreTrainedConfig):
     text_config: dict | PreTrainedConfig | None = None
 
     # Side of every view in pixels, ascending; the first one is the anchor (section 3.3). Multiples of the tile.
-    scales: list[int] | tuple[int, ...] = (672, 1344, 2688, 4032)
+    scales: list[int] | tuple[int, ...] = PAPER_SCALES
     # Visual tokens that each scale may spend, B_s (section 3.3; appendix A gives these for 48 GB training).
-    budgets: list[int] | tuple[int, ...] = (80, 320, 600, 2000)
+    budgets: list[int] | tuple[int, ...] = PAPER_BUDGETS
 
     # Id of the token that stands for an image in the prompt: the first row after Qwen2's own special tokens.
     image_token_index: int = 151646

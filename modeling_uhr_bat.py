@@ -860,38 +860,34 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
         Raises:
             ValueError: prompts, images and budgets that do not fit each other, or a prompt over the context window.
         """
-        kwargs = translate_released_call(self.config, inputs, kwargs)
-        if "input_ids" in kwargs:
-            inputs = None
-        input_ids = inputs if inputs is not None else kwargs.get("input_ids")
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        inputs, kwargs = translate_released_call(self.config, inputs, kwargs)
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if kwargs.get(name) is not None}
         if "pixel_values" in images or "image_features" in images:
             attention_mask, inputs_embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
             compressed = self.compress(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **images
+                input_ids=inputs, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **images
             )
             kwargs["mm_encoder_outputs"] = {"image": compressed}
             if inputs_embeds is None:
-                inputs = None
-                kwargs["input_ids"], kwargs["attention_mask"] = self._expand_placeholders(
-                    input_ids, attention_mask, compressed
-                )
-        self._check_prompt(kwargs.get("input_ids", inputs), kwargs)
+                inputs, kwargs["attention_mask"] = self._expand_placeholders(inputs, attention_mask, compressed)
+        self._check_prompt(inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
     def _expand_placeholders(self, input_ids, attention_mask, compressed):
         """One placeholder per image -> one per visual token; prompts padded on the left to one length."""
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
-        sizes = iter(len(tokens) for tokens in compressed.pooler_output)
-        rows = []
-        for ids, real, num_images in zip(input_ids, attention_mask.bool(), compressed.images_per_prompt):
-            placeholder = (ids == self.config.image_token_id) & real
-            wanted = [next(sizes) for _ in range(num_images)]
-            if int(placeholder.sum()) == sum(wanted):
-                return input_ids, attention_mask
-            repeats = torch.ones_like(ids).masked_scatter(placeholder, torch.tensor(wanted, device=ids.device))
-            rows.append((ids.repeat_interleave(repeats), real.long().repeat_interleave(repeats)))
+        placeholder = (input_ids == self.config.image_token_id) & attention_mask.bool()
+        sizes = [len(tokens) for tokens in compressed.pooler_output]
+        if int(placeholder.sum()) == sum(sizes):
+            return input_ids, attention_mask
+        repeats = torch.ones_like(input_ids).masked_scatter(placeholder, torch.tensor(sizes, device=input_ids.device))
+        rows = [
+            (ids.repeat_interleave(times), real.repeat_interleave(times))
+            for ids, real, times in zip(input_ids, attention_mask, repeats)
+        ]
         length = max(len(ids) for ids, _ in rows)
         pad = self.generation_config.pad_token_id or 0
         input_ids = torch.stack([F.pad(ids, (length - len(ids), 0), value=pad) for ids, _ in rows])

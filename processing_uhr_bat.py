@@ -7,7 +7,7 @@ that show the image) (section 3.3, "Per-scale Budgets").
 import numpy as np
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_uhr_bat import split_budgets
+from .configuration_uhr_bat import PAPER_BUDGETS, split_budgets
 from .image_processing_uhr_bat import (
     UHRBatImageProcessor,
     UHRBatImageProcessorKwargs,
@@ -38,7 +38,8 @@ class UHRBatProcessor(ProcessorMixin):
         image_processor: [`UHRBatImageProcessor`], or CLIP's, which is turned into one.
         tokenizer: a tokenizer that knows `image_token` as one token.
         chat_template: Jinja template of a conversation.
-        budgets: visual tokens that each scale may spend in one prompt; `processor(..., budgets=...)` for one call.
+        default_budgets: visual tokens that each scale may spend in one prompt, the paper's if None;
+            `processor(..., budgets=...)` for one call.
         image_token: the text that stands for an image.
     """
 
@@ -49,14 +50,16 @@ class UHRBatProcessor(ProcessorMixin):
         image_processor=None,
         tokenizer=None,
         chat_template=None,
-        budgets=(80, 320, 600, 2000),
+        default_budgets=None,
         image_token="<image>",
         **kwargs,
     ):
-        if image_processor is not None and not hasattr(image_processor, "scales"):
+        # Without trust_remote_code the library reads our own settings into CLIP's class.
+        if image_processor is not None and "pixel_attention_mask" not in image_processor.model_input_names:
             image_processor = UHRBatImageProcessor.from_clip(image_processor)
-        split_budgets(budgets, image_processor.scales)
-        self.budgets = list(budgets)
+        if default_budgets is not None:
+            split_budgets(default_budgets, image_processor.scales)
+        self.default_budgets = list(PAPER_BUDGETS if default_budgets is None else default_budgets)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -111,7 +114,7 @@ class UHRBatProcessor(ProcessorMixin):
         """Adds the exact number of visual tokens per image and scale to what the image processor returns."""
         inputs = self.image_processor(images, **kwargs)
         shown = np.asarray(inputs["pixel_attention_mask"])
-        budgets = self.budgets if budgets is None else budgets
+        budgets = self.default_budgets if budgets is None else budgets
         if images_per_prompt is None:
             images_per_prompt = [1] * len(shown)
         counts = self._count_tokens(shown, budgets, images_per_prompt, kwargs.get("scales"))
@@ -143,7 +146,7 @@ class UHRBatProcessor(ProcessorMixin):
             np.concatenate([padding_mask(tuple(size), grid).ravel() | (not processor.mask_padding) for grid in grids])
             for size in image_sizes
         ]
-        counts = self._count_tokens(shown, kwargs.get("budgets") or self.budgets, [1] * len(shown))
+        counts = self._count_tokens(shown, kwargs.get("budgets") or self.default_budgets, [1] * len(shown))
         num_tiles = sum((scale // processor.crop_size["height"]) ** 2 for scale in processor.scales)
         return MultiModalData(
             num_image_tokens=[sum(count) for count in counts], num_image_patches=[num_tiles] * len(counts)

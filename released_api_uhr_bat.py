@@ -102,8 +102,8 @@ class KeywordsStoppingCriteria(StoppingCriteria):
         return torch.tensor(found, device=output_ids.device)
 
 
-def translate_released_call(config, inputs, kwargs) -> dict:
-    """Arguments of the released `generate` to this model's; any other call is returned as it is.
+def translate_released_call(config, inputs, kwargs) -> tuple:
+    """`inputs` and keyword arguments of the released `generate` to this model's; any other call stays as it is.
 
     Args:
         config: the model's configuration.
@@ -113,10 +113,10 @@ def translate_released_call(config, inputs, kwargs) -> dict:
     Raises:
         ValueError: scales, images or label maps that do not fit the configuration or each other.
     """
-    if inputs is not None and (inputs == RELEASED_IMAGE_TOKEN).any():
-        kwargs = {**kwargs, "input_ids": inputs.masked_fill(inputs == RELEASED_IMAGE_TOKEN, config.image_token_id)}
+    if inputs is not None:
+        inputs = inputs.masked_fill(inputs == RELEASED_IMAGE_TOKEN, config.image_token_id)
     if not any(name in kwargs for name in RELEASED_ARGUMENTS):
-        return kwargs
+        return inputs, kwargs
     kwargs = dict(kwargs)
     released = {name: kwargs.pop(name, None) for name in RELEASED_ARGUMENTS}
     scales = list(released["multiscale_target_sizes"] or config.scales)
@@ -127,7 +127,7 @@ def translate_released_call(config, inputs, kwargs) -> dict:
         kwargs["budgets"] = list(released["multiscale_topk"])
     images = released["multiscale_pixels"]
     if images is None:
-        return kwargs
+        return inputs, kwargs
     kwargs["pixel_values"] = torch.stack([_stack_tiles(image, scales) for image in images])
     if config.mask_padding and released["image_sizes"] is not None:
         # PIL's order here, (width, height), as the release passes it.
@@ -143,7 +143,7 @@ def translate_released_call(config, inputs, kwargs) -> dict:
                 f"{len(images)} images."
             )
         kwargs["region_labels"] = torch.stack([_stack_labels(mask, config) for mask in masks])
-    return kwargs
+    return inputs, kwargs
 
 
 def _stack_tiles(image, scales):

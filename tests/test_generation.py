@@ -120,6 +120,12 @@ def test_a_batch_of_prompts_that_are_not_expanded_answers_as_one_by_one():
         assert torch.equal(together[row], alone[0])
 
 
+def test_a_prompt_without_an_image_may_stand_first_in_a_batch_that_is_not_expanded():
+    model = small_model()
+    out = answer(model, **pad_left(torch.tensor([[5, 6]]), SHORT), pixel_values=random_pixels())
+    assert torch.equal(out[1], answer(model, input_ids=SHORT, pixel_values=random_pixels())[0])
+
+
 def test_several_images_and_several_turns_answer():
     model = small_model()
     ids = torch.tensor([[5, IMAGE, 6, 7, 30, 31, 5, IMAGE, 8, 9]])

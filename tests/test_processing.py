@@ -17,7 +17,7 @@ def processor(model_folder):
     image_processor = UHRBatImageProcessor(crop_size={"height": 28, "width": 28}, scales=[28, 56, 84])
     tokenizer = AutoTokenizer.from_pretrained(model_folder)
     template = (model_folder / "chat_template.jinja").read_text(encoding="utf-8")
-    return UHRBatProcessor(image_processor, tokenizer, chat_template=template, budgets=BUDGETS)
+    return UHRBatProcessor(image_processor, tokenizer, chat_template=template, default_budgets=BUDGETS)
 
 
 def image(height=90, width=90, seed=0):
@@ -48,7 +48,7 @@ def test_a_scale_spends_no_more_than_it_shows(processor, height, width):
 
 def test_the_letterbox_counts_where_it_is_not_masked(processor):
     plain = UHRBatProcessor(
-        UHRBatImageProcessor.from_clip(processor.image_processor, mask_padding=False), processor.tokenizer, budgets=BUDGETS
+        UHRBatImageProcessor.from_clip(processor.image_processor, mask_padding=False), processor.tokenizer, default_budgets=BUDGETS
     )
     inputs = plain(text="<image>", images=image(1, 90), return_tensors="pt")
     assert inputs["budgets"].tolist() == [BUDGETS]
@@ -95,7 +95,7 @@ def test_clips_image_processor_is_turned_into_ours(processor):
     clip = CLIPImageProcessorPil(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28})
     scales = [28 * factor for factor in (2, 4, 8, 12)]
     made = UHRBatProcessor(UHRBatImageProcessor.from_clip(clip, scales=scales), processor.tokenizer)
-    assert made.image_processor.crop_size["height"] == 28 and made.budgets == [80, 320, 600, 2000]
+    assert made.image_processor.crop_size["height"] == 28 and made.default_budgets == [80, 320, 600, 2000]
     default = UHRBatProcessor(CLIPImageProcessorPil(crop_size={"height": 336, "width": 336}), processor.tokenizer)
     assert default.image_processor.scales == [672, 1344, 2688, 4032]
 
@@ -144,12 +144,12 @@ def test_a_typed_placeholder_is_plain_text_where_control_tokens_are_sanitized(pr
 
 def test_a_tokenizer_without_the_image_token_is_an_error(processor):
     with pytest.raises(ValueError, match="does not know '<picture>' as one token"):
-        UHRBatProcessor(processor.image_processor, processor.tokenizer, budgets=BUDGETS, image_token="<picture>")
+        UHRBatProcessor(processor.image_processor, processor.tokenizer, default_budgets=BUDGETS, image_token="<picture>")
 
 
 def test_a_processor_survives_saving(processor, tmp_path):
     processor.save_pretrained(tmp_path)
     settings = UHRBatProcessor.get_processor_dict(tmp_path)[0]
-    assert settings["budgets"] == BUDGETS
+    assert settings["default_budgets"] == BUDGETS
     image_processor = UHRBatImageProcessor.from_pretrained(tmp_path)
     assert image_processor.to_dict() == processor.image_processor.to_dict()
