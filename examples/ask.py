@@ -1,0 +1,147 @@
+"""Ask a question about an image, and see where the visual tokens and the seconds go.
+
+    python -m examples.ask [IMAGE] [QUESTION] [--model DIR] [--budgets 32,64,128,256] [--max-new-tokens 64]
+
+Without an image it asks about the made-up scene of `examples.scene`, which is made when it is missing.
+"""
+
+import argparse
+import os
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from examples import scene
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTION = "What colour are the ships at the pier?"
+# The README says the same; change both when the weights change.
+WEIGHTS_NOTE = "These weights are seeded random numbers: the answer has no meaning until the model is trained."
+
+
+@contextmanager
+def timed(seconds, stage):
+    """Measure one stage and say on the error stream that it runs."""
+    print(f"{stage} ...", file=sys.stderr, flush=True)
+    start = time.perf_counter()
+    yield
+    seconds[stage] = time.perf_counter() - start
+
+
+def token_bar(total):
+    """A progress bar that `generate` takes for a streamer."""
+    from tqdm import tqdm
+    from transformers.generation import BaseStreamer
+
+    class TokenBar(BaseStreamer):
+        bar = tqdm(total=total, desc="Generating", unit="token", delay=1, leave=False)
+
+        def put(self, ids):
+            self.bar.update(ids.numel() == 1)  # the first call brings the prompt
+
+        def end(self):
+            self.bar.close()
+
+    return TokenBar()
+
+
+def ask(image_path, question, model_path, budgets, max_new_tokens):
+    """Run every stage by itself and print the answer and what it cost."""
+    seconds = {}
+    with timed(seconds, "load"):
+        import torch
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
+        model = AutoModelForImageTextToText.from_pretrained(
+            model_path,
+            trust_remote_code=True,
+            dtype="auto",
+            device_map="auto" if torch.cuda.is_available() else None,
+        )
+    with timed(seconds, "decode"):
+        image = processor.image_processor.fetch_images(image_path)
+    print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
+    if model_path == ROOT:
+        print(WEIGHTS_NOTE)
+
+    with timed(seconds, "preprocess"):
+        image_inputs = processor.image_processor(image, return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        with timed(seconds, "encode"):
+            features = model.encode_image(**image_inputs)
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+        inputs = processor.tokenizer(prompt, return_tensors="pt").to(model.device)
+        with timed(seconds, "compress"):
+            compressed = model.compress(**inputs, image_features=features, budgets=budgets)
+        with timed(seconds, "generate"):
+            output = model.generate(
+                **inputs,
+                image_features=features,
+                budgets=budgets,
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                streamer=token_bar(max_new_tokens),
+            )
+    # The prompt comes back with its one placeholder as long as the image's visual tokens.
+    spent = [len(tokens) for tokens in compressed.tokens[0]]
+    answer_ids = output[0, inputs["input_ids"].shape[1] - 1 + sum(spent) :]
+    answer = processor.decode(answer_ids, skip_special_tokens=True).strip()
+    printable = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in answer)
+    print(f"\nQuestion: {question}\nAnswer: {printable}\n")
+    seen = [int((regions >= 0).sum()) for regions in compressed.regions[0]]
+    print_tokens(model.config, seen, budgets or model.config.budgets, spent)
+    print_seconds(seconds)
+
+
+def print_tokens(config, seen, budgets, spent):
+    """Table of the visual tokens of every scale; `seen` are those that show more than the letterbox."""
+    row = "{:>9} {:>9} {:>11} {:>8} {:>8}".format
+    print(row("scale", "grid", "tokens seen", "budget", "spent"))
+    for scale, (height, width), *counts in zip(config.scales, config.grids, seen, budgets, spent):
+        print(row(f"{scale} px", f"{height} x {width}", *counts))
+    print(row("all", "", sum(seen), sum(budgets), sum(spent)))
+
+
+def print_seconds(seconds):
+    print("\n     stage  seconds")
+    for stage, taken in (*seconds.items(), ("all", sum(seconds.values()))):
+        print(f"{stage:>10} {taken:>8.2f}")
+
+
+def numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="examples.ask", description=__doc__.splitlines()[0])
+    parser.add_argument("image", nargs="?", metavar="IMAGE", help="file or URL (default: the made-up scene)")
+    parser.add_argument("question", nargs="?", metavar="QUESTION", default=QUESTION, help=f"default: {QUESTION}")
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    parser.add_argument("--budgets", type=numbers, help="visual tokens per scale, as 32,64,128,256")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    args = parser.parse_args()
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    try:
+        if args.image is None:
+            args.image = str(scene.DEFAULT_PATH)
+            if not scene.DEFAULT_PATH.exists():
+                print(f"Making the example scene, once: {args.image}", file=sys.stderr, flush=True)
+                scene.write()
+        # At the door: loading the model first would take its time.
+        if "://" not in args.image and not Path(args.image).is_file():
+            raise FileNotFoundError(f"{args.image}: there is no such image file.")
+        if not (args.model / "config.json").is_file():
+            raise FileNotFoundError(f"{args.model}: this is no model folder, there is no config.json in it.")
+        ask(args.image, args.question, args.model, args.budgets, args.max_new_tokens)
+    except (OSError, ValueError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,240 @@
+"""UHR-BAT-Tiny, the embedded default: a tokenizer learnt from made-up questions and a model of seeded random weights.
+
+    python -m export.build_tiny [--output DIR] [--seed N]
+
+Every number that is a length in pixels is a third of the paper's (tile 112 instead of 336, patch 14 as it is), so that
+the grids keep their proportions: 2, 4, 8 and 12 tiles a side. The same seed gives the same bytes.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import random
+import sys
+import tempfile
+import types
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# The files of the root are one package, as they are on the Hub: their imports of each other are relative.
+sys.modules.setdefault("uhr_bat", types.ModuleType("uhr_bat")).__path__ = [str(ROOT)]
+
+CONTEXT_WINDOW = 4096
+BUDGETS = [32, 64, 128, 256]
+VOCAB_SIZE = 1024
+# Ten times the usual: a random model of this width then answers by the image and the question, not by its last token.
+INITIALIZER_RANGE = 0.2
+SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
+# Qwen2's own: words with the space before them, digits one by one.
+PRETOKENIZE = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+AUTO_MAP = {
+    "AutoConfig": "configuration_uhr_bat.UHRBatConfig",
+    "AutoModel": "modeling_uhr_bat.UHRBatModel",
+    "AutoModelForCausalLM": "modeling_uhr_bat.UHRBatForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_uhr_bat.UHRBatForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_uhr_bat.UHRBatForConditionalGeneration",
+}
+
+COLOURS = "red orange yellow green blue purple white black grey brown silver beige".split()
+OBJECTS = (
+    "ship car plane tank truck taxi boat helicopter container crane building house tree pool tower train van turbine "
+    "silo vehicle warehouse greenhouse tent tractor canoe yacht tanker barge trailer excavator solar_panel"
+).split()
+PLACES = (
+    "pier harbour runway bridge tank_farm stadium road crossroads roundabout car_park field forest river lake coast "
+    "beach island airport railway station factory school quarry golf_course tennis_court football_pitch power_plant "
+    "residential_area industrial_area farmland orchard sea square park breakwater dam dock apron terminal highway"
+).split()
+QUADRANTS = [f"{a} {b}" for a in ("upper", "lower") for b in ("left", "right")] + [
+    "north", "south", "east", "west", "centre", "north-east", "north-west", "south-east", "south-west"
+]  # fmt: skip
+NUMBERS = "zero one two three four five six seven eight nine ten eleven twelve twenty fifty dozens hundreds".split()
+LOOKS = (
+    "small large long narrow wide bright dark dense sparse round rectangular straight curved parallel empty crowded "
+    "damaged destroyed flooded burnt cloudy shadowed moored parked isolated abandoned circular triangular paved wooden"
+).split()
+TEMPLATES = """
+How many {colour} {object}s are at the {place}? | There are {number} {colour} {object}s at the {place}.
+What colour are the {object}s at the {place}? | They are {colour}.
+What is the colour of the {object} next to the {place} in the {quadrant} of the image? | {colour}
+Is there a {object} near the {place}? | Yes, there is a {colour} {object} on the {quadrant} side.
+Are there any {object}s in the {quadrant} part of this image? | No, there are none.
+Which is closer to the {place}, the {colour} {object} or the {other} {object}? | The {colour} one.
+Are there more {object}s than {thing}s in the {quadrant} corner? | Yes. {number} against {number}.
+Where is the {place}? | The {place} is in the {quadrant} quadrant, between the {site} and the {object}s.
+What type of land use is shown in the {quadrant}? | Mostly {place} and {site}.
+Describe this remote-sensing image. | The satellite image shows a {place} with {number} {object}s, beside a {site}.
+Compare the {place} with the {site}. | The {place} is larger, brighter, and has fewer {object}s.
+Answer with the option's letter from the given choices directly: (A) {colour} (B) {other} (C) {place} (D) {number} | A
+What would happen if the {place} were flooded? Explain, step by step. | The {object}s could not reach the {site}.
+Give the bounding box of the {look} {colour} {object}: [x1, y1, x2, y2] in pixels. | [{digits}, {digits}, 2{digits}, 3{digits}]
+How far is it from the {place} to the {site}? | About {digits}00 metres, or {digits}.5 km.
+In which direction does the {object} move? Which route would you plan for it? | Along the {place}, heading {quadrant}.
+Which of these categories fits the whole scene best: {place}, {site}, mountain, desert, wetland or snow? | {place}
+Count the {look} {object}s. Think about every region before answering. | I can see about {number} of them.
+Is the {place} mainly surrounded by vegetation, bare soil or water? | By bare soil, with some vegetation and shallow water.
+Are the {object}s arranged in rows? What does their pattern suggest? | They stand in {look} rows, which suggests a {place}.
+What is the {look} structure at the top of the picture, and what is it used for? | It is probably a {look} {place}.
+At what time of day was this photograph taken, judging from the shadows? | Around noon: the shadows are short.
+Has anything changed between the first and the second image? | The {colour} {object} has left the {place}; it isn't there.
+""".strip().splitlines()
+
+
+def make_corpus(num_lines=20000, seed=0):
+    """Chat text of remote-sensing questions and answers in the prompt's own format, line by line."""
+    draw = random.Random(seed)
+    for question, answer in (draw.choice(TEMPLATES).split(" | ") for _ in range(num_lines)):
+        words = {
+            "colour": draw.choice(COLOURS), "other": draw.choice(COLOURS), "number": draw.choice(NUMBERS),
+            "object": draw.choice(OBJECTS), "thing": draw.choice(OBJECTS), "place": draw.choice(PLACES),
+            "site": draw.choice(PLACES), "quadrant": draw.choice(QUADRANTS), "look": draw.choice(LOOKS),
+            "digits": str(draw.randrange(100)),
+        }  # fmt: skip
+        question, answer = (text.format(**words).replace("_", " ") for text in (question, answer))
+        yield f"system\nYou are a helpful assistant.\nuser\n{question}\nassistant\n{answer}\n"
+
+
+def build_tokenizer(output):
+    """Byte-level BPE: every UTF-8 text comes back as it was, so there is no normaliser and no unknown token."""
+    from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCAB_SIZE - len(SPECIAL_TOKENS),
+        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(make_corpus(), trainer)
+    tokenizer.add_special_tokens(SPECIAL_TOKENS)
+    tokenizer.save(str(output / "tokenizer.json"))
+    # The generic class takes tokenizer.json as it stands; Qwen2Tokenizer would put its NFC normaliser back.
+    write_json(
+        output / "tokenizer_config.json",
+        {
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            "processor_class": "UHRBatProcessor",
+            "model_max_length": CONTEXT_WINDOW,
+            "padding_side": "left",
+            "clean_up_tokenization_spaces": False,
+            "eos_token": "<|im_end|>",
+            "pad_token": "<|endoftext|>",
+            "image_token": "<image>",
+            "extra_special_tokens": ["<|im_start|>"],
+        },
+    )
+    return tokenizer
+
+
+def tiny_config(tokenizer):
+    """The configuration of UHR-BAT-Tiny; the rules are the paper's, as in every new model."""
+    from uhr_bat.configuration_uhr_bat import UHRBatConfig
+
+    endoftext, _, im_end, image = (tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
+    config = UHRBatConfig(
+        scales=[224, 448, 896, 1344],
+        budgets=BUDGETS,
+        num_regions=64,
+        image_token_index=image,
+        importance_layer=2,
+        scale_embedding_grid=8,
+        initializer_range=INITIALIZER_RANGE,
+        tie_word_embeddings=True,
+        vision_config={
+            "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
+            "image_size": 112, "patch_size": 14,
+        },
+        text_config={
+            "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
+            "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64,
+            "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
+            "max_position_embeddings": CONTEXT_WINDOW,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "initializer_range": INITIALIZER_RANGE,
+            "tie_word_embeddings": True,
+            "eos_token_id": im_end, "pad_token_id": endoftext,
+        },
+    )  # fmt: skip
+    config.architectures = ["UHRBatForConditionalGeneration"]
+    config.auto_map = AUTO_MAP
+    config.dtype = "float32"
+    return config
+
+
+def build_model(output, config, seed=0):
+    """Seeded random weights in the layout that every supported transformers release loads."""
+    import torch
+    from safetensors.torch import save_file
+    from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
+
+    torch.manual_seed(seed)
+    model = UHRBatForConditionalGeneration(config)
+    weights = {distributed_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    del weights["lm_head.weight"]  # tied to the embedding table
+    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    return model
+
+
+def distributed_name(name):
+    """Releases before 5.23 nest the vision tower one level deeper; all of them read that form."""
+    nested, flat = "model.vision_tower.vision_model.", "model.vision_tower."
+    return name.replace(flat, nested, 1) if name.startswith(flat) and not name.startswith(nested) else name
+
+
+def write_configs(output, config):
+    """config.json, generation_config.json and the processor's own file."""
+    config.save_pretrained(output)
+    text = config.text_config
+    write_json(
+        output / "generation_config.json",
+        # Greedy: the same input gives the same answer. A base model that never learnt ChatML ends at <|endoftext|>.
+        {"do_sample": False, "eos_token_id": [text.eos_token_id, text.pad_token_id], "pad_token_id": text.pad_token_id},
+    )
+    write_json(
+        output / "processor_config.json",
+        {
+            "processor_class": "UHRBatProcessor",
+            "auto_map": {"AutoProcessor": "processing_uhr_bat.UHRBatProcessor"},
+            "default_budgets": config.budgets,
+        },
+    )
+
+
+def write_json(path, value):
+    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=ROOT, help="folder of the model (default: the repository)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
+    parser.add_argument("--tokenizer-only", action="store_true", help="write the two tokenizer files and nothing else")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    # Nothing is replaced before everything is built.
+    with tempfile.TemporaryDirectory(dir=args.output, prefix=".build-") as folder:
+        built = Path(folder)
+        tokenizer = build_tokenizer(built)
+        print(f"tokenizer: {tokenizer.get_vocab_size()} entries")
+        if not args.tokenizer_only:
+            config = tiny_config(tokenizer)
+            write_configs(built, config)
+            model = build_model(built, config, args.seed)
+            print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, seed {args.seed}")
+        for path in sorted(built.iterdir()):
+            print(f"{args.output / path.name}: {path.stat().st_size:,} bytes")
+            os.replace(path, args.output / path.name)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,148 @@
+"""The two commands of the README. They need Python 3.11 or newer with pip, and nothing else.
+
+    python run.py ask [IMAGE] [QUESTION]      set up what is missing, then ask about an image (--help: all options)
+    python run.py test [pytest arguments]     set up what is missing, then run the tests
+
+Everything is installed into .venv/ beside this file; delete that folder to start over.
+"""
+
+import hashlib
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+ROOT = Path(__file__).resolve().parent
+VENV = ROOT / ".venv"
+MADE = VENV / "made.stamp"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+# Older supported releases of transformers, and what of their requirements differs from constraints.txt. They go into
+# folders of their own that come first on PYTHONPATH: an environment each would repeat PyTorch's 800 MB.
+OVERLAYS = {
+    "5.10.4": ["transformers==5.10.4", "huggingface_hub==1.33.0", "tokenizers==0.22.2"],
+    "5.17.0": ["transformers==5.17.0", "huggingface_hub==1.33.0"],
+}
+OVERLAY_TESTS = ["tests/test_remote_code.py", "tests/test_quick_start.py", "tests/test_generation.py"]
+
+
+def set_up(*requirements):
+    """Make .venv/ and install the requirement files, each once for its present contents."""
+    if not MADE.exists() or not PYTHON.exists():
+        print("Setting up .venv/: this takes a few minutes, once.", flush=True)
+        check(call(sys.executable, "-m", "venv", "--clear", VENV))
+        MADE.touch()
+    for name in requirements:
+        contents = [(ROOT / file).read_text(encoding="utf-8") for file in (name, "constraints.txt")]
+        once(name, contents, lambda: pip("-r", ROOT / name, "-c", ROOT / "constraints.txt"))
+
+
+def set_up_overlay(version):
+    """Put an older transformers into its own folder and return that folder."""
+    folder = VENV / f"transformers-{version}"
+
+    def install():
+        shutil.rmtree(folder, ignore_errors=True)  # pip leaves what is there already as it is
+        pip("--no-deps", "--target", folder, *OVERLAYS[version])
+
+    once(folder.name, OVERLAYS[version], install)
+    return folder
+
+
+def once(name, inputs, action):
+    """Do it unless it was done with the same inputs. The stamp comes last, so an interrupted action is repeated."""
+    stamp = VENV / f"{name}.stamp"
+    digest = hashlib.sha256(repr(inputs).encode()).hexdigest()
+    if not stamp.exists() or stamp.read_text() != digest:
+        action()
+        stamp.write_text(digest)
+
+
+def pip(*arguments):
+    # A pip that is killed can leave half a package, which the next one takes for a whole one: .venv/ is made anew then.
+    MADE.unlink()
+    code = call(PYTHON, "-m", "pip", "--disable-pip-version-check", "install", *arguments)
+    MADE.touch()
+    check(code)
+
+
+def call(*command):
+    command = [str(part) for part in command]
+    print("+", *command, flush=True)
+    return subprocess.call(command)
+
+
+def check(code):
+    if code:
+        print("The set-up stopped there. The same command again takes it up.", file=sys.stderr)
+        sys.exit(code)
+
+
+def run_tests(version, arguments, overlay=None):
+    """Run pytest and return (passed, failed, skipped)."""
+    report = VENV / f"tests-{version}.xml"
+    report.unlink(missing_ok=True)
+    environment = dict(os.environ)
+    if overlay:
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
+    print(f"\nTests with transformers {version}", flush=True)
+    command = [PYTHON, "-m", "pytest", "--timeout=900", f"--junitxml={report}", *arguments]
+    code = subprocess.call(command, cwd=ROOT, env=environment)
+    passed, failed, skipped = count(report)
+    # A run that collected nothing or died on the way reports no failure, but it is one.
+    return passed, max(failed, int(code != 0)), skipped
+
+
+def count(report):
+    """(passed, failed, skipped) of a JUnit report; nothing if pytest did not get as far as writing one."""
+    if not report.exists():
+        return 0, 0, 0
+    suites = list(ElementTree.parse(report).iter("testsuite"))
+    total = {key: sum(int(suite.get(key)) for suite in suites) for key in ("tests", "errors", "failures", "skipped")}
+    failed = total["errors"] + total["failures"]
+    return total["tests"] - failed - total["skipped"], failed, total["skipped"]
+
+
+def ask(arguments):
+    set_up("requirements.txt")
+    # The current folder stays, as IMAGE may be relative to it; -P keeps that folder's modules out of the way.
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    command = [str(PYTHON), "-P", "-m", "examples.ask", *arguments]
+    if os.name == "nt":
+        sys.exit(subprocess.call(command))
+    os.execv(command[0], command)
+
+
+def test(arguments):
+    set_up("requirements.txt", "requirements-test.txt")
+    newest = re.search(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)[1]
+    results = {newest: run_tests(newest, arguments or ["tests"])}
+    for version in OVERLAYS if not arguments else ():
+        results[version] = run_tests(version, OVERLAY_TESTS, set_up_overlay(version))
+    summary = "{} passed, {} failed, {} skipped".format
+    print()
+    for version, counts in results.items():
+        print(f"transformers {version}:", summary(*counts))
+    total = [sum(column) for column in zip(*results.values())]
+    print(summary(*total), flush=True)
+    sys.exit(int(total[1] > 0))
+
+
+def main():
+    commands = {"ask": ask, "test": test}
+    if sys.version_info < (3, 11):
+        sys.exit("Python 3.11 or newer is needed; this is {}.{}.".format(*sys.version_info))
+    if len(sys.argv) < 2 or sys.argv[1] not in commands:
+        print(__doc__.strip())
+        sys.exit(0 if sys.argv[1:] in (["-h"], ["--help"]) else 2)
+    commands[sys.argv[1]](sys.argv[2:])
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
