@@ -1,0 +1,542 @@
+"""UHR-BAT images: from a file, a PIL image or an array to the tiles of every scale (the resized views of section 3.3).
+
+An image of any shape is letterboxed to a square (centred, the mean colour), the square is resized to every scale with
+Pillow's bicubic, and each of these views is cut into tiles, row by row. The square itself is never built. In this
+order: sizes and letterbox, reading, resizing and cutting, the class that users load.
+
+Letters: I images, T tiles of all scales, N patches of all scales. Sizes are (height, width).
+"""
+
+import base64
+import binascii
+import io
+import os
+import struct
+from collections.abc import Sequence
+from typing import Any, BinaryIO
+from urllib.parse import urlparse
+from urllib.request import url2pathname
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
+from transformers.image_utils import (
+    OPENAI_CLIP_MEAN,
+    OPENAI_CLIP_STD,
+    ChannelDimension,
+    ImageInput,
+    SizeDict,
+    is_torch_tensor,
+    is_valid_image,
+    load_image,
+)
+from transformers.processing_utils import ImagesKwargs, Unpack
+
+
+# CLIP's mean colour in 8 bits, the letterbox of the released code.
+PAD_COLOR = (122, 116, 104)
+# Longest side in pixels. The horizontal pass over a portrait image costs as much as its square, about a minute per
+# scale at this side; a file of a few bytes that states 1,000,000 x 1 pixels would take hours.
+MAX_SIDE = 100_000
+# Pixels of one strip of a portrait image on its way to a scale: 8 MB, measured to be faster than 2 MB and than 32 MB.
+STRIP_PIXELS = 2**21
+# 16 bits to 8 by the full range, 65535 -> 255, to the nearest: 65535 / 255 = 257, which is odd, so there are no ties.
+SIXTEEN_TO_EIGHT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
+
+
+# Sizes and letterbox
+
+
+def check_image_size(image_size: tuple[int, int], max_image_pixels: int, name: str = "image"):
+    """Raises `ValueError` for an image that is empty or over the limit, with its name, its size and the limit."""
+    height, width = image_size
+    if min(height, width) < 1:
+        raise ValueError(f"{name}: {height} x {width} pixels (height x width) show nothing.")
+    if height * width > max_image_pixels:
+        raise ValueError(
+            f"{name}: {height} x {width} = {height * width} pixels are over the limit of {max_image_pixels} pixels. "
+            f"Raise `max_image_pixels` to read it."
+        )
+    if max(height, width) > MAX_SIDE:
+        raise ValueError(
+            f"{name}: {height} x {width} pixels have a side over {MAX_SIDE} pixels, whose letterboxed square would "
+            f"take too long. Cut the image into parts."
+        )
+
+
+def check_scales(scales: Sequence[int], tile_size: int, patch_size: int = 1):
+    """Raises `ValueError` unless scales are ascending multiples of the tile, and the tile a multiple of the patch."""
+    if tile_size < 1 or patch_size < 1 or tile_size % patch_size:
+        raise ValueError(f"The tile of {tile_size} px is not a positive multiple of the patch of {patch_size} px.")
+    if not scales:
+        raise ValueError("`scales` is empty: at least the anchor scale is needed.")
+    for scale in scales:
+        if scale < 1 or scale % tile_size:
+            raise ValueError(f"Scale {scale} px is not a positive multiple of the tile of {tile_size} px.")
+    if any(low >= high for low, high in zip(scales, scales[1:])):
+        raise ValueError(f"`scales` must be ascending, the anchor first. Got {list(scales)}.")
+
+
+def letterbox(image_size: tuple[int, int]) -> tuple[int, int, int]:
+    """(side, top, left) of the square around a (height, width) image: centred, an odd pixel goes below and right."""
+    height, width = image_size
+    side = max(height, width)
+    return side, (side - height) // 2, (side - width) // 2
+
+
+def padding_mask(image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """bool[H, W] for a (height, width) image and a grid over its letterboxed square, in exact integers: True where a
+    patch shows any pixel of the image, False where it shows the letterbox alone (as in an attention mask)."""
+    side, top, left = letterbox(image_size)
+    shown = []
+    for start, length, num_patches in zip((top, left), image_size, grid):
+        patch_idx = np.arange(num_patches, dtype=np.int64)
+        # Patch i covers [i * side / num_patches, (i + 1) * side / num_patches) of the square.
+        shown.append(
+            ((patch_idx + 1) * side > start * num_patches) & (patch_idx * side < (start + length) * num_patches)
+        )
+    return shown[0][:, None] & shown[1]
+
+
+# Reading: everything becomes an 8-bit RGB image, or an error that names the file
+
+
+def _reason(error):
+    """"OSError: image file is truncated": the type says what an empty message, as of a MemoryError, does not."""
+    return f"{type(error).__name__}: {error}"
+
+
+def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
+    """8-bit RGB from a PIL image of any mode; an RGB image comes back itself.
+
+    Alpha is dropped, not blended. 16-bit grey (modes "I;16*", and "I" with values in 0..65535, which is how older
+    Pillow reads it) is scaled by its full range; Pillow's own conversion would clip it at 255.
+    Raises `OSError` if the image cannot be decoded whole, `ValueError` if its mode has no right conversion.
+    """
+    try:
+        image.load()
+    except Exception as error:  # decoders raise whatever they like
+        raise OSError(f"{name}: the image cannot be decoded whole ({_reason(error)}).") from error
+    if image.mode == "RGB":
+        return image
+    if image.mode.startswith("I"):
+        values = np.asarray(image)
+        low, high = values.min(), values.max()
+        if low < 0 or high > 65535:
+            raise ValueError(f"{name}: integer pixels must be in 0..65535 (16-bit grey). Got {low}..{high}.")
+        return Image.fromarray(SIXTEEN_TO_EIGHT[values]).convert("RGB")
+    if image.mode == "F":
+        raise ValueError(f"{name}: pixels are floats (mode F) of unknown range. Scale them to 8 bits first.")
+    try:
+        return image.convert("RGB")
+    except ValueError as error:
+        raise ValueError(f"{name}: mode {image.mode} cannot be converted to RGB ({error}).") from error
+
+
+def read_image(file: BinaryIO, max_image_pixels: int, name: str = "image", path: str = "") -> Image.Image:
+    """8-bit RGB from an open image file, upright by its EXIF orientation, first frame.
+
+    The limit is checked between the header and the pixels. It replaces Pillow's own (`Image.MAX_IMAGE_PIXELS`), which
+    is neither used nor changed: the registered readers are called directly, as `Image.open` does before its check.
+    """
+    try:
+        image = _open_lazily(file, path)
+    except Exception as error:
+        raise OSError(f"{name}: the image cannot be opened ({_reason(error)}).") from error
+    if image is None:
+        raise UnidentifiedImageError(f"{name}: not an image that Pillow can read, or one with a side of 0 pixels.")
+    check_image_size((image.height, image.width), max_image_pixels, name)
+    if image.format == "TIFF":
+        # Pillow's TIFF reader turns the image upright itself, and asks for Pillow's limit once more when it allocates
+        # the pixels: they are allocated here. The tags hold the stored size; `image.size` may be the upright one.
+        stored_width, stored_height = image.tag_v2[256], image.tag_v2[257]
+        image.im = Image.new(image.mode, (stored_width, stored_height), None).im
+        return to_rgb(image, name)
+    try:
+        ImageOps.exif_transpose(image, in_place=True)  # in place: a copy of a gigapixel is 4 GB
+    except Exception as error:
+        raise OSError(f"{name}: the image cannot be decoded whole ({_reason(error)}).") from error
+    return to_rgb(image, name)
+
+
+def _open_lazily(file, path):
+    """The opened image, nothing decoded, or None: `Image.open` without its limit. Common formats come first."""
+    prefix = file.read(16)
+    for register_readers in (Image.preinit, Image.init):
+        register_readers()
+        for image_format in tuple(Image.ID):
+            reader, accept = Image.OPEN[image_format]
+            try:
+                accepted = accept is None or accept(prefix)
+                if accepted and not isinstance(accepted, str):  # a string is a reason to say no
+                    file.seek(0)
+                    return reader(file, path)
+            except (SyntaxError, IndexError, TypeError, struct.error):  # another format's file
+                continue
+    return None
+
+
+def load_rgb(source: str | os.PathLike, max_image_pixels: int) -> Image.Image:
+    """8-bit RGB from a path, a `file://` or `http(s)://` URL, or base64 with or without a `data:` header.
+
+    Files and base64 are read by `read_image`. URLs are fetched by transformers' own loader, so that Pillow's limit
+    holds for them too. Raises `OSError` or `ValueError` with the source's name.
+    """
+    source = os.fspath(source)
+    name = source if len(source) <= 200 else f"{source[:100]}..."
+    if source.startswith(("http://", "https://")):
+        try:
+            image = load_image(source)
+        except Exception as error:
+            raise OSError(f"{name}: the image cannot be fetched ({_reason(error)}).") from error
+        check_image_size((image.height, image.width), max_image_pixels, name)
+        return image
+    if source.startswith("data:"):
+        header, _, payload = source.partition(",")
+        try:
+            return read_image(io.BytesIO(base64.b64decode(payload)), max_image_pixels, header)
+        except binascii.Error as error:
+            raise ValueError(f"{header}: the image is not base64 ({error}).") from error
+    path = url2pathname(urlparse(source).path) if source.startswith("file://") else source
+    if os.path.exists(path):
+        with open(path, "rb") as file:
+            return read_image(file, max_image_pixels, name, path)
+    try:
+        return read_image(io.BytesIO(base64.b64decode("".join(source.split()), validate=True)), max_image_pixels, name)
+    except (binascii.Error, UnidentifiedImageError) as error:
+        raise FileNotFoundError(f"{name}: there is no such file, and it is no URL or base64 image.") from error
+
+
+def array_to_image(array: np.ndarray, input_data_format: str | ChannelDimension | None = None) -> Image.Image:
+    """L, RGB or RGBA image from [H, W], [H, W, C] or [C, H, W] with 1, 3 or 4 channels.
+
+    Values: 8 bits; bool; 16 bits, scaled by their full range; other integers that are in 0..255; floats in [0, 1].
+    Raises `ValueError` for other values, other shapes, and for a shape that can be read both ways.
+    """
+    array = _channels_last(array, input_data_format)
+    if array.dtype == np.uint16:
+        array = SIXTEEN_TO_EIGHT[array]
+    elif array.dtype == bool:
+        array = array * np.uint8(255)
+    elif array.dtype != np.uint8:
+        low, high = array.min(), array.max()
+        limit = 1 if np.issubdtype(array.dtype, np.floating) else 255
+        if not (low >= 0 and high <= limit):  # in this form NaN is refused too
+            raise ValueError(f"An image of {array.dtype} must have values in 0..{limit}. Got {low}..{high}.")
+        array = np.rint(array * 255.0).astype(np.uint8) if limit == 1 else array.astype(np.uint8)
+    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))
+
+
+def _channels_last(array, input_data_format):
+    """A [H, W, C] view of an image array."""
+    if array.ndim == 2:
+        return array[:, :, None]
+    if array.ndim != 3:
+        raise ValueError(f"An image array has 2 or 3 dimensions. Got the shape {tuple(array.shape)}.")
+    if input_data_format is None:
+        first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
+        if first == last:
+            raise ValueError(
+                f"Cannot tell where the 1, 3 or 4 channels of an image of shape {tuple(array.shape)} are. Pass "
+                f"`input_data_format`, 'channels_first' or 'channels_last'."
+            )
+        input_data_format = ChannelDimension.LAST if last else ChannelDimension.FIRST
+    if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
+        array = array.transpose(1, 2, 0)
+    if array.shape[2] not in (1, 3, 4):
+        raise ValueError(f"An image has 1, 3 or 4 channels. Got {array.shape[2]} in the shape {tuple(array.shape)}.")
+    return array
+
+
+def flatten_images(images) -> list:
+    """One flat list from an image (PIL, array, path or URL), a batch array of 4 dimensions, or nested lists."""
+    if isinstance(images, (list, tuple)):
+        return [image for nested in images for image in flatten_images(nested)]
+    if getattr(images, "ndim", 3) == 4:
+        return list(images)
+    return [images]
+
+
+# Resizing and cutting
+
+
+def letterbox_resize(
+    image: Image.Image,
+    scale: int,
+    pad_color: Sequence[int] = PAD_COLOR,
+    resample: int = Image.Resampling.BICUBIC,
+) -> Image.Image:
+    """The letterboxed square of an RGB image at [scale, scale] pixels, bit-equal to pasting the image into the square
+    and resizing that.
+
+    Pillow resizes rows first, rounds to 8 bits, then columns. So the rows of the image are resized alone, in strips
+    that are as wide as the square, the rows of the letterbox keep their colour, and the columns follow at the end.
+    """
+    height, width = image.height, image.width
+    side, top, left = letterbox((height, width))
+    if height == width:
+        return image.resize((scale, scale), resample)
+    pad_color = tuple(pad_color)
+    narrow = Image.new("RGB", (scale, side), pad_color)
+    if width == side:
+        narrow.paste(image.resize((scale, height), resample), (0, top))
+    else:
+        num_rows = max(1, STRIP_PIXELS // side)
+        for start in range(0, height, num_rows):
+            stop = min(start + num_rows, height)
+            strip = image.transform(
+                (side, stop - start),
+                Image.Transform.EXTENT,
+                (-left, start, side - left, stop),
+                Image.Resampling.NEAREST,
+                fillcolor=pad_color,
+            )
+            narrow.paste(strip.resize((scale, stop - start), resample), (0, start))
+    return narrow.resize((scale, scale), resample)
+
+
+def image_to_tiles(
+    image: Image.Image,
+    scales: Sequence[int],
+    tile_size: int,
+    pad_color: Sequence[int] = PAD_COLOR,
+    resample: int = Image.Resampling.BICUBIC,
+) -> dict[int, np.ndarray]:
+    """{scale: uint8[(scale / tile)^2, 3, tile, tile]} of an RGB image: every view cut into tiles, row by row."""
+    check_scales(scales, tile_size)
+    if image.mode != "RGB":
+        raise ValueError(f"Tiles are cut from an RGB image. Got mode {image.mode}.")
+    tiles = {}
+    for scale in scales:
+        view = np.asarray(letterbox_resize(image, scale, pad_color, resample))
+        num_rows = scale // tile_size
+        view = view.reshape(num_rows, tile_size, num_rows, tile_size, 3).transpose(0, 2, 4, 1, 3)
+        tiles[scale] = np.ascontiguousarray(view).reshape(num_rows**2, 3, tile_size, tile_size)
+    return tiles
+
+
+def normalize_tiles(
+    tiles: np.ndarray,
+    rescale_factor: float | None = 1 / 255,
+    mean: Sequence[float] | float | None = OPENAI_CLIP_MEAN,
+    std: Sequence[float] | float | None = OPENAI_CLIP_STD,
+    out: np.ndarray | None = None,
+) -> np.ndarray:
+    """float32[..., 3, h, w] from uint8 of that shape: `(tiles * rescale_factor - mean) / std`, bit-equal to CLIP's
+    processor, whose product is rounded once, from float64. `rescale_factor=None` and `mean=None` leave that step out.
+    The result is written to `out` where given."""
+    out = np.empty(tiles.shape, np.float32) if out is None else out
+    if rescale_factor is None:
+        out[...] = tiles
+    else:
+        np.multiply(tiles, rescale_factor, out=out, dtype=np.float64, casting="same_kind")
+    if mean is not None:
+        np.subtract(out, np.asarray(mean, np.float32).reshape(-1, 1, 1), out=out)
+        np.divide(out, np.asarray(std, np.float32).reshape(-1, 1, 1), out=out)
+    return out
+
+
+# What users load
+
+
+class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
+    """
+    scales (`list[int]`):
+        Sides of the square views in pixels, ascending, the anchor first. Multiples of the tile.
+    patch_size (`int`):
+        Side of the square of pixels that one token shows.
+    pad_color (`list[int]`):
+        RGB colour of the letterbox.
+    max_image_pixels (`int`):
+        Pixels of the largest image that is read.
+    mask_padding (`bool`):
+        Whether `pixel_attention_mask` is 0 where a patch shows the letterbox alone; otherwise it is 1 everywhere.
+    """
+
+    scales: list[int] | tuple[int, ...] | None
+    patch_size: int | None
+    pad_color: list[int] | tuple[int, ...] | None
+    max_image_pixels: int | None
+    mask_padding: bool | None
+
+
+class UHRBatImageProcessor(BaseImageProcessor):
+    """Turns images into the tiles of every scale.
+
+    Returns a `BatchFeature` with
+    - `pixel_values` float32[I, T, 3, tile, tile]: scales ascending, the tiles of a scale row by row;
+    - `pixel_attention_mask` int64[I, N]: scales ascending, each in raster order over its whole grid; 1 where the patch
+      shows any pixel of the image, 0 where it shows the letterbox alone. int64 as `attention_mask` is, which every
+      collator and gather handles; it is 300 times smaller than the pixels.
+
+    Images: PIL, NumPy or torch (see `array_to_image`), paths, URLs, base64, alone, in lists or in nested lists, which
+    are flattened. EXIF orientation is applied to what is read here, not to PIL images handed in. Every image becomes
+    8-bit RGB first: floats in [0, 1] too, so that `do_rescale=False` gives 0..255 whatever the input.
+
+    The tile is `crop_size`. The file that this class writes can be read as CLIP's, so that it gives a right image
+    processor without `trust_remote_code` too: it names CLIP's class, and `size` (CLIP's key, not used here, like
+    `do_center_crop`) always follows `crop_size`.
+    """
+
+    valid_kwargs = UHRBatImageProcessorKwargs
+    model_input_names = ["pixel_values", "pixel_attention_mask"]
+
+    # CLIP's keys. The tile is that of ViT-L/14-336.
+    do_resize = True
+    size = {"shortest_edge": 336}
+    default_to_square = False
+    resample = Image.Resampling.BICUBIC
+    do_center_crop = True
+    crop_size = {"height": 336, "width": 336}
+    do_rescale = True
+    rescale_factor = 1 / 255
+    do_normalize = True
+    image_mean = OPENAI_CLIP_MEAN
+    image_std = OPENAI_CLIP_STD
+    do_convert_rgb = True
+    # Ours, with the paper's scales.
+    scales = [672, 1344, 2688, 4032]
+    patch_size = 14
+    pad_color = list(PAD_COLOR)
+    max_image_pixels = 1_000_000_000
+    mask_padding = True
+
+    def __init__(self, **kwargs: Unpack[UHRBatImageProcessorKwargs]):
+        kwargs = {name: value for name, value in kwargs.items() if value is not None}  # None is the class's default
+        super().__init__(**kwargs)
+        self._set_attributes(**kwargs)
+        self._validate_preprocess_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names})
+
+    @classmethod
+    def from_clip(cls, image_processor: BaseImageProcessor, **kwargs) -> "UHRBatImageProcessor":
+        """Our processor with the tile, mean, std and other settings of a CLIP one; `kwargs` (as `scales`) go first.
+
+        One that was read from our own file without `trust_remote_code` still carries our settings: they are kept.
+        """
+        settings = image_processor.to_dict()
+        known = (*cls.valid_kwargs.__annotations__, "auto_map")
+        settings = {name: settings[name] for name in known if name in settings}
+        size = settings.pop("size", None)
+        settings.setdefault("crop_size", size)  # processors without a crop state the tile as their size
+        return cls(**{**settings, **kwargs})
+
+    def fetch_images(self, image_url_or_urls, max_image_pixels: int | None = None):
+        """RGB images in place of paths, URLs and base64 strings, in the same nesting; other images as they are."""
+        if max_image_pixels is None:
+            max_image_pixels = self.max_image_pixels
+        if isinstance(image_url_or_urls, (list, tuple)):
+            return [self.fetch_images(image, max_image_pixels) for image in image_url_or_urls]
+        if isinstance(image_url_or_urls, (str, os.PathLike)):
+            return load_rgb(image_url_or_urls, max_image_pixels)
+        if is_valid_image(image_url_or_urls):
+            return image_url_or_urls
+        raise TypeError(
+            f"An image is a PIL image, an array, a tensor, a path, a URL or base64. Got {type(image_url_or_urls)}."
+        )
+
+    def process_image(
+        self,
+        image: ImageInput | str | os.PathLike,
+        max_image_pixels: int | None = None,
+        do_convert_rgb: bool | None = True,
+        input_data_format: str | ChannelDimension | None = None,
+        **kwargs,
+    ) -> Image.Image:
+        """One image of any kind as 8-bit RGB."""
+        if max_image_pixels is None:
+            max_image_pixels = self.max_image_pixels
+        image = self.fetch_images(image, max_image_pixels)
+        if not isinstance(image, Image.Image):
+            if is_torch_tensor(image):
+                image = image.detach().cpu()
+                image = (image.float() if image.is_floating_point() else image).numpy()
+            check_image_size(_channels_last(image, input_data_format).shape[:2], max_image_pixels)
+            image = array_to_image(image, input_data_format)
+        name = getattr(image, "filename", "") or "image"  # only images that Pillow opened know their file
+        check_image_size((image.height, image.width), max_image_pixels, name)
+        if not do_convert_rgb and image.mode != "RGB":
+            raise ValueError(f"{name}: mode {image.mode} is not RGB, and `do_convert_rgb` is False.")
+        return to_rgb(image, name)
+
+    def _standardize_kwargs(self, **kwargs) -> dict:
+        # None in a call is what the processor itself says.
+        kwargs = {name: getattr(self, name, None) if value is None else value for name, value in kwargs.items()}
+        kwargs = super()._standardize_kwargs(**kwargs)
+        tile_size = kwargs["crop_size"].height
+        if set(dict(kwargs["size"]).values()) != {tile_size}:
+            kwargs["size"] = SizeDict(shortest_edge=tile_size)
+        for name in ("image_mean", "image_std"):
+            if np.size(kwargs[name]) == 4:  # the fourth is that of the alpha channel, which is dropped
+                kwargs[name] = kwargs[name][:3]
+        # JSON has no tuples: lists here keep a processor equal to its own copy that was saved and loaded.
+        kwargs["scales"] = list(kwargs["scales"])
+        kwargs["pad_color"] = list(kwargs["pad_color"])
+        return kwargs
+
+    def _validate_preprocess_kwargs(self, **kwargs):
+        super()._validate_preprocess_kwargs(**kwargs)
+        crop_size = kwargs["crop_size"]
+        if crop_size.height is None or crop_size.height != crop_size.width:
+            raise ValueError(f"`crop_size` is the tile, a square. Got {dict(crop_size)}.")
+        check_scales(kwargs["scales"], crop_size.height, kwargs["patch_size"])
+        if kwargs["max_image_pixels"] < 1:
+            raise ValueError(f"`max_image_pixels` must be at least 1. Got {kwargs['max_image_pixels']}.")
+        if len(kwargs["pad_color"]) != 3 or not all(0 <= value <= 255 for value in kwargs["pad_color"]):
+            raise ValueError(f"`pad_color` is three numbers in 0..255. Got {kwargs['pad_color']}.")
+        for name in ("image_mean", "image_std"):
+            if np.size(kwargs[name]) not in (1, 3):
+                raise ValueError(f"`{name}` is one number or three, for RGB. Got {np.size(kwargs[name])}.")
+        if not kwargs["do_resize"]:
+            raise ValueError("`do_resize=False` cannot be: every scale is a resized view of the image.")
+        if kwargs["data_format"] not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
+            raise ValueError(f"`pixel_values` are channels first. Got `data_format={kwargs['data_format']}`.")
+
+    def _preprocess_image_like_inputs(
+        self,
+        images: ImageInput,
+        *args,
+        scales: list[int],
+        crop_size,
+        patch_size: int,
+        pad_color: list[int],
+        resample: int,
+        mask_padding: bool,
+        do_rescale: bool,
+        rescale_factor: float,
+        do_normalize: bool,
+        image_mean,
+        image_std,
+        return_tensors=None,
+        **kwargs,
+    ) -> BatchFeature:
+        sources = flatten_images(images)
+        tile_size = crop_size.height
+        num_tiles = [(scale // tile_size) ** 2 for scale in scales]
+        num_patches = [(scale // patch_size) ** 2 for scale in scales]
+        pixel_values = np.empty((len(sources), sum(num_tiles), 3, tile_size, tile_size), np.float32)
+        pixel_attention_mask = np.ones((len(sources), sum(num_patches)), np.int64)
+
+        for image_idx, source in enumerate(sources):  # one decoded image at a time
+            image = self.process_image(source, **kwargs)
+            tiles = image_to_tiles(image, scales, tile_size, pad_color, resample)
+            for scale_tiles, out in zip(tiles.values(), np.split(pixel_values[image_idx], np.cumsum(num_tiles)[:-1])):
+                normalize_tiles(
+                    scale_tiles,
+                    rescale_factor if do_rescale else None,
+                    image_mean if do_normalize else None,
+                    image_std if do_normalize else None,
+                    out=out,
+                )
+            if mask_padding:
+                grids = [(scale // patch_size, scale // patch_size) for scale in scales]
+                masks = [padding_mask((image.height, image.width), grid).ravel() for grid in grids]
+                pixel_attention_mask[image_idx] = np.concatenate(masks)
+
+        data = {"pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask}
+        return BatchFeature(data=data, tensor_type=return_tensors)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**super().to_dict(), "image_processor_type": "CLIPImageProcessor"}
+
+
+__all__ = ["UHRBatImageProcessor"]

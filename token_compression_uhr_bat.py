@@ -1,0 +1,391 @@
+"""UHR-BAT token compression: sections 3.3 and 3.4 of the paper, appendices C.1 to C.3, as pure functions.
+
+Bring the importance to the grid of a scale (`align_importance`), partition the tokens of the scale into regions
+(`cluster_regions`, `vote_regions`), decide which tokens stay and which are merged (`select_tokens`), and apply that
+decision to the tokens (`merge_tokens`). Nothing here knows a model. The decision is made of indices only, so it can be
+applied to any tensor of the scale, and it is the provenance of every visual token.
+
+Axes: N tokens of a scale in raster order, D width of a token, R regions, H and W height and width of a grid of tokens
+or of a map of pixels. All sorts are stable and all sums run in a fixed order, so that the same input gives the same
+tokens on every run, on a GPU too: `index_add_` there does not.
+"""
+
+import torch
+import torch.nn.functional as F
+
+
+# Elements of a temporary block, 8 MiB in float32. It keeps a GPU busy, stays near a CPU's caches and bounds the memory:
+# at the finest default scale a matrix of N x R takes 660 MB and a float32 copy of the tokens 1.2 GB.
+BLOCK_ELEMENTS = 2**21
+
+# Birch groups the leaves of a tree, in memory quadratic in their number: the threshold of the tree is searched until it
+# has 1 to 4 leaves per region, in 12 trees at most, which take the threshold down to 1 / 4096.
+BIRCH_LEAVES_PER_REGION = 4
+BIRCH_TREES = 12
+
+
+def align_importance(anchor_importance: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
+    """Importance of every token of a scale, read from the anchor's map (eq. 6-7 and 16).
+
+    Bilinear between the centres of the anchor's tokens, constant beyond the outermost ones. A token covers one cell
+    of the grid, so the mean of eq. 7 is that cell.
+
+    Args:
+        anchor_importance: float[..., h, w], importance of the anchor's tokens.
+        grid: (height, width) of the scale in tokens, H and W.
+
+    Returns:
+        float[..., H, W] in the dtype of `anchor_importance`.
+
+    Raises:
+        ValueError: the map has fewer than two axes, or the map or the grid has an empty side.
+    """
+    if anchor_importance.dim() < 2 or 0 in anchor_importance.shape or min(grid) < 1:
+        raise ValueError(
+            "anchor_importance must be a map [..., height, width] and grid (height, width), no side of them 0. "
+            f"Got shape {tuple(anchor_importance.shape)} and grid {tuple(grid)}."
+        )
+    *leading, h, w = anchor_importance.shape
+    # float64: in float32 the four weights do not sum to one, a constant map comes back with two values in it, and its
+    # regions are no longer constant (Lemma 1).
+    maps = anchor_importance.double().reshape(-1, 1, h, w)
+    aligned = F.interpolate(maps, size=tuple(grid), mode="bilinear", align_corners=False)
+    return aligned.to(anchor_importance.dtype).reshape(*leading, *grid)
+
+
+def _runs(sorted_ids, num_ids):
+    """Start and length of the run of each of 0..num_ids-1 in ascending ids: two long[num_ids]."""
+    bounds = torch.searchsorted(sorted_ids, torch.arange(num_ids + 1, device=sorted_ids.device))
+    return bounds[:-1], bounds.diff()
+
+
+def _embed(features, norms, coords):
+    """Clustering embedding u_i (eq. 13): unit features beside scaled coordinates, float32[N, D + 2]."""
+    return torch.cat([features.float() / norms[:, None], coords], dim=1)
+
+
+def _nearest_centre(features, norms, coords, centres):
+    """Nearest centre of every token, the first of equals (eq. 14): long[N]."""
+    num_rows = max(1, BLOCK_ELEMENTS // max(centres.shape))
+    # |u - c|^2 = |u|^2 - 2 (u.c - |c|^2 / 2): the nearest centre has the largest bracket.
+    offset = centres.square().sum(dim=1) / -2
+    regions = torch.empty(len(features), dtype=torch.long, device=features.device)
+    for *block, out in zip(*(tensor.split(num_rows) for tensor in (features, norms, coords, regions))):
+        torch.argmax(torch.addmm(offset, _embed(*block), centres.T), dim=1, out=out)
+    return regions
+
+
+def _mean_centres(features, norms, coords, regions, centres):
+    """Mean embedding of every region, float32[R, D + 2]; a region without tokens keeps its centre."""
+    order = regions.argsort(stable=True)
+    starts, sizes = _runs(regions[order], len(centres))
+    # In blocks of columns, not of tokens: the sums then do not depend on the size of a block.
+    num_columns = max(1, BLOCK_ELEMENTS // len(features))
+    weights = norms[order].reciprocal()
+    # Written into one tensor: results kept between blocks that come and go scatter over a CPU's heap, 1 GB of it.
+    sums = torch.empty_like(centres)
+    for block, out in zip(features.split(num_columns, dim=1), sums[:, :-2].split(num_columns, dim=1)):
+        out.copy_(F.embedding_bag(order, block.float(), starts, mode="sum", per_sample_weights=weights))
+    sums[:, -2:] = F.embedding_bag(order, coords, starts, mode="sum")
+    return torch.where(sizes[:, None] > 0, sums.div_(sizes[:, None]), centres)
+
+
+def _kmeans(features, norms, coords, num_regions, num_iterations, generator):
+    """Lloyd's algorithm from `num_regions` different tokens, drawn at random (eq. 14): long[N]."""
+    if generator is None:
+        generator = torch.Generator().manual_seed(0)  # a CPU's, so that every device starts from the same tokens
+    drawn = torch.randperm(len(features), generator=generator, device=generator.device)[:num_regions]
+    drawn = drawn.to(features.device)
+    centres = _embed(features[drawn], norms[drawn], coords[drawn])
+    regions = _nearest_centre(features, norms, coords, centres)
+    for _ in range(num_iterations - 1):
+        centres = _mean_centres(features, norms, coords, regions, centres)
+        previous, regions = regions, _nearest_centre(features, norms, coords, centres)
+        if torch.equal(previous, regions):
+            break
+    return regions
+
+
+def _birch(features, norms, coords, num_regions, num_iterations, generator):
+    """Birch of scikit-learn on the CPU: long[N]. It draws nothing and takes the whole embedding in float32."""
+    try:
+        from sklearn.cluster import Birch
+    except ImportError as error:
+        raise ImportError('method="birch" needs scikit-learn: pip install scikit-learn') from error
+
+    embedding = _embed(features, norms, coords).cpu().numpy()
+    fine, coarse = 0.0, 1.0  # leaves of unit vectors have no radius above 1
+    for _ in range(BIRCH_TREES):
+        threshold = (fine + coarse) / 2
+        tree = Birch(threshold=threshold, n_clusters=None, compute_labels=False).fit(embedding)
+        num_leaves = len(tree.subcluster_centers_)
+        enough = num_leaves >= num_regions
+        if enough or fine == 0.0:
+            birch = tree
+        fine, coarse = (threshold, coarse) if enough else (fine, threshold)
+        if enough and num_leaves <= BIRCH_LEAVES_PER_REGION * num_regions:
+            break
+    if fine > 0.0:
+        birch.set_params(n_clusters=num_regions).partial_fit()  # groups the leaves, the tree stays as it is
+    return torch.from_numpy(birch.predict(embedding)).to(features.device).long()
+
+
+METHODS = {"kmeans": _kmeans, "birch": _birch}
+
+
+@torch.no_grad()
+def cluster_regions(
+    features: torch.Tensor,
+    coords: torch.Tensor,
+    num_regions: int,
+    *,
+    method: str = "kmeans",
+    coord_weight: float = 0.05,
+    num_iterations: int = 10,
+    generator: torch.Generator | None = None,
+) -> torch.Tensor:
+    """Partition the tokens of a scale by what they show and where they lie (eq. 13-14).
+
+    "kmeans" takes up to `num_iterations` products of [N, D + 2] with [D + 2, R] and, beside its inputs, the memory of
+    a few blocks and three sets of centres. "birch" is scikit-learn's on the CPU: it builds up to 12 trees in search of
+    a good number of leaves and needs memory for N x D floats and for the square of the number of leaves.
+
+    Args:
+        features: float[N, D], token features; only their direction counts. A zero vector is placed by `coords` alone.
+        coords: float[N, 2], (row, column) centre of every token in [0, 1] over the whole scale.
+        num_regions: regions at most. From N on, every token is a region of its own.
+        method: "kmeans" or "birch".
+        coord_weight: what the coordinates are multiplied by beside features of unit length.
+        num_iterations: assignments of Lloyd's algorithm at most; it stops earlier where no token changes its region.
+        generator: draws the tokens that k-means starts from; by default a fresh one with seed 0.
+
+    Returns:
+        long[N], labels 0..R-1 with every label used, R <= num_regions.
+
+    Raises:
+        ValueError: unknown method, counts below 1, shapes that do not agree, or features or coordinates that are not
+            finite in float32.
+        ImportError: "birch" without scikit-learn.
+    """
+    if method not in METHODS:
+        raise ValueError(f"Unknown method {method!r}. Known methods: {', '.join(METHODS)}.")
+    if num_regions < 1 or num_iterations < 1:
+        raise ValueError(
+            f"num_regions and num_iterations must be at least 1. Got {num_regions} and {num_iterations}."
+        )
+    if features.dim() != 2 or coords.shape != (len(features), 2):
+        raise ValueError(
+            "features must be [N, D] and coords [N, 2] with the same N. "
+            f"Got {tuple(features.shape)} and {tuple(coords.shape)}."
+        )
+    N, D = features.shape
+    num_rows = max(1, BLOCK_ELEMENTS // (D + 2))
+    # A model under autocast would cluster in half precision.
+    with torch.autocast(features.device.type, enabled=False):
+        norms = torch.empty(N, device=features.device)
+        for block, out in zip(features.split(num_rows), norms.split(num_rows)):
+            out.copy_(torch.linalg.vector_norm(block.float(), dim=1))
+        coords = coord_weight * coords.float()
+        if not (norms.isfinite().all() & coords.isfinite().all()):
+            raise ValueError(
+                "features and coords must be finite in float32, and so must the lengths of the features. "
+                f"Got {int((~norms.isfinite()).sum())} of {N} tokens with other features "
+                f"and {int((~coords.isfinite()).any(dim=1).sum())} with other coordinates."
+            )
+        if num_regions >= N:
+            return torch.arange(N, device=features.device)
+        norms = norms.clamp_min(1e-12)
+        regions = METHODS[method](features, norms, coords, num_regions, num_iterations, generator)
+    return regions.unique(return_inverse=True)[1]
+
+
+def _majority(labels):
+    """Most frequent label of every row, the smallest of equals: long[N, P] -> long[N]."""
+    P = labels.shape[1]
+    labels = labels.sort(dim=1).values
+    position = torch.arange(P, dtype=torch.int32, device=labels.device)
+    same = F.pad(labels[:, 1:] == labels[:, :-1], (1, 0))
+    start = position.masked_fill(same, 0).cummax(dim=1).values
+    # Labels ascend: of the longest runs, the first is the one of the smallest label.
+    longest = (position - start).argmax(dim=1, keepdim=True)
+    return labels.gather(1, longest)[:, 0]
+
+
+def vote_regions(labels: torch.Tensor, patch_size: int, *, background: int = 0) -> torch.Tensor:
+    """Regions of a scale from a map of pixel labels, a vote of the pixels of every patch (eq. 15).
+
+    Ties go to the smallest label. A token whose vote is the background becomes a region of its own: the background is
+    what no segment covers, not one thing.
+
+    Args:
+        labels: long[H, W], label of every pixel; negative ones are labels like others.
+        patch_size: pixels a side of a patch; 1 if the labels are those of tokens already.
+        background: the label of what belongs to no segment.
+
+    Returns:
+        long[N], labels 0..R-1 with every label used: first the segments in the order of their labels, then the
+        background tokens in raster order.
+
+    Raises:
+        ValueError: the map is no matrix or empty, or the patches do not cut it without a remainder.
+    """
+    if labels.dim() != 2 or 0 in labels.shape or patch_size < 1:
+        raise ValueError(
+            "labels must be a map [height, width], no side of it 0, and patch_size at least 1. "
+            f"Got shape {tuple(labels.shape)} and {patch_size}."
+        )
+    H, W = labels.shape
+    if H % patch_size or W % patch_size:
+        raise ValueError(f"A label map of {H}x{W} px is not a multiple of the patch of {patch_size} px.")
+    votes = []
+    for strip in labels.split(patch_size * max(1, BLOCK_ELEMENTS // (patch_size * W))):
+        patches = strip.unfold(0, patch_size, patch_size).unfold(1, patch_size, patch_size)
+        # [rows, W / p, p, p] -> [rows * W / p, p * p]
+        votes.append(_majority(patches.reshape(-1, patch_size**2)))
+    votes = torch.cat(votes)
+    segment = votes != background
+    segments = votes[segment].unique()
+    return torch.where(segment, torch.searchsorted(segments, votes), len(segments) - 1 + (~segment).cumsum(0))
+
+
+THRESHOLDS = {"ge": torch.ge, "gt": torch.gt}
+
+
+def _region_importance(importance, regions, sizes):
+    """Mean importance mu_m of every region (eq. 8): float64[R]."""
+    order = regions.argsort(stable=True)
+    starts = sizes.cumsum(0) - sizes
+    mean = F.embedding_bag(order, importance[:, None], starts, mode="sum")[:, 0] / sizes
+    # Rounding can lift the mean over every member (three times 0.1 in float64), which would then all be redundant.
+    lowest = torch.zeros_like(mean).scatter_reduce(0, regions, importance, "amin", include_self=False)
+    highest = torch.zeros_like(mean).scatter_reduce(0, regions, importance, "amax", include_self=False)
+    return mean.clamp(lowest, highest)
+
+
+def _count_along(order, mask):
+    """For every token, how many of `mask` stand up to and with it in `order`: long[N]."""
+    counts = mask[order].cumsum(0)
+    return torch.empty_like(counts).scatter(0, order, counts)
+
+
+@torch.no_grad()
+def select_tokens(
+    importance: torch.Tensor,
+    regions: torch.Tensor,
+    budget: int,
+    *,
+    threshold: str = "ge",
+    coverage: bool = False,
+) -> torch.Tensor:
+    """Decide which tokens of a scale are preserved, merged or dropped (eq. 8-12, algorithm 1).
+
+    The tokens of a region that reach its mean importance are candidates on their own; the rest, the redundant ones,
+    are one candidate together, their mean. Candidates are ordered by region (mean importance descending, ties by
+    label), in a region by importance (descending, ties by index), the merged one last, and cut at the budget. Where
+    there are fewer candidates than that, the most important redundant tokens are preserved as well (ties by index, the
+    least important one of a region never), so that the budget is always spent.
+
+    The paper claims that a budget of R tokens reaches every region; in its own order, early regions can use it up.
+    With `coverage` they cannot: the merged token of every region, or its best one if nothing is redundant, is taken
+    first, and preserved tokens share what is left, in the order above. The order of the output is the same.
+
+    Args:
+        importance: float[N], finite; means and comparisons are in float64.
+        regions: long[N], label of the region of every token; not negative, not necessarily without gaps.
+        budget: tokens that may be spent.
+        threshold: "ge" preserves tokens of at least the mean (eq. 9), "gt" only those above it.
+        coverage: whether every region is guaranteed a token.
+
+    Returns:
+        `slots` long[N], the output position 0..n-1 of every token with n = min(budget, N). Tokens in the same slot are
+        to be merged, -1 is dropped, no slot is empty.
+
+    Raises:
+        ValueError: shapes that do not agree, no tokens, a budget below 1 or, with `coverage`, below the number of
+            regions, an unknown threshold, importance that is not finite, negative labels.
+    """
+    if importance.dim() != 1 or importance.shape != regions.shape or not len(importance):
+        raise ValueError(
+            "importance and regions must be vectors of the same length, at least 1. "
+            f"Got shapes {tuple(importance.shape)} and {tuple(regions.shape)}."
+        )
+    if budget < 1:
+        raise ValueError(f"budget must be at least 1 token. Got {budget}.")
+    if threshold not in THRESHOLDS:
+        raise ValueError(f"Unknown threshold {threshold!r}. Known thresholds: {', '.join(THRESHOLDS)}.")
+    importance = importance.double()
+    num_odd, lowest = torch.stack([(~importance.isfinite()).sum(), regions.min()]).tolist()
+    if num_odd:
+        raise ValueError(f"importance must be finite. Got {num_odd} of {len(importance)} values that are not.")
+    if lowest < 0:
+        raise ValueError(f"Labels of regions must not be negative. Got {lowest}.")
+    labels, regions, sizes = regions.unique(return_inverse=True, return_counts=True)
+    R = len(labels)
+    if coverage and budget < R:
+        raise ValueError(f"A token for every region needs a budget of at least {R} for {R} regions. Got {budget}.")
+
+    region_importance = _region_importance(importance, regions, sizes)
+    preserved = THRESHOLDS[threshold](importance, region_importance[regions])
+
+    # From here on regions are numbered in the order of eq. 12, and tokens of a region lie together in `order`.
+    by_region_importance = region_importance.argsort(descending=True, stable=True)
+    regions, sizes = by_region_importance.argsort()[regions], sizes[by_region_importance]
+    by_importance = importance.argsort(descending=True, stable=True)
+    order = by_importance[regions[by_importance].argsort(stable=True)]
+    ends = sizes.cumsum(0)
+    best, least = order[ends - sizes], order[ends - 1]
+
+    # A candidate is named by one token: itself, or the least important one of the region for the merged token. That
+    # one is redundant if any is, and it ends the region in `order`, which is where eq. 12 has the merged token.
+    candidate = preserved.scatter(0, least, True)
+    candidate = candidate | (_count_along(by_importance, ~candidate) <= budget - candidate.sum())
+    first = torch.zeros_like(candidate)
+    if coverage:
+        first = first.scatter(0, torch.where(preserved[least], best, least), True)
+    rest = candidate & ~first
+    taken = first | (rest & (_count_along(order, rest) <= budget - first.sum()))
+
+    slots = torch.where(taken, _count_along(order, taken) - 1, -1)
+    return torch.where(candidate, slots, slots[least[regions]])
+
+
+def merge_tokens(tokens: torch.Tensor, slots: torch.Tensor, num_slots: int) -> torch.Tensor:
+    """Mean of the tokens of every slot (eq. 10); a preserved token is alone in its slot and comes out unchanged.
+
+    Differentiable with respect to `tokens`.
+
+    Args:
+        tokens: float[N, D], the tokens of the scale.
+        slots: long[N], output position of every token, -1 if it is dropped (`select_tokens`).
+        num_slots: number of output positions, n.
+
+    Returns:
+        float[num_slots, D] in the dtype of `tokens`, accumulated in float32 (float64 for float64).
+
+    Raises:
+        ValueError: shapes that do not agree, a slot outside -1..num_slots-1, or one that no token is in.
+    """
+    if tokens.dim() != 2 or slots.shape != tokens.shape[:1] or not len(slots):
+        raise ValueError(
+            "tokens must be [N, D] and slots [N] with the same N, at least 1. "
+            f"Got {tuple(tokens.shape)} and {tuple(slots.shape)}."
+        )
+    order = slots.argsort(stable=True)
+    starts, sizes = _runs(slots[order], num_slots)
+    numbers = [slots.min(), slots.max(), (slots < 0).sum(), (sizes == 0).sum()]
+    lowest, highest, num_dropped, num_empty = torch.stack(numbers).tolist()
+    if lowest < -1 or highest >= num_slots:
+        raise ValueError(f"slots must lie in -1..{num_slots - 1} for {num_slots} slots. Got {lowest}..{highest}.")
+    if num_empty:
+        raise ValueError(f"Every slot needs a token, but {num_empty} of {num_slots} slots are empty.")
+
+    # Only the tokens that stay are gathered, a block of columns at a time in float32.
+    kept, starts = order[num_dropped:], starts - num_dropped
+    rows = torch.arange(len(kept), device=kept.device)
+    dtype = torch.promote_types(tokens.dtype, torch.float32)
+    columns = tokens.split(max(1, BLOCK_ELEMENTS // len(kept)), dim=1)
+    merged = [F.embedding_bag(rows, c.index_select(0, kept).to(dtype), starts, mode="mean") for c in columns]
+    return torch.cat(merged, dim=1).to(tokens.dtype)
+
+
+__all__ = ["align_importance", "cluster_regions", "vote_regions", "select_tokens", "merge_tokens"]
