@@ -102,7 +102,7 @@ def padding_mask(image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarr
 
 
 def _reason(error):
-    """"OSError: image file is truncated": the type says what an empty message, as of a MemoryError, does not."""
+    """The error's type and text: the type says what an empty text, as that of a MemoryError, does not."""
     return f"{type(error).__name__}: {error}"
 
 
@@ -176,6 +176,11 @@ def _open_lazily(file, path):
     return None
 
 
+def _decode_base64(text):
+    """A file in memory; line breaks are allowed. Whatever else is no base64 raises `binascii.Error`."""
+    return io.BytesIO(base64.b64decode("".join(text.split()).encode(errors="replace"), validate=True))
+
+
 def load_rgb(source: str | os.PathLike, max_image_pixels: int) -> Image.Image:
     """8-bit RGB from a path, a `file://` or `http(s)://` URL, or base64 with or without a `data:` header.
 
@@ -194,7 +199,7 @@ def load_rgb(source: str | os.PathLike, max_image_pixels: int) -> Image.Image:
     if source.startswith("data:"):
         header, _, payload = source.partition(",")
         try:
-            return read_image(io.BytesIO(base64.b64decode(payload)), max_image_pixels, header)
+            return read_image(_decode_base64(payload), max_image_pixels, header)
         except binascii.Error as error:
             raise ValueError(f"{header}: the image is not base64 ({error}).") from error
     path = url2pathname(urlparse(source).path) if source.startswith("file://") else source
@@ -202,7 +207,7 @@ def load_rgb(source: str | os.PathLike, max_image_pixels: int) -> Image.Image:
         with open(path, "rb") as file:
             return read_image(file, max_image_pixels, name, path)
     try:
-        return read_image(io.BytesIO(base64.b64decode("".join(source.split()), validate=True)), max_image_pixels, name)
+        return read_image(_decode_base64(source), max_image_pixels, name)
     except (binascii.Error, UnidentifiedImageError) as error:
         raise FileNotFoundError(f"{name}: there is no such file, and it is no URL or base64 image.") from error
 

@@ -63,7 +63,7 @@ def ask(image_path, question, model_path, budgets, max_new_tokens):
     with timed(seconds, "decode"):
         image = processor.image_processor.fetch_images(image_path)
     print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
-    if model_path == ROOT:
+    if model_path.resolve() == ROOT:
         print(WEIGHTS_NOTE)
 
     with timed(seconds, "preprocess"):

@@ -71,16 +71,20 @@ Describe this remote-sensing image. | The satellite image shows a {place} with {
 Compare the {place} with the {site}. | The {place} is larger, brighter, and has fewer {object}s.
 Answer with the option's letter from the given choices directly: (A) {colour} (B) {other} (C) {place} (D) {number} | A
 What would happen if the {place} were flooded? Explain, step by step. | The {object}s could not reach the {site}.
-Give the bounding box of the {look} {colour} {object}: [x1, y1, x2, y2] in pixels. | [{digits}, {digits}, 2{digits}, 3{digits}]
+Give the bounding box of the {look} {colour} {object}: [x1, y1, x2, y2] in pixels. | \
+[{digits}, {digits}, 2{digits}, 3{digits}]
 How far is it from the {place} to the {site}? | About {digits}00 metres, or {digits}.5 km.
 In which direction does the {object} move? Which route would you plan for it? | Along the {place}, heading {quadrant}.
 Which of these categories fits the whole scene best: {place}, {site}, mountain, desert, wetland or snow? | {place}
 Count the {look} {object}s. Think about every region before answering. | I can see about {number} of them.
-Is the {place} mainly surrounded by vegetation, bare soil or water? | By bare soil, with some vegetation and shallow water.
-Are the {object}s arranged in rows? What does their pattern suggest? | They stand in {look} rows, which suggests a {place}.
+Is the {place} mainly surrounded by vegetation, bare soil or water? | \
+By bare soil, with some vegetation and shallow water.
+Are the {object}s arranged in rows? What does their pattern suggest? | \
+They stand in {look} rows, which suggests a {place}.
 What is the {look} structure at the top of the picture, and what is it used for? | It is probably a {look} {place}.
 At what time of day was this photograph taken, judging from the shadows? | Around noon: the shadows are short.
-Has anything changed between the first and the second image? | The {colour} {object} has left the {place}; it isn't there.
+Has anything changed between the first and the second image? | \
+The {colour} {object} has left the {place}; it isn't there.
 """.strip().splitlines()
 
 

@@ -1,0 +1,180 @@
+"""The README's two commands, the pins behind them, and the files of the root that a script writes."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+from packaging.requirements import Requirement
+from packaging.version import Version
+
+import run
+
+ROOT = Path(run.__file__).parent
+
+
+def requirements(name):
+    lines = (line.partition("#")[0].strip() for line in (ROOT / name).read_text().splitlines())
+    return [Requirement(line) for line in lines if line]
+
+
+def pins():
+    found = {}
+    for requirement in requirements("constraints.txt"):
+        (specifier,) = requirement.specifier
+        assert specifier.operator == "=="
+        found[requirement.name.lower()] = Version(specifier.version)
+    return found
+
+
+@pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt"])
+def test_every_requirement_has_a_pin_in_its_range(name):
+    for requirement in requirements(name):
+        assert pins()[requirement.name.lower()] in requirement.specifier
+
+
+def test_torch_is_pinned():
+    assert "torch" in pins()
+
+
+def test_overlays_reach_from_the_oldest_supported_release_to_the_pinned_one():
+    (transformers,) = (line for line in requirements("requirements.txt") if line.name == "transformers")
+    versions = [Version(version) for version in run.OVERLAYS]
+    assert f">={versions[0]}" in str(transformers.specifier)
+    assert versions == sorted(versions) and versions[-1] < pins()["transformers"]
+    for version, packages in run.OVERLAYS.items():
+        assert f"transformers=={version}" in packages
+
+
+def test_overlays_run_files_that_exist():
+    assert [name for name in run.OVERLAY_TESTS if not (ROOT / name).is_file()] == []
+
+
+def test_ci_runs_the_readmes_test_command():
+    script = ROOT / ".ci/run"
+    assert os.access(script, os.X_OK)
+    assert script.read_text().splitlines()[-1] == "exec python3 run.py test"
+
+
+def test_every_command_of_the_readme_exists():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert {"ask", "test"} <= set(re.findall(r"python3? run\.py (\w+)", readme))
+    for module in re.findall(r"python3? -m ([\w.]+)", readme):
+        assert find_spec(module), module
+
+
+@pytest.mark.parametrize("arguments, code", [(["--help"], 0), ([], 2), (["sing"], 2)])
+def test_usage(arguments, code):
+    done = subprocess.run([sys.executable, ROOT / "run.py", *arguments], capture_output=True, text=True)
+    assert done.returncode == code
+    assert "run.py ask" in done.stdout and "run.py test" in done.stdout
+
+
+def test_a_set_up_step_is_done_once_for_the_same_inputs(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "VENV", tmp_path)
+    done = []
+    for inputs in (["torch==1"], ["torch==1"], ["torch==2"]):
+        run.once("step", inputs, lambda: done.append(1))
+    assert len(done) == 2
+
+
+def test_an_interrupted_set_up_step_is_repeated(tmp_path, monkeypatch):
+    def interrupted():
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "VENV", tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        run.once("step", ["torch==1"], interrupted)
+    done = []
+    run.once("step", ["torch==1"], lambda: done.append(1))
+    assert done
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "MADE", tmp_path / "made.stamp")
+    run.MADE.touch()
+    return run.MADE
+
+
+def test_a_pip_that_fails_ends_the_set_up_with_its_code(made, monkeypatch, capsys):
+    monkeypatch.setattr(run, "call", lambda *command: 3)
+    with pytest.raises(SystemExit) as ended:
+        run.pip("torch")
+    assert ended.value.code == 3 and made.exists()
+    assert "takes it up" in capsys.readouterr().err
+
+
+def test_a_pip_that_is_killed_leaves_no_environment_to_trust(made, monkeypatch):
+    def killed(*command):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(run, "call", killed)
+    with pytest.raises(KeyboardInterrupt):
+        run.pip("torch")
+    assert not made.exists()
+
+
+@pytest.mark.parametrize(
+    "source, counts",
+    [
+        ("def test_a(): pass\ndef test_b(): assert 0\ndef test_c(): __import__('pytest').skip()", (1, 1, 1)),
+        ("import pytest\n@pytest.fixture\ndef broken(): assert 0\ndef test_a(broken): pass", (0, 1, 0)),
+        ("raise SyntaxError", (0, 1, 0)),
+        ("", (0, 1, 0)),
+    ],
+    ids=["outcomes", "error", "collection", "empty"],
+)
+def test_a_run_is_counted(tmp_path, monkeypatch, source, counts):
+    monkeypatch.setattr(run, "VENV", tmp_path)
+    monkeypatch.setattr(run, "PYTHON", sys.executable)
+    (tmp_path / "test_it.py").write_text(source)
+    assert run.run_tests("x", ["-q", str(tmp_path / "test_it.py")]) == counts
+
+
+def test_an_overlay_comes_before_the_installed_packages(tmp_path, monkeypatch):
+    monkeypatch.setattr(run, "VENV", tmp_path)
+    monkeypatch.setattr(run, "PYTHON", sys.executable)
+    overlay = tmp_path / "overlay"
+    overlay.mkdir()
+    (overlay / "transformers.py").write_text("__version__ = 'overlaid'")
+    test = "import transformers\ndef test_a(): assert transformers.__version__ == 'overlaid'"
+    (tmp_path / "test_it.py").write_text(test)
+    assert run.run_tests("x", ["-q", str(tmp_path / "test_it.py")], overlay) == (1, 0, 0)
+
+
+def test_nothing_collected_is_summed_up_as_a_failure(monkeypatch, capsys):
+    monkeypatch.setattr(run, "set_up", lambda *names: None)
+    monkeypatch.setattr(run, "run_tests", lambda *arguments: (0, 1, 0))
+    with pytest.raises(SystemExit) as ended:
+        run.test(["-k", "nothing"])
+    assert ended.value.code == 1
+    assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 1 failed, 0 skipped"
+
+
+def test_all_versions_are_summed_up_in_the_last_line(monkeypatch, capsys):
+    monkeypatch.setattr(run, "set_up", lambda *names: None)
+    monkeypatch.setattr(run, "set_up_overlay", lambda version: version)
+    monkeypatch.setattr(run, "run_tests", lambda version, arguments, overlay=None: (2, 0, 1) if overlay else (5, 0, 0))
+    with pytest.raises(SystemExit) as ended:
+        run.test([])
+    assert ended.value.code == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "9 passed, 0 failed, 2 skipped"
+    assert "transformers 5.10.4: 2 passed, 0 failed, 1 skipped" in lines
+
+
+def test_the_configuration_files_are_what_the_build_writes(tmp_path):
+    from export import build_tiny
+
+    config = build_tiny.tiny_config(build_tiny.build_tokenizer(tmp_path))
+    build_tiny.write_configs(tmp_path, config)
+    for path in tmp_path.iterdir():
+        written, kept = (json.loads(file.read_text(encoding="utf-8")) for file in (path, ROOT / path.name))
+        for values in (written, kept):
+            values.pop("transformers_version", None)
+        assert written == kept, path.name
