@@ -85,18 +85,24 @@ def load_multiscale_tile_masks(path, target_sizes=None):
 
 
 class KeywordsStoppingCriteria(StoppingCriteria):
-    """Stops a sequence once one of the keywords stands in its new text (LLaVA's helper, for batches too)."""
+    """Stops a sequence once one of the keywords stands in its answer (LLaVA's helper, for batches too).
 
-    def __init__(self, keywords, tokenizer, input_ids):
+    `input_ids` is not used: the prompt grows by its visual tokens, so the answer is known to begin where the first call
+    finds its first token. One instance serves one call of `generate`.
+    """
+
+    def __init__(self, keywords, tokenizer, input_ids=None):
         self.keywords = list(keywords)
         self.tokenizer = tokenizer
-        self.start = input_ids.shape[1]
-        # A keyword spans at most so many tokens; one more on each side for the text around it.
-        self.reach = max(len(tokenizer(keyword, add_special_tokens=False).input_ids) for keyword in keywords) + 2
+        self.start = None
+        # A keyword spans at most so many tokens; two more for the text around it.
+        self.reach = max(len(tokenizer(keyword, add_special_tokens=False).input_ids) for keyword in self.keywords) + 2
 
     def __call__(self, output_ids, scores, **kwargs) -> torch.BoolTensor:
-        # The prompt may have grown by its visual tokens since: look at the end, never before the prompt's old end.
-        recent = output_ids[:, max(self.start, output_ids.shape[1] - self.reach) :]
+        length = output_ids.shape[1]
+        if self.start is None:
+            self.start = length - 1
+        recent = output_ids[:, max(self.start, length - self.reach) :]
         texts = self.tokenizer.batch_decode(recent, skip_special_tokens=False)
         found = [any(keyword in text for keyword in self.keywords) for text in texts]
         return torch.tensor(found, device=output_ids.device)
@@ -130,6 +136,10 @@ def translate_released_call(config, inputs, kwargs) -> tuple:
         return inputs, kwargs
     kwargs["pixel_values"] = torch.stack([_stack_tiles(image, scales) for image in images])
     if config.mask_padding and released["image_sizes"] is not None:
+        if len(released["image_sizes"]) != len(images):
+            raise ValueError(
+                f"`image_sizes` needs one size per image. Got {len(released['image_sizes'])} for {len(images)} images."
+            )
         # PIL's order here, (width, height), as the release passes it.
         sizes = [(height, width) for width, height in released["image_sizes"]]
         kwargs["pixel_attention_mask"] = torch.stack(
