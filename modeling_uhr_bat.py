@@ -379,12 +379,9 @@ class UHRBatModel(UHRBatPreTrainedModel):
 
     def _project_tiles(self, tiles, encoded_idx, desc) -> torch.Tensor:
         """float[T', P, D] of the chosen tiles, through the tower in chunks; only a chunk's activations are held."""
-        weight = self.multi_modal_projector.linear_1.weight
         chunks = encoded_idx.split(self.config.vision_chunk_size)
         bar = logging.tqdm(chunks, desc=desc, unit="chunk", delay=1, leave=False, disable=self.training)
-        return torch.cat(
-            [self.multi_modal_projector(self._vision_features(tiles[chunk].to(weight.device))) for chunk in bar]
-        )
+        return torch.cat([self.multi_modal_projector(self._vision_features(tiles[chunk])) for chunk in bar])
 
     def _vision_features(self, tiles) -> torch.Tensor:
         """float[T, 3, tile, tile] -> float[T, P, C], patch tokens after `vision_feature_layer`."""
