@@ -141,7 +141,7 @@ class UHRBatConfig(PreTrainedConfig):
 
     # "factorized": one base table interpolated over the whole scale plus a vector per scale (eq. 5).
     # "per_scale": the released form, one table per scale, interpolated over one tile and repeated for every tile.
-    scale_embedding: Literal["factorized", "per_scale"] = "factorized"
+    scale_embedding_form: Literal["factorized", "per_scale"] = "factorized"
     # Side of the base table: the grid that CLIP was trained on, 336 / 14. Released tables are capped at 64.
     scale_embedding_grid: int = 24
     # How often the embedding is added to the tokens that are clustered, merged and read by the decoder. The pass that

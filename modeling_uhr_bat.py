@@ -17,6 +17,7 @@ from torch import nn
 from transformers import AutoModel, GenerationMixin, PreTrainedModel
 from transformers import initialization as init
 from transformers.activations import ACT2FN
+from transformers.generation import utils as generation_utils
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutputWithPooling, ModelOutput
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
@@ -32,6 +33,8 @@ from .released_api_uhr_bat import (
 )
 from .token_compression_uhr_bat import align_importance, cluster_regions, merge_tokens, select_tokens, vote_regions
 
+
+logger = logging.get_logger(__name__)
 
 # Question rows of the importance pass that are scored at once: bounds the scores to heads x 64 x sequence.
 QUESTION_BLOCK = 64
@@ -179,7 +182,7 @@ class UHRBatScaleEmbedding(nn.Module):
         self.patches_per_side = config.tile_size // config.patch_size
         self.scales = config.scales
         self.grids = config.grids
-        self.per_scale = config.scale_embedding == "per_scale"
+        self.per_scale = config.scale_embedding_form == "per_scale"
         if self.per_scale:
             sides = [min(height, config.scale_embedding_grid) for height, _ in config.grids]
             self.tables = nn.ParameterDict(
@@ -266,6 +269,7 @@ class UHRBatPreTrainedModel(PreTrainedModel):
     _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
+    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -854,6 +858,9 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
         with one placeholder per image is expanded to the budget first. The released code's call (`inputs`,
         `multiscale_pixels`, ...) is translated to the same arguments.
 
+        A conversation goes on from `past_key_values` with the images of the new turn alone, and either all ids so far
+        and the new ones, or the new ones and the attention mask of all.
+
         Raises:
             ValueError: prompts, images and budgets that do not fit each other, or a prompt over the context window.
         """
@@ -863,48 +870,76 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if kwargs.get(name) is not None}
         if "pixel_values" in images or "image_features" in images:
             attention_mask, inputs_embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
-            compressed = self.compress(
-                input_ids=inputs, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **images
-            )
+            prompt = inputs if inputs_embeds is None else inputs_embeds
+            if attention_mask is None:
+                attention_mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+            num_cached = self._count_cached(prompt, attention_mask, kwargs.get("past_key_values"))
+            visible = attention_mask
+            if num_cached:
+                # Images of earlier turns are in the cache: only those of this turn are compressed.
+                known = self.model._placeholders(inputs, prompt)[:, :num_cached].to(visible.device)
+                visible = torch.cat((visible[:, :num_cached].masked_fill(known, 0), visible[:, num_cached:]), dim=1)
+            compressed = self.compress(input_ids=inputs, attention_mask=visible, inputs_embeds=inputs_embeds, **images)
             kwargs["mm_encoder_outputs"] = {"image": compressed}
             if inputs_embeds is None:
-                inputs, kwargs["attention_mask"] = self._expand_placeholders(inputs, attention_mask, compressed)
+                inputs, kwargs["attention_mask"] = self._expand_placeholders(
+                    inputs, attention_mask, num_cached, compressed
+                )
         self._check_prompt(inputs, kwargs)
         return super().generate(inputs, *args, **kwargs)
 
-    def _expand_placeholders(self, input_ids, attention_mask, compressed):
-        """One placeholder per image -> one per visual token; prompts padded on the left to one length."""
-        if attention_mask is None:
-            attention_mask = torch.ones_like(input_ids)
-        placeholder = (input_ids == self.config.image_token_id) & attention_mask.bool()
+    @staticmethod
+    def _count_cached(prompt, attention_mask, past_key_values) -> int:
+        """How many positions of a prompt are in the cache. Like the library: a prompt shorter than its mask has none."""
+        if past_key_values is None or attention_mask.shape[1] != prompt.shape[1]:
+            return 0
+        return int(past_key_values.get_seq_length())
+
+    def _expand_placeholders(self, input_ids, attention_mask, num_cached, compressed):
+        """One placeholder per image -> one per visual token; prompts padded on the left to one length.
+
+        What the cache holds keeps its places: it is left as it is, and the padding goes in behind it.
+        """
+        new_ids = input_ids[:, num_cached:]
+        num_old = attention_mask.shape[1] - new_ids.shape[1]
+        new_mask = attention_mask[:, num_old:]
+        placeholder = (new_ids == self.config.image_token_id) & new_mask.bool()
         sizes = [len(tokens) for tokens in compressed.pooler_output]
         if int(placeholder.sum()) == sum(sizes):
             return input_ids, attention_mask
-        repeats = torch.ones_like(input_ids).masked_scatter(placeholder, torch.tensor(sizes, device=input_ids.device))
+        repeats = torch.ones_like(new_ids).masked_scatter(placeholder, torch.tensor(sizes, device=new_ids.device))
         rows = [
             (ids.repeat_interleave(times), real.repeat_interleave(times))
-            for ids, real, times in zip(input_ids, attention_mask, repeats)
+            for ids, real, times in zip(new_ids, new_mask, repeats)
         ]
         length = max(len(ids) for ids, _ in rows)
         pad = self.generation_config.pad_token_id or 0
-        input_ids = torch.stack([F.pad(ids, (length - len(ids), 0), value=pad) for ids, _ in rows])
-        return input_ids, torch.stack([F.pad(real, (length - len(real), 0)) for _, real in rows])
+        new_ids = torch.stack([F.pad(ids, (length - len(ids), 0), value=pad) for ids, _ in rows])
+        new_mask = torch.stack([F.pad(real, (length - len(real), 0)) for _, real in rows])
+        return (
+            torch.cat((input_ids[:, :num_cached], new_ids), dim=1),
+            torch.cat((attention_mask[:, :num_old], new_mask), dim=1),
+        )
 
     def _check_prompt(self, input_ids, kwargs):
         """Raises `ValueError` for image tokens without images, and for a prompt over the context window."""
         if input_ids is None:
             return
         num_places = int((input_ids == self.config.image_token_id).sum())
-        # The images of a conversation that goes on are in its cache.
-        if num_places and not kwargs.get("mm_encoder_outputs") and kwargs.get("past_key_values") is None:
+        # The images of a conversation that goes on are in its cache; embeddings may hold them already.
+        held = kwargs.get("past_key_values") is not None or kwargs.get("inputs_embeds") is not None
+        if num_places and not held and not kwargs.get("mm_encoder_outputs"):
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {num_places} image tokens in the prompts, but no "
                 "images were passed."
             )
         window = self.config.text_config.max_position_embeddings
-        if input_ids.shape[-1] >= window:
+        # Where a conversation goes on with its new ids alone, the mask still covers all of it.
+        mask = kwargs.get("attention_mask")
+        length = max(input_ids.shape[-1], 0 if mask is None else mask.shape[-1])
+        if length >= window:
             raise ValueError(
-                f"The prompt has {input_ids.shape[-1]} tokens with its images, but the context window holds {window} "
+                f"The prompt has {length} tokens with its images, but the context window holds {window} "
                 "and the answer needs room. Shorten the text or lower the budgets: nothing is cut silently."
             )
 
@@ -918,6 +953,16 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
         if is_first_iteration or not kwargs.get("use_cache", True):
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
         return model_inputs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """`prefill_chunk_size` only where the library hands every chunk its images: older releases leave them out."""
+        if model_kwargs.get("mm_encoder_outputs") and not hasattr(generation_utils, "_slice_mm_encoder_output"):
+            if generation_config.prefill_chunk_size is not None:
+                logger.warning_once(
+                    "This release of transformers cannot read images in chunks: `prefill_chunk_size` is left out."
+                )
+                generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Beams of one prompt share its images as a group: [A, B] becomes [A, B, A, B], not [A, A, B, B]."""

@@ -16,7 +16,7 @@ def test_the_defaults_are_the_paper():
 
 
 def test_a_configuration_survives_json():
-    config = small_config(scale_embedding="per_scale", token_mlp=True)
+    config = small_config(scale_embedding_form="per_scale", token_mlp=True)
     assert UHRBatConfig(**json.loads(config.to_json_string(use_diff=False))).to_dict() == config.to_dict()
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from small import IMAGE, PAD, count_tiles, pad_left, prompt, random_pixels, small_model
+from small import BUDGETS, IMAGE, PAD, count_tiles, pad_left, prompt, random_pixels, small_model
 from transformers import TextStreamer
 
 
@@ -210,3 +210,66 @@ def test_half_precision_answers():
     out = answer(model, input_ids=QUESTION, pixel_values=random_pixels())
     assert out.shape == (1, QUESTION.shape[1] + 6)
     assert PAD not in out[0, : QUESTION.shape[1]]
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 100])
+def test_reading_the_prompt_in_chunks_does_not_change_the_answer(chunk):
+    model = small_model()
+    batch = {**pad_left(QUESTION, prompt(5, 9, 10, "image", 30)), "pixel_values": random_pixels(2)}
+    assert torch.equal(answer(model, **batch, prefill_chunk_size=chunk), answer(model, **batch))
+
+
+def test_looking_tokens_up_in_the_prompt_gives_the_greedy_answer():
+    model = small_model()
+    inputs = {"input_ids": QUESTION, "pixel_values": random_pixels(), "eos_token_id": 49}
+    assert torch.equal(answer(model, **inputs, prompt_lookup_num_tokens=2), answer(model, **inputs))
+
+
+def first_turn(model):
+    return model.generate(
+        input_ids=QUESTION,
+        pixel_values=random_pixels(),
+        do_sample=False,
+        max_new_tokens=6,
+        bad_words_ids=[[IMAGE]],  # which the next turn could not tell from an image of its own
+        return_dict_in_generate=True,
+    )
+
+
+@pytest.mark.parametrize("num_tokens", [1, 14])
+def test_a_conversation_goes_on_from_its_cache_with_a_new_image(num_tokens):
+    model = small_model()
+    start = first_turn(model)
+    turn = torch.cat((start.sequences, prompt(30, "image", 31, 32, num_tokens=num_tokens)), dim=1)
+    out = answer(model, input_ids=turn, past_key_values=start.past_key_values, pixel_values=random_pixels(seed=1))
+    # As if both images had been passed at once, the first one compressed for the first question.
+    whole = torch.cat((start.sequences, prompt(30, "image", 31, 32)), dim=1)
+    pixel_values = torch.cat((random_pixels(), random_pixels(seed=1)))
+    visual = model.compress(input_ids=whole, pixel_values=pixel_values, budgets=torch.tensor([BUDGETS, BUDGETS]))
+    visual.pooler_output[0] = model.compress(input_ids=QUESTION, pixel_values=random_pixels()).pooler_output[0]
+    assert torch.equal(out, answer(model, input_ids=whole, mm_encoder_outputs={"image": visual}))
+
+
+def test_a_conversation_goes_on_from_its_cache_without_an_image():
+    model = small_model()
+    start = first_turn(model)
+    turn = torch.cat((start.sequences, torch.tensor([[30, 31, 32]])), dim=1)
+    visual = {"image": model.compress(input_ids=QUESTION, pixel_values=random_pixels())}
+    out = answer(model, input_ids=turn, past_key_values=start.past_key_values)
+    assert torch.equal(out, answer(model, input_ids=turn, mm_encoder_outputs=visual))
+
+
+def test_embeddings_that_hold_the_visual_tokens_need_no_image():
+    model = small_model()
+    embeds = model.get_input_embeddings()(QUESTION).detach()
+    embeds[QUESTION == IMAGE] = model.compress(input_ids=QUESTION, pixel_values=random_pixels()).pooler_output[0]
+    wanted = answer(model, input_ids=QUESTION, pixel_values=random_pixels())
+    assert torch.equal(answer(model, input_ids=QUESTION, inputs_embeds=embeds), wanted)
+
+
+def test_a_conversation_over_the_context_window_raises():
+    model = small_model()
+    start = first_turn(model)
+    mask = torch.ones(1, start.past_key_values.get_seq_length() + 240, dtype=torch.long)
+    with pytest.raises(ValueError, match="The prompt has 263 tokens"):
+        answer(model, input_ids=torch.full((1, 240), 9), attention_mask=mask, past_key_values=start.past_key_values)

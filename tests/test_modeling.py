@@ -58,7 +58,7 @@ def test_count_images_names_both_numbers_of_a_mismatch(placeholders, sizes):
 
 @pytest.mark.parametrize("form", ["factorized", "per_scale"])
 def test_scale_embedding_is_the_interpolated_table(form):
-    model = small_model(scale_embedding=form, scale_embedding_grid=3).model
+    model = small_model(scale_embedding_form=form, scale_embedding_grid=3).model
     embedding = model.scale_embedding
     for scale_idx, (height, width) in enumerate(GRIDS):
         if form == "factorized":
