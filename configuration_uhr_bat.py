@@ -5,6 +5,7 @@ paper's rules. A checkpoint that was trained with the released code states its r
 guessed from a name or a shape.
 """
 
+import os
 from typing import Literal
 
 from huggingface_hub.dataclasses import strict
@@ -83,6 +84,18 @@ def split_budgets(budgets, scales, num_images=1) -> list[list[int]]:
     share = [budget // num_images for budget in budgets]
     first = [budget - (num_images - 1) * part for budget, part in zip(budgets, share)]
     return [first] + [share] * (num_images - 1)
+
+
+def refuse_own_folder(source, save_directory):
+    """Raises `ValueError` where something is to be saved into the folder that it was loaded from.
+
+    The library would copy its cached code over the sources there, or stop in the middle.
+    """
+    if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(save_directory):
+        raise ValueError(
+            f"{save_directory} is the folder that this was loaded from: saving would overwrite its code. Save into "
+            "another folder."
+        )
 
 
 @strict

@@ -23,7 +23,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast, BaseModelOutp
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 from transformers.utils import can_return_tuple, logging
 
-from .configuration_uhr_bat import UHRBatConfig, split_budgets
+from .configuration_uhr_bat import UHRBatConfig, refuse_own_folder, split_budgets
 from .released_api_uhr_bat import (
     KeywordsStoppingCriteria,
     load_multiscale_tile_masks,
@@ -277,6 +277,11 @@ class UHRBatPreTrainedModel(PreTrainedModel):
         if isinstance(module, UHRBatScaleEmbedding):
             for parameter in module.parameters():
                 init.normal_(parameter, std=self.config.initializer_range)
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the library's, into any folder but the one that the model was loaded from (`ValueError`)."""
+        refuse_own_folder(self.config.name_or_path, save_directory)
+        super().save_pretrained(save_directory, *args, **kwargs)
 
 
 class UHRBatModel(UHRBatPreTrainedModel):

@@ -7,7 +7,7 @@ that show the image) (section 3.3, "Per-scale Budgets").
 import numpy as np
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
 
-from .configuration_uhr_bat import PAPER_BUDGETS, split_budgets
+from .configuration_uhr_bat import PAPER_BUDGETS, refuse_own_folder, split_budgets
 from .image_processing_uhr_bat import (
     UHRBatImageProcessor,
     UHRBatImageProcessorKwargs,
@@ -135,6 +135,11 @@ class UHRBatProcessor(ProcessorMixin):
             [min(budget, int(mask.sum())) for budget, mask in zip(share, np.split(masks, ends))]
             for share, masks in zip(shares, shown)
         ]
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As the library's, into any folder but the one that the processor was loaded from (`ValueError`)."""
+        refuse_own_folder(self.tokenizer.name_or_path, save_directory)
+        return super().save_pretrained(save_directory, *args, **kwargs)
 
     def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
         """Visual tokens of images of (height, width) pixels, one image per prompt, without reading them."""

@@ -89,7 +89,9 @@ def run_tests(version, arguments, overlay=None):
     if overlay:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
     print(f"\nTests with transformers {version}", flush=True)
-    command = [PYTHON, "-m", "pytest", "--timeout=900", f"--junitxml={report}", *arguments]
+    # Two processes, a file of tests each: what a file sets up is set up once.
+    workers = ["-n", "2", "--dist", "loadfile"]
+    command = [PYTHON, "-m", "pytest", *workers, "--timeout=900", f"--junitxml={report}", *arguments]
     code = subprocess.call(command, cwd=ROOT, env=environment)
     passed, failed, skipped = count(report)
     # A run that collected nothing or died on the way reports no failure, but it is one.

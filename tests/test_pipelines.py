@@ -1,0 +1,119 @@
+"""`pipeline(...)` on a copy of the root's files: the answers of the processor and the model, without their calls."""
+
+import pytest
+import torch
+from test_remote_code import GENERATION, PROMPT, chat, picture
+from transformers import pipeline
+
+
+QUESTIONS = ["How many ships are there?", "Which way does the river flow?", "Describe this remote-sensing image."]
+# A copy, because older releases write into it.
+NEW_TEXT = {"return_full_text": False, "generate_kwargs": dict(GENERATION)}
+
+
+@pytest.fixture(scope="module")
+def pipe(model_folder):
+    return pipeline("image-text-to-text", model=str(model_folder), trust_remote_code=True)
+
+
+@pytest.fixture(scope="module")
+def images():
+    return [picture(seed) for seed in range(len(QUESTIONS))]
+
+
+@pytest.fixture
+def paths(images, tmp_path):
+    paths = [tmp_path / f"scene_{idx}.png" for idx in range(len(images))]
+    for image, path in zip(images, paths):
+        image.save(path)
+    return [str(path) for path in paths]
+
+
+def answer(pipe, image, prompt):
+    """The text that the processor and the model give for a prompt."""
+    inputs = pipe.processor(text=[prompt], images=[[image]], return_tensors="pt")
+    ids = pipe.model.generate(**inputs, **GENERATION)
+    return pipe.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def test_the_pipeline_is_made_of_this_model_and_its_processor(pipe):
+    assert type(pipe.model).__name__ == "UHRBatForConditionalGeneration"
+    assert type(pipe.processor).__name__ == "UHRBatProcessor"
+
+
+def test_a_chat_with_an_image_inside(pipe, images, paths):
+    messages = chat(images[0], question=QUESTIONS[0])
+    expected = answer(pipe, images[0], pipe.processor.apply_chat_template(messages, add_generation_prompt=True))
+    assert pipe(text=messages, **NEW_TEXT)[0]["generated_text"] == expected
+    assert pipe(text=chat(paths[0], question=QUESTIONS[0]), **NEW_TEXT)[0]["generated_text"] == expected
+
+
+def test_a_chat_comes_back_with_the_answer_as_its_last_turn(pipe, images):
+    messages = chat(images[0], question=QUESTIONS[0])
+    (output,) = pipe(text=messages, generate_kwargs=dict(GENERATION))
+    *asked, reply = output["generated_text"]
+    assert [turn["role"] for turn in asked] == ["user"]
+    assert reply == {"role": "assistant", "content": pipe(text=messages, **NEW_TEXT)[0]["generated_text"]}
+
+
+@pytest.mark.parametrize("form", ["image", "list", "path"])
+def test_images_and_a_text(pipe, images, paths, form):
+    given = {"image": images[0], "list": [images[0]], "path": paths[0]}[form]
+    prompt = PROMPT.format(QUESTIONS[0])
+    (output,) = pipe(images=given, text=prompt, **NEW_TEXT)
+    assert output["generated_text"] == answer(pipe, images[0], prompt)
+
+
+def test_a_batch_of_images_and_texts_answers_as_one_by_one(pipe, images, paths):
+    prompts = [PROMPT.format(question) for question in QUESTIONS]
+    alone = [answer(pipe, image, prompt) for image, prompt in zip(images, prompts)]
+    assert len(set(alone)) == len(alone)
+    for given in (images, paths):
+        outputs = pipe(images=given, text=prompts, batch_size=2, **NEW_TEXT)
+        assert [output["generated_text"] for output in outputs] == alone
+
+
+def test_a_batch_of_chats_answers_as_one_by_one(pipe, images):
+    chats = [chat(image, question=question) for image, question in zip(images, QUESTIONS)]
+    lengths = {len(pipe.processor.tokenizer(question).input_ids) for question in QUESTIONS}
+    assert len(lengths) > 1
+    outputs = pipe(text=chats, batch_size=2, **NEW_TEXT)
+    alone = [pipe(text=messages, **NEW_TEXT)[0]["generated_text"] for messages in chats]
+    assert [output[0]["generated_text"] for output in outputs] == alone
+    assert len(set(alone)) == len(alone)
+
+
+def test_budgets_of_one_call_reach_the_processor(pipe, images):
+    counted = []
+    handle = pipe.model.register_forward_pre_hook(
+        lambda module, args, kwargs: counted.append(kwargs.get("budgets")), with_kwargs=True
+    )
+    try:
+        pipe(text=chat(images[0], question=QUESTIONS[0]), processor_kwargs={"budgets": [4, 8, 12, 16]}, **NEW_TEXT)
+    finally:
+        handle.remove()
+    assert counted[0].tolist() == [[4, 8, 12, 16]]
+
+
+def test_half_precision_answers(model_folder, images):
+    pipe = pipeline("image-text-to-text", model=str(model_folder), trust_remote_code=True, dtype=torch.bfloat16)
+    assert pipe.model.dtype == torch.bfloat16
+    messages = chat(images[0], question=QUESTIONS[0])
+    (output,) = pipe(text=messages, **NEW_TEXT)
+    prompt = pipe.processor.apply_chat_template(messages, add_generation_prompt=True)
+    assert output["generated_text"] == answer(pipe, images[0], prompt)
+
+
+def test_text_alone_is_for_the_text_pipeline(model_folder):
+    pipe = pipeline("text-generation", model=str(model_folder), trust_remote_code=True)
+    assert type(pipe.model).__name__ == "UHRBatForConditionalGeneration"
+    messages = [{"role": "user", "content": "Hello"}]
+    prompt = pipe.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    inputs = pipe.tokenizer(prompt, return_tensors="pt")
+    ids = pipe.model.generate(**inputs, **GENERATION)
+    expected = pipe.tokenizer.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    settings = {"return_full_text": False, **GENERATION}
+    assert pipe(prompt, **settings)[0]["generated_text"] == expected
+    assert pipe(messages, **settings)[0]["generated_text"] == expected
+    batch = pipe([prompt, prompt], batch_size=2, **settings)
+    assert [output[0]["generated_text"] for output in batch] == [expected] * 2

@@ -1,0 +1,147 @@
+"""`transformers serve` on a copy of the root's files, asked over loopback as an OpenAI server is."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from importlib.util import find_spec
+from urllib.error import URLError
+from urllib.request import ProxyHandler, Request, build_opener
+
+import pytest
+import transformers
+from packaging.version import Version
+from test_remote_code import GENERATION, data_uri, picture
+from transformers import AutoModelForMultimodalLM, AutoProcessor
+
+
+# The command line of older releases imports requests, which 5.23 does without.
+NEEDED = ["fastapi", "uvicorn", "openai", *["requests"] * (Version(transformers.__version__) < Version("5.18"))]
+MISSING = [name for name in NEEDED if find_spec(name) is None]
+pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"`transformers serve` needs {', '.join(MISSING)}")
+
+QUESTION = "How many ships are there?"
+# Straight to loopback, whatever proxy the machine has.
+OPENER = build_opener(ProxyHandler({}))
+
+
+@pytest.fixture(scope="module")
+def server(model_folder, tmp_path_factory):
+    """Address of a server that has loaded the model. It is stopped in any case."""
+    folder = tmp_path_factory.mktemp("serve")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    options = ["--trust-remote-code", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
+    environment = {
+        **os.environ,
+        "HF_HUB_OFFLINE": "1",
+        "HF_HOME": str(folder / "home"),
+        "HF_MODULES_CACHE": str(folder / "modules"),
+    }
+    with open(folder / "log", "w+", encoding="utf-8") as log:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model_folder), *options],
+            cwd=folder,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=subprocess.STDOUT,
+        )
+        try:
+            address = f"http://127.0.0.1:{port}"
+            for _ in range(360):
+                if process.poll() is not None or is_healthy(address):
+                    break
+                time.sleep(0.5)
+            assert process.poll() is None and is_healthy(address), (folder / "log").read_text(encoding="utf-8")
+            yield address
+        finally:
+            process.send_signal(signal.SIGINT)
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def is_healthy(address):
+    try:
+        return OPENER.open(f"{address}/health", timeout=10).status == 200
+    except (URLError, OSError):
+        return False
+
+
+@pytest.fixture(scope="module")
+def local(model_folder):
+    """The same model and its processor in this process."""
+    model = AutoModelForMultimodalLM.from_pretrained(model_folder, trust_remote_code=True)
+    return model, AutoProcessor.from_pretrained(model_folder, trust_remote_code=True)
+
+
+def ask(server, model_folder, *parts, **fields):
+    """The open response to one question."""
+    body = {
+        "model": str(model_folder),
+        "messages": [{"role": "user", "content": list(parts)}],
+        "generation_config": json.dumps(GENERATION),
+        **fields,
+    }
+    headers = {"Content-Type": "application/json"}
+    request = Request(f"{server}/v1/chat/completions", json.dumps(body).encode(), headers)
+    return OPENER.open(request, timeout=120)
+
+
+def text(words):
+    return {"type": "text", "text": words}
+
+
+def image_url(image):
+    return {"type": "image_url", "image_url": {"url": data_uri(image)}}
+
+
+def answer(local, *parts):
+    """(text, tokens of the prompt, tokens of the answer) without the server."""
+    model, processor = local
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": list(parts)}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    length = inputs["input_ids"].shape[1]
+    ids = model.generate(**inputs, **GENERATION)[0, length:]
+    return processor.decode(ids, skip_special_tokens=True), length, len(ids)
+
+
+@pytest.mark.parametrize("order", ["image first", "text first"])
+def test_a_base64_image_is_answered_as_without_the_server(server, model_folder, local, order):
+    parts = [image_url(picture()), text(QUESTION)]
+    with ask(server, model_folder, *(parts if order == "image first" else parts[::-1])) as response:
+        reply = json.load(response)
+    expected, prompt_tokens, completion_tokens = answer(local, {"type": "image", "image": picture()}, text(QUESTION))
+    assert reply["choices"][0]["message"] == {"role": "assistant", "content": expected}
+    assert reply["usage"]["prompt_tokens"] == prompt_tokens
+    assert reply["usage"]["completion_tokens"] == completion_tokens
+
+
+def test_a_stream_holds_the_whole_answer_in_parts(server, model_folder, local):
+    with ask(server, model_folder, image_url(picture(1)), text(QUESTION), stream=True) as response:
+        assert response.headers["Content-Type"].startswith("text/event-stream")
+        lines = [line.decode().strip() for line in response]
+    events = [json.loads(line.removeprefix("data: ")) for line in lines if line.startswith("data: {")]
+    parts = [event["choices"][0]["delta"].get("content") for event in events]
+    expected, _, _ = answer(local, {"type": "image", "image": picture(1)}, text(QUESTION))
+    assert "".join(filter(None, parts)) == expected
+    assert len(list(filter(None, parts))) > 1
+    assert events[-1]["choices"][0]["finish_reason"] in ("length", "stop")
+
+
+def test_text_alone_is_answered(server, model_folder, local):
+    with ask(server, model_folder, text("Hello")) as response:
+        reply = json.load(response)
+    assert reply["choices"][0]["message"]["content"] == answer(local, text("Hello"))[0]
