@@ -87,14 +87,15 @@ def split_budgets(budgets, scales, num_images=1) -> list[list[int]]:
 
 
 def refuse_own_folder(source, save_directory):
-    """Raises `ValueError` where something is to be saved into the folder that it was loaded from.
+    """Raises `ValueError` where something is to be saved into the folder, with its code, that it was loaded from.
 
-    The library would copy its cached code over the sources there, or stop in the middle.
+    The library would copy the code that it loaded over the sources there, edits since then included.
     """
-    if source and os.path.isdir(source) and os.path.realpath(source) == os.path.realpath(save_directory):
+    own = os.path.realpath(source) if source else None
+    if os.path.realpath(save_directory) == own and os.path.exists(os.path.join(own, "configuration_uhr_bat.py")):
         raise ValueError(
-            f"{save_directory} is the folder that this was loaded from: saving would overwrite its code. Save into "
-            "another folder."
+            f"{own} is the folder that this was loaded from: saving there would overwrite its code and settings. Save "
+            "into another folder."
         )
 
 

@@ -125,14 +125,14 @@ def translate_released_call(config, inputs, kwargs) -> tuple:
         return inputs, kwargs
     kwargs = dict(kwargs)
     released = {name: kwargs.pop(name, None) for name in RELEASED_ARGUMENTS}
-    scales = list(released["multiscale_target_sizes"] or config.scales)
+    scales = config.scales if released["multiscale_target_sizes"] is None else list(released["multiscale_target_sizes"])
     if scales != config.scales:
         raise ValueError(f"This model was made for the scales {config.scales}. Got multiscale_target_sizes={scales}.")
     if released["multiscale_topk"] is not None:
         split_budgets(released["multiscale_topk"], scales)
         kwargs["budgets"] = list(released["multiscale_topk"])
     images = released["multiscale_pixels"]
-    if images is None:
+    if not images:
         return inputs, kwargs
     kwargs["pixel_values"] = torch.stack([_stack_tiles(image, scales) for image in images])
     if config.mask_padding and released["image_sizes"] is not None:
@@ -146,7 +146,7 @@ def translate_released_call(config, inputs, kwargs) -> tuple:
             [torch.cat([torch.from_numpy(padding_mask(size, grid)).flatten() for grid in config.grids]) for size in sizes]
         )
     masks = released["multiscale_masks"]
-    if masks is not None and any(masks):
+    if masks is not None and (len(masks) != len(images) or any(masks)):
         if len(masks) != len(images) or not all(masks):
             raise ValueError(
                 f"`multiscale_masks` needs label maps for every image or for none. Got {sum(map(bool, masks))} for "

@@ -1,0 +1,437 @@
+"""Trained weights into a complete model folder: code, configuration, tokenizer, processors, card, sharded safetensors.
+
+    python -m export.convert_checkpoint --checkpoint DIR --output DIR [--help: all options]
+
+Reads a checkpoint of the released layout (`released_layout.py`) or of this project's own Trainer. Tensors pass through
+one by one, so that memory holds one shard of the output and a part of the input. The folder is built beside its place,
+read back and compared with the checkpoint, and moved to its place as the last step.
+"""
+
+import argparse
+import os
+import shutil
+import sys
+import warnings
+from collections import Counter
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+
+if not __package__:  # run as a file
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import torch
+from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
+from safetensors.torch import save_file
+from tqdm import tqdm
+
+from export import distributed_name, model_folder, released_layout, write_json
+from export.checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
+from export.model_card import read_provenance, write_model_card
+from uhr_bat.configuration_uhr_bat import UHRBatConfig
+from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
+
+
+DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+# What weights may be, and integers of the same size, in which numbers that are not finite are comparable too.
+BITS = {
+    torch.float16: torch.int16,
+    torch.bfloat16: torch.int16,
+    torch.float32: torch.int32,
+    torch.float64: torch.int64,
+}
+EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What becomes of one tensor of the checkpoint; `name` is None if it is left out."""
+
+    source: str
+    info: TensorInfo
+    name: str | None
+    dtype: torch.dtype | None
+    action: str
+
+    @property
+    def num_parameters(self) -> int:
+        return torch.Size(self.info.shape).numel()
+
+
+# The checkpoint
+
+
+def locate(checkpoint: str | Path) -> Path:
+    """A folder, or a repository of the Hub, of which only data files are fetched."""
+    if Path(checkpoint).is_dir():
+        return Path(checkpoint)
+    checkpoint = str(checkpoint)
+    # Code is none of ours, and subfolders hold other models or the state of an optimiser.
+    data = ["*.json", "*.jinja", "merges.txt", "README.md"]
+    try:
+        folder = Path(snapshot_download(checkpoint, allow_patterns=[*data, "*.safetensors"], ignore_patterns="*/*"))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(snapshot_download(checkpoint, allow_patterns=[*data, "*.bin"], ignore_patterns="*/*"))
+    except Exception as error:  # the Hub's, the network's, or of a name that is none
+        raise CheckpointError(
+            f"{checkpoint}: neither a folder nor a repository that could be fetched ({type(error).__name__}: {error})."
+        ) from error
+    return folder
+
+
+def read_config(folder: Path, tensors: dict[str, TensorInfo], vision_heads: int | None = None):
+    """(configuration, notes, whether it is of the released layout).
+
+    Raises:
+        CheckpointError: no configuration of either layout, or one that contradicts itself.
+    """
+    path = folder / "config.json"
+    settings = read_json(path)
+    try:
+        if released_layout.is_released_config(settings):
+            return *released_layout.make_config(settings, tensors, vision_heads), True
+        if settings.get("model_type") == UHRBatConfig.model_type:
+            if vision_heads is not None:
+                raise CheckpointError("--vision-heads is for the released layout: here the configuration states it.")
+            return UHRBatConfig.from_dict(settings), [], False
+    except CheckpointError as error:
+        raise CheckpointError(f"{path}: {error}") from error
+    except Exception as error:  # a field of a wrong type fails wherever it is used first
+        raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from error
+    raise CheckpointError(
+        f"{path}: model type {settings.get('model_type')!r} is neither the released layout (a flat Qwen2 "
+        f"configuration) nor this project's own ({UHRBatConfig.model_type!r})."
+    )
+
+
+def meta_model(config: UHRBatConfig) -> UHRBatForConditionalGeneration:
+    """The model without its weights: names and shapes."""
+    with torch.device("meta"):
+        return UHRBatForConditionalGeneration(config)
+
+
+def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None) -> list[Entry]:
+    """One entry per tensor of the checkpoint, in the order of its files.
+
+    Args:
+        checkpoint: its tensors.
+        config: what they must fit, names and shapes.
+        rename: name in the checkpoint -> name in the output, None for what is left out, `KeyError` if it is unknown.
+        dtype: torch.dtype of the output; None leaves every tensor as it is.
+
+    Raises:
+        CheckpointError: all at once, tensors that are unknown, missing or of a wrong shape, and copies that differ.
+    """
+    weights = meta_model(config).state_dict()
+    expected = {distributed_name(name): tuple(tensor.shape) for name, tensor in weights.items()}
+    if config.tie_word_embeddings:
+        del expected[HEAD]
+    plan, problems, taken = [], [], {}
+    for source, info in checkpoint.tensors.items():
+        try:
+            name = rename(source)
+        except KeyError:
+            name = ""
+        if name is None:
+            plan.append(Entry(source, info, None, None, "drop"))
+            continue
+        if config.tie_word_embeddings and name == HEAD:
+            name = EMBEDDINGS
+        if name not in expected:
+            problems.append(f"{info.path}: tensor {source!r} is unknown.")
+        elif info.shape != expected[name]:
+            problems.append(
+                f"{info.path}: tensor {source!r} has the shape {list(info.shape)}, the configuration asks for "
+                f"{list(expected[name])}."
+            )
+        elif info.dtype not in BITS:
+            problems.append(f"{info.path}: tensor {source!r} is of type {info.dtype}, which weights here cannot be.")
+        elif name in taken:
+            first = taken[name]
+            if not torch.equal(checkpoint.read(first).float(), checkpoint.read(source).float()):
+                problems.append(
+                    f"{info.path}: tensor {source!r} differs from {first!r} in {checkpoint.tensors[first].path}, but "
+                    f"both become {name!r}."
+                )
+            plan.append(Entry(source, info, None, None, f"same as {first}"))
+        else:
+            target = dtype or info.dtype
+            action = "copy" if target == info.dtype else f"cast to {_word(target)}"
+            plan.append(Entry(source, info, name, target, action))
+        taken.setdefault(name, source)
+    problems += [f"missing: {name!r}" for name in expected if name not in taken]
+    if problems:
+        raise CheckpointError(
+            f"The checkpoint does not fit its configuration, in {len(problems)} points:" + _lines(problems)
+        )
+    return plan
+
+
+def print_plan(plan: list[Entry]):
+    """The table: what each tensor is, what becomes of it, its name before and after."""
+    rows = [("action", "dtype", "shape", "name in the checkpoint", "name here")]
+    for entry in plan:
+        dtype, shape = _word(entry.info.dtype), str(list(entry.info.shape))
+        rows.append((entry.action, dtype, shape, entry.source, entry.name or "-"))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
+
+
+class MergedModel:
+    """The checkpoint with a LoRA adapter of peft merged into it: read like a [`Checkpoint`], but all in memory."""
+
+    def __init__(self, checkpoint: Checkpoint, config: UHRBatConfig, plan: list[Entry], adapter: Path):
+        try:
+            from peft import PeftModel
+        except ImportError:
+            raise CheckpointError("--merge-adapter needs peft: pip install peft") from None
+        model = meta_model(config)
+        shapes = {distributed_name(name): tensor.shape for name, tensor in model.state_dict().items()}
+        names = {distributed_name(name): name for name in model.state_dict()}
+        weights = {names[entry.name]: load(checkpoint, entry) for entry in plan}
+        model.load_state_dict(weights, strict=False, assign=True)
+        model.tie_weights()
+        try:
+            with warnings.catch_warnings():
+                # A part that the adapter lacks would be merged as zero.
+                warnings.filterwarnings("error", message="Found missing adapter keys")
+                model = PeftModel.from_pretrained(model, adapter, torch_device="cpu")
+                model = model.merge_and_unload(safe_merge=True)
+        except Exception as error:  # of a wrong adapter peft raises whatever it likes
+            raise CheckpointError(f"{adapter}: cannot be merged ({type(error).__name__}: {error}).") from error
+        self.weights = {distributed_name(name): tensor for name, tensor in model.state_dict().items()}
+        if {name: tensor.shape for name, tensor in self.weights.items()} != shapes:
+            raise CheckpointError(f"{adapter}: after merging, names or shapes are no longer those of the model.")
+
+    def read(self, name: str) -> torch.Tensor:
+        return self.weights[name]
+
+
+# The output
+
+
+def load(source, entry: Entry) -> torch.Tensor:
+    """A tensor of the output, in memory of its own."""
+    tensor = source.read(entry.source)
+    if tensor.dtype == entry.dtype:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    cast = tensor.to(entry.dtype, memory_format=torch.contiguous_format)
+    if not cast.isfinite().all() and tensor.isfinite().all():
+        raise CheckpointError(
+            f"{entry.info.path}: tensor {entry.source!r} holds numbers beyond {_word(entry.dtype)}. Try bfloat16."
+        )
+    return cast
+
+
+def write_weights(output: Path, source, plan: list[Entry], max_shard_size: str):
+    """Safetensors of at most `max_shard_size`, with an index where there are several. One is in memory at a time."""
+    entries = {entry.name: entry for entry in plan}
+    sizes = {name: torch.empty(entry.info.shape, dtype=entry.dtype, device="meta") for name, entry in entries.items()}
+    try:
+        split = split_torch_state_dict_into_shards(sizes, max_shard_size=max_shard_size)
+    except ValueError as error:
+        raise CheckpointError(f"--max-shard-size {max_shard_size}: {error}") from error
+    with _bar(plan, "Writing") as bar:
+        for file_name, names in split.filename_to_tensors.items():
+            shard = {}
+            for name in names:
+                shard[name] = load(source, entries[name])
+                bar.update(shard[name].nbytes)
+            save_file(shard, output / file_name, metadata={"format": "pt"})
+    if split.is_sharded:
+        index = {"metadata": split.metadata, "weight_map": split.tensor_to_filename}
+        write_json(output / "model.safetensors.index.json", index)
+
+
+def check_weights(output: Path, source, plan: list[Entry]):
+    """Reads every tensor back and compares it, bit by bit, with what the checkpoint holds. Raises `CheckpointError`."""
+    written = Checkpoint(output)
+    if written.tensors.keys() != {entry.name for entry in plan}:
+        raise CheckpointError(f"{output}: the tensors that were written are not those of the plan.")
+    with _bar(plan, "Checking") as bar:
+        for entry in plan:
+            wanted, found = load(source, entry), written.read(entry.name)
+            bits = BITS[entry.dtype]
+            if wanted.dtype != found.dtype or not torch.equal(wanted.view(bits), found.view(bits)):
+                path = written.tensors[entry.name].path
+                raise CheckpointError(f"{path}: tensor {entry.name!r} is not what was to be written.")
+            bar.update(found.nbytes)
+
+
+@contextmanager
+def appears_whole(output: Path):
+    """A folder to build in, which becomes `output` when the block ends well. Otherwise nothing is left behind.
+
+    Its name ends in ".incomplete". A run that is killed leaves it there, without a config.json that would make it load,
+    and the next run removes it.
+    """
+    building = output.with_name(f"{output.name}.incomplete")
+    shutil.rmtree(building, ignore_errors=True)
+    building.mkdir(parents=True)
+    try:
+        yield building
+        for path in building.iterdir():
+            path.chmod(0o644)  # safetensors makes files for their owner alone
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        if output.exists():
+            output.rmdir()
+        building.rename(output)
+    except BaseException:
+        shutil.rmtree(building, ignore_errors=True)
+        raise
+
+
+def convert(
+    checkpoint: str,
+    output: str | Path,
+    max_shard_size: str = "5GB",
+    dtype: str = "auto",
+    merge_adapter: str | bool | None = None,
+    vision_heads: int | None = None,
+    push_to_hub: str | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    dry_run: bool = False,
+) -> Path:
+    """Builds the model folder `output`. The arguments are those of the command line.
+
+    Raises:
+        CheckpointError: whatever is wrong with the checkpoint or the output. Then there is no output.
+    """
+    output = Path(os.path.abspath(output))
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise CheckpointError(f"{output}: is there and not an empty folder. Nothing is overwritten.")
+    adapter = None
+    if merge_adapter:
+        adapter = locate(checkpoint if merge_adapter is True else merge_adapter)
+        settings = read_json(adapter / "adapter_config.json")
+        if merge_adapter is True:
+            checkpoint = settings.get("base_model_name_or_path")
+            if not isinstance(checkpoint, str):
+                raise CheckpointError(f"{adapter}: names no base model. Give it as --checkpoint, and DIR to --merge-adapter.")
+    folder = locate(checkpoint)
+
+    source = Checkpoint(folder)
+    config, notes, is_released = read_config(folder, source.tensors, vision_heads)
+    plan = make_plan(source, config, released_layout.rename if is_released else distributed_name, DTYPES[dtype])
+    kept = [entry for entry in plan if entry.name]
+    numbers = Counter()
+    for entry in kept:
+        numbers[entry.dtype] += entry.num_parameters
+    config.dtype = _word(numbers.most_common(1)[0][0])
+    num_bytes = sum(number * dtype.itemsize for dtype, number in numbers.items())
+    untrained = [
+        entry.source
+        for entry in kept
+        if ".scale_embedding.tables." in entry.name and released_layout.looks_untrained(source.read(entry.source))
+    ]
+    stated_license, base_models = read_provenance(folder, config)
+    license = license or stated_license
+    if base_model or not Path(checkpoint).is_dir():
+        base_models = [base_model or str(checkpoint)]
+    if dropped := [entry.source for entry in plan if entry.action == "drop"]:
+        notes.append("dropped, nothing here uses it:" + _lines(dropped))
+    if untrained:
+        notes.append("never trained, still noise of deviation 1/sqrt(width):" + _lines(untrained))
+    notes.append(f"model card: licence {license}, base model {', '.join(base_models) or 'unknown'}")
+    notes.append(f"weights: {len(kept)} tensors, {numbers.total():,} parameters, {num_bytes:,} bytes, {config.dtype}")
+    if dry_run:
+        print_plan(plan)
+    print(*notes, sep="\n")
+    if dry_run:
+        print("dry run: nothing was written")
+        return output
+
+    output.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(output.parent).free
+    if free < num_bytes:
+        raise CheckpointError(f"{output.parent}: {free:,} bytes are free, but the weights need {num_bytes:,}.")
+    with appears_whole(output) as building:
+        weights = source
+        if adapter:
+            weights = MergedModel(source, config, kept, adapter)
+            kept = [Entry(entry.name, entry.info, entry.name, entry.dtype, "merge") for entry in kept]
+        write_weights(building, weights, kept, max_shard_size)
+        check_weights(building, weights, kept)
+        # A Trainer that was given the processor saves it beside the adapter.
+        files = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else folder
+        has_tokenizer = model_folder.write_processing(building, files, config, is_released)
+        write_model_card(
+            building / "README.md",
+            config,
+            origin=("the released layout" if is_released else "this project's Trainer") + " and LoRA" * bool(adapter),
+            repository=push_to_hub,
+            num_parameters=numbers.total(),
+            license=license,
+            base_models=base_models,
+            limits=["The scale tables of this checkpoint are noise: they were never trained."] if untrained else [],
+            has_tokenizer=has_tokenizer,
+        )
+        model_folder.write_code(building)
+        model_folder.write_config(building, config)
+    print(f"{output}: complete. Every tensor was read back and is equal.")
+    if push_to_hub:
+        push(output, push_to_hub)
+    return output
+
+
+def push(folder: Path, repository: str):
+    """The whole folder to the Hub, in one commit."""
+    try:
+        api = HfApi()
+        api.create_repo(repository, exist_ok=True)
+        api.upload_folder(folder_path=folder, repo_id=repository, commit_message="UHR-BAT model folder")
+    except Exception as error:  # the Hub's, the network's, or of a missing token
+        raise CheckpointError(
+            f"{folder} is complete, but could not be pushed to {repository} ({type(error).__name__}: {error})."
+        ) from error
+    print(f"{repository}: pushed")
+
+
+def _bar(plan, what):
+    return tqdm(total=sum(e.dtype.itemsize * e.num_parameters for e in plan), desc=what, unit="B", unit_scale=True)
+
+
+def _word(dtype):
+    return str(dtype).removeprefix("torch.")
+
+
+def _lines(items):
+    return "".join(f"\n  {item}" for item in items)
+
+
+def main(arguments=None):
+    parser = argparse.ArgumentParser(
+        prog="python -m export.convert_checkpoint",
+        description="Trained weights into a complete, loadable model folder.",
+    )
+    add = parser.add_argument
+    add("--checkpoint", required=True, help="folder or Hub repository: released layout, or of this project's Trainer")
+    add("--output", required=True, help="the model folder to make; must not be there, or be empty")
+    add("--max-shard-size", default="5GB", help="of a safetensors file (default: 5GB)")
+    add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, every tensor as it is)")
+    add("--push-to-hub", metavar="REPO", help="upload the folder when it is complete")
+    add(
+        "--merge-adapter",
+        metavar="DIR",
+        nargs="?",
+        const=True,
+        help="LoRA adapter to merge into the checkpoint, which is in memory as a whole then; without DIR, --checkpoint "
+        "is the adapter and names its base model",
+    )
+    add("--vision-heads", type=int, help="attention heads of the vision tower, which the released layout lacks")
+    add("--license", help="of the weights, for the model card (default: what the checkpoint's card says)")
+    add("--base-model", metavar="REPO", help="for the model card (default: what the checkpoint says)")
+    add("--dry-run", action="store_true", help="print what would become of every tensor, write nothing")
+    torch.set_num_threads(1)  # copies wait for the disk, and on a busy machine threads wait for each other
+    try:
+        convert(**vars(parser.parse_args(arguments)))
+    except CheckpointError as error:
+        sys.exit(f"error: {error}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,199 @@
+"""All that a model folder holds besides its weights: code, configuration, tokenizer, processors and chat template.
+
+    python -m export.model_folder      writes the configuration files of the 7B model, export/uhr_bat_7b/
+"""
+
+import shutil
+from pathlib import Path
+
+from transformers import AddedToken, AutoTokenizer
+from uhr_bat.configuration_uhr_bat import UHRBatConfig
+from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
+
+from . import AUTO_MAP, ROOT, write_json
+from .checkpoint_files import CheckpointError, read_json
+
+
+IMAGE_TOKEN = "<image>"
+CHAT_TEMPLATE = "chat_template.jinja"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "vocab.json",
+    "merges.txt",
+    "added_tokens.json",
+    "special_tokens_map.json",
+)
+# Where transformers read a tokenizer, code that a checkpoint names, and a template, which is a file of its own here.
+LEFT_OUT = ("name_or_path", "is_local", "local_files_only", "auto_map", "chat_template")
+# A `model_max_length` from here on says that nobody set one.
+UNBOUNDED = 10**9
+PROCESSOR_AUTO_MAP = {
+    "AutoImageProcessor": "image_processing_uhr_bat.UHRBatImageProcessor",
+    "AutoProcessor": "processing_uhr_bat.UHRBatProcessor",
+}
+
+
+def write_code(output: Path):
+    """The files that `trust_remote_code` runs, and their licence."""
+    for path in [*sorted(ROOT.glob("*_uhr_bat.py")), ROOT / "LICENSE"]:
+        shutil.copyfile(path, output / path.name)
+
+
+def write_processing(output: Path, source: Path, config: UHRBatConfig, is_released: bool) -> bool:
+    """Tokenizer, processors, chat template and generation config; whether there is a tokenizer.
+
+    What the checkpoint's folder `source` states is kept, as far as the layout means the same: a released checkpoint has
+    neither budgets nor a token for images, and its settings of generation are those of its base model. `config` gets
+    the id of the image token.
+    """
+    settings = read_json(source / "config.json") if (source / "config.json").is_file() else {}
+    tokenizer = write_tokenizer(output, source, config, None if is_released else config.image_token_index,
+                                settings.get("tokenizer_model_max_length"))  # fmt: skip
+    ends = []
+    if tokenizer is None:
+        print(f"tokenizer: none in {source}, so none here; `image_token_index` is {config.image_token_index}")
+    else:
+        config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
+        ends = [tokenizer.get_vocab().get("<|im_end|>"), tokenizer.eos_token_id]
+        print(f"tokenizer: {len(tokenizer)} entries, {IMAGE_TOKEN!r} is {config.image_token_index}")
+
+    kept, budgets = [], None
+    if not is_released:
+        kept = [name for name in (CHAT_TEMPLATE, "generation_config.json") if (source / name).is_file()]
+        if (source / "processor_config.json").is_file():
+            budgets = read_json(source / "processor_config.json").get("default_budgets")
+    write_generation_config(output, config, ends)
+    shutil.copyfile(ROOT / CHAT_TEMPLATE, output / CHAT_TEMPLATE)
+    for name in kept:
+        shutil.copyfile(source / name, output / name)
+    write_processor_configs(output, config, read_image_settings(source), budgets)
+    return tokenizer is not None
+
+
+def write_tokenizer(output: Path, source: Path, config: UHRBatConfig, image_token_index=None, model_max_length=None):
+    """The checkpoint's tokenizer, with "<image>" as one token of its own; None if it has none.
+
+    Args:
+        output, source: the model folder and the checkpoint's.
+        config: gives the rows of the embedding table, which every id must have.
+        image_token_index: the id that "<image>" must have; None: the one that it has or gets.
+        model_max_length: the longest prompt in tokens; None: what the tokenizer says, or the context window.
+
+    Raises:
+        CheckpointError: files that are no tokenizer, or an id of "<image>" that the model does not have.
+    """
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not {"tokenizer.json", "vocab.json"} & set(names):
+        return None
+    for name in names:
+        shutil.copyfile(source / name, output / name)
+    tokenizer = _load_tokenizer(output, source)
+    if IMAGE_TOKEN not in tokenizer.get_vocab():
+        tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
+        tokenizer.save_pretrained(output)
+    path = output / "tokenizer_config.json"
+    settings = read_json(path) if path.exists() else {}
+    stated = settings.get("model_max_length")
+    if not isinstance(stated, (int, float)) or stated >= UNBOUNDED:
+        stated = config.text_config.max_position_embeddings
+    settings = {key: value for key, value in settings.items() if key not in LEFT_OUT}
+    settings |= {
+        "processor_class": "UHRBatProcessor",
+        "image_token": IMAGE_TOKEN,
+        "model_max_length": model_max_length or stated,
+        # transformers does not write this one, and batches need it.
+        "padding_side": "left",
+    }
+    write_json(path, settings)
+
+    tokenizer = _load_tokenizer(output, source)
+    ids, num_rows = tokenizer(IMAGE_TOKEN, add_special_tokens=False).input_ids, config.text_config.vocab_size
+    if len(ids) != 1 or ids[0] >= num_rows or image_token_index not in (None, ids[0]):
+        wanted = f"one id below {num_rows}, the rows of the embedding table"
+        if image_token_index is not None:
+            wanted = f"[{image_token_index}], the `image_token_index` of the configuration"
+        raise CheckpointError(f"{source}: the tokenizer makes {ids} of {IMAGE_TOKEN!r}. It must be {wanted}.")
+    return tokenizer
+
+
+def _load_tokenizer(folder, source):
+    try:
+        return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # whatever a broken file makes of it
+        raise CheckpointError(f"{source}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
+
+
+def write_generation_config(output: Path, config: UHRBatConfig, ends=()):
+    """generation_config.json. Greedy: the same input gives the same answer. `ends`: more ids that end one."""
+    text = config.text_config
+    stated = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    ends = [end for end in dict.fromkeys([*stated, *ends]) if end is not None]
+    pad = ends[0] if text.pad_token_id is None and ends else text.pad_token_id
+    settings = {"do_sample": False, "eos_token_id": ends, "pad_token_id": pad}
+    write_json(output / "generation_config.json", {k: v for k, v in settings.items() if v not in (None, [])})
+
+
+def write_processor_configs(output: Path, config: UHRBatConfig, image_settings=None, budgets=None):
+    """preprocessor_config.json and processor_config.json.
+
+    Args:
+        output: the model folder.
+        config: the model's configuration; the image processor's scales, tile and patch are its own.
+        image_settings: mean, deviation and other settings of the checkpoint's image processor; CLIP's otherwise.
+        budgets: of the processor; those of the configuration otherwise.
+    """
+    known = set(UHRBatImageProcessor.valid_kwargs.__annotations__) - {"size"}  # which follows the tile
+    settings = {key: value for key, value in (image_settings or {}).items() if key in known}
+    processor = UHRBatImageProcessor(**settings | {
+        "crop_size": {"height": config.tile_size, "width": config.tile_size},
+        "patch_size": config.patch_size,
+        "scales": config.scales,
+        "mask_padding": config.mask_padding,
+        "max_image_pixels": config.max_image_pixels,
+    })  # fmt: skip
+    # CLIP's keys are all there, so that one gets CLIP's processor with the right tile without `trust_remote_code`.
+    settings = {**processor.to_dict(), "default_to_square": False, "auto_map": PROCESSOR_AUTO_MAP}
+    write_json(output / "preprocessor_config.json", dict(sorted(settings.items())))
+    write_json(
+        output / "processor_config.json",
+        {
+            "processor_class": "UHRBatProcessor",
+            "auto_map": {"AutoProcessor": PROCESSOR_AUTO_MAP["AutoProcessor"]},
+            "default_budgets": list(budgets or config.budgets),
+        },
+    )
+
+
+def write_config(output: Path, config: UHRBatConfig):
+    """config.json, the last file of a folder: what lacks it does not load."""
+    config.architectures = ["UHRBatForConditionalGeneration"]
+    config.auto_map = AUTO_MAP
+    config.save_pretrained(output)
+
+
+def read_image_settings(folder: Path) -> dict:
+    """Settings of a checkpoint's image processor: nested in its processor's file or in a file of their own; or {}."""
+    for name in ("processor_config.json", "preprocessor_config.json"):
+        if (folder / name).is_file():
+            settings = read_json(folder / name)
+            settings = settings.get("image_processor", {}) if name == "processor_config.json" else settings
+            if settings:
+                return settings
+    return {}
+
+
+def write_7b(output: Path):
+    """The paper's model: the defaults, and the special tokens of Qwen2-7B-Instruct."""
+    endoftext, im_end = 151643, 151645
+    config = UHRBatConfig(dtype="bfloat16")
+    config.text_config.bos_token_id = config.text_config.pad_token_id = endoftext
+    config.text_config.eos_token_id = im_end
+    output.mkdir(exist_ok=True)
+    write_generation_config(output, config, ends=[endoftext])
+    write_processor_configs(output, config)
+    write_config(output, config)
+
+
+if __name__ == "__main__":
+    write_7b(ROOT / "export" / "uhr_bat_7b")
