@@ -31,7 +31,14 @@ from .released_api_uhr_bat import (
     tokenizer_image_token,
     translate_released_call,
 )
-from .token_compression_uhr_bat import align_importance, cluster_regions, merge_tokens, select_tokens, vote_regions
+from .token_compression_uhr_bat import (
+    align_importance,
+    cluster_regions,
+    grid_regions,
+    merge_tokens,
+    select_tokens,
+    vote_regions,
+)
 
 
 logger = logging.get_logger(__name__)
@@ -634,6 +641,8 @@ class UHRBatModel(UHRBatPreTrainedModel):
                 regions = vote_regions(image.region_labels[scale_idx][None], patch_size=1)
             elif config.region_method == "none":
                 regions = torch.arange(len(places), device=places.device)
+            elif config.region_method == "grid":
+                regions = grid_regions(places, config.grids[scale_idx], num_regions)
             else:
                 coords = self._coords(scale_idx, places)
                 regions = cluster_regions(

@@ -10,6 +10,8 @@ or of a map of pixels. All sorts are stable and all sums run in a fixed order, s
 tokens on every run, on a GPU too: `index_add_` there does not.
 """
 
+import math
+
 import torch
 import torch.nn.functional as F
 
@@ -197,6 +199,33 @@ def cluster_regions(
         norms = norms.clamp_min(1e-12)
         regions = METHODS[method](features, norms, coords, num_regions, num_iterations, generator)
     return regions.unique(return_inverse=True)[1]
+
+
+@torch.no_grad()
+def grid_regions(positions: torch.Tensor, grid: tuple[int, int], num_regions: int) -> torch.Tensor:
+    """Partition the tokens of a scale into cells of a regular grid: known before the image is encoded, and free.
+
+    The whole scale is cut into g x g cells, g the largest number with g * g <= num_regions; sides of cells differ by
+    one token at most. Cells that hold none of `positions` (the letterbox) are no regions.
+
+    Args:
+        positions: long[V], places of the tokens, row by row over the grid of the scale.
+        grid: (height, width) of the scale in tokens, H and W.
+        num_regions: regions at most.
+
+    Returns:
+        long[V], labels 0..R-1 with every label used, R <= num_regions, cells row by row.
+
+    Raises:
+        ValueError: num_regions below 1.
+    """
+    H, W = grid
+    if num_regions < 1:
+        raise ValueError(f"num_regions must be at least 1. Got {num_regions}.")
+    g = math.isqrt(num_regions)
+    rows, columns = positions // W, positions % W
+    cells = rows * min(g, H) // H * min(g, W) + columns * min(g, W) // W
+    return cells.unique(return_inverse=True)[1]
 
 
 def _majority(labels):
@@ -388,4 +417,4 @@ def merge_tokens(tokens: torch.Tensor, slots: torch.Tensor, num_slots: int) -> t
     return torch.cat(merged, dim=1).to(tokens.dtype)
 
 
-__all__ = ["align_importance", "cluster_regions", "vote_regions", "select_tokens", "merge_tokens"]
+__all__ = ["align_importance", "cluster_regions", "grid_regions", "vote_regions", "select_tokens", "merge_tokens"]

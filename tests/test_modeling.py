@@ -234,7 +234,7 @@ def test_a_prompt_without_an_image_has_no_importance():
 
 # Coverage without regions is left out: it would need a token for every token.
 @pytest.mark.parametrize(
-    ("method", "coverage"), [("kmeans", False), ("kmeans", True), ("birch", False), ("birch", True), ("none", False)]
+    ("method", "coverage"), [("kmeans", False), ("kmeans", True), ("birch", False), ("birch", True), ("grid", True), ("none", False)]
 )
 @pytest.mark.parametrize("rows_shown", range(1, 7))
 def test_exactly_the_budget_is_spent_on_every_image(method, rows_shown, coverage):
@@ -331,6 +331,16 @@ def test_label_maps_take_the_place_of_clustering():
             assert len(regions[part == label].unique()) == min(1, int((part == label).sum()))
         background = regions[part == 0]
         assert len(background.unique()) == len(background)
+
+
+def test_grid_regions_are_known_before_the_image_is_encoded():
+    model = small_model(region_method="grid", num_regions=4)
+    ids = torch.tensor([[5, IMAGE, 7]])
+    first, second = (model.compress(input_ids=ids, pixel_values=random_pixels(seed=seed)) for seed in (0, 1))
+    for scale_idx, (height, width) in enumerate(GRIDS):
+        expected = torch.arange(4).view(2, 2).repeat_interleave(height // 2, 0).repeat_interleave(width // 2, 1)
+        for out in (first, second):
+            assert torch.equal(out.regions[0][scale_idx], expected.flatten())
 
 
 def test_padding_a_prompt_on_the_left_changes_nothing():

@@ -14,6 +14,7 @@ import uhr_bat.token_compression_uhr_bat as token_compression
 from uhr_bat.token_compression_uhr_bat import (
     align_importance,
     cluster_regions,
+    grid_regions,
     merge_tokens,
     select_tokens,
     vote_regions,
@@ -861,3 +862,28 @@ def test_the_module_offers_five_functions():
         "select_tokens",
         "merge_tokens",
     ]
+
+
+@pytest.mark.parametrize("grid, num_regions", [((6, 6), 9), ((6, 6), 8), ((5, 7), 10), ((4, 4), 1), ((3, 3), 100)])
+def test_grid_regions_are_cells_of_the_whole_scale(grid, num_regions):
+    height, width = grid
+    side = int(num_regions**0.5)
+    cells = [
+        (int(row * min(side, height) / height), int(column * min(side, width) / width))
+        for row in range(height)
+        for column in range(width)
+    ]
+    found = grid_regions(torch.arange(height * width), grid, num_regions)
+    assert [sorted(set(cells)).index(cell) for cell in cells] == found.tolist()
+    assert int(found.max()) + 1 <= num_regions
+
+
+def test_grid_regions_skip_cells_that_show_nothing():
+    positions = torch.tensor([4, 5, 6, 7, 8, 9, 10, 11])  # the middle rows of 4 x 4, letterbox above and below
+    assert grid_regions(positions, (4, 4), 4).tolist() == [0, 0, 1, 1, 2, 2, 3, 3]
+    assert grid_regions(positions[4:], (4, 4), 4).tolist() == [0, 0, 1, 1]
+
+
+def test_grid_regions_need_a_region():
+    with pytest.raises(ValueError, match="num_regions must be at least 1. Got 0."):
+        grid_regions(torch.tensor([0]), (4, 4), 0)

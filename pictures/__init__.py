@@ -1,0 +1,379 @@
+"""Pictures of what the model looked at and what it kept, drawn from the result of `model.compress(...)` alone.
+
+First the drawing on an image, pure functions of one scale: `draw_attention`, `draw_regions`, `draw_kept` return an
+image of the same size. Then the pictures: a page of panels each, as an RGB image of a given width, from a result
+and the PIL image (of any size: it is brought to the size of a panel first): `attention_picture` (figure 8 of the
+paper), `regions_picture` (6), `kept_picture`, `budgets_picture` (9 and 10) and `tsne_picture` (7).
+
+The model sees the image in a letterboxed square. The letterbox is never drawn: every pixel of the image is asked which
+token shows it. Colours are told apart by colour-blind readers (a map that grows brighter, Okabe and Ito's palette).
+
+Letters: H and W height and width of a grid of tokens, N = H * W, V of them that show the image and not the letterbox.
+Sizes are (height, width).
+"""
+
+import numpy as np
+from PIL import Image
+
+# Pixels of a page's width: a screen's. Pages of another width are this one, larger or smaller.
+WIDTH = 1400
+DPI = 100
+# Okabe and Ito, without black and without the yellow that is lost on white.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F4FC9", "#8C6D31")
+MARKERS = "os^DvP*X"
+OTHERS = "#BBBBBB"
+ATTENTION_COLOURS = "inferno"
+
+# What is left of the image where a token was merged and where it was dropped, and the tint of what was merged.
+MERGED_BRIGHTNESS, DROPPED_BRIGHTNESS = 0.55, 0.08
+# Violet: neither land nor sea.
+MERGED_TINT = (150, 60, 215)
+# A line between regions takes a pixel: narrower tokens would vanish behind their lines.
+TOKEN_OF_LINES = 8
+# The brightest colour of the attention is this percentile: a single peak would leave the rest black.
+ATTENTION_PERCENTILE = 99
+# Tokens that are embedded by t-SNE: more take minutes and make one blot.
+TSNE_TOKENS = 1500
+# Panels are at most so much longer than wide, or wider than long.
+MAX_ASPECT = 2.5
+# Side of the enlarged view of the attention, in parts of the image's longer side.
+ENLARGED = 1 / 6
+
+
+# Geometry
+
+
+def screen_image(image: Image.Image, longest: int) -> Image.Image:
+    """RGB, with its longer side at most `longest` pixels."""
+    factor = longest / max(image.size)
+    if factor < 1:
+        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2)
+    return image.convert("RGB")
+
+
+def pixel_tokens(image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """The token of a grid over the letterboxed square that shows each pixel of the image: int64[height, width]."""
+    side = max(image_size)
+    rows, columns = (
+        ((np.arange(length) + 0.5 + (side - length) / 2) * num_tokens / side).astype(np.int64)
+        for length, num_tokens in zip(image_size, grid)
+    )
+    return rows[:, None] * grid[1] + columns
+
+
+def count_slots(slots) -> np.ndarray:
+    """How many tokens share the slot of each token, int64[N]; 0 where it was dropped."""
+    slots = np.asarray(slots)
+    sizes = np.bincount(slots[slots >= 0], minlength=1)
+    return np.where(slots >= 0, sizes[slots], 0)
+
+
+# One scale on an image
+
+
+def draw_attention(image: Image.Image, importance, low: float, high: float, colours=ATTENTION_COLOURS) -> Image.Image:
+    """The importance float[H, W] over a grey image, from the first colour at `low` to the last at `high`."""
+    from matplotlib import colormaps
+
+    importance = np.asarray(importance, np.float64)
+    level = (importance - low) / max(high - low, 1e-12)
+    level = level.ravel()[pixel_tokens((image.height, image.width), importance.shape)]
+    heat = colormaps[colours](level.clip(0, 1))[..., :3] * 255
+    grey = np.asarray(image.convert("L"), np.float64)[..., None]
+    return Image.fromarray((0.35 * grey + 0.65 * heat).astype(np.uint8))
+
+
+def draw_regions(image: Image.Image, regions, grid: tuple[int, int]) -> Image.Image:
+    """Regions long[N] as tints, with lines between them where tokens are large; tokens that are a region of their own
+    stay grey."""
+    regions = np.asarray(regions)
+    sizes = np.bincount(regions[regions >= 0], minlength=1)
+    tints = np.array([parse_colour(colour) for colour in PALETTE])[np.arange(len(sizes)) % len(PALETTE)]
+    own = (sizes == 1)[regions][pixel_tokens((image.height, image.width), grid)]
+    labels = regions[pixel_tokens((image.height, image.width), grid)]
+
+    grey = np.asarray(image.convert("L"), np.float64)[..., None]
+    drawn = np.where(own[..., None], grey, 0.5 * grey + 0.5 * tints[labels])
+    line = np.zeros(labels.shape, bool)
+    line[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    line[1:] |= labels[1:] != labels[:-1]
+    # No net of lines where every token is a region, or too small for one.
+    line &= ~own & (max(image.size) / max(grid) >= TOKEN_OF_LINES)
+    return Image.fromarray(np.where(line[..., None], 255, drawn).astype(np.uint8))
+
+
+def draw_kept(image: Image.Image, slots, grid: tuple[int, int]) -> Image.Image:
+    """What is left of the image after the selection, from slots long[N].
+
+    Tokens with a slot of their own show the image as it is, merged ones a dim violet one, dropped ones are dark.
+    """
+    sharing = count_slots(slots)[pixel_tokens((image.height, image.width), grid)][..., None]
+    pixels = np.asarray(image.convert("RGB"), np.float64)
+    grey = np.asarray(image.convert("L"), np.float64)[..., None]
+    merged = MERGED_BRIGHTNESS * (0.5 * grey + 0.5 * np.array(MERGED_TINT))
+    drawn = np.select([sharing == 1, sharing > 1], [pixels, merged], DROPPED_BRIGHTNESS * pixels)
+    return Image.fromarray(drawn.astype(np.uint8))
+
+
+def parse_colour(colour):
+    return [int(colour[start : start + 2], 16) for start in (1, 3, 5)]
+
+
+# Pages
+
+
+class Page:
+    """A figure of `rows` x `columns` panels in the shape of an image, `WIDTH` pixels wide.
+
+    `footer`: pixels that are free below; `lines`: of a panel's title.
+    """
+
+    def __init__(self, rows, columns, image, title, *, footer=0, lines=1):
+        from matplotlib.figure import Figure
+
+        # Room in pixels: beside the panels, above each for its title, and above all for the page's.
+        gap, above, head = 14, 12 + 17 * lines, 20 + 22 * (title.count("\n") + 1)
+        panel_width = (WIDTH - (columns + 1) * gap) / columns
+        # A strip would leave no room for its own title.
+        panel_height = panel_width * min(max(image.height / image.width, 1 / MAX_ASPECT), MAX_ASPECT)
+        height = head + rows * (panel_height + above) + footer + gap
+        self.figure = Figure(figsize=(WIDTH / DPI, height / DPI), dpi=DPI, facecolor="white")
+        self.figure.text(gap / WIDTH, 1 - 14 / height, title, fontsize=13, weight="bold", va="top")
+        self.axes = np.empty((rows, columns), object)
+        for row, column in np.ndindex(rows, columns):
+            left = gap + column * (panel_width + gap)
+            bottom = height - head - (row + 1) * (panel_height + above)
+            box = left / WIDTH, bottom / height, panel_width / WIDTH, panel_height / height
+            self.axes[row, column] = self.figure.add_axes(box)
+            self.axes[row, column].set_axis_off()
+        self.panel_width = round(panel_width)
+        self.height = height
+
+    def show(self, row, column, image, title, weight="normal"):
+        axes = self.axes[row, column]
+        axes.imshow(image, interpolation="antialiased")
+        axes.set_anchor("NW")
+        # A letter is about 0.62 of its size wide, 0.7 in bold: no title runs into the next panel.
+        longest = max(map(len, title.split("\n"))) * (0.7 if weight == "bold" else 0.62)
+        size = min(10.5, self.panel_width / longest * 72 / DPI)
+        axes.set_title(title, fontsize=size, loc="left", pad=5, weight=weight)
+        return axes
+
+    def render(self, width) -> Image.Image:
+        return render(self.figure, width)
+
+
+def render(figure, width) -> Image.Image:
+    """A matplotlib figure as an RGB image, so many pixels wide."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    # matplotlib cuts the product of inches and dots per inch to an integer.
+    figure.set_dpi((width + 0.01) / figure.get_figwidth())
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return Image.fromarray(np.asarray(canvas.buffer_rgba())[..., :3].copy())
+
+
+def _head(title, question):
+    import textwrap
+
+    lines = textwrap.wrap(f"“{question}”", 130) if question else []
+    return "\n".join([title, *lines])
+
+
+def _grid(compressed, image_idx, scale_idx):
+    return tuple(compressed.importance[image_idx][scale_idx].shape)
+
+
+def _numpy(tensor):
+    return tensor.detach().float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
+
+
+def _name(compressed, image_idx, scale_idx):
+    height, width = _grid(compressed, image_idx, scale_idx)
+    return f"Scale {scale_idx + 1}: {height} × {width} tokens"
+
+
+def attention_picture(compressed, image, question="", *, image_idx=0, width=WIDTH) -> Image.Image:
+    """Where the question looks: the image, the attention at the anchor and aligned at every finer scale, and enlarged
+    the surroundings of the token that gets most."""
+    from matplotlib import colormaps
+    from matplotlib.cm import ScalarMappable
+    from matplotlib.colors import Normalize
+    from matplotlib.patches import Rectangle
+
+    num_scales = len(compressed.importance[image_idx])
+    columns = min(3, num_scales + 2)
+    rows = -(-(num_scales + 2) // columns)
+    page = Page(rows, columns, image, _head("Where the question looks", question), footer=84)
+    small = screen_image(image, page.panel_width * 2)
+
+    maps, seen = [], []
+    for scale_idx in range(num_scales):
+        importance = _numpy(compressed.importance[image_idx][scale_idx])
+        shown = _numpy(compressed.regions[image_idx][scale_idx]).reshape(importance.shape) >= 0
+        maps.append(np.where(shown, importance / importance[shown].mean(), 0))
+        seen.append(maps[-1][shown])
+    low, high = min(map(np.min, seen)), np.percentile(np.concatenate(seen), ATTENTION_PERCENTILE)
+
+    # A window of the small image around the middle of the token that gets most at the finest scale.
+    side, peak = max(small.size), np.unravel_index(maps[-1].argmax(), maps[-1].shape)
+    window = min(round(ENLARGED * side), *small.size)
+    top, left = (
+        int(np.clip((token + 0.5) * side / num_tokens - (side - length + window) / 2, 0, length - window))
+        for token, num_tokens, length in zip(peak, maps[-1].shape, (small.height, small.width))
+    )
+
+    places = iter(np.ndindex(rows, columns))
+    axes = page.show(*next(places), small, "Image, and the part that is enlarged")
+    axes.add_patch(Rectangle((left, top), window, window, fill=False, edgecolor="white", linewidth=3.2))
+    axes.add_patch(Rectangle((left, top), window, window, fill=False, edgecolor="#D55E00", linewidth=1.6))
+    for scale_idx, importance in enumerate(maps):
+        note = "measured (anchor)" if scale_idx == 0 else "aligned"
+        drawn = draw_attention(small, importance, low, high)
+        page.show(*next(places), drawn, f"{_name(compressed, image_idx, scale_idx)}, {note}")
+    factor = image.width / small.width
+    enlarged = image.crop([round(factor * value) for value in (left, top, left + window, top + window)])
+    page.show(*next(places), screen_image(enlarged, page.panel_width), "Enlarged: around the strongest token")
+
+    bar = page.figure.add_axes((14 / WIDTH, 46 / page.height, 0.45, 16 / page.height))
+    mappable = ScalarMappable(Normalize(low, high), colormaps[ATTENTION_COLOURS])
+    page.figure.colorbar(mappable, cax=bar, orientation="horizontal", extend="max")
+    bar.set_xlabel("attention of the question, as a multiple of the mean of the scale (1 = mean)", fontsize=10)
+    bar.tick_params(labelsize=9.5)
+    return page.render(width)
+
+
+def regions_picture(compressed, image, *, image_idx=0, width=WIDTH) -> Image.Image:
+    """The partition of every scale into regions, beside the image."""
+    num_scales = len(compressed.regions[image_idx])
+    columns = min(3, num_scales + 1)
+    rows = -(-(num_scales + 1) // columns)
+    page = Page(rows, columns, image, "Regions: tokens that are compressed together", footer=34)
+    small = screen_image(image, page.panel_width)
+    places = iter(np.ndindex(rows, columns))
+    page.show(*next(places), small, "Image")
+    for scale_idx in range(num_scales):
+        regions, grid = _numpy(compressed.regions[image_idx][scale_idx]), _grid(compressed, image_idx, scale_idx)
+        sizes = np.bincount(regions[regions >= 0])
+        text = f"{_name(compressed, image_idx, scale_idx)}, {(sizes > 0).sum()} regions"
+        page.show(*next(places), draw_regions(small, regions, grid), text)
+    page.figure.text(
+        14 / WIDTH, 14 / page.height,
+        "The eight colours repeat; white lines part the regions where tokens are large enough. Grey without lines: "
+        "every token is a region of its own.",
+        fontsize=10,
+    )  # fmt: skip
+    return page.render(width)
+
+
+def _counts(slots):
+    """Text: tokens with a slot of their own, merged ones and the slots these take."""
+    slots = np.asarray(slots)
+    sharing = count_slots(slots)
+    own, merged = int((sharing == 1).sum()), int((sharing > 1).sum())
+    num_slots = len(np.unique(slots[slots >= 0])) - own
+    return f"{own:,} kept, " + (f"{merged:,} merged into {num_slots:,}" if merged else "none merged")
+
+
+def _legend(page):
+    from matplotlib.patches import Patch
+
+    tint = tuple(MERGED_BRIGHTNESS * (0.5 * 140 + 0.5 * np.array(MERGED_TINT)) / 255)
+    handles = [
+        Patch(facecolor="#E8E4D0", edgecolor="black", label="kept (image colours): a visual token of its own"),
+        Patch(facecolor=tint, edgecolor="black", label="merged (violet): averaged with others of its region"),
+        Patch(facecolor="#101010", edgecolor="black", label="dropped (dark)"),
+    ]
+    page.figure.legend(handles=handles, loc="lower left", ncols=3, fontsize=10, frameon=False)
+
+
+def kept_picture(compressed, image, question="", *, image_idx=0, width=WIDTH) -> Image.Image:
+    """What the model was given of every scale: kept, merged and dropped tokens, beside the image."""
+    slots_of_scales = [_numpy(slots) for slots in compressed.slots[image_idx]]
+    columns = min(3, len(slots_of_scales) + 1)
+    rows = -(-(len(slots_of_scales) + 1) // columns)
+    spent = sum(len(np.unique(slots[slots >= 0])) for slots in slots_of_scales)
+    seen = sum(int((regions >= 0).sum()) for regions in compressed.regions[image_idx])
+    title = f"What was kept: {spent:,} visual tokens of {seen:,}"
+    page = Page(rows, columns, image, _head(title, question), footer=40, lines=2)
+    small = screen_image(image, page.panel_width)
+    places = iter(np.ndindex(rows, columns))
+    page.show(*next(places), small, "Image")
+    for scale_idx, slots in enumerate(slots_of_scales):
+        text = f"{_name(compressed, image_idx, scale_idx)}\n{_counts(slots)}"
+        page.show(*next(places), draw_kept(small, slots, _grid(compressed, image_idx, scale_idx)), text)
+    _legend(page)
+    return page.render(width)
+
+
+def budgets_picture(
+    results: dict, image, question="", *, title="What was kept at several budgets", image_idx=0, width=WIDTH
+) -> Image.Image:
+    """Several budgets side by side: a column for every {name: result}, a row for every scale."""
+    first = next(iter(results.values()))
+    num_scales = len(first.slots[image_idx])
+    page = Page(num_scales, len(results) + 1, image, _head(title, question), footer=40, lines=2)
+    small = screen_image(image, page.panel_width)
+    for scale_idx in range(num_scales):
+        page.show(scale_idx, 0, small, _name(first, image_idx, scale_idx), weight="bold")
+        for column, (name, compressed) in enumerate(results.items(), start=1):
+            slots = _numpy(compressed.slots[image_idx][scale_idx])
+            drawn = draw_kept(small, slots, _grid(compressed, image_idx, scale_idx))
+            page.show(scale_idx, column, drawn, f"{name}\n{_counts(slots)}")
+    _legend(page)
+    return page.render(width)
+
+
+def tsne_picture(compressed, tokens, *, image_idx=0, scale_idx=-1, width=WIDTH) -> Image.Image:
+    """The tokens of a scale in two dimensions (t-SNE), coloured by region: do regions hold alike tokens?
+
+    Args:
+        tokens: float[V, D], the tokens of that scale before compression:
+            `encode_image(...)[image_idx].tokens[scale_idx]`.
+
+    Raises:
+        ValueError: as many tokens as the result has regions of are needed, and at least 5.
+        ImportError: scikit-learn is missing.
+    """
+    try:
+        from sklearn.manifold import TSNE
+    except ImportError as error:
+        raise ImportError("The t-SNE picture needs scikit-learn: pip install scikit-learn") from error
+    from matplotlib.figure import Figure
+
+    scale_idx %= len(compressed.regions[image_idx])
+    regions = _numpy(compressed.regions[image_idx][scale_idx])
+    regions = regions[regions >= 0]
+    if len(tokens) != len(regions) or len(tokens) < 5:
+        raise ValueError(f"t-SNE needs the {len(regions)} tokens of the scale, at least 5. Got {len(tokens)}.")
+    tokens = _numpy(tokens)
+    chosen = np.sort(np.random.default_rng(0).permutation(len(tokens))[:TSNE_TOKENS])
+    num_tokens = len(tokens)
+    tokens, regions = tokens[chosen], regions[chosen]
+    # As they are clustered: only the direction counts.
+    tokens = tokens / np.linalg.norm(tokens, axis=1, keepdims=True).clip(1e-12)
+    points = TSNE(perplexity=min(30, (len(tokens) - 1) / 3), init="pca", random_state=0).fit_transform(tokens)
+
+    figure = Figure(figsize=(WIDTH / DPI, 0.62 * WIDTH / DPI), dpi=DPI, facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    largest = np.argsort(-np.bincount(regions), kind="stable")[: len(PALETTE)]
+    others = ~np.isin(regions, largest)
+    axes.scatter(*points[others].T, s=9, color=OTHERS, linewidths=0, label=f"all other regions ({others.sum()} tokens)")
+    for region, colour, marker in zip(largest, PALETTE, MARKERS):
+        members = regions == region
+        label = f"region {region} ({members.sum()} tokens)"
+        axes.scatter(
+            *points[members].T, s=34, color=colour, marker=marker, edgecolors="black", linewidths=0.4, label=label
+        )
+    axes.set_title(
+        f"t-SNE of {len(tokens):,} of the {num_tokens:,} tokens of scale {scale_idx + 1}, "
+        f"the {len(largest)} largest of {len(np.unique(regions))} regions in colour",
+        fontsize=13, weight="bold", loc="left",
+    )  # fmt: skip
+    axes.set_xlabel("near in the picture = alike for the model; the axes have no unit", fontsize=10.5)
+    axes.set_xticks([])
+    axes.set_yticks([])
+    figure.legend(loc="outside right upper", fontsize=10.5, frameon=False)
+    return render(figure, width)

@@ -1,0 +1,118 @@
+"""Draw what the model looked at and what it kept.
+
+    python -m pictures IMAGE "QUESTION" [--output DIR] [--budgets 32,64,128,256 ...] [--model DIR]
+
+Writes attention.png, regions.png, kept.png (the first budget), budgets.png (all of them), pruning.png (85, 95 and
+97.5 % fewer tokens at every scale) and tsne.png.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PRUNING = (85, 95, 97.5)
+
+
+def pruned_budgets(seen: list[int], percent: float) -> list[int]:
+    """Budgets int[S] that drop so many percent of the tokens that each scale shows of the image, int[S]."""
+    return [max(1, round(num_tokens * (1 - percent / 100))) for num_tokens in seen]
+
+
+def budget_name(budgets):
+    return f"{sum(budgets):,} tokens ({', '.join(map(str, budgets))})"
+
+
+def draw(image_path, question, output, budgets, model_path, width):
+    """Write the pictures into `output`, and print their names."""
+    print("Loading ...", file=sys.stderr, flush=True)
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    import pictures
+
+    processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_path, trust_remote_code=True, dtype="auto", device_map="auto" if torch.cuda.is_available() else None
+    )
+    image = processor.image_processor.fetch_images(image_path)
+    budgets = budgets or [model.config.budgets]
+
+    print("Encoding ...", file=sys.stderr, flush=True)
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = processor.tokenizer(prompt, return_tensors="pt").to(model.device)
+    with torch.inference_mode():
+        features = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
+        seen = [len(tokens) for tokens in features[0].tokens]
+        chosen = {
+            budget_name(budget): model.compress(**inputs, image_features=features, budgets=budget) for budget in budgets
+        }
+        pruned = {
+            f"Prune {percent:g} %": model.compress(
+                **inputs, image_features=features, budgets=pruned_budgets(seen, percent)
+            )
+            for percent in PRUNING
+        }
+
+    first = next(iter(chosen.values()))
+    output.mkdir(parents=True, exist_ok=True)
+    drawings = {
+        "attention": lambda: pictures.attention_picture(first, image, question, width=width),
+        "regions": lambda: pictures.regions_picture(first, image, width=width),
+        "kept": lambda: pictures.kept_picture(first, image, question, width=width),
+        "budgets": lambda: pictures.budgets_picture(chosen, image, question, width=width),
+        "pruning": lambda: pictures.budgets_picture(
+            pruned, image, question, title="What is left as ever more tokens are pruned", width=width
+        ),
+        "tsne": lambda: pictures.tsne_picture(first, features[0].tokens[-1], width=width),
+    }
+    for name, drawing in drawings.items():
+        path = output / f"{name}.png"
+        drawing().save(path)
+        print(path, flush=True)
+
+
+def numbers(text):
+    return [int(part) for part in text.split(",")]
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="pictures", description=__doc__.splitlines()[0])
+    parser.add_argument("image", metavar="IMAGE", help="file or URL")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument(
+        "--output", type=Path, default=Path("pictures_out"), metavar="DIR", help="default: pictures_out"
+    )
+    parser.add_argument(
+        "--budgets", type=numbers, nargs="+", metavar="B", help="visual tokens per scale, as 32,64,128,256; several"
+    )
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    parser.add_argument("--width", type=int, default=1400, metavar="PX", help="width of the pictures (default: 1400)")
+    args = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    try:
+        if "://" not in args.image and not Path(args.image).is_file():
+            raise FileNotFoundError(f"{args.image}: there is no such image file.")
+        if not (args.model / "config.json").is_file():
+            raise FileNotFoundError(f"{args.model}: this is no model folder, there is no config.json in it.")
+        if args.width < 600:
+            raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")
+        for package in ("matplotlib", "sklearn"):
+            __import__(package)
+        draw(args.image, args.question, args.output, args.budgets, args.model, args.width)
+    except ImportError as error:
+        print(f"Error: {error}. The pictures need: pip install matplotlib scikit-learn", file=sys.stderr)
+        return 2
+    except (OSError, ValueError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,373 @@
+"""Region partitions compared over budgets, and k-means over k: the paper's Tables 8 and 7 on the embedded default.
+
+    python -m regions.ablation [--output DIR] [--questions N] [--checkpoint SAM | --masks FILE.pt]
+
+The paper's tables hold accuracy, which needs trained weights and questions with answers; this does not measure it. What
+it measures, on the made-up scene with ships planted at known places: the share of ships whose token keeps a slot of its
+own at the two finest scales, the tokens spent, and the seconds of the partition. Writes ablation.md, ablation.json and
+ablation.png, and the scene as scene.png (masks for it: `python -m regions.cache DIR/scene.png ...`).
+
+Letters: S scales, N tokens of a scale. Sizes are (height, width), except those of `examples.scene`.
+"""
+
+import argparse
+import dataclasses
+import json
+import os
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from uhr_bat.image_processing_uhr_bat import letterbox
+from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
+
+from examples import scene
+from regions.cache import ROOT, add_segmenter_arguments, check_job, job_from
+from regions.segment import load_segmenter, region_labels, segment_image
+
+METHODS = ("kmeans", "birch", "grid", "none")
+# Table 8 goes from 4k to 10k tokens, 1.4 to 3.5 times the 3000 of appendix A; the lower half is where tokens are short.
+BUDGET_FACTORS = (0.25, 0.5, 1, 2, 4)
+# Table 7.
+CLUSTER_COUNTS = (10, 50, 120, 240, 360, 480, 600, 720, 1000)
+NUM_SHIPS = 200
+SCALES_MEASURED = 2
+REPEATS = 5
+QUESTIONS = (
+    "What colour are the ships at the pier?",
+    "How many ships are there in the image?",
+    "Is there a ship near the coast?",
+    "Where is the largest ship?",
+    "Which is closer to the town, the ship or the pier?",
+    "What type of land use is shown in the lower left?",
+    "Are there more ships than tanks?",
+    "In which direction does the ship move?",
+)
+NOT_MEASURED = (
+    "Accuracy is not measured: that takes trained weights and questions with known answers. With the embedded default, "
+    "whose weights are random, the attention does not follow the question, so no partition can be called better from "
+    "these numbers: they show what each one does to small objects wherever the attention happens to be, and what it "
+    "costs."
+)
+
+
+# The scene
+
+
+def plant_ships(image, num_ships: int, seed: int = 0) -> np.ndarray:
+    """Paint ships as long as those of the scene's pier at random places into it; float[num_ships, 2] their centres,
+    (row, column) in pixels, no two nearer than three ships' length."""
+    rng = np.random.default_rng(seed)
+    painter = scene.Painter(image, rng)
+    bottom = scene.DEFAULT_SIZE[0] * image.height / image.width
+    places = []
+    for _ in range(30 * num_ships):
+        if len(places) == num_ships:
+            break
+        place = rng.uniform((100, 100), (scene.DEFAULT_SIZE[0] - 100, bottom - 100))
+        if all(np.hypot(*(place - other)) > 288 for other in places):
+            places.append(place)
+    if len(places) < num_ships:
+        raise ValueError(f"Only {len(places)} of {num_ships} ships find a place in the scene: plant fewer.")
+    for ship, (place, half) in enumerate(zip(places, rng.uniform(24, 48, num_ships))):
+        side = half / 4
+        painter.origin, painter.angle = tuple(place), rng.uniform(0, 2 * np.pi)
+        hull = [(-half, -side), (half / 2, -side), (half, 0), (half / 2, side), (-half, side)]
+        painter.polygon(hull, scene.PAINTS[ship % len(scene.PAINTS)])
+    return np.array(places)[:, ::-1] * painter.unit
+
+
+def tokens_at(places: np.ndarray, image_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """The token of a grid over the letterboxed square that shows each (row, column) in pixels: long[len(places)]."""
+    side, top, left = letterbox(image_size)
+    cells = ((places + (top, left)) * np.array(grid) / side).astype(np.int64)
+    return torch.from_numpy(cells[:, 0] * grid[1] + cells[:, 1])
+
+
+# Measuring
+
+
+def share_of_ships(slots: torch.Tensor, ships: torch.Tensor) -> tuple[float, float]:
+    """Shares of the tokens `ships` that keep a slot of their own, and that are averaged, from slots long[N]."""
+    sizes = torch.bincount(slots[slots >= 0])
+    mine = slots[ships]
+    kept = mine >= 0
+    sharing = sizes[mine.clamp(min=0)]
+    return (kept & (sharing == 1)).double().mean().item(), (kept & (sharing > 1)).double().mean().item()
+
+
+def partition_seconds(model, prompt, image, budgets) -> float:
+    """Seconds that the partition of an encoded image takes: a call less the same call with the partition at hand, the
+    fastest of `REPEATS` each. The partition stays with the image."""
+    with_it, without = [], []
+    for _ in range(REPEATS):
+        image.regions.clear()
+        for seconds in (with_it, without):
+            start = time.perf_counter()
+            model.compress(**prompt, image_features=[image], budgets=budgets)
+            seconds.append(time.perf_counter() - start)
+    return max(0.0, min(with_it) - min(without))
+
+
+def measure(model, prompts, image, budgets, ships) -> dict:
+    """One row of a table: means over the prompts.
+
+    Args:
+        image: one encoded image, with the partition that is measured or without any.
+        ships: long[num_ships] for every scale, the tokens that show a ship.
+    """
+    shares = []
+    for prompt in prompts:
+        out = model.compress(**prompt, image_features=[image], budgets=budgets)
+        scales = list(zip(out.slots[0], ships))[-SCALES_MEASURED:]
+        shares.append([share_of_ships(slots, tokens) for slots, tokens in scales])
+    own, merged = np.mean(shares, 0).T.tolist()
+    num_regions = [int(regions.max()) + 1 for regions in out.regions[0]]
+    return {
+        "budgets": budgets,
+        "tokens": len(out.pooler_output[0]),
+        "regions": num_regions,
+        "own": own,
+        "merged": merged,
+    }
+
+
+def run(model, prompts, features, ships, methods, factors, cluster_counts, labels=None) -> dict[str, list[dict]]:
+    """Both tables: {"methods": rows, "clusters": rows}. `labels` long[1, N]: label maps of SAM, one method more."""
+    from tqdm import tqdm
+
+    config = model.config
+    saved = config.region_method, config.num_regions
+    scaled = {factor: [max(1, round(factor * budget)) for budget in config.budgets] for factor in factors}
+    seen = [len(tokens) for tokens in features.tokens]
+    for factor, budgets in scaled.items():
+        scaled[factor] = [min(pair) for pair in zip(budgets, seen)]
+    with_labels = features
+    if labels is not None:
+        sizes = [height * width for height, width in config.grids]
+        split = [
+            part[places.cpu()].to(places.device) for part, places in zip(labels[0].split(sizes), features.positions)
+        ]
+        with_labels = dataclasses.replace(features, region_labels=split)
+    names = [*methods, *(["sam"] if labels is not None else [])]
+    bar = tqdm(total=len(names) * len(factors) + len(cluster_counts), desc="Measuring", unit="row")
+    rows = {"methods": [], "clusters": []}
+    try:
+        with bar:
+            for name in names:
+                # Label maps go before any method.
+                config.region_method = "none" if name == "sam" else name
+                image = dataclasses.replace(with_labels if name == "sam" else features, regions={})
+                seconds = {"partition_seconds": partition_seconds(model, prompts[0], image, scaled[factors[0]])}
+                for factor, budgets in scaled.items():
+                    row = measure(model, prompts, image, budgets, ships)
+                    rows["methods"].append({"method": name, "factor": factor, **row, **seconds})
+                    bar.update()
+            config.region_method = "kmeans"
+            for k in cluster_counts:
+                config.num_regions = k
+                image = dataclasses.replace(features, regions={})
+                budgets = [min(pair) for pair in zip(config.budgets, seen)]
+                seconds = {"partition_seconds": partition_seconds(model, prompts[0], image, budgets)}
+                row = measure(model, prompts, image, budgets, ships)
+                rows["clusters"].append({"method": "kmeans", "k": k, **row, **seconds})
+                bar.update()
+    finally:
+        config.region_method, config.num_regions = saved
+    return rows
+
+
+# Reporting
+
+
+def percent(share):
+    return f"{100 * share:.1f}"
+
+
+def table(header, rows):
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
+
+
+def report(result: dict) -> str:
+    """Markdown of what `main` measured."""
+    fine = [f"{scale} px" for scale in result["scales"][-SCALES_MEASURED:]]
+    columns = ["tokens", "regions per scale", *[f"own slot {name} (%)" for name in fine]]
+    columns += [f"averaged {name} (%)" for name in fine] + ["partition (s)"]
+
+    def cells(row):
+        shares = [percent(share) for share in (*row["own"], *row["merged"])]
+        return [row["tokens"], " / ".join(map(str, row["regions"])), *shares, f"{row['partition_seconds']:.2f}"]
+
+    chance = [percent(b / n) for b, n in list(zip(result["default_budgets"], result["tokens_seen"]))[-SCALES_MEASURED:]]
+    parts = [
+        "# Region partitions on the made-up scene",
+        NOT_MEASURED,
+        f"{result['num_ships']} ships, painted at random places, on land too, into the scene of "
+        f"{result['image_size'][1]:,} x {result['image_size'][0]:,} pixels (width x height); "
+        f"{result['num_questions']} questions, means over them. "
+        '"Own slot": the token that shows the middle of the ship reaches the decoder unmixed; "averaged": as part of a '
+        f"mean. At the default budgets a choice of tokens by chance would give {' and '.join(chance)} % at "
+        f"{' and '.join(fine)}. Seconds are those of all scales together, beside whatever else the machine did.",
+        "## Methods over budgets (as Table 8)",
+        table(["method", *columns], [[row["method"], *cells(row)] for row in result["methods"]]),
+        "## k-means over k at the default budgets (as Table 7)",
+        table(["k", *columns], [[row["k"], *cells(row)] for row in result["clusters"]]),
+    ]
+    if result["sam"] is None:
+        parts.append("SAM was not run: it needs `--checkpoint` or `--masks`.")
+    elif result["sam"]["seconds"] is not None:
+        parts.append(f"SAM's masks took {result['sam']['seconds']:.1f} s, which the table does not hold.")
+    return "\n\n".join(parts) + "\n"
+
+
+def plot(result: dict):
+    """The two tables as an RGB image: ships with a slot of their own over tokens and over k, and seconds by method."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import ScalarFormatter
+
+    from pictures import DPI, MARKERS, PALETTE, WIDTH, render
+
+    figure = Figure(figsize=(WIDTH / DPI, 4.9), dpi=DPI, facecolor="white", layout="constrained")
+    figure.suptitle("Region partitions on the made-up scene (no accuracy is measured)", fontsize=13)
+    over_budgets, over_k, bars = figure.subplots(1, 3, width_ratios=(1.25, 1.25, 0.8))
+    names = list(dict.fromkeys(row["method"] for row in result["methods"]))
+    style = {name: {"color": colour, "marker": marker} for name, colour, marker in zip(names, PALETTE, MARKERS)}
+    finest = f"{result['scales'][-1]} px"
+    for name in names:
+        rows = [row for row in result["methods"] if row["method"] == name]
+        shares = [100 * row["own"][-1] for row in rows]
+        over_budgets.plot([row["tokens"] for row in rows], shares, label=name, markersize=8, linewidth=2, **style[name])
+    over_budgets.set_xlabel("visual tokens, all scales", fontsize=11)
+    over_budgets.set_title("Methods over budgets", fontsize=12, loc="left")
+    over_budgets.legend(fontsize=10.5)
+    ks = [row["k"] for row in result["clusters"]]
+    looks = ("own", "slot of its own", "o-", PALETTE[0]), ("merged", "averaged with others", "s--", PALETTE[4])
+    for share, label, line, colour in looks:
+        values = [100 * row[share][-1] for row in result["clusters"]]
+        over_k.plot(ks, values, line, label=label, markersize=7, linewidth=2, color=colour)
+    over_k.set_xlabel("k of k-means, default budgets", fontsize=11)
+    over_k.set_title("k-means over k", fontsize=12, loc="left")
+    over_k.legend(fontsize=10.5)
+    for axes in (over_budgets, over_k):
+        axes.set_xscale("log")
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set_ylim(bottom=0)
+        axes.set_ylabel(f"ships at {finest} (%)", fontsize=11)
+        axes.grid(alpha=0.3)
+    over_budgets.set_ylabel(f"ships with a slot of their own at {finest} (%)", fontsize=11)
+    over_budgets.set_xticks([row["tokens"] for row in result["methods"] if row["method"] == names[0]])
+    over_k.set_xticks([10, 50, 120, 360, 1000] if set(ks) == set(CLUSTER_COUNTS) else ks)
+    for axes in (over_budgets, over_k):
+        axes.minorticks_off()
+
+    of_method = {row["method"]: row["partition_seconds"] for row in result["methods"]}
+    seconds = [of_method[name] for name in names]
+    bars.barh(names, seconds, color=[style[name]["color"] for name in names])
+    for row, value in enumerate(seconds):
+        bars.text(value, row, f" {value:.2f} s", va="center", fontsize=10.5)
+    bars.invert_yaxis()
+    bars.set_xlim(0, 1.25 * max(*seconds, 0.01))
+    bars.set_title("Partition of all scales (s)", fontsize=12, loc="left")
+    bars.spines[["top", "right"]].set_visible(False)
+    return render(figure, WIDTH)
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="regions.ablation", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--output", type=Path, default=Path("ablation_out"), metavar="DIR", help="default: ablation_out"
+    )
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    parser.add_argument("--questions", type=int, default=4, metavar="N", help=f"1 to {len(QUESTIONS)} (default: 4)")
+    parser.add_argument(
+        "--size", type=int, nargs=2, default=(2500, 2000), metavar=("WIDTH", "HEIGHT"), help="of the scene"
+    )
+    parser.add_argument("--ships", type=int, default=NUM_SHIPS, metavar="N", help=f"to plant (default: {NUM_SHIPS})")
+    parser.add_argument("--seed", type=int, default=0, help="of the scene and the ships")
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--factors", type=float, nargs="+", default=BUDGET_FACTORS, metavar="X", help="of the budgets")
+    parser.add_argument("--clusters", type=int, nargs="*", default=CLUSTER_COUNTS, metavar="K")
+    parser.add_argument("--masks", type=Path, metavar="FILE", help="mask cache of this scene, instead of --checkpoint")
+    add_segmenter_arguments(parser)
+    args = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    try:
+        if not 1 <= args.questions <= len(QUESTIONS):
+            raise ValueError(f"--questions must be 1 to {len(QUESTIONS)}. Got {args.questions}.")
+        if args.masks and args.checkpoint:
+            raise ValueError("--masks and --checkpoint are two ways to the same thing: give one of them.")
+        if not (args.model / "config.json").is_file():
+            raise FileNotFoundError(f"{args.model}: this is no model folder, there is no config.json in it.")
+        if args.checkpoint:
+            check_job(job_from(args))
+        ablate(args)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def ablate(args):
+    """Everything from the scene to the three files."""
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype="auto")
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    config = model.config
+
+    image = scene.render(tuple(args.size), args.seed)
+    places = plant_ships(image, args.ships, args.seed)
+    args.output.mkdir(parents=True, exist_ok=True)
+    image.save(args.output / "scene.png")
+
+    labels, sam = None, None
+    if args.checkpoint:
+        job = job_from(args)
+        segmenter = load_segmenter(job.checkpoint, job.settings, job.model_type)
+        start = time.perf_counter()
+        labels = segment_image(image, segmenter, config.scales, config.patch_size, job.view)
+        sam = {"checkpoint": args.checkpoint.name, "seconds": time.perf_counter() - start}
+    elif args.masks:
+        labels = load_multiscale_tile_masks(args.masks, config.scales)
+        sam = {"checkpoint": args.masks.name, "seconds": None}
+
+    prompts = []
+    for question in QUESTIONS[: args.questions]:
+        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+        text = processor.apply_chat_template(messages, add_generation_prompt=True)
+        prompts.append(processor.tokenizer(text, return_tensors="pt").to(model.device))
+    (features,) = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
+    ships = [tokens_at(places, (image.height, image.width), grid) for grid in config.grids]
+    rows = run(
+        model, prompts, features, ships, args.methods, args.factors, args.clusters,
+        None if labels is None else region_labels({scale: labels[scale] for scale in config.scales}),
+    )  # fmt: skip
+    result = {
+        "not_measured": NOT_MEASURED,
+        "scales": config.scales,
+        "image_size": [image.height, image.width],
+        "tokens_seen": [len(tokens) for tokens in features.tokens],
+        "default_budgets": config.budgets,
+        "num_ships": args.ships,
+        "num_questions": len(prompts),
+        "seed": args.seed,
+        "sam": sam,
+        **rows,
+    }
+    text = report(result)
+    (args.output / "ablation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    (args.output / "ablation.md").write_text(text, encoding="utf-8")
+    plot(result).save(args.output / "ablation.png")
+    print(text)
+    print(f"Written: {args.output}/ablation.md, ablation.json, ablation.png, scene.png")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

@@ -1,0 +1,216 @@
+"""SAM masks of many images, once: one .pt file per image in the released layout, for `load_multiscale_tile_masks`.
+
+    python -m regions.cache IMAGE... --output DIR --checkpoint SAM [--jobs N] [--view PX]
+
+A file is written whole or not at all. The same command again goes on where it stopped: whole files are left as they
+are. An image that cannot be read is named at the end, the others are done. Exit code: 0 all images, 1 not all, 2 wrong
+arguments, 130 interrupted.
+"""
+
+import argparse
+import functools
+import os
+import sys
+import tempfile
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from multiprocessing import get_context
+from pathlib import Path
+
+import torch
+from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
+from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
+
+from regions.segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass(frozen=True)
+class Job:
+    """What is the same for every image."""
+
+    checkpoint: Path
+    settings: MaskSettings
+    model_type: str | None
+    model: Path
+    view: int | None
+
+
+def to_tiles(labels: dict[int, torch.Tensor], patches_per_side: int) -> dict:
+    """The released layout of token labels {scale: long[H, W]}; the inverse of `load_multiscale_tile_masks`."""
+    P = patches_per_side
+    scales = {}
+    for scale, tokens in labels.items():
+        # [H, W] -> [rows, P, columns, P] -> [rows * columns, P, P]
+        rows, columns = tokens.shape[0] // P, tokens.shape[1] // P
+        tiles = tokens.to(torch.int32).view(rows, P, columns, P).transpose(1, 2).reshape(-1, P, P)
+        scales[scale] = {
+            "tile_masks": [tile.clone() for tile in tiles],
+            "tile_coords": [(row, column) for row in range(rows) for column in range(columns)],
+        }
+    return {"scales": scales}
+
+
+def is_whole(path: Path, scales: list[int], patch_size: int) -> bool:
+    """Whether there is a mask cache at `path` with the labels of these scales, and of no others."""
+    try:
+        labels = load_multiscale_tile_masks(path, scales)
+    except Exception:  # a cut-off or foreign file raises whatever it likes
+        return False
+    return {scale: tuple(grid.shape) for scale, grid in labels.items()} == {
+        scale: (scale // patch_size, scale // patch_size) for scale in scales
+    }
+
+
+def write_whole(value, path: Path):
+    """`torch.save`, whole or not at all."""
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        torch.save(value, Path(folder, path.name))
+        os.replace(Path(folder, path.name), path)
+
+
+@functools.cache
+def _tools(job: Job):
+    """Image processor and segmenter, loaded once per process."""
+    return (
+        UHRBatImageProcessor.from_pretrained(job.model),
+        load_segmenter(job.checkpoint, job.settings, job.model_type),
+    )
+
+
+def cache_image(image_path: Path, output: Path, job: Job):
+    """Write the mask cache of one image."""
+    processor, segmenter = _tools(job)
+    image = processor.process_image(str(image_path))
+    labels = segment_image(image, segmenter, processor.scales, processor.patch_size, job.view)
+    write_whole(to_tiles(labels, processor.crop_size["height"] // processor.patch_size), output)
+
+
+def _start_worker(num_threads):
+    torch.set_num_threads(num_threads)
+
+
+def cache_images(paths: dict[Path, Path], job: Job, num_jobs: int = 1) -> dict[Path, str]:
+    """Write the mask caches {image: file}, in parallel over images; returns {image: reason} of those that failed."""
+    from tqdm import tqdm
+
+    failed = {}
+    bar = tqdm(total=len(paths), desc="Masks", unit="image")
+
+    def note(image_path, run):
+        try:
+            run()
+        except Exception as error:
+            # Errors of reading name their file already.
+            failed[image_path] = str(error) or type(error).__name__
+        bar.update()
+
+    with bar:
+        if num_jobs == 1:
+            for image_path, output in paths.items():
+                note(image_path, lambda: cache_image(image_path, output, job))
+            return failed
+        num_threads = max(1, (os.cpu_count() or 1) // num_jobs)
+        # Spawned: a forked process inherits the locks of PyTorch's threads, without the threads.
+        with ProcessPoolExecutor(num_jobs, get_context("spawn"), _start_worker, (num_threads,)) as pool:
+            futures = {pool.submit(cache_image, *pair, job): pair[0] for pair in paths.items()}
+            try:
+                for future in as_completed(futures):
+                    note(futures[future], future.result)
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
+    return failed
+
+
+def name_outputs(image_paths: list[Path], output: Path) -> dict[Path, Path]:
+    """{image: file}. Raises `ValueError` for two images that would share a file."""
+    outputs, taken = {}, {}
+    for image_path in dict.fromkeys(image_paths):
+        name = f"{image_path.stem}.pt"
+        if name in taken:
+            raise ValueError(f"{image_path} and {taken[name]} would both be written to {name}: rename one of them.")
+        taken[name] = image_path
+        outputs[image_path] = output / name
+    return outputs
+
+
+def add_segmenter_arguments(parser):
+    """The arguments that name and set up SAM; the ablation takes them too."""
+    defaults = MaskSettings()
+    parser.add_argument(
+        "--checkpoint", type=Path, metavar="SAM", help="*.pth of segment-anything, or folder of SamModel"
+    )
+    parser.add_argument(
+        "--model-type", metavar="TYPE", help="of a *.pth file: vit_b, vit_l, vit_h (default: by its width)"
+    )
+    parser.add_argument("--view", type=int, metavar="PX", help="side of the view that SAM sees (default: up to 1344)")
+    parser.add_argument("--points-per-side", type=int, default=defaults.points_per_side, metavar="N")
+    parser.add_argument("--pred-iou-thresh", type=float, default=defaults.pred_iou_thresh, metavar="X")
+    parser.add_argument("--stability-score-thresh", type=float, default=defaults.stability_score_thresh, metavar="X")
+    parser.add_argument("--crop-n-layers", type=int, default=defaults.crop_n_layers, metavar="N", help="finer masks")
+
+
+def job_from(args) -> Job:
+    settings = MaskSettings(
+        args.points_per_side, args.pred_iou_thresh, args.stability_score_thresh, crop_n_layers=args.crop_n_layers
+    )
+    return Job(args.checkpoint, settings, args.model_type, args.model, args.view)
+
+
+def check_job(job: Job):
+    """What can be known before the first image: raises `FileNotFoundError`, `ImportError` or `ValueError`."""
+    if not job.checkpoint.exists():
+        raise FileNotFoundError(f"{job.checkpoint}: there is no such SAM checkpoint file or folder.")
+    if job.checkpoint.is_dir() and not (job.checkpoint / "config.json").is_file():
+        raise FileNotFoundError(f"{job.checkpoint}: this is no SamModel folder, there is no config.json in it.")
+    if job.checkpoint.is_file():
+        import_segment_anything()
+    if not (job.model / "preprocessor_config.json").is_file():
+        raise FileNotFoundError(f"{job.model}: this is no model folder, there is no preprocessor_config.json in it.")
+    if job.view is not None and job.view < 1:
+        raise ValueError(f"--view must be at least 1 pixel. Got {job.view}.")
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="regions.cache", description=__doc__.splitlines()[0])
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the .pt files")
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder, for its scales and tile")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="images at once, each with a SAM of its own")
+    add_segmenter_arguments(parser)
+    args = parser.parse_args(arguments)
+    if args.checkpoint is None:
+        parser.error("the following arguments are required: --checkpoint")
+    if args.jobs < 1:
+        parser.error(f"--jobs must be at least 1. Got {args.jobs}.")
+    job = job_from(args)
+    try:
+        check_job(job)
+        outputs = name_outputs(args.images, args.output)
+        processor = UHRBatImageProcessor.from_pretrained(job.model)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    args.output.mkdir(parents=True, exist_ok=True)
+    missing = {
+        image_path: path
+        for image_path, path in outputs.items()
+        if not is_whole(path, processor.scales, processor.patch_size)
+    }
+    failed = cache_images(missing, job, min(args.jobs, max(1, len(missing))))
+    print(
+        f"{args.output}: {len(missing) - len(failed)} written, {len(outputs) - len(missing)} were there already, "
+        f"{len(failed)} failed"
+    )
+    for image_path, reason in failed.items():
+        print(f"Error: {image_path}: {reason}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

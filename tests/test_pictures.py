@@ -1,0 +1,262 @@
+"""The pictures: where they put what, on small scenes whose object is known."""
+
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from examples import scene
+from PIL import Image
+from uhr_bat.token_compression_uhr_bat import cluster_regions, select_tokens
+
+import pictures
+from pictures import __main__ as command
+
+
+GRIDS = ((8, 8), (16, 16), (40, 40))
+# (height, width), and the object's (top, left, bottom, right) in pixels: whole tokens of the anchor.
+SCENES = {
+    "landscape": ((120, 240), (30, 180, 60, 210)),
+    "portrait": ((240, 120), (180, 30, 210, 60)),
+    "square": ((240, 240), (30, 30, 90, 60)),
+    "corner": ((180, 240), (0, 0, 30, 30)),
+}
+
+
+def shown_tokens(size, grid):
+    """bool[H, W], tokens that show any of the image: pixel after pixel."""
+    side = max(size)
+    shown = np.zeros(grid, bool)
+    for y in range(size[0]):
+        for x in range(size[1]):
+            row, column = (y + 0.5 + (side - size[0]) / 2) / side, (x + 0.5 + (side - size[1]) / 2) / side
+            shown[int(row * grid[0]), int(column * grid[1])] = True
+    return shown
+
+
+def compressed_scene(size, box, pruned=0.9):
+    """What `compress` returns where the question looks at the object and nowhere else."""
+    side = max(size)
+    top, left, bottom, right = np.array(box) + np.tile([(side - size[0]) // 2, (side - size[1]) // 2], 2)
+    inside = torch.zeros(side, side)
+    inside[top:bottom, left:right] = 1
+    result = SimpleNamespace(importance=[[]], regions=[[]], slots=[[]])
+    for grid in GRIDS:
+        shown = torch.from_numpy(shown_tokens(size, grid)).flatten()
+        places = shown.nonzero()[:, 0]
+        # Share of the object in every token, and a little everywhere.
+        height, width = grid
+        share = inside.unfold(0, side // height, side // height).unfold(1, side // width, side // width)
+        importance = share.float().mean((2, 3)).flatten() + 0.01
+        coords = torch.stack((places // grid[1], places % grid[1]), 1) / grid[0]
+        features = torch.nn.functional.one_hot((importance[places] > 0.5).long(), 2).float()
+        regions = cluster_regions(features, coords, 8, coord_weight=0.3)
+        slots = select_tokens(importance[places], regions, max(1, round((1 - pruned) * len(places))))
+        blank = torch.full((grid[0] * grid[1],), -1)
+        result.importance[0].append(torch.where(shown, importance, 0).view(grid))
+        result.regions[0].append(blank.index_copy(0, places, regions))
+        result.slots[0].append(blank.index_copy(0, places, slots))
+    return result
+
+
+def object_mask(size, box):
+    mask = np.zeros(size, bool)
+    mask[box[0] : box[2], box[1] : box[3]] = True
+    return mask
+
+
+def brightness(image):
+    return np.asarray(image.convert("L")).astype(int)
+
+
+# Geometry
+
+
+@pytest.mark.parametrize("size, grid", [((5, 9), (4, 4)), ((9, 5), (3, 3)), ((7, 7), (14, 14)), ((1, 30), (6, 6))])
+def test_every_pixel_is_asked_for_its_token_on_the_letterboxed_square(size, grid):
+    found = pictures.pixel_tokens(size, grid)
+    side = max(size)
+    for y, x in np.ndindex(*size):
+        row = int((y + 0.5 + (side - size[0]) / 2) / side * grid[0])
+        column = int((x + 0.5 + (side - size[1]) / 2) / side * grid[1])
+        assert found[y, x] == row * grid[1] + column
+
+
+def test_tokens_of_a_slot_are_counted():
+    assert pictures.count_slots(torch.tensor([2, 0, 2, -1, 1, 2])).tolist() == [3, 1, 3, 0, 1, 3]
+    assert pictures.count_slots(torch.tensor([-1, -1])).tolist() == [0, 0]
+
+
+def test_an_image_is_made_smaller_but_never_larger():
+    assert pictures.screen_image(Image.new("RGBA", (400, 100)), 200).size == (200, 50)
+    assert pictures.screen_image(Image.new("L", (40, 10)), 200).size == (40, 10)
+    assert pictures.screen_image(Image.new("RGB", (4000, 1)), 200).size == (200, 1)
+
+
+# Golden: the object is where the pictures say
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_the_brightest_kept_area_covers_the_object(name):
+    size, box = SCENES[name]
+    result, inside = compressed_scene(size, box), object_mask(size, box)
+    image = Image.new("RGB", size[::-1], (160, 160, 160))
+    for slots, grid in zip(result.slots[0], GRIDS):
+        drawn = brightness(pictures.draw_kept(image, slots, grid))
+        brightest = drawn == drawn.max()
+        assert drawn.max() == 160
+        # All of the object, and little else: what is left is about a tenth.
+        assert brightest[inside].all()
+        assert brightest.mean() < inside.mean() + 0.2
+        assert drawn[~brightest].max() < 0.6 * 160
+
+
+@pytest.mark.parametrize("name", SCENES)
+def test_the_brightest_attention_lies_on_the_object(name):
+    size, box = SCENES[name]
+    result, inside = compressed_scene(size, box), object_mask(size, box)
+    image = Image.new("RGB", size[::-1], (100, 100, 100))
+    for importance in result.importance[0]:
+        high = float(importance.max())
+        drawn = brightness(pictures.draw_attention(image, importance, 0, high))
+        assert (inside == (drawn == drawn.max())).all()
+        assert drawn[inside].mean() > 2 * drawn[~inside].mean()
+
+
+def test_less_is_bright_at_a_smaller_budget():
+    size, box = SCENES["landscape"]
+    image = Image.new("RGB", size[::-1], (160, 160, 160))
+    bright = []
+    for pruned in (0.85, 0.95, 0.975):
+        result = compressed_scene(size, box, pruned)
+        bright.append((brightness(pictures.draw_kept(image, result.slots[0][-1], GRIDS[-1])) == 160).mean())
+    assert 0.2 > bright[0] > bright[1] > bright[2] > 0
+
+
+def test_kept_merged_and_dropped_tokens_can_be_told_apart():
+    image = Image.new("RGB", (40, 40), (200, 180, 160))
+    drawn = np.asarray(pictures.draw_kept(image, torch.tensor([0, 1, 1, -1]), (2, 2))).astype(int)
+    assert (drawn[:20, :20] == (200, 180, 160)).all()
+    merged, dropped = drawn[5, 30], drawn[30, 30]
+    assert (drawn[:20, 20:] == merged).all() and (drawn[20:, :20] == merged).all()
+    assert (drawn[20:, 20:] == dropped).all() and dropped.max() < 20
+    # Violet, whatever the image shows there.
+    assert merged[2] > merged[0] > merged[1] and 30 < merged.mean() < 120
+
+
+def test_regions_have_lines_between_them_and_single_tokens_none():
+    image = Image.new("RGB", (80, 80), (90, 90, 90))
+    regions = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 2, 3, 1, 1, 4, 5, 1, 1])
+    drawn = np.asarray(pictures.draw_regions(image, regions, (4, 4)))
+    assert (drawn[:40, 40] == 255).all()
+    assert (drawn[10, 1:40] == drawn[10, 1]).all() and (drawn[10, 1] != drawn[10, 50]).any()
+    # Background tokens.
+    assert (drawn[60:79, 2:38] == 90).all()
+
+
+def test_small_tokens_have_no_lines():
+    image = Image.new("RGB", (64, 64), (90, 90, 90))
+    regions = torch.arange(32 * 32) // 32 // 8
+    assert np.asarray(pictures.draw_regions(image, regions, (32, 32))).max() < 255
+
+
+# Pages
+
+
+@pytest.mark.parametrize("size", [(120, 240), (240, 120), (6, 240), (240, 6)], ids=str)
+def test_every_page_has_the_width_that_was_asked_for(size):
+    box = (0, 0, min(size), min(size))
+    result = compressed_scene(size, box)
+    image = scene.render(size[::-1])
+    question = "Where is the ship? " * 12
+    pages = [
+        pictures.attention_picture(result, image, question, width=700),
+        pictures.regions_picture(result, image, width=700),
+        pictures.kept_picture(result, image, question, width=700),
+        pictures.budgets_picture({"few": result, "more": compressed_scene(size, box, 0.5)}, image, width=700),
+    ]
+    for page in pages:
+        assert page.mode == "RGB" and page.width == 700
+        assert 100 < page.height < 4000
+        assert np.asarray(page).std() > 5
+
+
+def test_a_page_shows_its_panels_whole_and_upright():
+    size, box = SCENES["corner"]
+    result = compressed_scene(size, box)
+    image = scene.render(size[::-1])
+    page = pictures.budgets_picture({"one": result}, image)
+    # Two columns of panels with 14 pixels beside them, and a legend of 40 pixels below.
+    width = (pictures.WIDTH - 3 * 14) // 2
+    height = round(width * size[0] / size[1])
+    bottom = page.height - 14 - 40
+    for left, drawn in (14, image), (28 + width, pictures.draw_kept(image, result.slots[0][-1], GRIDS[-1])):
+        panel = page.crop((left, bottom - height, left + width, bottom)).resize(image.size)
+        assert np.abs(np.asarray(panel).astype(int) - np.asarray(drawn)).mean() < 8
+
+
+def test_t_sne_colours_the_largest_regions(monkeypatch):
+    monkeypatch.setattr(pictures, "TSNE_TOKENS", 400)
+    result = compressed_scene(*SCENES["square"])
+    num_tokens = int((result.regions[0][-1] >= 0).sum())
+    tokens = torch.randn(num_tokens, 6, generator=torch.Generator().manual_seed(0))
+    page = pictures.tsne_picture(result, tokens)
+    assert page.width == pictures.WIDTH
+    colours = {tuple(colour) for colour in np.asarray(page).reshape(-1, 3)}
+    assert {tuple(pictures.parse_colour(colour)) for colour in pictures.PALETTE} <= colours
+
+
+def test_t_sne_needs_the_tokens_of_its_scale():
+    result = compressed_scene(*SCENES["square"])
+    with pytest.raises(ValueError, match="needs the 1600 tokens of the scale, at least 5. Got 3."):
+        pictures.tsne_picture(result, torch.zeros(3, 6))
+
+
+# The command
+
+
+@pytest.fixture(scope="module")
+def image_path(tmp_path_factory):
+    path = tmp_path_factory.mktemp("scene") / "scene.png"
+    scene.write(path, (1200, 240))
+    return path
+
+
+def test_the_command_draws_all_pictures(image_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(pictures, "TSNE_TOKENS", 200)
+    arguments = [str(image_path), "How many ships?", "--output", str(tmp_path / "out"), "--width", "700"]
+    assert command.main([*arguments, "--budgets", "8,16,24,32", "16,32,48,64"]) == 0
+    names = ["attention", "regions", "kept", "budgets", "pruning", "tsne"]
+    assert capsys.readouterr().out.split() == [str(tmp_path / "out" / f"{name}.png") for name in names]
+    for name in names:
+        with Image.open(tmp_path / "out" / f"{name}.png") as picture:
+            assert picture.width == 700
+
+
+@pytest.mark.parametrize("percent, budgets", [(85, [34, 1114]), (95, [11, 371]), (97.5, [6, 186]), (100, [1, 1])])
+def test_a_share_of_the_tokens_is_pruned_at_every_scale(percent, budgets):
+    assert command.pruned_budgets([224, 7424], percent) == budgets
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["missing.png", "?"], "missing.png: there is no such image file."),
+        (["IMAGE", "?", "--model", "nowhere"], "nowhere: this is no model folder"),
+        (["IMAGE", "?", "--width", "200"], "at least 600 pixels"),
+        (["IMAGE", "?", "--budgets", "1,2"], "2 budgets [1, 2] and 4 scales"),
+    ],
+    ids=["missing", "model", "width", "budgets"],
+)
+def test_the_command_says_what_is_wrong(image_path, tmp_path, capsys, arguments, message):
+    arguments = [str(image_path) if argument == "IMAGE" else argument for argument in arguments]
+    assert command.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_without_scikit_learn_the_command_says_what_to_install(image_path, tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    assert command.main([str(image_path), "?", "--output", str(tmp_path / "out")]) == 2
+    assert "pip install matplotlib scikit-learn" in capsys.readouterr().err
