@@ -854,10 +854,11 @@ def test_tokens_and_slots_of_different_tokens_are_refused(shapes):
 # The module
 
 
-def test_the_module_offers_five_functions():
+def test_the_module_offers_the_steps_and_nothing_else():
     assert token_compression.__all__ == [
         "align_importance",
         "cluster_regions",
+        "grid_regions",
         "vote_regions",
         "select_tokens",
         "merge_tokens",
