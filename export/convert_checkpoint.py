@@ -311,7 +311,7 @@ def convert(
         if merge_adapter is True:
             checkpoint = settings.get("base_model_name_or_path")
             if not isinstance(checkpoint, str):
-                raise CheckpointError(f"{adapter}: names no base model. Give it as --checkpoint, and DIR to --merge-adapter.")
+                raise CheckpointError(f"{adapter}: names no base model. Give that as --checkpoint.")
     folder = locate(checkpoint)
 
     source = Checkpoint(folder)

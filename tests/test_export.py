@@ -1144,6 +1144,12 @@ def test_an_adapter_that_is_damaged_or_incomplete_is_refused(adapted, tmp_path):
     assert nothing_was_made(tmp_path / "model")
 
 
+def test_an_adapter_that_names_no_base_model_asks_for_one(tmp_path):
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match="names no base model"):
+        convert(tmp_path, tmp_path / "model", merge_adapter=True)
+
+
 def test_merging_without_peft_says_what_to_install(trained, tmp_path, monkeypatch):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
