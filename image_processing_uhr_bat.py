@@ -84,7 +84,7 @@ def letterbox(image_size: tuple[int, int]) -> tuple[int, int, int]:
     return side, (side - height) // 2, (side - width) // 2
 
 
-def padding_mask(image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+def shown_patches(image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
     """bool[H, W] for a (height, width) image and a grid over its letterboxed square, in exact integers: True where a
     patch shows any pixel of the image, False where it shows the letterbox alone (as in an attention mask)."""
     side, top, left = letterbox(image_size)
@@ -534,7 +534,7 @@ class UHRBatImageProcessor(BaseImageProcessor):
                 )
             if mask_padding:
                 grids = [(scale // patch_size, scale // patch_size) for scale in scales]
-                masks = [padding_mask((image.height, image.width), grid).ravel() for grid in grids]
+                masks = [shown_patches((image.height, image.width), grid).ravel() for grid in grids]
                 pixel_attention_mask[image_idx] = np.concatenate(masks)
 
         data = {"pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask}

@@ -12,7 +12,7 @@ from .image_processing_uhr_bat import (
     UHRBatImageProcessor,
     UHRBatImageProcessorKwargs,
     flatten_images,
-    padding_mask,
+    shown_patches,
 )
 
 
@@ -148,7 +148,7 @@ class UHRBatProcessor(ProcessorMixin):
         processor = self.image_processor
         grids = [(scale // processor.patch_size,) * 2 for scale in processor.scales]
         shown = [
-            np.concatenate([padding_mask(tuple(size), grid).ravel() | (not processor.mask_padding) for grid in grids])
+            np.concatenate([shown_patches(tuple(size), grid).ravel() | (not processor.mask_padding) for grid in grids])
             for size in image_sizes
         ]
         counts = self._count_tokens(shown, kwargs.get("budgets") or self.default_budgets, [1] * len(shown))

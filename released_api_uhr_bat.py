@@ -10,7 +10,7 @@ from transformers import StoppingCriteria
 from transformers.utils import logging
 
 from .configuration_uhr_bat import split_budgets
-from .image_processing_uhr_bat import UHRBatImageProcessor, padding_mask
+from .image_processing_uhr_bat import UHRBatImageProcessor, shown_patches
 
 
 logger = logging.get_logger(__name__)
@@ -143,7 +143,7 @@ def translate_released_call(config, inputs, kwargs) -> tuple:
         # PIL's order here, (width, height), as the release passes it.
         sizes = [(height, width) for width, height in released["image_sizes"]]
         kwargs["pixel_attention_mask"] = torch.stack(
-            [torch.cat([torch.from_numpy(padding_mask(size, grid)).flatten() for grid in config.grids]) for size in sizes]
+            [torch.cat([torch.from_numpy(shown_patches(size, grid)).flatten() for grid in config.grids]) for size in sizes]
         )
     masks = released["multiscale_masks"]
     if masks is not None and (len(masks) != len(images) or any(masks)):

@@ -8,18 +8,13 @@ the grids keep their proportions: 2, 4, 8 and 12 tiles a side. The same seed giv
 
 import argparse
 import itertools
-import json
 import os
 import random
-import sys
 import tempfile
-import types
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import ROOT, distributed_name, write_json
 
-# The files of the root are one package, as they are on the Hub: their imports of each other are relative.
-sys.modules.setdefault("uhr_bat", types.ModuleType("uhr_bat")).__path__ = [str(ROOT)]
 
 CONTEXT_WINDOW = 4096
 BUDGETS = [32, 64, 128, 256]
@@ -31,13 +26,6 @@ SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
 PRETOKENIZE = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-AUTO_MAP = {
-    "AutoConfig": "configuration_uhr_bat.UHRBatConfig",
-    "AutoModel": "modeling_uhr_bat.UHRBatModel",
-    "AutoModelForCausalLM": "modeling_uhr_bat.UHRBatForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_uhr_bat.UHRBatForConditionalGeneration",
-    "AutoModelForMultimodalLM": "modeling_uhr_bat.UHRBatForConditionalGeneration",
-}
 
 COLOURS = "red orange yellow green blue purple white black grey brown silver beige".split()
 OBJECTS = (
@@ -169,8 +157,6 @@ def tiny_config(tokenizer):
             "eos_token_id": im_end, "pad_token_id": endoftext,
         },
     )  # fmt: skip
-    config.architectures = ["UHRBatForConditionalGeneration"]
-    config.auto_map = AUTO_MAP
     config.dtype = "float32"
     return config
 
@@ -189,33 +175,14 @@ def build_model(output, config, seed=0):
     return model
 
 
-def distributed_name(name):
-    """Releases before 5.23 nest the vision tower one level deeper; all of them read that form."""
-    nested, flat = "model.vision_tower.vision_model.", "model.vision_tower."
-    return name.replace(flat, nested, 1) if name.startswith(flat) and not name.startswith(nested) else name
-
-
 def write_configs(output, config):
-    """config.json, generation_config.json and the processor's own file."""
-    config.save_pretrained(output)
-    text = config.text_config
-    write_json(
-        output / "generation_config.json",
-        # Greedy: the same input gives the same answer. A base model that never learnt ChatML ends at <|endoftext|>.
-        {"do_sample": False, "eos_token_id": [text.eos_token_id, text.pad_token_id], "pad_token_id": text.pad_token_id},
-    )
-    write_json(
-        output / "processor_config.json",
-        {
-            "processor_class": "UHRBatProcessor",
-            "auto_map": {"AutoProcessor": "processing_uhr_bat.UHRBatProcessor"},
-            "default_budgets": config.budgets,
-        },
-    )
+    """The configuration, and the files of generation and of the processors."""
+    from .model_folder import write_config, write_generation_config, write_processor_configs
 
-
-def write_json(path, value):
-    path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    # A base model that never learnt ChatML ends at <|endoftext|>.
+    write_generation_config(output, config, ends=[config.text_config.pad_token_id])
+    write_processor_configs(output, config)
+    write_config(output, config)
 
 
 def main():

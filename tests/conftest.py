@@ -5,7 +5,6 @@ import os
 import shutil
 import sys
 import tempfile
-import types
 from pathlib import Path
 
 import pytest
@@ -21,9 +20,7 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 sys.path.insert(0, str(ROOT))
-package = types.ModuleType("uhr_bat")
-package.__path__ = [str(ROOT)]
-sys.modules["uhr_bat"] = package
+import export  # noqa: E402, F401  registers the package
 
 
 @pytest.fixture(scope="session")

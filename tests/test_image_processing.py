@@ -28,7 +28,7 @@ from uhr_bat.image_processing_uhr_bat import (
     letterbox,
     letterbox_resize,
     normalize_tiles,
-    padding_mask,
+    shown_patches,
     to_rgb,
 )
 
@@ -87,7 +87,7 @@ def test_padding_mask_is_where_a_patch_overlaps_a_pixel_of_the_image(size, grid)
         [overlaps(y, grid[0], top, size[0]) and overlaps(x, grid[1], left, size[1]) for x in range(grid[1])]
         for y in range(grid[0])
     ]
-    mask = padding_mask(size, grid)
+    mask = shown_patches(size, grid)
     assert mask.dtype == bool and mask.tolist() == expected
 
 
@@ -186,7 +186,7 @@ def test_the_batch_has_every_tile_and_every_patch(processor, image):
 
 
 def test_the_mask_of_the_batch_is_the_mask_of_every_scale_in_raster_order(processor, image):
-    expected = np.concatenate([padding_mask((45, 70), (scale // 14, scale // 14)).ravel() for scale in SCALES])
+    expected = np.concatenate([shown_patches((45, 70), (scale // 14, scale // 14)).ravel() for scale in SCALES])
     np.testing.assert_array_equal(processor(image).pixel_attention_mask[0], expected)
     assert 0 < expected.sum() < expected.size
 
