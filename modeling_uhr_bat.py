@@ -816,30 +816,23 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
         The image arguments are those of [`UHRBatModel.compress`]. `logits_to_keep`: number of last positions that are
         scored, or their indices; 0 scores all. `compress_only` returns what `compress` does and goes no further.
         """
+        inputs = {
+            "input_ids": input_ids,
+            "attention_mask": attention_mask,
+            "inputs_embeds": inputs_embeds,
+            "pixel_values": pixel_values,
+            "pixel_attention_mask": pixel_attention_mask,
+            "region_labels": region_labels,
+            "image_features": image_features,
+            "budgets": budgets,
+            "labels": labels,
+        }
         if compress_only:
-            return self.model.compress(
-                input_ids=input_ids,
-                attention_mask=attention_mask,
-                pixel_values=pixel_values,
-                pixel_attention_mask=pixel_attention_mask,
-                region_labels=region_labels,
-                image_features=image_features,
-                budgets=budgets,
-                inputs_embeds=inputs_embeds,
-                labels=labels,
-            )
+            return self.model.compress(**inputs)
         outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
+            **inputs,
             position_ids=position_ids,
             past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            pixel_values=pixel_values,
-            pixel_attention_mask=pixel_attention_mask,
-            region_labels=region_labels,
-            image_features=image_features,
-            budgets=budgets,
-            labels=labels,
             mm_encoder_outputs=mm_encoder_outputs,
             **kwargs,
         )
