@@ -31,6 +31,7 @@ from transformers.image_utils import (
     load_image,
 )
 from transformers.processing_utils import ImagesKwargs, Unpack
+from transformers.utils import logging
 
 
 # CLIP's mean colour in 8 bits, the letterbox of the released code.
@@ -312,7 +313,7 @@ def image_to_tiles(
     if image.mode != "RGB":
         raise ValueError(f"Tiles are cut from an RGB image. Got mode {image.mode}.")
     tiles = {}
-    for scale in scales:
+    for scale in logging.tqdm(scales, desc="Resizing", unit="scale", delay=2, leave=False):  # of large images only
         view = np.asarray(letterbox_resize(image, scale, pad_color, resample))
         num_rows = scale // tile_size
         view = view.reshape(num_rows, tile_size, num_rows, tile_size, 3).transpose(0, 2, 4, 1, 3)
