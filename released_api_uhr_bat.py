@@ -57,30 +57,42 @@ def split_image_to_multiscale_tiles(image, image_processor, target_sizes, tile_s
 
 
 def load_multiscale_tile_masks(path, target_sizes=None):
-    """Token label maps of one image as the released mask cache holds them: {scale: long[H, W]}, 0 = background.
+    """Token label maps of one image from the released mask cache: {scale: long[H, W]}, 0 = background.
 
-    Reads `{"scales": {scale: {"tile_masks": [int[P, P], ...], "tile_coords": [(row, column), ...]}}}` with weights
-    only, so no code in the file is ever run.
+    Read with weights only, so no code in the file is ever run.
 
     Raises:
-        ValueError: another layout, or a scale of `target_sizes` that is missing.
+        ValueError: a file that holds anything but such maps, or lacks a scale of `target_sizes`.
     """
-    cache = torch.load(path, map_location="cpu", weights_only=True)
+    try:
+        cache = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:  # of a damaged or hostile file the unpickler raises whatever it likes
+        raise ValueError(
+            f"{path} is no mask cache: it is damaged or holds more than tensors ({type(error).__name__})."
+        ) from error
     if not isinstance(cache, dict) or "scales" not in cache:
         raise ValueError(f"{path} is no mask cache: it has no entry 'scales'.")
+    masks = _join_tile_masks(cache, path)
+    missing = sorted(set(target_sizes or ()) - set(masks))
+    if missing:
+        raise ValueError(f"{path} has masks for the scales {sorted(masks)}, but not for {missing}.")
+    return masks
+
+
+def _join_tile_masks(cache, name):
+    """{scale: long[H, W]} from {"scales": {scale: {"tile_masks": [int[P, P], ...], "tile_coords": [(row, column), ...]}}}."""
     masks = {}
     for scale, entry in cache["scales"].items():
         tiles = torch.stack([torch.as_tensor(tile) for tile in entry["tile_masks"]]).long()
         rows, columns = torch.tensor(entry["tile_coords"]).T
         side = round(len(tiles) ** 0.5)
         if side**2 != len(tiles) or len(rows) != len(tiles):
-            raise ValueError(f"{path}: scale {scale} has {len(tiles)} masks and {len(rows)} places, not a square.")
+            raise ValueError(f"{name}: scale {scale} has {len(tiles)} masks and {len(rows)} places, not a square.")
         T, height, width = tiles.shape
         ordered = tiles[(rows * side + columns).argsort()].view(side, side, height, width)
         masks[int(scale)] = ordered.transpose(1, 2).reshape(side * height, side * width)
-    missing = sorted(set(target_sizes or ()) - set(masks))
-    if missing:
-        raise ValueError(f"{path} has masks for the scales {sorted(masks)}, but not for {missing}.")
     return masks
 
 
@@ -164,6 +176,8 @@ def _stack_tiles(image, scales):
 
 
 def _stack_labels(masks, config):
+    if "scales" in masks:  # a cache as it stands in its file
+        masks = _join_tile_masks(masks, "`multiscale_masks`")
     for scale, (height, width) in zip(config.scales, config.grids):
         shape = list(masks[scale].shape) if scale in masks else None
         if shape != [height, width]:
