@@ -136,8 +136,8 @@ class UHRBatConfig(PreTrainedConfig):
     # Eq. 2 averages over all text after the image; the released code reads the last prompt token.
     question_tokens: Literal["all", "last"] = "all"
 
-    # Region partition (appendix C.2) of an image that comes without label maps. "grid" cuts the scale into square cells,
-    # known before the image is encoded. "none" makes every token a region of its own, which is plain top-k by
+    # Region partition (appendix C.2) of an image that comes without label maps. "grid" cuts the scale into square
+    # cells, known before the image is encoded. "none" makes every token a region of its own, which is plain top-k by
     # importance: what the released code does where it has no SAM masks.
     region_method: Literal["kmeans", "birch", "grid", "none"] = "kmeans"
     # k of the clustering (Table 7: 600 matches the granularity of SAM). `None` takes the budget of the scale.

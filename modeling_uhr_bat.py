@@ -789,7 +789,7 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def compress(self, **inputs) -> UHRBatCompressionOutput:
-        """See [`UHRBatModel.compress`]. Without gradients, and through `forward`, so that the whole model's hooks fire."""
+        """See [`UHRBatModel.compress`]. Without gradients; through `forward`, so that the whole model's hooks fire."""
         return self(**inputs, compress_only=True)
 
     @can_return_tuple
@@ -897,7 +897,7 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _count_cached(prompt, attention_mask, past_key_values) -> int:
-        """How many positions of a prompt are in the cache. Like the library: a prompt shorter than its mask has none."""
+        """How many places of a prompt are in the cache. As in the library, a prompt shorter than its mask has none."""
         if past_key_values is None or attention_mask.shape[1] != prompt.shape[1]:
             return 0
         return int(past_key_values.get_seq_length())
@@ -937,8 +937,8 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, GenerationMixin):
         held = kwargs.get("past_key_values") is not None or kwargs.get("inputs_embeds") is not None
         if num_places and not held and not kwargs.get("mm_encoder_outputs"):
             raise ValueError(
-                f"Image features and image tokens do not match, tokens: {num_places} image tokens in the prompts, but no "
-                "images were passed."
+                f"Image features and image tokens do not match, tokens: {num_places} image tokens in the prompts, but "
+                "no images were passed."
             )
         window = self.config.text_config.max_position_embeddings
         # Where a conversation goes on with its new ids alone, the mask still covers all of it.

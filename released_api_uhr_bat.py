@@ -51,7 +51,7 @@ def split_image_to_multiscale_tiles(image, image_processor, target_sizes, tile_s
     processor = UHRBatImageProcessor.from_clip(image_processor, scales=list(target_sizes))
     tile = processor.crop_size["height"]
     if tile_size not in (None, tile):
-        logger.warning_once(f"`tile_size={tile_size}` is not the tile of this image processor: tiles of {tile} px are cut.")
+        logger.warning_once(f"`tile_size={tile_size}` is not this image processor's: tiles of {tile} px are cut.")
     pixel_values = processor(image, return_tensors="pt")["pixel_values"][0]
     return dict(zip(target_sizes, pixel_values.split([(scale // tile) ** 2 for scale in target_sizes])))
 
@@ -82,7 +82,8 @@ def load_multiscale_tile_masks(path, target_sizes=None):
 
 
 def _join_tile_masks(cache, name):
-    """{scale: long[H, W]} from {"scales": {scale: {"tile_masks": [int[P, P], ...], "tile_coords": [(row, column), ...]}}}."""
+    """{scale: long[H, W]} from the layout of the cache:
+    {"scales": {scale: {"tile_masks": [int[P, P], ...], "tile_coords": [(row, column), ...]}}}."""
     masks = {}
     for scale, entry in cache["scales"].items():
         tiles = torch.stack([torch.as_tensor(tile) for tile in entry["tile_masks"]]).long()
@@ -153,10 +154,11 @@ def translate_released_call(config, inputs, kwargs) -> tuple:
                 f"`image_sizes` needs one size per image. Got {len(released['image_sizes'])} for {len(images)} images."
             )
         # PIL's order here, (width, height), as the release passes it.
-        sizes = [(height, width) for width, height in released["image_sizes"]]
-        kwargs["pixel_attention_mask"] = torch.stack(
-            [torch.cat([torch.from_numpy(shown_patches(size, grid)).flatten() for grid in config.grids]) for size in sizes]
-        )
+        shown = [
+            [torch.from_numpy(shown_patches((height, width), grid)).flatten() for grid in config.grids]
+            for width, height in released["image_sizes"]
+        ]
+        kwargs["pixel_attention_mask"] = torch.stack([torch.cat(scales_shown) for scales_shown in shown])
     masks = released["multiscale_masks"]
     if masks is not None and (len(masks) != len(images) or any(masks)):
         if len(masks) != len(images) or not all(masks):

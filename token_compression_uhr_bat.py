@@ -172,9 +172,7 @@ def cluster_regions(
     if method not in METHODS:
         raise ValueError(f"Unknown method {method!r}. Known methods: {', '.join(METHODS)}.")
     if num_regions < 1 or num_iterations < 1:
-        raise ValueError(
-            f"num_regions and num_iterations must be at least 1. Got {num_regions} and {num_iterations}."
-        )
+        raise ValueError(f"num_regions and num_iterations must be at least 1. Got {num_regions} and {num_iterations}.")
     if features.dim() != 2 or coords.shape != (len(features), 2):
         raise ValueError(
             "features must be [N, D] and coords [N, 2] with the same N. "

@@ -7,7 +7,6 @@ the grids keep their proportions: 2, 4, 8 and 12 tiles a side. The same seed giv
 """
 
 import argparse
-import itertools
 import os
 import random
 import tempfile

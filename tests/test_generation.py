@@ -74,9 +74,7 @@ def test_returned_sequences_keep_the_images_of_a_prompt_together():
     one = answer(model, **batch, image_features=features)
     torch.manual_seed(0)
     # Sampling at a temperature near zero: every sequence of a prompt is its greedy answer.
-    many = answer(
-        model, **batch, image_features=features, do_sample=True, temperature=1e-4, num_return_sequences=3
-    )
+    many = answer(model, **batch, image_features=features, do_sample=True, temperature=1e-4, num_return_sequences=3)
     assert torch.equal(many, one.repeat_interleave(3, dim=0))
 
 

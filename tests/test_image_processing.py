@@ -4,7 +4,6 @@ The oracle of every resized view is `plain_view`: build the padded square, resiz
 """
 
 import base64
-import io
 import json
 import re
 import struct

@@ -234,7 +234,8 @@ def test_a_prompt_without_an_image_has_no_importance():
 
 # Coverage without regions is left out: it would need a token for every token.
 @pytest.mark.parametrize(
-    ("method", "coverage"), [("kmeans", False), ("kmeans", True), ("birch", False), ("birch", True), ("grid", True), ("none", False)]
+    ("method", "coverage"),
+    [("kmeans", False), ("kmeans", True), ("birch", False), ("birch", True), ("grid", True), ("none", False)],
 )
 @pytest.mark.parametrize("rows_shown", range(1, 7))
 def test_exactly_the_budget_is_spent_on_every_image(method, rows_shown, coverage):
@@ -383,7 +384,10 @@ def test_a_budget_per_call_replaces_that_of_the_configuration():
         ({"budgets": torch.tensor([[0, 5, 7]])}, "The budget of scale 8 px is 0 tokens, but 4 tokens of it show"),
         ({"budgets": torch.tensor([[2, 5]])}, "`budgets` must have the shape [1, 3]: images and scales. Got [1, 2]"),
         ({"budgets": [2, 5]}, "Got 2 budgets [2, 5] and 3 scales [8, 16, 24]"),
-        ({"attention_mask": torch.ones(1, 1, 3, 3)}, "`attention_mask` must be [batch, sequence] here. Got [1, 1, 3, 3]"),
+        (
+            {"attention_mask": torch.ones(1, 1, 3, 3)},
+            "`attention_mask` must be [batch, sequence] here. Got [1, 1, 3, 3]",
+        ),
         ({"input_ids": torch.tensor([[5, IMAGE, IMAGE, 6]])}, "tokens: [2] per prompt, features: [14] per"),
     ],
 )

@@ -48,7 +48,9 @@ def test_a_scale_spends_no_more_than_it_shows(processor, height, width):
 
 def test_the_letterbox_counts_where_it_is_not_masked(processor):
     plain = UHRBatProcessor(
-        UHRBatImageProcessor.from_clip(processor.image_processor, mask_padding=False), processor.tokenizer, default_budgets=BUDGETS
+        UHRBatImageProcessor.from_clip(processor.image_processor, mask_padding=False),
+        processor.tokenizer,
+        default_budgets=BUDGETS,
     )
     inputs = plain(text="<image>", images=image(1, 90), return_tensors="pt")
     assert inputs["budgets"].tolist() == [BUDGETS]
@@ -66,7 +68,8 @@ def test_the_images_of_a_prompt_share_its_budget(processor):
 
 
 def test_batches_are_padded_on_the_left(processor):
-    inputs = processor(text=["<image>", "<image> with a question"], images=[image()] * 2, return_tensors="pt", padding=True)
+    prompts = ["<image>", "<image> with a question"]
+    inputs = processor(text=prompts, images=[image()] * 2, return_tensors="pt", padding=True)
     assert inputs["attention_mask"][:, -1].tolist() == [1, 1] and inputs["attention_mask"][0, 0] == 0
 
 
@@ -144,7 +147,9 @@ def test_a_typed_placeholder_is_plain_text_where_control_tokens_are_sanitized(pr
 
 def test_a_tokenizer_without_the_image_token_is_an_error(processor):
     with pytest.raises(ValueError, match="does not know '<picture>' as one token"):
-        UHRBatProcessor(processor.image_processor, processor.tokenizer, default_budgets=BUDGETS, image_token="<picture>")
+        UHRBatProcessor(
+            processor.image_processor, processor.tokenizer, default_budgets=BUDGETS, image_token="<picture>"
+        )
 
 
 def test_a_processor_survives_saving(processor, tmp_path):
