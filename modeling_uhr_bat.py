@@ -457,8 +457,10 @@ class UHRBatModel(UHRBatPreTrainedModel):
             token of the sequence (`question_tokens`, and where no text follows the image).
 
         Raises:
-            ValueError: no placeholder.
+            ValueError: no placeholder, or a batch of prompts.
         """
+        if input_ids is not None and input_ids.ndim != 1:
+            raise ValueError(f"`input_ids` must be one prompt, long[M]. Got the shape {list(input_ids.shape)}.")
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         where = self._placeholders(input_ids, inputs_embeds).nonzero()[:, 0].tolist()

@@ -229,6 +229,11 @@ def test_a_prompt_without_an_image_has_no_importance():
         small_model().estimate_importance(torch.tensor([5, 6]), torch.randn(4, 24))
 
 
+def test_a_batch_of_prompts_is_not_one_prompt():
+    with pytest.raises(ValueError, match=r"must be one prompt, long\[M\]. Got the shape \[1, 18\]"):
+        small_model().estimate_importance(QUESTION, torch.randn(4, 24))
+
+
 # ---- Compression ----
 
 
