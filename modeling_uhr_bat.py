@@ -526,10 +526,10 @@ class UHRBatModel(UHRBatPreTrainedModel):
         """
         if inputs_embeds is None:
             inputs_embeds = self.get_input_embeddings()(input_ids)
-        if image_features is None:
-            image_features = self.encode_image(pixel_values, pixel_attention_mask, region_labels)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"`attention_mask` must be [batch, sequence] here. Got {list(attention_mask.shape)}.")
+        if image_features is None:
+            image_features = self.encode_image(pixel_values, pixel_attention_mask, region_labels)
 
         real = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
         if attention_mask is not None:

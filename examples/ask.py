@@ -20,6 +20,33 @@ QUESTION = "What colour are the ships at the pier?"
 WEIGHTS_NOTE = "These weights are seeded random numbers: the answer has no meaning until the model is trained."
 
 
+def check_files(image_path, model_path):
+    """Raises `FileNotFoundError` at the door: loading the model first would take its time. `image_path` may be None."""
+    if image_path is not None and "://" not in image_path and not Path(image_path).is_file():
+        raise FileNotFoundError(f"{image_path}: there is no such image file.")
+    if not (model_path / "config.json").is_file():
+        raise FileNotFoundError(f"{model_path}: this is no model folder, there is no config.json in it.")
+
+
+def load(model_path):
+    """Processor and model of a folder, on the GPU where there is one."""
+    import torch
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(
+        model_path, trust_remote_code=True, dtype="auto", device_map="auto" if torch.cuda.is_available() else None
+    )
+    return processor, model
+
+
+def write_prompt(processor, question):
+    """input_ids and attention_mask, long[1, M], of a question about one image, with one placeholder for it."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    return processor.tokenizer(prompt, return_tensors="pt")
+
+
 @contextmanager
 def timed(seconds, stage):
     """Measure one stage and say on the error stream that it runs."""
@@ -51,15 +78,8 @@ def ask(image_path, question, model_path, budgets, max_new_tokens):
     seconds = {}
     with timed(seconds, "load"):
         import torch
-        from transformers import AutoModelForImageTextToText, AutoProcessor
 
-        processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
-        model = AutoModelForImageTextToText.from_pretrained(
-            model_path,
-            trust_remote_code=True,
-            dtype="auto",
-            device_map="auto" if torch.cuda.is_available() else None,
-        )
+        processor, model = load(model_path)
     with timed(seconds, "decode"):
         image = processor.image_processor.fetch_images(image_path)
     print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
@@ -71,9 +91,7 @@ def ask(image_path, question, model_path, budgets, max_new_tokens):
     with torch.inference_mode():
         with timed(seconds, "encode"):
             features = model.encode_image(**image_inputs)
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-        inputs = processor.tokenizer(prompt, return_tensors="pt").to(model.device)
+        inputs = write_prompt(processor, question).to(model.device)
         with timed(seconds, "compress"):
             compressed = model.compress(**inputs, image_features=features, budgets=budgets)
         with timed(seconds, "generate"):
@@ -130,11 +148,7 @@ def main():
             if not scene.DEFAULT_PATH.exists():
                 print(f"Making the example scene, once: {args.image}", file=sys.stderr, flush=True)
                 scene.write()
-        # At the door: loading the model first would take its time.
-        if "://" not in args.image and not Path(args.image).is_file():
-            raise FileNotFoundError(f"{args.image}: there is no such image file.")
-        if not (args.model / "config.json").is_file():
-            raise FileNotFoundError(f"{args.model}: this is no model folder, there is no config.json in it.")
+        check_files(args.image, args.model)
         ask(args.image, args.question, args.model, args.budgets, args.max_new_tokens)
     except (OSError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -6,7 +6,7 @@ Only facts of that layout stand here; nothing reads or writes a file.
 from math import isqrt
 
 import torch
-from uhr_bat.configuration_uhr_bat import UHRBatConfig
+from uhr_bat.configuration_uhr_bat import PAPER_BUDGETS, PAPER_SCALES, UHRBatConfig
 
 from .checkpoint_files import CheckpointError
 
@@ -52,8 +52,8 @@ TEXT_FIELDS = (
     "pad_token_id",
 )
 
-# Budgets are arguments of the released call and in no checkpoint: these are the paper's (appendix A).
-PAPER_BUDGETS = {672: 80, 1344: 320, 2688: 600, 4032: 2000}
+# Budgets are arguments of the released call and in no checkpoint: the paper's stand in.
+BUDGET_OF_SCALE = dict(zip(PAPER_SCALES, PAPER_BUDGETS))
 
 
 def rename(name: str) -> str | None:
@@ -90,7 +90,7 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
     for name, value in expected.items():
         if released.get(name, value) != value:
             raise CheckpointError(f"The released config has `{name}` {released[name]!r}; only {value!r} is supported.")
-    scales = released.get("multiscale_target_sizes", list(PAPER_BUDGETS))
+    scales = released.get("multiscale_target_sizes", list(PAPER_SCALES))
     anchor = released.get("multiscale_base_attention_size", 672)
     if not scales or scales[0] != anchor:
         raise CheckpointError(
@@ -176,7 +176,7 @@ def _vision_config(tensors, heads):
 
 def _budgets(scales, patch_size, window):
     """The paper's budget of each scale, that of the next coarser one of the paper for a scale between."""
-    budgets = [max(budget for scale, budget in PAPER_BUDGETS.items() if scale <= max(side, 672)) for side in scales]
+    budgets = [max(budget for scale, budget in BUDGET_OF_SCALE.items() if scale <= max(side, PAPER_SCALES[0])) for side in scales]
     budgets = [min(budget, (side // patch_size) ** 2) for budget, side in zip(budgets, scales)]
     note = "the paper's"
     if 2 * sum(budgets) > window:

@@ -11,7 +11,8 @@ import os
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from examples.ask import ROOT, check_files, load, numbers, write_prompt
+
 PRUNING = (85, 95, 97.5)
 
 
@@ -28,21 +29,15 @@ def draw(image_path, question, output, budgets, model_path, width):
     """Write the pictures into `output`, and print their names."""
     print("Loading ...", file=sys.stderr, flush=True)
     import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
 
     import pictures
 
-    processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_path, trust_remote_code=True, dtype="auto", device_map="auto" if torch.cuda.is_available() else None
-    )
+    processor, model = load(model_path)
     image = processor.image_processor.fetch_images(image_path)
     budgets = budgets or [model.config.budgets]
 
     print("Encoding ...", file=sys.stderr, flush=True)
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    inputs = processor.tokenizer(prompt, return_tensors="pt").to(model.device)
+    inputs = write_prompt(processor, question).to(model.device)
     with torch.inference_mode():
         features = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
         seen = [len(tokens) for tokens in features[0].tokens]
@@ -74,10 +69,6 @@ def draw(image_path, question, output, budgets, model_path, width):
         print(path, flush=True)
 
 
-def numbers(text):
-    return [int(part) for part in text.split(",")]
-
-
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="pictures", description=__doc__.splitlines()[0])
     parser.add_argument("image", metavar="IMAGE", help="file or URL")
@@ -93,10 +84,7 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     try:
-        if "://" not in args.image and not Path(args.image).is_file():
-            raise FileNotFoundError(f"{args.image}: there is no such image file.")
-        if not (args.model / "config.json").is_file():
-            raise FileNotFoundError(f"{args.model}: this is no model folder, there is no config.json in it.")
+        check_files(args.image, args.model)
         if args.width < 600:
             raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")
         for package in ("matplotlib", "sklearn"):

@@ -24,6 +24,7 @@ from uhr_bat.image_processing_uhr_bat import letterbox
 from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
 
 from examples import scene
+from examples.ask import check_files, load, write_prompt
 from regions.cache import ROOT, add_segmenter_arguments, check_job, job_from
 from regions.segment import load_segmenter, region_labels, segment_image
 
@@ -299,8 +300,7 @@ def main(arguments=None) -> int:
             raise ValueError(f"--questions must be 1 to {len(QUESTIONS)}. Got {args.questions}.")
         if args.masks and args.checkpoint:
             raise ValueError("--masks and --checkpoint are two ways to the same thing: give one of them.")
-        if not (args.model / "config.json").is_file():
-            raise FileNotFoundError(f"{args.model}: this is no model folder, there is no config.json in it.")
+        check_files(None, args.model)
         if args.checkpoint:
             check_job(job_from(args))
         ablate(args)
@@ -312,11 +312,7 @@ def main(arguments=None) -> int:
 
 def ablate(args):
     """Everything from the scene to the three files."""
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(args.model, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(args.model, trust_remote_code=True, dtype="auto")
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    processor, model = load(args.model)
     config = model.config
 
     image = scene.render(tuple(args.size), args.seed)
@@ -335,11 +331,7 @@ def ablate(args):
         labels = load_multiscale_tile_masks(args.masks, config.scales)
         sam = {"checkpoint": args.masks.name, "seconds": None}
 
-    prompts = []
-    for question in QUESTIONS[: args.questions]:
-        messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-        text = processor.apply_chat_template(messages, add_generation_prompt=True)
-        prompts.append(processor.tokenizer(text, return_tensors="pt").to(model.device))
+    prompts = [write_prompt(processor, question).to(model.device) for question in QUESTIONS[: args.questions]]
     (features,) = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
     ships = [tokens_at(places, (image.height, image.width), grid) for grid in config.grids]
     rows = run(

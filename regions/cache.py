@@ -21,10 +21,8 @@ import torch
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
 from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
 
+from export import ROOT
 from regions.segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
-
-ROOT = Path(__file__).resolve().parent.parent
-
 
 @dataclass(frozen=True)
 class Job:
