@@ -176,7 +176,10 @@ def _vision_config(tensors, heads):
 
 def _budgets(scales, patch_size, window):
     """The paper's budget of each scale, that of the next coarser one of the paper for a scale between."""
-    budgets = [max(budget for scale, budget in BUDGET_OF_SCALE.items() if scale <= max(side, PAPER_SCALES[0])) for side in scales]
+    budgets = [
+        max(budget for scale, budget in BUDGET_OF_SCALE.items() if scale <= max(side, PAPER_SCALES[0]))
+        for side in scales
+    ]
     budgets = [min(budget, (side // patch_size) ** 2) for budget, side in zip(budgets, scales)]
     note = "the paper's"
     if 2 * sum(budgets) > window:

@@ -24,6 +24,7 @@ from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
 from export import ROOT
 from regions.segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
 
+
 @dataclass(frozen=True)
 class Job:
     """What is the same for every image."""
