@@ -1,0 +1,218 @@
+"""The two sides of every comparison: how a question runs through either of them, the models, and the process pair.
+
+"Ours" is the model of this repository, called as a user would call it, but one stage at a time; "straightforward" is
+[`benchmarks.straightforward`], with the same weights. What a stage takes is read from a meter when it ends: a clock, a
+counter of FLOPs, a counter of synchronisations.
+"""
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from functools import cache
+from multiprocessing import get_context
+
+import torch
+from transformers.generation import BaseStreamer
+from uhr_bat.configuration_uhr_bat import UHRBatConfig
+from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
+from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatForConditionalGeneration
+
+from .straightforward import Straightforward
+
+STAGES = ("read", "preprocess", "encode", "importance", "regions", "selection", "prefill", "answer")
+# Text tokens of the prompt before and after the image: the chat template with a question of a dozen words.
+TEXT_BEFORE, TEXT_AFTER = 14, 24
+ANSWER_TOKENS = 64
+
+
+# Models
+
+
+def scaled_config() -> UHRBatConfig:
+    """The paper's tiles, tokens and budgets (228, 131,328 and 3000), with towers of 4 layers that are 256 wide."""
+    vision = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 4}
+    vision |= {"image_size": 336, "patch_size": 14, "projection_dim": 256}
+    # The vocabulary of Qwen2-7B by the width: 152,064 * 256 / 3584 = 10,862.
+    return UHRBatConfig(vision_config=vision, **_decoder(256, vocab_size=10_862))
+
+
+def quick_config() -> UHRBatConfig:
+    """The paper's 228 tiles, 2 x 2 patches each, with towers that a test can run."""
+    vision = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
+    vision |= {"image_size": 28, "patch_size": 14, "projection_dim": 32}
+    return UHRBatConfig(
+        vision_config=vision,
+        **_decoder(32, vocab_size=256),
+        scales=[56, 112, 224, 336],
+        budgets=[8, 16, 32, 96],
+        num_regions=12,
+        kmeans_iterations=3,
+        scale_embedding_grid=4,
+    )
+
+
+def _decoder(width, vocab_size) -> dict:
+    """A decoder of 4 layers whose random weights spread the attention, so that questions choose different tokens."""
+    text = {"hidden_size": width, "intermediate_size": 4 * width, "num_hidden_layers": 4, "num_attention_heads": 4}
+    text |= {"num_key_value_heads": 2, "vocab_size": vocab_size, "initializer_range": 1.5 / width**0.5}
+    text |= {"eos_token_id": None}  # every answer is as long as it may be
+    return {"text_config": text, "image_token_index": vocab_size - 1, "initializer_range": 1.5 / width**0.5}
+
+
+CONFIGS = {"scaled": scaled_config, "quick": quick_config}
+
+
+def build_model(config: UHRBatConfig, seed: int = 0) -> UHRBatForConditionalGeneration:
+    """Random seeded weights."""
+    torch.manual_seed(seed)
+    return UHRBatForConditionalGeneration(config).eval()
+
+
+def prompt_ids(config: UHRBatConfig, seed: int = 0) -> torch.Tensor:
+    """long[1, M]: random text with one placeholder for the image."""
+    text = torch.randint(config.image_token_id, (TEXT_BEFORE + TEXT_AFTER,), generator=torch.manual_seed(seed))
+    return torch.cat((text[:TEXT_BEFORE], torch.tensor([config.image_token_id]), text[TEXT_BEFORE:]))[None]
+
+
+# One question
+
+
+class Meter:
+    """What `read()` grew by in every stage; call it with the name of the stage that has just ended."""
+
+    def __init__(self, read):
+        self.read, self.stages = read, dict.fromkeys(STAGES, 0)
+        self.last = read()
+
+    def __call__(self, stage):
+        now = self.read()
+        self.stages[stage] += now - self.last
+        self.last = now
+
+
+class _Marks(BaseStreamer):
+    """A streamer that tells a meter when `generate` has read the prompt, and when it is done."""
+
+    def __init__(self, mark):
+        self.mark, self.num_puts = mark, 0
+
+    def put(self, ids):
+        self.num_puts += 1
+        if self.num_puts == 2:  # the first call brings the prompt
+            self.mark("prefill")
+
+    def end(self):
+        self.mark("answer")
+
+
+class Ours:
+    """The stages of one question about one image."""
+
+    def __init__(self, model):
+        self.model, config = model, model.config
+        tile = {"height": config.tile_size, "width": config.tile_size}
+        self.processor = UHRBatImageProcessor(
+            crop_size=tile, scales=config.scales, patch_size=config.patch_size, mask_padding=config.mask_padding
+        )
+
+    def read(self, path):
+        return self.processor.process_image(path)
+
+    def preprocess(self, image):
+        return self.processor(image, return_tensors="pt")
+
+    def encode(self, inputs):
+        return self.model.encode_image(**inputs.to(self.model.device))[0]
+
+    def importance(self, features, input_ids) -> torch.Tensor:
+        return self.model.estimate_importance(input_ids[0], features.anchor_tokens)
+
+    def regions(self, features):
+        """Clustered once per image, where they stay."""
+        for scale_idx, budget in enumerate(self._budgets(features)):
+            self.model.model._partition(features, scale_idx, budget)
+
+    def select(self, features, importance, regions) -> list[torch.Tensor]:
+        """float[n, D] for every scale."""
+        return self.model.model._compress_one(features, importance, self._budgets(features))[0]
+
+    def _budgets(self, features) -> list[int]:
+        return [min(pair) for pair in zip(self.model.config.budgets, map(len, features.tokens))]
+
+    def answer(self, input_ids, visual_tokens, num_tokens, mark) -> list[int]:
+        """Greedy ids; `mark` is told the end of the prefill and that of the answer."""
+        visual_tokens = torch.cat(visual_tokens)
+        start = (input_ids[0] == self.model.config.image_token_id).nonzero()[0].item()
+        ids = torch.cat(
+            (
+                input_ids[:, :start],
+                input_ids[:, start : start + 1].expand(1, len(visual_tokens)),
+                input_ids[:, start + 1 :],
+            ),
+            dim=1,
+        )
+        compressed = UHRBatCompressionOutput(pooler_output=[visual_tokens], images_per_prompt=[1])
+        output = self.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            mm_encoder_outputs={"image": compressed},
+            do_sample=False,
+            max_new_tokens=num_tokens,
+            streamer=_Marks(mark),
+        )
+        return output[0, ids.shape[1] :].tolist()
+
+
+SIDES = {"ours": Ours, "straightforward": Straightforward}
+
+
+@torch.no_grad()
+def ask(side, path, input_ids, mark, num_tokens=ANSWER_TOKENS) -> dict:
+    """One question about one image file: {"visual_tokens": [float[n, D]] of every scale, "answer": ids}."""
+    image = side.read(path)
+    mark("read")
+    inputs = side.preprocess(image)
+    del image
+    mark("preprocess")
+    features = side.encode(inputs)
+    del inputs
+    mark("encode")
+    return ask_again(side, features, input_ids, mark, num_tokens)
+
+
+@torch.no_grad()
+def ask_again(side, features, input_ids, mark, num_tokens=ANSWER_TOKENS) -> dict:
+    """A question about an image that is encoded."""
+    importance = side.importance(features, input_ids)
+    mark("importance")
+    regions = side.regions(features)
+    mark("regions")
+    visual_tokens = side.select(features, importance, regions)
+    mark("selection")
+    answer = side.answer(input_ids, visual_tokens, num_tokens, mark)
+    return {"visual_tokens": visual_tokens, "answer": answer}
+
+
+# Processes
+
+
+@cache
+def side_of(name: str, geometry: str):
+    """A side with its model, once per process."""
+    return SIDES[name](build_model(CONFIGS[geometry]()))
+
+
+def _one_thread():
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+
+@contextmanager
+def process_pair():
+    """{side: executor of one process}: each side's memory is its own, and they run when they are asked to."""
+    context = get_context("spawn")
+    with (
+        ProcessPoolExecutor(1, context, initializer=_one_thread) as ours,
+        ProcessPoolExecutor(1, context, initializer=_one_thread) as straightforward,
+    ):
+        yield {"ours": ours, "straightforward": straightforward}
