@@ -481,18 +481,26 @@ class UHRBatModel(UHRBatPreTrainedModel):
         layers = decoder.layers[: self.config.importance_layer % len(decoder.layers) + 1]
         rows = []
 
-        def read_attention(attention, args, kwargs):
-            rows.append(question_attention(attention, kwargs["hidden_states"], position_embeddings, question_start))
+        for layer in layers[:-1]:
+            sequence = layer(
+                sequence,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+            )
 
-        # In a hook of the layer, because there its parameters are in place whatever shards or offloads them.
-        with _hooked(layers[-1].self_attn.register_forward_pre_hook(read_attention, with_kwargs=True)):
-            for layer in layers:
-                sequence = layer(
-                    sequence,
-                    attention_mask=causal_mask,
-                    position_ids=position_ids,
-                    position_embeddings=position_embeddings,
-                )
+        def read_attention(attention, args):
+            hidden_states = layers[-1].input_layernorm(sequence)
+            rows.append(question_attention(attention, hidden_states, position_embeddings, question_start))
+
+        # In a hook of the layer, because there its parameters are in place whatever shards or offloads them. What the
+        # layer puts out is not needed: it is called with a single row.
+        with _hooked(layers[-1].self_attn.register_forward_pre_hook(read_attention)):
+            layers[-1](
+                sequence[:, :1],
+                position_ids=position_ids[:, :1],
+                position_embeddings=tuple(part[:, :1] for part in position_embeddings),
+            )
         return rows[0][start:stop]
 
     @torch.compiler.disable
