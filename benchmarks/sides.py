@@ -46,7 +46,7 @@ def quick_config() -> UHRBatConfig:
         scales=[56, 112, 224, 336],
         budgets=[8, 16, 32, 96],
         num_regions=12,
-        kmeans_iterations=3,
+        kmeans_iterations=2,
         scale_embedding_grid=4,
     )
 
@@ -127,13 +127,13 @@ class Ours:
     def importance(self, features, input_ids) -> torch.Tensor:
         return self.model.estimate_importance(input_ids[0], features.anchor_tokens)
 
-    def regions(self, features):
-        """Clustered once per image, where they stay."""
-        for scale_idx, budget in enumerate(self._budgets(features)):
-            self.model.model._partition(features, scale_idx, budget)
+    def regions(self, features) -> list[torch.Tensor]:
+        """long[V] for every scale; clustered once per image, where they stay."""
+        budgets = enumerate(self._budgets(features))
+        return [self.model.model._partition(features, scale_idx, budget) for scale_idx, budget in budgets]
 
     def select(self, features, importance, regions) -> list[torch.Tensor]:
-        """float[n, D] for every scale."""
+        """float[n, D] for every scale. `regions` are with the image already."""
         return self.model.model._compress_one(features, importance, self._budgets(features))[0]
 
     def _budgets(self, features) -> list[int]:
@@ -167,8 +167,21 @@ SIDES = {"ours": Ours, "straightforward": Straightforward}
 
 
 @torch.no_grad()
-def ask(side, path, input_ids, mark, num_tokens=ANSWER_TOKENS) -> dict:
-    """One question about one image file: {"visual_tokens": [float[n, D]] of every scale, "answer": ids}."""
+def ask(side, path, input_ids, mark, num_tokens=ANSWER_TOKENS, partition=None) -> dict:
+    """One question about one image file.
+
+    Args:
+        side: one of `SIDES`.
+        input_ids: long[1, M], with one placeholder.
+        mark: told the name of every stage when it ends, a [`Meter`].
+        num_tokens: tokens of the answer.
+        partition: long[V] for every scale, regions to select by in place of the side's own. They are clustered all the
+            same. k-means makes a rounding error grow from iteration to iteration, so two implementations part at the
+            border of two regions, and what follows can only be compared on one partition.
+
+    Returns:
+        {"regions": the side's own, "visual_tokens": [float[n, D]] of every scale, "answer": ids}
+    """
     image = side.read(path)
     mark("read")
     inputs = side.preprocess(image)
@@ -177,20 +190,14 @@ def ask(side, path, input_ids, mark, num_tokens=ANSWER_TOKENS) -> dict:
     features = side.encode(inputs)
     del inputs
     mark("encode")
-    return ask_again(side, features, input_ids, mark, num_tokens)
-
-
-@torch.no_grad()
-def ask_again(side, features, input_ids, mark, num_tokens=ANSWER_TOKENS) -> dict:
-    """A question about an image that is encoded."""
     importance = side.importance(features, input_ids)
     mark("importance")
     regions = side.regions(features)
     mark("regions")
-    visual_tokens = side.select(features, importance, regions)
+    visual_tokens = side.select(features, importance, partition or regions)
     mark("selection")
     answer = side.answer(input_ids, visual_tokens, num_tokens, mark)
-    return {"visual_tokens": visual_tokens, "answer": answer}
+    return {"regions": regions, "visual_tokens": visual_tokens, "answer": answer}
 
 
 # Processes

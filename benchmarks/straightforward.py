@@ -164,9 +164,10 @@ class Straightforward:
         ):
             coords = torch.stack(((where // width + 0.5) / height, (where % width + 0.5) / width), dim=1)
             num_regions = self.config.num_regions or budget
-            regions.append(
-                cluster(scale_tokens, coords, num_regions, self.config.kmeans_iterations, self.config.coord_weight)
+            labels = cluster(
+                scale_tokens, coords, num_regions, self.config.kmeans_iterations, self.config.coord_weight
             )
+            regions.append(labels.unique(return_inverse=True)[1])
         return regions
 
     def select(self, features, importance, regions) -> list[torch.Tensor]:

@@ -1,0 +1,93 @@
+"""FLOPs of one question by formula, stage by stage, for both sides: the 7B model fits no counter's machine.
+
+`benchmarks.measures` holds the formula against a counter: over a whole question on a small geometry of the same form,
+and over the 7B towers on the meta device. As torch counts: a multiplication and an addition are two, attention is the
+whole square, element-wise work is nothing. Averages and sums of the k-means and of the merging are nothing, too.
+
+Letters: T tiles, P patches of a tile, N tokens, M tokens of a sequence, D width, R regions.
+"""
+
+
+def vision_tower(config, num_tiles) -> int:
+    """All layers of the tower, the ones after the feature layer too: both sides run them."""
+    vision = config.vision_config
+    D, P = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
+    patches = 2 * P * 3 * vision.patch_size**2 * D
+    M = P + 1
+    layer = 2 * M * 4 * D**2 + 2 * M * 2 * D * vision.intermediate_size + 4 * M**2 * D
+    return num_tiles * (patches + vision.num_hidden_layers * layer)
+
+
+def projector(config, N) -> int:
+    C, D = config.vision_config.hidden_size, config.text_config.hidden_size
+    return 2 * N * (C * D + D * D)
+
+
+def decoder(config, M, num_cached=0) -> int:
+    """All layers, for M new tokens behind `num_cached` ones."""
+    text = config.text_config
+    D, (query, key) = text.hidden_size, attention_widths(text)
+    layer = 2 * M * (2 * D * query + 2 * D * key + 3 * D * text.intermediate_size)
+    layer += 4 * M * (num_cached + M) * query
+    return text.num_hidden_layers * (layer)
+
+
+def attention_widths(text) -> tuple[int, int]:
+    """Width of all heads together, of the queries and of the keys."""
+    head = text.hidden_size // text.num_attention_heads
+    return text.num_attention_heads * head, text.num_key_value_heads * head
+
+
+def question_rows(config, M, num_rows) -> int:
+    """Ours at the importance layer: queries and keys of all rows, and the scores of the question's."""
+    text = config.text_config
+    query, key = attention_widths(text)
+    return 2 * M * text.hidden_size * (query + key) + 2 * num_rows * M * query
+
+
+def kmeans(config, sizes) -> int:
+    """Distances of every token to every centre, in all iterations."""
+    width = config.text_config.hidden_size + 2
+    counts = [config.num_regions or budget for budget in config.budgets]
+    return sum(config.kmeans_iterations * 2 * N * width * R for N, R in zip(sizes, counts) if N > R)
+
+
+def head(config, M) -> int:
+    return 2 * M * config.text_config.hidden_size * config.text_config.vocab_size
+
+
+def question_flops(config, sizes, num_tiles, text_before, text_after, num_answer_tokens) -> dict[str, dict[str, int]]:
+    """{"ours" and "straightforward": {stage: FLOPs}} of one question about one image.
+
+    Args:
+        config: geometry and budgets; a square image, so that every token shows it.
+        sizes: tokens of every scale, int[S].
+        num_tiles: tiles of all scales.
+        text_before, text_after: text tokens of the prompt, before and after the image.
+        num_answer_tokens: tokens that are generated.
+    """
+    num_layers = config.text_config.num_hidden_layers
+    # Ours leaves the importance pass at the importance layer, which reads one row besides those of the question.
+    num_whole = config.importance_layer % num_layers
+    M = text_before + sizes[0] + text_after
+    num_rows = text_after if config.question_tokens == "all" else 1
+    prompt = text_before + sum(map(min, zip(config.budgets, sizes))) + text_after
+
+    encode = vision_tower(config, num_tiles) + projector(config, sum(sizes))
+    steps = sum(decoder(config, 1, prompt + step) + head(config, 1) for step in range(num_answer_tokens - 1))
+    same = {"regions": kmeans(config, sizes), "answer": steps}
+    return {
+        "ours": {
+            "encode": encode,
+            "importance": (num_whole * decoder(config, M) + decoder(config, 1)) // num_layers
+            + question_rows(config, M, num_rows),
+            "prefill": decoder(config, prompt) + head(config, 1),
+            **same,
+        },
+        "straightforward": {
+            "encode": 2 * encode,
+            "importance": decoder(config, M),
+            "prefill": decoder(config, prompt) + head(config, prompt),
+            **same,
+        },
+    }

@@ -1,0 +1,513 @@
+"""Every measure of the benchmark: one function each, in the order of the table that `benchmarks.run` prints.
+
+A measure takes the sizes and returns the rows that came out. Goals are ratios or counts of one run. Where the two sides
+must agree and do not, the measure raises [`Disagreement`], and the benchmark fails.
+
+Letters: N tokens, D width, R regions.
+"""
+
+import hashlib
+import statistics
+import time
+import weakref
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from tqdm import tqdm
+from uhr_bat.configuration_uhr_bat import PAPER_BUDGETS, PAPER_SCALES, UHRBatConfig
+from uhr_bat.image_processing_uhr_bat import shown_patches
+from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
+from uhr_bat.token_compression_uhr_bat import METHODS, cluster_regions, merge_tokens, select_tokens
+
+from examples import scene
+from export import ROOT
+
+from . import flops, meters, straightforward
+from .sides import (
+    ANSWER_TOKENS,
+    SIDES,
+    STAGES,
+    TEXT_AFTER,
+    TEXT_BEFORE,
+    Meter,
+    ask,
+    process_pair,
+    prompt_ids,
+    side_of,
+)
+
+
+# Two sums of the same numbers in another order differ by so much in visual tokens, which are of the order of 1.
+TOKEN_TOLERANCE = 1e-3
+# What k-means may make of rounding: tokens in another region, and the mean squared distance to the centres.
+SAME_REGION, SAME_INERTIA = 0.99, 1e-4
+# The tokens of a 4,032 px view, and of a 2,688 px view.
+FINEST, SECOND = 82_944, 36_864
+WIDTH_7B = 3584
+GIGABYTE = 1e9
+
+
+class Disagreement(Exception):
+    """The two sides do not give the same."""
+
+
+@dataclass
+class Row:
+    """One row of the table: `met` is None where nothing was measured, or no goal was set."""
+
+    measure: str
+    goal: str
+    result: str
+    met: bool | None = None
+    numbers: dict = field(default_factory=dict)
+
+
+@dataclass
+class Settings:
+    """`quick`: sizes of a test, whose figures mean nothing. `folder`: where test images are written."""
+
+    quick: bool
+    repetitions: int
+    folder: Path
+
+    @property
+    def geometry(self) -> str:
+        return "quick" if self.quick else "scaled"
+
+
+MEASURES = {}
+
+
+def measure(function):
+    MEASURES[function.__name__] = function
+    return function
+
+
+# Helpers
+
+
+def spread(values) -> dict[str, float]:
+    return {"min": min(values), "median": statistics.median(values), "max": max(values)}
+
+
+def ratios(seconds) -> dict[str, float]:
+    """How many times as long the straightforward side took, repetition by repetition."""
+    return spread([slow / fast for fast, slow in zip(seconds["ours"], seconds["straightforward"])])
+
+
+def show_ratio(ratio) -> str:
+    return f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f})"
+
+
+def alternate(functions, repetitions, desc) -> tuple[dict[str, list[float]], dict]:
+    """Seconds of each side, in turns, and what they returned last. The first turn only warms up."""
+    seconds, results = {name: [] for name in functions}, {}
+    for turn in tqdm(range(repetitions + 1), desc=desc, leave=False):
+        for name, function in functions.items():
+            start = time.perf_counter()
+            results[name] = function()
+            if turn:
+                seconds[name].append(time.perf_counter() - start)
+    return seconds, results
+
+
+def random_features(N, D, num_kinds, seed=0) -> torch.Tensor:
+    """float32[N, D]: tokens of `num_kinds` kinds, of which some are more alike than others, as those of an image.
+
+    Kinds and the variation inside them live in 96 directions of falling strength; an eighth of the variation lies in all
+    directions.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    rank = min(96, D)
+    strength = torch.arange(1, rank + 1) ** -0.5
+    kinds = torch.randn(num_kinds, rank, generator=generator)
+    kind = torch.randint(num_kinds, (N,), generator=generator)
+    inner = (kinds[kind] + torch.randn(N, rank, generator=generator)) * strength
+    features = inner @ torch.randn(rank, D, generator=generator)
+    return features.add_(torch.randn(N, D, generator=generator), alpha=0.125)
+
+
+def grid_coords(N) -> torch.Tensor:
+    """float32[N, 2], centres of the tokens of a square grid."""
+    side = round(N**0.5)
+    place = torch.arange(N)
+    return torch.stack(((place // side + 0.5) / side, (place % side + 0.5) / side), dim=1)
+
+
+def inertia(features, coords, regions, coord_weight=0.05) -> float:
+    """Mean squared distance of the clustering embedding (eq. 13) to the centre of its region."""
+    embedding = torch.cat([F.normalize(features, dim=1), coord_weight * coords], dim=1)
+    sizes = torch.bincount(regions)
+    centres = torch.zeros(len(sizes), embedding.shape[1]).index_add_(0, regions, embedding) / sizes[:, None]
+    # |u - c|^2 summed over a region is the sum of |u|^2 less R_m |c|^2.
+    total = embedding.square().sum(dtype=torch.float64) - (sizes * centres.double().square().sum(1)).sum()
+    return (total / len(embedding)).item()
+
+
+def same_region(first, second) -> float:
+    """Share of the tokens long[N] that two partitions put together, whatever the names of the regions."""
+    R = int(second.max()) + 1
+    counts = torch.bincount(first * R + second, minlength=(int(first.max()) + 1) * R)
+    return counts.view(-1, R).amax(1).sum().item() / len(first)
+
+
+def photograph(folder, size) -> str:
+    """A JPEG of (width, height) pixels: the made-up scene, beside itself where it is larger than 8,500 px."""
+    path = folder / f"{size[0]}x{size[1]}.jpg"
+    if not path.exists():
+        drawn = scene.render(tuple(min(8500, side) for side in size))
+        image = Image.new("RGB", size)
+        for left in range(0, size[0], drawn.width):
+            for top in range(0, size[1], drawn.height):
+                image.paste(drawn, (left, top))
+        image.save(path, quality=90)
+    return str(path)
+
+
+def expect(condition, message):
+    if not condition:
+        raise Disagreement(message)
+
+
+# FLOPs
+
+
+@measure
+def flop_counts(settings) -> list[Row]:
+    """The 7B geometry at the paper's default budgets, by a formula that is held against a counter."""
+    check_formula(settings)
+    config = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
+    sizes = [height * width for height, width in config.grids]
+    num_tiles = sum((scale // config.tile_size) ** 2 for scale in config.scales)
+    counted = flops.question_flops(config, sizes, num_tiles, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
+    check_towers(config, counted["straightforward"])
+    totals = {name: sum(stages.values()) for name, stages in counted.items()}
+    again = totals["ours"] - counted["ours"]["encode"] - counted["ours"]["regions"]
+    first, second = totals["straightforward"] / totals["ours"], totals["straightforward"] / again
+    numbers = {name: {stage: value / 1e12 for stage, value in counted[name].items()} for name in counted}
+    return [
+        Row(
+            "FLOPs of a question, 7B, budget 3000",
+            ">= 1.5x fewer",
+            f"{first:.2f}x ({totals['ours'] / 1e12:.0f} against {totals['straightforward'] / 1e12:.0f} TFLOPs)",
+            first >= 1.5,
+            {"ratio": first, "tflops": numbers},
+        ),
+        Row(
+            "FLOPs of a second question about an encoded image",
+            ">= 3.5x fewer",
+            f"{second:.2f}x ({again / 1e12:.0f} TFLOPs)",
+            second >= 3.5,
+            {"ratio": second, "tflops": again / 1e12},
+        ),
+    ]
+
+
+def check_formula(settings):
+    """Every stage of a whole question on the small geometry: the formula is what the counter says."""
+    path = photograph(settings.folder, (400, 400))
+    for name in SIDES:
+        side = side_of(name, "quick")
+        config = side.model.config
+        sizes = [height * width for height, width in config.grids]
+        expected = flops.question_flops(config, sizes, 228, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)[name]
+        with meters.FlopMeter() as meter:
+            mark = Meter(meter.get_total_flops)
+            ask(side, path, prompt_ids(config), mark)
+        counted = {stage: value for stage, value in mark.stages.items() if value}
+        expect(counted == expected, f"{name}: the counter says {counted}, the formula {expected}.")
+
+
+def check_towers(config, expected):
+    """The 7B towers on the meta device, two tiles and the prompt with its visual tokens."""
+    with torch.device("meta"), torch.no_grad():
+        model = UHRBatForConditionalGeneration(config)
+        prompt = torch.empty(1, TEXT_BEFORE + sum(config.budgets) + TEXT_AFTER, config.text_config.hidden_size)
+        tiles = torch.empty(2, 3, config.tile_size, config.tile_size)
+        with meters.FlopMeter() as meter:
+            model.model.vision_tower(tiles)
+            counted = [meter.get_total_flops()]
+            model.lm_head(model.model.language_model(inputs_embeds=prompt).last_hidden_state)
+            counted.append(meter.get_total_flops() - counted[0])
+    formula = [flops.vision_tower(config, 2), expected["prefill"]]
+    expect(counted == formula, f"7B on the meta device: the counter says {counted}, the formula {formula}.")
+
+
+@measure
+def padding(settings) -> list[Row]:
+    """Tiles that pass the vision tower, of the 228 of the letterboxed square. Quick geometry: the tiles are the same."""
+    side, results, met = side_of("ours", "quick"), {}, True
+    calls = []
+    handle = side.model.model.vision_tower.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    tile, scales = side.model.config.tile_size, side.model.config.scales
+    for name, size in (("4:3", (640, 480)), ("3:1", (720, 240))):
+        calls.clear()
+        pixels = torch.randint(256, (size[1], size[0], 3), dtype=torch.uint8).numpy()
+        side.encode(side.preprocess(Image.fromarray(pixels)))
+        grids = [(scale // tile, scale // tile) for scale in scales]
+        showing = sum(int(shown_patches((size[1], size[0]), grid).sum()) for grid in grids)
+        results[name] = {"encoded": sum(calls), "show the image": showing}
+        met &= sum(calls) == showing
+    handle.remove()
+    text = ", ".join(f"{name}: {counts['encoded']} of 228 encoded" for name, counts in results.items())
+    return [Row("Padding-only tiles of a 4:3 and a 3:1 image", "not encoded", text, met, results)]
+
+
+# Clustering and selection
+
+
+@measure
+def synchronisations(settings) -> list[Row]:
+    """Clustering and selection of the paper's four scales with 10 iterations; 16 wide, which changes no count."""
+    shrink = 8 if settings.quick else 1
+    counts = {}
+    for name in SIDES:
+        with meters.SyncMeter() as meter:
+            for scale, budget in zip(PAPER_SCALES, PAPER_BUDGETS):
+                N, R, n = (scale // 14 // shrink) ** 2, 600 // shrink**2, max(1, budget // shrink**2)
+                features, coords, importance = torch.randn(N, 16), grid_coords(N), torch.rand(N)
+                if name == "ours":
+                    regions = cluster_regions(features, coords, R)
+                    merge_tokens(features, select_tokens(importance, regions, n), n)
+                else:
+                    regions = straightforward.cluster(features, coords, R, 10, 0.05)
+                    straightforward.select(features, importance, regions, n, "ge")
+        counts[name] = meter.count
+    result = f"{counts['ours']} against {counts['straightforward']:,}"
+    return [
+        Row("Device synchronisations, clustering and selection", "<= 200", result, counts["ours"] <= 200, counts)
+    ]
+
+
+@measure
+def selection(settings) -> list[Row]:
+    """Selection and merging at the finest scale, as wide as the 7B decoder."""
+    N, R, budget, D = (2304, 100, 100, 32) if settings.quick else (FINEST, 2000, 2000, WIDTH_7B)
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randn(N, D, generator=generator)
+    importance = torch.rand(N, generator=generator)
+    regions = torch.randint(R, (N,), generator=generator)
+    functions = {
+        "ours": lambda: merge_tokens(tokens, select_tokens(importance, regions, budget), budget),
+        "straightforward": lambda: straightforward.select(tokens, importance, regions, budget, "ge"),
+    }
+    seconds, results = alternate(functions, settings.repetitions, "selection")
+    check_tokens([results["ours"]], [results["straightforward"]])
+    ratio = ratios(seconds)
+    name = f"Selection and merging, N = {N:,}, k = B = {R:,}, D = {D:,}, the same tokens"
+    return [Row(name, ">= 12x", show_ratio(ratio), ratio["median"] >= 12, {"ratio": ratio, "seconds": seconds})]
+
+
+@measure
+def kmeans(settings) -> list[Row]:
+    """k-means as wide as the scaled model, from the same initial centres."""
+    rows = []
+    for N, R, goal in ((2304, 80, 3.0), (SECOND, 600, 1.4)):
+        N, R, D = (N // 16, R // 16, 32) if settings.quick else (N, R, 256)
+        features, coords = random_features(N, D, 2 * R), grid_coords(N)
+        functions = {
+            "ours": lambda: cluster_regions(features, coords, R),
+            "straightforward": lambda: straightforward.cluster(features, coords, R, 10, 0.05),
+        }
+        seconds, results = alternate(functions, settings.repetitions, f"k-means, N = {N:,}")
+        share = check_regions([features], [coords], [results["ours"]], [results["straightforward"]])
+        ratio = ratios(seconds)
+        rows.append(
+            Row(
+                f"k-means, N = {N:,}, k = {R}, D = {D}, same labels",
+                f">= {goal}x",
+                f"{show_ratio(ratio)}, {100 * share:.2f} % of the labels the same",
+                ratio["median"] >= goal,
+                {"ratio": ratio, "seconds": seconds, "same_labels": share},
+            )
+        )
+    return rows
+
+
+@measure
+def kmeans_projection(settings) -> list[Row]:
+    """The option that clusters a projection, against our exact k-means; as wide as the 7B decoder."""
+    name, goal = "k-means on a projection, 36,864 x 3,584, k = 600, inertia <= 1.005x", ">= 8x"
+    if "kmeans_pca" not in METHODS:
+        return [Row(name, goal, 'not measured: there is no method="kmeans_pca"')]
+    N, R, D = (2304, 60, 256) if settings.quick else (SECOND, 600, WIDTH_7B)
+    features, coords = random_features(N, D, 2 * R), grid_coords(N)
+    functions = {
+        "ours": lambda: cluster_regions(features, coords, R, method="kmeans_pca"),
+        "straightforward": lambda: straightforward.cluster(features, coords, R, 10, 0.05),
+        "exact": lambda: cluster_regions(features, coords, R),
+    }
+    seconds, results = alternate(functions, 1 if settings.quick else 2, "k-means on a projection")
+    of = {key: inertia(features, coords, regions) for key, regions in results.items()}
+    worse = of["ours"] / of["exact"]
+    exact = spread([slow / fast for fast, slow in zip(seconds["ours"], seconds["exact"])])
+    ratio = ratios(seconds)
+    return [
+        Row(
+            name,
+            goal,
+            f"{show_ratio(exact)} against our exact one, {show_ratio(ratio)} against the straightforward one, inertia "
+            f"{worse:.4f}x",
+            exact["median"] >= 8 and worse <= 1.005,
+            {"ratio_to_exact": exact, "ratio": ratio, "inertia": worse, "seconds": seconds},
+        )
+    ]
+
+
+@measure
+def kmeans_memory(settings) -> list[Row]:
+    """Resident memory that k-means takes beside its inputs, each side in a process of its own; two iterations."""
+    N, R, D = (2304, 60, 256) if settings.quick else (FINEST, 2000, WIDTH_7B)
+    with process_pair() as pair:
+        extra = {name: pair[name].submit(extra_memory_of_kmeans, name, N, R, D).result() for name in pair}
+    result = f"{extra['ours'] / 1e6:.0f} MB against {extra['straightforward'] / 1e6:,.0f} MB"
+    name = f"Extra memory of k-means, {N:,} x {D:,}, k = {R:,}"
+    return [Row(name, "<= 200 MB", result, extra["ours"] <= 200e6, extra)]
+
+
+def extra_memory_of_kmeans(name, N, R, D) -> int:
+    """Bytes, inside a process."""
+    features, coords = torch.randn(N, D), grid_coords(N)
+    cluster_regions(features[:4096], coords[:4096], 100, num_iterations=2)  # what the first call sets up
+    before = meters.reset_peak()
+    if name == "ours":
+        cluster_regions(features, coords, R, num_iterations=2)
+    else:
+        straightforward.cluster(features, coords, R, 2, 0.05)
+    return meters.peak_bytes() - before
+
+
+# Images
+
+
+@measure
+def preprocessing(settings) -> list[Row]:
+    """From the file to the tiles."""
+    size = (600, 600) if settings.quick else (8500, 8500)
+    seconds, _ = preprocess_in_turns(settings, size, settings.repetitions)
+    ratio = ratios(seconds)
+    name = f"Preprocessing of a {size[0]:,} x {size[1]:,} px JPEG, tiles bit-equal"
+    return [Row(name, ">= 2x", show_ratio(ratio), ratio["median"] >= 2, {"ratio": ratio, "seconds": seconds})]
+
+
+@measure
+def preprocessing_memory(settings) -> list[Row]:
+    """From the file to the tiles, once: all that is resident, the libraries (0.4 GB) included."""
+    size = (1000, 750) if settings.quick else (20_000, 15_000)
+    seconds, peaks = preprocess_in_turns(settings, size, 1)
+    result = f"{peaks['ours'] / GIGABYTE:.2f} GB against {peaks['straightforward'] / GIGABYTE:.2f} GB"
+    name = f"Preprocessing of {size[0]:,} x {size[1]:,} px, tiles bit-equal, peak resident memory"
+    numbers = {"peak_bytes": peaks, "seconds": seconds}
+    return [Row(name, "<= 1.0 GB", result, peaks["ours"] <= GIGABYTE, numbers)]
+
+
+def preprocess_in_turns(settings, size, repetitions) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds and peak bytes of each side, in a process pair; raises where one bit of the tiles differs."""
+    path = photograph(settings.folder, size)
+    seconds, peaks = {name: [] for name in SIDES}, {}
+    with process_pair() as pair:
+        for _ in tqdm(range(repetitions), desc=f"preprocessing {size[0]} x {size[1]} px", leave=False):
+            digests = {}
+            for name, process in pair.items():
+                taken, digests[name], peaks[name] = process.submit(
+                    preprocess, name, settings.geometry, path
+                ).result()
+                seconds[name].append(taken)
+            expect(digests["ours"] == digests["straightforward"], f"The tiles of {size} px are not the same.")
+    return seconds, peaks
+
+
+def preprocess(name, geometry, path) -> tuple[float, str, int]:
+    """Seconds, digest of the tiles of all scales and peak bytes, inside a process."""
+    side = side_of(name, geometry)
+    start = time.perf_counter()
+    inputs = side.preprocess(side.read(path))
+    taken, peak = time.perf_counter() - start, meters.peak_bytes()
+    tiles = inputs["pixel_values"] if name == "ours" else inputs[0]
+    digest = hashlib.sha256()
+    for part in tiles:
+        digest.update(part.numpy())
+    return taken, digest.hexdigest(), peak
+
+
+# Whole questions
+
+
+@measure
+def encoding_memory(settings) -> list[Row]:
+    """Outputs of the vision tower's layers that are alive at once, in tiles; quick geometry: the tiles are the same."""
+    path, held = photograph(settings.folder, (400, 400)), {}
+    for name in SIDES:
+        side = side_of(name, "quick")
+        alive, most = [], 0
+
+        def count(module, args, output):
+            nonlocal most
+            alive.append(weakref.ref(output))
+            most = max(most, sum(len(states()) for states in alive if states() is not None))
+
+        handles = [layer.register_forward_hook(count) for layer in side.model.model.vision_tower.encoder.layers]
+        with torch.no_grad():
+            side.encode(side.preprocess(side.read(path)))
+        for handle in handles:
+            handle.remove()
+        held[name] = most
+    config = side.model.config
+    chunk = config.vision_chunk_size
+    layers = config.vision_config.num_hidden_layers
+    result = (
+        f"{held['ours']} tiles' states at once against {held['straightforward']} (chunks of {chunk} tiles; a tower of "
+        f"{layers} layers)"
+    )
+    # A layer's input and its output, and the chunk that is kept for the projector.
+    met = held["ours"] <= 3 * chunk
+    return [Row("Vision features held while encoding", "chunk-sized", result, met, held)]
+
+
+@measure
+def end_to_end(settings) -> list[Row]:
+    """A whole question, file to answer, in a process pair in turns: seconds by stage, and all that is resident."""
+    size = (600, 600) if settings.quick else (8500, 8500)
+    path = photograph(settings.folder, size)
+    seconds = {name: [] for name in SIDES}
+    with process_pair() as pair:
+        for _ in tqdm(range(settings.repetitions), desc="end to end", leave=False):
+            results, partition = {}, None
+            for name, process in pair.items():
+                stages, results[name], features = process.submit(
+                    run_question, name, settings.geometry, path, partition
+                ).result()
+                partition = results[name]["regions"]
+                seconds[name].append(stages)
+            agreement = check_question(results, features)
+        peaks = {name: process.submit(meters.peak_bytes).result() for name, process in pair.items()}
+    totals = {name: [sum(stages.values()) for stages in runs] for name, runs in seconds.items()}
+    stages = {}
+    for stage in STAGES:
+        taken = {name: [run[stage] for run in runs] for name, runs in seconds.items()}
+        stages[stage] = {
+            "ours": statistics.median(taken["ours"]),
+            "straightforward": statistics.median(taken["straightforward"]),
+            "ratio": ratios(taken),
+        }
+    ratio, memory = ratios(totals), peaks["straightforward"] / peaks["ours"]
+    numbers = {"ratio": ratio, "seconds": totals, "stages": stages, "agreement": agreement}
+    return [
+        Row(
+            "Scaled model end to end, the same visual tokens and answer",
+            ">= 2.4x",
+            show_ratio(ratio),
+            ratio["median"] >= 2.4,
+            numbers,
+        ),
+        Row(
+            "Scaled model end to end, peak resident memory",
+            "<= 1/2",
+            f"1/{memory:.2f} ({peaks['ours'] / GIGABYTE:.2f} GB against {peaks['straightforward'] / GIGABYTE:.2f} GB)",
+            memory >= 2,
+            {"ratio": memory, "peak_bytes": peaks},
+        ),
+    ]

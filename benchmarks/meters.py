@@ -1,0 +1,133 @@
+"""Meters: FLOPs, device synchronisations, resident memory.
+
+A meter counts what goes on inside its `with` block; `sides.Meter` reads it stage by stage.
+"""
+
+import ctypes
+from contextlib import ExitStack
+from pathlib import Path
+
+import torch
+from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+
+aten = torch.ops.aten
+
+
+# FLOPs
+
+
+def _cdist_flops(points, centres, *args, out_shape=None, **kwargs) -> int:
+    """As the product of [N, D] and [D, R] that it is at these sizes."""
+    return 2 * points[0] * points[1] * centres[0]
+
+
+def _sdpa_flops(query, key, value, *args, out_shape=None, **kwargs) -> int:
+    """The two products over the whole square, the causal half that is skipped included, as torch counts the others."""
+    batch, heads, rows, width = query
+    return 2 * batch * heads * rows * key[2] * (width + value[3])
+
+
+# What torch's own counter passes over on a CPU.
+UNCOUNTED = {
+    aten._cdist_forward: _cdist_flops,
+    aten._euclidean_dist: _cdist_flops,
+    aten._scaled_dot_product_flash_attention_for_cpu: _sdpa_flops,
+    aten._scaled_dot_product_fused_attention_overrideable: _sdpa_flops,
+}
+
+
+class FlopMeter(FlopCounterMode):
+    """torch's counter of products and convolutions, and what it passes over. Element-wise work is not counted."""
+
+    def __init__(self):
+        super().__init__(display=False, custom_mapping=UNCOUNTED)
+
+
+# Device synchronisations
+
+# Operations after which the host waits for a device, to know a value or a size.
+SYNCHRONISING = {
+    aten._local_scalar_dense,
+    aten.equal,
+    aten.masked_select,
+    aten.nonzero,
+    aten.repeat_interleave,
+    aten.unique_consecutive,
+    aten.unique_dim,
+    aten._unique,
+    aten._unique2,
+}
+
+
+class SyncMeter:
+    """Counts where the host would wait for a device, by the operations that make it; it runs on a CPU too.
+
+    Reads of values (`.item()`, `bool()`, `.tolist()`), comparisons and what has a size that depends on values:
+    `nonzero`, `unique`, boolean masks as an index. Each is one, though `unique` waits more than once. Copies to a device
+    are not counted.
+    """
+
+    def __init__(self):
+        self.count = 0
+
+    def __enter__(self):
+        self.modes = ExitStack()
+        self.modes.enter_context(_CountOperations(self))
+        self.modes.enter_context(_CountLists(self))
+        return self
+
+    def __exit__(self, *error):
+        self.modes.close()
+
+
+class _CountOperations(TorchDispatchMode):
+    def __init__(self, meter):
+        super().__init__()
+        self.meter = meter
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.meter.count += func.overloadpacket in SYNCHRONISING
+        if func.overloadpacket in (aten.index, aten.index_put, aten.index_put_, aten._index_put_impl_):
+            self.meter.count += any(place is not None and place.dtype == torch.bool for place in args[1])
+        return func(*args, **(kwargs or {}))
+
+
+class _CountLists(TorchFunctionMode):
+    """`.tolist()` reads memory without an operation."""
+
+    def __init__(self, meter):
+        super().__init__()
+        self.meter = meter
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.meter.count += func is torch.Tensor.tolist
+        return func(*args, **(kwargs or {}))
+
+
+# Memory, of Linux: the kernel's own account
+
+
+def _status(name) -> int:
+    """Bytes of one line of /proc/self/status."""
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * int(next(line for line in lines if line.startswith(name)).split()[1])
+
+
+def resident_bytes() -> int:
+    return _status("VmRSS")
+
+
+def peak_bytes() -> int:
+    """The most that was resident since the process started, or since `reset_peak`. Not `ru_maxrss`, which a child
+    process inherits from its parent."""
+    return _status("VmHWM")
+
+
+def reset_peak() -> int:
+    """Hand free memory back to the system and start the peak anew: the bytes that are resident now."""
+    ctypes.CDLL(None).malloc_trim(0)
+    Path("/proc/self/clear_refs").write_text("5")
+    return resident_bytes()
