@@ -5,7 +5,6 @@
 counter of FLOPs, a counter of synchronisations.
 """
 
-import os
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from functools import cache
@@ -13,6 +12,7 @@ from multiprocessing import get_context
 
 import torch
 from transformers.generation import BaseStreamer
+from transformers.utils import logging
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
 from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatForConditionalGeneration
@@ -209,9 +209,11 @@ def side_of(name: str, geometry: str):
     return SIDES[name](build_model(CONFIGS[geometry]()))
 
 
-def _one_thread():
+def one_thread():
+    """One thread, no progress bars of the library: what every process of a measurement starts with. Threads that wait
+    for each other on a busy machine spin, and then the measure is of that."""
     torch.set_num_threads(1)
-    os.environ["OMP_NUM_THREADS"] = "1"
+    logging.disable_progress_bar()
 
 
 @contextmanager
@@ -219,7 +221,7 @@ def process_pair():
     """{side: executor of one process}: each side's memory is its own, and they run when they are asked to."""
     context = get_context("spawn")
     with (
-        ProcessPoolExecutor(1, context, initializer=_one_thread) as ours,
-        ProcessPoolExecutor(1, context, initializer=_one_thread) as straightforward,
+        ProcessPoolExecutor(1, context, initializer=one_thread) as ours,
+        ProcessPoolExecutor(1, context, initializer=one_thread) as straightforward,
     ):
         yield {"ours": ours, "straightforward": straightforward}

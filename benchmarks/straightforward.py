@@ -159,20 +159,16 @@ class Straightforward:
     def regions(self, features) -> list[torch.Tensor]:
         """Eq. 13-14, long[V] for every scale."""
         regions, (*_, tokens, places) = [], features
-        for (height, width), budget, scale_tokens, where in zip(
-            self.config.grids, self.config.budgets, tokens, places
-        ):
+        for (height, width), budget, scale_tokens, where in zip(self.config.grids, self.config.budgets, tokens, places):
             coords = torch.stack(((where // width + 0.5) / height, (where % width + 0.5) / width), dim=1)
             num_regions = self.config.num_regions or budget
-            labels = cluster(
-                scale_tokens, coords, num_regions, self.config.kmeans_iterations, self.config.coord_weight
-            )
+            labels = cluster(scale_tokens, coords, num_regions, self.config.kmeans_iterations, self.config.coord_weight)
             regions.append(labels.unique(return_inverse=True)[1])
         return regions
 
     def select(self, features, importance, regions) -> list[torch.Tensor]:
         """Eq. 6-12, float[n, D] for every scale."""
-        anchor, anchor_places, tokens, places = features
+        _, anchor_places, tokens, places = features
         shown = torch.zeros_like(importance).flatten().index_fill(0, anchor_places, 1).view_as(importance)
         visual = []
         for grid, budget, scale_tokens, where, region in zip(
