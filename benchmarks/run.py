@@ -70,8 +70,9 @@ def report(result) -> str:
         f"Machine: {result['machine']}."
     )
     parts = ["# Results", note, goals_table(result["measures"])]
-    for row in result["measures"].get("end_to_end", [])[:1]:
-        parts += ["## The scaled model, stage by stage", stages_table(row["numbers"]["stages"])]
+    for row in result["measures"].get("end_to_end", []):
+        if "stages" in row["numbers"]:
+            parts += ["## The scaled model, stage by stage", stages_table(row["numbers"]["stages"])]
     return "\n\n".join(parts) + "\n"
 
 
