@@ -4,7 +4,7 @@ Every tile goes through the vision tower once for the importance pass and once m
 scale at once and with all hidden states kept; the importance pass runs every decoder layer and keeps the whole
 attention of each; clusters and regions are loops with a boolean mask each; every tile has an image-processor call of
 its own; the whole prompt is scored, not its last position. The weights, the rules and, up to ties, the results are
-those of the model that it is given: it is measured against it, and never faster by leaving something out.
+those of the model that it is given, for the paper's settings: k-means over the whole scale, no coverage, no token MLP.
 
 Axes: T tiles of a scale, V tokens of a scale that show the image, D decoder width, R regions, M text tokens. Tokens
 stand row by row over the grid of their scale, unless "tile by tile" is said.
