@@ -1,0 +1,72 @@
+"""What the stages of training share: arguments, loading and saving of model folders, the Trainer's settings."""
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+
+
+# Three pixels for one of the finest scale: the tiles come out of a resize, as those of real images do.
+RENDER_WIDTH = 1152
+
+
+def position_of_tokens(grid) -> np.ndarray:
+    """float[N, 2]: (row, column) of the centres of a grid's tokens in [0, 1], row by row."""
+    rows, columns = np.indices(grid).reshape(2, -1) + 0.5
+    return np.stack((rows / grid[0], columns / grid[1]), axis=-1)
+
+
+def arguments(doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder to start from")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
+    parser.add_argument("--steps", type=int, default=steps)
+    parser.add_argument("--batch-size", type=int, default=batch_size, help="scenes of a step, on one device")
+    parser.add_argument("--learning-rate", type=float, default=learning_rate)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-steps", type=int, default=200, help="a checkpoint every so many steps")
+    parser.add_argument("--workers", type=int, default=1, help="processes that paint scenes")
+    return parser
+
+
+def load(folder):
+    """Processor and model of a folder, float32."""
+    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
+    return processor, model
+
+
+def train(trainer_class, model, dataset, args, **kwargs):
+    """Train; a run that was cut off goes on from its last checkpoint under `--output`/checkpoints."""
+    checkpoints = args.output / "checkpoints"
+    settings = TrainingArguments(
+        output_dir=checkpoints,
+        max_steps=args.steps,
+        per_device_train_batch_size=args.batch_size,
+        learning_rate=args.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=min(100, args.steps // 10),
+        weight_decay=0.01,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        seed=args.seed,
+        logging_steps=20,
+        save_steps=args.save_steps,
+        save_total_limit=2,
+        dataloader_num_workers=args.workers,
+        remove_unused_columns=False,
+        report_to=[],
+    )
+    trainer = trainer_class(model=model, args=settings, train_dataset=dataset, **kwargs)
+    trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
+    return trainer
+
+
+def save(model, processor, folder):
+    """A model folder that loads by itself."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)

@@ -1,0 +1,107 @@
+"""Questions about a made-up scene whose answers follow from its layout, and only from it.
+
+Answers are balanced: by the way scenes are laid out and questions are drawn, the text of a question says nothing about
+its answer. Chance is the share of the most frequent answer: 1/6 for colours, 1/4 for types and quadrants, 1/5 for
+counts, 1/2 for yes/no and comparisons.
+"""
+
+from dataclasses import dataclass
+
+from training.scenes import OBJECTS, PAINTS, Object, Scene
+
+
+KINDS = ("colour", "type", "yes/no", "count", "quadrant", "comparison")
+TEMPLATES = {
+    "colour": ("What colour is the {object} at the {site}?", "What is the colour of the {object} at the {site}?"),
+    "type": ("What is the {colour} object at the {site}?", "What type of object is {colour} at the {site}?"),
+    "yes/no": ("Is there a {thing} at the {site}?", "Can you see a {thing} at the {site}?"),
+    "count": ("How many objects are at the {site}?", "Count the objects at the {site}."),
+    "quadrant": ("In which quadrant is the {site}?", "Where is the {site}?"),
+    "comparison": ("Which has more objects, the {site} or the {other}?", "Are more objects at the {site} or the {other}?"),
+}
+
+
+@dataclass(frozen=True)
+class Question:
+    """`sites`: indices of the sites it names. `objects`: those that have to be seen for the answer."""
+
+    kind: str
+    text: str
+    answer: str
+    sites: tuple[int, ...]
+    objects: tuple[Object, ...]
+
+    @property
+    def pixels(self) -> float | None:
+        """Size of the smallest object that has to be seen, in pixels of the finest scale."""
+        return min((thing.pixels for thing in self.objects), default=None)
+
+
+def _single(things, name):
+    """Objects that are alone in their site with what `name` ("kind" or "colour") says of them."""
+    values = [getattr(thing, name) for thing in things]
+    return [thing for thing, value in zip(things, values) if values.count(value) == 1]
+
+
+def ask(scene: Scene, kind: str, rng, site: int | None = None) -> Question | None:
+    """A question of one kind about a site, or about any that allows it; None where none does.
+
+    Args:
+        scene: what is asked about.
+        kind: one of KINDS.
+        rng: numpy.random.Generator, draws the site, the wording and what is left open.
+        site: index of the site.
+    """
+    contents = scene.objects_of
+    fits = {
+        "colour": lambda one: _single(contents[one], "kind"),
+        "type": lambda one: _single(contents[one], "colour"),
+        # Asked about empty sites too, "no" would be the more frequent answer.
+        "yes/no": lambda one: contents[one],
+        "count": lambda one: True,
+        "quadrant": lambda one: True,
+        "comparison": lambda one: any(len(other) != len(contents[one]) for other in contents),
+    }[kind]
+    sites = [one for one in range(len(contents)) if site in (None, one) and fits(one)]
+    if not sites:
+        return None
+    site = sites[rng.integers(len(sites))]
+    words, named, things = {"site": scene.sites[site].kind}, (site,), tuple(contents[site])
+
+    def draw(options):
+        return options[rng.integers(len(options))]
+
+    if kind == "colour":
+        thing = draw(_single(things, "kind"))
+        words["object"], answer, things = thing.kind, thing.colour, (thing,)
+    elif kind == "type":
+        thing = draw(_single(things, "colour"))
+        words["colour"], answer, things = thing.colour, thing.kind, (thing,)
+    elif kind == "yes/no":
+        name, options = draw([("kind", OBJECTS), ("colour", tuple(PAINTS))])
+        present = {getattr(thing, name) for thing in things}
+        answer = draw(["yes", "no"])
+        options = [option for option in options if (option in present) == (answer == "yes")]
+        if not options:
+            return None  # all four types are there
+        value = draw(options)
+        words["thing"] = value if name == "kind" else f"{value} object"
+        if answer == "yes":
+            things = tuple(thing for thing in things if getattr(thing, name) == value)
+    elif kind == "count":
+        answer = str(len(things))
+    elif kind == "quadrant":
+        answer, things = scene.quadrant(scene.sites[site]), ()
+    else:
+        other = draw([one for one in range(len(contents)) if len(contents[one]) != len(things)])
+        named, things = (site, other), things + tuple(contents[other])
+        answer = scene.sites[max(named, key=lambda one: len(contents[one]))].kind
+        words["other"] = scene.sites[other].kind
+    return Question(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things)
+
+
+def converse(scene: Scene, rng) -> list[Question]:
+    """Questions of all kinds about one site, in any order: the compression follows the first."""
+    site = rng.integers(len(scene.sites))
+    asked = (ask(scene, KINDS[kind], rng, site) for kind in rng.permutation(len(KINDS)))
+    return [question for question in asked if question is not None]

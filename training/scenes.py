@@ -1,0 +1,390 @@
+"""Made-up satellite scenes whose content is known: sea, coast, fields, roads, towns, sites, and objects of few pixels.
+
+    python -m training.scenes [--seed 0] [--size 10000 8000] [--output examples/scene.jpg]
+
+A scene is laid out once, from a seed, and can be painted at any size. Sites (a pier, a stadium, ...) are large enough
+to be seen at the anchor scale. Objects (ships, cars, planes, tanks) are a few pixels large at the finest scale, stand
+inside and outside the sites, and their type and colour are drawn without regard to where they stand: a ship can lie on
+a runway, because otherwise the question would give the answer away.
+
+Lengths are in units of 1/10000 of the width: a pixel of the default size. Points are (x, y), sizes (width, height) and
+boxes (x, y, width, height), as in Pillow.
+"""
+
+import argparse
+import math
+import os
+import tempfile
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+WIDTH = 10000  # units
+DEFAULT_PATH = Path(__file__).resolve().parent.parent / "examples" / "scene.jpg"
+DEFAULT_SIZE = (10000, 8000)
+ASPECTS = (1.0, 1.25, 4 / 3)  # width / height
+FINEST = 384  # px, the finest scale of UHR-BAT-Tiny: sizes of objects are given in its pixels
+
+SITES = ("pier", "runway", "bridge", "tank farm", "stadium", "quarry", "roundabout", "golf course")
+OBJECTS = ("ship", "car", "plane", "tank")
+PAINTS = {
+    "red": (208, 42, 38), "yellow": (242, 208, 44), "blue": (44, 88, 222), "white": (246, 246, 244),
+    "black": (20, 20, 24), "purple": (158, 48, 178),
+}  # fmt: skip
+# The tower is trained on scenes from seed 0 on, the decoder from FINETUNING_SEED on, nothing on the other two.
+FINETUNING_SEED = 1_000_000
+VALIDATION_SEEDS, TEST_SEEDS = range(10_000_000, 10_001_000), range(20_000_000, 20_001_000)
+QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
+SITE_SIDE = 1400  # units: 54 px of the finest scale, 9 of the anchor
+SITES_PER_SCENE = (3, 5)
+MOST_OBJECTS = 4  # in one site
+OBJECTS_OUTSIDE = (20, 40)
+# Side of a square of the object's area, in pixels of the finest scale, and how often each range is drawn.
+OBJECT_SIZES = {(1.5, 2.5): 0.15, (2.5, 4.5): 0.4, (4.5, 8.0): 0.45}
+
+CELL = 72  # units: one tree, or one value of what is smooth
+FIELDS = [(118, 134, 74), (92, 117, 62), (146, 146, 88), (164, 150, 108), (133, 113, 84), (78, 104, 58)]
+ROOFS = [(158, 92, 74), (172, 110, 88), (140, 138, 134), (188, 186, 180), (120, 110, 102), (208, 205, 198)]
+CONCRETE, ASPHALT, YARD, TREE, SHADOW = (182, 178, 168), (110, 110, 112), (134, 132, 108), (60, 84, 48), (44, 50, 44)
+SEA = [(0, (16, 46, 76)), (90, (30, 78, 104)), (122, (74, 134, 134)), (126, (196, 208, 200)), (132, (206, 190, 150))]
+
+
+# ---- What is in a scene ----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Site:
+    """A square of SITE_SIDE units around `centre`, turned by `angle` (radians)."""
+
+    kind: str
+    centre: tuple[float, float]
+    angle: float
+
+    def local(self, points) -> np.ndarray:
+        """float[..., 2] of the scene -> the same points in the frame of the site, -1 to 1 inside it."""
+        offset = np.asarray(points, float) - self.centre
+        sine, cosine = math.sin(self.angle), math.cos(self.angle)
+        turned = np.stack(
+            (offset[..., 0] * cosine + offset[..., 1] * sine, offset[..., 1] * cosine - offset[..., 0] * sine), axis=-1
+        )
+        return turned / (SITE_SIDE / 2)
+
+    def contains(self, points) -> np.ndarray:
+        """bool[...] for float[..., 2]."""
+        return (np.abs(self.local(points)) <= 1).all(-1)
+
+
+@dataclass(frozen=True)
+class Object:
+    """A ship, car, plane or tank; `size` is the side of a square of its area in units, `site` an index or None."""
+
+    kind: str
+    colour: str
+    centre: tuple[float, float]
+    angle: float
+    size: float
+    site: int | None
+
+    @property
+    def pixels(self) -> float:
+        """Its size in pixels of the finest scale."""
+        return self.size * FINEST / WIDTH
+
+
+@dataclass(frozen=True)
+class Scene:
+    seed: int
+    aspect: float
+    sites: tuple[Site, ...]
+    objects: tuple[Object, ...]
+
+    @property
+    def height(self) -> float:
+        return WIDTH / self.aspect
+
+    @cached_property
+    def objects_of(self) -> list[list[Object]]:
+        """Objects of every site."""
+        return [[thing for thing in self.objects if thing.site == index] for index in range(len(self.sites))]
+
+    def quadrant(self, site: Site) -> str:
+        x, y = site.centre
+        return QUADRANTS[2 * (y > self.height / 2) + (x > WIDTH / 2)]
+
+    def to_square(self, points) -> np.ndarray:
+        """float[..., 2] of the scene -> (row, column) in [0, 1] of the letterboxed square that the model sees."""
+        points = np.asarray(points, float)
+        top = (WIDTH - self.height) / 2
+        return np.stack(((points[..., 1] + top) / WIDTH, points[..., 0] / WIDTH), axis=-1)
+
+
+def make_scene(seed: int, aspect: float | None = None, objects_outside: tuple[int, int] = OBJECTS_OUTSIDE) -> Scene:
+    """Lay out a scene: sites apart from each other and inside one quadrant each, objects inside and outside them.
+
+    `objects_outside`: fewest and most objects that stand in no site; fewer where there is no room.
+    """
+    rng = np.random.default_rng(seed)
+    aspect = ASPECTS[rng.integers(len(ASPECTS))] if aspect is None else aspect
+    height, radius = WIDTH / aspect, SITE_SIDE * 0.6
+    wanted, tries = rng.integers(SITES_PER_SCENE[0], SITES_PER_SCENE[1] + 1), 0
+    centres = []
+    while len(centres) < wanted:
+        if (tries := tries + 1) % 200 == 0:
+            centres = []  # what stands already leaves no room for the next one
+        x, y = rng.uniform((radius, radius), (WIDTH - radius, height - radius))
+        on_axis = min(abs(x - WIDTH / 2), abs(y - height / 2)) < radius
+        if not on_axis and all(math.dist((x, y), other) > 2.4 * radius for other in centres):
+            centres.append((x, y))
+    kinds = rng.permutation(len(SITES))
+    sites = tuple(
+        Site(SITES[kind], centre, math.pi / 2 * rng.integers(4) + rng.uniform(-0.25, 0.25))
+        for kind, centre in zip(kinds, centres)
+    )
+
+    def draw(centre, site):
+        ranges = list(OBJECT_SIZES)
+        low, high = ranges[rng.choice(len(ranges), p=list(OBJECT_SIZES.values()))]
+        return Object(
+            OBJECTS[rng.integers(len(OBJECTS))], list(PAINTS)[rng.integers(len(PAINTS))], tuple(map(float, centre)),
+            rng.uniform(0, 2 * math.pi), rng.uniform(low, high) * WIDTH / FINEST, site,
+        )  # fmt: skip
+
+    objects = []
+    for index, site in enumerate(sites):
+        # One place in each cell of 3 x 3, so that objects of one site never touch.
+        cells = rng.permutation(9)[: rng.integers(MOST_OBJECTS + 1)]
+        for row, column in zip(*np.divmod(cells, 3)):
+            x, y = ((column, row) + rng.uniform(0.4, 0.6, 2)) * SITE_SIDE / 3 - SITE_SIDE / 2
+            sine, cosine = math.sin(site.angle), math.cos(site.angle)
+            place = site.centre[0] + x * cosine - y * sine, site.centre[1] + x * sine + y * cosine
+            objects.append(draw(place, index))
+    most = len(objects) + rng.integers(objects_outside[0], objects_outside[1] + 1)
+    for place in rng.uniform((200, 200), (WIDTH - 200, height - 200), (4 * most, 2)):
+        far = all(math.dist(place, site.centre) > SITE_SIDE for site in sites)
+        free = all(math.dist(place, other.centre) > SITE_SIDE / 3 for other in objects)
+        if len(objects) < most and far and free:
+            objects.append(draw(place, None))
+    return Scene(seed, aspect, sites, tuple(objects))
+
+
+# ---- Painting --------------------------------------------------------------------------------------------------------
+
+
+def fractal(rng, size, cells, octaves=5):
+    """float32[height, width]: smooth noise around 0 whose widest bumps are 1/cells of the width."""
+    total = 0
+    for columns in (cells * 2**octave for octave in range(octaves)):
+        grid = rng.standard_normal((columns * size[1] // size[0] + 2, columns + 2), np.float32)
+        total = total + np.asarray(Image.fromarray(grid).resize(size, Image.BICUBIC)) * (cells / columns)
+    return total
+
+
+def split(rng, box, smallest):
+    """Cut a box across its longer side, again and again, down to parts of about the smallest length."""
+    x, y, width, height = box
+    part = rng.uniform(0.35, 0.65)
+    if max(width, height) < smallest * rng.uniform(1.4, 2.6):
+        return [box]
+    if width > height:
+        halves = (x, y, width * part, height), (x + width * part, y, width * (1 - part), height)
+    else:
+        halves = (x, y, width, height * part), (x, y + height * part, width, height * (1 - part))
+    return [leaf for half in halves for leaf in split(rng, half, smallest)]
+
+
+class Painter:
+    """Draws shapes given in units, in the frame that `origin` and `angle` place on the canvas."""
+
+    def __init__(self, canvas, rng):
+        self.draw, self.rng, self.unit = ImageDraw.Draw(canvas), rng, canvas.width / WIDTH
+        self.origin, self.angle = (0, 0), 0.0
+
+    def place(self, points, shift=0):
+        (x, y), sine, cosine = self.origin, math.sin(self.angle), math.cos(self.angle)
+        turned = [(x + a * cosine - b * sine, y + a * sine + b * cosine) for a, b in points]
+        return [((a + shift) * self.unit, (b + shift) * self.unit) for a, b in turned]
+
+    def vary(self, colour, spread=12):
+        """The colour, or one of a list of colours, a little lighter or darker."""
+        colour = colour if isinstance(colour, tuple) else colour[self.rng.integers(len(colour))]
+        change = self.rng.normal(0, spread)
+        return tuple(min(max(int(channel + change), 0), 255) for channel in colour)
+
+    def polygon(self, points, colour, height=0):
+        """A flat shape, or one that throws a shadow as long as it is high."""
+        step = max(1, round(1 / self.unit))  # a pixel
+        for shift in range(height // step * step, -1, -step):
+            self.draw.polygon(self.place(points, shift), fill=SHADOW if shift else colour)
+
+    def box(self, box, colour, inset=0, height=0):
+        x, y, width, depth = box
+        inset = min(inset, width / 3, depth / 3)
+        x, y, width, depth = x + inset, y + inset, width - 2 * inset, depth - 2 * inset
+        self.polygon([(x, y), (x + width, y), (x + width, y + depth), (x, y + depth)], colour, height)
+
+    def line(self, points, colour, width):
+        self.draw.line(self.place(points), fill=colour, width=max(1, round(width * self.unit)), joint="curve")
+
+    def oval(self, x, y, a, b, colour):
+        turns = np.linspace(0, 2 * math.pi, 40, endpoint=False)
+        self.polygon([(x + a * math.cos(turn), y + b * math.sin(turn)) for turn in turns], colour)
+
+    def disc(self, x, y, radius, colour, height=0):
+        for shift, fill in (height, SHADOW), (0, colour):
+            (a, b), r = self.place([(x, y)], shift)[0], radius * self.unit
+            self.draw.ellipse([a - r, b - r, a + r, b + r], fill=fill)
+
+    def fields(self, height):
+        self.origin, self.angle = (WIDTH / 2, height / 2), self.rng.uniform(0, math.pi)
+        for x, y, width, depth in split(self.rng, (-7500, -7500, 15000, 15000), 620):
+            colour = self.vary(FIELDS)
+            self.box((x, y, width, depth), colour, inset=8)
+            for furrow in np.arange(y + 24, y + depth - 24, 52):
+                self.line([(x + 12, furrow), (x + width - 12, furrow)], self.vary(colour, 5), 20)
+
+    def town(self, centre, radius):
+        self.origin, self.angle = centre, self.rng.uniform(0, math.pi)
+        for x, y, width, depth in split(self.rng, (-radius, -radius, 2 * radius, 2 * radius), 230):
+            distance = math.hypot(x + width / 2, y + depth / 2) / radius
+            if distance > self.rng.uniform(0.75, 1.05):
+                continue
+            self.box((x - 9, y - 9, width + 18, depth + 18), ASPHALT)
+            self.box((x, y, width, depth), self.vary(YARD), inset=9)
+            storeys = 3 if distance > 0.4 else 8
+            for lot in split(self.rng, (x + 12, y + 12, width - 24, depth - 24), 44 + 4 * storeys):
+                if self.rng.random() < 0.75:
+                    self.box(lot, self.vary(ROOFS), inset=self.rng.uniform(6, 12), height=3 * storeys)
+                else:
+                    self.disc(lot[0] + lot[2] / 2, lot[1] + lot[3] / 2, 13, self.vary(TREE), height=5)
+
+    def road(self, points, width):
+        self.origin, self.angle = (0, 0), 0.0
+        for colour, wide in ((168, 160, 138), width + 16), (ASPHALT, width), ((200, 200, 192), 3):
+            self.line(points, colour, wide)
+
+    def site(self, site):
+        self.origin, self.angle = site.centre, site.angle
+        half = SITE_SIDE / 2
+        {
+            "pier": self._pier, "runway": self._runway, "bridge": self._bridge, "tank farm": self._tank_farm,
+            "stadium": self._stadium, "quarry": self._quarry, "roundabout": self._roundabout,
+            "golf course": self._golf_course,
+        }[site.kind]((-half, -half, SITE_SIDE, SITE_SIDE))  # fmt: skip
+
+    def _pier(self, square):
+        self.box(square, (28, 92, 120))
+        self.box((-700, -700, 1400, 150), CONCRETE)
+        for finger in (-420, -60, 300):
+            self.box((finger, -700, 110, 1150), CONCRETE, height=10)
+
+    def _runway(self, square):
+        self.box(square, (156, 178, 112))
+        self.box((-700, -170, 1400, 340), (84, 84, 88))
+        for dash in range(-560, 560, 160):
+            self.box((dash, -14, 90, 28), (236, 236, 232))
+        for bar in range(-130, 131, 52):
+            self.box((-680, bar - 12, 90, 24), (236, 236, 232))
+
+    def _bridge(self, square):
+        self.box(square, (72, 112, 66))
+        self.box((-300, -700, 600, 1400), (92, 140, 158))
+        self.box((-700, -90, 1400, 180), (204, 200, 190), height=30)
+        self.box((-700, -12, 1400, 24), (120, 120, 122))
+
+    def _tank_farm(self, square):
+        self.box(square, (198, 182, 140))
+        for edge in (-700, -233, 233, 660):
+            self.box((edge, -700, 40, 1400), (136, 112, 80))
+            self.box((-700, edge, 1400, 40), (136, 112, 80))
+
+    def _stadium(self, square):
+        self.box(square, (146, 146, 150))
+        self.oval(0, 0, 680, 560, (214, 212, 208))
+        self.oval(0, 0, 560, 430, (170, 92, 70))
+        self.oval(0, 0, 460, 330, (66, 158, 70))
+        self.box((-6, -320, 12, 640), (232, 236, 230))
+
+    def _quarry(self, square):
+        self.box(square, (222, 190, 138))
+        for radius, colour in (640, (200, 162, 110)), (480, (176, 136, 90)), (300, (146, 108, 70)), (120, (96, 72, 50)):
+            self.disc(0, 0, radius, colour)
+
+    def _roundabout(self, square):
+        self.box(square, (176, 172, 92))
+        for arm in (-700, -130, 1400, 260), (-130, -700, 260, 1400):
+            self.box(arm, (92, 92, 96))
+        self.disc(0, 0, 470, (92, 92, 96))
+        self.disc(0, 0, 240, (70, 118, 60))
+
+    def _golf_course(self, square):
+        self.box(square, (104, 182, 88))
+        for x, y, a, b in (-300, -300, 300, 200), (250, 150, 330, 220), (-300, 420, 260, 170):
+            self.oval(x, y, a, b, (146, 212, 118))
+        for x, y, radius in (-80, -520, 90), (480, -200, 100), (-520, 60, 80), (60, 520, 90), (500, 520, 80):
+            self.disc(x, y, radius, (238, 222, 172))
+
+    def object(self, thing):
+        """A shape with an area of about size squared, of one colour but for a small dark part."""
+        self.origin, self.angle, s = thing.centre, thing.angle, thing.size
+        colour, dark = self.vary(PAINTS[thing.colour], 6), (70, 72, 78)
+        if thing.kind == "ship":
+            self.polygon([(-0.95 * s, -0.3 * s), (0.4 * s, -0.3 * s), (0.95 * s, 0), (0.4 * s, 0.3 * s),
+                          (-0.95 * s, 0.3 * s)], colour)  # fmt: skip
+            self.box((-0.8 * s, -0.16 * s, 0.28 * s, 0.32 * s), dark)
+        elif thing.kind == "car":
+            self.box((-0.66 * s, -0.4 * s, 1.32 * s, 0.8 * s), colour)
+            self.box((0.1 * s, -0.32 * s, 0.22 * s, 0.64 * s), dark)
+        elif thing.kind == "plane":
+            self.box((-0.95 * s, -0.16 * s, 1.9 * s, 0.32 * s), colour)
+            self.polygon([(0.35 * s, 0), (-0.15 * s, -s), (-0.45 * s, -s), (-0.1 * s, 0), (-0.45 * s, s),
+                          (-0.15 * s, s)], colour)  # fmt: skip
+            self.box((-0.95 * s, -0.4 * s, 0.24 * s, 0.8 * s), colour)
+        else:
+            self.disc(0, 0, 0.57 * s, colour)
+            self.disc(0, 0, 0.17 * s, dark)
+
+
+def render(scene: Scene, size=DEFAULT_SIZE) -> Image.Image:
+    """The scene as an RGB image; the same scene and size give the same pixels."""
+    rng = np.random.default_rng([scene.seed, 1])
+    soft = (WIDTH // CELL, round(scene.height) // CELL)  # what is smooth is made small, at any size
+
+    def enlarge(field):
+        return Image.fromarray(np.float32(128 + field)).resize(size, Image.BICUBIC).convert("L")
+
+    canvas = Image.new("RGB", size, YARD)
+    painter = Painter(canvas, rng)
+    painter.fields(scene.height)
+    x, y = np.meshgrid(np.linspace(-0.5, 0.5, soft[0]), np.linspace(-0.5, 0.5, soft[1]))
+    turn, distance = rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.6)
+    shore = 900 * (x * math.cos(turn) + y * math.sin(turn) + distance + 0.035 * fractal(rng, soft, 3))
+    for row, column in np.argwhere(fractal(rng, soft, 6) > 0.9 + 0.05 * rng.random(soft[::-1])):
+        painter.origin = rng.uniform(0, CELL, 2) + (CELL * column, CELL * row)
+        painter.disc(0, 0, rng.uniform(18, 34), painter.vary(TREE), height=5)
+    for _ in range(rng.integers(3)):
+        painter.town(rng.uniform((1000, 1000), (9000, scene.height - 1000)), rng.uniform(800, 1600))
+    for _ in range(rng.integers(1, 4)):
+        ends = rng.uniform((0, -0.1), (WIDTH, 1.1 * scene.height), (4, 2))
+        ends[[0, 3], rng.integers(2)] = -400, 1.1 * WIDTH
+        t = np.linspace(0, 1, 40)[:, None]
+        curve = (1 - t) ** 3 * ends[0] + 3 * t * (1 - t) ** 2 * ends[1] + 3 * t**2 * (1 - t) * ends[2] + t**3 * ends[3]
+        painter.road([tuple(point) for point in curve], 44)
+
+    levels, (stops, colours) = enlarge(shore), zip(*SEA)
+    bands = [levels.point(np.interp(range(256), stops, band).astype(int).tolist()) for band in zip(*colours)]
+    canvas.paste(Image.merge("RGB", bands), mask=levels.point(lambda level: 255 * (level < 138)))
+    for site in scene.sites:
+        painter.site(site)
+    for thing in scene.objects:
+        painter.object(thing)
+
+    light = enlarge(9 * fractal(rng, soft, 12, 5))
+    for top in range(0, size[1], 512):  # uneven light, haze and grain; at once they would take a gigabyte
+        band = (0, top, size[0], min(top + 512, size[1]))
+        pixels = np.asarray(canvas.crop(band)) * (np.asarray(light.crop(band), np.float32) / 145)[..., None]
+        pixels += 12 + 2.5 * rng.standard_normal(pixels.shape[:2], np.float32)[..., None]
+        canvas.paste(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), band)
+    return canvas
