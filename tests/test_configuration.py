@@ -51,7 +51,7 @@ def test_the_image_token_has_one_number_under_two_names():
         ({"vision_chunk_size": 0}, "`vision_chunk_size` must be at least 1. Got 0"),
         ({"scale_embedding_additions": 3}, "must be 0, 1 or 2. Got 3"),
         ({"threshold": ">="}, "('ge', 'gt')"),
-        ({"region_method": "dbscan"}, "('kmeans', 'birch', 'grid', 'none')"),
+        ({"region_method": "dbscan"}, "('kmeans', 'kmeans_pca', 'birch', 'grid', 'none')"),
         ({"scales": "large"}, "scales"),
     ],
 )

@@ -228,7 +228,7 @@ def test_labels_run_from_zero_without_a_gap(num_regions, seed):
     assert sorted(set(regions.tolist())) == list(range(max(regions) + 1)) and max(regions) < num_regions
 
 
-@pytest.mark.parametrize("method", ["kmeans", "birch"])
+@pytest.mark.parametrize("method", ["kmeans", "kmeans_pca", "birch"])
 @pytest.mark.parametrize("num_regions", [16, 17, 1000])
 def test_as_many_regions_as_tokens_make_every_token_a_region(method, num_regions):
     features, coords = random_scene(4, 3)
@@ -326,6 +326,122 @@ def test_clustering_runs_as_many_operations_for_a_hundred_regions_as_for_three()
     assert counts[0] == counts[1]
 
 
+# k-means on principal components, an option
+
+
+def wide_scene(side=40, D=300, rank=None, seed=0):
+    """Features around 30 directions, spread as `rank` random axes allow (all of D by default)."""
+    generator = torch.Generator().manual_seed(seed)
+    features, coords = random_scene(side, rank or D, seed, num_kinds=30)
+    return features if rank is None else features @ torch.randn(rank, D, generator=generator) + 1.0, coords
+
+
+def inertia(features, coords, regions, coord_weight=0.05):
+    """Eq. 14's objective in float64, with the exact means of the regions as centres."""
+    embedding = torch.cat([features.double() / features.double().norm(dim=1)[:, None], coord_weight * coords], dim=1)
+    groups = [embedding[regions == label] for label in regions.unique()]
+    return sum((group - group.mean(dim=0)).square().sum().item() for group in groups)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("num_regions", [1, 7, 60])
+@pytest.mark.parametrize("seed", range(3))
+def test_on_features_that_the_components_hold_whole_the_regions_are_those_of_kmeans(seed, num_regions, dtype):
+    features, coords = wide_scene(rank=20, seed=seed)
+    features = features.to(dtype)
+    exact, reduced = (
+        cluster_regions(
+            features,
+            coords,
+            num_regions,
+            method=method,
+            num_iterations=100,  # until nothing moves: the last assignment is one more iteration
+            generator=torch.Generator().manual_seed(seed),
+        )
+        for method in ("kmeans", "kmeans_pca")
+    )
+    # bfloat16 rounds every number on its own, which no 128 components hold.
+    assert (exact == reduced).float().mean() >= (1 if dtype is torch.float32 else 0.9)
+
+
+@pytest.mark.parametrize("D", [1, 126, 128])
+def test_features_that_are_not_wider_than_the_components_are_clustered_by_kmeans(D):
+    features, coords = random_scene(12, D, num_kinds=6)
+    expected = cluster_regions(features, coords, 9)
+    assert torch.equal(cluster_regions(features, coords, 9, method="kmeans_pca"), expected)
+
+
+@pytest.mark.parametrize("coord_weight", [0.0, 0.05])
+@pytest.mark.parametrize("seed", range(4))
+def test_the_inertia_is_that_of_kmeans_to_half_a_percent(seed, coord_weight):
+    features, coords = wide_scene(seed=seed)
+    exact, reduced = (
+        inertia(features, coords, cluster_regions(features, coords, 60, method=method, coord_weight=coord_weight))
+        for method in ("kmeans", "kmeans_pca")
+    )
+    assert reduced <= 1.005 * exact
+
+
+@pytest.mark.parametrize("kind", ["wide", "deep", "far apart"])
+def test_the_last_assignment_is_to_the_nearest_exact_mean(monkeypatch, kind):
+    features, coords = wide_scene(rank=20 if kind == "deep" else None)
+    if kind == "far apart":
+        features = torch.eye(300)[torch.arange(1600) % 300]
+    before = []
+    kmeans = token_compression._kmeans
+    monkeypatch.setattr(token_compression, "_kmeans", lambda *args: before.append(kmeans(*args)) or before[0])
+    regions = cluster_regions(features, coords, 60, method="kmeans_pca", num_iterations=1)
+    embedding = torch.cat([features.double() / features.double().norm(dim=1)[:, None], 0.05 * coords], dim=1)
+    means = torch.stack([embedding[before[0] == label].mean(dim=0) for label in before[0].unique()])
+    distances = torch.cdist(embedding, means, compute_mode="donot_use_mm_for_euclid_dist").square()
+    nearest, mean_idx = distances.min(dim=1)
+    assert (before[0].unique(return_inverse=True)[1] != mean_idx).any()  # the assignment has something to do
+    assert (distances.gather(1, mean_idx.unique()[regions][:, None])[:, 0] - nearest).max() <= 1e-6
+
+
+def test_components_draw_nothing_from_the_global_generator_and_repeat():
+    features, coords = wide_scene()
+    torch.manual_seed(0)
+    first = cluster_regions(features, coords, 30, method="kmeans_pca")
+    state = torch.random.get_rng_state()
+    torch.manual_seed(1)
+    assert torch.equal(cluster_regions(features, coords, 30, method="kmeans_pca"), first)
+    torch.manual_seed(0)
+    assert torch.equal(torch.random.get_rng_state(), state)
+    other = cluster_regions(features, coords, 30, method="kmeans_pca", generator=torch.Generator().manual_seed(1))
+    assert not torch.equal(other, first)
+
+
+@pytest.mark.parametrize("num_regions", [1, 2, 30, 99])
+def test_components_give_labels_from_zero_without_a_gap(num_regions):
+    features, coords = wide_scene(side=12)
+    for scene in (features, features[:5].repeat(29, 1)[:144], torch.zeros_like(features)):
+        regions = cluster_regions(scene, coords, num_regions, method="kmeans_pca")
+        assert regions.dtype == torch.long and len(regions) == 144
+        assert regions.unique().tolist() == list(range(max(regions) + 1)) and max(regions) < num_regions
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_size_of_the_blocks_does_not_change_the_regions_of_components(monkeypatch, dtype):
+    features, coords = wide_scene(rank=20)
+    expected = cluster_regions(features.to(dtype), coords, 12, method="kmeans_pca")
+    for size in (1000, 10**5, 10**9):
+        monkeypatch.setattr(token_compression, "BLOCK_ELEMENTS", size)
+        assert torch.equal(cluster_regions(features.to(dtype), coords, 12, method="kmeans_pca"), expected)
+
+
+def test_components_never_hold_a_matrix_of_tokens_by_regions_or_a_copy_of_the_features(monkeypatch):
+    monkeypatch.setattr(token_compression, "BLOCK_ELEMENTS", 2**16)
+    monkeypatch.setattr(token_compression, "PCA_TOKENS", 200)
+    features, coords = wide_scene(side=48, D=512)
+    features = features.bfloat16()
+    N, D, R = 48 * 48, 512, 256
+    with Recorder() as recorder:
+        cluster_regions(features, coords, R, num_iterations=3, method="kmeans_pca")
+    # A block, the centres, the components, or 128 numbers per token; N x R is 2.4 and N x D 4.7 MB.
+    assert recorder.largest <= 4 * max(2**16, R * (D + 2), 200 * D, 130 * N)
+
+
 @pytest.mark.parametrize("num_regions", [1, 3, 12, 60])
 def test_birch_gives_at_most_the_asked_number_of_regions_without_a_gap(num_regions):
     pytest.importorskip("sklearn")
@@ -355,7 +471,7 @@ def test_birch_without_scikit_learn_says_what_to_install(monkeypatch):
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones():
-    with raises(ValueError, "Unknown method 'ward'. Known methods: kmeans, birch."):
+    with raises(ValueError, "Unknown method 'ward'. Known methods: kmeans, kmeans_pca, birch."):
         cluster_regions(*random_scene(4, 3), 2, method="ward")
 
 
