@@ -1,16 +1,29 @@
 """What the stages of training share: arguments, loading and saving of model folders, the Trainer's settings."""
 
 import argparse
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
 
+from training import scenes
 
 # Three pixels for one of the finest scale: the tiles come out of a resize, as those of real images do.
 RENDER_WIDTH = 1152
+
+
+def paint(scene):
+    """The image of a scene at the size that training and evaluation use."""
+    return scenes.render(scene, (RENDER_WIDTH, round(RENDER_WIDTH / scene.aspect)))
+
+
+def tokens_at(scene, points, grid) -> list[int]:
+    """The tokens of a grid that show points (x, y) of a scene, counted row by row."""
+    if not points:
+        return []
+    rows, columns = (scene.to_square(points) * grid).astype(int).T
+    return (rows * grid[1] + columns).tolist()
 
 
 def position_of_tokens(grid) -> np.ndarray:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 
 from training.scenes import OBJECTS, PAINTS, Object, Scene
 
-
 KINDS = ("colour", "type", "yes/no", "count", "quadrant", "comparison")
 TEMPLATES = {
     "colour": ("What colour is the {object} at the {site}?", "What is the colour of the {object} at the {site}?"),

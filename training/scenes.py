@@ -11,10 +11,7 @@ Lengths are in units of 1/10000 of the width: a pixel of the default size. Point
 boxes (x, y, width, height), as in Pillow.
 """
 
-import argparse
 import math
-import os
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -133,7 +130,7 @@ def make_scene(seed: int, aspect: float | None = None, objects_outside: tuple[in
     centres = []
     while len(centres) < wanted:
         if (tries := tries + 1) % 200 == 0:
-            centres = []  # what stands already leaves no room for the next one
+            centres, wanted = [], wanted - 1  # what stood already left no room for the next one
         x, y = rng.uniform((radius, radius), (WIDTH - radius, height - radius))
         on_axis = min(abs(x - WIDTH / 2), abs(y - height / 2)) < radius
         if not on_axis and all(math.dist((x, y), other) > 2.4 * radius for other in centres):
@@ -350,7 +347,7 @@ class Painter:
 def render(scene: Scene, size=DEFAULT_SIZE) -> Image.Image:
     """The scene as an RGB image; the same scene and size give the same pixels."""
     rng = np.random.default_rng([scene.seed, 1])
-    soft = (WIDTH // CELL, round(scene.height) // CELL)  # what is smooth is made small, at any size
+    soft = (WIDTH // CELL, max(round(scene.height) // CELL, 1))  # what is smooth is made small, at any size
 
     def enlarge(field):
         return Image.fromarray(np.float32(128 + field)).resize(size, Image.BICUBIC).convert("L")
@@ -388,3 +385,30 @@ def render(scene: Scene, size=DEFAULT_SIZE) -> Image.Image:
         pixels += 12 + 2.5 * rng.standard_normal(pixels.shape[:2], np.float32)[..., None]
         canvas.paste(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), band)
     return canvas
+
+
+def example(size=DEFAULT_SIZE, seed: int = 0) -> Image.Image:
+    """The scene of a seed in the proportions of a size, (width, height) in pixels."""
+    return render(make_scene(seed, size[0] / size[1]), size)
+
+
+def write(path: Path = DEFAULT_PATH, size=DEFAULT_SIZE, seed: int = 0):
+    """Write the scene whole or not at all; the format is that of the file's suffix."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
+        example(size, seed).save(Path(folder, path.name), quality=82)
+        os.replace(Path(folder, path.name), path)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, default=DEFAULT_PATH)
+    parser.add_argument("--size", type=int, nargs=2, default=DEFAULT_SIZE, metavar=("WIDTH", "HEIGHT"))
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    write(args.output, tuple(args.size), args.seed)
+    print(f"{args.output}: {args.size[0]:,} x {args.size[1]:,} px, {args.output.stat().st_size / 1e6:.1f} MB")
+
+
+if __name__ == "__main__":
+    main()

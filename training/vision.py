@@ -7,7 +7,6 @@ object whose centre it holds, for the site it lies in, and for its row and colum
 separate heads: joint targets stall. The heads are thrown away.
 """
 
-import argparse
 
 import numpy as np
 import torch
@@ -17,8 +16,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from training import scenes
-from training.common import RENDER_WIDTH, arguments, load, position_of_tokens, save, train
-
+from training.common import arguments, load, paint, position_of_tokens, save, tokens_at, train
 
 CROWDED = (100, 160)  # objects outside the sites: a token with an object in ten, instead of one in fifty
 IGNORED = -100
@@ -44,7 +42,7 @@ def token_labels(scene, config) -> dict[str, np.ndarray]:
         near = (np.abs(places[:, None] - centres).max(-1) < reach + 0.5 / width).any(1)
         colour[near] = IGNORED
         kind = colour.copy()
-        held = (centres * (height, width)).astype(int) @ (width, 1)
+        held = tokens_at(scene, [thing.centre for thing in scene.objects], (height, width))
         colour[held] = [list(scenes.PAINTS).index(thing.colour) + 1 for thing in scene.objects]
         kind[held] = [scenes.OBJECTS.index(thing.kind) + 1 for thing in scene.objects]
         site = np.zeros(height * width, np.int64)
@@ -68,8 +66,7 @@ class Tiles(Dataset):
 
     def __getitem__(self, index):
         scene = scenes.make_scene(self.seeds[index], objects_outside=self.objects_outside)
-        image = scenes.render(scene, (RENDER_WIDTH, round(RENDER_WIDTH / scene.aspect)))
-        tiles = self.image_processor(image)
+        tiles = self.image_processor(paint(scene))
         labels = token_labels(scene, self.config)
         return {
             "pixel_values": torch.tensor(np.asarray(tiles["pixel_values"][0])),

@@ -1,0 +1,444 @@
+"""Does question-guided, region-faithful compression keep evidence of few pixels? Accuracy against visual tokens.
+
+    python -m evaluation.evidence [--model DIR] [--scenes 60] [--seeds 3] [--output evaluation/results]
+
+Questions about made-up scenes that nothing was trained on, each answered from every choice of visual tokens at 1, 2, 4
+and 8 % of them, and from all of them. Writes evidence.json, evidence.md and evidence.png. Evidence is kept where every
+object that a question needs has a visual token of its own, unmerged, at one of the two finest scales. Intervals are 95 %
+of a bootstrap over scenes, differences are paired by question.
+"""
+
+import argparse
+import copy
+import dataclasses
+import json
+import os
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+from tqdm import tqdm
+from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatScaleEmbedding
+from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens
+
+from examples.ask import ROOT, check_files, load, write_prompt
+from training import questions, scenes
+from training.common import paint, tokens_at
+from training.finetune import budgets_of
+
+SHARES = (0.01, 0.02, 0.04, 0.08)
+FULL = "no compression"
+PROPOSED = "preserve-and-merge"
+# Settings of the configuration under which the model's own `compress` is each method.
+SETTINGS = {
+    PROPOSED: {},
+    "with coverage": {"coverage": True},
+    "top-k per scale": {"region_method": "none"},
+}
+CHOICES = ("k-means merge", "uniform", "random", "anchor only")  # blind to the question
+DOWNSAMPLING = "downsampling"
+METHODS = (*SETTINGS, *CHOICES, DOWNSAMPLING)
+NO_IMAGE = "model without image"
+TEXT_ONLY = "text-only control"
+SIZES = {"1-2": (0, 2.5), "3-4": (2.5, 4.5), "5-8": (4.5, 99)}  # px, bins of the rounded size
+CONTROL_SCENES = 5000
+RESAMPLES = 2000
+MAX_NEW_TOKENS = 6
+
+
+# ---- Choices of visual tokens ----------------------------------------------------------------------------------------
+
+
+@contextmanager
+def settings(config, changes):
+    """The configuration with other numbers for the length of a `with` block."""
+    before = {name: getattr(config, name) for name in changes}
+    for name, value in changes.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
+def choose(method, model, features, budgets, rng) -> list[torch.Tensor]:
+    """Slots long[V] of every scale by a rule that does not know the question."""
+    slots = []
+    for scale, (tokens, places, budget) in enumerate(zip(features.tokens, features.positions, budgets)):
+        num_tokens = len(tokens)
+        if method == "k-means merge":
+            coords = model.model._coords(scale, places)
+            slots.append(cluster_regions(tokens, coords, budget, coord_weight=model.config.coord_weight))
+            continue
+        if method == "anchor only":
+            budget = min(sum(budgets), num_tokens) if scale == 0 else 0
+        if method == "random":
+            kept = np.sort(rng.permutation(num_tokens)[:budget])
+        else:
+            kept = ((np.arange(budget) + 0.5) * num_tokens / max(budget, 1)).astype(int)
+        slot = torch.full((num_tokens,), -1)
+        slot[torch.from_numpy(kept)] = torch.arange(len(kept))
+        slots.append(slot)
+    return slots
+
+
+def gather(features, slots) -> torch.Tensor:
+    """float[n, D], the visual tokens of all scales."""
+    merged = [
+        merge_tokens(tokens, slot, int(slot.max()) + 1)
+        for tokens, slot in zip(features.tokens, slots)
+        if int(slot.max()) >= 0
+    ]
+    return torch.cat(merged)
+
+
+def evidence_of(scene, question, grids) -> list[list[tuple[int, int]]]:
+    """(scale, token) of every object that a question needs, at the two finest scales."""
+    points, finest = [thing.centre for thing in question.objects], range(len(grids))[-2:]
+    by_scale = [[(scale, token) for token in tokens_at(scene, points, grids[scale])] for scale in finest]
+    return [list(one) for one in zip(*by_scale)]
+
+
+def keeps(slots, places, evidence) -> bool:
+    """Whether each object, a list of its (scale, token), has a slot of its own in one of them.
+
+    `slots`: long[V] per scale; `places`: long[V] per scale, where they stand on the grid.
+    """
+    alone = []
+    for slot, where in zip(slots, places):
+        counts = torch.bincount(slot[slot >= 0], minlength=1)
+        single = (slot >= 0) & (counts[slot.clamp_min(0)] == 1)
+        alone.append(set(where[single].tolist()))
+    return all(any(token in alone[scale] for scale, token in one) for one in evidence)
+
+
+def one_scale_model(model, side):
+    """The same weights for an image of one scale; of the scale vectors the one of the scale nearest to it."""
+    single = copy.deepcopy(model)
+    config = single.config
+    nearest = min(range(len(config.scales)), key=lambda scale: abs(config.scales[scale] - side))
+    config.scales, config.budgets = [side], [(side // config.patch_size) ** 2]
+    embedding = UHRBatScaleEmbedding(config).to(model.device)
+    embedding.load_state_dict(
+        {"table": model.model.scale_embedding.table, "scale_vectors": model.model.scale_embedding.scale_vectors[[nearest]]}
+    )
+    single.model.scale_embedding = embedding
+    return single.eval()
+
+
+class Downsampling:
+    """The image resized to the largest single scale that is within a number of tokens."""
+
+    def __init__(self, processor, model):
+        self.image_processor, self.model, self.models = processor.image_processor, model, {}
+
+    def __call__(self, image, num_tokens) -> torch.Tensor:
+        """float[n, D], at most `num_tokens` of the letterboxed square and those that show the image."""
+        config = self.model.config
+        patches_per_side = config.tile_size // config.patch_size
+        side = max(1, int(num_tokens**0.5) // patches_per_side) * config.tile_size
+        if side not in self.models:
+            self.models[side] = one_scale_model(self.model, side)
+        tiles = self.image_processor(image, scales=[side], return_tensors="pt").to(self.model.device)
+        return self.models[side].encode_image(**tiles)[0].tokens[0]
+
+
+# ---- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def answer(model, processor, prompt, visual) -> list[str]:
+    """Greedy answers to one prompt with one image, from several choices of visual tokens float[n, D]."""
+    (ids,), config = prompt["input_ids"], model.config
+    rows = [ids.repeat_interleave(torch.where(ids == config.image_token_id, len(tokens), 1)) for tokens in visual]
+    length = max(map(len, rows))
+    batch = torch.full((len(rows), length), model.generation_config.pad_token_id or 0)
+    mask = torch.zeros_like(batch)
+    for number, row in enumerate(rows):
+        batch[number, length - len(row) :], mask[number, length - len(row) :] = row, 1
+    images = UHRBatCompressionOutput(pooler_output=visual, images_per_prompt=[1] * len(visual))
+    output = model.generate(
+        input_ids=batch, attention_mask=mask, mm_encoder_outputs={"image": images},
+        do_sample=False, max_new_tokens=MAX_NEW_TOKENS,
+    )  # fmt: skip
+    return [text.strip() for text in processor.batch_decode(output[:, length:], skip_special_tokens=True)]
+
+
+def text_only(num_scenes, first_seed=scenes.FINETUNING_SEED) -> dict[str, str]:
+    """The best a reader of the questions alone can do: the most frequent answer to every text in training."""
+    answers = defaultdict(Counter)
+    for seed in tqdm(range(first_seed, first_seed + num_scenes), desc="Text-only control", unit="scene"):
+        scene, rng = scenes.make_scene(seed), np.random.default_rng([seed, 3])
+        for kind in questions.KINDS:
+            if (question := questions.ask(scene, kind, rng)) is not None:
+                answers[question.text][question.answer] += 1
+    return {text: counts.most_common(1)[0][0] for text, counts in answers.items()}
+
+
+@torch.no_grad()
+def ask_scene(model, processor, downsampling, scene, shares, methods, control, rng) -> list[dict]:
+    """One record per question and choice of tokens: kind, method, share, tokens, right, kept, pixels."""
+    image = paint(scene)
+    tiles = processor.image_processor(image, return_tensors="pt").to(model.device)
+    features, records = model.encode_image(**tiles)[0], []
+    total = sum(map(len, features.tokens))
+    views = {method: dataclasses.replace(features, regions={}) for method in SETTINGS}  # partitions are kept with them
+    small = {share: downsampling(image, round(share * total)) for share in shares if DOWNSAMPLING in methods}
+    for kind in questions.KINDS:
+        question = questions.ask(scene, kind, rng)
+        if question is None:
+            continue
+        evidence = evidence_of(scene, question, model.config.grids)
+        prompt = write_prompt(processor, question.text).to(model.device)
+
+        answers = []
+        (said,) = answer(model, processor, prompt, [torch.cat(features.tokens)])
+        answers.append((FULL, 1.0, total, said, True))
+        answers.append((TEXT_ONLY, 0.0, 0, control.get(question.text), False))
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": question.text}], add_generation_prompt=True, tokenize=True, return_dict=True,
+            return_tensors="pt",
+        )  # fmt: skip
+        output = model.generate(**text, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+        said = processor.decode(output[0, text["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+        answers.append((NO_IMAGE, 0.0, 0, said, False))
+        for share in shares:
+            budgets = budgets_of(share, features, processor.default_budgets)
+            visual, kept = [], []
+            for method in methods:
+                if method == DOWNSAMPLING:
+                    visual.append(small[share])
+                    kept.append(False)
+                    continue
+                if method in SETTINGS:
+                    with settings(model.config, SETTINGS[method]):
+                        compressed = model.compress(
+                            **prompt, image_features=[views[method]], budgets=torch.tensor([budgets])
+                        )
+                    visual.append(compressed.pooler_output[0])
+                    slots = [slot[places] for slot, places in zip(compressed.slots[0], features.positions)]
+                else:
+                    slots = choose(method, model, features, budgets, rng)
+                    visual.append(gather(features, slots))
+                kept.append(keeps(slots, features.positions, evidence))
+            for method, tokens, said, seen in zip(methods, visual, answer(model, processor, prompt, visual), kept):
+                answers.append((method, share, len(tokens), said, seen))
+        for method, share, num_tokens, said, seen in answers:
+            records.append({
+                "scene": scene.seed, "kind": kind, "method": method, "share": share, "tokens": num_tokens,
+                "right": said == question.answer, "kept": seen if evidence else None, "pixels": question.pixels,
+            })  # fmt: skip
+    return records
+
+
+# ---- Results ---------------------------------------------------------------------------------------------------------
+
+
+def interval(values, groups, rng) -> tuple[float, float, float]:
+    """Mean of values, and 95 % of it when whole groups (scenes) are drawn anew."""
+    values, groups = np.asarray(values, float), np.unique(groups, return_inverse=True)[1]
+    sums, counts = np.bincount(groups, values), np.bincount(groups)
+    drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
+    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
+    return float(values.mean()), float(low), float(high)
+
+
+def summarise(records) -> dict:
+    """Accuracy, evidence kept and the paired difference from preserve-and-merge by method and share, and by kind; what
+    the full image answers and the compressed one does not, by the size of the objects."""
+    rng, by_method = np.random.default_rng(0), defaultdict(list)
+    for record in records:
+        by_method[record["method"], record["share"]].append(record)
+    rows = []
+    for (method, share), asked in by_method.items():
+        groups = [record["scene"] for record in asked]
+        right = np.array([record["right"] for record in asked])
+        evident = [record for record in asked if record["kept"] is not None]
+        row = {
+            "method": method,
+            "share": share,
+            "questions": len(asked),
+            "tokens": float(np.mean([record["tokens"] for record in asked])),
+            "accuracy": interval(right, groups, rng),
+            "kept": interval([record["kept"] for record in evident], [record["scene"] for record in evident], rng),
+            "by_kind": {
+                kind: float(np.mean([record["right"] for record in asked if record["kind"] == kind]))
+                for kind in questions.KINDS
+                if any(record["kind"] == kind for record in asked)
+            },
+        }
+        if (proposed := by_method.get((PROPOSED, share))) and method != PROPOSED:
+            # Records of every method stand in the order of the questions.
+            row["difference"] = interval(right - np.array([r["right"] for r in proposed], float), groups, rng)
+        full = by_method[FULL, 1.0]
+        if method == PROPOSED:
+            row["difference_from_full"] = interval(right - np.array([r["right"] for r in full], float), groups, rng)
+            row["lost_by_size"] = {}
+            for name, (low, high) in SIZES.items():
+                held = [
+                    record["right"]
+                    for record, whole in zip(asked, full)
+                    if whole["right"] and whole["pixels"] is not None and low <= whole["pixels"] < high
+                ]
+                row["lost_by_size"][name] = {"right_in_full": len(held), "lost": len(held) - sum(held)}
+        rows.append(row)
+    return {"rows": rows}
+
+
+def percent(value, signed=False):
+    mean, low, high = (100 * number for number in value)
+    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if signed else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
+
+
+def report(result) -> str:
+    """Markdown: the tables of evidence.md."""
+    rows, about = result["rows"], result["about"]
+    lines = [
+        "# Evidence kept and questions answered, by visual tokens",
+        "",
+        f"UHR-BAT-Tiny on {about['questions']} questions about {about['scenes']} made-up scenes that nothing was trained "
+        f"on, {about['seeds']} seeds of them. Made by `{about['command']}`. Percent, with 95 % intervals of a bootstrap "
+        "over scenes. Kept: every object that the question needs has a token of its own at one of the two finest scales "
+        "(questions that need an object only). Difference: accuracy minus that of preserve-and-merge, paired.",
+        "",
+        "| tokens | method | mean number | accuracy | kept | difference |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        difference = percent(row["difference"], signed=True) if "difference" in row else ""
+        lines.append(
+            f"| {100 * row['share']:g} % | {row['method']} | {row['tokens']:.0f} | {percent(row['accuracy'])} "
+            f"| {percent(row['kept'])} | {difference} |"
+        )
+    lines += ["", "## By kind of question", "", "| tokens | method | " + " | ".join(questions.KINDS) + " |"]
+    lines.append("|---|---|" + "---|" * len(questions.KINDS))
+    for row in rows:
+        cells = [f"{100 * row['by_kind'][kind]:.1f}" if kind in row["by_kind"] else "" for kind in questions.KINDS]
+        lines.append(f"| {100 * row['share']:g} % | {row['method']} | " + " | ".join(cells) + " |")
+    lines += [
+        "",
+        "## What the compression loses, by size",
+        "",
+        "Questions that are answered right from all tokens and wrong after preserve-and-merge, by the smallest object "
+        "that they need, in pixels of the finest scale (side of a square of its area).",
+        "",
+        "| tokens | " + " | ".join(f"{name} px" for name in SIZES) + " | all, accuracy minus that of all tokens |",
+        "|---|" + "---|" * (len(SIZES) + 1),
+    ]
+    for row in rows:
+        if "lost_by_size" in row:
+            cells = [f"{part['lost']} of {part['right_in_full']}" for part in row["lost_by_size"].values()]
+            cells.append(percent(row["difference_from_full"], signed=True))
+            lines.append(f"| {100 * row['share']:g} % | " + " | ".join(cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def plot(result, path):
+    """Accuracy and evidence kept against the share of visual tokens."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    styles = dict(zip(METHODS, ("o-", "s-", "^-", "v--", "D--", "x--", "P:", "*:")))
+    for axes, name, title in zip(
+        figure.subplots(1, 2), ("accuracy", "kept"), ("Questions answered right", "Evidence kept")
+    ):
+        for method in METHODS:
+            rows = [row for row in result["rows"] if row["method"] == method]
+            if not rows:
+                continue
+            x = [100 * row["share"] for row in rows]
+            mean, low, high = 100 * np.array([row[name] for row in rows]).T
+            axes.errorbar(x, mean, (mean - low, high - mean), fmt=styles[method], label=method, capsize=2)
+        if name == "accuracy":
+            for method, style in (FULL, "-"), (TEXT_ONLY, ":"):
+                (row,) = (row for row in result["rows"] if row["method"] == method)
+                axes.axhline(100 * row[name][0], color="black", linestyle=style, label=method)
+            axes.legend(fontsize=8)
+        axes.set(xscale="log", xlabel="visual tokens, % of all", ylabel="%", title=title, ylim=(0, 100))
+        axes.set_xticks([100 * share for share in result["about"]["shares"]])
+        axes.get_xaxis().set_major_formatter("{x:g}")
+        axes.minorticks_off()
+    figure.savefig(path, dpi=110)
+
+
+def write_results(result, folder):
+    """The three files, each whole or not at all."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as built:
+        built = Path(built)
+        (built / "evidence.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (built / "evidence.md").write_text(report(result), encoding="utf-8")
+        plot(result, built / "evidence.png")
+        for path in sorted(built.iterdir()):
+            os.replace(path, folder / path.name)
+
+
+_worker = {}
+
+
+def _start_worker(folder, shares, methods, control, num_threads):
+    torch.set_num_threads(num_threads)
+    processor, model = load(folder)
+    model = model.float().eval()
+    _worker.update(
+        model=model, processor=processor, downsampling=Downsampling(processor, model), shares=shares, methods=methods,
+        control=control,
+    )  # fmt: skip
+
+
+def _ask(seed):
+    return ask_scene(scene=scenes.make_scene(seed), rng=np.random.default_rng([seed, 3]), **_worker)
+
+
+def evaluate(folder, seeds, shares=SHARES, methods=METHODS, workers=1, control_scenes=CONTROL_SCENES) -> list[dict]:
+    """Records of all questions about the scenes of `seeds`; several workers are processes of one thread each."""
+    control = text_only(control_scenes)
+    job = (folder, shares, methods, control, 1 if workers > 1 else torch.get_num_threads())
+    bar = {"total": len(seeds), "desc": "Asking", "unit": "scene"}
+    if workers == 1:
+        _start_worker(*job)
+        return [record for seed in tqdm(seeds, **bar) for record in _ask(seed)]
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, job) as pool:
+        return [record for records in tqdm(pool.map(_ask, seeds), **bar) for record in records]
+
+
+def main():
+    parser = argparse.ArgumentParser(prog="evaluation.evidence", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    parser.add_argument("--scenes", type=int, default=60, help="per seed, with up to six questions each")
+    parser.add_argument("--seeds", type=int, default=3, help="independent sets of scenes")
+    parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
+    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"), metavar="DIR")
+    args = parser.parse_args()
+    try:
+        check_files(None, args.model)
+        if args.scenes * args.seeds > len(scenes.TEST_SEEDS):
+            raise ValueError(
+                f"There are {len(scenes.TEST_SEEDS)} test scenes, but {args.scenes} x {args.seeds} are asked for."
+            )
+        seeds = scenes.TEST_SEEDS[: args.scenes * args.seeds]
+        records = evaluate(args.model, seeds, workers=args.workers)
+        result = summarise(records)
+        result["about"] = {
+            "command": f"python -m evaluation.evidence --scenes {args.scenes} --seeds {args.seeds}",
+            "questions": sum(record["method"] == FULL for record in records),
+            "scenes": len(seeds),
+            "seeds": args.seeds,
+            "shares": SHARES,
+        }
+        write_results(result, args.output)
+    except (OSError, ValueError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(report(result))
+    print(f"Written: {args.output}/evidence.json, evidence.md, evidence.png")
+
+
+if __name__ == "__main__":
+    main()
