@@ -1,25 +1,32 @@
-"""UHR-BAT-Tiny, the embedded default: a tokenizer learnt from made-up questions and a model of seeded random weights.
+"""UHR-BAT-Tiny, the embedded default, before it is trained: a tokenizer learnt from made-up questions, and a model of
+seeded random weights.
 
-    python -m export.build_tiny [--output DIR] [--seed N]
+    python -m export.build_tiny --output DIR [--seed N]
 
-Every number that is a length in pixels is a third of the paper's (tile 112 instead of 336, patch 14 as it is), so that
-the grids keep their proportions: 2, 4, 8 and 12 tiles a side. The same seed gives the same bytes.
+DIR becomes a whole model folder, the start of `training/`; weights that are there already are never replaced. Its
+configuration and tokenizer are those of the repository's root.
+
+Scales and tile are 2/21 of the paper's (tile 32 instead of 336), so that the grids of tiles keep their proportions: 2,
+4, 8 and 12 a side. A patch is 8 pixels: a tile has 4 x 4 tokens, the paper's 24 x 24. The same seed gives the same
+bytes.
 """
 
 import argparse
 import os
 import random
+import shutil
 import tempfile
 from pathlib import Path
 
 from . import ROOT, distributed_name, write_json
 
 
+WEIGHTS = "model.safetensors"
 CONTEXT_WINDOW = 4096
-BUDGETS = [32, 64, 128, 256]
+BUDGETS = [16, 24, 40, 66]  # 4 % of the 3,648 tokens
 VOCAB_SIZE = 1024
-# Ten times the usual: a random model of this width then answers by the image and the question, not by its last token.
-INITIALIZER_RANGE = 0.2
+# Where training starts: about 1/sqrt(192), one over the root of the width.
+INITIALIZER_RANGE = 0.06
 SPECIAL_TOKENS = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<image>"]
 # Qwen2's own: words with the space before them, digits one by one.
 PRETOKENIZE = (
@@ -133,7 +140,7 @@ def tiny_config(tokenizer):
 
     endoftext, _, im_end, image = (tokenizer.token_to_id(token) for token in SPECIAL_TOKENS)
     config = UHRBatConfig(
-        scales=[224, 448, 896, 1344],
+        scales=[64, 128, 256, 384],
         budgets=BUDGETS,
         num_regions=64,
         image_token_index=image,
@@ -142,12 +149,12 @@ def tiny_config(tokenizer):
         initializer_range=INITIALIZER_RANGE,
         tie_word_embeddings=True,
         vision_config={
-            "hidden_size": 128, "intermediate_size": 512, "num_hidden_layers": 4, "num_attention_heads": 4,
-            "image_size": 112, "patch_size": 14,
+            "hidden_size": 192, "intermediate_size": 768, "num_hidden_layers": 4, "num_attention_heads": 6,
+            "image_size": 32, "patch_size": 8,
         },
         text_config={
             "hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 4,
-            "num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 64,
+            "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
             "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
             "max_position_embeddings": CONTEXT_WINDOW,
             "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
@@ -170,7 +177,7 @@ def build_model(output, config, seed=0):
     model = UHRBatForConditionalGeneration(config)
     weights = {distributed_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
     del weights["lm_head.weight"]  # tied to the embedding table
-    save_file(weights, output / "model.safetensors", metadata={"format": "pt"})
+    save_file(weights, output / WEIGHTS, metadata={"format": "pt"})
     return model
 
 
@@ -184,24 +191,28 @@ def write_configs(output, config):
     write_config(output, config)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--output", type=Path, default=ROOT, help="folder of the model (default: the repository)")
+def main(arguments=None):
+    from .model_folder import CHAT_TEMPLATE, write_code
+
+    parser = argparse.ArgumentParser(description="UHR-BAT-Tiny before it is trained, as a whole model folder.")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder without weights")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
-    parser.add_argument("--tokenizer-only", action="store_true", help="write the two tokenizer files and nothing else")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
+    if (args.output / WEIGHTS).exists():
+        parser.error(f"{args.output / WEIGHTS} is there already: random weights do not replace it. Name another folder.")
     args.output.mkdir(parents=True, exist_ok=True)
-    # Nothing is replaced before everything is built.
+    # Nothing is replaced before everything is built; the weights come last.
     with tempfile.TemporaryDirectory(dir=args.output, prefix=".build-") as folder:
         built = Path(folder)
         tokenizer = build_tokenizer(built)
         print(f"tokenizer: {tokenizer.get_vocab_size()} entries")
-        if not args.tokenizer_only:
-            config = tiny_config(tokenizer)
-            write_configs(built, config)
-            model = build_model(built, config, args.seed)
-            print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, seed {args.seed}")
-        for path in sorted(built.iterdir()):
+        config = tiny_config(tokenizer)
+        write_configs(built, config)
+        write_code(built)
+        shutil.copyfile(ROOT / CHAT_TEMPLATE, built / CHAT_TEMPLATE)
+        model = build_model(built, config, args.seed)
+        print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, seed {args.seed}")
+        for path in sorted(built.iterdir(), key=lambda path: (path.name == WEIGHTS, path.name)):
             print(f"{args.output / path.name}: {path.stat().st_size:,} bytes")
             os.replace(path, args.output / path.name)
 

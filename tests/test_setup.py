@@ -178,3 +178,19 @@ def test_the_configuration_files_are_what_the_build_writes(tmp_path):
         for values in (written, kept):
             values.pop("transformers_version", None)
         assert written == kept, path.name
+
+
+def test_the_untrained_model_is_a_whole_folder_that_never_replaces_weights(tmp_path, capsys):
+    from export import build_tiny
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    build_tiny.main(["--output", str(tmp_path)])
+    processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
+    model = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
+    assert model.num_parameters() == 3_680_192
+    assert processor.image_processor.scales == model.config.scales == [64, 128, 256, 384]
+    weights = (tmp_path / "model.safetensors").read_bytes()
+    with pytest.raises(SystemExit) as ended:
+        build_tiny.main(["--output", str(tmp_path), "--seed", "1"])
+    assert ended.value.code == 2 and "is there already" in capsys.readouterr().err
+    assert (tmp_path / "model.safetensors").read_bytes() == weights

@@ -11,7 +11,10 @@ Lengths are in units of 1/10000 of the width: a pixel of the default size. Point
 boxes (x, y, width, height), as in Pillow.
 """
 
+import argparse
 import math
+import os
+import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -40,7 +43,7 @@ SITES_PER_SCENE = (3, 5)
 MOST_OBJECTS = 4  # in one site
 OBJECTS_OUTSIDE = (20, 40)
 # Side of a square of the object's area, in pixels of the finest scale, and how often each range is drawn.
-OBJECT_SIZES = {(1.5, 2.5): 0.15, (2.5, 4.5): 0.4, (4.5, 8.0): 0.45}
+OBJECT_SIZES = {(1.5, 2.5): 0.1, (2.5, 4.5): 0.3, (4.5, 8.0): 0.6}
 
 CELL = 72  # units: one tree, or one value of what is smooth
 FIELDS = [(118, 134, 74), (92, 117, 62), (146, 146, 88), (164, 150, 108), (133, 113, 84), (78, 104, 58)]
