@@ -1,8 +1,9 @@
 """UHR-BAT images: from a file, a PIL image or an array to the tiles of every scale (the resized views of section 3.3).
 
 An image of any shape is letterboxed to a square (centred, the mean colour), the square is resized to every scale with
-Pillow's bicubic, and each of these views is cut into tiles, row by row. The square itself is never built. In this
-order: sizes and letterbox, reading, resizing and cutting, the class that users load.
+Pillow's bicubic, and each of these views is cut into tiles, row by row. The square itself is never built, and an image
+that is streamed from its file is never held whole either. In this order: sizes and letterbox, reading, streaming,
+resizing and cutting, the class that users load.
 
 Letters: I images, T tiles of all scales, N patches of all scales. Sizes are (height, width).
 """
@@ -12,7 +13,8 @@ import binascii
 import io
 import os
 import struct
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -39,8 +41,13 @@ PAD_COLOR = (122, 116, 104)
 # Longest side in pixels. The horizontal pass over a portrait image costs as much as its square, about a minute per
 # scale at this side; a file of a few bytes that states 1,000,000 x 1 pixels would take hours.
 MAX_SIDE = 100_000
-# Pixels of one strip of a portrait image on its way to a scale: 8 MB, measured to be faster than 2 MB and than 32 MB.
+# Pixels of one strip of rows on its way to the scales: 2 MB a channel, so that strips stay near a CPU's caches.
 STRIP_PIXELS = 2**21
+# Bytes of views between their horizontal and their vertical pass: all four of the paper's at 20,000 rows. Beyond it the
+# image is gone through once more.
+NARROW_BYTES = 2**29
+# Pillow resizes outside of Python's lock. More threads hold more strips and wait for the one that reads.
+NUM_THREADS = min(4, os.cpu_count() or 1)
 # 16 bits to 8 by the full range, 65535 -> 255, to the nearest: 65535 / 255 = 257, which is odd, so there are no ties.
 SIXTEEN_TO_EIGHT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
@@ -263,62 +270,168 @@ def flatten_images(images) -> list:
     return [images]
 
 
+# Streaming: an image that is never held whole
+
+
+class StreamedImage:
+    """An image file that libvips reads from top to bottom, some rows at a time: gigapixels in tens of megabytes.
+
+    8-bit RGB as everything here: of two bands the first is grey, of three or four the first three are red, green and
+    blue (a fourth is alpha or near infrared, and dropped); 16 bits are scaled by their full range. JPEG, PNG and TIFF
+    come out as Pillow decodes them. The file is read again for every pass, so it must stay as it is.
+
+    Args:
+        path: an image file. Tiles or strips keep a TIFF's reading small; an interlaced PNG or a progressive JPEG is
+            held whole by its decoder.
+        max_image_pixels: the largest image that is read.
+
+    Raises:
+        ImportError: pyvips is not installed.
+        OSError: the file cannot be opened.
+        ValueError: an image that is too large, is turned by its EXIF orientation, or is neither grey nor RGB in 8 or
+            16 bits.
+    """
+
+    def __init__(self, path: str | os.PathLike, max_image_pixels: int):
+        self.filename = os.fspath(path)
+        image = self._open()
+        self.height, self.width = image.height, image.width
+        check_image_size((self.height, self.width), max_image_pixels, self.filename)
+        if image.bands > 4 or image.interpretation not in ("srgb", "rgb", "rgb16", "b-w", "grey16", "multiband"):
+            raise ValueError(
+                f"{self.filename}: {image.bands} bands ({image.interpretation}) are neither grey nor RGB. Write red, "
+                f"green and blue into a file of three bands."
+            )
+        if image.format not in ("uchar", "ushort"):
+            raise ValueError(
+                f"{self.filename}: pixels are {image.format}, not unsigned integers of 8 or 16 bits. Scale them first."
+            )
+        if image.get_typeof("orientation") and image.get("orientation") != 1:
+            raise ValueError(
+                f"{self.filename}: the EXIF orientation {image.get('orientation')} turns the image, which needs all of "
+                f"it at once. Store it upright."
+            )
+
+    def _open(self):
+        try:
+            import pyvips
+        except (ImportError, OSError) as error:  # OSError: pyvips is there, libvips is not
+            raise ImportError("Streaming an image needs pyvips: pip install pyvips pyvips-binary") from error
+        try:
+            return pyvips.Image.new_from_file(self.filename, access="sequential", fail_on="truncated")
+        except pyvips.Error as error:
+            raise OSError(f"{self.filename}: the image cannot be opened ({_reason(error)}).") from error
+
+    def strips(self, num_rows: int) -> Iterator[Image.Image]:
+        """The image as RGB strips of `num_rows` rows, the last one of what is left. `OSError` for a damaged file."""
+        image = self._open()
+        bands = 3 if image.bands >= 3 else 1
+        image = image.extract_band(0, n=bands)
+        dtype = np.uint16 if image.format == "ushort" else np.uint8
+        for start in range(0, self.height, num_rows):
+            stop = min(start + num_rows, self.height)
+            try:
+                pixels = image.crop(0, start, self.width, stop - start).write_to_memory()
+            except Exception as error:
+                raise OSError(f"{self.filename}: the image cannot be decoded whole ({_reason(error)}).") from error
+            pixels = np.frombuffer(pixels, dtype).reshape(stop - start, self.width, bands)
+            yield array_to_image(pixels, ChannelDimension.LAST).convert("RGB")
+
+
 # Resizing and cutting
 
 
-def letterbox_resize(
-    image: Image.Image,
-    scale: int,
-    pad_color: Sequence[int] = PAD_COLOR,
-    resample: int = Image.Resampling.BICUBIC,
-) -> Image.Image:
-    """The letterboxed square of an RGB image at [scale, scale] pixels, bit-equal to pasting the image into the square
-    and resizing that.
+def _strips(image, pad_color):
+    """Strips of rows as wide as the letterboxed square, from top to bottom, of an image in memory or in a file."""
+    side, _, left = letterbox((image.height, image.width))
+    num_rows = max(1, STRIP_PIXELS // side)
+    parts = image.strips(num_rows) if isinstance(image, StreamedImage) else None
+    for start in range(0, image.height, num_rows):
+        strip = Image.new("RGB", (side, min(num_rows, image.height - start)), pad_color)
+        # Pasting clips, and does not ask for Pillow's limit as cropping does.
+        strip.paste(*((image, (left, -start)) if parts is None else (next(parts), (left, 0))))
+        yield strip
 
-    Pillow resizes rows first, rounds to 8 bits, then columns. So the rows of the image are resized alone, in strips
-    that are as wide as the square, the rows of the letterbox keep their colour, and the columns follow at the end.
+
+def _narrow_views(image, scales, pad_color, resample, run):
+    """The horizontal pass of the letterboxed square to every scale: {scale: three "L" images of [height, scale]}.
+
+    Every channel is an image of its own: one byte per pixel, where Pillow's RGB takes four.
     """
-    height, width = image.height, image.width
-    side, top, left = letterbox((height, width))
-    if height == width:
-        return image.resize((scale, scale), resample)
-    pad_color = tuple(pad_color)
-    narrow = Image.new("RGB", (scale, side), pad_color)
-    if width == side:
-        narrow.paste(image.resize((scale, height), resample), (0, top))
-    else:
-        num_rows = max(1, STRIP_PIXELS // side)
-        for start in range(0, height, num_rows):
-            stop = min(start + num_rows, height)
-            strip = image.transform(
-                (side, stop - start),
-                Image.Transform.EXTENT,
-                (-left, start, side - left, stop),
-                Image.Resampling.NEAREST,
-                fillcolor=pad_color,
-            )
-            narrow.paste(strip.resize((scale, stop - start), resample), (0, start))
-    return narrow.resize((scale, scale), resample)
+    narrow = {scale: [Image.new("L", (scale, image.height), None) for _ in range(3)] for scale in scales}
+    top = 0
+
+    def resize(scale, channel):
+        narrow[scale][channel].paste(channels[channel].resize((scale, strip.height), resample), (0, top))
+
+    for strip in _strips(image, pad_color):
+        channels = strip.split()
+        run(resize, [(scale, channel) for scale in reversed(scales) for channel in range(3)])
+        top += strip.height
+    return narrow
+
+
+def _cut_view(narrow, image_size, tile_size, pad_color, resample, run):
+    """The vertical pass, a column of tiles at a time: three "L" images of [height, scale] to the tiles of the scale."""
+    side, top, _ = letterbox(image_size)
+    scale = narrow[0].width
+    num_rows = scale // tile_size
+    tiles = np.empty((num_rows, num_rows, 3, tile_size, tile_size), np.uint8)
+
+    def cut(channel, column):
+        square = Image.new("L", (tile_size, side), pad_color[channel])
+        square.paste(narrow[channel], (-column * tile_size, top))
+        view = np.asarray(square.resize((tile_size, scale), resample))
+        tiles[:, column, channel] = view.reshape(num_rows, tile_size, tile_size)
+
+    run(cut, [(channel, column) for channel in range(3) for column in range(num_rows)])
+    return tiles.reshape(num_rows**2, 3, tile_size, tile_size)
+
+
+def _passes(scales, height):
+    """The scales in groups whose views take no more than `NARROW_BYTES` between their two passes."""
+    groups = [[]]
+    for scale in scales:
+        if groups[-1] and 3 * height * (sum(groups[-1]) + scale) > NARROW_BYTES:
+            groups.append([])
+        groups[-1].append(scale)
+    return groups
 
 
 def image_to_tiles(
-    image: Image.Image,
+    image: Image.Image | StreamedImage,
     scales: Sequence[int],
     tile_size: int,
     pad_color: Sequence[int] = PAD_COLOR,
     resample: int = Image.Resampling.BICUBIC,
 ) -> dict[int, np.ndarray]:
-    """{scale: uint8[(scale / tile)^2, 3, tile, tile]} of an RGB image: every view cut into tiles, row by row."""
+    """{scale: uint8[(scale / tile)^2, 3, tile, tile]} of an RGB image: every view cut into tiles, row by row.
+
+    Bit-equal to pasting the image into its letterboxed square and resizing that. Pillow resizes rows first, rounds to
+    8 bits, then columns, each channel alone. So the rows of the image are resized in strips as wide as the square, one
+    reading for all scales, and the columns follow with the rows of the letterbox put back.
+    """
     check_scales(scales, tile_size)
-    if image.mode != "RGB":
+    pad_color = tuple(pad_color)
+    if isinstance(image, Image.Image) and image.mode != "RGB":
         raise ValueError(f"Tiles are cut from an RGB image. Got mode {image.mode}.")
     tiles = {}
-    for scale in logging.tqdm(scales, desc="Resizing", unit="scale", delay=2, leave=False):  # of large images only
-        view = np.asarray(letterbox_resize(image, scale, pad_color, resample))
-        num_rows = scale // tile_size
-        view = view.reshape(num_rows, tile_size, num_rows, tile_size, 3).transpose(0, 2, 4, 1, 3)
-        tiles[scale] = np.ascontiguousarray(view).reshape(num_rows**2, 3, tile_size, tile_size)
-    return tiles
+    with (
+        ThreadPoolExecutor(NUM_THREADS) as pool,
+        logging.tqdm(total=len(scales), desc="Resizing", unit="scale", delay=2, leave=False) as progress,
+    ):
+
+        def run(function, arguments):
+            list(pool.map(function, *zip(*arguments)))  # the list raises what a thread raised
+
+        for group in _passes(scales, image.height):
+            narrow = _narrow_views(image, group, pad_color, resample, run)
+            for scale in reversed(group):  # the largest is dropped first
+                view = narrow.pop(scale)
+                tiles[scale] = _cut_view(view, (image.height, image.width), tile_size, pad_color, resample, run)
+                del view
+                progress.update()
+    return {scale: tiles[scale] for scale in scales}
 
 
 def normalize_tiles(
@@ -375,8 +488,8 @@ class UHRBatImageProcessor(BaseImageProcessor):
       shows any pixel of the image, 0 where it shows the letterbox alone. int64 as `attention_mask` is, which every
       collator and gather handles; it is 300 times smaller than the pixels.
 
-    Images: PIL, NumPy or torch (see `array_to_image`), paths, URLs, base64, alone, in lists or in nested lists, which
-    are flattened. EXIF orientation is applied to what is read here, not to PIL images handed in. Every image becomes
+    Images: PIL, NumPy or torch (see `array_to_image`), paths, URLs, base64, what `open_image` returns, alone, in lists
+    or in nested lists, which are flattened. EXIF orientation is applied to what is read here, not to PIL images handed in. Every image becomes
     8-bit RGB first: floats in [0, 1] too, so that `do_rescale=False` gives 0..255 whatever the input.
 
     The tile is `crop_size`. The file that this class writes can be read as CLIP's, so that it gives a right image
@@ -434,11 +547,19 @@ class UHRBatImageProcessor(BaseImageProcessor):
             return [self.fetch_images(image, max_image_pixels) for image in image_url_or_urls]
         if isinstance(image_url_or_urls, (str, os.PathLike)):
             return load_rgb(image_url_or_urls, max_image_pixels)
-        if is_valid_image(image_url_or_urls):
+        if isinstance(image_url_or_urls, StreamedImage) or is_valid_image(image_url_or_urls):
             return image_url_or_urls
         raise TypeError(
             f"An image is a PIL image, an array, a tensor, a path, a URL or base64. Got {type(image_url_or_urls)}."
         )
+
+    def open_image(self, path: str | os.PathLike, max_image_pixels: int | None = None) -> StreamedImage:
+        """An image file that is read while it is resized and never held whole: pass it like any other image.
+
+        For images of hundreds of megapixels; needs `pip install pyvips pyvips-binary`. See `StreamedImage` for what is
+        read and what is raised.
+        """
+        return StreamedImage(path, self.max_image_pixels if max_image_pixels is None else max_image_pixels)
 
     def process_image(
         self,
@@ -447,11 +568,13 @@ class UHRBatImageProcessor(BaseImageProcessor):
         do_convert_rgb: bool | None = True,
         input_data_format: str | ChannelDimension | None = None,
         **kwargs,
-    ) -> Image.Image:
-        """One image of any kind as 8-bit RGB."""
+    ) -> Image.Image | StreamedImage:
+        """One image of any kind as 8-bit RGB; a streamed one as it is."""
         if max_image_pixels is None:
             max_image_pixels = self.max_image_pixels
         image = self.fetch_images(image, max_image_pixels)
+        if isinstance(image, StreamedImage):
+            return image
         if not isinstance(image, Image.Image):
             if is_torch_tensor(image):
                 image = image.detach().cpu()
