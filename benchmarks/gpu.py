@@ -23,7 +23,8 @@ from uhr_bat.configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig
 from export import ROOT
 
 from . import flops
-from .measures import TOKEN_TOLERANCE, photograph, spread
+from .images import photograph
+from .measures import TOKEN_TOLERANCE, spread
 from .meters import peak_bytes, reset_peak
 from .run import stages_table, table
 from .sides import ANSWER_TOKENS, SIDES, TEXT_AFTER, TEXT_BEFORE, Meter, ask, build_model, prompt_ids, quick_config

@@ -1,4 +1,4 @@
-"""The two sides of every comparison: how a question runs through either of them, the models, and the process pair.
+"""The two sides of every comparison: how a question runs through either of them, the models, and processes.
 
 "Ours" is the model of this repository, called as a user would call it, but one stage at a time; "straightforward" is
 [`benchmarks.straightforward`], with the same weights. What a stage takes is read from a meter when it ends: a clock, a
@@ -6,7 +6,6 @@ counter of FLOPs, a counter of synchronisations.
 """
 
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from functools import cache
 from multiprocessing import get_context
 
@@ -216,12 +215,6 @@ def one_thread():
     logging.disable_progress_bar()
 
 
-@contextmanager
-def process_pair():
-    """{side: executor of one process}: each side's memory is its own, and they run when they are asked to."""
-    context = get_context("spawn")
-    with (
-        ProcessPoolExecutor(1, context, initializer=one_thread) as ours,
-        ProcessPoolExecutor(1, context, initializer=one_thread) as straightforward,
-    ):
-        yield {"ours": ours, "straightforward": straightforward}
+def one_process() -> ProcessPoolExecutor:
+    """A process that works when it is asked to; its memory is its own, and a side in it is built once."""
+    return ProcessPoolExecutor(1, get_context("spawn"), initializer=one_thread)

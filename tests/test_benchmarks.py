@@ -2,25 +2,28 @@
 
 import json
 from concurrent.futures import Future
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 import torch
-from benchmarks import flops, gpu, measures, run, sides
+from PIL import Image
+from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens, select_tokens
+
+from benchmarks import flops, gpu, images, measures, run, sides
 from benchmarks.measures import MEASURES, Settings
 from benchmarks.meters import FlopMeter, SyncMeter
 from benchmarks.sides import SIDES, STAGES, Meter, ask, prompt_ids, side_of
 from benchmarks.straightforward import Straightforward, cluster, select
 
-from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens, select_tokens
-
-
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 
 
-class Inline:
+class Inline(nullcontext):
     """An executor that runs what it is given at once, in this process."""
+
+    def __enter__(self):
+        return self
 
     def submit(self, function, *arguments):
         future = Future()
@@ -31,12 +34,7 @@ class Inline:
 @pytest.fixture
 def in_one_process(monkeypatch):
     """Processes take seconds to start, and would not see what a test plants."""
-
-    @contextmanager
-    def pair():
-        yield dict.fromkeys(SIDES, Inline())
-
-    monkeypatch.setattr(measures, "process_pair", pair)
+    monkeypatch.setattr(measures, "one_process", Inline)
 
 
 def run_quick(*arguments):
@@ -136,13 +134,13 @@ def test_a_formula_that_is_not_what_the_counter_says_makes_it_fail(monkeypatch, 
 
 @pytest.mark.parametrize("size", [(400, 400), (480, 360), (240, 720), (900, 30)])
 def test_both_sides_give_the_same(tmp_path, size):
-    ours, straightforward = ask_both(measures.photograph(tmp_path, size))
+    ours, straightforward = ask_both(images.photograph(tmp_path, size))
     measures.check_question(ours, straightforward)
 
 
 def test_the_stages_together_are_what_generate_does(tmp_path):
     side = side_of("ours", "quick")
-    path, ids = measures.photograph(tmp_path, (400, 400)), prompt_ids(side.model.config)
+    path, ids = images.photograph(tmp_path, (400, 400)), prompt_ids(side.model.config)
     staged = ask(side, path, ids, lambda stage: None)
     inputs = side.processor(path, return_tensors="pt")
     whole = side.model.generate(ids, **inputs, do_sample=False, max_new_tokens=sides.ANSWER_TOKENS)
@@ -232,3 +230,14 @@ def test_the_table_for_a_gpu_runs_on_a_cpu(capsys, tmp_path):
 def test_a_budget_is_shared_out_whole(total):
     budgets = gpu.share_out(total, sides.UHRBatConfig().budgets)
     assert sum(budgets) == total and budgets == sorted(budgets)
+
+
+# Images
+
+
+def test_a_tiled_tiff_shows_its_tiles_again_and_again(tmp_path):
+    path = images.tiled_tiff(tmp_path, (2500, 1300), num_drawn=2)
+    with Image.open(path) as image:
+        assert image.size == (2500, 1300)
+        corner, beside, below = (image.crop((x, y, x + 200, y + 200)) for x, y in ((0, 0), (1024, 0), (0, 1024)))
+    assert corner.tobytes() == beside.tobytes() == below.tobytes() and len(set(corner.tobytes())) > 20
