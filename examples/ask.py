@@ -1,8 +1,8 @@
 """Ask a question about an image, and see where the visual tokens and the seconds go.
 
-    python -m examples.ask [IMAGE] [QUESTION] [--model DIR] [--budgets 32,64,128,256] [--max-new-tokens 64]
+    python -m examples.ask [IMAGE] [QUESTION] [--model DIR] [--budgets 16,24,40,66] [--max-new-tokens 64]
 
-Without an image it asks about the made-up scene of `examples.scene`, which is made when it is missing.
+Without an image it asks about the made-up scene of `training.scenes`, which is painted when it is missing.
 """
 
 import argparse
@@ -12,10 +12,10 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from examples import scene
+from training import scenes
 
 ROOT = Path(__file__).resolve().parent.parent
-QUESTION = "What colour are the ships at the pier?"
+QUESTION = "What colour is the plane at the runway?"
 # The README says the same; change both when the weights change.
 WEIGHTS_NOTE = "These weights are seeded random numbers: the answer has no meaning until the model is trained."
 
@@ -138,16 +138,16 @@ def main():
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="file or URL (default: the made-up scene)")
     parser.add_argument("question", nargs="?", metavar="QUESTION", default=QUESTION, help=f"default: {QUESTION}")
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
-    parser.add_argument("--budgets", type=numbers, help="visual tokens per scale, as 32,64,128,256")
+    parser.add_argument("--budgets", type=numbers, help="visual tokens per scale, as 16,24,40,66")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     try:
         if args.image is None:
-            args.image = str(scene.DEFAULT_PATH)
-            if not scene.DEFAULT_PATH.exists():
-                print(f"Making the example scene, once: {args.image}", file=sys.stderr, flush=True)
-                scene.write()
+            args.image = str(scenes.DEFAULT_PATH)
+            if not scenes.DEFAULT_PATH.exists():
+                print(f"Painting the example scene, once: {args.image}", file=sys.stderr, flush=True)
+                scenes.write()
         check_files(args.image, args.model)
         ask(args.image, args.question, args.model, args.budgets, args.max_new_tokens)
     except (OSError, ValueError) as error:

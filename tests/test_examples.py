@@ -1,65 +1,25 @@
-"""The made-up scene and the question command."""
+"""The question command."""
 
 import os
 import subprocess
 import sys
 from pathlib import Path
 
-import numpy as np
 import pytest
-from PIL import Image
 
 import examples.ask
-from examples import scene
-from examples.ask import WEIGHTS_NOTE, main
+from examples.ask import QUESTION, WEIGHTS_NOTE, main
+from training import scenes
 
-ROOT = Path(scene.__file__).resolve().parent.parent
+ROOT = Path(scenes.__file__).resolve().parent.parent
 SIZE = (600, 480)
 
 
 @pytest.fixture(scope="module")
 def image_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("scene") / "scene.png"
-    scene.write(path, SIZE)
+    scenes.write(path, SIZE)
     return path
-
-
-def test_the_same_seed_gives_the_same_scene(image_path):
-    with Image.open(image_path) as image:
-        first = np.asarray(image)
-    assert image.size == SIZE
-    assert (first == np.asarray(scene.render(SIZE, seed=0))).all()
-    assert (first != np.asarray(scene.render(SIZE, seed=1))).any()
-
-
-def test_the_scene_shows_sea_land_and_ships(image_path):
-    with Image.open(image_path) as image:
-        pixels = np.asarray(image).astype(int)
-    red, green, blue = np.moveaxis(pixels, -1, 0)
-    assert (blue > red + 30).mean() > 0.2
-    assert (green > blue + 20).mean() > 0.2
-    sea = slice(0, SIZE[0] // 3)
-    assert (red > blue + 60)[:, sea].any()
-
-
-@pytest.mark.parametrize("size", [(1, 1), (50, 200), (200, 50)])
-def test_any_size_can_be_made(size):
-    assert scene.render(size).size == size
-
-
-def test_a_scene_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    path = tmp_path / "scene.png"
-    path.write_bytes(b"the one before")
-
-    def stop(image, file, **kwargs):
-        Path(file).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(Image.Image, "save", stop)
-    with pytest.raises(OSError, match="disk full"):
-        scene.write(path, (50, 40))
-    assert [file.name for file in tmp_path.iterdir()] == ["scene.png"]
-    assert path.read_bytes() == b"the one before"
 
 
 def test_ask_answers_and_accounts_for_tokens_and_seconds(image_path):
@@ -74,8 +34,9 @@ def test_ask_answers_and_accounts_for_tokens_and_seconds(image_path):
     assert "600 x 480 px" in done.stdout and WEIGHTS_NOTE in done.stdout
     assert "Question: How many ships?" in done.stdout and "Answer:" in done.stdout
     rows = [line.split() for line in done.stdout.splitlines() if line.strip()]
-    # 480 of 600 rows are 179 of 224 px, centred: they touch 14 of 16 rows of patches.
-    assert ["224", "px", "16", "x", "16", "224", "8", "8"] in rows
+    # 480 of 600 rows are 51 of 64 px, centred: they touch all 8 rows of patches; at 128 px 14 of 16.
+    assert ["64", "px", "8", "x", "8", "64", "8", "8"] in rows
+    assert ["128", "px", "16", "x", "16", "224", "16", "16"] in rows
     assert rows[rows.index(["stage", "seconds"]) - 1][-2:] == ["80", "80"]
     stages = [row[0] for row in rows[rows.index(["stage", "seconds"]) + 1 :]]
     assert stages == ["load", "decode", "preprocess", "encode", "compress", "generate", "all"]
@@ -102,14 +63,21 @@ def test_ask_says_what_is_wrong(image_path, monkeypatch, capsys, arguments, mess
 
 
 def test_the_scene_is_made_when_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(scene, "DEFAULT_PATH", tmp_path / "scene.jpg")
-    monkeypatch.setattr(scene, "write", lambda: scene.render((60, 48)).save(tmp_path / "scene.jpg"))
+    monkeypatch.setattr(scenes, "DEFAULT_PATH", tmp_path / "scene.jpg")
+    monkeypatch.setattr(scenes, "write", lambda: scenes.example((60, 48)).save(tmp_path / "scene.jpg"))
     asked = []
     monkeypatch.setattr(examples.ask, "ask", lambda image, question, *rest: asked.append((image, question)))
     monkeypatch.setattr(sys, "argv", ["ask"])
     main()
-    assert asked == [(str(tmp_path / "scene.jpg"), "What colour are the ships at the pier?")]
+    assert asked == [(str(tmp_path / "scene.jpg"), QUESTION)]
     assert (tmp_path / "scene.jpg").exists()
+
+
+def test_the_default_question_has_an_answer_in_the_default_scene():
+    scene = scenes.make_scene(0, scenes.DEFAULT_SIZE[0] / scenes.DEFAULT_SIZE[1])
+    runway = [site.kind for site in scene.sites].index("runway")
+    planes = [thing.colour for thing in scene.objects_of[runway] if thing.kind == "plane"]
+    assert QUESTION == "What colour is the plane at the runway?" and planes == ["white"]
 
 
 def test_the_readme_says_which_weights_these_are():

@@ -6,12 +6,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from examples import scene
 from PIL import Image
 from uhr_bat.token_compression_uhr_bat import cluster_regions, select_tokens
 
 import pictures
 from pictures import __main__ as command
+from training import scenes
 
 
 GRIDS = ((8, 8), (16, 16), (40, 40))
@@ -168,7 +168,7 @@ def test_small_tokens_have_no_lines():
 def test_every_page_has_the_width_that_was_asked_for(size):
     box = (0, 0, min(size), min(size))
     result = compressed_scene(size, box)
-    image = scene.render(size[::-1])
+    image = scenes.example(size[::-1])
     question = "Where is the ship? " * 12
     pages = [
         pictures.attention_picture(result, image, question, width=700),
@@ -185,7 +185,7 @@ def test_every_page_has_the_width_that_was_asked_for(size):
 def test_a_page_shows_its_panels_whole_and_upright():
     size, box = SCENES["corner"]
     result = compressed_scene(size, box)
-    image = scene.render(size[::-1])
+    image = scenes.example(size[::-1])
     page = pictures.budgets_picture({"one": result}, image)
     # Two columns of panels with 14 pixels beside them, and a legend of 40 pixels below.
     width = (pictures.WIDTH - 3 * 14) // 2
@@ -219,7 +219,7 @@ def test_t_sne_needs_the_tokens_of_its_scale():
 @pytest.fixture(scope="module")
 def image_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("scene") / "scene.png"
-    scene.write(path, (1200, 240))
+    scenes.write(path, (1200, 240))
     return path
 
 

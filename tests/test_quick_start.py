@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer, Sto
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
-SCALES, BUDGETS, TILE, PATCH = [224, 448, 896, 1344], [32, 64, 128, 256], 112, 14
+SCALES, BUDGETS, TILE, PATCH = [64, 128, 256, 384], [16, 24, 40, 66], 32, 8
 QUESTION = "Describe this remote-sensing image."
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -71,7 +71,7 @@ def quick_start(model_id, image_path, question):
     )
     attention_mask = torch.ones_like(input_ids)
 
-    target_sizes = [224, 448, 896, 1344]  # the card: 672, 1344, 2688, 4032
+    target_sizes = [64, 128, 256, 384]  # the card: 672, 1344, 2688, 4032
     multiscale_pixels = [
         uhrbat.split_image_to_multiscale_tiles(
             image,
@@ -89,7 +89,7 @@ def quick_start(model_id, image_path, question):
             modalities=["image"],
             multiscale_pixels=multiscale_pixels,
             multiscale_masks=[{}],
-            multiscale_topk=[32, 64, 128, 256],  # the card: 80, 320, 600, 2000
+            multiscale_topk=[16, 24, 40, 66],  # the card: 80, 320, 600, 2000
             multiscale_target_sizes=target_sizes,
             do_sample=False,
             max_new_tokens=6,  # the card: 256
@@ -272,7 +272,7 @@ def test_tiles_are_bit_equal_to_pillows_resize_of_the_padded_square(card, size):
         assert np.array_equal(tiles[scale].numpy(), expected.transpose(0, 3, 1, 2))
 
 
-@pytest.mark.parametrize("target_sizes", [SCALES[:2], [112, 336]])
+@pytest.mark.parametrize("target_sizes", [SCALES[:2], [32, 96]])
 def test_tiles_are_cut_at_the_scales_that_are_asked_for(card, target_sizes):
     tiles = card.uhrbat.split_image_to_multiscale_tiles(picture(), card.image_processor, target_sizes)
     assert {scale: len(value) for scale, value in tiles.items()} == {s: (s // TILE) ** 2 for s in target_sizes}
@@ -349,10 +349,10 @@ def without_scale(pixels, scale):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (lambda call: {"multiscale_target_sizes": [112, 224]}, r"\[224, 448, 896, 1344\]. Got .*\[112, 224\]"),
+        (lambda call: {"multiscale_target_sizes": [32, 64]}, r"\[64, 128, 256, 384\]. Got .*\[32, 64\]"),
         (
-            lambda call: {"multiscale_pixels": [without_scale(call["multiscale_pixels"][0], 896)]},
-            r"\[224, 448, 1344\].*\[896\]",
+            lambda call: {"multiscale_pixels": [without_scale(call["multiscale_pixels"][0], 256)]},
+            r"\[64, 128, 384\].*\[256\]",
         ),
         (lambda call: {"multiscale_topk": [32, 64]}, r"2 budgets \[32, 64\] and 4 scales"),
         (lambda call: {"multiscale_topk": [64, 32, 128, 256]}, r"\[64, 32, 128, 256\]"),
@@ -362,8 +362,8 @@ def without_scale(pixels, scale):
         ),
         (lambda call: {"image_sizes": call["image_sizes"] * 2}, "`image_sizes`.* 2 .* 1 "),
         (
-            lambda call: {"multiscale_masks": [{224: torch.ones(8, 8).long()}]},
-            r"224 px must be \[16, 16\] tokens. Got \[8, 8\]",
+            lambda call: {"multiscale_masks": [{64: torch.ones(4, 4).long()}]},
+            r"64 px must be \[8, 8\] tokens. Got \[4, 4\]",
         ),
     ],
     ids=["sizes", "missing scale", "number of budgets", "order of budgets", "images", "image_sizes", "label map"],
@@ -384,15 +384,15 @@ def test_label_maps_for_some_images_only_are_an_error_with_both_numbers(card):
 
 
 def test_a_scale_that_is_no_multiple_of_the_tile_is_an_error_with_both_numbers(card):
-    with pytest.raises(ValueError, match="200 px.*112 px"):
-        card.uhrbat.split_image_to_multiscale_tiles(picture(), card.image_processor, [112, 200])
+    with pytest.raises(ValueError, match="100 px.*32 px"):
+        card.uhrbat.split_image_to_multiscale_tiles(picture(), card.image_processor, [32, 100])
 
 
 def test_a_mask_file_without_a_scale_is_an_error_that_names_it(card, tmp_path):
     maps = label_maps()
-    del maps[896]
+    del maps[256]
     write_mask_file(tmp_path / "masks.pt", maps)
-    with pytest.raises(ValueError, match=r"\[224, 448, 1344\].*\[896\]"):
+    with pytest.raises(ValueError, match=r"\[64, 128, 384\].*\[256\]"):
         card.uhrbat.load_multiscale_tile_masks(tmp_path / "masks.pt", SCALES)
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from examples import scene
 from PIL import Image
 from small import GRIDS, prompt, random_pixels, small_model
 from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
@@ -17,8 +16,10 @@ from uhr_bat.token_compression_uhr_bat import vote_regions
 
 from regions import ablation, cache, segment
 from regions.segment import MaskSettings
+from training import scenes
 
 
+SCALES = [64, 128, 256, 384]
 # A random model's masks are all bad: nothing is filtered out by their quality.
 EVERY_MASK = MaskSettings(points_per_side=3, pred_iou_thresh=-100, stability_score_thresh=0)
 EVERY_MASK_ARGUMENTS = ["--points-per-side", "2", "--pred-iou-thresh", "-100", "--stability-score-thresh", "0"]
@@ -107,7 +108,7 @@ def test_a_segmented_image_has_labels_at_every_scale_and_none_in_the_letterbox()
 
 
 @pytest.mark.parametrize(
-    "scales, view", [((224, 448, 896, 1344), 1344), ((672, 1344, 2688, 4032), 1344), ((2688,), 2688)]
+    "scales, view", [((64, 128, 256, 384), 384), ((672, 1344, 2688, 4032), 1344), ((2688,), 2688)]
 )
 def test_sam_is_shown_the_finest_view_that_it_can_use(scales, view):
     assert segment.default_view(scales) == view
@@ -248,7 +249,7 @@ def checkpoint(request, tmp_path, monkeypatch):
 
 
 def pixels(height=40, width=64):
-    return np.asarray(scene.render((width, height)))
+    return np.asarray(scenes.example((width, height)))
 
 
 def test_both_packages_make_masks_of_the_size_of_the_image(checkpoint):
@@ -352,7 +353,7 @@ def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     paths = [folder / f"{name}.png" for name in "ab"]
     for seed, path in enumerate(paths):
-        scene.write(path, (120, 40), seed)
+        scenes.write(path, (120, 40), seed)
     return paths
 
 
@@ -372,9 +373,9 @@ def test_the_cache_holds_the_released_layout():
 
 def test_a_cache_is_read_as_it_was_written(images, tmp_path, sam_folder):
     assert run_cache(images[:1], tmp_path, sam_folder) == 0
-    read = load_multiscale_tile_masks(tmp_path / "a.pt", [224, 448, 896, 1344])
+    read = load_multiscale_tile_masks(tmp_path / "a.pt", SCALES)
     segmenter = segment.load_segmenter(sam_folder, MaskSettings(2, -100, 0))
-    made = segment.segment_image(Image.open(images[0]), segmenter, [224, 448, 896, 1344], 14, 64)
+    made = segment.segment_image(Image.open(images[0]), segmenter, SCALES, 8, 64)
     assert all(torch.equal(read[scale], made[scale]) for scale in made)
     assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
 
@@ -387,8 +388,8 @@ def test_whole_files_are_skipped_and_damaged_ones_are_written_again(images, tmp_
     assert run_cache(images, tmp_path, sam_folder) == 0
     assert "1 written, 1 were there already, 0 failed" in capsys.readouterr().out
     assert (tmp_path / "a.pt").stat().st_mtime_ns == stamp
-    assert cache.is_whole(tmp_path / "b.pt", [224, 448, 896, 1344], 14)
-    assert not cache.is_whole(tmp_path / "b.pt", [224, 448], 14)
+    assert cache.is_whole(tmp_path / "b.pt", SCALES, 8)
+    assert not cache.is_whole(tmp_path / "b.pt", SCALES[:2], 8)
 
 
 def test_two_processes_name_the_bad_image_and_do_the_others(images, tmp_path, sam_folder, capsys):
@@ -439,12 +440,12 @@ def test_wrong_arguments_are_told_before_any_work(tmp_path, sam_folder, capsys, 
 
 
 def test_planted_ships_are_where_they_are_said_to_be():
-    image = Image.new("RGB", (500, 400))
+    image, colours = Image.new("RGB", (500, 400)), list(scenes.PAINTS.values())
     places = ablation.plant_ships(image, 12, seed=3)
     pixels = np.asarray(image)
     assert len(places) == 12
     for ship, (row, column) in enumerate(places):
-        assert tuple(pixels[int(row), int(column)]) == scene.PAINTS[ship % len(scene.PAINTS)]
+        assert tuple(pixels[int(row), int(column)]) == colours[ship % len(colours)]
     # And nothing else is painted: a ship is at most 96 of 10,000 units long.
     rows, columns = np.nonzero(pixels.any(-1))
     distance = np.hypot(rows[:, None] - places[:, 0], columns[:, None] - places[:, 1]).min(1)
@@ -481,12 +482,12 @@ def test_the_ablation_writes_tables_and_plot_and_says_what_it_does_not_measure(t
     assert [row["k"] for row in result["clusters"]] == [10, 50]
     assert [max(row["regions"]) for row in result["clusters"]] == [10, 50]
     for row in result["methods"]:
-        spent = [min(row["factor"] * budget, seen) for budget, seen in zip((32, 64, 128, 256), result["tokens_seen"])]
+        spent = [min(row["factor"] * budget, seen) for budget, seen in zip((16, 24, 40, 66), result["tokens_seen"])]
         assert row["budgets"] == spent and row["tokens"] == sum(spent)
         if row["method"] == "none":
             assert row["regions"] == result["tokens_seen"] and row["merged"] == [0, 0]
     text = (tmp_path / "ablation.md").read_text(encoding="utf-8")
-    assert "Accuracy is not measured" in text and "| sam |" in text
+    assert "Accuracy is measured by `python -m evaluation.evidence`" in text and "| sam |" in text
     assert text in capsys.readouterr().out
     with Image.open(tmp_path / "ablation.png") as picture:
         assert picture.width == 1400

@@ -131,6 +131,8 @@ def make_scene(seed: int, aspect: float | None = None, objects_outside: tuple[in
     height, radius = WIDTH / aspect, SITE_SIDE * 0.6
     wanted, tries = rng.integers(SITES_PER_SCENE[0], SITES_PER_SCENE[1] + 1), 0
     centres = []
+    if height < 4 * radius:
+        wanted = 0  # a strip: no quadrant has room
     while len(centres) < wanted:
         if (tries := tries + 1) % 200 == 0:
             centres, wanted = [], wanted - 1  # what stood already left no room for the next one
@@ -162,7 +164,8 @@ def make_scene(seed: int, aspect: float | None = None, objects_outside: tuple[in
             place = site.centre[0] + x * cosine - y * sine, site.centre[1] + x * sine + y * cosine
             objects.append(draw(place, index))
     most = len(objects) + rng.integers(objects_outside[0], objects_outside[1] + 1)
-    for place in rng.uniform((200, 200), (WIDTH - 200, height - 200), (4 * most, 2)):
+    edge = min(200, height / 2)
+    for place in rng.uniform((200, edge), (WIDTH - 200, height - edge), (4 * most, 2)):
         far = all(math.dist(place, site.centre) > SITE_SIDE for site in sites)
         free = all(math.dist(place, other.centre) > SITE_SIDE / 3 for other in objects)
         if len(objects) < most and far and free:
@@ -364,8 +367,9 @@ def render(scene: Scene, size=DEFAULT_SIZE) -> Image.Image:
     for row, column in np.argwhere(fractal(rng, soft, 6) > 0.9 + 0.05 * rng.random(soft[::-1])):
         painter.origin = rng.uniform(0, CELL, 2) + (CELL * column, CELL * row)
         painter.disc(0, 0, rng.uniform(18, 34), painter.vary(TREE), height=5)
+    edge = min(1000, scene.height / 2)
     for _ in range(rng.integers(3)):
-        painter.town(rng.uniform((1000, 1000), (9000, scene.height - 1000)), rng.uniform(800, 1600))
+        painter.town(rng.uniform((1000, edge), (9000, scene.height - edge)), rng.uniform(800, 1600))
     for _ in range(rng.integers(1, 4)):
         ends = rng.uniform((0, -0.1), (WIDTH, 1.1 * scene.height), (4, 2))
         ends[[0, 3], rng.integers(2)] = -400, 1.1 * WIDTH
