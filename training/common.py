@@ -38,6 +38,7 @@ def arguments(doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--steps", type=int, default=steps)
     parser.add_argument("--batch-size", type=int, default=batch_size, help="scenes of a step, on one device")
+    parser.add_argument("--accumulation", type=int, default=1, help="batches of a step")
     parser.add_argument("--learning-rate", type=float, default=learning_rate)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--save-steps", type=int, default=200, help="a checkpoint every so many steps")
@@ -59,6 +60,7 @@ def train(trainer_class, model, dataset, args, **kwargs):
         output_dir=checkpoints,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
+        gradient_accumulation_steps=args.accumulation,
         learning_rate=args.learning_rate,
         lr_scheduler_type="cosine",
         warmup_steps=min(100, args.steps // 10),

@@ -1,6 +1,6 @@
 """Stages 2 and 3: the decoder learns where to look and to answer, from images that are encoded once.
 
-    python -m training.finetune --model runs/vision --output runs/decoder
+    python -m training.finetune --model runs/vision --output runs/taught --fresh --taught
     python -m training.finetune --model runs/decoder --output runs/tiny --budget 0.02 1 --batch-size 4 --steps 800
 
 The loss is the language model's on the answers of a conversation about one site, through the ordinary `forward` with
@@ -15,10 +15,12 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from accelerate import PartialState
 from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Trainer
+from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
 
 from training import questions, scenes
 from training.common import arguments, load, paint, save, tokens_at, train
@@ -56,8 +58,6 @@ def encode_scenes(model, image_processor, seeds, workers=1):
 
 def cached_features(model, image_processor, seeds, path, workers=1):
     """List of the features of all seeds: read from a safetensors file, or encoded and written whole to it."""
-    from uhr_bat.modeling_uhr_bat import UHRBatImageFeatures
-
     num_scales = len(model.config.scales)
     if path.exists():
         stored = load_file(path)
@@ -196,14 +196,15 @@ class Collator:
 class GuidedTrainer(Trainer):
     """The language model's loss, and two that say where to look.
 
-    One is the divergence of the importance (eq. 2) from where the named sites lie. The other, only where `read_weight`
-    is not 0, asks the last layer to read an answer off the visual tokens that show its evidence; it needs eager
-    attention. Without it a decoder this small was seen to guess for thousands of steps before it reads.
+    One is the divergence of the importance (eq. 2) from where the named sites lie. The other, with `taught` only, asks
+    the last layer to read an answer off the visual tokens that show its evidence (eager attention), and there the
+    compression itself follows the sites: as long as the importance is not learnt, the evidence is not among the tokens,
+    and a decoder learns to guess.
     """
 
-    def __init__(self, *args, read_weight=0.0, **kwargs):
+    def __init__(self, *args, taught=False, **kwargs):
         super().__init__(*args, **kwargs)
-        self.read_weight = read_weight
+        self.taught = taught
         self.parts = defaultdict(list)  # of the loss, since the last line of the log
 
     def log(self, logs, *args, **kwargs):
@@ -222,21 +223,27 @@ class GuidedTrainer(Trainer):
         guide = torch.stack(guides).mean()
         self.parts["divergence"].append(float(guide.detach()))
         guide = IMPORTANCE_WEIGHT * guide
-        if self.read_weight:
-            names = ("image_features", "budgets")
-            images = {name: inputs.pop(name) for name in names}
-            compressed = inner.compress(**inputs, **images)
+        if self.taught:
+            compressed = self.compress(inner, inputs.pop("image_features"), inputs.pop("budgets"), cells)
             inputs |= {"mm_encoder_outputs": {"image": compressed}, "output_attentions": True}
         loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.read_weight:
+        if self.taught:
             attention = outputs.attentions[-1].float().mean(1)
             unread = self.unread(inner, inputs, attention, compressed, evidence)
             self.parts["unread"].append(float(unread.detach()))
-            guide = guide + self.read_weight * unread
+            guide = guide + unread
         # Where the Trainer counts answers over all steps of an accumulation, it does not divide by their number.
         steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
         loss = loss + guide / steps
         return (loss, outputs) if return_outputs else loss
+
+    def compress(self, model, image_features, budgets, cells):
+        """What `model.compress` returns, by the cells of the sites in place of the importance."""
+        rows = [model.model._compress_one(*row) for row in zip(image_features, cells, budgets.tolist())]
+        tokens, importance, regions, slots = map(list, zip(*rows))
+        return UHRBatCompressionOutput(
+            [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)
+        )
 
     def divergence(self, model, input_ids, labels, features, cells):
         """KL(cells || importance) of the first question of a conversation."""
@@ -292,14 +299,15 @@ def main():
     parser.add_argument(
         "--budget", type=float, nargs=2, default=(0.01, 0.15), metavar=("LEAST", "MOST"), help="share of all tokens"
     )
-    parser.add_argument("--read-weight", type=float, default=0.0, help="of the loss on what the answers are read off")
+    parser.add_argument("--taught", action="store_true", help="compress by the true sites, and say what to read")
     args = parser.parse_args()
     processor, model = load(args.model)
-    if args.read_weight:
+    if args.taught:
         model.set_attn_implementation({"text_config": "eager"})
     seeds = range(scenes.FINETUNING_SEED, scenes.FINETUNING_SEED + args.scenes)
     path = args.features or args.output / "features.safetensors"
-    features = cached_features(model, processor.image_processor, seeds, path, args.workers)
+    with PartialState().main_process_first():
+        features = cached_features(model, processor.image_processor, seeds, path, args.workers)
     if args.fresh:
         match_scales(model, features)
     model.model.vision_tower.requires_grad_(False)
@@ -308,7 +316,7 @@ def main():
     args.workers = 0  # what is encoded stays where it is
     dataset = Conversations(features, seeds, model.config.grids)
     collator = Collator(processor, args.budget)
-    train(GuidedTrainer, model, dataset, args, data_collator=collator, read_weight=args.read_weight)
+    train(GuidedTrainer, model, dataset, args, data_collator=collator, taught=args.taught)
     save(model, processor, args.output)
 
 

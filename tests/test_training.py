@@ -1,0 +1,124 @@
+"""Training through the library's Trainer: on two processes, cut off and gone on with, and what came of it."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from evaluation import evidence
+from training import questions, scenes
+from training.common import tokens_at
+from training.finetune import budgets_of, site_cells
+from training.vision import HEADS, IGNORED, token_labels
+
+
+ROOT = Path(__file__).resolve().parent.parent
+SCENES = 4
+
+
+@pytest.fixture(scope="module")
+def features_path(tmp_path_factory):
+    """Scenes that every run of this file trains on, encoded by the first of them."""
+    return tmp_path_factory.mktemp("features") / "features.safetensors"
+
+
+@pytest.fixture(scope="module")
+def finetune(features_path):
+    def run(output, *arguments, launcher=("-m",), steps=2):
+        command = [
+            sys.executable, *launcher, "training.finetune", "--model", str(ROOT), "--output", str(output),
+            "--features", str(features_path), "--scenes", str(SCENES), "--steps", str(steps), "--workers", "0",
+            "--batch-size", "1", *arguments,
+        ]  # fmt: skip
+        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr[-3000:]
+        return load_file(output / "model.safetensors")
+
+    return run
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+def test_two_processes_train_as_two_batches_a_step_do(finetune, tmp_path):
+    start = load_file(ROOT / "model.safetensors")
+    accumulated = finetune(tmp_path / "accumulated", "--accumulation", "2")
+    parallel = finetune(
+        tmp_path / "parallel", launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "-m")
+    )  # fmt: skip
+    moved = {name.replace("vision_tower.vision_model.", "vision_tower."): tensor for name, tensor in start.items()}
+    trained = {name.replace("vision_tower.vision_model.", "vision_tower."): tensor for name, tensor in parallel.items()}
+    assert largest_difference(accumulated, parallel) < 2e-5
+    assert largest_difference(moved, trained) > 1e-4
+
+
+@pytest.mark.parametrize("taught", [(), ("--taught",)])
+def test_going_on_gives_the_same_weights_as_not_stopping(finetune, tmp_path, taught):
+    whole = finetune(tmp_path / "whole", "--save-steps", "2", *taught, steps=4)
+    # A run that was cut off: its last checkpoint is there, its model is not.
+    cut = tmp_path / "cut" / "checkpoints"
+    cut.mkdir(parents=True)
+    (tmp_path / "whole" / "checkpoints" / "checkpoint-2").rename(cut / "checkpoint-2")
+    assert largest_difference(whole, finetune(tmp_path / "cut", *taught, steps=4)) == 0.0
+
+
+def test_labels_of_tokens_say_what_the_layout_says():
+    config = evidence.load(ROOT)[1].config
+    scene = scenes.make_scene(5, objects_outside=(100, 160))
+    labels = token_labels(scene, config)
+    sizes = [height * width for height, width in config.grids]
+    assert {name: len(values) for name, values in labels.items()} == dict.fromkeys(HEADS, sum(sizes))
+    finest = {name: values[-sizes[-1] :] for name, values in labels.items()}
+    for thing in scene.objects:
+        (token,) = tokens_at(scene, [thing.centre], config.grids[-1])
+        assert finest["colour"][token] == list(scenes.PAINTS).index(thing.colour) + 1
+        assert finest["kind"][token] == scenes.OBJECTS.index(thing.kind) + 1
+    assert (finest["colour"] == 0).mean() > 0.5 and (finest["colour"] == IGNORED).any()
+
+
+def test_cells_of_a_site_are_where_it_is():
+    scene, grid = scenes.make_scene(3), (8, 8)
+    cells = site_cells(scene, (0,), grid)
+    row, column = scene.to_square(scene.sites[0].centre) * 8
+    assert cells.sum() == pytest.approx(1) and cells.argmax() in {
+        int(r) * 8 + int(c) for r in (row - 0.5, row, row + 0.5) for c in (column - 0.5, column, column + 0.5)
+    }
+    rows, columns = np.divmod(np.arange(64), 8) + np.full((2, 1), 0.5)
+    assert abs((cells * rows).sum() - row) < 0.1 and abs((cells * columns).sum() - column) < 0.1
+
+
+@pytest.mark.parametrize("share", [0.001, 0.01, 0.04, 0.3, 1.0])
+def test_a_share_of_all_tokens_is_spent(share):
+    class Features:
+        positions = [torch.arange(number) for number in (56, 208, 832, 1872)]
+
+    budgets = budgets_of(share, Features, (16, 24, 40, 66))
+    assert sum(budgets) == max(round(share * 2968), 4)
+    assert all(1 <= budget <= len(places) for budget, places in zip(budgets, Features.positions))
+
+
+def test_the_shipped_weights_answer_held_out_questions():
+    """200 questions about scenes that nothing was trained on, at the default budgets: 4 % of the tokens."""
+    processor, model = evidence.load(ROOT)
+    model, right, asked = model.float().eval(), dict.fromkeys(questions.KINDS, 0), 0
+    for seed in scenes.TEST_SEEDS[-34:]:
+        scene, rng = scenes.make_scene(seed), np.random.default_rng([seed, 3])
+        image = evidence.paint(scene)
+        features = model.encode_image(**processor.image_processor(image, return_tensors="pt"))
+        for question in (questions.ask(scene, kind, rng) for kind in questions.KINDS):
+            if question is None or asked == 200:
+                continue
+            asked += 1
+            prompt = evidence.write_prompt(processor, question.text)
+            visual = model.compress(**prompt, image_features=features).pooler_output
+            right[question.kind] += evidence.answer(model, processor, prompt, visual) == [question.answer]
+    assert asked == 200
+    assert sum(right.values()) >= FLOOR * asked, right
