@@ -7,6 +7,7 @@ import base64
 import json
 import re
 import struct
+import sys
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -19,6 +20,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from uhr_bat import image_processing_uhr_bat
 from uhr_bat.image_processing_uhr_bat import (
+    StreamedImage,
     UHRBatImageProcessor,
     array_to_image,
     check_scales,
@@ -566,6 +568,143 @@ def test_fetch_images_keeps_the_nesting(processor, image, tmp_path):
     image.save(tmp_path / "image.png")
     (first,), (second, third) = processor.fetch_images([[str(tmp_path / "image.png")], (image, np.asarray(image))])
     assert first.tobytes() == image.tobytes() and second is image and third.shape == (45, 70, 3)
+
+
+# Streaming
+
+
+@pytest.fixture
+def stream(processor):
+    pytest.importorskip("pyvips")
+    return processor.open_image
+
+
+@pytest.mark.parametrize("size", [(45, 70), (70, 45), (130, 130), (1, 300), (300, 1)])
+@pytest.mark.parametrize(
+    "suffix, options",
+    [("tif", {}), ("tif", {"compression": "tiff_lzw"}), ("jpg", {"quality": 90}), ("png", {})]
+    + [("jpg", {"quality": 70, "progressive": True}), ("jpg", {"subsampling": 0})],
+)
+def test_a_streamed_file_gives_the_tiles_of_the_file_that_is_read_whole(
+    stream, processor, tmp_path, monkeypatch, suffix, options, size
+):
+    path = tmp_path / f"image.{suffix}"
+    random_image(*size).resize(size[::-1], Image.Resampling.BOX).save(path, **options)
+    monkeypatch.setattr(image_processing_uhr_bat, "STRIP_PIXELS", 7 * max(size))
+    batch = processor([stream(path), path])
+    np.testing.assert_array_equal(batch.pixel_values[0], batch.pixel_values[1])
+    np.testing.assert_array_equal(batch.pixel_attention_mask[0], batch.pixel_attention_mask[1])
+
+
+@pytest.mark.parametrize("tiled", [True, False])
+@pytest.mark.parametrize("compression", ["none", "deflate", "jpeg"])
+def test_a_tiled_tiff_is_streamed_as_it_was_written(stream, tmp_path, tiled, compression):
+    pyvips = pytest.importorskip("pyvips")
+    image = random_image(100, 150)
+    path = str(tmp_path / "tiled.tif")
+    written = pyvips.Image.new_from_memory(image.tobytes(), 150, 100, 3, "uchar").copy(interpretation="srgb")
+    written.tiffsave(path, tile=tiled, tile_width=32, tile_height=32, compression=compression, Q=100)
+    streamed = np.concatenate([np.asarray(strip) for strip in stream(path).strips(9)])
+    assert streamed.shape == (100, 150, 3)
+    if compression == "jpeg":
+        assert np.abs(streamed.astype(int) - np.asarray(image)).mean() < 40
+    else:
+        np.testing.assert_array_equal(streamed, image)
+
+
+@pytest.mark.parametrize("passes", [1, 2, 3])
+def test_the_number_of_passes_over_a_file_changes_nothing(stream, processor, image, tmp_path, monkeypatch, passes):
+    image.save(tmp_path / "image.png")
+    expected = processor(image).pixel_values
+    monkeypatch.setattr(image_processing_uhr_bat, "NARROW_BYTES", {1: 10**9, 2: 45 * 3 * 112, 3: 1}[passes])
+    assert len(image_processing_uhr_bat._passes(SCALES, 45)) == passes
+    np.testing.assert_array_equal(processor(image).pixel_values, expected)
+    np.testing.assert_array_equal(processor(stream(tmp_path / "image.png")).pixel_values, expected)
+
+
+def test_the_bands_of_a_streamed_image_are_grey_or_begin_with_red_green_and_blue(stream, tmp_path):
+    pyvips = pytest.importorskip("pyvips")
+    values = np.random.default_rng(0).integers(0, 256, (6, 7, 4), dtype=np.uint8)
+    for bands, scale, interpretation in [(4, 1, "srgb"), (4, 257, "rgb16"), (4, 1, "multiband"), (3, 257, "rgb16")]:
+        pixels = (values[..., :bands].astype(np.uint16) * scale).astype(np.uint8 if scale == 1 else np.uint16)
+        image = pyvips.Image.new_from_array(pixels).copy(interpretation=interpretation)
+        image.tiffsave(str(tmp_path / "bands.tif"))
+        (strip,) = stream(tmp_path / "bands.tif").strips(6)
+        np.testing.assert_array_equal(strip, values[..., :3])
+    for bands, scale in [(1, 1), (2, 1), (1, 257)]:
+        pixels = values[..., :bands].astype(np.uint8 if scale == 1 else np.uint16) * scale
+        image = pyvips.Image.new_from_array(pixels).copy(interpretation="b-w" if scale == 1 else "grey16")
+        image.tiffsave(str(tmp_path / "bands.tif"))
+        (strip,) = stream(tmp_path / "bands.tif").strips(6)
+        np.testing.assert_array_equal(strip, values[..., :1].repeat(3, axis=2))
+
+
+def test_streamed_files_that_are_no_rgb_are_refused_by_name(stream, tmp_path):
+    pyvips = pytest.importorskip("pyvips")
+    path = tmp_path / "odd.tif"
+    pyvips.Image.black(4, 4, bands=8).tiffsave(str(path))
+    with raises(
+        ValueError,
+        f"{path}: 8 bands (srgb) are neither grey nor RGB. Write red, green and blue into a file of three bands.",
+    ):
+        stream(path)
+    random_image(4, 4).convert("CMYK").save(path)
+    with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: 4 bands .cmyk. are neither grey nor RGB"):
+        stream(path)
+    Image.new("F", (4, 4), 0.5).save(path)
+    with raises(ValueError, f"{path}: pixels are float, not unsigned integers of 8 or 16 bits. Scale them first."):
+        stream(path)
+    exif = Image.Exif()
+    exif[274] = 6
+    random_image(4, 4).save(tmp_path / "turned.jpg", exif=exif)
+    with raises(
+        ValueError,
+        f"{tmp_path / 'turned.jpg'}: the EXIF orientation 6 turns the image, which needs all of it at once. Store it "
+        f"upright.",
+    ):
+        stream(tmp_path / "turned.jpg")
+
+
+def test_the_limit_holds_for_streamed_files(stream, processor, tmp_path):
+    path = tmp_path / "image.png"
+    random_image(30, 40).save(path)
+    with raises(
+        ValueError,
+        f"{path}: 30 x 40 = 1200 pixels are over the limit of 1199 pixels. Raise `max_image_pixels` to read it.",
+    ):
+        stream(path, max_image_pixels=1199)
+    with pytest.raises(ValueError, match="1200 pixels are over the limit of 1199"):
+        processor(stream(path), max_image_pixels=1199)
+    assert isinstance(stream(str(path), max_image_pixels=1200), StreamedImage)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "tif"])
+def test_half_a_streamed_file_is_an_error_that_names_it(stream, processor, tmp_path, suffix):
+    path = tmp_path / f"half.{suffix}"
+    random_image(300, 300).save(path)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    with pytest.raises(OSError, match=f"^{re.escape(str(path))}: the image cannot be"):
+        processor(stream(path))
+
+
+def test_what_cannot_be_streamed_is_an_error_that_names_it(stream, tmp_path):
+    (tmp_path / "text.png").write_text("no image")
+    for name in ("text.png", "missing.png"):
+        with pytest.raises(OSError, match=f"^{re.escape(str(tmp_path / name))}: the image cannot be opened"):
+            stream(tmp_path / name)
+
+
+def test_streaming_without_pyvips_says_what_to_install(processor, monkeypatch):
+    monkeypatch.setitem(sys.modules, "pyvips", None)
+    with raises(ImportError, "Streaming an image needs pyvips: pip install pyvips pyvips-binary"):
+        processor.open_image("image.tif")
+
+
+def test_fetching_leaves_a_streamed_image_as_it_is(stream, processor, tmp_path):
+    random_image(30, 40).save(tmp_path / "image.png")
+    image = stream(tmp_path / "image.png")
+    assert processor.fetch_images([[image]])[0][0] is image and processor.process_image(image) is image
+    assert flatten_images([[image], image]) == [image, image]
 
 
 # Settings
