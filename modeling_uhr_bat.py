@@ -402,9 +402,14 @@ class UHRBatModel(UHRBatPreTrainedModel):
     def _vision_features(self, tiles) -> torch.Tensor:
         """float[T, 3, tile, tile] -> float[T, P, C], patch tokens after `vision_feature_layer`."""
         features = []
+
+        def read_features(layer, args, output):
+            features.append(output)
+            return output[:1, :1]  # nothing reads what follows the feature layer: one token goes on
+
         layer = self.vision_tower.encoder.layers[self._feature_layer_idx]
         # A hook, so that the list of all hidden states is never held.
-        with _hooked(layer.register_forward_hook(lambda module, args, output: features.append(output))):
+        with _hooked(layer.register_forward_hook(read_features)):
             self.vision_tower(tiles.to(self.vision_tower.dtype))
         return features[0][:, 1:]
 

@@ -8,14 +8,19 @@ Letters: T tiles, P patches of a tile, N tokens, M tokens of a sequence, D width
 """
 
 
-def vision_tower(config, num_tiles) -> int:
-    """All layers of the tower, the ones after the feature layer too: both sides run them."""
+def vision_tower(config, num_tiles, num_calls=None) -> int:
+    """All layers of the tower; ours, in `num_calls` calls, sends one token a call through those behind the features."""
     vision = config.vision_config
     D, P = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
-    patches = 2 * P * 3 * vision.patch_size**2 * D
-    M = P + 1
-    layer = 2 * M * 4 * D**2 + 2 * M * 2 * D * vision.intermediate_size + 4 * M**2 * D
-    return num_tiles * (patches + vision.num_hidden_layers * layer)
+    num_layers, patches = vision.num_hidden_layers, 2 * P * 3 * vision.patch_size**2 * D
+
+    def layer(M):
+        return 2 * M * 4 * D**2 + 2 * M * 2 * D * vision.intermediate_size + 4 * M**2 * D
+
+    if num_calls is None:
+        return num_tiles * (patches + num_layers * layer(P + 1))
+    num_read = config.vision_feature_layer % (num_layers + 1)
+    return num_tiles * (patches + num_read * layer(P + 1)) + num_calls * (num_layers - num_read) * layer(1)
 
 
 def projector(config, N) -> int:
@@ -56,36 +61,36 @@ def head(config, M) -> int:
     return 2 * M * config.text_config.hidden_size * config.text_config.vocab_size
 
 
-def question_flops(config, sizes, num_tiles, text_before, text_after, num_answer_tokens) -> dict[str, dict[str, int]]:
+def question_flops(config, text_before, text_after, num_answer_tokens) -> dict[str, dict[str, int]]:
     """{"ours" and "straightforward": {stage: FLOPs}} of one question about one image.
 
     Args:
         config: geometry and budgets; a square image, so that every token shows it.
-        sizes: tokens of every scale, int[S].
-        num_tiles: tiles of all scales.
         text_before, text_after: text tokens of the prompt, before and after the image.
         num_answer_tokens: tokens that are generated.
     """
-    num_layers = config.text_config.num_hidden_layers
+    num_layers, sizes = config.text_config.num_hidden_layers, [height * width for height, width in config.grids]
     # Ours leaves the importance pass at the importance layer, which reads one row besides those of the question.
     num_whole = config.importance_layer % num_layers
     M = text_before + sizes[0] + text_after
     num_rows = text_after if config.question_tokens == "all" else 1
     prompt = text_before + sum(map(min, zip(config.budgets, sizes))) + text_after
 
-    encode = vision_tower(config, num_tiles) + projector(config, sum(sizes))
+    project = projector(config, sum(sizes))
+    tiles = [(scale // config.tile_size) ** 2 for scale in config.scales]
+    num_calls = sum(-(-count // config.vision_chunk_size) for count in tiles)
     steps = sum(decoder(config, 1, prompt + step) + head(config, 1) for step in range(num_answer_tokens - 1))
     same = {"regions": kmeans(config, sizes), "answer": steps}
     return {
         "ours": {
-            "encode": encode,
+            "encode": vision_tower(config, sum(tiles), num_calls) + project,
             "importance": (num_whole * decoder(config, M) + decoder(config, 1)) // num_layers
             + question_rows(config, M, num_rows),
             "prefill": decoder(config, prompt) + head(config, 1),
             **same,
         },
         "straightforward": {
-            "encode": 2 * encode,
+            "encode": 2 * (vision_tower(config, sum(tiles)) + project),
             "importance": decoder(config, M),
             "prefill": decoder(config, prompt) + head(config, prompt),
             **same,

@@ -105,9 +105,7 @@ def measure(device, sides, path, repetitions) -> dict:
     tolerance = BFLOAT16_TOLERANCE if sides["ours"].model.dtype == torch.bfloat16 else TOKEN_TOLERANCE
     tokens = [torch.cat(results[name]["visual_tokens"]).float() for name in sides]
     same = ((tokens[0] - tokens[1]).abs().amax(1) <= tolerance).float().mean().item()
-    sizes = [height * width for height, width in config.grids]
-    num_tiles = sum((scale // config.tile_size) ** 2 for scale in config.scales)
-    counted = flops.question_flops(config, sizes, num_tiles, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
+    counted = flops.question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
     stages = {}
     for stage in runs["ours"][0]:
         taken = {name: [run[stage] for run in runs[name]] for name in sides}

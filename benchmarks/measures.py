@@ -203,9 +203,7 @@ def flop_counts(settings) -> list[Row]:
     """The 7B geometry at the paper's default budgets, by a formula that is held against a counter."""
     check_formula(settings)
     config = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
-    sizes = [height * width for height, width in config.grids]
-    num_tiles = sum((scale // config.tile_size) ** 2 for scale in config.scales)
-    counted = flops.question_flops(config, sizes, num_tiles, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
+    counted = flops.question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
     check_towers(config, counted["straightforward"])
     totals = {name: sum(stages.values()) for name, stages in counted.items()}
     again = totals["ours"] - counted["ours"]["encode"] - counted["ours"]["regions"]
@@ -235,8 +233,7 @@ def check_formula(settings):
     for name in SIDES:
         side = side_of(name, "quick")
         config = side.model.config
-        sizes = [height * width for height, width in config.grids]
-        expected = flops.question_flops(config, sizes, 228, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)[name]
+        expected = flops.question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)[name]
         with meters.FlopMeter() as meter:
             mark = Meter(meter.get_total_flops)
             ask(side, path, prompt_ids(config), mark)
