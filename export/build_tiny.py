@@ -199,7 +199,9 @@ def main(arguments=None):
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     args = parser.parse_args(arguments)
     if (args.output / WEIGHTS).exists():
-        parser.error(f"{args.output / WEIGHTS} is there already: random weights do not replace it. Name another folder.")
+        parser.error(
+            f"{args.output / WEIGHTS} is there already: random weights do not replace it. Name another folder."
+        )
     args.output.mkdir(parents=True, exist_ok=True)
     # Nothing is replaced before everything is built; the weights come last.
     with tempfile.TemporaryDirectory(dir=args.output, prefix=".build-") as folder:

@@ -107,9 +107,7 @@ def test_a_segmented_image_has_labels_at_every_scale_and_none_in_the_letterbox()
     assert torch.equal(labels[8], expected[::2, ::2])
 
 
-@pytest.mark.parametrize(
-    "scales, view", [((64, 128, 256, 384), 384), ((672, 1344, 2688, 4032), 1344), ((2688,), 2688)]
-)
+@pytest.mark.parametrize("scales, view", [((64, 128, 256, 384), 384), ((672, 1344, 2688, 4032), 1344), ((2688,), 2688)])
 def test_sam_is_shown_the_finest_view_that_it_can_use(scales, view):
     assert segment.default_view(scales) == view
 

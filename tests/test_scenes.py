@@ -149,8 +149,7 @@ def test_any_size_can_be_painted(size):
 @pytest.mark.parametrize("seed", range(3))
 def test_a_scene_looks_alike_at_two_sizes(seed):
     small, large = (
-        np.asarray(scenes.example(size, seed).resize((75, 60), Image.BOX)).astype(float)
-        for size in (SIZE, (1200, 960))
+        np.asarray(scenes.example(size, seed).resize((75, 60), Image.BOX)).astype(float) for size in (SIZE, (1200, 960))
     )
     other = np.asarray(scenes.example(SIZE, seed + 10).resize((75, 60), Image.BOX)).astype(float)
     assert np.abs(small - large).mean() < 4
