@@ -1,4 +1,4 @@
-"""Image files to measure with: the made-up scene as a JPEG, and a gigapixel as a tiled TIFF. Sizes are (width, height)."""
+"""Image files to measure with: the made-up scene as a JPEG, a gigapixel as a tiled TIFF. Sizes are (width, height)."""
 
 import struct
 from pathlib import Path

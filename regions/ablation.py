@@ -48,7 +48,7 @@ QUESTIONS = (
 )
 NOT_MEASURED = (
     "Accuracy is measured by `python -m evaluation.evidence`, not here. This measures what each partition does to small "
-    "objects that stand anywhere in the scene, mostly where no question asks, and what the partition costs."
+    "objects that stand anywhere in the scene, mostly where no question asks, and what it costs."
 )
 
 
