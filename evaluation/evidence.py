@@ -176,7 +176,7 @@ def text_only(num_scenes, first_seed=scenes.FINETUNING_SEED) -> dict[str, str]:
     for seed in tqdm(range(first_seed, first_seed + num_scenes), desc="Text-only control", unit="scene"):
         scene, rng = scenes.make_scene(seed), np.random.default_rng([seed, 3])
         for kind in questions.KINDS:
-            if (question := questions.ask(scene, kind, rng)) is not None:
+            if (question := questions.ask(scene, kind, rng=rng)) is not None:
                 answers[question.text][question.answer] += 1
     return {text: counts.most_common(1)[0][0] for text, counts in answers.items()}
 
@@ -191,7 +191,7 @@ def ask_scene(model, processor, downsampling, scene, shares, methods, control, r
     views = {method: dataclasses.replace(features, regions={}) for method in SETTINGS}  # partitions are kept with them
     small = {share: downsampling(image, round(share * total)) for share in shares if DOWNSAMPLING in methods}
     for kind in questions.KINDS:
-        question = questions.ask(scene, kind, rng)
+        question = questions.ask(scene, kind, rng=rng)
         if question is None:
             continue
         evidence = evidence_of(scene, question, model.config.grids)

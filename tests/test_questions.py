@@ -101,7 +101,7 @@ def test_the_text_of_a_question_says_nothing_about_its_answer(layouts, kind):
     halves = [], []
     for scene in layouts:
         for _ in range(4):
-            if question := ask(scene, kind, rng):
+            if question := ask(scene, kind, rng=rng):
                 halves[scene.seed % 2].append(question)
     fitted, by_text = Counter(), defaultdict(Counter)
     for question in halves[0]:

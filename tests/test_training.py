@@ -113,7 +113,7 @@ def test_the_shipped_weights_answer_held_out_questions():
         scene, rng = scenes.make_scene(seed), np.random.default_rng([seed, 3])
         image = evidence.paint(scene)
         features = model.encode_image(**processor.image_processor(image, return_tensors="pt"))
-        for question in (questions.ask(scene, kind, rng) for kind in questions.KINDS):
+        for question in (questions.ask(scene, kind, rng=rng) for kind in questions.KINDS):
             if question is None or asked == 200:
                 continue
             asked += 1

@@ -10,6 +10,7 @@ its own compression at a budget that is drawn anew for every step, and the KL di
 
 import os
 from collections import defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -20,13 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Trainer
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
 
 from training import questions, scenes
-from training.common import arguments, load, paint, save, tokens_at, train
+from training.common import arguments, load, paint, position_of_tokens, save, tokens_at, train
 
 IGNORED = -100
-IMPORTANCE_WEIGHT = 1.0
 SITE_SAMPLES = 24  # points a side, by which the share of a site in an anchor cell is measured
 
 
@@ -108,11 +109,22 @@ def evidence_tokens(scene, question, grids) -> list[tuple[int, int]]:
     return [(scale, token) for scale in scales for token in tokens_at(scene, points, grids[scale])]
 
 
-class Conversations(Dataset):
-    """A conversation about one site of every scene, another one each time that the scene comes round again."""
+def site_tokens(scene, sites, grids) -> list[tuple[int, int]]:
+    """(scale, token) of all that lies in the named sites."""
+    top, found = (scenes.WIDTH - scene.height) / 2, []
+    for scale, grid in enumerate(grids):
+        points = position_of_tokens(grid)[:, ::-1] * scenes.WIDTH - (0, top)
+        inside = np.any([scene.sites[index].contains(points) for index in sites], axis=0)
+        found += [(scale, int(token)) for token in inside.nonzero()[0]]
+    return found
 
-    def __init__(self, features, seeds, grids, repeats=1000):
-        self.features, self.seeds, self.grids, self.repeats = features, seeds, grids, repeats
+
+class Conversations(Dataset):
+    """A conversation about sites of every scene, another one each time that the scene comes round again."""
+
+    def __init__(self, features, seeds, grids, num_sites=1, repeats=1000):
+        self.features, self.seeds, self.grids = features, seeds, grids
+        self.num_sites, self.repeats = num_sites, repeats
 
     def __len__(self):
         return len(self.seeds) * self.repeats
@@ -120,15 +132,22 @@ class Conversations(Dataset):
     def __getitem__(self, index):
         repeat, place = divmod(index, len(self.seeds))
         scene = scenes.make_scene(self.seeds[place])
-        turns = questions.converse(scene, np.random.default_rng([self.seeds[place], repeat]))
-        features = self.features[place]
-        cells = site_cells(scene, turns[0].sites, self.grids[0])
+        turns = questions.converse(scene, np.random.default_rng([self.seeds[place], repeat]), self.num_sites)
+        features, sites = self.features[place], {site for turn in turns for site in turn.sites}
+
+        def cells(sites):
+            return torch.tensor(site_cells(scene, sites, self.grids[0]))[features.anchor_positions]
+
         return {
             "index": index,
             "features": features,
             "turns": turns,
-            "cells": torch.tensor(cells)[features.anchor_positions],
-            "evidence": [evidence_tokens(scene, turn, self.grids) for turn in turns],
+            "cells": cells(turns[0].sites),
+            "guide": {
+                "cells": cells(sites),
+                "sites": [site_tokens(scene, turn.sites, self.grids) for turn in turns],
+                "evidence": [evidence_tokens(scene, turn, self.grids) for turn in turns],
+            },
         }
 
 
@@ -186,20 +205,33 @@ class Collator:
             "image_features": [item["features"] for item in items],
             "budgets": torch.tensor(budgets),
             "site_cells": [item["cells"] for item in items],
-            "evidence": [item["evidence"] for item in items],
+            "guides": [item["guide"] for item in items],
         }
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-class GuidedTrainer(Trainer):
-    """The language model's loss, and two that say where to look.
+def attention_rows(attention, hidden_states, position_embeddings, rows) -> torch.Tensor:
+    """float32[R, M]: what the places `rows` long[R] of one sequence float[M, D] pay to all others, mean over heads."""
+    cos, sin = (part.expand(1, -1, -1) for part in position_embeddings)
+    query = attention.q_proj(hidden_states[rows]).view(1, len(rows), -1, attention.head_dim).transpose(1, 2)
+    key = attention.k_proj(hidden_states).view(1, len(hidden_states), -1, attention.head_dim).transpose(1, 2)
+    query = apply_rotary_pos_emb(query, query, cos[:, rows], sin[:, rows])[0]
+    key = repeat_kv(apply_rotary_pos_emb(key, key, cos, sin)[0], attention.num_key_value_groups)
+    scores = (query @ key.transpose(2, 3) * attention.scaling)[0].float()
+    later = torch.arange(len(hidden_states), device=rows.device) > rows[:, None]
+    return scores.masked_fill(later, float("-inf")).softmax(-1).mean(0)
 
-    One is the divergence of the importance (eq. 2) from where the named sites lie. The other, with `taught` only, asks
-    the last layer to read an answer off the visual tokens that show its evidence (eager attention), and there the
-    compression itself follows the sites: as long as the importance is not learnt, the evidence is not among the tokens,
-    and a decoder learns to guess.
+
+class GuidedTrainer(Trainer):
+    """The language model's loss, and those that say where to look.
+
+    Always: the divergence of the importance (eq. 2) from where the sites of the first question lie. With `taught` the
+    compression itself follows all sites of the conversation, because as long as the importance is not learnt, the
+    evidence is not among the tokens, and a decoder learns to guess; and two more losses: at the importance layer the
+    question is to look at the visual tokens of the sites that it names ("unseen"), and at the last layer the place
+    before the answer at those that show its evidence ("unread").
     """
 
     def __init__(self, *args, taught=False, **kwargs):
@@ -214,36 +246,27 @@ class GuidedTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        cells, evidence = inputs.pop("site_cells"), inputs.pop("evidence")
+        cells, guides = inputs.pop("site_cells"), inputs.pop("guides")
         inner = self.accelerator.unwrap_model(model)
-        guides = [
+        divergences = [
             self.divergence(inner, *row)
             for row in zip(inputs["input_ids"], inputs["labels"], inputs["image_features"], cells)
         ]
-        guide = torch.stack(guides).mean()
-        self.parts["divergence"].append(float(guide.detach()))
-        guide = IMPORTANCE_WEIGHT * guide
+        parts = {"divergence": torch.stack(divergences).mean()}
         if self.taught:
-            compressed = self.compress(inner, inputs.pop("image_features"), inputs.pop("budgets"), cells)
-            inputs |= {"mm_encoder_outputs": {"image": compressed}, "output_attentions": True}
-        loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        if self.taught:
-            attention = outputs.attentions[-1].float().mean(1)
-            unread = self.unread(inner, inputs, attention, compressed, evidence)
-            self.parts["unread"].append(float(unread.detach()))
-            guide = guide + unread
+            compressed = self.compress(inner, inputs.pop("image_features"), inputs.pop("budgets"), guides)
+            inputs["mm_encoder_outputs"] = {"image": compressed}
+            with self.attention_inputs(inner) as seen:
+                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+            parts |= self.look(inner, inputs, seen, compressed, guides)
+        else:
+            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        for name, part in parts.items():
+            self.parts[name].append(float(part.detach()))
         # Where the Trainer counts answers over all steps of an accumulation, it does not divide by their number.
         steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        loss = loss + guide / steps
+        loss = loss + sum(parts.values()) / steps
         return (loss, outputs) if return_outputs else loss
-
-    def compress(self, model, image_features, budgets, cells):
-        """What `model.compress` returns, by the cells of the sites in place of the importance."""
-        rows = [model.model._compress_one(*row) for row in zip(image_features, cells, budgets.tolist())]
-        tokens, importance, regions, slots = map(list, zip(*rows))
-        return UHRBatCompressionOutput(
-            [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)
-        )
 
     def divergence(self, model, input_ids, labels, features, cells):
         """KL(cells || importance) of the first question of a conversation."""
@@ -251,23 +274,69 @@ class GuidedTrainer(Trainer):
         importance = model.estimate_importance(question, features.anchor_tokens)
         return F.kl_div((importance / importance.sum()).clamp_min(1e-9).log(), cells.to(importance), reduction="sum")
 
-    def unread(self, model, inputs, attention, compressed, evidence):
-        """-log of the attention, float[B, M, M], that the tokens before the answers pay to their evidence."""
-        losses = []
-        for row, turns in enumerate(evidence):
-            start = int((inputs["input_ids"][row] == model.config.image_token_id).nonzero()[0])
-            answered = F.pad(inputs["labels"][row] != IGNORED, (1, 0))
-            asked = (answered[1:] & ~answered[:-1]).nonzero()[:, 0] - 1
-            slots, offset = [], start
-            for scale, tokens in zip(compressed.slots[row], compressed.tokens[row]):
-                slots.append(torch.where(scale >= 0, scale + offset, -1))
-                offset += len(tokens)
-            for place, turn in zip(asked, turns):
-                seen = torch.tensor([int(slots[scale][token]) for scale, token in turn], dtype=torch.long).unique()
-                seen = seen[seen >= 0]
-                if len(seen):
-                    losses.append(-attention[row, place, seen].sum().clamp_min(1e-6).log())
-        return torch.stack(losses).mean() if losses else attention.new_zeros(())
+    def compress(self, model, image_features, budgets, guides):
+        """What `model.compress` returns, by the cells of the sites in place of the importance."""
+        rows = [
+            model.model._compress_one(features, guide["cells"], budget)
+            for features, guide, budget in zip(image_features, guides, budgets.tolist())
+        ]
+        tokens, importance, regions, slots = map(list, zip(*rows))
+        return UHRBatCompressionOutput(
+            [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)
+        )
+
+    @contextmanager
+    def attention_inputs(self, model):
+        """What the attention of the importance layer and of the last layer is called with, in a `with` block."""
+        layers = model.model.language_model.layers
+        chosen = {"unseen": layers[model.config.importance_layer], "unread": layers[-1]}
+        seen = {}
+
+        def keep(name):
+            def hook(attention, args, kwargs):
+                seen[name] = attention, kwargs["hidden_states"], kwargs["position_embeddings"]
+
+            return hook
+
+        hooks = [
+            layer.self_attn.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in chosen.items()
+        ]
+        try:
+            yield seen
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+    def look(self, model, inputs, seen, compressed, guides):
+        """Mean over all questions of -log of the attention to visual tokens that the right ones of them have."""
+        losses = {"unseen": [], "unread": []}
+        for row, (ids, labels, guide) in enumerate(zip(inputs["input_ids"], inputs["labels"], guides)):
+            visual = (ids == model.config.image_token_id).nonzero()[:, 0]
+            places, offset = [], visual[0]
+            for slots, tokens in zip(compressed.slots[row], compressed.tokens[row]):
+                places.append(torch.where(slots >= 0, slots + offset, -1))
+                offset = offset + len(tokens)
+            answered = F.pad(labels != IGNORED, (1, 1))
+            starts = (answered[1:] & ~answered[:-1]).nonzero()[:, 0]  # of the answers
+            ends = (~answered[1:] & answered[:-1]).nonzero()[:, 0]
+            begins = [int(visual[-1]) + 1, *ends.tolist()]  # of the questions
+            rows = {
+                "unseen": [torch.arange(begin, int(start)) for begin, start in zip(begins, starts)],
+                "unread": [start[None] - 1 for start in starts],
+            }
+            for name, wanted in ("unseen", guide["sites"]), ("unread", guide["evidence"]):
+                attention, hidden_states, (cos, sin) = seen[name]
+                # The embeddings of positions are the same for all sequences, or one for each.
+                turned = (cos[row % len(cos)], sin[row % len(sin)])
+                flat = attention_rows(attention, hidden_states[row], turned, torch.cat(rows[name]))
+                for weights, tokens in zip(flat.split([len(part) for part in rows[name]]), wanted):
+                    right = [int(places[scale][token]) for scale, token in tokens]
+                    right = sorted({place for place in right if place >= 0})
+                    if right:
+                        weights = weights.mean(0)
+                        whole = weights[visual].sum() if name == "unseen" else 1.0
+                        losses[name].append(-(weights[right].sum() / whole).clamp_min(1e-6).log())
+        return {name: torch.stack(values).mean() for name, values in losses.items() if values}
 
 
 @torch.no_grad()
@@ -303,7 +372,7 @@ def main():
     args = parser.parse_args()
     processor, model = load(args.model)
     if args.taught:
-        model.set_attn_implementation({"text_config": "eager"})
+        model.set_attn_implementation({"text_config": "eager"})  # faster than the fused kernel on short sequences
     seeds = range(scenes.FINETUNING_SEED, scenes.FINETUNING_SEED + args.scenes)
     path = args.features or args.output / "features.safetensors"
     with PartialState().main_process_first():
@@ -314,7 +383,7 @@ def main():
     model.model.multi_modal_projector.requires_grad_(False)
     model.model.scale_embedding.requires_grad_(False)
     args.workers = 0  # what is encoded stays where it is
-    dataset = Conversations(features, seeds, model.config.grids)
+    dataset = Conversations(features, seeds, model.config.grids, num_sites=2 if args.taught else 1)
     collator = Collator(processor, args.budget)
     train(GuidedTrainer, model, dataset, args, data_collator=collator, taught=args.taught)
     save(model, processor, args.output)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from training.scenes import OBJECTS, PAINTS, Object, Scene
 
 KINDS = ("colour", "type", "yes/no", "count", "quadrant", "comparison")
+MOST_TURNS = 8  # of a conversation
 TEMPLATES = {
     "colour": ("What colour is the {object} at the {site}?", "What is the colour of the {object} at the {site}?"),
     "type": ("What is the {colour} object at the {site}?", "What type of object is {colour} at the {site}?"),
@@ -42,14 +43,14 @@ def _single(things, name):
     return [thing for thing, value in zip(things, values) if values.count(value) == 1]
 
 
-def ask(scene: Scene, kind: str, rng, site: int | None = None) -> Question | None:
+def ask(scene: Scene, kind: str, site: int | None = None, *, rng) -> Question | None:
     """A question of one kind about a site, or about any that allows it; None where none does.
 
     Args:
         scene: what is asked about.
         kind: one of KINDS.
-        rng: numpy.random.Generator, draws the site, the wording and what is left open.
         site: index of the site.
+        rng: numpy.random.Generator, draws the site, the wording and what is left open.
     """
     contents = scene.objects_of
     fits = {
@@ -99,8 +100,9 @@ def ask(scene: Scene, kind: str, rng, site: int | None = None) -> Question | Non
     return Question(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things)
 
 
-def converse(scene: Scene, rng) -> list[Question]:
-    """Questions of all kinds about one site, in any order: the compression follows the first."""
-    site = rng.integers(len(scene.sites))
-    asked = (ask(scene, KINDS[kind], rng, site) for kind in rng.permutation(len(KINDS)))
-    return [question for question in asked if question is not None]
+def converse(scene: Scene, rng, num_sites=1) -> list[Question]:
+    """Questions of all kinds about one site, or about some of them, in any order."""
+    sites = rng.permutation(len(scene.sites))[:num_sites]
+    pairs = [(kind, site) for kind in KINDS for site in sites]
+    asked = (ask(scene, *pairs[index], rng=rng) for index in rng.permutation(len(pairs)))
+    return [question for question in asked if question is not None][:MOST_TURNS]
