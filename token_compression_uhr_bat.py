@@ -70,14 +70,16 @@ def _embed(features, norms, coords):
     return torch.cat([features.float() / norms[:, None], coords], dim=1)
 
 
-def _nearest_centre(features, norms, coords, centres):
-    """Nearest centre of every token, the first of equals (eq. 14): long[N]."""
+def _nearest_centre(features, norms, coords, centres, embedding=None):
+    """Nearest centre of every token, the first of equals (eq. 14): long[N]. `embedding`: `_embed`, where it is kept."""
     num_rows = max(1, BLOCK_ELEMENTS // max(centres.shape))
     # |u - c|^2 = |u|^2 - 2 (u.c - |c|^2 / 2): the nearest centre has the largest bracket.
     offset = centres.square().sum(dim=1) / -2
     regions = torch.empty(len(features), dtype=torch.long, device=features.device)
-    for *block, out in zip(*(tensor.split(num_rows) for tensor in (features, norms, coords, regions))):
-        torch.argmax(torch.addmm(offset, _embed(*block), centres.T), dim=1, out=out)
+    parts = (features, norms, coords) if embedding is None else (embedding,)
+    for *block, out in zip(*(tensor.split(num_rows) for tensor in (*parts, regions))):
+        rows = _embed(*block) if embedding is None else block[0]
+        torch.argmax(torch.addmm(offset, rows, centres.T), dim=1, out=out)
     return regions
 
 
@@ -103,10 +105,12 @@ def _kmeans(features, norms, coords, num_regions, num_iterations, generator):
     drawn = torch.randperm(len(features), generator=generator, device=generator.device)[:num_regions]
     drawn = drawn.to(features.device)
     centres = _embed(features[drawn], norms[drawn], coords[drawn])
-    regions = _nearest_centre(features, norms, coords, centres)
+    # One that fits in a block is kept from one assignment to the next.
+    embedding = _embed(features, norms, coords) if features.numel() <= BLOCK_ELEMENTS else None
+    regions = _nearest_centre(features, norms, coords, centres, embedding)
     for _ in range(num_iterations - 1):
         centres = _mean_centres(features, norms, coords, regions, centres)
-        previous, regions = regions, _nearest_centre(features, norms, coords, centres)
+        previous, regions = regions, _nearest_centre(features, norms, coords, centres, embedding)
         if torch.equal(previous, regions):
             break
     return regions

@@ -142,7 +142,8 @@ def tiny_config(tokenizer):
     config = UHRBatConfig(
         scales=[64, 128, 256, 384],
         budgets=BUDGETS,
-        num_regions=64,
+        num_regions=8,
+        coord_weight=8.0,
         image_token_index=image,
         importance_layer=2,
         scale_embedding_grid=8,
@@ -157,7 +158,7 @@ def tiny_config(tokenizer):
             "num_attention_heads": 6, "num_key_value_heads": 2, "head_dim": 32,
             "vocab_size": -(-tokenizer.get_vocab_size() // 64) * 64,
             "max_position_embeddings": CONTEXT_WINDOW,
-            "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0},
+            "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
             "initializer_range": INITIALIZER_RANGE,
             "tie_word_embeddings": True,
             "eos_token_id": im_end, "pad_token_id": endoftext,

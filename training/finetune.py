@@ -185,7 +185,8 @@ class Collator:
             for turn in item["turns"]:
                 image = [] if messages else [{"type": "image"}]
                 messages.append({"role": "user", "content": [*image, {"type": "text", "text": turn.text}]})
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": turn.answer}]})
+                # After a space, most words are one token.
+                messages.append({"role": "assistant", "content": [{"type": "text", "text": f" {turn.answer}"}]})
             text = tokenizer.apply_chat_template(
                 messages, chat_template=self.processor.chat_template, return_dict=True, return_assistant_tokens_mask=True
             )
@@ -341,13 +342,14 @@ class GuidedTrainer(Trainer):
 
 @torch.no_grad()
 def match_scales(model, features):
-    """Prepare a decoder for visual tokens: the same length as text embeddings, and layers that start out small.
+    """Prepare an untrained decoder for visual tokens.
 
-    Visual tokens of 70 times the length of text embeddings were seen to drown what attention adds to them. The
-    projector's last layer and the scale embedding are scaled, so that the tokens change by one factor.
+    They get the length of text embeddings: 70 times as long, they were seen to drown what attention adds to them. The
+    projector's last layer and the scale embedding are scaled, so that all tokens change by one factor. Layers start out
+    small, and in each the first head of every group of keys looks for what resembles the query, and copies it.
     """
     inner = model.model
-    tokens = torch.cat([torch.cat(image.tokens) for image in features]).float()
+    tokens = torch.cat([torch.cat(image.tokens) for image in features[:100]]).float()
     factor = model.get_input_embeddings().weight.square().mean().sqrt() / tokens.square().mean().sqrt()
     last = inner.multi_modal_projector.linear_2
     for parameter in (last.weight, last.bias, *inner.scale_embedding.parameters()):
@@ -356,8 +358,14 @@ def match_scales(model, features):
         image.anchor_tokens, image.tokens = image.anchor_tokens * factor, [rows * factor for rows in image.tokens]
     depth = (2 * model.config.text_config.num_hidden_layers) ** -0.5
     for layer in inner.language_model.layers:
-        layer.self_attn.o_proj.weight.mul_(depth)
+        attention, size = layer.self_attn, layer.self_attn.head_dim
+        attention.o_proj.weight.mul_(depth)
         layer.mlp.down_proj.weight.mul_(depth)
+        for group in range(model.config.text_config.num_key_value_heads):
+            keys, head = slice(group * size, (group + 1) * size), group * attention.num_key_value_groups
+            queries = slice(head * size, (head + 1) * size)
+            attention.q_proj.weight[queries] = attention.k_proj.weight[keys]
+            attention.o_proj.weight[:, queries] = attention.v_proj.weight[keys].T
 
 
 def main():

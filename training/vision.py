@@ -4,7 +4,7 @@
 
 Every token of a crowded scene, at every scale, is asked by linear heads of its own for the colour and the type of the
 object whose centre it holds, for the site it lies in, and for its row and column in the image. Colour and type have
-separate heads: joint targets stall. The heads are thrown away.
+separate heads: joint targets stall. Of the heads, the vectors of the words for what they name are left.
 """
 
 
@@ -129,6 +129,24 @@ def accuracy(pretraining, dataset, config) -> dict[str, list[float]]:
     return {name: (right[name] / asked[name]).round(3).tolist() for name in HEADS}
 
 
+@torch.no_grad()
+def name_words(pretraining, embedding, tokenizer):
+    """Give the words for colours, types and sites the vectors by which the heads tell them apart.
+
+    A visual token then resembles the words for what it shows, and a decoder need not learn which goes with which.
+    """
+    names = {"colour": tuple(scenes.PAINTS), "kind": scenes.OBJECTS, "site": scenes.SITES}
+    length = embedding.weight.square().mean().sqrt()
+    for head, words in names.items():
+        vectors = pretraining.norm.weight * pretraining.heads[head].weight
+        vectors = vectors - vectors.mean(0)
+        vectors = vectors - vectors.mean(1, keepdim=True)
+        for name, vector in zip(words, vectors[1:]):
+            parts = [word for word in name.split() if head != "site" or word not in scenes.OBJECTS]  # "tank farm"
+            for token in tokenizer("".join(f" {part}" for part in parts))["input_ids"]:
+                embedding.weight[token] = vector / vector.square().mean().sqrt() * length
+
+
 def main():
     parser = arguments(__doc__, steps=2000, batch_size=2, learning_rate=1e-3)
     parser.add_argument("--first-seed", type=int, default=0, help="of the scenes")
@@ -145,6 +163,7 @@ def main():
     for name, shares in accuracy(trainer.model, test, model.config).items():
         print(f"{name:>7} by scale: {shares}")
     model.config.vision_chunk_size = chunk_size
+    name_words(pretraining, model.get_input_embeddings(), processor.tokenizer)
     save(model, processor, args.output)
 
 
