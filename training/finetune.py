@@ -122,9 +122,9 @@ def site_tokens(scene, sites, grids) -> list[tuple[int, int]]:
 class Conversations(Dataset):
     """A conversation about sites of every scene, another one each time that the scene comes round again."""
 
-    def __init__(self, features, seeds, grids, num_sites=1, repeats=1000):
+    def __init__(self, features, seeds, grids, most_sites=1, repeats=1000):
         self.features, self.seeds, self.grids = features, seeds, grids
-        self.num_sites, self.repeats = num_sites, repeats
+        self.most_sites, self.repeats = most_sites, repeats
 
     def __len__(self):
         return len(self.seeds) * self.repeats
@@ -132,7 +132,8 @@ class Conversations(Dataset):
     def __getitem__(self, index):
         repeat, place = divmod(index, len(self.seeds))
         scene = scenes.make_scene(self.seeds[place])
-        turns = questions.converse(scene, np.random.default_rng([self.seeds[place], repeat]), self.num_sites)
+        rng = np.random.default_rng([self.seeds[place], repeat])
+        turns = questions.converse(scene, rng, num_sites=rng.integers(1, self.most_sites + 1))
         features, sites = self.features[place], {site for turn in turns for site in turn.sites}
 
         def cells(sites):
@@ -228,11 +229,12 @@ def attention_rows(attention, hidden_states, position_embeddings, rows) -> torch
 class GuidedTrainer(Trainer):
     """The language model's loss, and those that say where to look.
 
-    Always: the divergence of the importance (eq. 2) from where the sites of the first question lie. With `taught` the
-    compression itself follows all sites of the conversation, because as long as the importance is not learnt, the
-    evidence is not among the tokens, and a decoder learns to guess; and two more losses: at the importance layer the
-    question is to look at the visual tokens of the sites that it names ("unseen"), and at the last layer the place
-    before the answer at those that show its evidence ("unread").
+    "divergence": of the importance (eq. 2) from where the sites of the first question lie. "unseen": at the importance
+    layer, every question is to look at the visual tokens of the sites that it names. "unread": at the last layer, the
+    place before the answer is to look at those that show its evidence.
+
+    With `taught` the compression itself follows the sites of the conversation: as long as the importance is not learnt,
+    the evidence is not among the tokens, and a decoder learns to guess.
     """
 
     def __init__(self, *args, taught=False, **kwargs):
@@ -254,14 +256,12 @@ class GuidedTrainer(Trainer):
             for row in zip(inputs["input_ids"], inputs["labels"], inputs["image_features"], cells)
         ]
         parts = {"divergence": torch.stack(divergences).mean()}
-        if self.taught:
-            compressed = self.compress(inner, inputs.pop("image_features"), inputs.pop("budgets"), guides)
-            inputs["mm_encoder_outputs"] = {"image": compressed}
-            with self.attention_inputs(inner) as seen:
-                loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-            parts |= self.look(inner, inputs, seen, compressed, guides)
-        else:
+        images = {name: inputs.pop(name) for name in ("image_features", "budgets")}
+        compressed = self.compress(inner, guides, **images) if self.taught else inner.compress(**inputs, **images)
+        inputs["mm_encoder_outputs"] = {"image": compressed}
+        with self.attention_inputs(inner) as seen:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
+        parts |= self.look(inner, inputs, seen, compressed, guides)
         for name, part in parts.items():
             self.parts[name].append(float(part.detach()))
         # Where the Trainer counts answers over all steps of an accumulation, it does not divide by their number.
@@ -275,7 +275,7 @@ class GuidedTrainer(Trainer):
         importance = model.estimate_importance(question, features.anchor_tokens)
         return F.kl_div((importance / importance.sum()).clamp_min(1e-9).log(), cells.to(importance), reduction="sum")
 
-    def compress(self, model, image_features, budgets, guides):
+    def compress(self, model, guides, image_features, budgets):
         """What `model.compress` returns, by the cells of the sites in place of the importance."""
         rows = [
             model.model._compress_one(features, guide["cells"], budget)
@@ -346,7 +346,7 @@ def match_scales(model, features):
 
     They get the length of text embeddings: 70 times as long, they were seen to drown what attention adds to them. The
     projector's last layer and the scale embedding are scaled, so that all tokens change by one factor. Layers start out
-    small, and in each the first head of every group of keys looks for what resembles the query, and copies it.
+    small, and at the importance layer the first head of every group of keys looks for what resembles the query.
     """
     inner = model.model
     tokens = torch.cat([torch.cat(image.tokens) for image in features[:100]]).float()
@@ -358,14 +358,14 @@ def match_scales(model, features):
         image.anchor_tokens, image.tokens = image.anchor_tokens * factor, [rows * factor for rows in image.tokens]
     depth = (2 * model.config.text_config.num_hidden_layers) ** -0.5
     for layer in inner.language_model.layers:
-        attention, size = layer.self_attn, layer.self_attn.head_dim
-        attention.o_proj.weight.mul_(depth)
+        layer.self_attn.o_proj.weight.mul_(depth)
         layer.mlp.down_proj.weight.mul_(depth)
-        for group in range(model.config.text_config.num_key_value_heads):
-            keys, head = slice(group * size, (group + 1) * size), group * attention.num_key_value_groups
-            queries = slice(head * size, (head + 1) * size)
-            attention.q_proj.weight[queries] = attention.k_proj.weight[keys]
-            attention.o_proj.weight[:, queries] = attention.v_proj.weight[keys].T
+    attention = inner.language_model.layers[model.config.importance_layer].self_attn
+    for keys, queries in zip(
+        attention.k_proj.weight.split(attention.head_dim),
+        attention.q_proj.weight.split(attention.head_dim * attention.num_key_value_groups),
+    ):
+        queries[: attention.head_dim] = keys
 
 
 def main():
@@ -391,7 +391,7 @@ def main():
     model.model.multi_modal_projector.requires_grad_(False)
     model.model.scale_embedding.requires_grad_(False)
     args.workers = 0  # what is encoded stays where it is
-    dataset = Conversations(features, seeds, model.config.grids, num_sites=2 if args.taught else 1)
+    dataset = Conversations(features, seeds, model.config.grids, most_sites=2 if args.taught else 1)
     collator = Collator(processor, args.budget)
     train(GuidedTrainer, model, dataset, args, data_collator=collator, taught=args.taught)
     save(model, processor, args.output)

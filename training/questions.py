@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from training.scenes import OBJECTS, PAINTS, Object, Scene
 
 KINDS = ("colour", "type", "yes/no", "count", "quadrant", "comparison")
-MOST_TURNS = 8  # of a conversation
+MOST_TURNS = 6  # of a conversation
 TEMPLATES = {
     "colour": ("What colour is the {object} at the {site}?", "What is the colour of the {object} at the {site}?"),
     "type": ("What is the {colour} object at the {site}?", "What type of object is {colour} at the {site}?"),
