@@ -132,4 +132,4 @@ def test_an_empty_site_is_not_asked_about_its_objects(layouts, kind):
     rng = np.random.default_rng(3)
     empty = [(scene, site) for scene in layouts for site, things in enumerate(scene.objects_of) if not things]
     assert len(empty) > 100
-    assert all(ask(scene, kind, rng, site) is None for scene, site in empty)
+    assert all(ask(scene, kind, site, rng=rng) is None for scene, site in empty)

@@ -28,6 +28,7 @@ from training import questions, scenes
 from training.common import arguments, load, paint, position_of_tokens, save, tokens_at, train
 
 IGNORED = -100
+START = 0.1  # of what untrained layers add; else it drowns what the tokens, as short as text embeddings, say
 SITE_SAMPLES = 24  # points a side, by which the share of a site in an anchor cell is measured
 
 
@@ -207,7 +208,10 @@ class Collator:
             "image_features": [item["features"] for item in items],
             "budgets": torch.tensor(budgets),
             "site_cells": [item["cells"] for item in items],
-            "guides": [item["guide"] for item in items],
+            "guides": [
+                item["guide"] | {"words": [tokenizer(f" {' '.join(turn.words)}")["input_ids"] for turn in item["turns"]]}
+                for item in items
+            ],
         }
 
 
@@ -230,8 +234,9 @@ class GuidedTrainer(Trainer):
     """The language model's loss, and those that say where to look.
 
     "divergence": of the importance (eq. 2) from where the sites of the first question lie. "unseen": at the importance
-    layer, every question is to look at the visual tokens of the sites that it names. "unread": at the last layer, the
-    place before the answer is to look at those that show its evidence.
+    layer, every question is to look at the visual tokens of the sites that it names. The place before the answer is to
+    look at the words of its question two layers before the last ("unasked"), and in the last one at the visual tokens
+    that show the evidence ("unread").
 
     With `taught` the compression itself follows the sites of the conversation: as long as the importance is not learnt,
     the evidence is not among the tokens, and a decoder learns to guess.
@@ -290,7 +295,7 @@ class GuidedTrainer(Trainer):
     def attention_inputs(self, model):
         """What the attention of the importance layer and of the last layer is called with, in a `with` block."""
         layers = model.model.language_model.layers
-        chosen = {"unseen": layers[model.config.importance_layer], "unread": layers[-1]}
+        chosen = {"unseen": layers[model.config.importance_layer], "unasked": layers[-3], "unread": layers[-1]}
         seen = {}
 
         def keep(name):
@@ -310,7 +315,7 @@ class GuidedTrainer(Trainer):
 
     def look(self, model, inputs, seen, compressed, guides):
         """Mean over all questions of -log of the attention to visual tokens that the right ones of them have."""
-        losses = {"unseen": [], "unread": []}
+        losses = {"unseen": [], "unasked": [], "unread": []}
         for row, (ids, labels, guide) in enumerate(zip(inputs["input_ids"], inputs["labels"], guides)):
             visual = (ids == model.config.image_token_id).nonzero()[:, 0]
             places, offset = [], visual[0]
@@ -325,6 +330,12 @@ class GuidedTrainer(Trainer):
                 "unseen": [torch.arange(begin, int(start)) for begin, start in zip(begins, starts)],
                 "unread": [start[None] - 1 for start in starts],
             }
+            attention, hidden_states, (cos, sin) = seen["unasked"]
+            turned = (cos[row % len(cos)], sin[row % len(sin)])
+            flat = attention_rows(attention, hidden_states[row], turned, torch.cat(rows["unread"]))
+            for weights, question, words in zip(flat, rows["unseen"], guide["words"]):
+                asked = question[torch.isin(ids[question], torch.tensor(words))]
+                losses["unasked"].append(-weights[asked].sum().clamp_min(1e-6).log())
             for name, wanted in ("unseen", guide["sites"]), ("unread", guide["evidence"]):
                 attention, hidden_states, (cos, sin) = seen[name]
                 # The embeddings of positions are the same for all sequences, or one for each.
@@ -346,7 +357,8 @@ def match_scales(model, features):
 
     They get the length of text embeddings: 70 times as long, they were seen to drown what attention adds to them. The
     projector's last layer and the scale embedding are scaled, so that all tokens change by one factor. Layers start out
-    small, and at the importance layer the first head of every group of keys looks for what resembles the query.
+    by adding little. The first head of every group of keys looks for what resembles the query at the importance layer,
+    and copies what it looks at in the last one.
     """
     inner = model.model
     tokens = torch.cat([torch.cat(image.tokens) for image in features[:100]]).float()
@@ -356,16 +368,16 @@ def match_scales(model, features):
         parameter.mul_(factor)
     for image in features:
         image.anchor_tokens, image.tokens = image.anchor_tokens * factor, [rows * factor for rows in image.tokens]
-    depth = (2 * model.config.text_config.num_hidden_layers) ** -0.5
     for layer in inner.language_model.layers:
-        layer.self_attn.o_proj.weight.mul_(depth)
-        layer.mlp.down_proj.weight.mul_(depth)
-    attention = inner.language_model.layers[model.config.importance_layer].self_attn
-    for keys, queries in zip(
-        attention.k_proj.weight.split(attention.head_dim),
-        attention.q_proj.weight.split(attention.head_dim * attention.num_key_value_groups),
-    ):
-        queries[: attention.head_dim] = keys
+        layer.self_attn.o_proj.weight.mul_(START)
+        layer.mlp.down_proj.weight.mul_(START)
+    groups = range(model.config.text_config.num_key_value_heads)
+    first, last = (inner.language_model.layers[index].self_attn for index in (model.config.importance_layer, -1))
+    for group in groups:
+        head = group * first.num_key_value_groups
+        keys, queries = (slice(index * first.head_dim, (index + 1) * first.head_dim) for index in (group, head))
+        first.q_proj.weight[queries] = first.k_proj.weight[keys]
+        last.o_proj.weight[:, queries] = last.v_proj.weight[keys].T
 
 
 def main():

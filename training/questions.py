@@ -23,13 +23,15 @@ TEMPLATES = {
 
 @dataclass(frozen=True)
 class Question:
-    """`sites`: indices of the sites it names. `objects`: those that have to be seen for the answer."""
+    """`sites`: indices of the sites it names. `objects`: those that have to be seen for the answer. `words`: what it
+    asks about, as it stands in the text."""
 
     kind: str
     text: str
     answer: str
     sites: tuple[int, ...]
     objects: tuple[Object, ...]
+    words: tuple[str, ...]
 
     @property
     def pixels(self) -> float | None:
@@ -97,7 +99,7 @@ def ask(scene: Scene, kind: str, site: int | None = None, *, rng) -> Question | 
         named, things = (site, other), things + tuple(contents[other])
         answer = scene.sites[max(named, key=lambda one: len(contents[one]))].kind
         words["other"] = scene.sites[other].kind
-    return Question(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things)
+    return Question(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things, tuple(words.values()))
 
 
 def converse(scene: Scene, rng, num_sites=1) -> list[Question]:
