@@ -303,7 +303,7 @@ def report(result) -> str:
         "# Evidence kept and questions answered, by visual tokens",
         "",
         f"UHR-BAT-Tiny on {about['questions']} questions about {about['scenes']} made-up scenes that nothing was trained "
-        f"on, {about['seeds']} seeds of them. Made by `{about['command']}`. Percent, with 95 % intervals of a bootstrap "
+        f"on, in {about['seeds']} seeded sets. Made by `{about['command']}`. Percent, with 95 % intervals of a bootstrap "
         "over scenes. Kept: every object that the question needs has a token of its own at one of the two finest scales "
         "(questions that need an object only). Difference: accuracy minus that of preserve-and-merge, paired.",
         "",

@@ -1,0 +1,100 @@
+"""The evidence test: what counts as kept, what each choice spends, and one scene through all of it."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+from evaluation import evidence
+from training import questions, scenes
+
+
+def slots(*values):
+    return [torch.tensor(value) for value in values]
+
+
+PLACES = [torch.tensor([0, 1, 2]), torch.tensor([0, 2, 5])]
+
+
+@pytest.mark.parametrize(
+    "evidence_tokens, kept",
+    [
+        ([[(0, 0)]], True),  # a slot of its own
+        ([[(0, 1)]], False),  # merged with another
+        ([[(1, 5)]], False),  # dropped
+        ([[(1, 2), (0, 1)]], True),  # at one scale of two
+        ([[(0, 0)], [(0, 1)]], False),  # one object of two
+        ([], True),
+    ],
+)
+def test_evidence_is_kept_where_every_object_has_a_token_of_its_own(evidence_tokens, kept):
+    assert evidence.keeps(slots([0, 1, 1], [1, 0, -1]), PLACES, evidence_tokens) is kept
+
+
+@pytest.mark.parametrize("method", evidence.CHOICES)
+def test_choices_spend_the_budget(method):
+    generator = torch.Generator().manual_seed(0)
+    features = SimpleNamespace(
+        tokens=[torch.randn(number, 4, generator=generator) for number in (6, 20)],
+        positions=[torch.arange(6), torch.arange(20)],
+    )
+    inner = SimpleNamespace(_coords=lambda scale, places: places[:, None].expand(-1, 2) / 20)
+    model = SimpleNamespace(config=SimpleNamespace(coord_weight=0.05), model=inner)
+    chosen = evidence.choose(method, model, features, [3, 5], np.random.default_rng(0))
+    counts = [int(slot.max()) + 1 for slot in chosen]
+    assert counts == ([6, 0] if method == "anchor only" else [3, 5])
+    if method == "uniform":
+        assert (chosen[0] >= 0).tolist() == [False, True, False, True, False, True]
+    assert len(evidence.gather(features, chosen)) == sum(counts)
+
+
+def test_the_interval_is_that_of_scenes_and_not_of_questions():
+    rng = np.random.default_rng(0)
+    same = np.repeat([0.0, 1.0] * 10, 50)
+    mean, low, high = evidence.interval(same, np.repeat(np.arange(20), 50), rng)
+    assert mean == 0.5 and low < 0.35 and high > 0.65
+
+
+def record(method, share, right, scene=0, kept=True, pixels=3.0):
+    return {
+        "scene": scene, "kind": "colour", "method": method, "share": share, "tokens": 10, "right": right, "kept": kept,
+        "pixels": pixels,
+    }  # fmt: skip
+
+
+def test_differences_are_paired_and_losses_sorted_by_size():
+    records = []
+    for scene, (full, proposed, other, pixels) in enumerate(
+        [(True, True, False, 2.0), (True, False, True, 3.0), (True, False, True, 6.0), (False, True, True, 6.0)]
+    ):
+        records.append(record(evidence.FULL, 1.0, full, scene, pixels=pixels))
+        records.append(record(evidence.PROPOSED, 0.04, proposed, scene, pixels=pixels))
+        records.append(record("uniform", 0.04, other, scene, kept=False, pixels=pixels))
+    rows = {row["method"]: row for row in evidence.summarise(records)["rows"]}
+    assert rows[evidence.PROPOSED]["lost_by_size"] == {
+        "1-2": {"right_in_full": 1, "lost": 0},
+        "3-4": {"right_in_full": 1, "lost": 1},
+        "5-8": {"right_in_full": 1, "lost": 1},
+    }
+    assert rows["uniform"]["difference"][0] == pytest.approx(0.25)
+    assert rows["uniform"]["kept"][0] == 0 and rows[evidence.PROPOSED]["kept"][0] == 1
+
+
+def test_one_scene_through_all_of_it(tmp_path):
+    records = evidence.evaluate(evidence.ROOT, scenes.VALIDATION_SEEDS[:1], shares=(0.02,), control_scenes=50)
+    methods = {evidence.FULL, evidence.TEXT_ONLY, evidence.NO_IMAGE, *evidence.METHODS}
+    assert {one["method"] for one in records} == methods
+    asked = sum(one["method"] == evidence.FULL for one in records)
+    assert 4 <= asked <= len(questions.KINDS) and len(records) == asked * len(methods)
+    assert all(one["kept"] for one in records if one["method"] == evidence.FULL and one["kept"] is not None)
+    spent = {one["tokens"] for one in records if one["method"] in (*evidence.SETTINGS, "uniform", "random")}
+    assert len(spent) == 1
+    result = evidence.summarise(records) | {
+        "about": {"command": "this test", "questions": asked, "scenes": 1, "seeds": 1, "shares": [0.02]}
+    }
+    evidence.write_results(result, tmp_path)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence.json", "evidence.md", "evidence.png"]
+    assert json.loads((tmp_path / "evidence.json").read_text())["about"]["questions"] == asked
+    assert f"| 2 % | {evidence.PROPOSED} |" in (tmp_path / "evidence.md").read_text()
