@@ -4,8 +4,8 @@
 
 Questions about made-up scenes that nothing was trained on, each answered from every choice of visual tokens at 1, 2, 4
 and 8 % of them, and from all of them. Writes evidence.json, evidence.md and evidence.png. Evidence is kept where every
-object that a question needs has a visual token of its own, unmerged, at one of the two finest scales. Intervals are 95 %
-of a bootstrap over scenes, differences are paired by question.
+object that a question needs has a visual token of its own, unmerged, at one of the two finest scales. Intervals are
+95 % of a bootstrap over scenes, differences are paired by question.
 """
 
 import argparse
@@ -127,7 +127,10 @@ def one_scale_model(model, side):
     config.scales, config.budgets = [side], [(side // config.patch_size) ** 2]
     embedding = UHRBatScaleEmbedding(config).to(model.device)
     embedding.load_state_dict(
-        {"table": model.model.scale_embedding.table, "scale_vectors": model.model.scale_embedding.scale_vectors[[nearest]]}
+        {
+            "table": model.model.scale_embedding.table,
+            "scale_vectors": model.model.scale_embedding.scale_vectors[[nearest]],
+        }
     )
     single.model.scale_embedding = embedding
     return single.eval()
@@ -302,10 +305,11 @@ def report(result) -> str:
     lines = [
         "# Evidence kept and questions answered, by visual tokens",
         "",
-        f"UHR-BAT-Tiny on {about['questions']} questions about {about['scenes']} made-up scenes that nothing was trained "
-        f"on, in {about['seeds']} seeded sets. Made by `{about['command']}`. Percent, with 95 % intervals of a bootstrap "
-        "over scenes. Kept: every object that the question needs has a token of its own at one of the two finest scales "
-        "(questions that need an object only). Difference: accuracy minus that of preserve-and-merge, paired.",
+        f"UHR-BAT-Tiny on {about['questions']} questions about {about['scenes']} made-up scenes that nothing was "
+        f"trained on, in {about['seeds']} seeded sets. Made by `{about['command']}`. Percent, with 95 % intervals of a "
+        "bootstrap over scenes. Kept: every object that the question needs has a token of its own at one of the two "
+        "finest scales (questions that need an object only). Difference: accuracy minus that of preserve-and-merge, "
+        "paired.",
         "",
         "| tokens | method | mean number | accuracy | kept | difference |",
         "|---|---|---|---|---|---|",

@@ -17,7 +17,9 @@ from training import scenes
 ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What colour is the plane at the runway?"
 # The README says the same; change both when the weights change.
-WEIGHTS_NOTE = "These weights look where the question points, but have not learnt to read there: do not trust the answer."
+WEIGHTS_NOTE = (
+    "These weights look where the question points, but have not learnt to read there: do not trust the answer."
+)
 
 
 def check_files(image_path, model_path):

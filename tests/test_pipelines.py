@@ -7,7 +7,11 @@ from transformers import pipeline
 
 
 # Three kinds that UHR-BAT-Tiny was trained on: it answers each in its own way.
-QUESTIONS = ["How many objects are at the pier?", "In which quadrant is the golf course?", "What colour is the ship at the quarry?"]
+QUESTIONS = [
+    "How many objects are at the pier?",
+    "In which quadrant is the golf course?",
+    "What colour is the ship at the quarry?",
+]
 # A copy, because older releases write into it.
 NEW_TEXT = {"return_full_text": False, "generate_kwargs": dict(GENERATION)}
 

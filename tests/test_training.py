@@ -51,9 +51,8 @@ def largest_difference(one, other):
 def test_two_processes_train_as_two_batches_a_step_do(finetune, tmp_path):
     start = load_file(ROOT / "model.safetensors")
     accumulated = finetune(tmp_path / "accumulated", "--accumulation", "2")
-    parallel = finetune(
-        tmp_path / "parallel", launcher=("-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "29517", "-m")
-    )  # fmt: skip
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
+    parallel = finetune(tmp_path / "parallel", launcher=launcher)
     moved = {name.replace("vision_tower.vision_model.", "vision_tower."): tensor for name, tensor in start.items()}
     trained = {name.replace("vision_tower.vision_model.", "vision_tower."): tensor for name, tensor in parallel.items()}
     assert largest_difference(accumulated, parallel) < 2e-5
@@ -118,7 +117,9 @@ def test_the_shipped_weights_look_at_the_site_that_is_asked_about():
                 continue
             ids = evidence.write_prompt(processor, question.text)["input_ids"][0]
             importance = model.estimate_importance(ids, features.anchor_tokens)
-            named = torch.tensor(site_cells(scene, question.sites, model.config.grids[0]))[features.anchor_positions] > 0
+            named = (
+                torch.tensor(site_cells(scene, question.sites, model.config.grids[0]))[features.anchor_positions] > 0
+            )
             shares.append(float(importance[named].sum() / importance.sum()))
             by_chance.append(float(named.float().mean()))
     assert len(shares) == 200

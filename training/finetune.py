@@ -102,7 +102,7 @@ def site_cells(scene, sites, grid) -> np.ndarray:
 
 
 def evidence_tokens(scene, question, grids) -> list[tuple[int, int]]:
-    """(scale, token) of what has to be read: objects at the two finest scales, the site at all where none is asked for."""
+    """(scale, token) of what has to be read: objects at the two finest scales, or a site at all where none is asked."""
     if question.kind == "quadrant":
         points, scales = [scene.sites[index].centre for index in question.sites], range(len(grids))
     else:
@@ -190,7 +190,10 @@ class Collator:
                 # After a space, most words are one token.
                 messages.append({"role": "assistant", "content": [{"type": "text", "text": f" {turn.answer}"}]})
             text = tokenizer.apply_chat_template(
-                messages, chat_template=self.processor.chat_template, return_dict=True, return_assistant_tokens_mask=True
+                messages,
+                chat_template=self.processor.chat_template,
+                return_dict=True,
+                return_assistant_tokens_mask=True,
             )
             budgets.append(budgets_of(share, item["features"], self.processor.default_budgets))
             ids, answered = torch.tensor(text["input_ids"]), torch.tensor(text["assistant_masks"]).bool()
@@ -209,7 +212,8 @@ class Collator:
             "budgets": torch.tensor(budgets),
             "site_cells": [item["cells"] for item in items],
             "guides": [
-                item["guide"] | {"words": [tokenizer(f" {' '.join(turn.words)}")["input_ids"] for turn in item["turns"]]}
+                item["guide"]
+                | {"words": [tokenizer(f" {' '.join(turn.words)}")["input_ids"] for turn in item["turns"]]}
                 for item in items
             ],
         }

@@ -17,7 +17,10 @@ TEMPLATES = {
     "yes/no": ("Is there a {thing} at the {site}?", "Can you see a {thing} at the {site}?"),
     "count": ("How many objects are at the {site}?", "Count the objects at the {site}."),
     "quadrant": ("In which quadrant is the {site}?", "Where is the {site}?"),
-    "comparison": ("Which has more objects, the {site} or the {other}?", "Are more objects at the {site} or the {other}?"),
+    "comparison": (
+        "Which has more objects, the {site} or the {other}?",
+        "Are more objects at the {site} or the {other}?",
+    ),
 }
 
 

@@ -7,7 +7,6 @@ object whose centre it holds, for the site it lies in, and for its row and colum
 separate heads: joint targets stall. Of the heads, the vectors of the words for what they name are left.
 """
 
-
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -91,9 +90,7 @@ class VisionPretraining(nn.Module):
         sizes = [height * width for height, width in self.model.config.grids]
         starts = np.cumsum([0, *sizes[:-1]])
         tokens = self.norm(torch.cat([torch.cat(image.tokens) for image in images]))
-        places = [
-            torch.cat([place + int(start) for place, start in zip(image.positions, starts)]) for image in images
-        ]
+        places = [torch.cat([place + int(start) for place, start in zip(image.positions, starts)]) for image in images]
         loss, logits = 0, {}
         for name, head in self.heads.items():
             target = torch.cat([row[place] for row, place in zip(labels[name], places)])
@@ -109,7 +106,7 @@ class VisionPretraining(nn.Module):
 
 @torch.no_grad()
 def accuracy(pretraining, dataset, config) -> dict[str, list[float]]:
-    """Share of tokens that each head names right, per scale; colour and type where there is an object, site in sites."""
+    """Share of tokens that each head names right, per scale; colour and kind where an object is, site in sites."""
     pretraining.eval()
     sizes = [height * width for height, width in config.grids]
     scale_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
@@ -157,7 +154,8 @@ def main():
     model.set_attn_implementation({"vision_config": "eager"})  # 17 tokens a tile: faster than the fused kernels
     model.model.language_model.requires_grad_(False)
     pretraining = VisionPretraining(model.model)
-    dataset = Tiles(processor.image_processor, model.config, range(args.first_seed, args.first_seed + args.steps * args.batch_size))
+    seeds = range(args.first_seed, args.first_seed + args.steps * args.batch_size)
+    dataset = Tiles(processor.image_processor, model.config, seeds)
     trainer = train(Trainer, pretraining, dataset, args)
     test = Tiles(processor.image_processor, model.config, scenes.TEST_SEEDS[: args.test_scenes])
     for name, shares in accuracy(trainer.model, test, model.config).items():
