@@ -12,9 +12,9 @@ from safetensors.torch import load_file
 
 from evaluation import evidence
 from training import questions, scenes
-from training.common import paint, tokens_at
+from training.common import IGNORED, paint, tokens_at
 from training.finetune import budgets_of, site_cells
-from training.vision import HEADS, IGNORED, token_labels
+from training.vision import HEADS, token_labels
 
 
 ROOT = Path(__file__).resolve().parent.parent

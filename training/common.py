@@ -11,6 +11,7 @@ from training import scenes
 
 # Three pixels for one of the finest scale: the tiles come out of a resize, as those of real images do.
 RENDER_WIDTH = 1152
+IGNORED = -100  # a label that no loss counts
 
 
 def paint(scene):
@@ -30,6 +31,12 @@ def position_of_tokens(grid) -> np.ndarray:
     """float[N, 2]: (row, column) of the centres of a grid's tokens in [0, 1], row by row."""
     rows, columns = np.indices(grid).reshape(2, -1) + 0.5
     return np.stack((rows / grid[0], columns / grid[1]), axis=-1)
+
+
+def points_of_tokens(scene, grid) -> np.ndarray:
+    """float[N, 2]: (x, y) of the same centres in the scene; those of the letterbox lie outside it."""
+    top = (scenes.WIDTH - scene.height) / 2
+    return position_of_tokens(grid)[:, ::-1] * scenes.WIDTH - (0, top)
 
 
 def arguments(doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:

@@ -25,9 +25,8 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repea
 from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
 
 from training import questions, scenes
-from training.common import arguments, load, paint, position_of_tokens, save, tokens_at, train
+from training.common import IGNORED, arguments, load, paint, points_of_tokens, save, tokens_at, train
 
-IGNORED = -100
 START = 0.1  # of what untrained layers add; else it drowns what the tokens, as short as text embeddings, say
 SITE_SAMPLES = 24  # points a side, by which the share of a site in an anchor cell is measured
 
@@ -112,9 +111,9 @@ def evidence_tokens(scene, question, grids) -> list[tuple[int, int]]:
 
 def site_tokens(scene, sites, grids) -> list[tuple[int, int]]:
     """(scale, token) of all that lies in the named sites."""
-    top, found = (scenes.WIDTH - scene.height) / 2, []
+    found = []
     for scale, grid in enumerate(grids):
-        points = position_of_tokens(grid)[:, ::-1] * scenes.WIDTH - (0, top)
+        points = points_of_tokens(scene, grid)
         inside = np.any([scene.sites[index].contains(points) for index in sites], axis=0)
         found += [(scale, int(token)) for token in inside.nonzero()[0]]
     return found
@@ -334,18 +333,19 @@ class GuidedTrainer(Trainer):
                 "unseen": [torch.arange(begin, int(start)) for begin, start in zip(begins, starts)],
                 "unread": [start[None] - 1 for start in starts],
             }
-            attention, hidden_states, (cos, sin) = seen["unasked"]
-            turned = (cos[row % len(cos)], sin[row % len(sin)])
-            flat = attention_rows(attention, hidden_states[row], turned, torch.cat(rows["unread"]))
-            for weights, question, words in zip(flat, rows["unseen"], guide["words"]):
-                asked = question[torch.isin(ids[question], torch.tensor(words))]
-                losses["unasked"].append(-weights[asked].sum().clamp_min(1e-6).log())
-            for name, wanted in ("unseen", guide["sites"]), ("unread", guide["evidence"]):
+
+            def attend(name, places, row=row):
                 attention, hidden_states, (cos, sin) = seen[name]
                 # The embeddings of positions are the same for all sequences, or one for each.
                 turned = (cos[row % len(cos)], sin[row % len(sin)])
-                flat = attention_rows(attention, hidden_states[row], turned, torch.cat(rows[name]))
-                for weights, tokens in zip(flat.split([len(part) for part in rows[name]]), wanted):
+                return attention_rows(attention, hidden_states[row], turned, torch.cat(places))
+
+            for weights, question, words in zip(attend("unasked", rows["unread"]), rows["unseen"], guide["words"]):
+                asked = question[torch.isin(ids[question], torch.tensor(words))]
+                losses["unasked"].append(-weights[asked].sum().clamp_min(1e-6).log())
+            for name, wanted in ("unseen", guide["sites"]), ("unread", guide["evidence"]):
+                by_question = attend(name, rows[name]).split([len(part) for part in rows[name]])
+                for weights, tokens in zip(by_question, wanted):
                     right = [int(places[scale][token]) for scale, token in tokens]
                     right = sorted({place for place in right if place >= 0})
                     if right:

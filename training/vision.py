@@ -15,10 +15,19 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from training import scenes
-from training.common import arguments, load, paint, position_of_tokens, save, tokens_at, train
+from training.common import (
+    IGNORED,
+    arguments,
+    load,
+    paint,
+    points_of_tokens,
+    position_of_tokens,
+    save,
+    tokens_at,
+    train,
+)
 
 CROWDED = (100, 160)  # objects outside the sites: a token with an object in ten, instead of one in fifty
-IGNORED = -100
 HEADS = {"colour": len(scenes.PAINTS) + 1, "kind": len(scenes.OBJECTS) + 1, "site": len(scenes.SITES) + 1,
          "row": 8, "column": 8}  # fmt: skip
 LOSS_WEIGHTS = {"kind": 2.0, "row": 0.1, "column": 0.1}  # types are the hardest to read, places the easiest
@@ -33,10 +42,9 @@ def token_labels(scene, config) -> dict[str, np.ndarray]:
     labels = {name: [] for name in HEADS}
     centres = scene.to_square([thing.centre for thing in scene.objects])
     reach = np.array([thing.size / scenes.WIDTH for thing in scene.objects])
-    top = (scenes.WIDTH - scene.height) / 2
     for height, width in config.grids:
         places = position_of_tokens((height, width))
-        points = places[:, ::-1] * scenes.WIDTH - (0, top)
+        points = points_of_tokens(scene, (height, width))
         colour = np.zeros(height * width, np.int64)
         # What an object reaches into, but does not have its centre in, is not asked.
         near = (np.abs(places[:, None] - centres).max(-1) < reach + 0.5 / width).any(1)
@@ -55,17 +63,16 @@ def token_labels(scene, config) -> dict[str, np.ndarray]:
 
 
 class Tiles(Dataset):
-    """Scenes of consecutive seeds, painted when they are asked for: tiles, masks and labels of their tokens."""
+    """Crowded scenes, painted when they are asked for: tiles, masks and labels of their tokens."""
 
-    def __init__(self, image_processor, config, seeds, objects_outside=CROWDED):
+    def __init__(self, image_processor, config, seeds):
         self.image_processor, self.config, self.seeds = image_processor, config, seeds
-        self.objects_outside = objects_outside
 
     def __len__(self):
         return len(self.seeds)
 
     def __getitem__(self, index):
-        scene = scenes.make_scene(self.seeds[index], objects_outside=self.objects_outside)
+        scene = scenes.make_scene(self.seeds[index], objects_outside=CROWDED)
         tiles = self.image_processor(paint(scene))
         labels = token_labels(scene, self.config)
         return {
