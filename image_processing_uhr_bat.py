@@ -11,11 +11,12 @@ Letters: I images, T tiles of all scales, N patches of all scales. Sizes are (he
 import base64
 import binascii
 import io
+import math
 import os
 import struct
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
@@ -43,9 +44,11 @@ PAD_COLOR = (122, 116, 104)
 MAX_SIDE = 100_000
 # Pixels of one strip of rows on its way to the scales: 2 MB a channel, so that strips stay near a CPU's caches.
 STRIP_PIXELS = 2**21
-# Bytes of views between their horizontal and their vertical pass: all four of the paper's at 20,000 rows. Beyond it the
-# image is gone through once more.
-NARROW_BYTES = 2**29
+# Bytes of the rows that wait for their vertical pass. Beyond it the image is gone through once more; only large sides
+# that share no factor with the scales come there.
+WINDOW_BYTES = 2**29
+# Pixels on each side that the widest of Pillow's filters, Lanczos, reads.
+WIDEST_FILTER = 3
 # Pillow resizes outside of Python's lock. More threads hold more strips and wait for the one that reads.
 NUM_THREADS = min(4, os.cpu_count() or 1)
 # 16 bits to 8 by the full range, 65535 -> 255, to the nearest: 65535 / 255 = 257, which is odd, so there are no ties.
@@ -363,48 +366,83 @@ def _strips(image, pad_color):
         yield strip
 
 
-def _narrow_views(image, scales, pad_color, resample, run):
-    """The horizontal pass of the letterboxed square to every scale: {scale: three "L" images of [height, scale]}.
+class _Band(NamedTuple):
+    """Rows (first, last + 1) that are resized together: of the view, of the square that they show, and of the square
+    with what the filter reaches on both sides."""
 
-    Kept a channel at a time: one byte per pixel each, where Pillow's RGB takes four. Resized together, which is faster.
+    view: tuple[int, int]
+    square: tuple[int, int]
+    window: tuple[int, int]
+
+
+def _bands(side: int, scale: int, tile_size: int) -> list[_Band]:
+    """Bands of about a tile's height, from top to bottom. Each begins with a whole row of the view and of the square:
+    from part of a row on, Pillow rounds to other bits. Where the side is prime, there is one, the whole view."""
+    num_parts = math.gcd(side, scale)
+    parts_per_band = math.ceil(tile_size * num_parts / scale)
+    reach = math.ceil(WIDEST_FILTER * max(1, side / scale)) + 1
+    bands = []
+    for start in range(0, num_parts, parts_per_band):
+        stop = min(start + parts_per_band, num_parts)
+        view, square = ((start * rows // num_parts, stop * rows // num_parts) for rows in (scale, side))
+        bands.append(_Band(view, square, (max(0, square[0] - reach), min(side, square[1] + reach))))
+    return bands
+
+
+class _View:
+    """The square view of one scale and its tiles, resized while the rows of the image come in.
+
+    Pillow resizes rows first, rounds to 8 bits, then columns. Here every strip is made narrow when it comes, and the
+    columns of a band follow as soon as its rows are there: only these are held.
     """
-    narrow = {scale: [Image.new("L", (scale, image.height), None) for _ in range(3)] for scale in scales}
-    top = 0
 
-    def resize(scale):
-        for view, channel in zip(narrow[scale], strip.resize((scale, strip.height), resample).split()):
-            view.paste(channel, (0, top))
+    def __init__(self, side, scale, tile_size, pad_color, resample):
+        self.scale, self.tile_size, self.pad_color, self.resample = scale, tile_size, pad_color, resample
+        self.bands = _bands(side, scale, tile_size)  # that are not finished
+        self.windows = {}  # of those that have begun: their narrow rows
+        self.tiles = np.empty((scale // tile_size, scale // tile_size, 3, tile_size, tile_size), np.uint8)
 
-    for strip in _strips(image, pad_color):
-        run(resize, [(scale,) for scale in reversed(scales)])  # the longest first
-        top += strip.height
-    return narrow
+    def narrow(self, strip, top):
+        """The horizontal pass of a strip whose first row is row `top` of the square."""
+        strip = strip.resize((self.scale, strip.height), self.resample)
+        for band in self.bands:
+            if band.window[0] < top + strip.height:
+                if band not in self.windows:
+                    self.windows[band] = self._letterbox(band)
+                self.windows[band].paste(strip, (0, top - band.window[0]))
+
+    def finish(self, bottom):
+        """[(band, its window)] of the bands that need no row from row `bottom` of the square on."""
+        finished = [band for band in self.bands if band.window[1] <= bottom]
+        self.bands = self.bands[len(finished) :]
+        return [(band, self.windows.pop(band, None) or self._letterbox(band)) for band in finished]
+
+    def _letterbox(self, band):
+        """The window of a band before any of the image is in it."""
+        return Image.new("RGB", (self.scale, band.window[1] - band.window[0]), self.pad_color)
+
+    def cut(self, band, window, column):
+        """The vertical pass of one column of tiles in a band."""
+        columns = Image.new("RGB", (self.tile_size, window.height))
+        columns.paste(window, (-column * self.tile_size, 0))
+        first, last = (row - band.window[0] for row in band.square)
+        rows = np.arange(*band.view)
+        box = (0, first, self.tile_size, last)
+        for channel, pixels in enumerate(columns.resize((self.tile_size, len(rows)), self.resample, box).split()):
+            self.tiles[rows // self.tile_size, column, channel, rows % self.tile_size] = pixels
 
 
-def _cut_view(narrow, image_size, tile_size, pad_color, resample, run):
-    """The vertical pass, a column of tiles at a time: three "L" images of [height, scale] to the tiles of the scale."""
-    side, top, _ = letterbox(image_size)
-    scale = narrow[0].width
-    num_rows = scale // tile_size
-    tiles = np.empty((num_rows, num_rows, 3, tile_size, tile_size), np.uint8)
-
-    def cut(channel, column):
-        square = Image.new("L", (tile_size, side), pad_color[channel])
-        square.paste(narrow[channel], (-column * tile_size, top))
-        view = np.asarray(square.resize((tile_size, scale), resample))
-        tiles[:, column, channel] = view.reshape(num_rows, tile_size, tile_size)
-
-    run(cut, [(channel, column) for channel in range(3) for column in range(num_rows)])
-    return tiles.reshape(num_rows**2, 3, tile_size, tile_size)
-
-
-def _passes(scales, height):
-    """The scales in groups whose views take no more than `NARROW_BYTES` between their two passes."""
-    groups = [[]]
+def _passes(scales, side, tile_size):
+    """The scales in groups whose bands take no more than `WINDOW_BYTES`."""
+    groups, taken = [[]], 0
     for scale in scales:
-        if groups[-1] and 3 * height * (sum(groups[-1]) + scale) > NARROW_BYTES:
+        bands = [band.window for band in _bands(side, scale, tile_size)]
+        needed = 4 * scale * max(last - first for first, last in bands)
+        if groups[-1] and taken + needed > WINDOW_BYTES:
             groups.append([])
+            taken = 0
         groups[-1].append(scale)
+        taken += needed
     return groups
 
 
@@ -417,30 +455,38 @@ def image_to_tiles(
 ) -> dict[int, np.ndarray]:
     """{scale: uint8[(scale / tile)^2, 3, tile, tile]} of an RGB image: every view cut into tiles, row by row.
 
-    Bit-equal to pasting the image into its letterboxed square and resizing that. Pillow resizes rows first, rounds to
-    8 bits, then columns, each channel alone. So the rows of the image are resized in strips as wide as the square, one
-    reading for all scales, and the columns follow with the rows of the letterbox put back.
+    Bit-equal to pasting the image into its letterboxed square and resizing that. The image is gone through in strips,
+    once for all scales that fit `WINDOW_BYTES` together.
     """
     check_scales(scales, tile_size)
-    pad_color = tuple(pad_color)
     if isinstance(image, Image.Image) and image.mode != "RGB":
         raise ValueError(f"Tiles are cut from an RGB image. Got mode {image.mode}.")
-    tiles = {}
+    pad_color, (side, top, _) = tuple(pad_color), letterbox((image.height, image.width))
+    passes, tiles = _passes(scales, side, tile_size), {}
+    total = len(passes) * image.height
     with (
         ThreadPoolExecutor(NUM_THREADS) as pool,
-        logging.tqdm(total=len(scales), desc="Resizing", unit="scale", delay=2, leave=False) as progress,
+        logging.tqdm(total=total, desc="Resizing", unit="row", delay=2, leave=False) as progress,
     ):
 
-        def run(function, arguments):
-            list(pool.map(function, *zip(*arguments)))  # the list raises what a thread raised
+        def run(calls):
+            for call in [pool.submit(*call) for call in calls]:
+                call.result()  # raises what a thread raised
 
-        for group in _passes(scales, image.height):
-            narrow = _narrow_views(image, group, pad_color, resample, run)
-            for scale in reversed(group):  # the largest is dropped first
-                view = narrow.pop(scale)
-                tiles[scale] = _cut_view(view, (image.height, image.width), tile_size, pad_color, resample, run)
-                del view
-                progress.update()
+        for group in passes:
+            # The longest work first.
+            views = [_View(side, scale, tile_size, pad_color, resample) for scale in reversed(group)]
+            row = top
+            for strip in _strips(image, pad_color):
+                run([(view.narrow, strip, row) for view in views])
+                row += strip.height
+                bottom = row if row < top + image.height else side
+                finished = [(view, *part) for view in views for part in view.finish(bottom)]
+                run(
+                    [(view.cut, *part, column) for view, *part in finished for column in range(view.scale // tile_size)]
+                )
+                progress.update(strip.height)
+            tiles |= {view.scale: view.tiles.reshape(-1, *view.tiles.shape[2:]) for view in views}
     return {scale: tiles[scale] for scale in scales}
 
 

@@ -136,6 +136,30 @@ def test_a_view_of_any_size_in_strips_of_any_height_is_bit_equal(seed, monkeypat
     np.testing.assert_array_equal(view_of(image, scale), plain_view(image, scale))
 
 
+@pytest.mark.parametrize("side, scale", [(1000, 112), (2500, 112), (1250, 336), (448, 112), (28, 336), (997, 112)])
+@pytest.mark.parametrize("portrait", [False, True])
+def test_a_view_in_bands_is_bit_equal(side, scale, portrait):
+    image = random_image(side, side // 3) if portrait else random_image(side // 3, side)
+    tiles = image_to_tiles(image, [scale], TILE)[scale].reshape(scale // TILE, scale // TILE, 3, TILE, TILE)
+    view = tiles.transpose(0, 3, 1, 4, 2).reshape(scale, scale, 3)
+    np.testing.assert_array_equal(view, plain_view(image, scale))
+
+
+@pytest.mark.parametrize(
+    "side, scale, num_bands", [(20_000, 4032, 11), (8500, 4032, 4), (8500, 672, 2), (10_007, 4032, 1)]
+)
+def test_a_view_is_resized_in_bands_wherever_side_and_scale_share_a_factor(side, scale, num_bands):
+    bands = image_processing_uhr_bat._bands(side, scale, 336)
+    assert len(bands) == num_bands
+    assert [band.view[1] for band in bands[:-1]] == [band.view[0] for band in bands[1:]]
+    assert (bands[0].view[0], bands[-1].view[1]) == (0, scale)
+    for view, square, window in bands:
+        assert view[0] * side == square[0] * scale and view[1] * side == square[1] * scale
+        assert (
+            window[0] <= max(0, square[0] - 2 * side / scale) and min(side, square[1] + 2 * side / scale) <= window[1]
+        )
+
+
 @pytest.mark.parametrize("resample", [0, 1, 2, 4, 5])
 @pytest.mark.parametrize("size", [(90, 31), (31, 90), (60, 60)])
 def test_every_other_filter_is_bit_equal_too(resample, size):
@@ -538,7 +562,12 @@ def test_what_cannot_be_opened_is_an_error_that_names_it(processor, tmp_path):
             UnidentifiedImageError, f"{path}: not an image that Pillow can read, or one with a side of 0 pixels."
         ):
             processor.fetch_images(path)
-    for name in ("missing.png", "größe.png", "fourfour", "file:///missing.png"):  # the third is valid base64 of no image
+    for name in (
+        "missing.png",
+        "größe.png",
+        "fourfour",
+        "file:///missing.png",
+    ):  # the third is valid base64 of no image
         with raises(FileNotFoundError, f"{name}: there is no such file, and it is no URL or base64 image."):
             processor.fetch_images(name)
     with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
@@ -616,8 +645,9 @@ def test_a_tiled_tiff_is_streamed_as_it_was_written(stream, tmp_path, tiled, com
 def test_the_number_of_passes_over_a_file_changes_nothing(stream, processor, image, tmp_path, monkeypatch, passes):
     image.save(tmp_path / "image.png")
     expected = processor(image).pixel_values
-    monkeypatch.setattr(image_processing_uhr_bat, "NARROW_BYTES", {1: 10**9, 2: 45 * 3 * 112, 3: 1}[passes])
-    assert len(image_processing_uhr_bat._passes(SCALES, 45)) == passes
+    limit = {1: 10**9, 2: 4 * 70 * (SCALES[0] + SCALES[1]), 3: 1}[passes]
+    monkeypatch.setattr(image_processing_uhr_bat, "WINDOW_BYTES", limit)
+    assert len(image_processing_uhr_bat._passes(SCALES, 70, TILE)) == passes
     np.testing.assert_array_equal(processor(image).pixel_values, expected)
     np.testing.assert_array_equal(processor(stream(tmp_path / "image.png")).pixel_values, expected)
 
