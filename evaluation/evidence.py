@@ -17,7 +17,6 @@ import sys
 import tempfile
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import contextmanager
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -29,7 +28,7 @@ from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens
 
 from examples.ask import ROOT, check_files, load, write_prompt
 from training import questions, scenes
-from training.common import paint, tokens_at
+from training.common import paint, settings, tokens_at
 from training.finetune import budgets_of
 
 SHARES = (0.01, 0.02, 0.04, 0.08)
@@ -53,19 +52,6 @@ MAX_NEW_TOKENS = 6
 
 
 # ---- Choices of visual tokens ----------------------------------------------------------------------------------------
-
-
-@contextmanager
-def settings(config, changes):
-    """The configuration with other numbers for the length of a `with` block."""
-    before = {name: getattr(config, name) for name in changes}
-    for name, value in changes.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def choose(method, model, features, budgets, rng) -> list[torch.Tensor]:

@@ -1,6 +1,7 @@
 """What the stages of training share: arguments, loading and saving of model folders, the Trainer's settings."""
 
 import argparse
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -39,6 +40,19 @@ def points_of_tokens(scene, grid) -> np.ndarray:
     return position_of_tokens(grid)[:, ::-1] * scenes.WIDTH - (0, top)
 
 
+@contextmanager
+def settings(config, changes):
+    """The configuration with other numbers for the length of a `with` block."""
+    before = {name: getattr(config, name) for name in changes}
+    for name, value in changes.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            setattr(config, name, value)
+
+
 def arguments(doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=doc.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder to start from")
@@ -60,10 +74,11 @@ def load(folder):
     return processor, model
 
 
-def train(trainer_class, model, dataset, args, **kwargs):
-    """Train; a run that was cut off goes on from its last checkpoint under `--output`/checkpoints."""
+def train(trainer_class, model, dataset, args, options=None, **kwargs):
+    """Train, with other options of the Trainer where given; a run that was cut off goes on from its last checkpoint
+    under `--output`/checkpoints."""
     checkpoints = args.output / "checkpoints"
-    settings = TrainingArguments(
+    training_arguments = TrainingArguments(
         output_dir=checkpoints,
         max_steps=args.steps,
         per_device_train_batch_size=args.batch_size,
@@ -82,8 +97,9 @@ def train(trainer_class, model, dataset, args, **kwargs):
         dataloader_num_workers=args.workers,
         remove_unused_columns=False,
         report_to=[],
+        **(options or {}),
     )
-    trainer = trainer_class(model=model, args=settings, train_dataset=dataset, **kwargs)
+    trainer = trainer_class(model=model, args=training_arguments, train_dataset=dataset, **kwargs)
     trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
     return trainer
 

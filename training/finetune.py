@@ -1,11 +1,11 @@
 """Stages 2 and 3: the decoder learns where to look and to answer, from images that are encoded once.
 
     python -m training.finetune --model runs/vision --output runs/taught --fresh --taught
-    python -m training.finetune --model runs/decoder --output runs/tiny --budget 0.02 1 --batch-size 4 --steps 800
+    python -m training.finetune --model runs/taught --output runs/tiny --budget 0.02 1 --batch-size 4 --steps 800
 
-The loss is the language model's on the answers of a conversation about one site, through the ordinary `forward` with
-its own compression at a budget that is drawn anew for every step, and the KL divergence of the question's attention
-(`estimate_importance`, eq. 2) from the cells of the anchor scale that the named sites cover.
+The loss is the language model's on the answers, through the ordinary `forward` with visual tokens at a budget that is
+drawn anew for every step, the KL divergence of the question's attention (`estimate_importance`, eq. 2) from the cells of
+the anchor scale that the named sites cover, and losses that say what to read (`GuidedTrainer`).
 """
 
 import os
@@ -25,9 +25,10 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repea
 from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
 
 from training import questions, scenes
-from training.common import IGNORED, arguments, load, paint, points_of_tokens, save, tokens_at, train
+from training.common import IGNORED, arguments, load, paint, points_of_tokens, save, settings, tokens_at, train
 
-START = 0.1  # of what untrained layers add; else it drowns what the tokens, as short as text embeddings, say
+ANSWER_WEIGHT = 3.0  # of the language model's loss
+WEIGHTS = {"divergence": 0.3, "unseen": 1.0, "unasked": 1.0, "unread": 1.0}
 SITE_SAMPLES = 24  # points a side, by which the share of a site in an anchor cell is measured
 
 
@@ -85,7 +86,7 @@ def cached_features(model, image_processor, seeds, path, workers=1):
     ]
 
 
-# ---- Conversations ---------------------------------------------------------------------------------------------------
+# ---- Questions -------------------------------------------------------------------------------------------------------
 
 
 def site_cells(scene, sites, grid) -> np.ndarray:
@@ -119,35 +120,28 @@ def site_tokens(scene, sites, grids) -> list[tuple[int, int]]:
     return found
 
 
-class Conversations(Dataset):
-    """A conversation about sites of every scene, another one each time that the scene comes round again."""
+class Questions(Dataset):
+    """A question about every scene, another one each time that the scene comes round again."""
 
-    def __init__(self, features, seeds, grids, most_sites=1, repeats=1000):
-        self.features, self.seeds, self.grids = features, seeds, grids
-        self.most_sites, self.repeats = most_sites, repeats
+    def __init__(self, features, seeds, grids, repeats=1000):
+        self.features, self.seeds, self.grids, self.repeats = features, seeds, grids, repeats
+        self.scenes = [scenes.make_scene(seed) for seed in seeds]
 
     def __len__(self):
         return len(self.seeds) * self.repeats
 
     def __getitem__(self, index):
         repeat, place = divmod(index, len(self.seeds))
-        scene = scenes.make_scene(self.seeds[place])
-        rng = np.random.default_rng([self.seeds[place], repeat])
-        turns = questions.converse(scene, rng, num_sites=rng.integers(1, self.most_sites + 1))
-        features, sites = self.features[place], {site for turn in turns for site in turn.sites}
-
-        def cells(sites):
-            return torch.tensor(site_cells(scene, sites, self.grids[0]))[features.anchor_positions]
-
+        scene, features = self.scenes[place], self.features[place]
+        question = questions.draw(scene, np.random.default_rng([scene.seed, repeat]))
         return {
             "index": index,
             "features": features,
-            "turns": turns,
-            "cells": cells(turns[0].sites),
+            "question": question,
             "guide": {
-                "cells": cells(sites),
-                "sites": [site_tokens(scene, turn.sites, self.grids) for turn in turns],
-                "evidence": [evidence_tokens(scene, turn, self.grids) for turn in turns],
+                "cells": torch.tensor(site_cells(scene, question.sites, self.grids[0]))[features.anchor_positions],
+                "sites": site_tokens(scene, question.sites, self.grids),
+                "evidence": evidence_tokens(scene, question, self.grids),
             },
         }
 
@@ -170,7 +164,7 @@ def budgets_of(share, features, proportions) -> list[int]:
 
 
 class Collator:
-    """Conversations -> inputs of `forward`: ids with as many placeholders as the budget, and labels on the answers."""
+    """Questions -> inputs of `forward`: ids with as many placeholders as the budget, and labels on the answers."""
 
     def __init__(self, processor, share):
         """`share`: the least and the greatest part of all tokens that a step spends, drawn log-uniformly."""
@@ -180,14 +174,14 @@ class Collator:
         tokenizer = self.processor.tokenizer
         # Drawn from the items, so that a run that goes on from a checkpoint draws the same.
         share = np.exp(np.random.default_rng(items[0]["index"]).uniform(*np.log(self.share)))
-        rows, budgets = [], []
+        rows, budgets, guides = [], [], []
         for item in items:
-            messages = []
-            for turn in item["turns"]:
-                image = [] if messages else [{"type": "image"}]
-                messages.append({"role": "user", "content": [*image, {"type": "text", "text": turn.text}]})
+            question = item["question"]
+            messages = [
+                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
                 # After a space, most words are one token.
-                messages.append({"role": "assistant", "content": [{"type": "text", "text": f" {turn.answer}"}]})
+                {"role": "assistant", "content": [{"type": "text", "text": f" {question.answer}"}]},
+            ]
             text = tokenizer.apply_chat_template(
                 messages,
                 chat_template=self.processor.chat_template,
@@ -199,6 +193,8 @@ class Collator:
             times = torch.where(ids == self.processor.image_token_id, sum(budgets[-1]), 1)
             ids, answered = ids.repeat_interleave(times), answered.repeat_interleave(times)
             rows.append({"input_ids": ids, "labels": ids.where(answered, IGNORED)})
+            words = tokenizer(f" {' '.join(question.words)}")["input_ids"]
+            guides.append(item["guide"] | {"words": torch.tensor(words)})
         batch = {
             name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], True, padding_value)
             for name, padding_value in (("input_ids", tokenizer.pad_token_id), ("labels", IGNORED))
@@ -209,12 +205,7 @@ class Collator:
             "attention_mask": (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long(),
             "image_features": [item["features"] for item in items],
             "budgets": torch.tensor(budgets),
-            "site_cells": [item["cells"] for item in items],
-            "guides": [
-                item["guide"]
-                | {"words": [tokenizer(f" {' '.join(turn.words)}")["input_ids"] for turn in item["turns"]]}
-                for item in items
-            ],
+            "guides": guides,
         }
 
 
@@ -236,13 +227,13 @@ def attention_rows(attention, hidden_states, position_embeddings, rows) -> torch
 class GuidedTrainer(Trainer):
     """The language model's loss, and those that say where to look.
 
-    "divergence": of the importance (eq. 2) from where the sites of the first question lie. "unseen": at the importance
-    layer, every question is to look at the visual tokens of the sites that it names. The place before the answer is to
-    look at the words of its question two layers before the last ("unasked"), and in the last one at the visual tokens
-    that show the evidence ("unread").
+    "divergence": of the importance (eq. 2) from where the sites of the question lie. "unseen": at the importance layer,
+    the question is to look at the visual tokens of the sites that it names. The place before the answer is to look at
+    the words that the question asks about two layers before the last ("unasked"), and in the last one at the visual
+    tokens that show the evidence ("unread").
 
-    With `taught` the compression itself follows the sites of the conversation: as long as the importance is not learnt,
-    the evidence is not among the tokens, and a decoder learns to guess.
+    With `taught` the tokens are those that matter most by the true sites, none of them merged: as long as the importance
+    is not learnt, the evidence is not among its choice, and a decoder learns to guess.
     """
 
     def __init__(self, *args, taught=False, **kwargs):
@@ -257,38 +248,39 @@ class GuidedTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        cells, guides = inputs.pop("site_cells"), inputs.pop("guides")
+        guides = inputs.pop("guides")
         inner = self.accelerator.unwrap_model(model)
         divergences = [
             self.divergence(inner, *row)
-            for row in zip(inputs["input_ids"], inputs["labels"], inputs["image_features"], cells)
+            for row in zip(inputs["input_ids"], inputs["labels"], inputs["image_features"], guides)
         ]
-        parts = {"divergence": torch.stack(divergences).mean()}
         images = {name: inputs.pop(name) for name in ("image_features", "budgets")}
         compressed = self.compress(inner, guides, **images) if self.taught else inner.compress(**inputs, **images)
         inputs["mm_encoder_outputs"] = {"image": compressed}
         with self.attention_inputs(inner) as seen:
             loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        parts |= self.look(inner, inputs, seen, compressed, guides)
+        parts = {"divergence": torch.stack(divergences).mean(), **self.look(inner, inputs, seen, compressed, guides)}
         for name, part in parts.items():
             self.parts[name].append(float(part.detach()))
         # Where the Trainer counts answers over all steps of an accumulation, it does not divide by their number.
         steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        loss = loss + sum(parts.values()) / steps
+        loss = ANSWER_WEIGHT * loss + sum(WEIGHTS[name] * part for name, part in parts.items()) / steps
         return (loss, outputs) if return_outputs else loss
 
-    def divergence(self, model, input_ids, labels, features, cells):
-        """KL(cells || importance) of the first question of a conversation."""
+    def divergence(self, model, input_ids, labels, features, guide):
+        """KL(cells of the sites || importance) of a question."""
         question = input_ids[: int((labels != IGNORED).nonzero()[0])]
         importance = model.estimate_importance(question, features.anchor_tokens)
-        return F.kl_div((importance / importance.sum()).clamp_min(1e-9).log(), cells.to(importance), reduction="sum")
+        share = (importance / importance.sum()).clamp_min(1e-9)
+        return F.kl_div(share.log(), guide["cells"].to(importance), reduction="sum")
 
     def compress(self, model, guides, image_features, budgets):
-        """What `model.compress` returns, by the cells of the sites in place of the importance."""
-        rows = [
-            model.model._compress_one(features, guide["cells"], budget)
-            for features, guide, budget in zip(image_features, guides, budgets.tolist())
-        ]
+        """What `model.compress` returns for plain top-k, by the cells of the sites in place of the importance."""
+        with settings(model.config, {"region_method": "none"}):
+            rows = [
+                model.model._compress_one(features, guide["cells"], budget)
+                for features, guide, budget in zip(image_features, guides, budgets.tolist())
+            ]
         tokens, importance, regions, slots = map(list, zip(*rows))
         return UHRBatCompressionOutput(
             [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)
@@ -317,82 +309,80 @@ class GuidedTrainer(Trainer):
                 hook.remove()
 
     def look(self, model, inputs, seen, compressed, guides):
-        """Mean over all questions of -log of the attention to visual tokens that the right ones of them have."""
+        """-log of the attention that the right visual tokens and words get, mean over the questions that have them."""
         losses = {"unseen": [], "unasked": [], "unread": []}
         for row, (ids, labels, guide) in enumerate(zip(inputs["input_ids"], inputs["labels"], guides)):
             visual = (ids == model.config.image_token_id).nonzero()[:, 0]
-            places, offset = [], visual[0]
+            places, offset = [], int(visual[0])
             for slots, tokens in zip(compressed.slots[row], compressed.tokens[row]):
                 places.append(torch.where(slots >= 0, slots + offset, -1))
-                offset = offset + len(tokens)
-            answered = F.pad(labels != IGNORED, (1, 1))
-            starts = (answered[1:] & ~answered[:-1]).nonzero()[:, 0]  # of the answers
-            ends = (~answered[1:] & answered[:-1]).nonzero()[:, 0]
-            begins = [int(visual[-1]) + 1, *ends.tolist()]  # of the questions
-            rows = {
-                "unseen": [torch.arange(begin, int(start)) for begin, start in zip(begins, starts)],
-                "unread": [start[None] - 1 for start in starts],
-            }
+                offset += len(tokens)
+            question = torch.arange(int(visual[-1]) + 1, int((labels != IGNORED).nonzero()[0]))
+            asked = question[torch.isin(ids[question], guide["words"])]
 
-            def attend(name, places, row=row):
+            def attend(name, rows, row=row):
                 attention, hidden_states, (cos, sin) = seen[name]
                 # The embeddings of positions are the same for all sequences, or one for each.
                 turned = (cos[row % len(cos)], sin[row % len(sin)])
-                return attention_rows(attention, hidden_states[row], turned, torch.cat(places))
+                return attention_rows(attention, hidden_states[row], turned, rows).mean(0)
 
-            for weights, question, words in zip(attend("unasked", rows["unread"]), rows["unseen"], guide["words"]):
-                asked = question[torch.isin(ids[question], torch.tensor(words))]
-                losses["unasked"].append(-weights[asked].sum().clamp_min(1e-6).log())
-            for name, wanted in ("unseen", guide["sites"]), ("unread", guide["evidence"]):
-                by_question = attend(name, rows[name]).split([len(part) for part in rows[name]])
-                for weights, tokens in zip(by_question, wanted):
-                    right = [int(places[scale][token]) for scale, token in tokens]
-                    right = sorted({place for place in right if place >= 0})
-                    if right:
-                        weights = weights.mean(0)
-                        whole = weights[visual].sum() if name == "unseen" else 1.0
-                        losses[name].append(-(weights[right].sum() / whole).clamp_min(1e-6).log())
-        return {name: torch.stack(values).mean() for name, values in losses.items() if values}
+            def held(tokens, places=places):
+                return sorted({place for scale, token in tokens if (place := int(places[scale][token])) >= 0})
+
+            losses["unasked"].append(attend("unasked", question[-1:])[asked].sum())
+            if sites := held(guide["sites"]):
+                weights = attend("unseen", question)
+                losses["unseen"].append(weights[sites].sum() / weights[visual].sum())
+            if evidence := held(guide["evidence"]):
+                losses["unread"].append(attend("unread", question[-1:])[evidence].sum())
+        return {name: -torch.stack(shares).clamp_min(1e-6).log().mean() for name, shares in losses.items() if shares}
 
 
 @torch.no_grad()
-def match_scales(model, features):
+def prepare_decoder(model, features):
     """Prepare an untrained decoder for visual tokens.
 
-    They get the length of text embeddings: 70 times as long, they were seen to drown what attention adds to them. The
-    projector's last layer and the scale embedding are scaled, so that all tokens change by one factor. Layers start out
-    by adding little. The first head of every group of keys looks for what resembles the query at the importance layer,
-    and copies what it looks at in the last one.
+    Text embeddings and visual tokens get entries of length 1 (root mean square), and the last norm what keeps the
+    logits as they were: an embedding is then about as long as what a layer adds, and a step of the optimiser is small
+    beside it. What layers add starts out divided by the root of their number. The first head of every group of keys
+    starts as a head that looks for what resembles it, and copies it ("mimetic" initialisation, Trockman and Kolter 2023).
     """
     inner = model.model
+    embeddings, decoder = model.get_input_embeddings().weight, inner.language_model
+    length = embeddings.square().mean().sqrt()
+    embeddings.div_(length)
+    decoder.norm.weight.mul_(length)
+    # The projector's last layer and the scale embedding are scaled, so that all visual tokens change by one factor.
     tokens = torch.cat([torch.cat(image.tokens) for image in features[:100]]).float()
-    factor = model.get_input_embeddings().weight.square().mean().sqrt() / tokens.square().mean().sqrt()
+    factor = 1 / tokens.square().mean().sqrt()
     last = inner.multi_modal_projector.linear_2
     for parameter in (last.weight, last.bias, *inner.scale_embedding.parameters()):
         parameter.mul_(factor)
     for image in features:
         image.anchor_tokens, image.tokens = image.anchor_tokens * factor, [rows * factor for rows in image.tokens]
-    for layer in inner.language_model.layers:
-        layer.self_attn.o_proj.weight.mul_(START)
-        layer.mlp.down_proj.weight.mul_(START)
-    groups = range(model.config.text_config.num_key_value_heads)
-    first, last = (inner.language_model.layers[index].self_attn for index in (model.config.importance_layer, -1))
-    for group in groups:
-        head = group * first.num_key_value_groups
-        keys, queries = (slice(index * first.head_dim, (index + 1) * first.head_dim) for index in (group, head))
-        first.q_proj.weight[queries] = first.k_proj.weight[keys]
-        last.o_proj.weight[:, queries] = last.v_proj.weight[keys].T
+    for layer in decoder.layers:
+        attention = layer.self_attn
+        attention.o_proj.weight.div_((2 * len(decoder.layers)) ** 0.5)
+        layer.mlp.down_proj.weight.div_((2 * len(decoder.layers)) ** 0.5)
+        for group in range(model.config.text_config.num_key_value_heads):
+            head = group * attention.num_key_value_groups
+            keys, queries = (
+                slice(part * attention.head_dim, (part + 1) * attention.head_dim) for part in (group, head)
+            )
+            attention.q_proj.weight[queries] = attention.k_proj.weight[keys]
+            attention.q_proj.bias[queries] = attention.k_proj.bias[keys]
+            attention.o_proj.weight[:, queries] = attention.v_proj.weight[keys].T
 
 
 def main():
-    parser = arguments(__doc__, steps=2500, batch_size=16, learning_rate=1e-3)
+    parser = arguments(__doc__, steps=2000, batch_size=32, learning_rate=5e-4)
     parser.add_argument("--scenes", type=int, default=2000, help="training scenes, encoded once before the first step")
     parser.add_argument("--features", type=Path, metavar="FILE", help="safetensors file that keeps the encoded scenes")
-    parser.add_argument("--fresh", action="store_true", help="the decoder is untrained: match it to the visual tokens")
+    parser.add_argument("--fresh", action="store_true", help="the decoder is untrained: prepare it")
     parser.add_argument(
-        "--budget", type=float, nargs=2, default=(0.01, 0.15), metavar=("LEAST", "MOST"), help="share of all tokens"
+        "--budget", type=float, nargs=2, default=(0.02, 0.02), metavar=("LEAST", "MOST"), help="share of all tokens"
     )
-    parser.add_argument("--taught", action="store_true", help="compress by the true sites, and say what to read")
+    parser.add_argument("--taught", action="store_true", help="choose tokens by the true sites")
     args = parser.parse_args()
     processor, model = load(args.model)
     if args.taught:
@@ -402,14 +392,14 @@ def main():
     with PartialState().main_process_first():
         features = cached_features(model, processor.image_processor, seeds, path, args.workers)
     if args.fresh:
-        match_scales(model, features)
+        prepare_decoder(model, features)
     model.model.vision_tower.requires_grad_(False)
     model.model.multi_modal_projector.requires_grad_(False)
     model.model.scale_embedding.requires_grad_(False)
     args.workers = 0  # what is encoded stays where it is
-    dataset = Conversations(features, seeds, model.config.grids, most_sites=2 if args.taught else 1)
+    dataset = Questions(features, seeds, model.config.grids)
     collator = Collator(processor, args.budget)
-    train(GuidedTrainer, model, dataset, args, data_collator=collator, taught=args.taught)
+    train(GuidedTrainer, model, dataset, args, {"adam_beta2": 0.98}, data_collator=collator, taught=args.taught)
     save(model, processor, args.output)
 
 

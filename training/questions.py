@@ -9,8 +9,9 @@ from dataclasses import dataclass
 
 from training.scenes import OBJECTS, PAINTS, Object, Scene
 
-KINDS = ("colour", "type", "yes/no", "count", "quadrant", "comparison")
-MOST_TURNS = 6  # of a conversation
+# How often each kind is drawn: those more often that depend on one object of few pixels.
+SHARES = {"colour": 0.25, "type": 0.25, "yes/no": 0.25, "count": 0.125, "quadrant": 0.0625, "comparison": 0.0625}
+KINDS = tuple(SHARES)
 TEMPLATES = {
     "colour": ("What colour is the {object} at the {site}?", "What is the colour of the {object} at the {site}?"),
     "type": ("What is the {colour} object at the {site}?", "What type of object is {colour} at the {site}?"),
@@ -105,9 +106,8 @@ def ask(scene: Scene, kind: str, site: int | None = None, *, rng) -> Question | 
     return Question(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things, tuple(words.values()))
 
 
-def converse(scene: Scene, rng, num_sites=1) -> list[Question]:
-    """Questions of all kinds about one site, or about some of them, in any order."""
-    sites = rng.permutation(len(scene.sites))[:num_sites]
-    pairs = [(kind, site) for kind in KINDS for site in sites]
-    asked = (ask(scene, *pairs[index], rng=rng) for index in rng.permutation(len(pairs)))
-    return [question for question in asked if question is not None][:MOST_TURNS]
+def draw(scene: Scene, rng) -> Question:
+    """A question about a scene, of a kind drawn by SHARES among those that it allows."""
+    order = rng.choice(KINDS, len(KINDS), replace=False, p=list(SHARES.values()))
+    asked = (ask(scene, kind, rng=rng) for kind in order)
+    return next(question for question in asked if question is not None)
