@@ -42,8 +42,12 @@ PAD_COLOR = (122, 116, 104)
 # Longest side in pixels. The horizontal pass over a portrait image costs as much as its square, about a minute per
 # scale at this side; a file of a few bytes that states 1,000,000 x 1 pixels would take hours.
 MAX_SIDE = 100_000
-# Pixels of one strip of rows on its way to the scales: 2 MB a channel, so that strips stay near a CPU's caches.
-STRIP_PIXELS = 2**21
+# Pixels of one strip of rows on its way to the scales: 2 MB in Pillow, so that strips stay near a CPU's caches.
+STRIP_PIXELS = 2**19
+# Rows that libvips is asked for at once: its memory goes with them. A JPEG's blocks have 16.
+FETCHED_ROWS = 16
+# Rows of a view that are resized together, at least. Each time, some rows around them are read once more.
+BAND_ROWS = 96
 # Bytes of the rows that wait for their vertical pass. Beyond it the image is gone through once more; only large sides
 # that share no factor with the scales come there.
 WINDOW_BYTES = 2**29
@@ -342,13 +346,16 @@ class StreamedImage:
         # A region keeps its place in the file; `write_to_memory` of one crop after the other starts anew.
         region = _pyvips().Region.new(image.extract_band(0, n=bands))
         for start in range(0, self.height, num_rows):
-            stop = min(start + num_rows, self.height)
-            try:
-                pixels = region.fetch(0, start, self.width, stop - start)
-            except Exception as error:
-                raise OSError(f"{self.filename}: the image cannot be decoded whole ({_reason(error)}).") from error
-            pixels = np.frombuffer(pixels, dtype).reshape(stop - start, self.width, bands)
-            yield array_to_image(pixels, ChannelDimension.LAST).convert("RGB")
+            strip = Image.new("RGB", (self.width, min(num_rows, self.height - start)))
+            for top in range(0, strip.height, FETCHED_ROWS):
+                rows = min(FETCHED_ROWS, strip.height - top)
+                try:
+                    pixels = region.fetch(0, start + top, self.width, rows)
+                except Exception as error:
+                    raise OSError(f"{self.filename}: the image cannot be decoded whole ({_reason(error)}).") from error
+                pixels = np.frombuffer(pixels, dtype).reshape(rows, self.width, bands)
+                strip.paste(to_rgb(array_to_image(pixels, ChannelDimension.LAST)), (0, top))
+            yield strip
 
 
 # Resizing and cutting
@@ -358,11 +365,14 @@ def _strips(image, pad_color):
     """Strips of rows as wide as the letterboxed square, from top to bottom, of an image in memory or in a file."""
     side, _, left = letterbox((image.height, image.width))
     num_rows = max(1, STRIP_PIXELS // side)
-    parts = image.strips(num_rows) if isinstance(image, StreamedImage) else None
-    for start in range(0, image.height, num_rows):
-        strip = Image.new("RGB", (side, min(num_rows, image.height - start)), pad_color)
+    if isinstance(image, StreamedImage):
+        parts = ((part, (left, 0)) for part in image.strips(num_rows))
+    else:
         # Pasting clips, and does not ask for Pillow's limit as cropping does.
-        strip.paste(*((image, (left, -start)) if parts is None else (next(parts), (left, 0))))
+        parts = ((image, (left, -start)) for start in range(0, image.height, num_rows))
+    for start, (part, place) in zip(range(0, image.height, num_rows), parts):
+        strip = Image.new("RGB", (side, min(num_rows, image.height - start)), pad_color)
+        strip.paste(part, place)
         yield strip
 
 
@@ -375,11 +385,11 @@ class _Band(NamedTuple):
     window: tuple[int, int]
 
 
-def _bands(side: int, scale: int, tile_size: int) -> list[_Band]:
-    """Bands of about a tile's height, from top to bottom. Each begins with a whole row of the view and of the square:
-    from part of a row on, Pillow rounds to other bits. Where the side is prime, there is one, the whole view."""
+def _bands(side: int, scale: int) -> list[_Band]:
+    """Bands of `BAND_ROWS` or more, from top to bottom. Each begins with a whole row of the view and of the square: from
+    part of a row on, Pillow rounds to other bits. Where the side is prime, there is one, the whole view."""
     num_parts = math.gcd(side, scale)
-    parts_per_band = math.ceil(tile_size * num_parts / scale)
+    parts_per_band = math.ceil(BAND_ROWS * num_parts / scale)
     reach = math.ceil(WIDEST_FILTER * max(1, side / scale)) + 1
     bands = []
     for start in range(0, num_parts, parts_per_band):
@@ -398,7 +408,7 @@ class _View:
 
     def __init__(self, side, scale, tile_size, pad_color, resample):
         self.scale, self.tile_size, self.pad_color, self.resample = scale, tile_size, pad_color, resample
-        self.bands = _bands(side, scale, tile_size)  # that are not finished
+        self.bands = _bands(side, scale)  # that are not finished
         self.windows = {}  # of those that have begun: their narrow rows
         self.tiles = np.empty((scale // tile_size, scale // tile_size, 3, tile_size, tile_size), np.uint8)
 
@@ -432,11 +442,11 @@ class _View:
             self.tiles[rows // self.tile_size, column, channel, rows % self.tile_size] = pixels
 
 
-def _passes(scales, side, tile_size):
+def _passes(scales, side):
     """The scales in groups whose bands take no more than `WINDOW_BYTES`."""
     groups, taken = [[]], 0
     for scale in scales:
-        bands = [band.window for band in _bands(side, scale, tile_size)]
+        bands = [band.window for band in _bands(side, scale)]
         needed = 4 * scale * max(last - first for first, last in bands)
         if groups[-1] and taken + needed > WINDOW_BYTES:
             groups.append([])
@@ -462,7 +472,7 @@ def image_to_tiles(
     if isinstance(image, Image.Image) and image.mode != "RGB":
         raise ValueError(f"Tiles are cut from an RGB image. Got mode {image.mode}.")
     pad_color, (side, top, _) = tuple(pad_color), letterbox((image.height, image.width))
-    passes, tiles = _passes(scales, side, tile_size), {}
+    passes, tiles = _passes(scales, side), {}
     total = len(passes) * image.height
     with (
         ThreadPoolExecutor(NUM_THREADS) as pool,
@@ -706,13 +716,14 @@ class UHRBatImageProcessor(BaseImageProcessor):
         for image_idx, source in enumerate(sources):  # one decoded image at a time
             image = self.process_image(source, **kwargs)
             tiles = image_to_tiles(image, scales, tile_size, pad_color, resample)
-            for scale_tiles, out in zip(tiles.values(), np.split(pixel_values[image_idx], np.cumsum(num_tiles)[:-1])):
+            by_scale = dict(zip(scales, np.split(pixel_values[image_idx], np.cumsum(num_tiles)[:-1])))
+            for scale in reversed(scales):  # the largest 8-bit tiles are dropped first
                 normalize_tiles(
-                    scale_tiles,
+                    tiles.pop(scale),
                     rescale_factor if do_rescale else None,
                     image_mean if do_normalize else None,
                     image_std if do_normalize else None,
-                    out=out,
+                    out=by_scale[scale],
                 )
             if mask_padding:
                 grids = [(scale // patch_size, scale // patch_size) for scale in scales]

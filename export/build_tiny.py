@@ -145,7 +145,7 @@ def tiny_config(tokenizer):
         num_regions=8,
         coord_weight=8.0,
         image_token_index=image,
-        importance_layer=0,
+        importance_layer=1,
         scale_embedding_grid=8,
         initializer_range=INITIALIZER_RANGE,
         tie_word_embeddings=True,

@@ -72,6 +72,12 @@ class Site:
         )
         return turned / (SITE_SIDE / 2)
 
+    def placed(self, points) -> np.ndarray:
+        """float[..., 2] in units along the sides of the site, from its centre -> the same points in the scene."""
+        x, y = np.moveaxis(np.asarray(points, float), -1, 0)
+        sine, cosine = math.sin(self.angle), math.cos(self.angle)
+        return np.stack((self.centre[0] + x * cosine - y * sine, self.centre[1] + x * sine + y * cosine), axis=-1)
+
     def contains(self, points) -> np.ndarray:
         """bool[...] for float[..., 2]."""
         return (np.abs(self.local(points)) <= 1).all(-1)
@@ -159,10 +165,8 @@ def make_scene(seed: int, aspect: float | None = None, objects_outside: tuple[in
         # One place in each cell of 3 x 3, so that objects of one site never touch.
         cells = rng.permutation(9)[: rng.integers(MOST_OBJECTS + 1)]
         for row, column in zip(*np.divmod(cells, 3)):
-            x, y = ((column, row) + rng.uniform(0.4, 0.6, 2)) * SITE_SIDE / 3 - SITE_SIDE / 2
-            sine, cosine = math.sin(site.angle), math.cos(site.angle)
-            place = site.centre[0] + x * cosine - y * sine, site.centre[1] + x * sine + y * cosine
-            objects.append(draw(place, index))
+            place = ((column, row) + rng.uniform(0.4, 0.6, 2)) * SITE_SIDE / 3 - SITE_SIDE / 2
+            objects.append(draw(site.placed(place), index))
     most = len(objects) + rng.integers(objects_outside[0], objects_outside[1] + 1)
     edge = min(200, height / 2)
     for place in rng.uniform((200, edge), (WIDTH - 200, height - edge), (4 * most, 2)):
