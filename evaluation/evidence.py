@@ -38,6 +38,7 @@ PROPOSED = "preserve-and-merge"
 SETTINGS = {
     PROPOSED: {},
     "with coverage": {"coverage": True},
+    "with kmeans_pca": {"region_method": "kmeans_pca"},
     "top-k per scale": {"region_method": "none"},
 }
 CHOICES = ("k-means merge", "uniform", "random", "anchor only")  # blind to the question
@@ -334,7 +335,7 @@ def plot(result, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13, 5.5), layout="constrained")
-    styles = dict(zip(METHODS, ("o-", "s-", "^-", "v--", "D--", "x--", "P:", "*:")))
+    styles = dict(zip(METHODS, ("o-", "s-", "<-", "^-", "v--", "D--", "x--", "P:", "*:")))
     for axes, name, title in zip(
         figure.subplots(1, 2), ("accuracy", "kept"), ("Questions answered right", "Evidence kept")
     ):

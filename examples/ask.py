@@ -18,7 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What colour is the plane at the runway?"
 # The README says the same; change both when the weights change.
 WEIGHTS_NOTE = (
-    "These weights look where the question points, but have not learnt to read there: do not trust the answer."
+    "These weights were trained on made-up scenes only: most answers about those are right, none about a real image is to "
+    "be trusted."
 )
 
 
