@@ -334,7 +334,7 @@ def plot(result, path):
     """Accuracy and evidence kept against the share of visual tokens."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(13, 5.5), layout="constrained")
+    figure = Figure(figsize=(14, 5.5), layout="constrained")
     styles = dict(zip(METHODS, ("o-", "s-", "<-", "^-", "v--", "D--", "x--", "P:", "*:")))
     for axes, name, title in zip(
         figure.subplots(1, 2), ("accuracy", "kept"), ("Questions answered right", "Evidence kept")
@@ -350,7 +350,7 @@ def plot(result, path):
             for method, style in (FULL, "-"), (TEXT_ONLY, ":"):
                 (row,) = (row for row in result["rows"] if row["method"] == method)
                 axes.axhline(100 * row[name][0], color="black", linestyle=style, label=method)
-            axes.legend(fontsize=8)
+            figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         axes.set(xscale="log", xlabel="visual tokens, % of all", ylabel="%", title=title, ylim=(0, 100))
         axes.set_xticks([100 * share for share in result["about"]["shares"]])
         axes.get_xaxis().set_major_formatter("{x:g}")
