@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from evaluation import evidence
 from training import questions, scenes
 from training.common import IGNORED, paint, tokens_at
-from training.finetune import budgets_of, site_cells
+from training.finetune import budgets_of, prepare_decoder, site_cells
 from training.vision import HEADS, token_labels
 
 
@@ -102,6 +102,18 @@ def test_a_share_of_all_tokens_is_spent(share):
     budgets = budgets_of(share, Features, (16, 24, 40, 66))
     assert sum(budgets) == max(round(share * 2968), 4)
     assert all(1 <= budget <= len(places) for budget, places in zip(budgets, Features.positions))
+
+
+@torch.no_grad()
+def test_a_prepared_decoder_gets_words_and_visual_tokens_of_the_same_length():
+    processor, model = evidence.load(ROOT)
+    tiles = processor.image_processor(paint(scenes.make_scene(1)), return_tensors="pt")
+    features = model.encode_image(**tiles)
+    prepare_decoder(model, features)
+    tokens = model.encode_image(**tiles)[0].tokens  # by the scaled weights
+    torch.testing.assert_close(tokens, features[0].tokens, rtol=1e-4, atol=1e-4)
+    for rows in (torch.cat(tokens), model.get_input_embeddings().weight):
+        assert rows.square().mean().sqrt() == pytest.approx(1, abs=1e-3)
 
 
 @torch.no_grad()

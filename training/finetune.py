@@ -1,7 +1,7 @@
 """Stages 2 and 3: the decoder learns where to look and to answer, from images that are encoded once.
 
     python -m training.finetune --model runs/vision --output runs/taught --fresh --taught
-    python -m training.finetune --model runs/taught --output runs/tiny --budget 0.02 1 --batch-size 4 --steps 800
+    python -m training.finetune --model runs/taught --output runs/tiny --budget 0.02 0.4 --batch-size 12 --steps 180
 
 The loss is the language model's on the answers, through the ordinary `forward` with visual tokens at a budget that is
 drawn anew for every step, the KL divergence of the question's attention (`estimate_importance`, eq. 2) from the cells of
@@ -27,8 +27,7 @@ from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeature
 from training import questions, scenes
 from training.common import IGNORED, arguments, load, paint, points_of_tokens, save, settings, tokens_at, train
 
-ANSWER_WEIGHT = 3.0  # of the language model's loss
-WEIGHTS = {"divergence": 1.0, "unseen": 1.0, "unasked": 1.0, "unread": 1.0}
+ANSWER_WEIGHT = 3.0  # of the language model's loss, beside those that say where to look
 NOISE = 0.25  # on visual tokens of length 1 (root mean square): without it, scenes are learnt by heart
 SITE_SAMPLES = 24  # points a side, by which the share of a site in an anchor cell is measured
 
@@ -257,7 +256,7 @@ class GuidedTrainer(Trainer):
             self.parts[name].append(float(part.detach()))
         # Where the Trainer counts answers over all steps of an accumulation, it does not divide by their number.
         steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        loss = ANSWER_WEIGHT * loss + sum(WEIGHTS[name] * part for name, part in parts.items()) / steps
+        loss = ANSWER_WEIGHT * loss + sum(parts.values()) / steps
         return (loss, outputs) if return_outputs else loss
 
     def divergence(self, model, input_ids, labels, features, guide):
