@@ -42,8 +42,9 @@ PAD_COLOR = (122, 116, 104)
 # Longest side in pixels. The horizontal pass over a portrait image costs as much as its square, about a minute per
 # scale at this side; a file of a few bytes that states 1,000,000 x 1 pixels would take hours.
 MAX_SIDE = 100_000
-# Pixels of one strip of rows on its way to the scales: 2 MB in Pillow, so that strips stay near a CPU's caches.
-STRIP_PIXELS = 2**19
+# Pixels of one strip of rows on its way to the scales. Pillow prepares every strip anew, so larger ones are faster; of a
+# streamed image, strips are a good part of the memory.
+STRIP_PIXELS, STREAMED_STRIP_PIXELS = 2**21, 2**19
 # Rows that libvips is asked for at once: its memory goes with them. A JPEG's blocks have 16.
 FETCHED_ROWS = 16
 # Rows of a view that are resized together, at least. Each time, some rows around them are read once more.
@@ -364,8 +365,9 @@ class StreamedImage:
 def _strips(image, pad_color):
     """Strips of rows as wide as the letterboxed square, from top to bottom, of an image in memory or in a file."""
     side, _, left = letterbox((image.height, image.width))
-    num_rows = max(1, STRIP_PIXELS // side)
-    if isinstance(image, StreamedImage):
+    streamed = isinstance(image, StreamedImage)
+    num_rows = max(1, (STREAMED_STRIP_PIXELS if streamed else STRIP_PIXELS) // side)
+    if streamed:
         parts = ((part, (left, 0)) for part in image.strips(num_rows))
     else:
         # Pasting clips, and does not ask for Pillow's limit as cropping does.

@@ -620,7 +620,7 @@ def test_a_streamed_file_gives_the_tiles_of_the_file_that_is_read_whole(
 ):
     path = tmp_path / f"image.{suffix}"
     random_image(*size).resize(size[::-1], Image.Resampling.BOX).save(path, **options)
-    monkeypatch.setattr(image_processing_uhr_bat, "STRIP_PIXELS", 7 * max(size))
+    monkeypatch.setattr(image_processing_uhr_bat, "STREAMED_STRIP_PIXELS", 7 * max(size))
     batch = processor([stream(path), path])
     np.testing.assert_array_equal(batch.pixel_values[0], batch.pixel_values[1])
     np.testing.assert_array_equal(batch.pixel_attention_mask[0], batch.pixel_attention_mask[1])
