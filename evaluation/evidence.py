@@ -28,8 +28,8 @@ from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens
 
 from examples.ask import ROOT, check_files, load, write_prompt
 from training import questions, scenes
-from training.common import paint, settings, tokens_at
-from training.finetune import budgets_of
+from training.common import paint, settings
+from training.finetune import budgets_of, evidence_of
 
 SHARES = (0.01, 0.02, 0.04, 0.08)
 FULL = "no compression"
@@ -84,13 +84,6 @@ def gather(features, slots) -> torch.Tensor:
         if int(slot.max()) >= 0
     ]
     return torch.cat(merged)
-
-
-def evidence_of(scene, question, grids) -> list[list[tuple[int, int]]]:
-    """(scale, token) of every object that a question needs, at the two finest scales."""
-    points, finest = [thing.centre for thing in question.objects], range(len(grids))[-2:]
-    by_scale = [[(scale, token) for token in tokens_at(scene, points, grids[scale])] for scale in finest]
-    return [list(one) for one in zip(*by_scale)]
 
 
 def keeps(slots, places, evidence) -> bool:

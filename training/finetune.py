@@ -100,13 +100,19 @@ def site_cells(scene, sites, grid) -> np.ndarray:
     return cells / cells.sum()
 
 
+def evidence_of(scene, question, grids) -> list[list[tuple[int, int]]]:
+    """(scale, token) of every object that a question needs, at the two finest scales."""
+    points, finest = [thing.centre for thing in question.objects], range(len(grids))[-2:]
+    by_scale = [[(scale, token) for token in tokens_at(scene, points, grids[scale])] for scale in finest]
+    return [list(one) for one in zip(*by_scale)]
+
+
 def evidence_tokens(scene, question, grids) -> list[tuple[int, int]]:
     """(scale, token) of what has to be read: objects at the two finest scales, or a site at all where none is asked."""
     if question.kind == "quadrant":
-        points, scales = [scene.sites[index].centre for index in question.sites], range(len(grids))
-    else:
-        points, scales = [thing.centre for thing in question.objects], range(len(grids))[-2:]
-    return [(scale, token) for scale in scales for token in tokens_at(scene, points, grids[scale])]
+        points = [scene.sites[index].centre for index in question.sites]
+        return [(scale, token) for scale, grid in enumerate(grids) for token in tokens_at(scene, points, grid)]
+    return [token for tokens in evidence_of(scene, question, grids) for token in tokens]
 
 
 def site_tokens(scene, sites, grids) -> list[tuple[int, int]]:
@@ -132,7 +138,7 @@ class Questions(Dataset):
     def __getitem__(self, index):
         repeat, place = divmod(index, len(self.seeds))
         scene, features = self.scenes[place], self.features[place]
-        question = questions.draw(scene, np.random.default_rng([scene.seed, repeat]))
+        question = questions.ask_any(scene, np.random.default_rng([scene.seed, repeat]))
         generator = torch.Generator().manual_seed(index)
         noisy = [
             tokens + NOISE * torch.randn(tokens.shape, generator=generator)

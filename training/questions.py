@@ -106,7 +106,7 @@ def ask(scene: Scene, kind: str, site: int | None = None, *, rng) -> Question | 
     return Question(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things, tuple(words.values()))
 
 
-def draw(scene: Scene, rng) -> Question:
+def ask_any(scene: Scene, rng) -> Question:
     """A question about a scene, of a kind drawn by SHARES among those that it allows."""
     order = rng.choice(KINDS, len(KINDS), replace=False, p=list(SHARES.values()))
     asked = (ask(scene, kind, rng=rng) for kind in order)
