@@ -563,12 +563,8 @@ def test_what_cannot_be_opened_is_an_error_that_names_it(processor, tmp_path):
             UnidentifiedImageError, f"{path}: not an image that Pillow can read, or one with a side of 0 pixels."
         ):
             processor.fetch_images(path)
-    for name in (
-        "missing.png",
-        "größe.png",
-        "fourfour",
-        "file:///missing.png",
-    ):  # the third is valid base64 of no image
+    # The third is valid base64 of no image.
+    for name in ("missing.png", "größe.png", "fourfour", "file:///missing.png"):
         with raises(FileNotFoundError, f"{name}: there is no such file, and it is no URL or base64 image."):
             processor.fetch_images(name)
     with pytest.raises(IsADirectoryError, match=re.escape(str(tmp_path))):
