@@ -9,7 +9,7 @@ grid, unless "tile by tile" is said.
 """
 
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 
 import torch
 import torch.nn.functional as F
@@ -70,6 +70,18 @@ class UHRBatImageFeatures:
     positions: list[torch.Tensor]
     region_labels: list[torch.Tensor] | None = None
     regions: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    def to(self, device, non_blocking=False) -> "UHRBatImageFeatures":
+        """The same on another device: thousands of encoded images fit in a CPU's memory, few in a GPU's."""
+
+        def move(value):
+            if isinstance(value, list):
+                return [move(one) for one in value]
+            if isinstance(value, dict):
+                return {key: move(one) for key, one in value.items()}
+            return None if value is None else value.to(device, non_blocking=non_blocking)
+
+        return UHRBatImageFeatures(**{one.name: move(getattr(self, one.name)) for one in fields(self)})
 
 
 @dataclass

@@ -323,6 +323,17 @@ def test_asking_an_encoded_image_gives_the_same_as_asking_afresh():
         assert torch.equal(afresh.pooler_output[0], again.pooler_output[0])
 
 
+def test_an_encoded_image_goes_to_another_device_as_a_whole():
+    model = small_model()
+    labels = torch.randint(0, 3, (1, 56))
+    (features,) = model.encode_image(random_pixels(), region_labels=labels)
+    model.compress(input_ids=QUESTION, image_features=[features])
+    moved = features.to("meta")
+    tensors = [moved.anchor_tokens, moved.anchor_positions, *moved.tokens, *moved.positions, *moved.region_labels]
+    assert all(tensor.is_meta for tensor in (*tensors, *moved.regions.values())) and len(moved.regions) == 3
+    assert model.encode_image(random_pixels())[0].to("cpu").region_labels is None
+
+
 def test_the_same_input_gives_the_same_tokens():
     runs = [small_model().compress(input_ids=QUESTION, pixel_values=random_pixels()) for _ in range(2)]
     assert torch.equal(runs[0].pooler_output[0], runs[1].pooler_output[0])

@@ -3,17 +3,28 @@
 import os
 import subprocess
 import sys
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainingArguments
 
 from evaluation import evidence
 from training import questions, scenes
 from training.common import IGNORED, paint, tokens_at
-from training.finetune import budgets_of, prepare_decoder, site_cells
+from training.finetune import (
+    Collator,
+    GuidedTrainer,
+    Questions,
+    budgets_of,
+    choose_tokens,
+    prepare_decoder,
+    site_cells,
+    site_tokens,
+)
 from training.vision import HEADS, token_labels
 
 
@@ -50,23 +61,23 @@ def largest_difference(one, other):
 
 def test_two_processes_train_as_two_batches_a_step_do(finetune, tmp_path):
     start = load_file(ROOT / "model.safetensors")
-    accumulated = finetune(tmp_path / "accumulated", "--accumulation", "2")
+    accumulated = finetune(tmp_path / "accumulated", "--together", "5", "--accumulation", "2")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    parallel = finetune(tmp_path / "parallel", launcher=launcher)
+    parallel = finetune(tmp_path / "parallel", "--together", "5", launcher=launcher)
     moved = {name.replace("vision_tower.vision_model.", "vision_tower."): tensor for name, tensor in start.items()}
     trained = {name.replace("vision_tower.vision_model.", "vision_tower."): tensor for name, tensor in parallel.items()}
     assert largest_difference(accumulated, parallel) < 2e-5
     assert largest_difference(moved, trained) > 1e-4
 
 
-@pytest.mark.parametrize("taught", [(), ("--taught",)])
-def test_going_on_gives_the_same_weights_as_not_stopping(finetune, tmp_path, taught):
-    whole = finetune(tmp_path / "whole", "--save-steps", "2", *taught, steps=4)
+@pytest.mark.parametrize("stage", [("--taught",), ("--together", "5")])
+def test_going_on_gives_the_same_weights_as_not_stopping(finetune, tmp_path, stage):
+    whole = finetune(tmp_path / "whole", "--save-steps", "2", *stage, steps=4)
     # A run that was cut off: its last checkpoint is there, its model is not.
     cut = tmp_path / "cut" / "checkpoints"
     cut.mkdir(parents=True)
     (tmp_path / "whole" / "checkpoints" / "checkpoint-2").rename(cut / "checkpoint-2")
-    assert largest_difference(whole, finetune(tmp_path / "cut", *taught, steps=4)) == 0.0
+    assert largest_difference(whole, finetune(tmp_path / "cut", *stage, steps=4)) == 0.0
 
 
 def test_labels_of_tokens_say_what_the_layout_says():
@@ -102,6 +113,56 @@ def test_a_share_of_all_tokens_is_spent(share):
     budgets = budgets_of(share, Features, (16, 24, 40, 66))
     assert sum(budgets) == max(round(share * 2968), 4)
     assert all(1 <= budget <= len(places) for budget, places in zip(budgets, Features.positions))
+
+
+@pytest.fixture
+def encoded():
+    """Processor, model, scene and its features."""
+    processor, model = evidence.load(ROOT)
+    scene = scenes.make_scene(1)
+    return processor, model, scene, model.encode_image(**processor.image_processor(paint(scene), return_tensors="pt"))[0]
+
+
+@pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
+def test_what_no_question_chose_holds_all_sites_and_keeps_the_order(encoded, share):
+    _, model, scene, features = encoded
+    grids = model.config.grids
+    sites = site_tokens(scene, range(len(scene.sites)), grids)
+    image = choose_tokens(features, sites, share, grids, torch.Generator().manual_seed(0))
+    for scale, (tokens, slots, places) in enumerate(zip(image.tokens[0], image.slots[0], features.positions)):
+        needed = [token for at, token in sites if at == scale and token in places]
+        assert (slots[needed] >= 0).all() and len(tokens) == max(round(share * len(places)), len(needed))
+        assert slots[slots >= 0].tolist() == list(range(len(tokens)))
+        assert torch.equal(tokens, features.tokens[scale][slots[places] >= 0])
+    if share == 1:
+        assert torch.equal(image.pooler_output[0], torch.cat(features.tokens))
+
+
+@torch.no_grad()
+def test_questions_asked_together_have_the_loss_of_each_asked_alone(encoded, tmp_path):
+    processor, model, scene, features = encoded
+    model.set_attn_implementation({"text_config": "eager"})
+    item = Questions([features], [scene.seed], model.config.grids, asked=6)[0]
+    inputs = Collator(processor, model.config.grids, (0.1, 0.1), together=True).ask_together(item, 0.5)
+    trainer = GuidedTrainer(model, TrainingArguments(tmp_path, use_cpu=True, report_to=[]))
+    trainer.ask_together(model, **inputs)
+    together, alone, answers = trainer.parts, defaultdict(list), []
+    start, image = inputs["start"], inputs["image"]
+    for ids, labels, mask, guide in zip(
+        inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool(), inputs["guides"]
+    ):
+        row = {
+            "input_ids": torch.cat((start, ids[None, mask]), dim=1),
+            "labels": torch.cat((torch.full_like(start, IGNORED), labels[None, mask]), dim=1),
+        }
+        outputs = model(**row, mm_encoder_outputs={"image": image}, output_attentions=True)
+        answers += [float(outputs.loss)] * int((labels != IGNORED).sum())
+        begins = [start.shape[1] - len(image.pooler_output[0])]
+        for name, part in trainer.look(model.config, outputs.attentions, row, image.slots, begins, [guide]).items():
+            alone[f"whole_{name}"].append(float(part))
+    assert together.pop("whole_answers") == pytest.approx([np.mean(answers)], rel=1e-4)
+    assert set(together) == {"whole_unasked", "whole_unseen", "whole_unplaced", "whole_unread"}
+    assert together == {name: pytest.approx([np.mean(parts)], rel=1e-3) for name, parts in alone.items()}
 
 
 @torch.no_grad()

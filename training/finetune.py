@@ -1,16 +1,17 @@
-"""Stages 2 and 3: the decoder learns where to look and to answer, from images that are encoded once.
+"""Stages 2 to 4: the decoder learns where to look and to answer, from images that are encoded once.
 
     python -m training.finetune --model runs/vision --output runs/taught --fresh --taught
-    python -m training.finetune --model runs/taught --output runs/tiny --budget 0.02 0.4 --batch-size 12 --steps 180
+    python -m training.finetune --model runs/taught --output runs/alone --budget 0.02 0.4 --batch-size 12 --steps 180
+    python -m training.finetune --model runs/alone --output runs/tiny --budget 0.02 0.08 --batch-size 2 --together 16
 
 The loss is the language model's on the answers, through the ordinary `forward` with visual tokens at a budget that is
 drawn anew for every step, the KL divergence of the question's attention (`estimate_importance`, eq. 2) from the cells of
-the anchor scale that the named sites cover, and losses that say what to read (`GuidedTrainer`).
+the anchor scale that the named sites cover, and losses that say what to read (`GuidedTrainer`). With `--together`, some
+questions about a scene are asked about the same tokens, up to all of them: what questions share, the decoder reads once.
 """
 
 import os
 from collections import defaultdict
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,13 +23,15 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Trainer
-from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, question_attention
+from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
 
 from training import questions, scenes
 from training.common import IGNORED, arguments, load, paint, points_of_tokens, save, settings, tokens_at, train
 
 ANSWER_WEIGHT = 3.0  # of the language model's loss, beside those that say where to look
 NOISE = 0.25  # on visual tokens of length 1 (root mean square): without it, scenes are learnt by heart
+WHOLE = (0.1, 1.0)  # share of all tokens that questions asked together see, drawn log-uniformly
+ALONE = 4  # questions of a scene that are asked alone as well
 SITE_SAMPLES = 24  # points a side, by which the share of a site in an anchor cell is measured
 
 
@@ -126,10 +129,10 @@ def site_tokens(scene, sites, grids) -> list[tuple[int, int]]:
 
 
 class Questions(Dataset):
-    """A question about every scene, another one each time that the scene comes round again."""
+    """Questions about every scene, others each time that the scene comes round again."""
 
-    def __init__(self, features, seeds, grids, repeats=1000):
-        self.features, self.seeds, self.grids, self.repeats = features, seeds, grids, repeats
+    def __init__(self, features, seeds, grids, asked, repeats=1000):
+        self.features, self.seeds, self.grids, self.asked, self.repeats = features, seeds, grids, asked, repeats
         self.scenes = [scenes.make_scene(seed) for seed in seeds]
 
     def __len__(self):
@@ -138,21 +141,26 @@ class Questions(Dataset):
     def __getitem__(self, index):
         repeat, place = divmod(index, len(self.seeds))
         scene, features = self.scenes[place], self.features[place]
-        question = questions.ask_any(scene, np.random.default_rng([scene.seed, repeat]))
-        generator = torch.Generator().manual_seed(index)
+        rng, generator = np.random.default_rng([scene.seed, repeat]), torch.Generator().manual_seed(index)
         noisy = [
             tokens + NOISE * torch.randn(tokens.shape, generator=generator)
             for tokens in (features.anchor_tokens, *features.tokens)
         ]
+        asked = [questions.ask_any(scene, rng) for _ in range(self.asked)]
         return {
             "index": index,
             "features": replace(features, anchor_tokens=noisy[0], tokens=noisy[1:], regions={}),
-            "question": question,
-            "guide": {
-                "cells": torch.tensor(site_cells(scene, question.sites, self.grids[0]))[features.anchor_positions],
-                "sites": site_tokens(scene, question.sites, self.grids),
-                "evidence": evidence_tokens(scene, question, self.grids),
-            },
+            "sites": site_tokens(scene, range(len(scene.sites)), self.grids),
+            "questions": asked,
+            "guides": [self.guide(scene, question, features.anchor_positions) for question in asked],
+        }
+
+    def guide(self, scene, question, anchor_positions):
+        """Where a question should look: shares of the anchor's tokens, and (scale, token) of its sites and evidence."""
+        return {
+            "cells": torch.tensor(site_cells(scene, question.sites, self.grids[0]))[anchor_positions],
+            "sites": site_tokens(scene, question.sites, self.grids),
+            "evidence": evidence_tokens(scene, question, self.grids),
         }
 
 
@@ -173,49 +181,100 @@ def budgets_of(share, features, proportions) -> list[int]:
     return budgets
 
 
-class Collator:
-    """Questions -> inputs of `forward`: ids with as many placeholders as the budget, and labels on the answers."""
+def choose_tokens(features, sites, share, grids, generator) -> UHRBatCompressionOutput:
+    """All tokens of the sites and others at random, a share of every scale: what no question chose.
 
-    def __init__(self, processor, share):
+    They stand scale after scale, row by row, as all tokens do (share 1) when nothing is compressed.
+    """
+    chosen, slots = [], []
+    for scale, (tokens, places, grid) in enumerate(zip(features.tokens, features.positions, grids)):
+        needed = torch.isin(places, torch.tensor([token for at, token in sites if at == scale]))
+        order = torch.rand(len(places), generator=generator).masked_fill(needed, -1).argsort()
+        kept = order[: max(round(share * len(places)), int(needed.sum()))].sort().values
+        chosen.append(tokens[kept])
+        slots.append(torch.full((grid[0] * grid[1],), -1))
+        slots[-1][places[kept]] = torch.arange(len(kept))
+    return UHRBatCompressionOutput([torch.cat(chosen)], [chosen], slots=[slots], images_per_prompt=[1])
+
+
+class Collator:
+    """Questions about scenes -> inputs of `GuidedTrainer.compute_loss`."""
+
+    def __init__(self, processor, grids, share, together):
         """`share`: the least and the greatest part of all tokens that a step spends, drawn log-uniformly."""
-        self.processor, self.share = processor, share
+        self.processor, self.grids, self.share, self.together = processor, grids, share, together
 
     def __call__(self, items):
-        tokenizer = self.processor.tokenizer
         # Drawn from the items, so that a run that goes on from a checkpoint draws the same.
-        share = np.exp(np.random.default_rng(items[0]["index"]).uniform(*np.log(self.share)))
+        rng = np.random.default_rng(items[0]["index"])
+        inputs = {
+            "image_features": [item["features"] for item in items],
+            "alone": self.alone(items, np.exp(rng.uniform(*np.log(self.share)))),
+        }
+        if self.together:
+            inputs["together"] = [self.ask_together(item, np.exp(rng.uniform(*np.log(WHOLE)))) for item in items]
+        return inputs
+
+    def write(self, question):
+        """Ids before the image, ids after it, and the labels of these: long each."""
+        messages = [
+            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
+            # After a space, most words are one token.
+            {"role": "assistant", "content": [{"type": "text", "text": f" {question.answer}"}]},
+        ]
+        text = self.processor.tokenizer.apply_chat_template(
+            messages,
+            chat_template=self.processor.chat_template,
+            return_dict=True,
+            return_assistant_tokens_mask=True,
+        )
+        ids, answered = torch.tensor(text["input_ids"]), torch.tensor(text["assistant_masks"]).bool()
+        (image,) = (ids == self.processor.image_token_id).nonzero()[:, 0].tolist()
+        return ids[:image], ids[image + 1 :], ids.where(answered, IGNORED)[image + 1 :]
+
+    def pad(self, rows):
+        """Rows of (ids, labels) -> inputs of `forward`, padded on the right."""
+        ids, labels = (
+            torch.nn.utils.rnn.pad_sequence(column, True, padding_value)
+            for column, padding_value in zip(zip(*rows), (self.processor.tokenizer.pad_token_id, IGNORED))
+        )
+        lengths = torch.tensor([len(row) for row, _ in rows])
+        mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
+        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+
+    def guides(self, item):
+        """The guides of a scene's questions, and the ids of the words that they ask about."""
+        for question, guide in zip(item["questions"], item["guides"]):
+            words = self.processor.tokenizer(f" {' '.join(question.words)}")["input_ids"]
+            yield guide | {"words": torch.tensor(words)}
+
+    def placeholders(self, before, number):
+        return torch.cat((before, torch.full((number,), self.processor.image_token_id)))
+
+    def alone(self, items, share):
+        """The first questions of every scene, each in a sequence of its own with its own tokens, a share of all."""
         rows, budgets, guides = [], [], []
         for item in items:
-            question = item["question"]
-            messages = [
-                {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
-                # After a space, most words are one token.
-                {"role": "assistant", "content": [{"type": "text", "text": f" {question.answer}"}]},
-            ]
-            text = tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.processor.chat_template,
-                return_dict=True,
-                return_assistant_tokens_mask=True,
-            )
-            budgets.append(budgets_of(share, item["features"], self.processor.default_budgets))
-            ids, answered = torch.tensor(text["input_ids"]), torch.tensor(text["assistant_masks"]).bool()
-            times = torch.where(ids == self.processor.image_token_id, sum(budgets[-1]), 1)
-            ids, answered = ids.repeat_interleave(times), answered.repeat_interleave(times)
-            rows.append({"input_ids": ids, "labels": ids.where(answered, IGNORED)})
-            words = tokenizer(f" {' '.join(question.words)}")["input_ids"]
-            guides.append(item["guide"] | {"words": torch.tensor(words)})
-        batch = {
-            name: torch.nn.utils.rnn.pad_sequence([row[name] for row in rows], True, padding_value)
-            for name, padding_value in (("input_ids", tokenizer.pad_token_id), ("labels", IGNORED))
-        }
-        lengths = torch.tensor([len(row["input_ids"]) for row in rows])
+            budget = budgets_of(share, item["features"], self.processor.default_budgets)
+            for question, guide in list(zip(item["questions"], self.guides(item)))[:ALONE]:
+                before, after, labels = self.write(question)
+                start = self.placeholders(before, sum(budget))
+                rows.append((torch.cat((start, after)), torch.cat((torch.full_like(start, IGNORED), labels))))
+                budgets.append(budget)
+                guides.append(guide)
+        return {**self.pad(rows), "budgets": torch.tensor(budgets), "guides": guides}
+
+    def ask_together(self, item, share):
+        """All questions of a scene behind one sequence, which holds the same tokens for all of them."""
+        generator = torch.Generator().manual_seed(item["index"])
+        image = choose_tokens(item["features"], item["sites"], share, self.grids, generator)
+        written = [self.write(question) for question in item["questions"]]
+        start = self.placeholders(written[0][0], len(image.pooler_output[0]))
         return {
-            **batch,
-            "attention_mask": (torch.arange(batch["input_ids"].shape[1]) < lengths[:, None]).long(),
-            "image_features": [item["features"] for item in items],
-            "budgets": torch.tensor(budgets),
-            "guides": guides,
+            "start": start[None],
+            "image": image,
+            **self.pad([(after, labels) for _, after, labels in written]),
+            "guides": list(self.guides(item)),
         }
 
 
@@ -227,8 +286,8 @@ class GuidedTrainer(Trainer):
 
     "divergence": of the importance (eq. 2) from where the sites of the question lie. "unseen": at the importance layer,
     the question is to look at the visual tokens of the sites that it names. The place before the answer is to look at
-    the words that the question asks about two layers before the last ("unasked"), and in the last one at the visual
-    tokens that show the evidence ("unread").
+    the words that the question asks about two layers before the last ("unasked"), then at the sites ("unplaced"), and
+    in the last layer at the visual tokens that show the evidence ("unread").
 
     With `taught` the tokens are those that matter most by the true sites, none of them merged: as long as the importance
     is not learnt, the evidence is not among its choice, and a decoder learns to guess.
@@ -246,24 +305,41 @@ class GuidedTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        guides = inputs.pop("guides")
         inner = self.accelerator.unwrap_model(model)
-        divergences = [
-            self.divergence(inner, *row)
-            for row in zip(inputs["input_ids"], inputs["labels"], inputs["image_features"], guides)
-        ]
-        images = {name: inputs.pop(name) for name in ("image_features", "budgets")}
+        loss = self.alone(model, inner, inputs["image_features"], **inputs["alone"])
+        if together := inputs.get("together"):
+            loss = loss + sum(self.ask_together(inner, **scene) for scene in together) / len(together)
+        return (loss, None) if return_outputs else loss
+
+    def total(self, answers, parts, prefix=""):
+        for name, part in {"answers": answers, **parts}.items():
+            self.parts[prefix + name].append(float(part.detach()))
+        return ANSWER_WEIGHT * answers + sum(parts.values())
+
+    def alone(self, model, inner, image_features, budgets, guides, **inputs):
+        """Loss of questions that are each asked about their own choice of tokens."""
+        image_features = [image for image in image_features for _ in range(len(guides) // len(image_features))]
+        rows = zip(inputs["input_ids"], inputs["labels"], image_features, guides)
+        divergences = [self.divergence(inner, *row) for row in rows]
+        images = {"image_features": image_features, "budgets": budgets}
         compressed = self.compress(inner, guides, **images) if self.taught else inner.compress(**inputs, **images)
-        inputs["mm_encoder_outputs"] = {"image": compressed}
-        with self.attention_inputs(inner) as seen:
-            loss, outputs = super().compute_loss(model, inputs, True, num_items_in_batch)
-        parts = {"divergence": torch.stack(divergences).mean(), **self.look(inner, inputs, seen, compressed, guides)}
-        for name, part in parts.items():
-            self.parts[name].append(float(part.detach()))
-        # Where the Trainer counts answers over all steps of an accumulation, it does not divide by their number.
-        steps = 1 if num_items_in_batch is None else self.current_gradient_accumulation_steps
-        loss = ANSWER_WEIGHT * loss + sum(parts.values()) / steps
-        return (loss, outputs) if return_outputs else loss
+        outputs = model(**inputs, mm_encoder_outputs={"image": compressed}, output_attentions=True)
+        starts = (inputs["input_ids"] == inner.config.image_token_id).int().argmax(1).tolist()
+        parts = self.look(inner.config, outputs.attentions, inputs, compressed.slots, starts, guides)
+        return self.total(outputs.loss, {"divergence": torch.stack(divergences).mean(), **parts})
+
+    def ask_together(self, model, start, image, guides, **inputs):
+        """Loss of the questions about one scene that share its tokens: what they share goes through the decoder once."""
+        decoder = model.model.language_model
+        with settings(decoder.config, {"_attn_implementation": "sdpa"}):
+            cache = model.model(input_ids=start, mm_encoder_outputs={"image": image}, use_cache=True).past_key_values
+        cache.batch_repeat_interleave(len(guides))
+        mask = inputs.pop("attention_mask")
+        mask = torch.cat((mask.new_ones(len(mask), start.shape[1]), mask), dim=1)
+        outputs = model(**inputs, attention_mask=mask, past_key_values=cache, output_attentions=True)
+        starts = [start.shape[1] - len(image.pooler_output[0])] * len(guides)
+        parts = self.look(model.config, outputs.attentions, inputs, image.slots * len(guides), starts, guides)
+        return self.total(outputs.loss, parts, "whole_")
 
     def divergence(self, model, input_ids, labels, features, guide):
         """KL(cells of the sites || importance) of a question."""
@@ -284,56 +360,38 @@ class GuidedTrainer(Trainer):
             [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)
         )
 
-    @contextmanager
-    def attention_inputs(self, model):
-        """What the attention of the importance layer and of the last layer is called with, in a `with` block."""
-        layers = model.model.language_model.layers
-        chosen = {"unseen": layers[model.config.importance_layer], "unasked": layers[-3], "unread": layers[-1]}
-        seen = {}
+    def look(self, config, attentions, inputs, slots, starts, guides):
+        """-log of the attention that the right visual tokens and words get, mean over the questions that have them.
 
-        def keep(name):
-            def hook(attention, args, kwargs):
-                seen[name] = attention, kwargs["hidden_states"], kwargs["position_embeddings"]
-
-            return hook
-
-        hooks = [
-            layer.self_attn.register_forward_pre_hook(keep(name), with_kwargs=True) for name, layer in chosen.items()
-        ]
-        try:
-            yield seen
-        finally:
-            for hook in hooks:
-                hook.remove()
-
-    def look(self, model, inputs, seen, compressed, guides):
-        """-log of the attention that the right visual tokens and words get, mean over the questions that have them."""
-        losses = {"unseen": [], "unasked": [], "unread": []}
+        Args:
+            attentions: float[B, heads, Q, K] of every layer, what the last Q of K places pay to all.
+            inputs: `input_ids` and `labels` of those Q places, long[B, Q].
+            slots: of every question, long[N] per scale: the place of each token among those of the scale, -1 for none.
+            starts: of every question, the first of the K places that is a visual token.
+            guides: of every question, from `Questions.guide`.
+        """
+        layers = {"unseen": config.importance_layer, "unasked": -3, "unplaced": -2, "unread": -1}
+        maps = {name: attentions[layer].float().mean(1) for name, layer in layers.items()}
+        losses = {name: [] for name in layers}
         for row, (ids, labels, guide) in enumerate(zip(inputs["input_ids"], inputs["labels"], guides)):
-            visual = (ids == model.config.image_token_id).nonzero()[:, 0]
-            places, offset = [], int(visual[0])
-            for slots, tokens in zip(compressed.slots[row], compressed.tokens[row]):
-                places.append(torch.where(slots >= 0, slots + offset, -1))
-                offset += len(tokens)
-            first, end = int(visual[-1]) + 1, int((labels != IGNORED).nonzero()[0])  # of the question
-            asked = torch.isin(ids[first:end], guide["words"]).nonzero()[:, 0] + first
-
-            def attend(name, start, row=row, end=end):
-                """The attention of the places from `start` on, up to the answer, to all before it."""
-                attention, hidden_states, position_embeddings = seen[name]
-                # The embeddings of positions are the same for all sequences, or one for each.
-                turned = tuple(part[row % len(part), :end][None] for part in position_embeddings)
-                return question_attention(attention, hidden_states[row, :end][None], turned, start)
-
-            def held(tokens, places=places):
-                return sorted({place for scale, token in tokens if (place := int(places[scale][token])) >= 0})
-
-            losses["unasked"].append(attend("unasked", end - 1)[asked].sum())
-            if sites := held(guide["sites"]):
-                weights = attend("unseen", first)
-                losses["unseen"].append(weights[sites].sum() / weights[visual].sum())
-            if evidence := held(guide["evidence"]):
-                losses["unread"].append(attend("unread", end - 1)[evidence].sum())
+            places, stop = [], starts[row]
+            for slot in slots[row]:
+                places.append(torch.where(slot >= 0, slot + stop, -1))
+                stop += int(slot.max()) + 1
+            cached = attentions[0].shape[-1] - len(ids)
+            end = int((labels != IGNORED).nonzero()[0])  # of the question
+            asked = torch.isin(ids[:end], guide["words"]).nonzero()[:, 0] + cached
+            sites, evidence = (
+                sorted({place for scale, token in guide[name] if (place := int(places[scale][token])) >= 0})
+                for name in ("sites", "evidence")
+            )
+            losses["unasked"].append(maps["unasked"][row, end - 1, asked].sum())
+            if sites:
+                weights = maps["unseen"][row, stop - cached : end].mean(0)
+                losses["unseen"].append(weights[sites].sum() / weights[starts[row] : stop].sum())
+                losses["unplaced"].append(maps["unplaced"][row, end - 1, sites].sum())
+            if evidence:
+                losses["unread"].append(maps["unread"][row, end - 1, evidence].sum())
         return {name: -torch.stack(shares).clamp_min(1e-6).log().mean() for name, shares in losses.items() if shares}
 
 
@@ -383,10 +441,10 @@ def main():
         "--budget", type=float, nargs=2, default=(0.02, 0.02), metavar=("LEAST", "MOST"), help="share of all tokens"
     )
     parser.add_argument("--taught", action="store_true", help="choose tokens by the true sites")
+    parser.add_argument("--together", type=int, default=0, metavar="N", help="ask N questions about all of a scene too")
     args = parser.parse_args()
     processor, model = load(args.model)
-    if args.budget[1] < 0.1:
-        model.set_attn_implementation({"text_config": "eager"})  # faster than the fused kernel on short sequences
+    model.set_attn_implementation({"text_config": "eager"})  # the one that returns what it looked at
     seeds = range(args.first_seed, args.first_seed + args.scenes)
     path = args.features or args.output / "features.safetensors"
     with PartialState().main_process_first():
@@ -397,8 +455,8 @@ def main():
     model.model.multi_modal_projector.requires_grad_(False)
     model.model.scale_embedding.requires_grad_(False)
     args.workers = 0  # what is encoded stays where it is
-    dataset = Questions(features, seeds, model.config.grids)
-    collator = Collator(processor, args.budget)
+    dataset = Questions(features, seeds, model.config.grids, asked=max(args.together, 1))
+    collator = Collator(processor, model.config.grids, args.budget, args.together > 0)
     train(GuidedTrainer, model, dataset, args, {"adam_beta2": 0.98}, data_collator=collator, taught=args.taught)
     save(model, processor, args.output)
 
