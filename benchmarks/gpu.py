@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 from uhr_bat.configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig
 
-from export import ROOT
+from export import ROOT, whole_files
 
 from . import flops
 from .images import photograph
@@ -165,7 +165,8 @@ def main(arguments=None) -> int:
             model.config.budgets = share_out(total, weights)
             result["budgets"][str(total)] = measure(device, sides, path, args.repetitions)
     if args.output:
-        args.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        with whole_files(args.output.parent) as built:
+            (built / args.output.name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     print(report(result))
     print(json.dumps(result))
     return 0

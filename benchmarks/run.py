@@ -18,6 +18,8 @@ import torch
 import transformers
 from tqdm import tqdm
 
+from export import whole_files
+
 from .measures import MEASURES, Disagreement, Row, Settings
 from .sides import one_thread
 
@@ -82,9 +84,9 @@ def write(output, result):
     known = json.loads(path.read_text(encoding="utf-8"))["measures"] if path.exists() else {}
     known |= result["measures"]
     result = result | {"measures": {name: known[name] for name in MEASURES if name in known}}
-    output.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
-    (output / "results.md").write_text(report(result), encoding="utf-8")
+    with whole_files(output) as built:
+        (built / path.name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (built / "results.md").write_text(report(result), encoding="utf-8")
 
 
 def run(names, settings) -> tuple[dict, list[str]]:

@@ -12,9 +12,7 @@ import argparse
 import copy
 import dataclasses
 import json
-import os
 import sys
-import tempfile
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
@@ -27,6 +25,7 @@ from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatScaleEmbeddi
 from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens
 
 from examples.ask import ROOT, check_files, load, write_prompt
+from export import whole_files
 from training import questions, scenes
 from training.common import paint, settings
 from training.finetune import budgets_of, evidence_of
@@ -353,14 +352,10 @@ def plot(result, path):
 
 def write_results(result, folder):
     """The three files, each whole or not at all."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as built:
-        built = Path(built)
+    with whole_files(folder) as built:
         (built / "evidence.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
         (built / "evidence.md").write_text(report(result), encoding="utf-8")
         plot(result, built / "evidence.png")
-        for path in sorted(built.iterdir()):
-            os.replace(path, folder / path.name)
 
 
 _worker = {}

@@ -12,13 +12,11 @@ bytes.
 """
 
 import argparse
-import os
 import random
 import shutil
-import tempfile
 from pathlib import Path
 
-from . import ROOT, distributed_name, write_json
+from . import ROOT, distributed_name, whole_files, write_json
 
 
 WEIGHTS = "model.safetensors"
@@ -203,10 +201,7 @@ def main(arguments=None):
         parser.error(
             f"{args.output / WEIGHTS} is there already: random weights do not replace it. Name another folder."
         )
-    args.output.mkdir(parents=True, exist_ok=True)
-    # Nothing is replaced before everything is built; the weights come last.
-    with tempfile.TemporaryDirectory(dir=args.output, prefix=".build-") as folder:
-        built = Path(folder)
+    with whole_files(args.output) as built:
         tokenizer = build_tokenizer(built)
         print(f"tokenizer: {tokenizer.get_vocab_size()} entries")
         config = tiny_config(tokenizer)
@@ -215,9 +210,8 @@ def main(arguments=None):
         shutil.copyfile(ROOT / CHAT_TEMPLATE, built / CHAT_TEMPLATE)
         model = build_model(built, config, args.seed)
         print(f"model: {sum(parameter.numel() for parameter in model.parameters()):,} parameters, seed {args.seed}")
-        for path in sorted(built.iterdir(), key=lambda path: (path.name == WEIGHTS, path.name)):
+        for path in sorted(built.iterdir()):
             print(f"{args.output / path.name}: {path.stat().st_size:,} bytes")
-            os.replace(path, args.output / path.name)
 
 
 if __name__ == "__main__":

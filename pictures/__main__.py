@@ -12,6 +12,7 @@ import sys
 from pathlib import Path
 
 from examples.ask import ROOT, check_files, load, numbers, write_prompt
+from export import whole_files
 
 PRUNING = (85, 95, 97.5)
 
@@ -52,7 +53,6 @@ def draw(image_path, question, output, budgets, model_path, width):
         }
 
     first = next(iter(chosen.values()))
-    output.mkdir(parents=True, exist_ok=True)
     drawings = {
         "attention": lambda: pictures.attention_picture(first, image, question, width=width),
         "regions": lambda: pictures.regions_picture(first, image, width=width),
@@ -64,9 +64,9 @@ def draw(image_path, question, output, budgets, model_path, width):
         "tsne": lambda: pictures.tsne_picture(first, features[0].tokens[-1], width=width),
     }
     for name, drawing in drawings.items():
-        path = output / f"{name}.png"
-        drawing().save(path)
-        print(path, flush=True)
+        with whole_files(output) as built:
+            drawing().save(built / f"{name}.png")
+        print(output / f"{name}.png", flush=True)
 
 
 def main(arguments=None) -> int:

@@ -12,7 +12,6 @@ Letters: S scales, N tokens of a scale. Sizes are (height, width), except those 
 
 import argparse
 import dataclasses
-import json
 import os
 import sys
 import time
@@ -24,6 +23,7 @@ from uhr_bat.image_processing_uhr_bat import letterbox
 from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
 
 from examples.ask import check_files, load, write_prompt
+from export import whole_files, write_json
 from regions.cache import ROOT, add_segmenter_arguments, check_job, job_from
 from regions.segment import load_segmenter, region_labels, segment_image
 from training import scenes
@@ -315,8 +315,6 @@ def ablate(args):
 
     image = scenes.example(tuple(args.size), args.seed)
     places = plant_ships(image, args.ships, args.seed)
-    args.output.mkdir(parents=True, exist_ok=True)
-    image.save(args.output / "scene.png")
 
     labels, sam = None, None
     if args.checkpoint:
@@ -349,9 +347,11 @@ def ablate(args):
         **rows,
     }
     text = report(result)
-    (args.output / "ablation.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    (args.output / "ablation.md").write_text(text, encoding="utf-8")
-    plot(result).save(args.output / "ablation.png")
+    with whole_files(args.output) as built:
+        image.save(built / "scene.png")
+        write_json(built / "ablation.json", result)
+        (built / "ablation.md").write_text(text, encoding="utf-8")
+        plot(result).save(built / "ablation.png")
     print(text)
     print(f"Written: {args.output}/ablation.md, ablation.json, ablation.png, scene.png")
 

@@ -11,7 +11,6 @@ import argparse
 import functools
 import os
 import sys
-import tempfile
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -21,7 +20,7 @@ import torch
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
 from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
 
-from export import ROOT
+from export import ROOT, whole_files
 from regions.segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
 
 
@@ -64,9 +63,8 @@ def is_whole(path: Path, scales: list[int], patch_size: int) -> bool:
 
 def write_whole(value, path: Path):
     """`torch.save`, whole or not at all."""
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-        torch.save(value, Path(folder, path.name))
-        os.replace(Path(folder, path.name), path)
+    with whole_files(path.parent) as built:
+        torch.save(value, built / path.name)
 
 
 @functools.cache

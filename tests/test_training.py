@@ -120,7 +120,8 @@ def encoded():
     """Processor, model, scene and its features."""
     processor, model = evidence.load(ROOT)
     scene = scenes.make_scene(1)
-    return processor, model, scene, model.encode_image(**processor.image_processor(paint(scene), return_tensors="pt"))[0]
+    (features,) = model.encode_image(**processor.image_processor(paint(scene), return_tensors="pt"))
+    return processor, model, scene, features
 
 
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])

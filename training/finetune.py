@@ -5,12 +5,11 @@
     python -m training.finetune --model runs/alone --output runs/tiny --budget 0.02 0.08 --batch-size 2 --together 16
 
 The loss is the language model's on the answers, through the ordinary `forward` with visual tokens at a budget that is
-drawn anew for every step, the KL divergence of the question's attention (`estimate_importance`, eq. 2) from the cells of
-the anchor scale that the named sites cover, and losses that say what to read (`GuidedTrainer`). With `--together`, some
-questions about a scene are asked about the same tokens, up to all of them: what questions share, the decoder reads once.
+drawn anew for every step, the KL divergence of the question's attention (`estimate_importance`, eq. 2) from the cells
+of the anchor scale that the named sites cover, and losses that say what to read (`GuidedTrainer`). With `--together`,
+questions about a scene are also asked about the same tokens, up to all of them, which the decoder then reads once.
 """
 
-import os
 from collections import defaultdict
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +24,7 @@ from tqdm import tqdm
 from transformers import Trainer
 from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
 
+from export import whole_files
 from training import questions, scenes
 from training.common import IGNORED, arguments, load, paint, points_of_tokens, save, settings, tokens_at, train
 
@@ -75,9 +75,8 @@ def cached_features(model, image_processor, seeds, path, workers=1):
             for scale in range(num_scales):
                 stored[f"{seed}.tokens.{scale}"] = features.tokens[scale]
                 stored[f"{seed}.positions.{scale}"] = features.positions[scale]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(stored, path.with_suffix(".part"))
-        os.replace(path.with_suffix(".part"), path)
+        with whole_files(path.parent) as built:
+            save_file(stored, built / path.name)
     return [
         UHRBatImageFeatures(
             stored[f"{seed}.anchor_tokens"],
@@ -289,8 +288,8 @@ class GuidedTrainer(Trainer):
     the words that the question asks about two layers before the last ("unasked"), then at the sites ("unplaced"), and
     in the last layer at the visual tokens that show the evidence ("unread").
 
-    With `taught` the tokens are those that matter most by the true sites, none of them merged: as long as the importance
-    is not learnt, the evidence is not among its choice, and a decoder learns to guess.
+    With `taught` the tokens are those that matter most by the true sites, none of them merged: as long as the
+    importance is not learnt, the evidence is not among its choice, and a decoder learns to guess.
     """
 
     def __init__(self, *args, taught=False, **kwargs):
@@ -329,7 +328,7 @@ class GuidedTrainer(Trainer):
         return self.total(outputs.loss, {"divergence": torch.stack(divergences).mean(), **parts})
 
     def ask_together(self, model, start, image, guides, **inputs):
-        """Loss of the questions about one scene that share its tokens: what they share goes through the decoder once."""
+        """Loss of the questions that share the tokens of a scene, which go through the decoder once."""
         decoder = model.model.language_model
         with settings(decoder.config, {"_attn_implementation": "sdpa"}):
             cache = model.model(input_ids=start, mm_encoder_outputs={"image": image}, use_cache=True).past_key_values
@@ -441,7 +440,7 @@ def main():
         "--budget", type=float, nargs=2, default=(0.02, 0.02), metavar=("LEAST", "MOST"), help="share of all tokens"
     )
     parser.add_argument("--taught", action="store_true", help="choose tokens by the true sites")
-    parser.add_argument("--together", type=int, default=0, metavar="N", help="ask N questions about all of a scene too")
+    parser.add_argument("--together", type=int, default=0, metavar="N", help="and ask N questions about a whole scene")
     args = parser.parse_args()
     processor, model = load(args.model)
     model.set_attn_implementation({"text_config": "eager"})  # the one that returns what it looked at

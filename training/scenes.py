@@ -13,14 +13,14 @@ boxes (x, y, width, height), as in Pillow.
 
 import argparse
 import math
-import os
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
+
+from export import whole_files
 
 WIDTH = 10000  # units
 DEFAULT_PATH = Path(__file__).resolve().parent.parent / "examples" / "scene.jpg"
@@ -405,10 +405,8 @@ def example(size=DEFAULT_SIZE, seed: int = 0) -> Image.Image:
 
 def write(path: Path = DEFAULT_PATH, size=DEFAULT_SIZE, seed: int = 0):
     """Write the scene whole or not at all; the format is that of the file's suffix."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=path.parent, prefix=".build-") as folder:
-        example(size, seed).save(Path(folder, path.name), quality=82)
-        os.replace(Path(folder, path.name), path)
+    with whole_files(path.parent) as built:
+        example(size, seed).save(built / path.name, quality=82)
 
 
 def main():
