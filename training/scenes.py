@@ -22,6 +22,7 @@ from PIL import Image, ImageDraw
 
 from export import whole_files
 
+
 WIDTH = 10000  # units
 DEFAULT_PATH = Path(__file__).resolve().parent.parent / "examples" / "scene.jpg"
 DEFAULT_SIZE = (10000, 8000)
