@@ -150,8 +150,7 @@ class Questions(Dataset):
             "index": index,
             "features": replace(features, anchor_tokens=noisy[0], tokens=noisy[1:], regions={}),
             "sites": site_tokens(scene, range(len(scene.sites)), self.grids),
-            "questions": asked,
-            "guides": [self.guide(scene, question, features.anchor_positions) for question in asked],
+            "questions": [(question, self.guide(scene, question, features.anchor_positions)) for question in asked],
         }
 
     def guide(self, scene, question, anchor_positions):
@@ -241,11 +240,10 @@ class Collator:
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
         return {"input_ids": ids, "labels": labels, "attention_mask": mask}
 
-    def guides(self, item):
-        """The guides of a scene's questions, and the ids of the words that they ask about."""
-        for question, guide in zip(item["questions"], item["guides"]):
-            words = self.processor.tokenizer(f" {' '.join(question.words)}")["input_ids"]
-            yield guide | {"words": torch.tensor(words)}
+    def guide(self, question, guide):
+        """The guide of a question, and the ids of the words that it asks about."""
+        words = self.processor.tokenizer(f" {' '.join(question.words)}")["input_ids"]
+        return guide | {"words": torch.tensor(words)}
 
     def placeholders(self, before, number):
         return torch.cat((before, torch.full((number,), self.processor.image_token_id)))
@@ -255,25 +253,25 @@ class Collator:
         rows, budgets, guides = [], [], []
         for item in items:
             budget = budgets_of(share, item["features"], self.processor.default_budgets)
-            for question, guide in list(zip(item["questions"], self.guides(item)))[:ALONE]:
+            for question, guide in item["questions"][:ALONE]:
                 before, after, labels = self.write(question)
                 start = self.placeholders(before, sum(budget))
                 rows.append((torch.cat((start, after)), torch.cat((torch.full_like(start, IGNORED), labels))))
                 budgets.append(budget)
-                guides.append(guide)
+                guides.append(self.guide(question, guide))
         return {**self.pad(rows), "budgets": torch.tensor(budgets), "guides": guides}
 
     def ask_together(self, item, share):
         """All questions of a scene behind one sequence, which holds the same tokens for all of them."""
         generator = torch.Generator().manual_seed(item["index"])
         image = choose_tokens(item["features"], item["sites"], share, self.grids, generator)
-        written = [self.write(question) for question in item["questions"]]
-        start = self.placeholders(written[0][0], len(image.pooler_output[0]))
+        written = [self.write(question) for question, _ in item["questions"]]
+        before, _, _ = written[0]  # the same for all
         return {
-            "start": start[None],
+            "start": self.placeholders(before, len(image.pooler_output[0]))[None],
             "image": image,
             **self.pad([(after, labels) for _, after, labels in written]),
-            "guides": list(self.guides(item)),
+            "guides": [self.guide(*pair) for pair in item["questions"]],
         }
 
 
