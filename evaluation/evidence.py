@@ -12,6 +12,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import os
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
