@@ -309,6 +309,7 @@ class GuidedTrainer(Trainer):
         return (loss, None) if return_outputs else loss
 
     def total(self, answers, parts, prefix=""):
+        """The sum of the losses; the log gets each of them by its name."""
         for name, part in {"answers": answers, **parts}.items():
             self.parts[prefix + name].append(float(part.detach()))
         return ANSWER_WEIGHT * answers + sum(parts.values())
