@@ -388,14 +388,14 @@ def evaluate(folder, seeds, shares=SHARES, methods=METHODS, workers=1, control_s
         return [record for records in tqdm(pool.map(_ask, seeds), **bar) for record in records]
 
 
-def main():
+def main(arguments=None):
     parser = argparse.ArgumentParser(prog="evaluation.evidence", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--scenes", type=int, default=60, help="per seed, with up to six questions each")
     parser.add_argument("--seeds", type=int, default=3, help="independent sets of scenes")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"), metavar="DIR")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     try:
         check_files(None, args.model)
         if args.scenes * args.seeds > len(scenes.TEST_SEEDS):

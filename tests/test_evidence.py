@@ -98,3 +98,10 @@ def test_one_scene_through_all_of_it(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence.json", "evidence.md", "evidence.png"]
     assert json.loads((tmp_path / "evidence.json").read_text())["about"]["questions"] == asked
     assert f"| 2 % | {evidence.PROPOSED} |" in (tmp_path / "evidence.md").read_text()
+
+
+def test_more_scenes_than_there_are_is_an_error_with_both_numbers(tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        evidence.main(["--scenes", "1000", "--seeds", "2", "--output", str(tmp_path)])
+    assert "There are 1000 test scenes, but 1000 x 2 are asked for." in capsys.readouterr().err
+    assert not any(tmp_path.iterdir())
