@@ -20,7 +20,7 @@ from tqdm import tqdm
 from transformers.utils import logging
 from uhr_bat.configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig
 
-from export import ROOT, whole_files
+from export import ROOT, whole_files, write_json
 
 from . import flops
 from .images import photograph
@@ -166,7 +166,7 @@ def main(arguments=None) -> int:
             result["budgets"][str(total)] = measure(device, sides, path, args.repetitions)
     if args.output:
         with whole_files(args.output.parent) as built:
-            (built / args.output.name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+            write_json(built / args.output.name, result)
     print(report(result))
     print(json.dumps(result))
     return 0

@@ -18,7 +18,7 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from export import whole_files
+from export import whole_files, write_json
 
 from .measures import MEASURES, Disagreement, Row, Settings
 from .sides import one_thread
@@ -85,7 +85,7 @@ def write(output, result):
     known |= result["measures"]
     result = result | {"measures": {name: known[name] for name in MEASURES if name in known}}
     with whole_files(output) as built:
-        (built / path.name).write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(built / path.name, result)
         (built / "results.md").write_text(report(result), encoding="utf-8")
 
 

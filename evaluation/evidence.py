@@ -11,7 +11,6 @@ object that a question needs has a visual token of its own, unmerged, at one of 
 import argparse
 import copy
 import dataclasses
-import json
 import os
 import sys
 from collections import Counter, defaultdict
@@ -26,7 +25,7 @@ from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatScaleEmbeddi
 from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens
 
 from examples.ask import ROOT, check_files, load, write_prompt
-from export import whole_files
+from export import whole_files, write_json
 from training import questions, scenes
 from training.common import paint, settings
 from training.finetune import budgets_of, evidence_of
@@ -354,7 +353,7 @@ def plot(result, path):
 def write_results(result, folder):
     """The three files, each whole or not at all."""
     with whole_files(folder) as built:
-        (built / "evidence.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        write_json(built / "evidence.json", result)
         (built / "evidence.md").write_text(report(result), encoding="utf-8")
         plot(result, built / "evidence.png")
 
