@@ -15,6 +15,7 @@ from transformers import TrainingArguments
 from evaluation import evidence
 from training import questions, scenes
 from training.common import IGNORED, paint, tokens_at
+from training.exchange import exchange_tower, visual_tokens
 from training.finetune import (
     Collator,
     GuidedTrainer,
@@ -176,6 +177,24 @@ def test_a_prepared_decoder_gets_words_and_visual_tokens_of_the_same_length():
     torch.testing.assert_close(tokens, features[0].tokens, rtol=1e-4, atol=1e-4)
     for rows in (torch.cat(tokens), model.get_input_embeddings().weight):
         assert rows.square().mean().sqrt() == pytest.approx(1, abs=1e-3)
+
+
+@torch.no_grad()
+def test_an_exchanged_tower_is_turned_to_the_tokens_that_the_decoder_knows():
+    (processor, model), (_, other) = evidence.load(ROOT), evidence.load(ROOT)
+    decoder = {name: value.clone() for name, value in model.model.language_model.state_dict().items()}
+    before = visual_tokens(model, processor.image_processor, [1])
+    turn = 3 * torch.linalg.qr(torch.randn(before.shape[1], before.shape[1], generator=torch.manual_seed(0))).Q
+    last = other.model.multi_modal_projector.linear_2
+    last.weight.copy_(turn @ last.weight)
+    last.bias.copy_(turn @ last.bias + 2)
+    for parameter in other.model.scale_embedding.parameters():
+        parameter.copy_(parameter @ turn.T)
+    other.model.language_model.norm.weight.zero_()  # not asked for
+    assert exchange_tower(model, other, processor.image_processor, [2]) > 0.99
+    after = visual_tokens(model, processor.image_processor, [1])
+    torch.testing.assert_close(after, before, rtol=2e-2, atol=2e-2)  # they come in bfloat16
+    assert all(torch.equal(value, decoder[name]) for name, value in model.model.language_model.state_dict().items())
 
 
 @torch.no_grad()

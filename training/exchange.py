@@ -1,0 +1,63 @@
+"""Another vision tower for a trained decoder, with tokens that the decoder knows again.
+
+    python -m training.exchange --model runs/tiny --tower runs/vision_longer --output runs/exchanged
+
+A tower that was trained on alone reads more, but its tokens have moved. The rotation, the factor and the shift that bring
+them closest to those of the model's own tower (orthogonal Procrustes problem, Schönemann 1966) go into the projector's
+last layer and the scale embedding: a rotation loses nothing that was read, and the decoder has little left to unlearn.
+"""
+
+import argparse
+from pathlib import Path
+
+import torch
+
+from training import scenes
+from training.common import load, save
+from training.finetune import encode_scenes
+
+VISION = ("vision_tower", "multi_modal_projector", "scale_embedding")
+
+
+def visual_tokens(model, image_processor, seeds) -> torch.Tensor:
+    """float32[N, D]: the tokens of all scales of the scenes of these seeds."""
+    images = encode_scenes(model, image_processor, seeds)
+    return torch.cat([torch.cat(image.tokens) for image in images]).float()
+
+
+@torch.no_grad()
+def exchange_tower(model, other, image_processor, seeds) -> float:
+    """Give `model` the tower, projector and scale embedding of `other`, turned to the tokens that it had.
+
+    Returns the mean cosine between its tokens of the scenes of `seeds` before and after.
+    """
+    before, after = (visual_tokens(one, image_processor, seeds) for one in (model, other))
+    centred_before, centred_after = before - before.mean(0), after - after.mean(0)
+    left, _, right = torch.linalg.svd(centred_after.T @ centred_before)
+    turn = left @ right * (centred_before.norm() / centred_after.norm())
+    for name in VISION:
+        getattr(model.model, name).load_state_dict(getattr(other.model, name).state_dict())
+    last = model.model.multi_modal_projector.linear_2
+    last.weight.copy_(turn.T @ last.weight)
+    last.bias.copy_(last.bias @ turn + before.mean(0) - after.mean(0) @ turn)
+    for parameter in model.model.scale_embedding.parameters():
+        parameter.copy_(parameter @ turn)
+    turned = centred_after @ turn + before.mean(0)
+    return torch.cosine_similarity(before, turned).mean().item()
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder of the decoder")
+    parser.add_argument("--tower", type=Path, required=True, metavar="DIR", help="model folder of the tower")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
+    args = parser.parse_args()
+    processor, model = load(args.model)
+    seeds = range(scenes.FINETUNING_SEED, scenes.FINETUNING_SEED + 20)
+    cosine = exchange_tower(model, load(args.tower)[1], processor.image_processor, seeds)
+    print(f"cosine between the tokens before and after: {cosine:.3f}")
+    save(model, processor, args.output)
+
+
+if __name__ == "__main__":
+    main()
