@@ -378,6 +378,22 @@ def _strips(image, pad_color):
         yield strip
 
 
+def _run(pool, calls):
+    """Call functions in threads, `calls` being (function, *arguments), and wait for them."""
+    for call in [pool.submit(*call) for call in calls]:
+        call.result()  # raises what a thread raised
+
+
+def _read_ahead(strips):
+    """The strips, each read while the one before it is resized."""
+    strips = iter(strips)
+    with ThreadPoolExecutor(1) as reader:  # one thread from first to last, as libvips asks of those who read a region
+        coming = reader.submit(next, strips, None)
+        while (strip := coming.result()) is not None:
+            coming = reader.submit(next, strips, None)
+            yield strip
+
+
 class _Band(NamedTuple):
     """Rows (first, last + 1) that are resized together: of the view, of the square that they show, and of the square
     with what the filter reaches on both sides."""
@@ -480,23 +496,17 @@ def image_to_tiles(
         ThreadPoolExecutor(NUM_THREADS) as pool,
         logging.tqdm(total=total, desc="Resizing", unit="row", delay=2, leave=False) as progress,
     ):
-
-        def run(calls):
-            for call in [pool.submit(*call) for call in calls]:
-                call.result()  # raises what a thread raised
-
         for group in passes:
             # The longest work first.
             views = [_View(side, scale, tile_size, pad_color, resample) for scale in reversed(group)]
             row = top
-            for strip in _strips(image, pad_color):
-                run([(view.narrow, strip, row) for view in views])
+            for strip in _read_ahead(_strips(image, pad_color)):
+                _run(pool, [(view.narrow, strip, row) for view in views])
                 row += strip.height
                 bottom = row if row < top + image.height else side
                 finished = [(view, *part) for view in views for part in view.finish(bottom)]
-                run(
-                    [(view.cut, *part, column) for view, *part in finished for column in range(view.scale // tile_size)]
-                )
+                cuts = [(view.cut, *part, column) for view, *part in finished for column in range(len(view.tiles))]
+                _run(pool, cuts)
                 progress.update(strip.height)
             tiles |= {view.scale: view.tiles.reshape(-1, *view.tiles.shape[2:]) for view in views}
     return {scale: tiles[scale] for scale in scales}
@@ -715,18 +725,19 @@ class UHRBatImageProcessor(BaseImageProcessor):
         pixel_values = np.empty((len(sources), sum(num_tiles), 3, tile_size, tile_size), np.float32)
         pixel_attention_mask = np.ones((len(sources), sum(num_patches)), np.int64)
 
+        arithmetic = (
+            rescale_factor if do_rescale else None,
+            image_mean if do_normalize else None,
+            image_std if do_normalize else None,
+        )
         for image_idx, source in enumerate(sources):  # one decoded image at a time
             image = self.process_image(source, **kwargs)
             tiles = image_to_tiles(image, scales, tile_size, pad_color, resample)
             by_scale = dict(zip(scales, np.split(pixel_values[image_idx], np.cumsum(num_tiles)[:-1])))
-            for scale in reversed(scales):  # the largest 8-bit tiles are dropped first
-                normalize_tiles(
-                    tiles.pop(scale),
-                    rescale_factor if do_rescale else None,
-                    image_mean if do_normalize else None,
-                    image_std if do_normalize else None,
-                    out=by_scale[scale],
-                )
+            with ThreadPoolExecutor(NUM_THREADS) as pool:
+                for scale in reversed(scales):  # the largest 8-bit tiles are dropped first
+                    pairs = zip(tiles.pop(scale), by_scale[scale])
+                    _run(pool, [(normalize_tiles, tile, *arithmetic, out) for tile, out in pairs])
             if mask_padding:
                 grids = [(scale // patch_size, scale // patch_size) for scale in scales]
                 masks = [shown_patches((image.height, image.width), grid).ravel() for grid in grids]

@@ -8,6 +8,7 @@ import json
 import re
 import struct
 import sys
+import threading
 import zlib
 from fractions import Fraction
 from pathlib import Path
@@ -620,6 +621,20 @@ def test_a_streamed_file_gives_the_tiles_of_the_file_that_is_read_whole(
     batch = processor([stream(path), path])
     np.testing.assert_array_equal(batch.pixel_values[0], batch.pixel_values[1])
     np.testing.assert_array_equal(batch.pixel_attention_mask[0], batch.pixel_attention_mask[1])
+
+
+def test_a_strip_is_read_while_the_one_before_is_resized_and_by_one_thread():
+    begun, readers = [threading.Event() for _ in range(4)], set()
+
+    def strips():
+        for place, event in enumerate(begun):
+            readers.add(threading.get_ident())
+            event.set()
+            yield place
+
+    for place in image_processing_uhr_bat._read_ahead(strips()):
+        assert all(event.wait(10) for event in begun[: place + 2])
+    assert place == 3 and len(readers) == 1 and threading.get_ident() not in readers
 
 
 @pytest.mark.parametrize("tiled", [True, False])
