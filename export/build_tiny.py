@@ -140,7 +140,7 @@ def tiny_config(tokenizer):
     config = UHRBatConfig(
         scales=[64, 128, 256, 384],
         budgets=BUDGETS,
-        num_regions=8,
+        num_regions=4,
         coord_weight=8.0,
         image_token_index=image,
         importance_layer=1,
