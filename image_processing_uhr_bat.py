@@ -385,8 +385,7 @@ def _run(pool, calls):
 
 
 def _read_ahead(strips):
-    """The strips, each read while the one before it is resized."""
-    strips = iter(strips)
+    """The strips of a generator, each read while the one before it is resized."""
     with ThreadPoolExecutor(1) as reader:  # one thread from first to last, as libvips asks of those who read a region
         coming = reader.submit(next, strips, None)
         while (strip := coming.result()) is not None:

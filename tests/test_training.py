@@ -15,13 +15,15 @@ from transformers import TrainingArguments
 from evaluation import evidence
 from training import questions, scenes
 from training.common import IGNORED, paint, tokens_at
-from training.exchange import exchange_tower, visual_tokens
+from training.exchange import exchange_tower
 from training.finetune import (
     Collator,
     GuidedTrainer,
     Questions,
+    all_tokens,
     budgets_of,
     choose_tokens,
+    encode_scenes,
     prepare_decoder,
     site_cells,
     site_tokens,
@@ -183,7 +185,7 @@ def test_a_prepared_decoder_gets_words_and_visual_tokens_of_the_same_length():
 def test_an_exchanged_tower_is_turned_to_the_tokens_that_the_decoder_knows():
     (processor, model), (_, other) = evidence.load(ROOT), evidence.load(ROOT)
     decoder = {name: value.clone() for name, value in model.model.language_model.state_dict().items()}
-    before = visual_tokens(model, processor.image_processor, [1])
+    before = all_tokens(encode_scenes(model, processor.image_processor, [1]))
     turn = 3 * torch.linalg.qr(torch.randn(before.shape[1], before.shape[1], generator=torch.manual_seed(0))).Q
     last = other.model.multi_modal_projector.linear_2
     last.weight.copy_(turn @ last.weight)
@@ -192,7 +194,7 @@ def test_an_exchanged_tower_is_turned_to_the_tokens_that_the_decoder_knows():
         parameter.copy_(parameter @ turn.T)
     other.model.language_model.norm.weight.zero_()  # not asked for
     assert exchange_tower(model, other, processor.image_processor, [2]) > 0.99
-    after = visual_tokens(model, processor.image_processor, [1])
+    after = all_tokens(encode_scenes(model, processor.image_processor, [1]))
     torch.testing.assert_close(after, before, rtol=2e-2, atol=2e-2)  # they come in bfloat16
     assert all(torch.equal(value, decoder[name]) for name, value in model.model.language_model.state_dict().items())
 

@@ -14,15 +14,7 @@ import torch
 
 from training import scenes
 from training.common import load, save
-from training.finetune import encode_scenes
-
-VISION = ("vision_tower", "multi_modal_projector", "scale_embedding")
-
-
-def visual_tokens(model, image_processor, seeds) -> torch.Tensor:
-    """float32[N, D]: the tokens of all scales of the scenes of these seeds."""
-    images = encode_scenes(model, image_processor, seeds)
-    return torch.cat([torch.cat(image.tokens) for image in images]).float()
+from training.finetune import VISION, all_tokens, encode_scenes
 
 
 @torch.no_grad()
@@ -31,19 +23,19 @@ def exchange_tower(model, other, image_processor, seeds) -> float:
 
     Returns the mean cosine between its tokens of the scenes of `seeds` before and after.
     """
-    before, after = (visual_tokens(one, image_processor, seeds) for one in (model, other))
+    before, after = (all_tokens(encode_scenes(one, image_processor, seeds)) for one in (model, other))
     centred_before, centred_after = before - before.mean(0), after - after.mean(0)
     left, _, right = torch.linalg.svd(centred_after.T @ centred_before)
     turn = left @ right * (centred_before.norm() / centred_after.norm())
+    shift = before.mean(0) - after.mean(0) @ turn
     for name in VISION:
         getattr(model.model, name).load_state_dict(getattr(other.model, name).state_dict())
     last = model.model.multi_modal_projector.linear_2
     last.weight.copy_(turn.T @ last.weight)
-    last.bias.copy_(last.bias @ turn + before.mean(0) - after.mean(0) @ turn)
+    last.bias.copy_(last.bias @ turn + shift)
     for parameter in model.model.scale_embedding.parameters():
         parameter.copy_(parameter @ turn)
-    turned = centred_after @ turn + before.mean(0)
-    return torch.cosine_similarity(before, turned).mean().item()
+    return torch.cosine_similarity(before, after @ turn + shift).mean().item()
 
 
 def main():

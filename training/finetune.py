@@ -32,6 +32,7 @@ ANSWER_WEIGHT = 3.0  # of the language model's loss, beside those that say where
 NOISE = 0.25  # on visual tokens of length 1 (root mean square): without it, scenes are learnt by heart
 WHOLE = (0.1, 1.0)  # share of all tokens that questions asked together see, drawn log-uniformly
 ALONE = 4  # questions of a scene that are asked alone as well
+VISION = ("vision_tower", "multi_modal_projector", "scale_embedding")  # what makes visual tokens
 SITE_SAMPLES = 24  # points a side, by which the share of a site in an anchor cell is measured
 
 
@@ -59,6 +60,11 @@ def encode_scenes(model, image_processor, seeds, workers=1):
         features.anchor_tokens = features.anchor_tokens.bfloat16()
         features.tokens = [tokens.bfloat16() for tokens in features.tokens]
         yield features
+
+
+def all_tokens(images) -> torch.Tensor:
+    """float32[N, D]: the tokens of all scales of some images."""
+    return torch.cat([torch.cat(image.tokens) for image in images]).float()
 
 
 def cached_features(model, image_processor, seeds, path, workers=1):
@@ -408,8 +414,7 @@ def prepare_decoder(model, features):
     embeddings.div_(length)
     decoder.norm.weight.mul_(length)
     # The projector's last layer and the scale embedding are scaled, so that all visual tokens change by one factor.
-    tokens = torch.cat([torch.cat(image.tokens) for image in features[:100]]).float()
-    factor = 1 / tokens.square().mean().sqrt()
+    factor = 1 / all_tokens(features[:100]).square().mean().sqrt()
     last = inner.multi_modal_projector.linear_2
     for parameter in (last.weight, last.bias, *inner.scale_embedding.parameters()):
         parameter.mul_(factor)
@@ -449,9 +454,8 @@ def main():
         features = cached_features(model, processor.image_processor, seeds, path, args.workers)
     if args.fresh:
         prepare_decoder(model, features)
-    model.model.vision_tower.requires_grad_(False)
-    model.model.multi_modal_projector.requires_grad_(False)
-    model.model.scale_embedding.requires_grad_(False)
+    for name in VISION:
+        getattr(model.model, name).requires_grad_(False)
     args.workers = 0  # what is encoded stays where it is
     dataset = Questions(features, seeds, model.config.grids, asked=max(args.together, 1))
     collator = Collator(processor, model.config.grids, args.budget, args.together > 0)
