@@ -7,6 +7,7 @@ Everything is installed into .venv/ beside this file; delete that folder to star
 """
 
 import hashlib
+import json
 import os
 import re
 import shutil
@@ -28,6 +29,15 @@ OVERLAYS = {
 }
 OVERLAY_TESTS = ["tests/test_remote_code.py", "tests/test_quick_start.py", "tests/test_generation.py"]
 
+# What requirements.txt brings today, be it newer than constraints.txt, is tested at every door of the library.
+NEWEST_TESTS = OVERLAY_TESTS + [
+    "tests/test_pipelines.py",
+    "tests/test_released_api.py",
+    "tests/test_save_and_push.py",
+    "tests/test_serve.py",
+    "tests/test_warnings.py",
+]
+
 
 def set_up(*requirements):
     """Make .venv/ and install the requirement files, each once for its present contents."""
@@ -40,16 +50,44 @@ def set_up(*requirements):
         once(name, contents, lambda: pip("-r", ROOT / name, "-c", ROOT / "constraints.txt"))
 
 
-def set_up_overlay(version):
-    """Put an older transformers into its own folder and return that folder."""
+def set_up_overlay(version, packages):
+    """Put the packages (each name==version) into a folder of their own and return that folder."""
     folder = VENV / f"transformers-{version}"
 
     def install():
         shutil.rmtree(folder, ignore_errors=True)  # pip leaves what is there already as it is
-        pip("--no-deps", "--target", folder, *OVERLAYS[version])
+        if packages:
+            pip("--no-deps", "--target", folder, *packages)
 
-    once(folder.name, OVERLAYS[version], install)
+    once(folder.name, packages, install)
     return folder
+
+
+def resolve_newest():
+    """Ask pip what `pip install -r requirements.txt` brings today: {name: version}, or None if pip cannot tell.
+
+    PyTorch keeps its pin and is left out: .venv/ has it.
+    """
+    report = VENV / "newest.json"
+    pinned = pins()
+    # --ignore-installed: without a registry, pip would be content with what .venv/ has.
+    options = ["--quiet", "--dry-run", "--ignore-installed", "--report", report]
+    if call_pip("install", *options, "-r", ROOT / "requirements.txt", f"torch=={pinned['torch']}"):
+        return None
+    packages = [package["metadata"] for package in json.loads(report.read_text(encoding="utf-8"))["install"]]
+    resolved = {package["name"]: package["version"] for package in packages if package["name"] != "torch"}
+    # Where one of several registries cannot be reached, pip takes what the others have, however old that is.
+    outdated = release(resolved["transformers"]) < release(pinned["transformers"])
+    return None if outdated else resolved
+
+
+def release(version):
+    return [int(number) for number in re.findall(r"\d+", version)]
+
+
+def pins():
+    """{name: version} of constraints.txt."""
+    return dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M))
 
 
 def once(name, inputs, action):
@@ -64,9 +102,13 @@ def once(name, inputs, action):
 def pip(*arguments):
     # A pip that is killed can leave half a package, which the next one takes for a whole one: .venv/ is made anew then.
     MADE.unlink()
-    code = call(PYTHON, "-m", "pip", "--disable-pip-version-check", "install", *arguments)
+    code = call_pip("install", *arguments)
     MADE.touch()
     check(code)
+
+
+def call_pip(*arguments):
+    return call(PYTHON, "-m", "pip", "--disable-pip-version-check", *arguments)
 
 
 def call(*command):
@@ -98,6 +140,21 @@ def run_tests(version, arguments, overlay=None):
     return passed, max(failed, int(code != 0)), skipped
 
 
+def run_newest_tests():
+    """Run pytest with what `pip install -r requirements.txt` brings today and return (passed, failed, skipped)."""
+    resolved = resolve_newest()
+    if resolved is None:
+        problem = "pip could not find the newest releases. Can the package registry be reached?"
+        print(f"Not tested with what users get today: {problem}", file=sys.stderr, flush=True)
+        return 0, 1, 0
+    installed = subprocess.check_output([str(PYTHON), "-m", "pip", "freeze", "--all"], text=True).split()
+    missing = sorted({f"{name}=={version}" for name, version in resolved.items()}.difference(installed))
+    overlay = set_up_overlay("newest", missing)
+    unlike = " ".join(missing) or "none"
+    print(f"\nNewest: transformers {resolved['transformers']}; unlike constraints.txt: {unlike}", flush=True)
+    return run_tests("newest", NEWEST_TESTS, overlay)
+
+
 def count(report):
     """(passed, failed, skipped) of a JUnit report; nothing if pytest did not get as far as writing one."""
     if not report.exists():
@@ -120,10 +177,12 @@ def ask(arguments):
 
 def test(arguments):
     set_up("requirements.txt", "requirements-test.txt")
-    newest = re.search(r"^transformers==(\S+)", (ROOT / "constraints.txt").read_text(encoding="utf-8"), re.M)[1]
-    results = {newest: run_tests(newest, arguments or ["tests"])}
-    for version in OVERLAYS if not arguments else ():
-        results[version] = run_tests(version, OVERLAY_TESTS, set_up_overlay(version))
+    pinned = pins()["transformers"]
+    results = {pinned: run_tests(pinned, arguments or ["tests"])}
+    if not arguments:
+        results["newest"] = run_newest_tests()
+        for version, packages in OVERLAYS.items():
+            results[version] = run_tests(version, OVERLAY_TESTS, set_up_overlay(version, packages))
     summary = "{} passed, {} failed, {} skipped".format
     print()
     for version, counts in results.items():

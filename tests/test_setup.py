@@ -5,6 +5,8 @@ import os
 import re
 import subprocess
 import sys
+import zipfile
+from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -51,7 +53,7 @@ def test_overlays_reach_from_the_oldest_supported_release_to_the_pinned_one():
 
 
 def test_overlays_run_files_that_exist():
-    assert [name for name in run.OVERLAY_TESTS if not (ROOT / name).is_file()] == []
+    assert [name for name in run.OVERLAY_TESTS + run.NEWEST_TESTS if not (ROOT / name).is_file()] == []
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -147,6 +149,110 @@ def test_an_overlay_comes_before_the_installed_packages(tmp_path, monkeypatch):
     assert run.run_tests("x", ["-q", str(tmp_path / "test_it.py")], overlay) == (1, 0, 0)
 
 
+def publish(registry, name, version, *requirements):
+    """Put a wheel of one module into a folder that serves pip as its registry."""
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
+    with zipfile.ZipFile(registry / f"{name}-{version}-py3-none-any.whl", "w") as wheel:
+        wheel.writestr(f"{name}.py", f"__version__ = '{version}'")
+        wheel.writestr(f"{name}-{version}.dist-info/METADATA", "\n".join(lines))
+        wheel.writestr(f"{name}-{version}.dist-info/WHEEL", "Wheel-Version: 1.0\nTag: py3-none-any")
+        wheel.writestr(f"{name}-{version}.dist-info/RECORD", "")
+
+
+@pytest.fixture
+def registry(tmp_path, made, monkeypatch):
+    """A registry of transformers 5.24.0, which is pinned, and the set-up that asks that registry."""
+    monkeypatch.setattr(run, "ROOT", tmp_path)
+    monkeypatch.setattr(run, "VENV", tmp_path)
+    monkeypatch.setattr(run, "PYTHON", sys.executable)
+    (tmp_path / "requirements.txt").write_text("transformers>=5.10.4,<6\ntorch>=2.6\n")
+    (tmp_path / "constraints.txt").write_text("torch==2.13.0\ntransformers==5.24.0\n")
+    folder = tmp_path / "registry"
+    folder.mkdir()
+    publish(folder, "torch", "2.13.0")
+    publish(folder, "transformers", "5.24.0", "torch")
+    for name in [name for name in os.environ if name.startswith("PIP_")]:
+        monkeypatch.delenv(name)
+    settings = {"CONFIG_FILE": os.devnull, "NO_INDEX": "1", "FIND_LINKS": folder.as_uri(), "NO_CACHE_DIR": "1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+    return folder
+
+
+@pytest.fixture
+def overlay(monkeypatch):
+    """Runs the newest lane as far as its tests, and says what stands before the installed packages there."""
+
+    def found(lane, tests, overlay):
+        return {package.name: package.version for package in metadata.distributions(path=[str(overlay)])}
+
+    monkeypatch.setattr(run, "run_tests", found)
+    return run.run_newest_tests
+
+
+def test_newest_is_what_the_requirements_bring_beyond_the_installed_packages(registry, overlay, capsys):
+    publish(registry, "torch", "2.14.0", "gigabytes")
+    publish(registry, "gigabytes", "1.0")
+    publish(registry, "packaging", metadata.version("packaging"))
+    publish(registry, "new_dependency", "1.0")
+    publish(registry, "transformers", "5.25.0", "torch", "packaging", "new_dependency")
+    publish(registry, "transformers", "6.0.0")
+    assert overlay() == {"transformers": "5.25.0", "new_dependency": "1.0"}
+    line = "Newest: transformers 5.25.0; unlike constraints.txt: new_dependency==1.0 transformers==5.25.0"
+    assert line in capsys.readouterr().out.splitlines()
+
+
+def test_newest_is_installed_anew_only_after_a_release(registry, overlay):
+    publish(registry, "transformers", "5.25.0", "torch")
+    overlay()
+    (kept,) = run.VENV.glob("*/transformers.py")
+    kept.write_text("installed once")
+    overlay()
+    assert kept.read_text() == "installed once"
+    publish(registry, "transformers", "5.26.0", "torch")
+    assert overlay() == {"transformers": "5.26.0"}
+    assert kept.read_text() == "__version__ = '5.26.0'"
+
+
+@pytest.mark.parametrize("elsewhere", [None, "5.17.0"], ids=["alone", "an old mirror beside it"])
+def test_a_registry_out_of_reach_fails_the_newest_lane_alone(registry, elsewhere, monkeypatch, capsys):
+    (registry / "transformers-5.24.0-py3-none-any.whl").unlink()
+    if elsewhere:
+        publish(registry, "transformers", elsewhere, "torch")
+    monkeypatch.delenv("PIP_NO_INDEX")
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:1/simple")
+    monkeypatch.setenv("PIP_RETRIES", "0")
+    assert sum_up(monkeypatch) == 1
+    printed = capsys.readouterr()
+    assert "Can the package registry be reached?" in printed.err
+    assert "transformers newest: 0 passed, 1 failed, 0 skipped" in printed.out.splitlines()
+    assert printed.out.splitlines()[-1] == "9 passed, 1 failed, 2 skipped"
+
+
+def sum_up(monkeypatch, *arguments):
+    """The exit code of `run.py test` where each lane that comes to its tests passes."""
+    monkeypatch.setattr(run, "set_up", lambda *names: None)
+    monkeypatch.setattr(run, "set_up_overlay", lambda version, packages: version)
+    monkeypatch.setattr(run, "run_tests", lambda version, tests, overlay=None: (2, 0, 1) if overlay else (5, 0, 0))
+    with pytest.raises(SystemExit) as ended:
+        run.test(list(arguments))
+    return ended.value.code
+
+
+def test_all_versions_are_summed_up_in_the_last_line(registry, monkeypatch, capsys):
+    assert sum_up(monkeypatch) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-1] == "11 passed, 0 failed, 3 skipped"
+    for version in ("newest", *run.OVERLAYS):
+        assert f"transformers {version}: 2 passed, 0 failed, 1 skipped" in lines
+
+
+def test_pytest_arguments_concern_the_pinned_version_alone(monkeypatch, capsys):
+    assert sum_up(monkeypatch, "-k", "setup") == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "5 passed, 0 failed, 0 skipped"
+
+
 def test_nothing_collected_is_summed_up_as_a_failure(monkeypatch, capsys):
     monkeypatch.setattr(run, "set_up", lambda *names: None)
     monkeypatch.setattr(run, "run_tests", lambda *arguments: (0, 1, 0))
@@ -154,18 +260,6 @@ def test_nothing_collected_is_summed_up_as_a_failure(monkeypatch, capsys):
         run.test(["-k", "nothing"])
     assert ended.value.code == 1
     assert capsys.readouterr().out.splitlines()[-1] == "0 passed, 1 failed, 0 skipped"
-
-
-def test_all_versions_are_summed_up_in_the_last_line(monkeypatch, capsys):
-    monkeypatch.setattr(run, "set_up", lambda *names: None)
-    monkeypatch.setattr(run, "set_up_overlay", lambda version: version)
-    monkeypatch.setattr(run, "run_tests", lambda version, arguments, overlay=None: (2, 0, 1) if overlay else (5, 0, 0))
-    with pytest.raises(SystemExit) as ended:
-        run.test([])
-    assert ended.value.code == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "9 passed, 0 failed, 2 skipped"
-    assert "transformers 5.10.4: 2 passed, 0 failed, 1 skipped" in lines
 
 
 def test_the_configuration_files_are_what_the_build_writes(tmp_path):
