@@ -10,18 +10,28 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
-from transformers.models.auto.modeling_auto import (
-    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
-    MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
-    MODEL_MAPPING_NAMES,
-)
+
+from .budgets_uhr_bat import split_budgets
 
 
-# `transformers serve` looks the class name of a model up in these tables before it loads it, remote code included.
-for _names in (MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES):
-    _names.setdefault("uhr_bat", "UHRBatForConditionalGeneration")
-# The library tells base models from models with a head by this one.
-MODEL_MAPPING_NAMES.setdefault("uhr_bat", "UHRBatModel")
+def register_names():
+    """Enter our classes into those tables of the library that are looked up by name; one that is gone is left out."""
+    try:
+        from transformers.models.auto import modeling_auto as tables
+    except ImportError:
+        return
+    names = {
+        # `transformers serve` looks the class of a model up here before it loads it, remote code included.
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES": "UHRBatForConditionalGeneration",
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES": "UHRBatForConditionalGeneration",
+        # The library's own model tests tell base models from models with a head by this one.
+        "MODEL_MAPPING_NAMES": "UHRBatModel",
+    }
+    for table, name in names.items():
+        getattr(tables, table, {}).setdefault("uhr_bat", name)
+
+
+register_names()
 
 # Scales of section 4 and budgets of appendix A.
 PAPER_SCALES = (672, 1344, 2688, 4032)
@@ -49,43 +59,6 @@ QWEN2_7B = {
 }
 
 
-def split_budgets(budgets, scales, num_images=1) -> list[list[int]]:
-    """Share the budgets of a prompt among its images, so that the prompt's total stays B (section 3.3).
-
-    Args:
-        budgets: visual tokens that each scale may spend, in the order of `scales`; never fewer at a finer scale
-            ("we assign larger B_s values", section 3.3).
-        scales: sides of the views in pixels.
-        num_images: images in the prompt. Each gets the floor of its share, the first one the remainder too.
-
-    Returns:
-        int[num_images][S], each at least 1.
-
-    Raises:
-        ValueError: a missing or surplus budget, a decreasing one, or fewer tokens than images.
-    """
-    if not scales:
-        raise ValueError("`scales` is empty: at least the anchor scale is needed.")
-    budgets = [int(budget) for budget in budgets]
-    if len(budgets) != len(scales):
-        raise ValueError(
-            f"`budgets` needs one number per scale. Got {len(budgets)} budgets {budgets} and {len(scales)} scales "
-            f"{list(scales)}."
-        )
-    if any(low > high for low, high in zip(budgets, budgets[1:])):
-        raise ValueError(
-            f"`budgets` must not decrease from one scale to the next finer one. Got {budgets} for the scales "
-            f"{list(scales)}."
-        )
-    if budgets[0] < num_images:
-        raise ValueError(
-            f"Every budget must be at least 1 token per image. Got {budgets} for {num_images} image(s) in one prompt."
-        )
-    share = [budget // num_images for budget in budgets]
-    first = [budget - (num_images - 1) * part for budget, part in zip(budgets, share)]
-    return [first] + [share] * (num_images - 1)
-
-
 def refuse_own_folder(source, save_directory):
     """Raises `ValueError` where something is to be saved into the folder, with its code, that it was loaded from.
 
@@ -111,6 +84,8 @@ class UHRBatConfig(PreTrainedConfig):
     model_type = "uhr_bat"
     sub_configs = {"text_config": AutoConfig, "vision_config": AutoConfig}
     attribute_map = {"image_token_id": "image_token_index"}
+    # What `Trainer` leaves out of its predictions: caches, and the visual tokens of the whole evaluation.
+    keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
 
     # Towers. `None` means the paper's: CLIP ViT-L/14-336 and Qwen2-7B.
     vision_config: dict | PreTrainedConfig | None = None

@@ -3,8 +3,8 @@ import torch
 import torch.nn.functional as F
 from small import BUDGETS, GRIDS, IMAGE, SIZES, count_tiles, pad_left, prompt, random_pixels, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
-from uhr_bat import modeling_uhr_bat
-from uhr_bat.modeling_uhr_bat import count_images, first_identical_tile, tile_of
+from uhr_bat import compression_uhr_bat, layers_uhr_bat
+from uhr_bat.modeling_uhr_bat import first_identical_tile, tile_of
 from uhr_bat.token_compression_uhr_bat import align_importance, merge_tokens, select_tokens
 
 
@@ -33,27 +33,6 @@ def test_first_identical_tile_joins_tiles_of_one_colour_only():
     tiles[4] = tiles[0]
     tiles[2] = torch.tensor([0.1, 0.2, 0.4])[:, None, None]
     assert first_identical_tile(tiles).tolist() == [0, 1, 2, 1, 4]
-
-
-@pytest.mark.parametrize(
-    ("placeholders", "sizes", "expected"),
-    [
-        ([14], [14], [1]),
-        ([1, 0, 2], [14, 14, 14], [1, 0, 2]),  # not expanded yet
-        ([20, 0, 14], [10, 10, 14], [2, 0, 1]),
-        ([0], [], [0]),
-    ],
-)
-def test_count_images_reads_prompts_with_one_placeholder_per_image_or_per_token(placeholders, sizes, expected):
-    assert count_images(placeholders, sizes) == expected
-
-
-@pytest.mark.parametrize(("placeholders", "sizes"), [([13], [14]), ([14, 14], [14]), ([14], [14, 14]), ([], [14])])
-def test_count_images_names_both_numbers_of_a_mismatch(placeholders, sizes):
-    message = f"Image features and image tokens do not match, tokens: {placeholders} per prompt, features: {sizes} per"
-    with pytest.raises(ValueError) as error:
-        count_images(placeholders, sizes)
-    assert message in str(error.value).replace("\\", "")
 
 
 @pytest.mark.parametrize("form", ["factorized", "per_scale"])
@@ -134,7 +113,7 @@ def test_the_pass_reads_the_scale_embedding_once_however_often_the_tokens_have_i
         ("pixel_values", (1, 13, 3, 8, 8), "[images, 14, 3, 8, 8] for the scales [8, 16, 24]. Got [1, 13, 3, 8, 8]"),
         ("pixel_values", (14, 3, 8, 8), "[images, 14, 3, 8, 8] for the scales [8, 16, 24]. Got [14, 3, 8, 8]"),
         ("pixel_attention_mask", (1, 55), "must have the shape [1, 56]"),
-        ("region_labels", (2, 56), "must have the shape [1, 56]"),
+        ("regions", (2, 56), "must have the shape [1, 56]"),
     ],
 )
 def test_encode_image_names_the_shape_it_needs_and_the_one_it_got(name, shape, message):
@@ -144,11 +123,30 @@ def test_encode_image_names_the_shape_it_needs_and_the_one_it_got(name, shape, m
     assert message in str(error.value)
 
 
-def test_a_scale_that_shows_nothing_is_an_error():
+def test_an_image_that_shows_nothing_is_an_error():
+    with pytest.raises(ValueError, match="leaves no patch that shows the image"):
+        small_model().encode_image(random_pixels(), torch.zeros(1, 56))
+
+
+def test_a_scale_that_shows_nothing_is_left_out_and_the_coarsest_of_the_others_is_the_anchor():
+    model = small_model()
+    calls = count_tiles(model)
     mask = torch.ones(1, 56)
     mask[0, :4] = 0
-    with pytest.raises(ValueError, match="leaves a scale without a patch that shows the image"):
-        small_model().encode_image(random_pixels(), mask)
+    (features,) = model.encode_image(random_pixels(), mask)
+    assert features.available == [0, 16, 36] and features.anchor_idx == 1
+    assert sum(calls) == 13
+    out = model.compress(input_ids=torch.tensor([[5, IMAGE, 6]]), image_features=[features])
+    assert [len(tokens) for tokens in out.tokens[0]] == [0, 5, 7]
+    assert (out.slots[0][0] == -1).all() and (out.importance[0][1] > 0).all()
+
+
+def test_a_budget_of_0_leaves_a_scale_out():
+    out = small_model().compress(
+        input_ids=torch.tensor([[5, IMAGE, 6]]), pixel_values=random_pixels(), budgets=[2, 0, 7]
+    )
+    assert [len(tokens) for tokens in out.tokens[0]] == [2, 0, 7]
+    assert (out.slots[0][1] == -1).all()
 
 
 # ---- Importance ----
@@ -180,7 +178,7 @@ def test_importance_does_not_depend_on_the_block_of_question_rows(monkeypatch):
     model = small_model()
     anchor_tokens = model.encode_image(random_pixels())[0].anchor_tokens
     whole = model.estimate_importance(QUESTION[0], anchor_tokens)
-    monkeypatch.setattr(modeling_uhr_bat, "QUESTION_BLOCK", 2)
+    monkeypatch.setattr(layers_uhr_bat, "QUESTION_BLOCK", 2)
     torch.testing.assert_close(model.estimate_importance(QUESTION[0], anchor_tokens), whole)
 
 
@@ -305,8 +303,8 @@ def test_an_image_is_clustered_once_for_any_number_of_questions(monkeypatch):
         calls.append(len(args[0]))
         return cluster_regions(*args, **kwargs)
 
-    cluster_regions = modeling_uhr_bat.cluster_regions
-    monkeypatch.setattr(modeling_uhr_bat, "cluster_regions", cluster)
+    cluster_regions = compression_uhr_bat.cluster_regions
+    monkeypatch.setattr(compression_uhr_bat, "cluster_regions", cluster)
     model = small_model()
     features = model.encode_image(random_pixels())
     for ids in (QUESTION, OTHER_QUESTION, QUESTION):
@@ -326,12 +324,12 @@ def test_asking_an_encoded_image_gives_the_same_as_asking_afresh():
 def test_an_encoded_image_goes_to_another_device_as_a_whole():
     model = small_model()
     labels = torch.randint(0, 3, (1, 56))
-    (features,) = model.encode_image(random_pixels(), region_labels=labels)
+    (features,) = model.encode_image(random_pixels(), regions=labels)
     model.compress(input_ids=QUESTION, image_features=[features])
     moved = features.to("meta")
-    tensors = [moved.anchor_tokens, moved.anchor_positions, *moved.tokens, *moved.positions, *moved.region_labels]
-    assert all(tensor.is_meta for tensor in (*tensors, *moved.regions.values())) and len(moved.regions) == 3
-    assert model.encode_image(random_pixels())[0].to("cpu").region_labels is None
+    tensors = [moved.anchor_tokens, moved.anchor_positions, *moved.tokens, *moved.positions, *moved.regions]
+    assert all(tensor.is_meta for tensor in (*tensors, *moved.partitions.values())) and len(moved.partitions) == 3
+    assert model.encode_image(random_pixels())[0].to("cpu").regions is None
 
 
 def test_the_same_input_gives_the_same_tokens():
@@ -342,7 +340,7 @@ def test_the_same_input_gives_the_same_tokens():
 def test_label_maps_take_the_place_of_clustering():
     model = small_model()
     labels = torch.randint(0, 3, (1, 56), generator=torch.Generator().manual_seed(1))
-    out = model.compress(input_ids=QUESTION, pixel_values=random_pixels(), region_labels=labels)
+    out = model.compress(input_ids=QUESTION, pixel_values=random_pixels(), regions=labels)
     for regions, part in zip(out.regions[0], labels[0].split(SIZES)):
         for label in (1, 2):
             assert len(regions[part == label].unique()) == min(1, int((part == label).sum()))
@@ -397,8 +395,8 @@ def test_a_budget_per_call_replaces_that_of_the_configuration():
     ("inputs", "message"),
     [
         ({"budgets": torch.tensor([[2, 5, 37]])}, "The budget of scale 24 px is 37 tokens, but 36 tokens of it show"),
-        ({"budgets": torch.tensor([[0, 5, 7]])}, "The budget of scale 8 px is 0 tokens, but 4 tokens of it show"),
-        ({"budgets": torch.tensor([[2, 5]])}, "`budgets` must have the shape [1, 3]: images and scales. Got [1, 2]"),
+        ({"token_counts": torch.tensor([[-1, 5, 7]])}, "The budget of scale 8 px is -1 tokens, but 4 tokens of it show"),
+        ({"token_counts": torch.tensor([[2, 5]])}, "`token_counts` must have the shape [1, 3]: images and scales. Got"),
         ({"budgets": [2, 5]}, "Got 2 budgets [2, 5] and 3 scales [8, 16, 24]"),
         (
             {"attention_mask": torch.ones(1, 1, 3, 3)},

@@ -1,0 +1,208 @@
+"""UHR-BAT budgets: who may spend how many visual tokens (section 3.3, "Per-scale Budgets"): share, count, check.
+
+`budgets` int[S] is what the scales of one prompt may spend: a wish. `token_counts` int[I][S] is what every image does
+spend at every scale: a fact, min(share of the budget, tokens that show the image), known before the model runs.
+
+Letters: I images, S scales, B prompts. `available` int[I][S]: tokens of every image and scale that show the image.
+"""
+
+from collections.abc import Sequence
+
+
+def split_budgets(budgets: Sequence[int], scales: Sequence[int], num_images: int = 1) -> list[list[int]]:
+    """Share the budgets of a prompt among its images, so that the prompt's total stays B.
+
+    Args:
+        budgets: visual tokens that each scale may spend, in the order of `scales`; never fewer at a finer scale
+            ("we assign larger B_s values", section 3.3), but for 0, which leaves a scale out.
+        scales: sides of the views in pixels.
+        num_images: images in the prompt. Each gets the floor of its share, the first one the remainder too.
+
+    Returns:
+        int[num_images][S], each at least 1 where the budget is not 0.
+
+    Raises:
+        ValueError: a missing or surplus budget, a decreasing one, nothing to spend, or fewer tokens than images.
+    """
+    if not scales:
+        raise ValueError("`scales` is empty: at least the anchor scale is needed.")
+    budgets = [int(budget) for budget in budgets]
+    if len(budgets) != len(scales):
+        raise ValueError(
+            f"`budgets` needs one number per scale. Got {len(budgets)} budgets {budgets} and {len(scales)} scales "
+            f"{list(scales)}."
+        )
+    spending = [budget for budget in budgets if budget]
+    if any(low > high for low, high in zip(spending, spending[1:])):
+        raise ValueError(
+            f"`budgets` must not decrease from one scale to the next finer one. Got {budgets} for the scales "
+            f"{list(scales)}."
+        )
+    if not spending or min(spending) < num_images:
+        raise ValueError(
+            f"Every budget must be at least 1 token per image, or 0 to leave its scale out, and one of them not 0. Got "
+            f"{budgets} for {num_images} image(s) in one prompt."
+        )
+    share = [budget // num_images for budget in budgets]
+    first = [budget - (num_images - 1) * part for budget, part in zip(budgets, share)]
+    return [first] + [share] * (num_images - 1)
+
+
+def count_tokens(budgets, scales, images_per_prompt: Sequence[int], available) -> list[list[int]]:
+    """int[I][S], the visual tokens that every image spends at every scale: min(its share of the budget, `available`).
+
+    Args:
+        budgets: int[S], what the scales of a prompt may spend.
+        scales: sides of the views in pixels.
+        images_per_prompt: int[B], images that share the budgets of each prompt.
+        available: int[I][S].
+
+    Raises:
+        ValueError: `images_per_prompt` do not add up to the images, or wrong budgets (see `split_budgets`).
+    """
+    if sum(images_per_prompt) != len(available):
+        raise ValueError(f"The prompts hold {sum(images_per_prompt)} images, but {len(available)} were passed.")
+    shares = [share for number in images_per_prompt if number for share in split_budgets(budgets, scales, number)]
+    return [[min(pair) for pair in zip(*rows)] for rows in zip(shares, available)]
+
+
+def apportion(total: int, budgets: Sequence[int], available: Sequence[int]) -> list[int]:
+    """int[S] that add up to `total`, in the proportions of `budgets`, at most `available` each.
+
+    Webster's method: token by token to the scale that is furthest behind. It returns the exact proportion where that
+    is whole, and so finds min(budgets, available) again from its sum.
+
+    Raises:
+        ValueError: the scales have fewer tokens than `total`.
+    """
+    limits = [limit if budget else 0 for budget, limit in zip(budgets, available)]
+    if total > sum(limits):
+        raise ValueError(
+            f"{total} visual tokens were asked for, but the image has {sum(limits)} at the scales with a budget. Lower "
+            f"`budgets`."
+        )
+    counts = [0] * len(limits)
+    for _ in range(total):
+        open_scales = [scale for scale, limit in enumerate(limits) if counts[scale] < limit]
+        counts[max(open_scales, key=lambda scale: budgets[scale] / (2 * counts[scale] + 1))] += 1
+    return counts
+
+
+def images_of_prompts(runs: Sequence[Sequence[int]], num_images: int, token_counts=None) -> list[int]:
+    """int[B], images of each prompt, where nobody said: from the runs of image tokens in the prompts.
+
+    Args:
+        runs: lengths of the runs of image tokens of each prompt. A run is an image, or images that touch each other.
+        num_images: images of all prompts together.
+        token_counts: int[I][S] where they are known: images then are taken in order until they fill a prompt.
+
+    Raises:
+        ValueError: it cannot be told which images belong to which prompt.
+    """
+    placeholders = [sum(lengths) for lengths in runs]
+    if sum(placeholders) == num_images:  # one placeholder per image
+        return placeholders
+    if token_counts is not None:
+        totals = iter([sum(counts) for counts in token_counts])
+        images_per_prompt = []
+        for wanted in placeholders:
+            number = 0
+            while wanted > 0:
+                wanted -= next(totals, wanted)
+                number += 1
+            images_per_prompt.append(number)
+        return images_per_prompt
+    if sum(map(len, runs)) == num_images:
+        return [len(lengths) for lengths in runs]
+    if len(runs) == 1 and len(runs[0]) <= num_images:
+        return [num_images]
+    raise ValueError(
+        f"Image features and image tokens do not match, tokens: {placeholders} per prompt, features: {num_images} images. "
+        "Pass `images_per_prompt` and `token_counts` as the processor returned them, or the `budgets` that it was given."
+    )
+
+
+def recover_counts(runs, images_per_prompt, budgets: Sequence[int], available) -> list[list[int]]:
+    """int[I][S], what the images of prompts that are expanded spend, where a trainer lost `token_counts` on the way.
+
+    The run of an image's tokens says how many there are; images that touch each other get equal shares of their run.
+    How an image's tokens were divided among the scales is taken from the proportions of `budgets`.
+
+    Raises:
+        ValueError: the images have fewer tokens than the prompts ask for.
+    """
+    totals = []
+    for lengths, number in zip(runs, images_per_prompt):
+        if number and len(lengths) != number:
+            lengths = [share for (share,) in split_budgets([sum(lengths)], ["all"], number)]
+        totals += lengths
+    return [apportion(total, budgets, limits) for total, limits in zip(totals, available)]
+
+
+def check_counts(token_counts, placeholders: Sequence[int], images_per_prompt: Sequence[int], scales, available):
+    """Raises `ValueError` unless prompts, images and counts fit each other; both numbers are named.
+
+    Args:
+        token_counts: int[I][S].
+        placeholders: int[B], image tokens of each prompt: one per image, or as many as its images spend.
+        images_per_prompt: int[B].
+        scales: sides of the views in pixels.
+        available: int[I][S].
+    """
+    if len(token_counts) != len(available) or any(len(counts) != len(scales) for counts in token_counts):
+        raise ValueError(
+            f"`token_counts` must have the shape [{len(available)}, {len(scales)}]: images and scales. Got "
+            f"[{len(token_counts)}, {len(token_counts[0]) if len(token_counts) else 0}]."
+        )
+    if len(images_per_prompt) != len(placeholders) or sum(images_per_prompt) != len(available):
+        raise ValueError(
+            f"The prompts hold {list(images_per_prompt)} images, but {len(available)} were passed for "
+            f"{len(placeholders)} prompts."
+        )
+    totals = [sum(counts) for counts in token_counts]
+    left = iter(totals)
+    expanded = [sum(next(left) for _ in range(number)) for number in images_per_prompt]
+    if list(placeholders) not in (list(images_per_prompt), expanded):
+        raise ValueError(
+            f"Image features and image tokens do not match, tokens: {list(placeholders)} per prompt, features: {totals} "
+            "per image. Pass the `budgets` that the processor was given, or the `token_counts` that it returned."
+        )
+    for counts, limits in zip(token_counts, available):
+        for scale, spent, limit in zip(scales, counts, limits):
+            if not 0 <= spent <= limit:
+                raise ValueError(
+                    f"The budget of scale {scale} px is {spent} tokens, but {limit} tokens of it show the image."
+                )
+        if not sum(counts):
+            raise ValueError(f"An image spends no token: its counts are {list(counts)} for the scales {list(scales)}.")
+
+
+def settle_counts(
+    budgets, token_counts, images_per_prompt, runs: Sequence[Sequence[int]], scales, default_budgets, available
+) -> tuple[list[int], list[list[int]]]:
+    """`images_per_prompt` int[B] and `token_counts` int[I][S] of a batch, from whatever came with it.
+
+    Exact counts first; else what `budgets`, or the default ones, give; else what the prompts say, if they are expanded.
+
+    Args:
+        budgets: int[S] or None; token_counts: int[I][S] or None; images_per_prompt: int[B] or None.
+        runs: lengths of the runs of image tokens of each prompt.
+        scales: sides of the views in pixels.
+        default_budgets: int[S], those of the configuration.
+        available: int[I][S].
+
+    Raises:
+        ValueError: prompts, images and counts that do not fit each other.
+    """
+    placeholders = [sum(lengths) for lengths in runs]
+    expanded = sum(placeholders) != len(available)
+    if images_per_prompt is None:
+        images_per_prompt = images_of_prompts(runs, len(available), token_counts)
+    if token_counts is None:
+        wanted = default_budgets if budgets is None else budgets
+        token_counts = count_tokens(wanted, scales, images_per_prompt, available)
+        # An image has a token of each scale at least: with fewer, the prompt is wrong rather than expanded.
+        if budgets is None and expanded and sum(placeholders) >= sum(map(bool, sum(token_counts, []))):
+            token_counts = recover_counts(runs, images_per_prompt, default_budgets, available)
+    check_counts(token_counts, placeholders, images_per_prompt, scales, available)
+    return images_per_prompt, token_counts

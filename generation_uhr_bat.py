@@ -1,0 +1,162 @@
+"""UHR-BAT generation: what `generate` does before the library's own: prompts, caches, beams.
+
+Images are compressed once, before the first step, and the prompt is expanded to their visual tokens. The library then
+gets them as `mm_encoder_outputs`, its own name for images that are encoded already.
+"""
+
+import torch
+import torch.nn.functional as F
+from transformers import GenerationMixin
+from transformers.generation import utils as generation_utils
+from transformers.utils import logging
+
+from .outputs_uhr_bat import CACHE, IMAGE_INPUTS, UHRBatCompressionOutput, has_images
+from .released_api_uhr_bat import translate_released_call
+
+
+logger = logging.get_logger(__name__)
+
+
+class UHRBatGenerationMixin(GenerationMixin):
+    """The library's mixin for a model with `compress` and with `model.find_placeholders`."""
+
+    @torch.no_grad()
+    def generate(self, inputs=None, *args, **kwargs):
+        """Answer: `GenerationMixin.generate`, with the images of [`UHRBatImageInputs`].
+
+        Images are compressed once, before the first step, whatever the number of beams and returned sequences. A prompt
+        with one placeholder per image is expanded to the budget first. The released code's call (`inputs`,
+        `multiscale_pixels`, ...) is translated to the same arguments.
+
+        A conversation goes on from `cache` (or `past_key_values`, its name up to 5.23) with the images of the new turn
+        alone, and either all ids so far and the new ones, or the new ones and the attention mask of all.
+
+        Raises:
+            ValueError: prompts, images and budgets that do not fit each other, or a prompt over the context window.
+        """
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        for name in {"cache", "past_key_values"} & kwargs.keys() - {CACHE}:
+            kwargs[CACHE] = kwargs.pop(name)
+        inputs, kwargs = translate_released_call(self.config, inputs, kwargs)
+        images = {name: kwargs.pop(name) for name in (*IMAGE_INPUTS, "region_labels") if name in kwargs}
+        if has_images(images.get("pixel_values"), images.get("image_features")):
+            attention_mask, inputs_embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
+            prompt = inputs if inputs_embeds is None else inputs_embeds
+            if attention_mask is None:
+                attention_mask = torch.ones(prompt.shape[:2], dtype=torch.long, device=prompt.device)
+            num_cached = self._count_cached(prompt, attention_mask, kwargs.get(CACHE))
+            visible = attention_mask
+            if num_cached:
+                # Images of earlier turns are in the cache: only those of this turn are compressed.
+                known = self.model.find_placeholders(inputs, prompt)[:, :num_cached].to(visible.device)
+                visible = torch.cat((visible[:, :num_cached].masked_fill(known, 0), visible[:, num_cached:]), dim=1)
+            compressed = self.compress(input_ids=inputs, attention_mask=visible, inputs_embeds=inputs_embeds, **images)
+            kwargs["mm_encoder_outputs"] = {"image": compressed}
+            if inputs_embeds is None:
+                inputs, kwargs["attention_mask"], _ = self.expand_placeholders(
+                    inputs, attention_mask, compressed, num_cached=num_cached
+                )
+        self._check_prompt(inputs, kwargs)
+        return super().generate(inputs, *args, **kwargs)
+
+    @staticmethod
+    def _count_cached(prompt, attention_mask, cache) -> int:
+        """How many tokens of a prompt are in the cache. As in the library, a prompt shorter than its mask has none."""
+        if cache is None or attention_mask.shape[1] != prompt.shape[1]:
+            return 0
+        return int(cache.get_seq_length())
+
+    def expand_placeholders(self, input_ids, attention_mask, compressed, *, labels=None, num_cached=0):
+        """One placeholder per image -> one per visual token; prompts padded on the left to one length.
+
+        Args:
+            input_ids, attention_mask: long[B, M]; a prompt that is expanded already comes back as it is.
+            compressed: what `compress` returned for these prompts.
+            labels: long[B, M] or None. An image has no label (-100).
+            num_cached: tokens of the prompts that a cache holds. They are not padded; padding is inserted after them.
+
+        Returns:
+            (input_ids, attention_mask, labels) of the new length.
+        """
+        new_ids = input_ids[:, num_cached:]
+        num_old = attention_mask.shape[1] - new_ids.shape[1]
+        new_mask = attention_mask[:, num_old:]
+        placeholder = (new_ids == self.config.image_token_id) & new_mask.bool()
+        sizes = [len(tokens) for tokens in compressed.pooler_output]
+        if int(placeholder.sum()) == sum(sizes):
+            return input_ids, attention_mask, labels
+        repeats = torch.ones_like(new_ids).masked_scatter(placeholder, torch.tensor(sizes, device=new_ids.device))
+
+        def expand(rows, fill):
+            rows = [row.repeat_interleave(times) for row, times in zip(rows, repeats)]
+            length = max(map(len, rows))
+            return torch.stack([F.pad(row, (length - len(row), 0), value=fill) for row in rows])
+
+        if labels is not None:
+            labels = expand(labels.masked_fill(placeholder, -100), -100)
+        return (
+            torch.cat((input_ids[:, :num_cached], expand(new_ids, self.generation_config.pad_token_id or 0)), dim=1),
+            torch.cat((attention_mask[:, :num_old], expand(new_mask, 0)), dim=1),
+            labels,
+        )
+
+    def _check_prompt(self, input_ids, kwargs):
+        """Raises `ValueError` for image tokens without images, and for a prompt over the context window."""
+        if input_ids is None:
+            return
+        num_placeholders = int((input_ids == self.config.image_token_id).sum())
+        # The images of a conversation that goes on are in its cache; embeddings may hold them already.
+        held = kwargs.get(CACHE) is not None or kwargs.get("inputs_embeds") is not None
+        if num_placeholders and not held and not kwargs.get("mm_encoder_outputs"):
+            raise ValueError(
+                f"Image features and image tokens do not match, tokens: {num_placeholders} image tokens in the prompts, "
+                "but no images were passed."
+            )
+        window = self.config.text_config.max_position_embeddings
+        # Where a conversation goes on with its new ids alone, the mask still covers all of it.
+        mask = kwargs.get("attention_mask")
+        length = max(input_ids.shape[-1], 0 if mask is None else mask.shape[-1])
+        if length >= window:
+            raise ValueError(
+                f"The prompt has {length} tokens with its images, but the context window holds {window} "
+                "and the answer needs room. Shorten the text or lower the budgets: nothing is cut silently."
+            )
+
+    def prepare_inputs_for_generation(
+        self, input_ids, inputs_embeds=None, mm_encoder_outputs=None, is_first_iteration=False, **kwargs
+    ):
+        """Visual tokens go in with the whole prompt: in the first step, or in each one without a cache."""
+        model_inputs = super().prepare_inputs_for_generation(
+            input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
+        )
+        if is_first_iteration or not kwargs.get("use_cache", True):
+            model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
+        return model_inputs
+
+    def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
+        """`prefill_chunk_size` only where the library hands every chunk its images: older releases leave them out."""
+        if model_kwargs.get("mm_encoder_outputs") and not hasattr(generation_utils, "_slice_mm_encoder_output"):
+            if generation_config.prefill_chunk_size is not None:
+                logger.warning_once(
+                    "This release of transformers cannot read images in chunks: `prefill_chunk_size` is left out."
+                )
+                generation_config.prefill_chunk_size = None
+        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+
+    def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
+        """Beams of one prompt share its images as a group: [A, B] becomes [A, B, A, B], not [A, A, B, B]."""
+        outputs = model_kwargs.pop("mm_encoder_outputs", None)
+        input_ids, model_kwargs = super()._expand_inputs_for_generation(
+            expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
+        )
+        if outputs:
+            image = outputs["image"]
+            tokens = iter(image.pooler_output)
+            groups = [[next(tokens) for _ in range(num_images)] for num_images in image.images_per_prompt]
+            expanded = [visual for group in groups for visual in group * expand_size]
+            numbers = [num_images for num_images in image.images_per_prompt for _ in range(expand_size)]
+            outputs = {"image": UHRBatCompressionOutput(pooler_output=expanded, images_per_prompt=numbers)}
+        if outputs is not None:
+            model_kwargs["mm_encoder_outputs"] = outputs
+        return input_ids, model_kwargs

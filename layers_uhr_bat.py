@@ -1,0 +1,118 @@
+"""UHR-BAT layers: the projector, the scale embedding (eq. 5), and the attention of the question (eq. 2).
+
+Axes: N tokens of a scale, V of them that show the image, D decoder width, M tokens of a sequence.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.activations import ACT2FN
+from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
+
+from .configuration_uhr_bat import UHRBatConfig
+
+
+# Question rows of the importance pass that are scored at once: bounds the scores to heads x 64 x sequence.
+QUESTION_BLOCK = 64
+
+
+class UHRBatMultiModalProjector(nn.Module):
+    """phi of section 3.2: two linear layers with an activation between them; also the form of the token MLP."""
+
+    def __init__(self, in_features: int, out_features: int, activation: str):
+        super().__init__()
+        self.linear_1 = nn.Linear(in_features, out_features)
+        self.act = ACT2FN[activation]
+        self.linear_2 = nn.Linear(out_features, out_features)
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(features)))
+
+
+class UHRBatScaleEmbedding(nn.Module):
+    """p(s) + q(s) of eq. 5 at chosen places of a scale, in the paper's form or in that of the released weights.
+
+    "factorized": one base table [1, g * g, D], interpolated bilinearly over the whole grid of the scale, plus a learned
+    vector per scale. "per_scale": one table per scale with g at most `scale_embedding_grid`, interpolated over the grid
+    of one tile and repeated for every tile.
+    """
+
+    def __init__(self, config: UHRBatConfig):
+        super().__init__()
+        width = config.text_config.hidden_size
+        self.patches_per_side = config.tile_size // config.patch_size
+        self.scales = config.scales
+        self.grids = config.grids
+        self.per_scale = config.scale_embedding_form == "per_scale"
+        if self.per_scale:
+            sides = [min(height, config.scale_embedding_grid) for height, _ in config.grids]
+            self.tables = nn.ParameterDict(
+                {str(scale): nn.Parameter(torch.zeros(1, g * g, width)) for scale, g in zip(config.scales, sides)}
+            )
+        else:
+            self.table = nn.Parameter(torch.zeros(1, config.scale_embedding_grid**2, width))
+            self.scale_vectors = nn.Parameter(torch.zeros(len(config.scales), width))
+
+    def forward(self, scale_idx: int, positions: torch.Tensor) -> torch.Tensor:
+        """float32[V, D] for the places long[V] on the grid of one scale."""
+        rows, columns = positions // self.grids[scale_idx][1], positions % self.grids[scale_idx][1]
+        if self.per_scale:
+            table, extent = self.tables[str(self.scales[scale_idx])], self.patches_per_side
+            rows, columns = rows % extent, columns % extent
+        else:
+            table, extent = self.table, self.grids[scale_idx][0]
+        g = round(table.shape[1] ** 0.5)
+        # Sampling at the patch centres is F.interpolate(..., align_corners=False), for the wanted places alone.
+        # float32: bfloat16 coordinates are too coarse for 288 patches a side.
+        centres = (torch.stack((columns, rows), dim=-1).float() + 0.5) * 2 / extent - 1
+        embedding = F.grid_sample(
+            table.float().view(1, g, g, -1).permute(0, 3, 1, 2),
+            centres.view(1, 1, -1, 2),
+            padding_mode="border",
+            align_corners=False,
+        )
+        embedding = embedding[0, :, 0].T
+        return embedding if self.per_scale else embedding + self.scale_vectors[scale_idx].float()
+
+
+def question_attention(attention, hidden_states, position_embeddings, question_start) -> torch.Tensor:
+    """Eq. 2 over a whole row: mean attention of the question to every position, over heads and question tokens.
+
+    Only the rows of the question are computed, in blocks: no N x N matrix exists, whatever the attention kernel.
+
+    Args:
+        attention: a Qwen2 attention module, called while its parameters are in place.
+        hidden_states: float[1, M, D], its input.
+        position_embeddings: (cos, sin), float[1, M, head] each.
+        question_start: first row of the question, which runs to the end.
+
+    Returns:
+        float32[M]
+    """
+    _, M, _ = hidden_states.shape
+    shape = (1, M, -1, attention.head_dim)
+    cos, sin = position_embeddings
+    query = attention.q_proj(hidden_states).view(shape).transpose(1, 2)
+    key = attention.k_proj(hidden_states).view(shape).transpose(1, 2)
+    query, key = apply_rotary_pos_emb(query, key, cos, sin)
+    key = repeat_kv(key, attention.num_key_value_groups).transpose(2, 3)
+
+    position = torch.arange(M, device=hidden_states.device)
+    total = 0
+    for rows in position[question_start:].split(QUESTION_BLOCK):
+        scores = query[:, :, rows] @ key * attention.scaling
+        scores = scores.masked_fill(position > rows[:, None], float("-inf"))
+        total = total + F.softmax(scores, dim=-1, dtype=torch.float32).mean(1).sum((0, 1))
+    return total / (M - question_start)
+
+
+def call_reader(attention: nn.Module, args, kwargs):
+    """Forward pre-hook of the decoder's attention modules: calls `read_attention(attention)` if the call carries one.
+
+    FSDP, DeepSpeed and offloading have a layer's weights in place only during its call, so what reads them has to run
+    inside it. The reader travels with the call: calls in other threads do not see it.
+    """
+    read_attention = kwargs.pop("read_attention", None)
+    if read_attention is not None:
+        read_attention(attention)
+    return args, kwargs

@@ -1,0 +1,144 @@
+"""UHR-BAT outputs: what an encoded image is, what the compression returns by name, and what the models return.
+
+Axes: I images, S scales, N tokens of a scale, V of them that show the image and not the letterbox, D decoder width,
+B prompts.
+"""
+
+from dataclasses import dataclass, field, fields
+from typing import TypedDict
+
+import torch
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
+
+
+# What the library calls the cache of keys and values, as a field and as an argument: `past_key_values` up to 5.23,
+# `cache` from 5.24 on.
+CACHE = next(one.name for one in fields(BaseModelOutputWithPast) if one.name in ("cache", "past_key_values"))
+
+
+@dataclass
+class UHRBatImageFeatures:
+    """One encoded image: all that does not depend on the question. Encode once, ask many.
+
+    Attributes:
+        anchor_tokens: float[V_1, D], tokens of the anchor, the coarsest scale that shows the image, with the scale
+            embedding added once, tile by tile, as the importance pass reads them.
+        anchor_positions: long[V_1], place of each anchor token on the anchor grid.
+        tokens: float[V_s, D] for every scale, as they are clustered and merged.
+        positions: long[V_s] for every scale, place of each token on the grid of its scale, ascending.
+        regions: long[V_s] for every scale where regions were handed in (0 = background), else None.
+        partitions: long[V_s] by (scale index, number of regions): partitions that were computed so far.
+    """
+
+    anchor_tokens: torch.Tensor
+    anchor_positions: torch.Tensor
+    tokens: list[torch.Tensor]
+    positions: list[torch.Tensor]
+    regions: list[torch.Tensor] | None = None
+    partitions: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    @property
+    def anchor_idx(self) -> int:
+        """Index of the anchor: the coarsest scale that shows anything of the image."""
+        return next(scale_idx for scale_idx, positions in enumerate(self.positions) if len(positions))
+
+    @property
+    def available(self) -> list[int]:
+        """int[S], tokens of every scale that show the image."""
+        return [len(positions) for positions in self.positions]
+
+    def to(self, device, non_blocking=False) -> "UHRBatImageFeatures":
+        """The same on another device: thousands of encoded images fit in a CPU's memory, few in a GPU's."""
+
+        def move(value):
+            if isinstance(value, list):
+                return [move(one) for one in value]
+            if isinstance(value, dict):
+                return {key: move(one) for key, one in value.items()}
+            return None if value is None else value.to(device, non_blocking=non_blocking)
+
+        return UHRBatImageFeatures(**{one.name: move(getattr(self, one.name)) for one in fields(self)})
+
+
+class UHRBatImageInputs(TypedDict, total=False):
+    """The arguments that bring the images of a batch of prompts into the model; the one list of them.
+
+    Attributes:
+        pixel_values: float[I, T, 3, tile, tile], tiles of all scales, ascending scales, row-major.
+        pixel_attention_mask: bool or int[I, N], 1 where a patch shows the image and not only the letterbox; the patches
+            of all scales, ascending scales, each row by row over its grid. None: all show the image.
+        regions: long[I, N] in the same order, the region of each token, 0 = background. None: tokens are clustered.
+        image_features: list of I [`UHRBatImageFeatures`], what `encode_image` returned, instead of the three above.
+        budgets: int[S], visual tokens that each scale may spend in one prompt, shared by its images. None: those of the
+            configuration. (A tensor of two dimensions is `token_counts` under its old name.)
+        token_counts: long[I, S], exact visual tokens per image and scale, as the processor counts them.
+        images_per_prompt: long[B], as the processor counts them.
+    """
+
+    pixel_values: torch.Tensor | None
+    pixel_attention_mask: torch.Tensor | None
+    regions: torch.Tensor | None
+    image_features: list[UHRBatImageFeatures] | None
+    budgets: list[int] | torch.Tensor | None
+    token_counts: torch.Tensor | None
+    images_per_prompt: torch.Tensor | None
+
+
+IMAGE_INPUTS = tuple(UHRBatImageInputs.__annotations__)
+
+
+def has_images(pixel_values=None, image_features=None) -> bool:
+    """Whether a batch brings an image: an empty list or tensor of images is a batch of text."""
+    return any(images is not None and len(images) > 0 for images in (pixel_values, image_features))
+
+
+@dataclass
+class UHRBatCompressionOutput(ModelOutput):
+    """What `compress` returns: lists over images, and over scales inside.
+
+    Attributes:
+        pooler_output: float[n, D] per image, the visual tokens that replace its placeholders: `tokens`, scale after
+            scale, the anchor first.
+        tokens: float[B_s, D] per image and scale, after the token MLP where the checkpoint has one.
+        importance: float[H, W] per image and scale, eq. 2 aligned by eq. 6-7; 0 where only the letterbox is seen.
+        regions: long[N] per image and scale, region of each token; -1 where only the letterbox is seen.
+        slots: long[N] per image and scale, the place in `tokens` that each token went to, several tokens in one place
+            were averaged; -1 for those that were dropped.
+        images_per_prompt: number of images in each prompt of the batch.
+    """
+
+    pooler_output: list[torch.Tensor] | None = None
+    tokens: list[list[torch.Tensor]] | None = None
+    importance: list[list[torch.Tensor]] | None = None
+    regions: list[list[torch.Tensor]] | None = None
+    slots: list[list[torch.Tensor]] | None = None
+    images_per_prompt: list[int] | None = None
+
+    @property
+    def tokens_per_prompt(self) -> list[int] | None:
+        """Visual tokens of each prompt of the batch."""
+        if self.images_per_prompt is None:
+            return None
+        images = iter(self.pooler_output)
+        return [sum(len(next(images)) for _ in range(num_images)) for num_images in self.images_per_prompt]
+
+
+class _WithImageHiddenStates:
+    @property
+    def image_hidden_states(self) -> list[torch.Tensor] | None:
+        """float[n, D] per image, the visual tokens that entered the decoder."""
+        return None if self.image_outputs is None else self.image_outputs.pooler_output
+
+
+@dataclass
+class UHRBatModelOutputWithPast(_WithImageHiddenStates, BaseModelOutputWithPast):
+    """Output of [`UHRBatModel`]; `image_outputs`: what `compress` returned for the images of the batch."""
+
+    image_outputs: UHRBatCompressionOutput | None = None
+
+
+@dataclass
+class UHRBatCausalLMOutputWithPast(_WithImageHiddenStates, CausalLMOutputWithPast):
+    """Output of [`UHRBatForConditionalGeneration`]; `image_outputs`: what `compress` returned."""
+
+    image_outputs: UHRBatCompressionOutput | None = None
