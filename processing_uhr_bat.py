@@ -2,12 +2,16 @@
 
 The number of visual tokens is known here, before the model runs: n = sum over scales of min(B_s, tokens of the scale
 that show the image) (section 3.3, "Per-scale Budgets").
+
+Letters: B prompts, I images, S scales, T tiles and N patches of all scales, M text tokens.
 """
 
 import numpy as np
-from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin
+from transformers.image_utils import ImageInput
+from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
-from .configuration_uhr_bat import PAPER_BUDGETS, refuse_own_folder, split_budgets
+from .budgets_uhr_bat import count_tokens, split_budgets
+from .configuration_uhr_bat import PAPER_BUDGETS, refuse_own_folder
 from .image_processing_uhr_bat import (
     UHRBatImageProcessor,
     UHRBatImageProcessorKwargs,
@@ -44,6 +48,7 @@ class UHRBatProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = UHRBatProcessorKwargs
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "image_features"]
 
     def __init__(
         self,
@@ -66,24 +71,50 @@ class UHRBatProcessor(ProcessorMixin):
             raise ValueError(f"The tokenizer does not know {image_token!r} as one token: add it as a special token.")
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
-    def __call__(self, images=None, text=None, **kwargs):
+    def __call__(
+        self,
+        images: ImageInput | None = None,
+        text: str | list[str] | None = None,
+        image_features: list | None = None,
+        **kwargs: Unpack[UHRBatProcessorKwargs],
+    ):
         """Model inputs from text with one `image_token` per image, and images in the order of the text.
 
         Args:
-            images: an image, a list, or a list per prompt; PIL images, arrays, paths or URLs.
+            images: an image, a list, or a list per prompt; PIL images, arrays, paths or URLs. Lists without an image
+                are a batch of text.
             text: a prompt or a list of prompts.
+            image_features: what `model.encode_image` returned, one per image, instead of images: the prompt is expanded
+                as theirs would be, and the features are handed on to the model. They may repeat, as the same image does
+                that is asked about in several prompts.
             budgets: int[S], visual tokens that each scale may spend in one prompt.
 
         Returns:
             input_ids, attention_mask: long[B, M], every placeholder repeated once per visual token;
-            pixel_values: float[I, T, 3, tile, tile]; pixel_attention_mask: [I, N], 1 where a patch shows the image;
-            budgets: long[I, S], exact number of visual tokens per image and scale.
+            pixel_values: float[I, T, 3, tile, tile]; pixel_attention_mask: [I, N], 1 where a patch shows the image; or
+            image_features, as they came;
+            token_counts: long[I, S], exact number of visual tokens per image and scale;
+            images_per_prompt: long[B].
 
         Raises:
+            TypeError: text that is no text.
             ValueError: counts of images and placeholders that differ; wrong budgets; a prompt over the context window.
         """
-        if text is not None:
-            prompts = [text] if isinstance(text, str) else list(text)
+        prompts = [text] if isinstance(text, str) else text
+        if prompts is not None and not (
+            isinstance(prompts, (list, tuple)) and all(isinstance(prompt, str) for prompt in prompts)
+        ):
+            raise TypeError(
+                f"`text` must be a string or a list of strings. Got {type(text).__name__}. Pass images as `images=` and "
+                "prompts as `text=`."
+            )
+        if image_features is not None:
+            if images is not None:
+                raise ValueError("You cannot specify both images and image_features at the same time.")
+            images = list(image_features)
+        elif images is not None and not flatten_images(images):
+            images = None
+        if prompts is not None:
             kwargs["images_per_prompt"] = self._images_per_prompt(images, prompts, kwargs)
         inputs = super().__call__(images=images, text=text, **kwargs)
         longest = max((len(ids) for ids in inputs.get("input_ids", [])), default=0)
@@ -94,13 +125,24 @@ class UHRBatProcessor(ProcessorMixin):
             )
         return inputs
 
+    def prepare_inputs_layout(self, images=None, **kwargs):
+        """As the library's, which opens files and URLs; an encoded image is what it is."""
+        encoded = images is not None and all(map(_is_encoded, flatten_images(images)))
+        opened, *rest = super().prepare_inputs_layout(images=None if encoded else images, **kwargs)
+        return images if encoded else opened, *rest
+
+    def validate_inputs(self, images=None, text=None, **kwargs):
+        """The library's error for a call without anything; the counts were checked in `_images_per_prompt`."""
+        if images is None and text is None:
+            super().validate_inputs(**kwargs)
+
     def _images_per_prompt(self, images, prompts, kwargs) -> list[int]:
-        """Images of each prompt: from a list per prompt, else from the placeholders of the text."""
+        """int[B], images of each prompt: from a list per prompt, else from the placeholders of the text."""
         placeholders = [prompt.count(self.image_token) for prompt in prompts]
         num_images = 0 if images is None else len(flatten_images(images))
         nested = isinstance(images, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in images)
         per_prompt = [len(group) for group in images] if nested and len(images) == len(prompts) else placeholders
-        # A placeholder that a user typed is plain text where the template marked it so.
+        # With `sanitize_control_tokens`, `<image>` typed by a user is text and must not be counted.
         marked = kwargs.get("sanitize_control_tokens")
         if not marked and (sum(placeholders) != num_images or per_prompt != placeholders):
             raise ValueError(
@@ -112,46 +154,49 @@ class UHRBatProcessor(ProcessorMixin):
 
     def _process_images(self, images, budgets=None, images_per_prompt=None, **kwargs):
         """Adds the exact number of visual tokens per image and scale to what the image processor returns."""
-        inputs = self.image_processor(images, **kwargs)
-        shown = np.asarray(inputs["pixel_attention_mask"])
+        images = flatten_images(images)
+        if all(map(_is_encoded, images)):
+            scales = self.image_processor.scales
+            inputs, available = {"image_features": images}, [image.available for image in images]
+        else:
+            inputs = self.image_processor(images, **kwargs)
+            scales = kwargs.get("scales") or self.image_processor.scales
+            available = self._count_shown(np.asarray(inputs["pixel_attention_mask"]), scales)
         budgets = self.default_budgets if budgets is None else budgets
         if images_per_prompt is None:
-            images_per_prompt = [1] * len(shown)
-        counts = self._count_tokens(shown, budgets, images_per_prompt, kwargs.get("scales"))
-        inputs["budgets"] = counts
+            images_per_prompt = [1] * len(images)
+        counts = count_tokens(budgets, scales, images_per_prompt, available)
+        inputs["token_counts"], inputs["images_per_prompt"] = np.array(counts), np.array(images_per_prompt)
         return inputs, [self.image_token * sum(count) for count in counts]
 
-    def _count_tokens(self, shown, budgets, images_per_prompt, scales=None) -> list[list[int]]:
-        """int[I][S], min(share of the budget, patches that show the image), from masks [I, N] of all scales."""
-        scales = scales or self.image_processor.scales
+    def _count_shown(self, masks, scales) -> list[list[int]]:
+        """int[I][S], tokens of every scale that show the image, from masks [I, N] of all scales."""
         ends = np.cumsum([(scale // self.image_processor.patch_size) ** 2 for scale in scales])[:-1]
-        shares = [share for number in images_per_prompt if number for share in split_budgets(budgets, scales, number)]
-        if len(shares) != len(shown):
-            raise ValueError(
-                f"The total number of {self.image_token} tokens in the prompts should be the same as the number of "
-                f"images passed. Found {len(shares)} {self.image_token} tokens and {len(shown)} images."
-            )
-        return [
-            [min(budget, int(mask.sum())) for budget, mask in zip(share, np.split(masks, ends))]
-            for share, masks in zip(shares, shown)
-        ]
+        return [[int(mask.sum()) for mask in np.split(row, ends)] for row in masks]
 
     def save_pretrained(self, save_directory, *args, **kwargs):
         """As the library's, into any folder but the one that the processor was loaded from (`ValueError`)."""
         refuse_own_folder(self.tokenizer.name_or_path, save_directory)
         return super().save_pretrained(save_directory, *args, **kwargs)
 
-    def _get_num_multimodal_tokens(self, image_sizes=None, **kwargs) -> MultiModalData:
-        """Visual tokens of images of (height, width) pixels, one image per prompt, without reading them."""
+    def _get_num_multimodal_tokens(self, image_sizes=None, images_per_prompt=None, **kwargs) -> MultiModalData:
+        """Visual tokens of images of (height, width) pixels, without reading them.
+
+        The images of one prompt share its budget: each image is taken to be alone in its prompt, unless
+        `images_per_prompt` int[B] says otherwise.
+        """
         if image_sizes is None:
             return MultiModalData()
         processor = self.image_processor
         grids = [(scale // processor.patch_size,) * 2 for scale in processor.scales]
-        shown = [
-            np.concatenate([shown_patches(tuple(size), grid).ravel() | (not processor.mask_padding) for grid in grids])
+        available = [
+            [int(shown_patches(tuple(size), grid).sum()) if processor.mask_padding else grid[0] * grid[1] for grid in grids]
             for size in image_sizes
         ]
-        counts = self._count_tokens(shown, kwargs.get("budgets") or self.default_budgets, [1] * len(shown))
+        if images_per_prompt is None:
+            images_per_prompt = [1] * len(available)
+        budgets = kwargs.get("budgets") or self.default_budgets
+        counts = count_tokens(budgets, processor.scales, images_per_prompt, available)
         num_tiles = sum((scale // processor.crop_size["height"]) ** 2 for scale in processor.scales)
         return MultiModalData(
             num_image_tokens=[sum(count) for count in counts], num_image_patches=[num_tiles] * len(counts)
@@ -159,7 +204,12 @@ class UHRBatProcessor(ProcessorMixin):
 
     @property
     def model_input_names(self):
-        return [*super().model_input_names, "budgets"]
+        return [*super().model_input_names, "token_counts", "images_per_prompt"]
+
+
+def _is_encoded(image) -> bool:
+    """Whether an image is what `encode_image` returned. The model's file is not imported here to ask for its class."""
+    return hasattr(image, "anchor_tokens")
 
 
 __all__ = ["UHRBatProcessor"]

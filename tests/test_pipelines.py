@@ -91,7 +91,7 @@ def test_a_batch_of_chats_answers_as_one_by_one(pipe, images):
 def test_budgets_of_one_call_reach_the_processor(pipe, images):
     counted = []
     handle = pipe.model.register_forward_pre_hook(
-        lambda module, args, kwargs: counted.append(kwargs.get("budgets")), with_kwargs=True
+        lambda module, args, kwargs: counted.append(kwargs.get("token_counts")), with_kwargs=True
     )
     try:
         pipe(text=chat(images[0], question=QUESTIONS[0]), processor_kwargs={"budgets": [4, 8, 12, 16]}, **NEW_TEXT)

@@ -1,3 +1,6 @@
+import operator
+from types import SimpleNamespace
+
 import numpy as np
 import pytest
 import torch
@@ -31,7 +34,7 @@ def count_placeholders(processor, inputs):
 def test_an_image_takes_exactly_its_budget(processor):
     inputs = processor(text="<image>\nHow many?", images=image(), return_tensors="pt")
     assert count_placeholders(processor, inputs) == [28]
-    assert inputs["budgets"].tolist() == [BUDGETS]
+    assert inputs["token_counts"].tolist() == [BUDGETS]
     assert inputs["pixel_values"].shape == (1, 1 + 4 + 9, 3, 28, 28)
     assert inputs["pixel_attention_mask"].shape == (1, 4 + 16 + 36)
 
@@ -40,10 +43,10 @@ def test_an_image_takes_exactly_its_budget(processor):
 def test_a_scale_spends_no_more_than_it_shows(processor, height, width):
     inputs = processor(text="<image>", images=image(height, width), return_tensors="pt", budgets=[3, 14, 33])
     shown = [int(mask.sum()) for mask in inputs["pixel_attention_mask"][0].split([4, 16, 36])]
-    assert inputs["budgets"].tolist() == [[min(pair) for pair in zip([3, 14, 33], shown)]]
-    assert count_placeholders(processor, inputs) == inputs["budgets"].sum(1).tolist()
+    assert inputs["token_counts"].tolist() == [[min(pair) for pair in zip([3, 14, 33], shown)]]
+    assert count_placeholders(processor, inputs) == inputs["token_counts"].sum(1).tolist()
     known = processor._get_num_multimodal_tokens(image_sizes=[(height, width)], budgets=[3, 14, 33])
-    assert known.num_image_tokens == inputs["budgets"].sum(1).tolist()
+    assert known.num_image_tokens == inputs["token_counts"].sum(1).tolist()
 
 
 def test_the_letterbox_counts_where_it_is_not_masked(processor):
@@ -53,7 +56,7 @@ def test_the_letterbox_counts_where_it_is_not_masked(processor):
         default_budgets=BUDGETS,
     )
     inputs = plain(text="<image>", images=image(1, 90), return_tensors="pt")
-    assert inputs["budgets"].tolist() == [BUDGETS]
+    assert inputs["token_counts"].tolist() == [BUDGETS]
     assert plain._get_num_multimodal_tokens(image_sizes=[(1, 90)]).num_image_tokens == [28]
 
 
@@ -61,7 +64,7 @@ def test_the_images_of_a_prompt_share_its_budget(processor):
     prompts = ["<image> and <image>: which is larger?", "no image", "<image>"]
     images = [image(seed=seed) for seed in range(3)]
     flat = processor(text=prompts, images=images, return_tensors="pt", padding=True)
-    assert flat["budgets"].tolist() == [[2, 4, 8], [2, 4, 8], BUDGETS]
+    assert flat["token_counts"].tolist() == [[2, 4, 8], [2, 4, 8], BUDGETS]
     assert count_placeholders(processor, flat) == [28, 0, 28]
     nested = processor(text=prompts, images=[images[:2], [], images[2:]], return_tensors="pt", padding=True)
     assert all(torch.equal(flat[name], nested[name]) for name in flat)
@@ -74,7 +77,12 @@ def test_batches_are_padded_on_the_left(processor):
 
 
 def test_images_alone_and_text_alone_are_processed(processor):
-    assert set(processor(images=[image()], return_tensors="pt")) == {"pixel_values", "pixel_attention_mask", "budgets"}
+    assert set(processor(images=[image()], return_tensors="pt")) == {
+        "pixel_values",
+        "pixel_attention_mask",
+        "token_counts",
+        "images_per_prompt",
+    }
     assert set(processor(text="only text", return_tensors="pt")) == {"input_ids", "attention_mask"}
 
 
@@ -114,7 +122,7 @@ def test_clips_image_processor_is_turned_into_ours(processor):
             "Found [1, 1] <image> tokens per prompt and 2 images, [2, 0] per prompt.",
         ),
         ({"text": "<image>", "images": image(), "budgets": [1, 2]}, "Got 2 budgets [1, 2] and 3 scales [28, 56, 84]"),
-        ({"text": "<image>", "images": image(), "budgets": [0, 2, 3]}, "at least 1 token per image. Got [0, 2, 3]"),
+        ({"text": "<image>", "images": image(), "budgets": [-1, 2, 3]}, "Got [-1, 2, 3] for 1 image"),
         ({"text": "<image>", "images": image(), "budgets": [9, 2, 3]}, "must not decrease from one scale to the next"),
         ({"text": "<image>" * 5, "images": [image()] * 5}, "Got [4, 8, 16] for 5 image(s) in one prompt"),
         (
@@ -158,3 +166,50 @@ def test_a_processor_survives_saving(processor, tmp_path):
     assert settings["default_budgets"] == BUDGETS
     image_processor = UHRBatImageProcessor.from_pretrained(tmp_path)
     assert image_processor.to_dict() == processor.image_processor.to_dict()
+
+
+def encoded(processor, image):
+    """As much of an encoded image as the processor looks at."""
+    mask = processor.image_processor(image, return_tensors="pt")["pixel_attention_mask"][0]
+    return SimpleNamespace(anchor_tokens=None, available=[int(shown.sum()) for shown in mask.split([4, 16, 36])])
+
+
+def test_encoded_images_expand_the_prompt_as_the_images_themselves_do_and_are_handed_on(processor):
+    images = [image(90, 30), image(), image(20, 90)]
+    text = ["<image>\n<image>\nWhat changed?", "Hello", "<image>\nHow many?"]
+    expected = processor(text=text, images=[images[:2], [], images[2:]], return_tensors="pt", padding=True)
+    features = [encoded(processor, one) for one in images]
+    inputs = processor(text=text, image_features=features, return_tensors="pt", padding=True)
+    assert all(map(operator.is_, inputs.pop("image_features"), features))
+    assert inputs.keys() == expected.keys() - {"pixel_values", "pixel_attention_mask"}
+    for name, value in inputs.items():
+        assert torch.equal(value, expected[name]), name
+
+
+def test_encoded_images_take_budgets_of_one_call(processor):
+    inputs = processor(text="<image>", image_features=[encoded(processor, image())], budgets=[1, 2, 3])
+    assert inputs["token_counts"].tolist() == [[1, 2, 3]] and len(inputs["input_ids"][0]) == 6
+
+
+def test_images_and_encoded_images_at_once_are_refused(processor):
+    with pytest.raises(ValueError, match="both images and image_features"):
+        processor(text="<image>", images=image(), image_features=[encoded(processor, image())])
+
+
+@pytest.mark.parametrize("images", [[], [[], []], ([],)])
+def test_lists_without_an_image_are_a_batch_of_text(processor, images):
+    inputs = processor(text=["hello", "hi"], images=images, return_tensors="pt", padding=True)
+    assert inputs.keys() == {"input_ids", "attention_mask"}
+
+
+@pytest.mark.parametrize("text", [Image.new("RGB", (9, 9)), [Image.new("RGB", (9, 9))], np.zeros((9, 9, 3)), 5])
+def test_an_image_in_the_place_of_the_text_is_refused_with_both_names(processor, text):
+    with pytest.raises(TypeError, match="`images=` and .*`text=`"):
+        processor("<image> How many?", text)
+
+
+def test_images_of_one_prompt_share_its_budget_in_what_serving_engines_ask(processor):
+    sizes = [(90, 90), (90, 90), (90, 90)]
+    assert processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == [28, 28, 28]
+    together = processor._get_num_multimodal_tokens(image_sizes=sizes, images_per_prompt=[2, 1])
+    assert together.num_image_tokens == [14, 14, 28]

@@ -284,8 +284,8 @@ def test_a_chat_takes_an_image_in_any_form(processor, tmp_path, form):
 
 def test_a_chat_with_two_images_shares_the_budget_and_answers(model, processor):
     inputs = tokenize(processor, chat(picture(0), picture(1), question="Which shows more ships?"))
-    assert len(inputs["pixel_values"]) == len(inputs["budgets"]) == 2
-    assert inputs["budgets"].sum(0).tolist() == model.config.budgets
+    assert len(inputs["pixel_values"]) == len(inputs["token_counts"]) == 2
+    assert inputs["token_counts"].sum(0).tolist() == model.config.budgets
     assert (inputs["input_ids"] == model.config.image_token_id).sum() == sum(model.config.budgets)
     assert answer(model, inputs).shape == (1, 6)
     swapped = tokenize(processor, chat(picture(1), picture(0), question="Which shows more ships?"))

@@ -116,13 +116,13 @@ def test_the_processor_renders_the_same(model_folder):
 def test_a_conversation(render):
     messages = [
         {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": [IMAGE, IMAGE, words("What "), words("changed?")]},
+        {"role": "user", "content": [IMAGE, IMAGE, words("Before and after."), words("What changed?")]},
         {"role": "assistant", "content": [words("A ship left.")]},
         {"role": "user", "content": "Which one?"},
     ]
     assert render(messages, add_generation_prompt=True) == (
         "<|im_start|>system\nBe brief.<|im_end|>\n"
-        "<|im_start|>user\n<image>\n<image>\nWhat changed?<|im_end|>\n"
+        "<|im_start|>user\n<image>\n<image>\nBefore and after.\nWhat changed?<|im_end|>\n"
         "<|im_start|>assistant\nA ship left.<|im_end|>\n"
         "<|im_start|>user\nWhich one?<|im_end|>\n"
         "<|im_start|>assistant\n"
@@ -144,3 +144,31 @@ def test_the_assistant_mask_covers_the_answers_and_their_end(tokenizer):
 def test_an_unknown_part_is_refused_by_its_name(render):
     with pytest.raises(Exception, match='not "video"'):
         render([{"role": "user", "content": [{"type": "video"}]}])
+
+
+@pytest.mark.parametrize(
+    ("content", "lines"),
+    [
+        ([words("Before:"), IMAGE, words("After:"), IMAGE, words("Changed?")], "Before:|<image>|After:|<image>|Changed?"),
+        ([IMAGE, words("Before."), IMAGE, words("After.")], "<image>|Before.|<image>|After."),
+        ([IMAGE, words("Ships?"), IMAGE], "<image>|Ships?|<image>"),
+        ([words("Look."), words("Ships?"), IMAGE, IMAGE], "<image>|<image>|Look.|Ships?"),
+        ([IMAGE, words("Look."), words("Ships?")], "<image>|Look.|Ships?"),
+    ],
+)
+def test_parts_keep_their_order_a_line_each_unless_no_text_would_follow_the_images(render, content, lines):
+    user = render([{"role": "user", "content": content}]).split("<|im_start|>user\n")[1]
+    assert user == lines.replace("|", "\n") + "<|im_end|>\n"
+
+
+def test_tools_are_refused_and_not_dropped(tokenizer):
+    def count_ships(kind: str):
+        """Count ships.
+
+        Args:
+            kind: Which ships.
+        """
+
+    messages = [{"role": "user", "content": "Ships?"}]
+    with pytest.raises(Exception, match="leave out `tools`"):
+        tokenizer.apply_chat_template(messages, tools=[count_ships])
