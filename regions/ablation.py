@@ -20,11 +20,10 @@ from pathlib import Path
 import numpy as np
 import torch
 from uhr_bat.image_processing_uhr_bat import letterbox
-from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
 
 from examples.ask import check_files, load, write_prompt
 from export import whole_files, write_json
-from regions.cache import ROOT, add_segmenter_arguments, check_job, job_from
+from regions.cache import ROOT, add_segmenter_arguments, check_job, job_from, read_labels
 from regions.segment import load_segmenter, region_labels, segment_image
 from training import scenes
 
@@ -324,7 +323,9 @@ def ablate(args):
         labels = segment_image(image, segmenter, config.scales, config.patch_size, job.view)
         sam = {"checkpoint": args.checkpoint.name, "seconds": time.perf_counter() - start}
     elif args.masks:
-        labels = load_multiscale_tile_masks(args.masks, config.scales)
+        labels = read_labels(args.masks)
+        if missing := sorted(set(config.scales) - set(labels)):
+            raise ValueError(f"{args.masks} has masks for the scales {sorted(labels)}, but not for {missing}.")
         sam = {"checkpoint": args.masks.name, "seconds": None}
 
     prompts = [write_prompt(processor, question).to(model.device) for question in QUESTIONS[: args.questions]]

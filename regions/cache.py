@@ -1,4 +1,4 @@
-"""SAM masks of many images, once: one .pt file per image in the released layout, for `load_multiscale_tile_masks`.
+"""SAM masks of many images, once: one .pt file per image in the released layout, for `read_labels`.
 
     python -m regions.cache IMAGE... --output DIR --checkpoint SAM [--jobs N] [--view PX]
 
@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
-from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
+from uhr_bat.released_api_uhr_bat import join_tile_masks, load_multiscale_tile_masks
 
 from export import ROOT, whole_files
 from regions.segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
@@ -36,7 +36,7 @@ class Job:
 
 
 def to_tiles(labels: dict[int, torch.Tensor], patches_per_side: int) -> dict:
-    """The released layout of token labels {scale: long[H, W]}; the inverse of `load_multiscale_tile_masks`."""
+    """The released layout of token labels {scale: long[H, W]}; the inverse of `read_labels`."""
     P = patches_per_side
     scales = {}
     for scale, tokens in labels.items():
@@ -50,10 +50,15 @@ def to_tiles(labels: dict[int, torch.Tensor], patches_per_side: int) -> dict:
     return {"scales": scales}
 
 
+def read_labels(path: Path) -> dict[int, torch.Tensor]:
+    """Token labels {scale: long[H, W]} of a mask cache, 0 = background; raises as `load_multiscale_tile_masks`."""
+    return {scale: join_tile_masks(**masks) for scale, masks in load_multiscale_tile_masks(path).items()}
+
+
 def is_whole(path: Path, scales: list[int], patch_size: int) -> bool:
     """Whether there is a mask cache at `path` with the labels of these scales, and of no others."""
     try:
-        labels = load_multiscale_tile_masks(path, scales)
+        labels = read_labels(path)
     except Exception:  # a cut-off or foreign file raises whatever it likes
         return False
     return {scale: tuple(grid.shape) for scale, grid in labels.items()} == {

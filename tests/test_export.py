@@ -28,6 +28,7 @@ from export import convert_checkpoint, distributed_name, model_folder
 from export.checkpoint_files import Checkpoint, CheckpointError
 from export.convert_checkpoint import convert
 from export.released_layout import looks_untrained
+from regions.cache import read_labels
 
 from small import prompt, small_model
 
@@ -241,7 +242,8 @@ def reference_call(reference):
 
 def test_the_tiles_are_the_references(reference_call):
     _, call, expected = reference_call
-    for scale, tiles in call["multiscale_pixels"][0].items():
+    for scale, entry in call["multiscale_pixels"][0].items():
+        tiles = entry["tiles"]
         sums = [tiles.double().sum().item(), tiles.double().abs().sum().item()]
         np.testing.assert_allclose(sums, expected[f"tiles_{scale}_checksum"], rtol=1e-6)
 
@@ -252,13 +254,15 @@ def test_importance_tokens_and_scores_are_the_references(reference, reference_ca
     prompt_ids, call, expected = reference_call
     inputs = {
         "input_ids": prompt_ids.masked_fill(prompt_ids == -200, model.config.image_token_index),
-        "pixel_values": torch.cat(list(call["multiscale_pixels"][0].values()))[None],
+        "pixel_values": torch.cat([entry["tiles"] for entry in call["multiscale_pixels"][0].values()])[None],
         "budgets": [40, 90],
     }
     if masks == "sam":
-        labels = module.load_multiscale_tile_masks(REFERENCE / "mask.pt")
-        call = {**call, "multiscale_masks": [labels]}
-        inputs["region_labels"] = torch.cat([labels[scale].flatten() for scale in (672, 1344)])[None]
+        entry = torch.load(REFERENCE / "mask.pt", weights_only=True)
+        loaded = module.load_multiscale_tile_masks(entry, scales=[672, 1344], tile_size=336, patch_size=14)
+        call = {**call, "multiscale_masks": [loaded]}
+        labels = read_labels(REFERENCE / "mask.pt")
+        inputs["regions"] = torch.cat([labels[scale].flatten() for scale in (672, 1344)])[None]
     out = model.compress(**inputs)
     for scale_idx, scale in enumerate((672, 1344)):
         side = scale // 336
@@ -610,7 +614,7 @@ def test_the_exported_processor_and_model_agree(exported):
     processor = AutoProcessor.from_pretrained(exported, trust_remote_code=True)
     model = load_clean(exported)
     inputs = processor(text="<image>What?", images=Image.new("RGB", (60, 40)), return_tensors="pt")
-    assert inputs["budgets"].tolist() == [[4, 16]]
+    assert inputs["token_counts"].tolist() == [[4, 16]]
     assert model(**inputs).logits.isfinite().all()
 
 

@@ -11,7 +11,6 @@ import pytest
 import torch
 from PIL import Image
 from small import GRIDS, prompt, random_pixels, small_model
-from uhr_bat.released_api_uhr_bat import load_multiscale_tile_masks
 from uhr_bat.token_compression_uhr_bat import vote_regions
 
 from regions import ablation, cache, segment
@@ -371,7 +370,7 @@ def test_the_cache_holds_the_released_layout():
 
 def test_a_cache_is_read_as_it_was_written(images, tmp_path, sam_folder):
     assert run_cache(images[:1], tmp_path, sam_folder) == 0
-    read = load_multiscale_tile_masks(tmp_path / "a.pt", SCALES)
+    read = cache.read_labels(tmp_path / "a.pt")
     segmenter = segment.load_segmenter(sam_folder, MaskSettings(2, -100, 0))
     made = segment.segment_image(Image.open(images[0]), segmenter, SCALES, 8, 64)
     assert all(torch.equal(read[scale], made[scale]) for scale in made)
