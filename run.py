@@ -35,6 +35,7 @@ NEWEST_TESTS = OVERLAY_TESTS + [
     "tests/test_released_api.py",
     "tests/test_save_and_push.py",
     "tests/test_serve.py",
+    "tests/test_trainer.py",
     "tests/test_warnings.py",
 ]
 
