@@ -100,6 +100,8 @@ def images_of_prompts(runs: Sequence[Sequence[int]], num_images: int, token_coun
         ValueError: it cannot be told which images belong to which prompt.
     """
     placeholders = [sum(lengths) for lengths in runs]
+    if sum(placeholders) < num_images:
+        raise ValueError(f"The prompts hold {sum(placeholders)} image tokens, but {num_images} images were passed.")
     if sum(placeholders) == num_images:  # one placeholder per image
         return placeholders
     if token_counts is not None:

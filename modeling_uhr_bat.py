@@ -542,9 +542,10 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
         self.lm_head = value
 
     @torch.no_grad()
-    def encode_image(self, pixel_values, pixel_attention_mask=None, regions=None, **kwargs) -> list[UHRBatImageFeatures]:
+    @accept_region_labels
+    def encode_image(self, pixel_values, pixel_attention_mask=None, regions=None) -> list[UHRBatImageFeatures]:
         """See [`UHRBatModel.encode_image`]. Without gradients: training goes through `forward`."""
-        return self.model.encode_image(pixel_values, pixel_attention_mask, regions, **kwargs)
+        return self.model.encode_image(pixel_values, pixel_attention_mask, regions)
 
     def estimate_importance(self, input_ids, anchor_tokens, inputs_embeds=None) -> torch.Tensor:
         """See [`UHRBatModel.estimate_importance`]."""

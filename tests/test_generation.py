@@ -4,6 +4,7 @@ import pytest
 import torch
 from small import BUDGETS, IMAGE, PAD, count_tiles, pad_left, prompt, random_pixels, small_model
 from transformers import TextStreamer
+from uhr_bat.outputs_uhr_bat import CACHE
 
 
 QUESTION = prompt(5, "image", 6, 7, 8)
@@ -239,7 +240,7 @@ def test_a_conversation_goes_on_from_its_cache_with_a_new_image(num_tokens):
     model = small_model()
     start = first_turn(model)
     turn = torch.cat((start.sequences, prompt(30, "image", 31, 32, num_tokens=num_tokens)), dim=1)
-    out = answer(model, input_ids=turn, past_key_values=start.past_key_values, pixel_values=random_pixels(seed=1))
+    out = answer(model, input_ids=turn, **{CACHE: start[CACHE]}, pixel_values=random_pixels(seed=1))
     # As if both images had been passed at once, the first one compressed for the first question.
     whole = torch.cat((start.sequences, prompt(30, "image", 31, 32)), dim=1)
     pixel_values = torch.cat((random_pixels(), random_pixels(seed=1)))
@@ -253,7 +254,7 @@ def test_a_conversation_goes_on_from_its_cache_without_an_image():
     start = first_turn(model)
     turn = torch.cat((start.sequences, torch.tensor([[30, 31, 32]])), dim=1)
     visual = {"image": model.compress(input_ids=QUESTION, pixel_values=random_pixels())}
-    out = answer(model, input_ids=turn, past_key_values=start.past_key_values)
+    out = answer(model, input_ids=turn, **{CACHE: start[CACHE]})
     assert torch.equal(out, answer(model, input_ids=turn, mm_encoder_outputs=visual))
 
 
@@ -268,6 +269,18 @@ def test_embeddings_that_hold_the_visual_tokens_need_no_image():
 def test_a_conversation_over_the_context_window_raises():
     model = small_model()
     start = first_turn(model)
-    mask = torch.ones(1, start.past_key_values.get_seq_length() + 240, dtype=torch.long)
+    mask = torch.ones(1, start[CACHE].get_seq_length() + 240, dtype=torch.long)
     with pytest.raises(ValueError, match="The prompt has 263 tokens"):
-        answer(model, input_ids=torch.full((1, 240), 9), attention_mask=mask, past_key_values=start.past_key_values)
+        answer(model, input_ids=torch.full((1, 240), 9), attention_mask=mask, **{CACHE: start[CACHE]})
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_a_conversation_goes_on_from_its_cache_under_either_name(name):
+    model = small_model()
+    start = first_turn(model)
+    turn = torch.cat((start.sequences, prompt(30, "image", 31, 32, num_tokens=1)), dim=1)
+    settings = {"do_sample": False, "max_new_tokens": 4, "pixel_values": random_pixels(seed=1)}
+    out = model.generate(turn, **{name: start[CACHE]}, **settings)
+    other = first_turn(model)
+    assert torch.equal(out, model.generate(turn, **{CACHE: other[CACHE]}, **settings))
+    assert out.shape[1] == turn.shape[1] + 13 + 4

@@ -506,3 +506,75 @@ def test_torch_compile_gives_the_same_scores():
         plain = model(input_ids=QUESTION, pixel_values=random_pixels()).logits
         compiled = torch.compile(model, backend="eager")(input_ids=QUESTION, pixel_values=random_pixels()).logits
     torch.testing.assert_close(plain, compiled)
+
+
+def test_the_step_with_visual_tokens_compiles_as_one_graph_and_can_be_exported():
+    model = small_model()
+    with torch.no_grad():
+        visual = {"image": model.compress(input_ids=QUESTION, pixel_values=random_pixels())}
+        plain = model(input_ids=QUESTION, mm_encoder_outputs=visual).logits
+        compiled = torch.compile(model, backend="eager", fullgraph=True)
+        torch.testing.assert_close(compiled(input_ids=QUESTION, mm_encoder_outputs=visual).logits, plain)
+        inputs = {"input_ids": QUESTION, "mm_encoder_outputs": visual, "use_cache": False}
+        exported = torch.export.export(model, (), inputs).module()
+        torch.testing.assert_close(exported(**inputs).logits, plain)
+
+
+def test_what_was_compressed_comes_back_with_the_scores():
+    model = small_model()
+    with torch.no_grad():
+        out = model(input_ids=QUESTION, pixel_values=random_pixels())
+        compressed = model.compress(input_ids=QUESTION, pixel_values=random_pixels())
+    assert torch.equal(out.image_outputs.slots[0][2], compressed.slots[0][2])
+    assert torch.equal(out.image_hidden_states[0], compressed.pooler_output[0])
+    assert model(input_ids=torch.tensor([[5, 6]])).image_hidden_states is None
+
+
+def test_other_rules_for_one_call_leave_the_configuration_as_it_is():
+    model = small_model()
+    features = model.encode_image(random_pixels())
+    out = model.compress(input_ids=QUESTION, image_features=features, rules={"region_method": "none"})
+    assert out.regions[0][1].tolist() == list(range(16)) and model.config.region_method == "kmeans"
+    plain = small_model(region_method="none").compress(input_ids=QUESTION, pixel_values=random_pixels())
+    assert torch.equal(out.slots[0][2], plain.slots[0][2])
+    again = model.compress(input_ids=QUESTION, image_features=features)
+    assert again.regions[0][1].max() == 5
+
+
+def test_the_old_names_of_arguments_are_taken_and_warned_about():
+    model = small_model()
+    labels = torch.randint(0, 3, (1, 56), generator=torch.Generator().manual_seed(0))
+    expected = model.compress(input_ids=QUESTION, pixel_values=random_pixels(), regions=labels)
+    with pytest.warns(FutureWarning, match="Use `regions` instead"):
+        out = model.compress(input_ids=QUESTION, pixel_values=random_pixels(), region_labels=labels)
+    assert torch.equal(out.slots[0][2], expected.slots[0][2])
+    with pytest.warns(FutureWarning, match="Use `regions` instead"):
+        model.generate(QUESTION, pixel_values=random_pixels(), region_labels=labels, max_new_tokens=1)
+    with pytest.warns(FutureWarning, match="Use `regions` instead"):
+        assert model.encode_image(random_pixels(), region_labels=labels)[0].regions is not None
+    counts = torch.tensor([BUDGETS])
+    out = model.compress(input_ids=QUESTION, pixel_values=random_pixels(), budgets=counts)
+    assert [len(tokens) for tokens in out.tokens[0]] == list(BUDGETS)
+
+
+@pytest.mark.parametrize("nothing", [{"pixel_values": torch.zeros(0)}, {"image_features": []}, {}])
+def test_no_images_at_all_are_a_batch_of_text(nothing):
+    model, text = small_model(), torch.tensor([[5, 6, 7]])
+    expected = model(input_ids=text).logits
+    assert torch.equal(model(input_ids=text, **nothing).logits, expected)
+    assert torch.equal(model.generate(text, max_new_tokens=2, **nothing), model.generate(text, max_new_tokens=2))
+    assert model.compress(input_ids=text, **{"image_features": [], **nothing}).pooler_output == []
+
+
+@pytest.mark.parametrize("lost", [("token_counts",), ("token_counts", "images_per_prompt")])
+@pytest.mark.parametrize("num_images", [1, 2])
+def test_an_expanded_prompt_says_what_was_spent_where_the_counts_were_lost(lost, num_images):
+    model = small_model()
+    counts = torch.tensor([[2, 5, 7]]) if num_images == 1 else torch.tensor([[1, 3, 4], [1, 2, 3]])
+    parts = [part for count in counts.sum(1).tolist() for part in (9, *[IMAGE] * count)]
+    inputs = {"input_ids": torch.tensor([[5, *parts, 6, 7]]), "pixel_values": random_pixels(num_images)}
+    exact = {"token_counts": counts, "images_per_prompt": torch.tensor([num_images])}
+    with torch.no_grad():
+        expected = model(**inputs, **exact).logits
+        kept = {name: value for name, value in exact.items() if name not in lost}
+        assert torch.equal(model(**inputs, **kept).logits, expected)

@@ -597,7 +597,7 @@ def mask_of_64(side, num_tiles=4):
         (lambda call: {"multiscale_topk": [64, 32, 128, 256]}, r"\[64, 32, 128, 256\]"),
         (
             lambda call: {name: call[name] * 2 for name in ("multiscale_pixels", "image_sizes", "multiscale_masks")},
-            r"tokens: \[1\] per prompt, features: \[73, 73\] per image",
+            r"prompts hold 1 image tokens, but 2 images were passed",
         ),
         (lambda call: {"image_sizes": call["image_sizes"] * 2}, "`image_sizes`.* 2 .* 1 "),
         (lambda call: {"multiscale_masks": [{64: torch.ones(4, 4).long()}]}, r"64 px.*\[8, 8\] tokens. Got \[4, 4\]"),
