@@ -13,6 +13,8 @@ from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .budgets_uhr_bat import split_budgets
 
+from .geometry_uhr_bat import check_scales
+
 
 def register_names():
     """Enter our classes into those tables of the library that are looked up by name; one that is gone is left out."""
@@ -159,14 +161,7 @@ class UHRBatConfig(PreTrainedConfig):
 
     def validate_scales(self):
         """Scales are ascending multiples of the tile, and the tile a multiple of the patch."""
-        tile, patch = self.tile_size, self.patch_size
-        if tile % patch:
-            raise ValueError(f"The tile of {tile} px is not a multiple of the patch of {patch} px.")
-        for scale in self.scales:
-            if scale <= 0 or scale % tile:
-                raise ValueError(f"Scale {scale} px is not a positive multiple of the tile of {tile} px.")
-        if any(low >= high for low, high in zip(self.scales, self.scales[1:])):
-            raise ValueError(f"`scales` must be ascending, the anchor first. Got {self.scales}.")
+        check_scales(self.scales, self.tile_size, self.patch_size)
 
     def validate_budgets(self):
         """One budget per scale, ascending, and together they leave room for text in the context window."""
