@@ -1,33 +1,28 @@
 """UHR-BAT token compression: sections 3.3 and 3.4 of the paper, appendices C.1 to C.3, as pure functions.
 
-Bring the importance to the grid of a scale (`align_importance`), partition the tokens of the scale into regions
-(`cluster_regions`, `vote_regions`), decide which tokens stay and which are merged (`select_tokens`), and apply that
-decision to the tokens (`merge_tokens`). Nothing here knows a model. The decision is made of indices only, so it can be
-applied to any tensor of the scale, and it is the provenance of every visual token.
+Bring the importance to the grid of a scale (`align_importance`), decide which tokens stay and which are merged in every
+region (`select_tokens`), and apply that decision to the tokens (`merge_tokens`); the regions themselves come out of
+`clustering_uhr_bat.py`. Nothing here knows a model. The decision is made of indices only, so it can be applied to any
+tensor of the scale, and it is the provenance of every visual token.
 
-Axes: N tokens of a scale in raster order, D width of a token, R regions, H and W height and width of a grid of tokens
-or of a map of pixels. All sorts are stable and all sums run in a fixed order, so that the same input gives the same
-tokens on every run, on a GPU too: `index_add_` there does not.
+Axes: N tokens of a scale in raster order, D width of a token, R regions, H and W height and width of a grid of tokens.
+All sorts are stable and all sums run in a fixed order, so that the same input gives the same tokens on every run, on a
+GPU too: `index_add_` there does not.
 """
-
-import math
 
 import torch
 import torch.nn.functional as F
 
+from .clustering_uhr_bat import BLOCK_ELEMENTS, cluster_regions, grid_regions, runs_of, vote_labels, vote_regions
 
-# Elements of a temporary block, 8 MiB in float32. It keeps a GPU busy, stays near a CPU's caches and bounds the memory:
-# at the finest default scale a matrix of N x R takes 660 MB and a float32 copy of the tokens 1.2 GB.
-BLOCK_ELEMENTS = 2**21
 
-# Width of the features that "kmeans_pca" iterates on, and how many tokens their axes are estimated from.
-PCA_WIDTH = 128
-PCA_TOKENS = 2048
+# Types of devices that have no float64.
+WITHOUT_FLOAT64 = ("mps",)
 
-# Birch groups the leaves of a tree, in memory quadratic in their number: the threshold of the tree is searched until it
-# has 1 to 4 leaves per region, in 12 trees at most, which take the threshold down to 1 / 4096.
-BIRCH_LEAVES_PER_REGION = 4
-BIRCH_TREES = 12
+
+def _to_float64(tensor):
+    """The tensor in float64, on the CPU where its own device has none: a few thousand numbers of a scale."""
+    return (tensor.cpu() if tensor.device.type in WITHOUT_FLOAT64 else tensor).double()
 
 
 def align_importance(anchor_importance: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
@@ -41,7 +36,7 @@ def align_importance(anchor_importance: torch.Tensor, grid: tuple[int, int]) -> 
         grid: (height, width) of the scale in tokens, H and W.
 
     Returns:
-        float[..., H, W] in the dtype of `anchor_importance`.
+        float[..., H, W] in the dtype and on the device of `anchor_importance`.
 
     Raises:
         ValueError: the map has fewer than two axes, or the map or the grid has an empty side.
@@ -54,299 +49,9 @@ def align_importance(anchor_importance: torch.Tensor, grid: tuple[int, int]) -> 
     *leading, h, w = anchor_importance.shape
     # float64: in float32 the four weights do not sum to one, a constant map comes back with two values in it, and its
     # regions are no longer constant (Lemma 1).
-    maps = anchor_importance.double().reshape(-1, 1, h, w)
+    maps = _to_float64(anchor_importance).reshape(-1, 1, h, w)
     aligned = F.interpolate(maps, size=tuple(grid), mode="bilinear", align_corners=False)
-    return aligned.to(anchor_importance.dtype).reshape(*leading, *grid)
-
-
-def _runs(sorted_ids, num_ids):
-    """Start and length of the run of each of 0..num_ids-1 in ascending ids: two long[num_ids]."""
-    bounds = torch.searchsorted(sorted_ids, torch.arange(num_ids + 1, device=sorted_ids.device))
-    return bounds[:-1], bounds.diff()
-
-
-def _embed(features, norms, coords):
-    """Clustering embedding u_i (eq. 13): unit features beside scaled coordinates, float32[N, D + 2]."""
-    return torch.cat([features.float() / norms[:, None], coords], dim=1)
-
-
-def _nearest_centre(features, norms, coords, centres, embedding=None):
-    """Nearest centre of every token, the first of equals (eq. 14): long[N]. `embedding`: `_embed`, where it is kept."""
-    num_rows = max(1, BLOCK_ELEMENTS // max(centres.shape))
-    # |u - c|^2 = |u|^2 - 2 (u.c - |c|^2 / 2): the nearest centre has the largest bracket.
-    offset = centres.square().sum(dim=1) / -2
-    regions = torch.empty(len(features), dtype=torch.long, device=features.device)
-    parts = (features, norms, coords) if embedding is None else (embedding,)
-    for *block, out in zip(*(tensor.split(num_rows) for tensor in (*parts, regions))):
-        rows = _embed(*block) if embedding is None else block[0]
-        torch.argmax(torch.addmm(offset, rows, centres.T), dim=1, out=out)
-    return regions
-
-
-def _mean_centres(features, norms, coords, regions, centres):
-    """Mean embedding of every region, float32[R, D + 2]; a region without tokens keeps its centre."""
-    order = regions.argsort(stable=True)
-    starts, sizes = _runs(regions[order], len(centres))
-    # In blocks of columns, not of tokens: the sums then do not depend on the size of a block.
-    num_columns = max(1, BLOCK_ELEMENTS // len(features))
-    weights = norms[order].reciprocal()
-    # Written into one tensor: results kept between blocks that come and go scatter over a CPU's heap, 1 GB of it.
-    sums = torch.empty_like(centres)
-    for block, out in zip(features.split(num_columns, dim=1), sums[:, :-2].split(num_columns, dim=1)):
-        out.copy_(F.embedding_bag(order, block.float(), starts, mode="sum", per_sample_weights=weights))
-    sums[:, -2:] = F.embedding_bag(order, coords, starts, mode="sum")
-    return torch.where(sizes[:, None] > 0, sums.div_(sizes[:, None]), centres)
-
-
-def _kmeans(features, norms, coords, num_regions, num_iterations, generator):
-    """Lloyd's algorithm from `num_regions` different tokens, drawn at random (eq. 14): long[N]."""
-    if generator is None:
-        generator = torch.Generator().manual_seed(0)  # a CPU's, so that every device starts from the same tokens
-    drawn = torch.randperm(len(features), generator=generator, device=generator.device)[:num_regions]
-    drawn = drawn.to(features.device)
-    centres = _embed(features[drawn], norms[drawn], coords[drawn])
-    # One that fits in a block is kept from one assignment to the next.
-    embedding = _embed(features, norms, coords) if features.numel() <= BLOCK_ELEMENTS else None
-    regions = _nearest_centre(features, norms, coords, centres, embedding)
-    for _ in range(num_iterations - 1):
-        centres = _mean_centres(features, norms, coords, regions, centres)
-        previous, regions = regions, _nearest_centre(features, norms, coords, centres, embedding)
-        if torch.equal(previous, regions):
-            break
-    return regions
-
-
-def _principal_axes(features, norms):
-    """Mean float32[D] and leading principal axes float32[D, PCA_WIDTH] of `PCA_TOKENS` of the unit features.
-
-    Two steps of subspace iteration from random axes (Halko, Martinsson and Tropp 2011, algorithm 4.4).
-    """
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randperm(len(features), generator=generator)[:PCA_TOKENS].to(features.device)
-    sample = features[drawn].float() / norms[drawn, None]
-    mean = sample.mean(dim=0)
-    sample -= mean
-    axes = torch.randn(features.shape[1], PCA_WIDTH, generator=generator).to(features.device)
-    for _ in range(3):
-        axes = torch.linalg.qr(sample.T @ (sample @ axes)).Q
-    return mean, axes
-
-
-def _project(vectors, mean, axes):
-    """Coordinates [n, PCA_WIDTH] of vectors [n, D] along the axes, and the length [n] of what lies across them."""
-    vectors = vectors - mean
-    along = vectors @ axes
-    across = vectors.square().sum(dim=1) - along.square().sum(dim=1)
-    return along, (across.clamp_min(0) + 1e-6).sqrt()  # not below the true length, whatever float32 rounds
-
-
-def _kmeans_pca(features, norms, coords, num_regions, num_iterations, generator):
-    """Lloyd's algorithm on the leading principal components, then one assignment in the whole space: long[N].
-
-    With p along the axes and r across them, u.c = p.p' + r.r' and |r.r'| <= |r| |r'|. What these bounds leave of the
-    centres is few for most tokens, so that the last assignment is exact and seldom a product with every centre.
-    """
-    N, D = features.shape
-    if D <= PCA_WIDTH:
-        return _kmeans(features, norms, coords, num_regions, num_iterations, generator)
-    mean, axes = _principal_axes(features, norms)
-    along, across = features.new_empty(N, PCA_WIDTH, dtype=torch.float32), torch.empty_like(norms)
-    num_rows = max(1, BLOCK_ELEMENTS // D)
-    for block, lengths, *out in zip(*(tensor.split(num_rows) for tensor in (features, norms, along, across))):
-        for tensor, values in zip(out, _project(block.float() / lengths[:, None], mean, axes)):
-            tensor.copy_(values)
-    regions = _kmeans(along, torch.ones_like(norms), coords, num_regions, num_iterations, generator)
-
-    used, regions = regions.unique(return_inverse=True)
-    centres = features.new_zeros(len(used), D + 2, dtype=torch.float32)
-    centres = _mean_centres(features, norms, coords, regions, centres)
-    centres_along, centres_across = _project(centres[:, :-2], mean, axes)
-    near = torch.cat([centres_along, centres[:, -2:]], dim=1)
-    offset = (near.square().sum(dim=1) + centres_across.square()) / -2
-    # Tokens of one region share their candidates, and so do regions that lie close along the first axis.
-    place = centres_along[:, 0].argsort(stable=True).argsort()
-    for rows in place[regions].argsort(stable=True).split(max(1, BLOCK_ELEMENTS // (4 * (D + 2)))):
-        score = torch.addmm(offset, torch.cat([along[rows], coords[rows]], dim=1), near.T)
-        slack = across[rows, None] * centres_across + 1e-5  # rounding in float32
-        possible = score + slack >= (score - slack).amax(dim=1, keepdim=True)
-        regions[rows] = score.argmax(dim=1)
-        open_rows = possible.sum(dim=1) > 1
-        columns, rows = possible[open_rows].any(dim=0).nonzero()[:, 0], rows[open_rows]
-        if len(rows):
-            regions[rows] = columns[_nearest_centre(features[rows], norms[rows], coords[rows], centres[columns])]
-    return regions
-
-
-def _birch(features, norms, coords, num_regions, num_iterations, generator):
-    """Birch of scikit-learn on the CPU: long[N]. It draws nothing and takes the whole embedding in float32."""
-    try:
-        from sklearn.cluster import Birch
-    except ImportError as error:
-        raise ImportError('method="birch" needs scikit-learn: pip install scikit-learn') from error
-
-    embedding = _embed(features, norms, coords).cpu().numpy()
-    fine, coarse = 0.0, 1.0  # leaves of unit vectors have no radius above 1
-    for _ in range(BIRCH_TREES):
-        threshold = (fine + coarse) / 2
-        tree = Birch(threshold=threshold, n_clusters=None, compute_labels=False).fit(embedding)
-        num_leaves = len(tree.subcluster_centers_)
-        enough = num_leaves >= num_regions
-        if enough or fine == 0.0:
-            birch = tree
-        fine, coarse = (threshold, coarse) if enough else (fine, threshold)
-        if enough and num_leaves <= BIRCH_LEAVES_PER_REGION * num_regions:
-            break
-    if fine > 0.0:
-        birch.set_params(n_clusters=num_regions).partial_fit()  # groups the leaves, the tree stays as it is
-    return torch.from_numpy(birch.predict(embedding)).to(features.device).long()
-
-
-METHODS = {"kmeans": _kmeans, "kmeans_pca": _kmeans_pca, "birch": _birch}
-
-
-@torch.no_grad()
-def cluster_regions(
-    features: torch.Tensor,
-    coords: torch.Tensor,
-    num_regions: int,
-    *,
-    method: str = "kmeans",
-    coord_weight: float = 0.05,
-    num_iterations: int = 10,
-    generator: torch.Generator | None = None,
-) -> torch.Tensor:
-    """Partition the tokens of a scale by what they show and where they lie (eq. 13-14).
-
-    "kmeans" takes up to `num_iterations` products of [N, D + 2] with [D + 2, R] and, beside its inputs, the memory of
-    a few blocks and three sets of centres. "kmeans_pca" is an approximation of it for wide features: it iterates on
-    their 128 leading principal components, takes the means of what comes out in the whole space, and assigns every
-    token to the nearest of them exactly. On a CPU it is 8 times faster at 36,864 x 3584 and R = 600; its inertia is
-    that of k-means to 0.5 % where 128 components hold what tells regions apart, not where hundreds of unrelated kinds
-    do not fit into them. It adds N x 128 floats of memory; up to a width of 128 it is "kmeans" itself. "birch" is
-    scikit-learn's on the CPU: it builds up to 12 trees in search of a good number of leaves and needs memory for N x D
-    floats and for the square of the number of leaves.
-
-    Args:
-        features: float[N, D], token features; only their direction counts. A zero vector is placed by `coords` alone.
-        coords: float[N, 2], (row, column) centre of every token in [0, 1] over the whole scale.
-        num_regions: regions at most. From N on, every token is a region of its own.
-        method: "kmeans", "kmeans_pca" or "birch".
-        coord_weight: what the coordinates are multiplied by beside features of unit length.
-        num_iterations: assignments of Lloyd's algorithm at most; it stops earlier where no token changes its region.
-        generator: draws the tokens that k-means starts from; by default a fresh one with seed 0.
-
-    Returns:
-        long[N], labels 0..R-1 with every label used, R <= num_regions.
-
-    Raises:
-        ValueError: unknown method, counts below 1, shapes that do not agree, or features or coordinates that are not
-            finite in float32.
-        ImportError: "birch" without scikit-learn.
-    """
-    if method not in METHODS:
-        raise ValueError(f"Unknown method {method!r}. Known methods: {', '.join(METHODS)}.")
-    if num_regions < 1 or num_iterations < 1:
-        raise ValueError(f"num_regions and num_iterations must be at least 1. Got {num_regions} and {num_iterations}.")
-    if features.dim() != 2 or coords.shape != (len(features), 2):
-        raise ValueError(
-            "features must be [N, D] and coords [N, 2] with the same N. "
-            f"Got {tuple(features.shape)} and {tuple(coords.shape)}."
-        )
-    N, D = features.shape
-    num_rows = max(1, BLOCK_ELEMENTS // (D + 2))
-    # A model under autocast would cluster in half precision.
-    with torch.autocast(features.device.type, enabled=False):
-        norms = torch.empty(N, device=features.device)
-        for block, out in zip(features.split(num_rows), norms.split(num_rows)):
-            out.copy_(torch.linalg.vector_norm(block.float(), dim=1))
-        coords = coord_weight * coords.float()
-        if not (norms.isfinite().all() & coords.isfinite().all()):
-            raise ValueError(
-                "features and coords must be finite in float32, and so must the lengths of the features. "
-                f"Got {int((~norms.isfinite()).sum())} of {N} tokens with other features "
-                f"and {int((~coords.isfinite()).any(dim=1).sum())} with other coordinates."
-            )
-        if num_regions >= N:
-            return torch.arange(N, device=features.device)
-        norms = norms.clamp_min(1e-12)
-        regions = METHODS[method](features, norms, coords, num_regions, num_iterations, generator)
-    return regions.unique(return_inverse=True)[1]
-
-
-@torch.no_grad()
-def grid_regions(positions: torch.Tensor, grid: tuple[int, int], num_regions: int) -> torch.Tensor:
-    """Partition the tokens of a scale into cells of a regular grid: known before the image is encoded, and free.
-
-    The whole scale is cut into g x g cells, g the largest number with g * g <= num_regions; sides of cells differ by
-    one token at most. Cells that hold none of `positions` (the letterbox) are no regions.
-
-    Args:
-        positions: long[V], places of the tokens, row by row over the grid of the scale.
-        grid: (height, width) of the scale in tokens, H and W.
-        num_regions: regions at most.
-
-    Returns:
-        long[V], labels 0..R-1 with every label used, R <= num_regions, cells row by row.
-
-    Raises:
-        ValueError: num_regions below 1.
-    """
-    H, W = grid
-    if num_regions < 1:
-        raise ValueError(f"num_regions must be at least 1. Got {num_regions}.")
-    g = math.isqrt(num_regions)
-    rows, columns = positions // W, positions % W
-    cells = rows * min(g, H) // H * min(g, W) + columns * min(g, W) // W
-    return cells.unique(return_inverse=True)[1]
-
-
-def _majority(labels):
-    """Most frequent label of every row, the smallest of equals: long[N, P] -> long[N]."""
-    P = labels.shape[1]
-    labels = labels.sort(dim=1).values
-    position = torch.arange(P, dtype=torch.int32, device=labels.device)
-    same = F.pad(labels[:, 1:] == labels[:, :-1], (1, 0))
-    start = position.masked_fill(same, 0).cummax(dim=1).values
-    # Labels ascend: of the longest runs, the first is the one of the smallest label.
-    longest = (position - start).argmax(dim=1, keepdim=True)
-    return labels.gather(1, longest)[:, 0]
-
-
-def vote_regions(labels: torch.Tensor, patch_size: int, *, background: int = 0) -> torch.Tensor:
-    """Regions of a scale from a map of pixel labels, a vote of the pixels of every patch (eq. 15).
-
-    Ties go to the smallest label. A token whose vote is the background becomes a region of its own: the background is
-    what no segment covers, not one thing.
-
-    Args:
-        labels: long[H, W], label of every pixel; negative ones are labels like others.
-        patch_size: pixels a side of a patch; 1 if the labels are those of tokens already.
-        background: the label of what belongs to no segment.
-
-    Returns:
-        long[N], labels 0..R-1 with every label used: first the segments in the order of their labels, then the
-        background tokens in raster order.
-
-    Raises:
-        ValueError: the map is no matrix or empty, or the patches do not cut it without a remainder.
-    """
-    if labels.dim() != 2 or 0 in labels.shape or patch_size < 1:
-        raise ValueError(
-            "labels must be a map [height, width], no side of it 0, and patch_size at least 1. "
-            f"Got shape {tuple(labels.shape)} and {patch_size}."
-        )
-    H, W = labels.shape
-    if H % patch_size or W % patch_size:
-        raise ValueError(f"A label map of {H}x{W} px is not a multiple of the patch of {patch_size} px.")
-    votes = []
-    for strip in labels.split(patch_size * max(1, BLOCK_ELEMENTS // (patch_size * W))):
-        patches = strip.unfold(0, patch_size, patch_size).unfold(1, patch_size, patch_size)
-        # [rows, W / p, p, p] -> [rows * W / p, p * p]
-        votes.append(_majority(patches.reshape(-1, patch_size**2)))
-    votes = torch.cat(votes)
-    segment = votes != background
-    segments = votes[segment].unique()
-    return torch.where(segment, torch.searchsorted(segments, votes), len(segments) - 1 + (~segment).cumsum(0))
+    return aligned.to(anchor_importance.dtype).to(anchor_importance.device).reshape(*leading, *grid)
 
 
 THRESHOLDS = {"ge": torch.ge, "gt": torch.gt}
@@ -390,6 +95,25 @@ def select_tokens(
     With `coverage` they cannot: the merged token of every region, or its best one if nothing is redundant, is taken
     first, and preserved tokens share what is left, in the order above. The order of the output is the same.
 
+    Six tokens, two regions, threshold "ge":
+
+        token         0     1     2     3     4     5
+        region        0     0     0     1     1     1       mean importance of region 0: 4, of region 1: 2
+        importance    8     2     2     5     1     0
+        preserved    yes                yes                  at least the mean
+        candidates    0   (1   &   2)   3   (4   &   5)      in this order: region 0 has the higher mean
+
+    >>> importance = torch.tensor([8.0, 2.0, 2.0, 5.0, 1.0, 0.0])
+    >>> regions = torch.tensor([0, 0, 0, 1, 1, 1])
+    >>> select_tokens(importance, regions, 4).tolist()  # every candidate has a slot
+    [0, 1, 1, 2, 3, 3]
+    >>> select_tokens(importance, regions, 2).tolist()  # cut at the budget: nothing is left of region 1
+    [0, 1, 1, -1, -1, -1]
+    >>> select_tokens(importance, regions, 5).tolist()  # one more than candidates: token 1 leaves its merged token
+    [0, 1, 2, 3, 4, 4]
+    >>> select_tokens(importance, regions, 2, coverage=True).tolist()  # the merged token of either region
+    [-1, 0, 0, -1, 1, 1]
+
     Args:
         importance: float[N], finite; means and comparisons are in float64.
         regions: long[N], label of the region of every token; not negative, not necessarily without gaps.
@@ -398,8 +122,8 @@ def select_tokens(
         coverage: whether every region is guaranteed a token.
 
     Returns:
-        `slots` long[N], the output position 0..n-1 of every token with n = min(budget, N). Tokens in the same slot are
-        to be merged, -1 is dropped, no slot is empty.
+        `slots` long[N] on the device of `importance`, the output position 0..n-1 of every token with
+        n = min(budget, N). Tokens in the same slot are to be merged, -1 is dropped, no slot is empty.
 
     Raises:
         ValueError: shapes that do not agree, no tokens, a budget below 1 or, with `coverage`, below the number of
@@ -414,7 +138,9 @@ def select_tokens(
         raise ValueError(f"budget must be at least 1 token. Got {budget}.")
     if threshold not in THRESHOLDS:
         raise ValueError(f"Unknown threshold {threshold!r}. Known thresholds: {', '.join(THRESHOLDS)}.")
-    importance = importance.double()
+    device = importance.device
+    importance = _to_float64(importance)
+    regions = regions.to(importance.device)
     num_odd, lowest = torch.stack([(~importance.isfinite()).sum(), regions.min()]).tolist()
     if num_odd:
         raise ValueError(f"importance must be finite. Got {num_odd} of {len(importance)} values that are not.")
@@ -436,8 +162,9 @@ def select_tokens(
     ends = sizes.cumsum(0)
     best, least = order[ends - sizes], order[ends - 1]
 
-    # A candidate is named by one token: itself, or the least important one of the region for the merged token. That
-    # one is redundant if any is, and it ends the region in `order`, which is where eq. 12 has the merged token.
+    # A candidate is written as one token: a preserved one as itself, a merged one as the least important token of its
+    # region, in the example 2 for (1 & 2) and 5 for (4 & 5). The least important token is redundant if any is, and it
+    # ends its region in `order`, where eq. 12 has the merged token.
     candidate = preserved.scatter(0, least, True)
     candidate = candidate | (_count_along(by_importance, ~candidate) <= budget - candidate.sum())
     first = torch.zeros_like(candidate)
@@ -447,7 +174,7 @@ def select_tokens(
     taken = first | (rest & (_count_along(order, rest) <= budget - first.sum()))
 
     slots = torch.where(taken, _count_along(order, taken) - 1, -1)
-    return torch.where(candidate, slots, slots[least[regions]])
+    return torch.where(candidate, slots, slots[least[regions]]).to(device)
 
 
 def merge_tokens(tokens: torch.Tensor, slots: torch.Tensor, num_slots: int) -> torch.Tensor:
@@ -472,7 +199,7 @@ def merge_tokens(tokens: torch.Tensor, slots: torch.Tensor, num_slots: int) -> t
             f"Got {tuple(tokens.shape)} and {tuple(slots.shape)}."
         )
     order = slots.argsort(stable=True)
-    starts, sizes = _runs(slots[order], num_slots)
+    starts, sizes = runs_of(slots[order], num_slots)
     numbers = [slots.min(), slots.max(), (slots < 0).sum(), (sizes == 0).sum()]
     lowest, highest, num_dropped, num_empty = torch.stack(numbers).tolist()
     if lowest < -1 or highest >= num_slots:
@@ -489,4 +216,12 @@ def merge_tokens(tokens: torch.Tensor, slots: torch.Tensor, num_slots: int) -> t
     return torch.cat(merged, dim=1).to(tokens.dtype)
 
 
-__all__ = ["align_importance", "cluster_regions", "grid_regions", "vote_regions", "select_tokens", "merge_tokens"]
+__all__ = [
+    "align_importance",
+    "cluster_regions",
+    "grid_regions",
+    "vote_labels",
+    "vote_regions",
+    "select_tokens",
+    "merge_tokens",
+]

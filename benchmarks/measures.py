@@ -20,10 +20,11 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
+from uhr_bat.clustering_uhr_bat import CLUSTERINGS
 from uhr_bat.configuration_uhr_bat import PAPER_BUDGETS, PAPER_SCALES, UHRBatConfig
 from uhr_bat.image_processing_uhr_bat import shown_patches
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
-from uhr_bat.token_compression_uhr_bat import METHODS, cluster_regions, merge_tokens, select_tokens
+from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens, select_tokens
 
 from export import ROOT
 
@@ -349,7 +350,7 @@ def kmeans(settings) -> list[Row]:
 def kmeans_projection(settings) -> list[Row]:
     """The option that clusters a projection, against our exact k-means; as wide as the 7B decoder."""
     name, goal = "k-means on a projection, 36,864 x 3,584, k = 600, inertia <= 1.005x", ">= 8x"
-    if "kmeans_pca" not in METHODS:
+    if "kmeans_pca" not in CLUSTERINGS:
         return [Row(name, goal, 'not measured: there is no method="kmeans_pca"')]
     N, R, D = (2304, 60, 256) if settings.quick else (SECOND, 600, WIDTH_7B)
     problem = random_features(N, D, 2 * R), grid_coords(N), R
