@@ -19,7 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from uhr_bat.image_processing_uhr_bat import letterbox
+from uhr_bat.geometry_uhr_bat import letterbox
 
 from examples.ask import check_files, load, write_prompt
 from export import whole_files, write_json

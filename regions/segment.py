@@ -15,8 +15,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from uhr_bat.image_processing_uhr_bat import letterbox
-from uhr_bat.token_compression_uhr_bat import vote_regions
+from uhr_bat.clustering_uhr_bat import vote_labels
+from uhr_bat.geometry_uhr_bat import letterbox
 
 BACKGROUND = 0
 # SAM sees 1024 px whatever it is given: a finer view only costs memory and time, unless it is cut into crops.
@@ -78,14 +78,7 @@ def token_labels(labels: torch.Tensor, scale: int, patch_size: int) -> torch.Ten
     """
     nearest = ((torch.arange(scale) + 0.5) * (len(labels) / scale)).long()
     labels = labels[nearest][:, nearest]
-    # `vote_regions` numbers the labels that win. Below the map, one patch of every label makes each of them win, so
-    # that its number is the label itself; -1 is no label, so the background is one of them.
-    num_columns, num_labels = scale // patch_size, int(labels.max()) + 1
-    num_rows = -(-num_labels // num_columns)
-    below = torch.arange(num_rows * num_columns, dtype=labels.dtype).clamp(max=num_labels - 1)
-    below = below.view(num_rows, num_columns).repeat_interleave(patch_size, 0).repeat_interleave(patch_size, 1)
-    votes = vote_regions(torch.cat((labels, below)), patch_size, background=-1)
-    return votes.view(-1, num_columns)[:num_columns]
+    return vote_labels(labels, patch_size).long()
 
 
 def region_labels(labels: dict[int, torch.Tensor]) -> torch.Tensor:

@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 from small import GRIDS, prompt, random_pixels, small_model
-from uhr_bat.token_compression_uhr_bat import vote_regions
+from uhr_bat.clustering_uhr_bat import vote_regions
 
 from regions import ablation, cache, segment
 from regions.segment import MaskSettings
