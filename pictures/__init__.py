@@ -1,9 +1,10 @@
 """Pictures of what the model looked at and what it kept, drawn from the result of `model.compress(...)` alone.
 
 First the drawing on an image, pure functions of one scale: `draw_attention`, `draw_regions`, `draw_kept` return an
-image of the same size. Then the pictures: a page of panels each, as an RGB image of a given width, from a result
-and the PIL image (of any size: it is brought to the size of a panel first): `attention_picture` (figure 8 of the
-paper), `regions_picture` (6), `kept_picture`, `budgets_picture` (9 and 10) and `tsne_picture` (7).
+image of the same size. What they draw on may be a smaller or larger copy of the image that the model saw: they take
+its size as `image_size`, (height, width). Then the pictures: a page of panels each, as an RGB image of a given width,
+from a result and the PIL image that the model saw (it is brought to the size of a panel first): `attention_picture`
+(figure 8 of the paper), `regions_picture` (6), `kept_picture`, `budgets_picture` (9 and 10) and `tsne_picture` (7).
 
 The model sees the image in a letterboxed square. The letterbox is never drawn: every pixel of the image is asked which
 token shows it. Colours are told apart by colour-blind readers (a map that grows brighter, Okabe and Ito's palette).
@@ -14,6 +15,9 @@ Sizes are (height, width).
 
 import numpy as np
 from PIL import Image
+
+import export  # noqa: F401  makes the root's files the package `uhr_bat`
+from uhr_bat.geometry_uhr_bat import pixel_tokens, token_box
 
 # Pixels of a page's width: a screen's. Pages of another width are this one, larger or smaller.
 WIDTH = 1400
@@ -52,14 +56,10 @@ def screen_image(image: Image.Image, longest: int) -> Image.Image:
     return image.convert("RGB")
 
 
-def pixel_tokens(image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
-    """The token of a grid over the letterboxed square that shows each pixel of the image: int64[height, width]."""
-    side = max(image_size)
-    rows, columns = (
-        ((np.arange(length) + 0.5 + (side - length) / 2) * num_tokens / side).astype(np.int64)
-        for length, num_tokens in zip(image_size, grid)
-    )
-    return rows[:, None] * grid[1] + columns
+def _tokens_of_pixels(picture, grid, image_size):
+    """int64[height, width], the token that shows each pixel of a picture of an image of `image_size`."""
+    picture_size = picture.height, picture.width
+    return pixel_tokens(image_size or picture_size, grid, picture_size)
 
 
 def count_slots(slots) -> np.ndarray:
@@ -72,26 +72,28 @@ def count_slots(slots) -> np.ndarray:
 # One scale on an image
 
 
-def draw_attention(image: Image.Image, importance, low: float, high: float, colours=ATTENTION_COLOURS) -> Image.Image:
+def draw_attention(
+    image: Image.Image, importance, low: float, high: float, colours=ATTENTION_COLOURS, image_size=None
+) -> Image.Image:
     """The importance float[H, W] over a grey image, from the first colour at `low` to the last at `high`."""
     from matplotlib import colormaps
 
     importance = np.asarray(importance, np.float64)
     level = (importance - low) / max(high - low, 1e-12)
-    level = level.ravel()[pixel_tokens((image.height, image.width), importance.shape)]
+    level = level.ravel()[_tokens_of_pixels(image, importance.shape, image_size)]
     heat = colormaps[colours](level.clip(0, 1))[..., :3] * 255
     grey = np.asarray(image.convert("L"), np.float64)[..., None]
     return Image.fromarray((0.35 * grey + 0.65 * heat).astype(np.uint8))
 
 
-def draw_regions(image: Image.Image, regions, grid: tuple[int, int]) -> Image.Image:
+def draw_regions(image: Image.Image, regions, grid: tuple[int, int], image_size=None) -> Image.Image:
     """Regions long[N] as tints, with lines between them where tokens are large; tokens that are a region of their own
     stay grey."""
     regions = np.asarray(regions)
     sizes = np.bincount(regions[regions >= 0], minlength=1)
     tints = np.array([parse_colour(colour) for colour in PALETTE])[np.arange(len(sizes)) % len(PALETTE)]
-    own = (sizes == 1)[regions][pixel_tokens((image.height, image.width), grid)]
-    labels = regions[pixel_tokens((image.height, image.width), grid)]
+    tokens = _tokens_of_pixels(image, grid, image_size)
+    own, labels = (sizes == 1)[regions][tokens], regions[tokens]
 
     grey = np.asarray(image.convert("L"), np.float64)[..., None]
     drawn = np.where(own[..., None], grey, 0.5 * grey + 0.5 * tints[labels])
@@ -103,12 +105,12 @@ def draw_regions(image: Image.Image, regions, grid: tuple[int, int]) -> Image.Im
     return Image.fromarray(np.where(line[..., None], 255, drawn).astype(np.uint8))
 
 
-def draw_kept(image: Image.Image, slots, grid: tuple[int, int]) -> Image.Image:
+def draw_kept(image: Image.Image, slots, grid: tuple[int, int], image_size=None) -> Image.Image:
     """What is left of the image after the selection, from slots long[N].
 
     Tokens with a slot of their own show the image as it is, merged ones a dim violet one, dropped ones are dark.
     """
-    sharing = count_slots(slots)[pixel_tokens((image.height, image.width), grid)][..., None]
+    sharing = count_slots(slots)[_tokens_of_pixels(image, grid, image_size)][..., None]
     pixels = np.asarray(image.convert("RGB"), np.float64)
     grey = np.asarray(image.convert("L"), np.float64)[..., None]
     merged = MERGED_BRIGHTNESS * (0.5 * grey + 0.5 * np.array(MERGED_TINT))
@@ -218,11 +220,12 @@ def attention_picture(compressed, image, question="", *, image_idx=0, width=WIDT
     low, high = min(map(np.min, seen)), np.percentile(np.concatenate(seen), ATTENTION_PERCENTILE)
 
     # A window of the small image around the middle of the token that gets most at the finest scale.
-    side, peak = max(small.size), np.unravel_index(maps[-1].argmax(), maps[-1].shape)
-    window = min(round(ENLARGED * side), *small.size)
+    size = image.height, image.width
+    box = token_box(maps[-1].argmax(), size, maps[-1].shape).reshape(2, 2)
+    window = min(round(ENLARGED * max(small.size)), *small.size)
     top, left = (
-        int(np.clip((token + 0.5) * side / num_tokens - (side - length + window) / 2, 0, length - window))
-        for token, num_tokens, length in zip(peak, maps[-1].shape, (small.height, small.width))
+        int(np.clip(middle * small_length / length - window / 2, 0, small_length - window))
+        for middle, small_length, length in zip(box.mean(axis=0), (small.height, small.width), size)
     )
 
     places = iter(np.ndindex(rows, columns))
@@ -231,7 +234,7 @@ def attention_picture(compressed, image, question="", *, image_idx=0, width=WIDT
     axes.add_patch(Rectangle((left, top), window, window, fill=False, edgecolor="#D55E00", linewidth=1.6))
     for scale_idx, importance in enumerate(maps):
         note = "measured (anchor)" if scale_idx == 0 else "aligned"
-        drawn = draw_attention(small, importance, low, high)
+        drawn = draw_attention(small, importance, low, high, image_size=size)
         page.show(*next(places), drawn, f"{_name(compressed, image_idx, scale_idx)}, {note}")
     factor = image.width / small.width
     enlarged = image.crop([round(factor * value) for value in (left, top, left + window, top + window)])
@@ -258,7 +261,8 @@ def regions_picture(compressed, image, *, image_idx=0, width=WIDTH) -> Image.Ima
         regions, grid = _numpy(compressed.regions[image_idx][scale_idx]), _grid(compressed, image_idx, scale_idx)
         sizes = np.bincount(regions[regions >= 0])
         text = f"{_name(compressed, image_idx, scale_idx)}, {(sizes > 0).sum()} regions"
-        page.show(*next(places), draw_regions(small, regions, grid), text)
+        drawn = draw_regions(small, regions, grid, (image.height, image.width))
+        page.show(*next(places), drawn, text)
     page.figure.text(
         14 / WIDTH, 14 / page.height,
         "The eight colours repeat; white lines part the regions where tokens are large enough. Grey without lines: "
@@ -303,7 +307,8 @@ def kept_picture(compressed, image, question="", *, image_idx=0, width=WIDTH) ->
     page.show(*next(places), small, "Image")
     for scale_idx, slots in enumerate(slots_of_scales):
         text = f"{_name(compressed, image_idx, scale_idx)}\n{_counts(slots)}"
-        page.show(*next(places), draw_kept(small, slots, _grid(compressed, image_idx, scale_idx)), text)
+        drawn = draw_kept(small, slots, _grid(compressed, image_idx, scale_idx), (image.height, image.width))
+        page.show(*next(places), drawn, text)
     _legend(page)
     return page.render(width)
 
@@ -320,7 +325,7 @@ def budgets_picture(
         page.show(scale_idx, 0, small, _name(first, image_idx, scale_idx), weight="bold")
         for column, (name, compressed) in enumerate(results.items(), start=1):
             slots = _numpy(compressed.slots[image_idx][scale_idx])
-            drawn = draw_kept(small, slots, _grid(compressed, image_idx, scale_idx))
+            drawn = draw_kept(small, slots, _grid(compressed, image_idx, scale_idx), (image.height, image.width))
             page.show(scale_idx, column, drawn, f"{name}\n{_counts(slots)}")
     _legend(page)
     return page.render(width)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from uhr_bat.geometry_uhr_bat import token_box
 from uhr_bat.token_compression_uhr_bat import cluster_regions, select_tokens
 
 import pictures
@@ -30,7 +31,7 @@ def shown_tokens(size, grid):
     shown = np.zeros(grid, bool)
     for y in range(size[0]):
         for x in range(size[1]):
-            row, column = (y + 0.5 + (side - size[0]) / 2) / side, (x + 0.5 + (side - size[1]) / 2) / side
+            row, column = (y + 0.5 + (side - size[0]) // 2) / side, (x + 0.5 + (side - size[1]) // 2) / side
             shown[int(row * grid[0]), int(column * grid[1])] = True
     return shown
 
@@ -73,14 +74,41 @@ def brightness(image):
 # Geometry
 
 
-@pytest.mark.parametrize("size, grid", [((5, 9), (4, 4)), ((9, 5), (3, 3)), ((7, 7), (14, 14)), ((1, 30), (6, 6))])
-def test_every_pixel_is_asked_for_its_token_on_the_letterboxed_square(size, grid):
-    found = pictures.pixel_tokens(size, grid)
-    side = max(size)
-    for y, x in np.ndindex(*size):
-        row = int((y + 0.5 + (side - size[0]) / 2) / side * grid[0])
-        column = int((x + 0.5 + (side - size[1]) / 2) / side * grid[1])
-        assert found[y, x] == row * grid[1] + column
+def drawings_of_token(image, position, grid, **kwargs):
+    """bool[height, width] of every kind of drawing: the pixels that are drawn as the one token at `position`."""
+    tokens = torch.arange(grid[0] * grid[1]) == position
+    drawings = [
+        pictures.draw_attention(image, tokens.view(grid), 0, 1, **kwargs),
+        pictures.draw_regions(image, tokens.long(), grid, **kwargs),
+        pictures.draw_kept(image, torch.where(tokens, 0, -1), grid, **kwargs),
+    ]
+    # The lone token is a region of its own, which stays grey.
+    attention, regions, kept = (np.asarray(drawing).astype(int) for drawing in drawings)
+    return [attention.sum(-1) > 300, (regions == 100).all(-1), (kept == 100).all(-1)]
+
+
+@pytest.mark.parametrize("size", [(45, 70), (70, 45), (69, 70), (44, 70)])
+@pytest.mark.parametrize("position", [23, 45, 54, 66])
+def test_a_token_is_drawn_on_the_pixels_that_its_patch_was_made_of(size, position):
+    image = Image.new("RGB", size[::-1], (100, 100, 100))
+    # Ten patches of 7 pixels a side: the odd pixel of the margin lies below or right of the image.
+    margins = [(70 - length) // 2 for length in size]
+    rows, columns = (7 * idx - margin for idx, margin in zip(divmod(position, 10), margins))
+    expected = np.zeros(size, bool)
+    expected[max(rows, 0) : max(rows + 7, 0), max(columns, 0) : max(columns + 7, 0)] = True
+    assert expected.any()
+    for drawn in drawings_of_token(image, position, (10, 10)):
+        np.testing.assert_array_equal(drawn, expected)
+
+
+def test_a_smaller_copy_is_drawn_on_where_the_image_itself_would_be():
+    size, grid = (999, 1500), (30, 30)
+    small = Image.new("RGB", (500, 333), (100, 100, 100))  # a third, whose own letterbox begins half a pixel higher
+    top, left, bottom, right = (token_box(400, size, grid) / 3).tolist()
+    rows, columns = np.arange(333)[:, None] + 0.5, np.arange(500) + 0.5
+    expected = (top <= rows) & (rows < bottom) & (left <= columns) & (columns < right)
+    for drawn in drawings_of_token(small, 400, grid, image_size=size):
+        np.testing.assert_array_equal(drawn, expected)
 
 
 def test_tokens_of_a_slot_are_counted():
