@@ -35,11 +35,7 @@ from small import prompt, small_model
 
 ROOT = Path(convert_checkpoint.__file__).parent.parent
 REFERENCE = ROOT.parent / "shared" / "reference" / "released_layout"
-PARTS = (
-    "clustering", "configuration", "geometry", "image_processing", "image_reading", "image_views", "modeling",
-    "processing", "released_api", "token_compression",
-)  # fmt: skip
-CODE = [f"{name}_uhr_bat.py" for name in PARTS]
+CODE = sorted(path.name for path in ROOT.glob("*_uhr_bat.py"))
 VISION = "model.vision_tower.vision_tower.vision_model."
 WIDTH, ROWS = 32, 1024
 
