@@ -119,8 +119,9 @@ def images_of_prompts(runs: Sequence[Sequence[int]], num_images: int, token_coun
     if len(runs) == 1 and len(runs[0]) <= num_images:
         return [num_images]
     raise ValueError(
-        f"Image features and image tokens do not match, tokens: {placeholders} per prompt, features: {num_images} images. "
-        "Pass `images_per_prompt` and `token_counts` as the processor returned them, or the `budgets` that it was given."
+        f"Image features and image tokens do not match, tokens: {placeholders} per prompt, features: {num_images} "
+        "images. Pass `images_per_prompt` and `token_counts` as the processor returned them, or the `budgets` that it "
+        "was given."
     )
 
 
@@ -166,8 +167,8 @@ def check_counts(token_counts, placeholders: Sequence[int], images_per_prompt: S
     expanded = [sum(next(left) for _ in range(number)) for number in images_per_prompt]
     if list(placeholders) not in (list(images_per_prompt), expanded):
         raise ValueError(
-            f"Image features and image tokens do not match, tokens: {list(placeholders)} per prompt, features: {totals} "
-            "per image. Pass the `budgets` that the processor was given, or the `token_counts` that it returned."
+            f"Image features and image tokens do not match, tokens: {list(placeholders)} per prompt, features: "
+            f"{totals} per image. Pass the `budgets` that the processor was given, or the `token_counts` that it returned."
         )
     for counts, limits in zip(token_counts, available):
         for scale, spent, limit in zip(scales, counts, limits):

@@ -14,7 +14,6 @@ import math
 import torch
 import torch.nn.functional as F
 
-
 # Elements of a temporary block, 8 MiB in float32. It keeps a GPU busy, stays near a CPU's caches and bounds the memory:
 # at the finest default scale a matrix of N x R takes 660 MB and a float32 copy of the tokens 1.2 GB.
 BLOCK_ELEMENTS = 2**21

@@ -11,15 +11,10 @@ from typing import NamedTuple
 
 import torch
 
+from .clustering_uhr_bat import cluster_regions, grid_regions, vote_regions
+from .geometry_uhr_bat import patch_centres
 from .outputs_uhr_bat import UHRBatImageFeatures
-from .token_compression_uhr_bat import (
-    align_importance,
-    cluster_regions,
-    grid_regions,
-    merge_tokens,
-    select_tokens,
-    vote_regions,
-)
+from .token_compression_uhr_bat import align_importance, merge_tokens, select_tokens
 
 
 @dataclass(frozen=True)
@@ -55,15 +50,6 @@ def on_grid(values, positions, grid, fill) -> torch.Tensor:
     return values.new_full((height * width,), fill).index_copy(0, positions, values).view(height, width)
 
 
-def coords_of(positions, grid, extent=None) -> torch.Tensor:
-    """float32[V, 2], (y, x) of the patch centres in [0, 1], over a (height, width) grid or over tiles of `extent`."""
-    rows, columns = positions // grid[1], positions % grid[1]
-    if extent is not None:
-        grid = (extent, extent)
-        rows, columns = rows % extent, columns % extent
-    return torch.stack(((rows + 0.5) / grid[0], (columns + 0.5) / grid[1]), dim=-1)
-
-
 def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, rules: CompressionRules) -> torch.Tensor:
     """long[V]: the one place where a region partition is chosen (eq. 4, appendix C.2); kept with the image."""
     if image.regions is not None:
@@ -83,10 +69,10 @@ def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, r
         elif rules.region_method == "grid":
             regions = grid_regions(positions, grid, num_regions)
         else:
-            extent = config.tile_size // config.patch_size if rules.coord_frame == "tile" else None
+            extent = (config.tile_size // config.patch_size,) * 2 if rules.coord_frame == "tile" else None
             regions = cluster_regions(
                 image.tokens[scale_idx].detach(),
-                coords_of(positions, grid, extent),
+                patch_centres(positions, grid, extent),
                 num_regions,
                 method=rules.region_method,
                 coord_weight=rules.coord_weight,

@@ -12,8 +12,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .budgets_uhr_bat import split_budgets
-
-from .geometry_uhr_bat import check_scales
+from .geometry_uhr_bat import check_scales, grids
 
 
 def register_names():
@@ -166,6 +165,8 @@ class UHRBatConfig(PreTrainedConfig):
     def validate_budgets(self):
         """One budget per scale, ascending, and together they leave room for text in the context window."""
         split_budgets(self.budgets, self.scales)
+        if min(self.budgets) < 1:  # a call may leave a scale out, a model reads all of its own
+            raise ValueError(f"Every budget must be at least 1 token per image. Got {self.budgets}.")
         if sum(self.budgets) >= self.text_config.max_position_embeddings:
             raise ValueError(
                 f"The budgets {self.budgets} sum to {sum(self.budgets)} visual tokens, but the context window holds "
@@ -214,7 +215,7 @@ class UHRBatConfig(PreTrainedConfig):
     @property
     def grids(self) -> list[tuple[int, int]]:
         """(height, width) in tokens of every scale, U_s x V_s in the paper."""
-        return [(scale // self.patch_size, scale // self.patch_size) for scale in self.scales]
+        return grids(self.scales, self.patch_size)
 
 
 def _sub_config(value, model_type, defaults):

@@ -13,7 +13,6 @@ from transformers.utils import logging
 from .outputs_uhr_bat import CACHE, IMAGE_INPUTS, UHRBatCompressionOutput, has_images
 from .released_api_uhr_bat import translate_released_call
 
-
 logger = logging.get_logger(__name__)
 
 
@@ -110,8 +109,8 @@ class UHRBatGenerationMixin(GenerationMixin):
         held = kwargs.get(CACHE) is not None or kwargs.get("inputs_embeds") is not None
         if num_placeholders and not held and not kwargs.get("mm_encoder_outputs"):
             raise ValueError(
-                f"Image features and image tokens do not match, tokens: {num_placeholders} image tokens in the prompts, "
-                "but no images were passed."
+                f"Image features and image tokens do not match, tokens: {num_placeholders} image tokens in the "
+                "prompts, but no images were passed."
             )
         window = self.config.text_config.max_position_embeddings
         # Where a conversation goes on with its new ids alone, the mask still covers all of it.

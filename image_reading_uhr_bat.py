@@ -19,7 +19,6 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image, load_image
 
-
 # Longest side in pixels. The horizontal pass over a portrait image costs as much as its square, about a minute per
 # scale at this side; a file of a few bytes that states 1,000,000 x 1 pixels would take hours.
 MAX_SIDE = 100_000

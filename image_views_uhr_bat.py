@@ -22,7 +22,6 @@ from transformers.utils import logging
 from .geometry_uhr_bat import letterbox
 from .image_reading_uhr_bat import StreamedImage
 
-
 # CLIP's mean colour in 8 bits, the letterbox of the released code.
 PAD_COLOR = (122, 116, 104)
 # Pixels of one strip of rows on its way to the scales. Pillow prepares every strip anew, so larger strips are faster;

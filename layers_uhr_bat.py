@@ -11,7 +11,6 @@ from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repea
 
 from .configuration_uhr_bat import UHRBatConfig
 
-
 # Question rows of the importance pass that are scored at once: bounds the scores to heads x 64 x sequence.
 QUESTION_BLOCK = 64
 

@@ -18,12 +18,12 @@ from transformers import initialization as init
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import can_return_tuple, logging, torch_compilable_check
-from transformers.utils.deprecation import deprecate_kwarg
+from transformers.utils import can_return_tuple, torch_compilable_check
 
 from .budgets_uhr_bat import settle_counts
 from .compression_uhr_bat import CompressionRules, compress_image
 from .configuration_uhr_bat import UHRBatConfig, refuse_own_folder
+from .encoding_uhr_bat import UHRBatEncodingMixin
 from .generation_uhr_bat import UHRBatGenerationMixin
 from .layers_uhr_bat import UHRBatMultiModalProjector, UHRBatScaleEmbedding, call_reader, question_attention
 from .outputs_uhr_bat import (
@@ -34,6 +34,7 @@ from .outputs_uhr_bat import (
     UHRBatImageFeatures,
     UHRBatImageInputs,
     UHRBatModelOutputWithPast,
+    accept_region_labels,
     has_images,
 )
 from .released_api_uhr_bat import (
@@ -45,33 +46,12 @@ from .released_api_uhr_bat import (
     translate_released_call,
 )
 
-# The library takes every argument of `forward` with "label" in its name for a label, so `region_labels` had to go.
-accept_region_labels = deprecate_kwarg("region_labels", new_name="regions", version="6.0.0")
-
 
 def accept_nested_tower(module, state_dict, prefix, *args):
     """Pre-hook of `load_state_dict`: files of older releases nest the vision tower one level deeper."""
     nested, flat = prefix + "vision_tower.vision_model.", prefix + "vision_tower."
     for name in [name for name in state_dict if name.startswith(nested)]:
         state_dict[flat + name.removeprefix(nested)] = state_dict.pop(name)
-
-
-def tile_of(positions, width, patches_per_side) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row-major index of the tile, and of the patch inside it, for places long[V] on a grid `width` patches wide."""
-    p = patches_per_side
-    rows, columns = positions // width, positions % width
-    return rows // p * (width // p) + columns // p, rows % p * p + columns % p
-
-
-def first_identical_tile(tiles) -> torch.Tensor:
-    """long[T]: for every tile of one colour the first tile of that colour, for any other tile itself.
-
-    Tiles float[T, 3, tile, tile]. Letterbox tiles are all alike, and need the vision tower only once.
-    """
-    low, high = tiles.flatten(2).aminmax(dim=-1)
-    plain = (low == high).all(-1)
-    alike = plain[:, None] & plain & (low[:, None] == low).all(-1)
-    return torch.where(plain, alike.int().argmax(1), torch.arange(len(tiles), device=tiles.device))
 
 
 class UHRBatPreTrainedModel(PreTrainedModel):
@@ -112,7 +92,7 @@ class UHRBatPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
-class UHRBatModel(UHRBatPreTrainedModel):
+class UHRBatModel(UHRBatEncodingMixin, UHRBatPreTrainedModel):
     """Vision tower, projector, scale embedding, compression and decoder, without a language modelling head."""
 
     def __init__(self, config: UHRBatConfig):
@@ -134,159 +114,6 @@ class UHRBatModel(UHRBatPreTrainedModel):
 
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
-
-    @property
-    def _feature_layer_idx(self) -> int:
-        """Layer of the vision tower whose output is `hidden_states[vision_feature_layer]`."""
-        layer = self.config.vision_feature_layer
-        return layer - 1 if layer > 0 else self.config.vision_config.num_hidden_layers + layer
-
-    @property
-    def _unread_layers(self) -> list[nn.Module]:
-        """Modules of the tower behind the feature layer: part of the checkpoint, but no token comes through them."""
-        return [*self.vision_tower.encoder.layers[self._feature_layer_idx + 1 :], self.vision_tower.post_layernorm]
-
-    def freeze_unread_layers(self):
-        """Without this, training on several devices waits for gradients that never come."""
-        for module in self._unread_layers:
-            module.requires_grad_(False)
-
-    # ---- Images: independent of the question -----------------------------------------------------------------------
-
-    @accept_region_labels
-    def encode_image(self, pixel_values, pixel_attention_mask=None, regions=None) -> list[UHRBatImageFeatures]:
-        """Every tile through the vision tower once, the projector and the scale embedding (sections 3.2 and 3.3).
-
-        Args:
-            pixel_values, pixel_attention_mask, regions: see [`UHRBatImageInputs`]. A scale without a patch that shows
-                the image is left out; the coarsest of the others is the anchor.
-
-        Returns:
-            One [`UHRBatImageFeatures`] per image, to be passed to `generate`, `compress` or `forward` as
-            `image_features`, with any number of questions.
-
-        Raises:
-            ValueError: a shape that does not fit the configuration, or an image that shows nothing.
-        """
-        if not has_images(pixel_values):
-            return []
-        self._check_image_inputs(pixel_values, pixel_attention_mask, regions)
-        no_rows = [None] * len(pixel_values)
-        masks = no_rows if pixel_attention_mask is None else pixel_attention_mask
-        regions = no_rows if regions is None else regions
-        return [self._encode_one(*rows) for rows in zip(pixel_values, masks, regions)]
-
-    def _check_image_inputs(self, pixel_values, pixel_attention_mask, regions):
-        config = self.config
-        num_tiles = sum((scale // config.tile_size) ** 2 for scale in config.scales)
-        expected = [num_tiles, 3, config.tile_size, config.tile_size]
-        if list(pixel_values.shape[1:]) != expected:
-            raise ValueError(
-                f"`pixel_values` must have the shape [images, {', '.join(map(str, expected))}] for the scales "
-                f"{config.scales}. Got {list(pixel_values.shape)}."
-            )
-        expected = [len(pixel_values), sum(height * width for height, width in config.grids)]
-        for name, value in (("pixel_attention_mask", pixel_attention_mask), ("regions", regions)):
-            if value is not None and list(value.shape) != expected:
-                raise ValueError(
-                    f"`{name}` must have the shape {expected}: one row per image, one number per patch of the scales "
-                    f"{config.scales}. Got {list(value.shape)}."
-                )
-
-    def _encode_one(self, pixel_values, pixel_attention_mask, regions) -> UHRBatImageFeatures:
-        config = self.config
-        p = config.tile_size // config.patch_size
-        sizes = [height * width for height, width in config.grids]
-        device = pixel_values.device
-        if pixel_attention_mask is None:
-            pixel_attention_mask = torch.ones(sum(sizes), dtype=torch.bool, device=device)
-        positions = [mask.nonzero()[:, 0] for mask in pixel_attention_mask.to(device).split(sizes)]
-        if not any(map(len, positions)):
-            raise ValueError("`pixel_attention_mask` leaves no patch that shows the image.")
-
-        tokens, anchor_tokens, anchor_positions = [], None, None
-        for scale_idx, tiles in enumerate(pixel_values.split([size // p**2 for size in sizes])):
-            places = positions[scale_idx]
-            if not len(places):
-                tokens.append(self.get_input_embeddings().weight.new_empty(0, config.text_config.hidden_size))
-                continue
-            tile_idx, patch_idx = tile_of(places, config.grids[scale_idx][1], p)
-            encoded_idx, copy_idx = first_identical_tile(tiles)[tile_idx].unique(return_inverse=True)
-            projected = self._project_tiles(tiles, encoded_idx, desc=f"Encoding {config.scales[scale_idx]} px")
-            projected = projected.flatten(0, 1)[(copy_idx * p**2 + patch_idx).to(projected.device)]
-            places = positions[scale_idx] = places.to(projected.device)
-            tokens.append(self._add_scale_embedding(projected, scale_idx, places, config.scale_embedding_additions))
-            if anchor_tokens is None:
-                # The pass reads the anchor tile by tile, as the tower emits it and the released weights were trained.
-                order = (tile_idx * p**2 + patch_idx).argsort().to(projected.device)
-                anchor_positions = places[order]
-                anchor_tokens = self._add_scale_embedding(projected[order], scale_idx, anchor_positions, 1)
-
-        device = anchor_tokens.device
-        positions = [places.to(device) for places in positions]
-        tokens = [scale.to(anchor_tokens) for scale in tokens]
-        if regions is not None:
-            regions = [one.to(device)[places] for one, places in zip(regions.split(sizes), positions)]
-        return UHRBatImageFeatures(anchor_tokens, anchor_positions, tokens, positions, regions)
-
-    def _project_tiles(self, tiles, encoded_idx, desc) -> torch.Tensor:
-        """float[T', P, D] of the chosen tiles, through the tower in chunks; only a chunk's activations are held."""
-        chunks = encoded_idx.split(self.config.vision_chunk_size)
-        bar = logging.tqdm(chunks, desc=desc, unit="chunk", delay=1, leave=False, disable=self.training)
-        return torch.cat([self.multi_modal_projector(self._vision_features(tiles[chunk])) for chunk in bar])
-
-    def _vision_features(self, tiles) -> torch.Tensor:
-        """float[T, 3, tile, tile] -> float[T, P, C], patch tokens after `vision_feature_layer`.
-
-        The tower's own layers, one after the other: the list of all hidden states is never held, and what follows the
-        feature layer never runs.
-        """
-        tower = self.vision_tower
-        hidden_states = tower.pre_layrnorm(tower.embeddings(tiles.to(tower.dtype)))
-        for layer in tower.encoder.layers[: self._feature_layer_idx + 1]:
-            hidden_states = layer(hidden_states, attention_mask=None)
-        features = hidden_states[:, 1:]
-        unread = self._unread_layers
-        if self.training and any(parameter.requires_grad for layer in unread for parameter in layer.parameters()):
-            # Somebody trains what no token comes through, as LoRA on "all-linear" does. Training on several devices
-            # waits for a gradient of each parameter: one token goes on, for gradients of 0.
-            *layers, norm = unread
-            token = hidden_states[:1, :1]
-            for layer in layers:
-                token = layer(token, attention_mask=None)
-            features = features + 0 * norm(token).sum()
-        return features
-
-    def _add_scale_embedding(self, tokens, scale_idx, positions, times) -> torch.Tensor:
-        """float[V, D] plus `times` the embedding of their places, in blocks of a chunk of tiles."""
-        if times == 0:
-            return tokens
-        block = self.config.vision_chunk_size * (self.config.tile_size // self.config.patch_size) ** 2
-        blocks = [
-            rows + times * self.scale_embedding(scale_idx, places).to(rows)
-            for rows, places in zip(tokens.split(block), positions.split(block))
-        ]
-        return torch.cat(blocks)
-
-    @can_return_tuple
-    def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs) -> BaseModelOutputWithPooling:
-        """The uncompressed image: the tower's outputs, and in `pooler_output` float[V, D] per image, all tokens.
-
-        Use `encode_image` for large images: this one holds what the tower returns for all tiles at once.
-        """
-        I, T = pixel_values.shape[:2]
-        outputs = self.vision_tower(pixel_values.flatten(0, 1).to(self.vision_tower.dtype), **kwargs)
-        features = self.encode_image(pixel_values, pixel_attention_mask)
-
-        def by_image(states):
-            return None if states is None else tuple(state.unflatten(0, (I, T)) for state in states)
-
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state.unflatten(0, (I, T)),
-            pooler_output=[torch.cat(image.tokens) for image in features],
-            hidden_states=by_image(outputs.hidden_states),
-            attentions=by_image(outputs.attentions),
-        )
 
     # ---- Images and a question -------------------------------------------------------------------------------------
 
@@ -433,9 +260,7 @@ class UHRBatModel(UHRBatPreTrainedModel):
         )
         if budgets is not None and len(budgets) and isinstance(budgets[0], (list, tuple)):  # the old name of the counts
             budgets, token_counts = None, budgets
-        runs = [
-            [len(list(run)) for is_image, run in groupby(row) if is_image] for row in placeholder.tolist()
-        ]
+        runs = [[len(list(run)) for is_image, run in groupby(row) if is_image] for row in placeholder.tolist()]
         return settle_counts(
             budgets,
             token_counts,
@@ -592,8 +417,8 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
         Args:
             labels: long[B, M]. Where they are not -100, there is an answer, which the selection never sees.
             logits_to_keep: number of last positions that are scored, or their indices; 0 scores all.
-            compress_only: return what `compress` does, and go no further. FSDP, DeepSpeed and offloading have weights in
-                place only during a call of the whole model, so `compress` is such a call.
+            compress_only: return what `compress` does, and go no further. FSDP, DeepSpeed and offloading have weights
+                in place only during a call of the whole model, so `compress` is such a call.
 
         The released code's call (`multiscale_pixels`, ...) is translated, its one placeholder per image expanded.
         """

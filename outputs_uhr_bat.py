@@ -9,7 +9,7 @@ from typing import TypedDict
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
-
+from transformers.utils.deprecation import deprecate_kwarg
 
 # What the library calls the cache of keys and values, as a field and as an argument: `past_key_values` up to 5.23,
 # `cache` from 5.24 on.
@@ -85,6 +85,8 @@ class UHRBatImageInputs(TypedDict, total=False):
 
 
 IMAGE_INPUTS = tuple(UHRBatImageInputs.__annotations__)
+# The library takes every argument of `forward` with "label" in its name for a label, so `region_labels` had to go.
+accept_region_labels = deprecate_kwarg("region_labels", new_name="regions", version="6.0.0")
 
 
 def has_images(pixel_values=None, image_features=None) -> bool:

@@ -12,12 +12,9 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 
 from .budgets_uhr_bat import count_tokens, split_budgets
 from .configuration_uhr_bat import PAPER_BUDGETS, refuse_own_folder
-from .image_processing_uhr_bat import (
-    UHRBatImageProcessor,
-    UHRBatImageProcessorKwargs,
-    flatten_images,
-    shown_patches,
-)
+from .geometry_uhr_bat import grids, shown_patches
+from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs
+from .image_reading_uhr_bat import flatten_images
 
 
 class UHRBatImagesKwargs(UHRBatImageProcessorKwargs, total=False):
@@ -105,8 +102,8 @@ class UHRBatProcessor(ProcessorMixin):
             isinstance(prompts, (list, tuple)) and all(isinstance(prompt, str) for prompt in prompts)
         ):
             raise TypeError(
-                f"`text` must be a string or a list of strings. Got {type(text).__name__}. Pass images as `images=` and "
-                "prompts as `text=`."
+                f"`text` must be a string or a list of strings. Got {type(text).__name__}. Pass images as `images=` "
+                "and prompts as `text=`."
             )
         if image_features is not None:
             if images is not None:
@@ -188,9 +185,11 @@ class UHRBatProcessor(ProcessorMixin):
         if image_sizes is None:
             return MultiModalData()
         processor = self.image_processor
-        grids = [(scale // processor.patch_size,) * 2 for scale in processor.scales]
         available = [
-            [int(shown_patches(tuple(size), grid).sum()) if processor.mask_padding else grid[0] * grid[1] for grid in grids]
+            [
+                int(shown_patches(tuple(size), grid).sum()) if processor.mask_padding else grid[0] * grid[1]
+                for grid in grids(processor.scales, processor.patch_size)
+            ]
             for size in image_sizes
         ]
         if images_per_prompt is None:

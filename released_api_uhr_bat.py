@@ -16,8 +16,8 @@ from transformers import StoppingCriteria
 from transformers.utils import logging
 
 from .budgets_uhr_bat import split_budgets
-from .image_processing_uhr_bat import UHRBatImageProcessor, shown_patches
-
+from .geometry_uhr_bat import shown_patches
+from .image_processing_uhr_bat import UHRBatImageProcessor
 
 logger = logging.get_logger(__name__)
 

@@ -15,7 +15,6 @@ import torch.nn.functional as F
 
 from .clustering_uhr_bat import BLOCK_ELEMENTS, cluster_regions, grid_regions, runs_of, vote_labels, vote_regions
 
-
 # Types of devices that have no float64.
 WITHOUT_FLOAT64 = ("mps",)
 

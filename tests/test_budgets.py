@@ -17,9 +17,7 @@ AVAILABLE = [64, 224, 832, 1920]
 def settle(runs, num_images=1, **given):
     """(images_per_prompt, token_counts) of prompts whose runs of image tokens have these lengths."""
     given = {"budgets": None, "token_counts": None, "images_per_prompt": None, **given}
-    return settle_counts(
-        runs=runs, scales=SCALES, default_budgets=BUDGETS, available=[AVAILABLE] * num_images, **given
-    )
+    return settle_counts(runs=runs, scales=SCALES, default_budgets=BUDGETS, available=[AVAILABLE] * num_images, **given)
 
 
 def test_images_of_a_prompt_share_its_budgets_and_the_first_gets_the_remainder():
@@ -86,7 +84,9 @@ def test_images_of_prompts_are_read_from_their_image_tokens(runs, num_images, to
 
 
 def test_images_that_touch_in_a_batch_cannot_be_told_apart():
-    with pytest.raises(ValueError, match=r"tokens: \[20, 14\] per prompt, features: 3 images.*`token_counts`.*`budgets`"):
+    with pytest.raises(
+        ValueError, match=r"tokens: \[20, 14\] per prompt, features: 3 images.*`token_counts`.*`budgets`"
+    ):
         images_of_prompts([[20], [14]], 3)
 
 

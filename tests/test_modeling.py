@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from small import BUDGETS, GRIDS, IMAGE, SIZES, count_tiles, pad_left, prompt, random_pixels, small_model
 from torch.utils._python_dispatch import TorchDispatchMode
 from uhr_bat import compression_uhr_bat, layers_uhr_bat
-from uhr_bat.modeling_uhr_bat import first_identical_tile, tile_of
+from uhr_bat.encoding_uhr_bat import first_identical_tile
 from uhr_bat.token_compression_uhr_bat import align_importance, merge_tokens, select_tokens
 
 
@@ -18,13 +18,6 @@ def half_shown():
 
 
 # ---- Geometry ----
-
-
-def test_tile_of_finds_the_tile_and_the_patch_that_unfolding_the_grid_gives():
-    grid = torch.arange(36).view(6, 6)
-    tiles = grid.view(3, 2, 3, 2).transpose(1, 2).reshape(9, 4)
-    tile_idx, patch_idx = tile_of(torch.arange(36), width=6, patches_per_side=2)
-    assert torch.equal(tiles[tile_idx, patch_idx], torch.arange(36))
 
 
 def test_first_identical_tile_joins_tiles_of_one_colour_only():
@@ -395,7 +388,10 @@ def test_a_budget_per_call_replaces_that_of_the_configuration():
     ("inputs", "message"),
     [
         ({"budgets": torch.tensor([[2, 5, 37]])}, "The budget of scale 24 px is 37 tokens, but 36 tokens of it show"),
-        ({"token_counts": torch.tensor([[-1, 5, 7]])}, "The budget of scale 8 px is -1 tokens, but 4 tokens of it show"),
+        (
+            {"token_counts": torch.tensor([[-1, 5, 7]])},
+            "The budget of scale 8 px is -1 tokens, but 4 tokens of it show",
+        ),
         ({"token_counts": torch.tensor([[2, 5]])}, "`token_counts` must have the shape [1, 3]: images and scales. Got"),
         ({"budgets": [2, 5]}, "Got 2 budgets [2, 5] and 3 scales [8, 16, 24]"),
         (

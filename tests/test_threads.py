@@ -46,7 +46,9 @@ def stream(model, number):
 
     streamer = TextIteratorStreamer(Ids(), skip_prompt=True, timeout=60)
     settings = {"do_sample": False, "max_new_tokens": 5, "streamer": streamer}
-    Thread(target=model.generate, kwargs={"inputs": QUESTIONS[number], "pixel_values": PIXELS[number], **settings}).start()
+    Thread(
+        target=model.generate, kwargs={"inputs": QUESTIONS[number], "pixel_values": PIXELS[number], **settings}
+    ).start()
     return [torch.tensor([int(token) for token in "".join(streamer).split()])]
 
 

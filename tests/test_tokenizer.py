@@ -149,7 +149,10 @@ def test_an_unknown_part_is_refused_by_its_name(render):
 @pytest.mark.parametrize(
     ("content", "lines"),
     [
-        ([words("Before:"), IMAGE, words("After:"), IMAGE, words("Changed?")], "Before:|<image>|After:|<image>|Changed?"),
+        (
+            [words("Before:"), IMAGE, words("After:"), IMAGE, words("Changed?")],
+            "Before:|<image>|After:|<image>|Changed?",
+        ),
         ([IMAGE, words("Before."), IMAGE, words("After.")], "<image>|Before.|<image>|After."),
         ([IMAGE, words("Ships?"), IMAGE], "<image>|Ships?|<image>"),
         ([words("Look."), words("Ships?"), IMAGE, IMAGE], "<image>|<image>|Look.|Ships?"),
