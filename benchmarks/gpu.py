@@ -1,7 +1,7 @@
 """The 7B geometry on a GPU: seconds by stage and peak memory of both sides over budgets, beside the paper's Table 4.
 
-    python -m benchmarks.gpu [--device cuda] [--budgets 3000 5000 8000 12000] [--repetitions 3] [--output FILE.json]
-    python -m benchmarks.gpu --quick --device cpu      a tiny geometry: shows that it runs, and nothing else
+    uhr-bat bench-gpu [--device cuda] [--budgets 3000 5000 8000 12000] [--repetitions 3] [--output FILE.json]
+    uhr-bat bench-gpu --quick --device cpu      a tiny geometry: shows that it runs, and nothing else
 
 The weights are random and in bfloat16, so the answer means nothing; the image is the made-up scene of 8,500 x 8,500
 pixels. Both sides share the weights and take turns. In bfloat16 they round differently (ours keeps the attention in
@@ -18,15 +18,16 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 from transformers.utils import logging
-from uhr_bat.configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig
 
-from export import ROOT, whole_files, write_json
-
+from ..common.files import whole_files, write_json
+from ..common.loading import ROOT
+from ..common.tables import table
+from ..configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig
 from . import flops
 from .images import photograph
 from .measures import TOKEN_TOLERANCE, spread
 from .meters import peak_bytes, reset_peak
-from .run import stages_table, table
+from .run import stages_table
 from .sides import ANSWER_TOKENS, SIDES, TEXT_AFTER, TEXT_BEFORE, Meter, ask, build_model, prompt_ids, quick_config
 
 # Table 4 of the paper: {kept tokens: (TFLOPs, total seconds, seconds of the generation)}, per sample, on the authors'
@@ -144,7 +145,7 @@ def report(result) -> str:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat bench-gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budgets", type=int, nargs="+", metavar="B", help="default: 3000 5000 8000 12000")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N")

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from training import scenes
+from ..training import scenes
 
 # The scene is drawn at this side at most, and beside itself beyond it.
 DRAWN_SIDE = 8500

@@ -1,4 +1,4 @@
-"""Every measure of the benchmark: one function each, in the order of the table that `benchmarks.run` prints.
+"""Every measure of the benchmark: one function each, in the order of the table that `uhr-bat bench` prints.
 
 A measure takes the sizes and returns the rows that came out. Goals are ratios or counts of one run. Where the two sides
 must agree and do not, the measure raises [`Disagreement`], and the benchmark fails.
@@ -20,14 +20,13 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from tqdm import tqdm
-from uhr_bat.clustering_uhr_bat import CLUSTERINGS
-from uhr_bat.configuration_uhr_bat import PAPER_BUDGETS, PAPER_SCALES, UHRBatConfig
-from uhr_bat.image_processing_uhr_bat import shown_patches
-from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
-from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens, select_tokens
 
-from export import ROOT
-
+from ..clustering_uhr_bat import CLUSTERINGS
+from ..common.loading import ROOT
+from ..configuration_uhr_bat import PAPER_BUDGETS, PAPER_SCALES, UHRBatConfig
+from ..image_processing_uhr_bat import shown_patches
+from ..modeling_uhr_bat import UHRBatForConditionalGeneration
+from ..token_compression_uhr_bat import cluster_regions, merge_tokens, select_tokens
 from . import flops, meters, straightforward
 from .images import photograph, tiled_tiff
 from .sides import (

@@ -1,6 +1,6 @@
 """Both implementations on the same input, measure by measure, against the goals; the last line is JSON.
 
-    python -m benchmarks.run [--only kmeans,selection] [--repetitions 3] [--quick] [--output benchmarks]
+    uhr-bat bench [--only kmeans,selection] [--repetitions 3] [--quick] [--output benchmarks]
 
 Exit status 1 where the two sides do not agree; a goal that is missed is no failure, it is said in the table.
 """
@@ -18,17 +18,12 @@ import torch
 import transformers
 from tqdm import tqdm
 
-from export import whole_files, write_json
-
+from ..common.files import whole_files, write_json
+from ..common.tables import table
 from .measures import MEASURES, Disagreement, Row, Settings
 from .sides import one_thread
 
 MARKS = {True: "met", False: "**missed**", None: "-"}
-
-
-def table(header, rows) -> str:
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
 
 
 def goals_table(measures) -> str:
@@ -66,7 +61,7 @@ def machine() -> str:
 def report(result) -> str:
     """Markdown of results.json."""
     note = (
-        "Written by `python -m benchmarks.run --output benchmarks`; the last column is the option that measures a row "
+        "Written by `uhr-bat bench --output benchmarks`; the last column is the option that measures a row "
         "alone. What is measured: [README.md](README.md). Ratios: how many times as long, or as much, the "
         "straightforward implementation takes; median (minimum to maximum) of alternating repetitions. "
         f"Machine: {result['machine']}."
@@ -103,7 +98,7 @@ def run(names, settings) -> tuple[dict, list[str]]:
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="benchmarks.run", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat bench", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="NAMES", help=f"some of {','.join(MEASURES)}")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N", help="alternating ones (default: 3)")
     parser.add_argument("--quick", action="store_true", help="sizes of a test: the figures mean nothing")

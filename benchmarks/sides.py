@@ -12,10 +12,11 @@ from multiprocessing import get_context
 import torch
 from transformers.generation import BaseStreamer
 from transformers.utils import logging
-from uhr_bat.configuration_uhr_bat import UHRBatConfig
-from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
-from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatForConditionalGeneration
 
+from ..common.prompts import expand_placeholder
+from ..configuration_uhr_bat import UHRBatConfig
+from ..image_processing_uhr_bat import UHRBatImageProcessor
+from ..modeling_uhr_bat import UHRBatCompressionOutput, UHRBatForConditionalGeneration
 from .straightforward import Straightforward
 
 STAGES = ("read", "preprocess", "encode", "importance", "regions", "selection", "prefill", "answer")
@@ -141,15 +142,7 @@ class Ours:
     def answer(self, input_ids, visual_tokens, num_tokens, mark) -> list[int]:
         """Greedy ids; `mark` is told the end of the prefill and that of the answer."""
         visual_tokens = torch.cat(visual_tokens)
-        start = (input_ids[0] == self.model.config.image_token_id).nonzero()[0].item()
-        ids = torch.cat(
-            (
-                input_ids[:, :start],
-                input_ids[:, start : start + 1].expand(1, len(visual_tokens)),
-                input_ids[:, start + 1 :],
-            ),
-            dim=1,
-        )
+        ids = expand_placeholder(input_ids[0], self.model.config.image_token_id, len(visual_tokens))[None]
         compressed = UHRBatCompressionOutput(pooler_output=[visual_tokens], images_per_prompt=[1])
         output = self.model.generate(
             ids,

@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-from uhr_bat.image_processing_uhr_bat import PAD_COLOR, shown_patches
+
+from ..image_processing_uhr_bat import PAD_COLOR, shown_patches
 
 
 def cluster(features, coords, num_regions, num_iterations, coord_weight) -> torch.Tensor:

@@ -1,6 +1,6 @@
 """Does question-guided, region-faithful compression keep evidence of few pixels? Accuracy against visual tokens.
 
-    python -m evaluation.evidence [--model DIR] [--scenes 60] [--seeds 3] [--output evaluation/results]
+    uhr-bat evidence [--model DIR] [--scenes 60] [--seeds 3] [--output DIR]
 
 Questions about made-up scenes that nothing was trained on, each answered from every choice of visual tokens at 1, 2, 4
 and 8 % of them, and from all of them. Writes evidence.json, evidence.md and evidence.png. Evidence is kept where every
@@ -21,14 +21,17 @@ from pathlib import Path
 import numpy as np
 import torch
 from tqdm import tqdm
-from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatScaleEmbedding
-from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens
 
-from examples.ask import ROOT, check_files, load, write_prompt
-from export import whole_files, write_json
-from training import questions, scenes
-from training.common import paint, settings
-from training.finetune import budgets_of, evidence_of
+from ..common.extras import require
+from ..common.files import whole_files, write_json
+from ..common.loading import ROOT, check_files, load_model
+from ..common.prompts import expand_placeholder, write_prompt
+from ..common.tables import interval, percent, percent_interval, table
+from ..modeling_uhr_bat import UHRBatCompressionOutput, UHRBatScaleEmbedding
+from ..token_compression_uhr_bat import cluster_regions, merge_tokens
+from ..training import questions, scenes
+from ..training.common import paint, settings
+from ..training.finetune import budgets_of, evidence_of
 
 SHARES = (0.01, 0.02, 0.04, 0.08)
 FULL = "no compression"
@@ -47,7 +50,6 @@ NO_IMAGE = "model without image"
 TEXT_ONLY = "text-only control"
 SIZES = {"1-2": (0, 2.5), "3-4": (2.5, 4.5), "5-8": (4.5, 99)}  # px, bins of the rounded size
 CONTROL_SCENES = 5000
-RESAMPLES = 2000
 MAX_NEW_TOKENS = 6
 
 
@@ -138,7 +140,7 @@ class Downsampling:
 def answer(model, processor, prompt, visual) -> list[str]:
     """Greedy answers to one prompt with one image, from several choices of visual tokens float[n, D]."""
     (ids,), config = prompt["input_ids"], model.config
-    rows = [ids.repeat_interleave(torch.where(ids == config.image_token_id, len(tokens), 1)) for tokens in visual]
+    rows = [expand_placeholder(ids, config.image_token_id, len(tokens)) for tokens in visual]
     length = max(map(len, rows))
     batch = torch.full((len(rows), length), model.generation_config.pad_token_id or 0)
     mask = torch.zeros_like(batch)
@@ -222,15 +224,6 @@ def ask_scene(model, processor, downsampling, scene, shares, methods, control, r
 # ---- Results ---------------------------------------------------------------------------------------------------------
 
 
-def interval(values, groups, rng) -> tuple[float, float, float]:
-    """Mean of values, and 95 % of it when whole groups (scenes) are drawn anew."""
-    values, groups = np.asarray(values, float), np.unique(groups, return_inverse=True)[1]
-    sums, counts = np.bincount(groups, values), np.bincount(groups)
-    drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
-    return float(values.mean()), float(low), float(high)
-
-
 def summarise(records) -> dict:
     """Accuracy, evidence kept and the paired difference from preserve-and-merge by method and share, and by kind; what
     the full image answers and the compressed one does not, by the size of the objects."""
@@ -273,53 +266,53 @@ def summarise(records) -> dict:
     return {"rows": rows}
 
 
-def percent(value, signed=False):
-    mean, low, high = (100 * number for number in value)
-    return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if signed else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-
-
 def report(result) -> str:
     """Markdown: the tables of evidence.md."""
     rows, about = result["rows"], result["about"]
-    lines = [
+
+    def cells(row, *values):
+        return [f"{100 * row['share']:g} %", row["method"], *values]
+
+    kinds = [
+        [percent(row["by_kind"][kind]) if kind in row["by_kind"] else "" for kind in questions.KINDS] for row in rows
+    ]
+    losing = [row for row in rows if "lost_by_size" in row]
+    lost = [
+        [f"{part['lost']} of {part['right_in_full']}" for part in row["lost_by_size"].values()]
+        + [percent_interval(row["difference_from_full"], signed=True)]
+        for row in losing
+    ]
+    parts = [
         "# Evidence kept and questions answered, by visual tokens",
-        "",
         f"UHR-BAT-Tiny on {about['questions']} questions about {about['scenes']} made-up scenes that nothing was "
         f"trained on, in {about['seeds']} seeded sets. Made by `{about['command']}`. Percent, with 95 % intervals of a "
         "bootstrap over scenes. Kept: every object that the question needs has a token of its own at one of the two "
         "finest scales (questions that need an object only). Difference: accuracy minus that of preserve-and-merge, "
         "paired.",
-        "",
-        "| tokens | method | mean number | accuracy | kept | difference |",
-        "|---|---|---|---|---|---|",
-    ]
-    for row in rows:
-        difference = percent(row["difference"], signed=True) if "difference" in row else ""
-        lines.append(
-            f"| {100 * row['share']:g} % | {row['method']} | {row['tokens']:.0f} | {percent(row['accuracy'])} "
-            f"| {percent(row['kept'])} | {difference} |"
-        )
-    lines += ["", "## By kind of question", "", "| tokens | method | " + " | ".join(questions.KINDS) + " |"]
-    lines.append("|---|---|" + "---|" * len(questions.KINDS))
-    for row in rows:
-        cells = [f"{100 * row['by_kind'][kind]:.1f}" if kind in row["by_kind"] else "" for kind in questions.KINDS]
-        lines.append(f"| {100 * row['share']:g} % | {row['method']} | " + " | ".join(cells) + " |")
-    lines += [
-        "",
+        table(
+            ["tokens", "method", "mean number", "accuracy", "kept", "difference"],
+            [
+                cells(
+                    row,
+                    f"{row['tokens']:.0f}",
+                    percent_interval(row["accuracy"]),
+                    percent_interval(row["kept"]),
+                    percent_interval(row["difference"], signed=True) if "difference" in row else "",
+                )
+                for row in rows
+            ],
+        ),
+        "## By kind of question",
+        table(["tokens", "method", *questions.KINDS], [cells(row, *values) for row, values in zip(rows, kinds)]),
         "## What the compression loses, by size",
-        "",
         "Questions that are answered right from all tokens and wrong after preserve-and-merge, by the smallest object "
         "that they need, in pixels of the finest scale (side of a square of its area).",
-        "",
-        "| tokens | " + " | ".join(f"{name} px" for name in SIZES) + " | all, accuracy minus that of all tokens |",
-        "|---|" + "---|" * (len(SIZES) + 1),
+        table(
+            ["tokens", *[f"{name} px" for name in SIZES], "all, accuracy minus that of all tokens"],
+            [[f"{100 * row['share']:g} %", *values] for row, values in zip(losing, lost)],
+        ),
     ]
-    for row in rows:
-        if "lost_by_size" in row:
-            cells = [f"{part['lost']} of {part['right_in_full']}" for part in row["lost_by_size"].values()]
-            cells.append(percent(row["difference_from_full"], signed=True))
-            lines.append(f"| {100 * row['share']:g} % | " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+    return "\n\n".join(parts) + "\n"
 
 
 def plot(result, path):
@@ -363,8 +356,7 @@ _worker = {}
 
 def _start_worker(folder, shares, methods, control, num_threads):
     torch.set_num_threads(num_threads)
-    processor, model = load(folder)
-    model = model.float().eval()
+    processor, model = load_model(folder, torch.float32)
     _worker.update(
         model=model, processor=processor, downsampling=Downsampling(processor, model), shares=shares, methods=methods,
         control=control,
@@ -387,15 +379,18 @@ def evaluate(folder, seeds, shares=SHARES, methods=METHODS, workers=1, control_s
         return [record for records in tqdm(pool.map(_ask, seeds), **bar) for record in records]
 
 
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="evaluation.evidence", description=__doc__.splitlines()[0])
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="uhr-bat evidence", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--scenes", type=int, default=60, help="per seed, with up to six questions each")
     parser.add_argument("--seeds", type=int, default=3, help="independent sets of scenes")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
-    parser.add_argument("--output", type=Path, default=Path(__file__).with_name("results"), metavar="DIR")
+    parser.add_argument(
+        "--output", type=Path, default=Path("evidence_out"), metavar="DIR", help="default: evidence_out"
+    )
     args = parser.parse_args(arguments)
     try:
+        require("evaluate", "matplotlib")
         check_files(None, args.model)
         if args.scenes * args.seeds > len(scenes.TEST_SEEDS):
             raise ValueError(
@@ -405,19 +400,20 @@ def main(arguments=None):
         records = evaluate(args.model, seeds, workers=args.workers)
         result = summarise(records)
         result["about"] = {
-            "command": f"python -m evaluation.evidence --scenes {args.scenes} --seeds {args.seeds}",
+            "command": f"uhr-bat evidence --scenes {args.scenes} --seeds {args.seeds}",
             "questions": sum(record["method"] == FULL for record in records),
             "scenes": len(seeds),
             "seeds": args.seeds,
             "shares": SHARES,
         }
         write_results(result, args.output)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
+        return 2
     print(report(result))
     print(f"Written: {args.output}/evidence.json, evidence.md, evidence.png")
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -1,8 +1,8 @@
 """Ask a question about an image, and see where the visual tokens and the seconds go.
 
-    python -m examples.ask [IMAGE] [QUESTION] [--model DIR] [--budgets 16,24,40,66] [--max-new-tokens 64]
+    uhr-bat ask [IMAGE] [QUESTION] [--model DIR] [--budgets 16,24,40,66] [--max-new-tokens 64]
 
-Without an image it asks about the made-up scene of `training.scenes`, which is painted when it is missing.
+Without an image it asks about the made-up scene, which is painted into the working folder when it is missing.
 """
 
 import argparse
@@ -12,42 +12,16 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
-from training import scenes
+from ..common.loading import ROOT, check_files, load_model
+from ..common.tables import numbers
+from ..training import scenes
 
-ROOT = Path(__file__).resolve().parent.parent
 QUESTION = "What colour is the plane at the runway?"
 # The README says the same; change both when the weights change.
 WEIGHTS_NOTE = (
     "These weights were trained on made-up scenes only: most answers about those are right, none about a real image is to "
     "be trusted."
 )
-
-
-def check_files(image_path, model_path):
-    """Raises `FileNotFoundError` at the door: loading the model first would take its time. `image_path` may be None."""
-    if image_path is not None and "://" not in image_path and not Path(image_path).is_file():
-        raise FileNotFoundError(f"{image_path}: there is no such image file.")
-    if not (model_path / "config.json").is_file():
-        raise FileNotFoundError(f"{model_path}: this is no model folder, there is no config.json in it.")
-
-
-def load(model_path):
-    """Processor and model of a folder, on the GPU where there is one."""
-    import torch
-    from transformers import AutoModelForImageTextToText, AutoProcessor
-
-    processor = AutoProcessor.from_pretrained(model_path, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(
-        model_path, trust_remote_code=True, dtype="auto", device_map="auto" if torch.cuda.is_available() else None
-    )
-    return processor, model
-
-
-def write_prompt(processor, question):
-    """input_ids and attention_mask, long[1, M], of a question about one image, with one placeholder for it."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    return processor.tokenizer(prompt, return_tensors="pt")
 
 
 @contextmanager
@@ -82,7 +56,9 @@ def ask(image_path, question, model_path, budgets, max_new_tokens):
     with timed(seconds, "load"):
         import torch
 
-        processor, model = load(model_path)
+        from ..common.prompts import write_prompt
+
+        processor, model = load_model(model_path)
     with timed(seconds, "decode"):
         image = processor.image_processor.fetch_images(image_path)
     print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
@@ -132,18 +108,14 @@ def print_seconds(seconds):
         print(f"{stage:>10} {taken:>8.2f}")
 
 
-def numbers(text):
-    return [int(part) for part in text.split(",")]
-
-
-def main():
-    parser = argparse.ArgumentParser(prog="examples.ask", description=__doc__.splitlines()[0])
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="uhr-bat ask", description=__doc__.splitlines()[0])
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="file or URL (default: the made-up scene)")
     parser.add_argument("question", nargs="?", metavar="QUESTION", default=QUESTION, help=f"default: {QUESTION}")
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--budgets", type=numbers, help="visual tokens per scale, as 16,24,40,66")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     try:
         if args.image is None:
@@ -155,10 +127,9 @@ def main():
         ask(args.image, args.question, args.model, args.budgets, args.max_new_tokens)
     except (OSError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        return 2
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

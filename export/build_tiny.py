@@ -1,7 +1,7 @@
 """UHR-BAT-Tiny, the embedded default, before it is trained: a tokenizer learnt from made-up questions, and a model of
 seeded random weights.
 
-    python -m export.build_tiny --output DIR [--seed N]
+    uhr-bat build-tiny --output DIR [--seed N]
 
 DIR becomes a whole model folder, the start of `training/`; weights that are there already are never replaced. Its
 configuration and tokenizer are those of the repository's root.
@@ -16,8 +16,8 @@ import random
 import shutil
 from pathlib import Path
 
-from . import ROOT, distributed_name, whole_files, write_json
-
+from uhr_bat.common.files import whole_files, write_json
+from uhr_bat.common.loading import ROOT
 
 WEIGHTS = "model.safetensors"
 CONTEXT_WINDOW = 4096
@@ -172,6 +172,8 @@ def build_model(output, config, seed=0):
     from safetensors.torch import save_file
     from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
+    from .model_folder import distributed_name
+
     torch.manual_seed(seed)
     model = UHRBatForConditionalGeneration(config)
     weights = {distributed_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
@@ -193,7 +195,9 @@ def write_configs(output, config):
 def main(arguments=None):
     from .model_folder import CHAT_TEMPLATE, write_code
 
-    parser = argparse.ArgumentParser(description="UHR-BAT-Tiny before it is trained, as a whole model folder.")
+    parser = argparse.ArgumentParser(
+        prog="uhr-bat build-tiny", description="UHR-BAT-Tiny before it is trained, as a whole model folder."
+    )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder without weights")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")
     args = parser.parse_args(arguments)

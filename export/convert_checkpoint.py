@@ -1,6 +1,7 @@
 """Trained weights into a complete model folder: code, configuration, tokenizer, processors, card, sharded safetensors.
 
-    python -m export.convert_checkpoint --checkpoint DIR --output DIR [--help: all options]
+    uhr-bat export --checkpoint DIR --output DIR [--help: all options]
+    python -m export.convert_checkpoint ...      the same, in a bare clone
 
 Reads a checkpoint of the released layout (`released_layout.py`) or of this project's own Trainer. Tensors pass through
 one by one, so that memory holds one shard of the output and a part of the input. The folder is built beside its place,
@@ -9,29 +10,32 @@ read back and compared with the checkpoint, and moved to its place as the last s
 
 import argparse
 import os
+import runpy
 import shutil
 import sys
 import warnings
 from collections import Counter
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-
-if not __package__:  # run as a file
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if not __package__:  # run as a file: run again, as the module of a package that it is
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
+    runpy.run_module("export.convert_checkpoint", run_name="__main__")
+    sys.exit()
 
 import torch
 from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm import tqdm
-
-from export import distributed_name, model_folder, released_layout, write_json
-from export.checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
-from export.model_card import read_provenance, write_model_card
+from uhr_bat.common.extras import require
+from uhr_bat.common.files import whole_folder, write_json
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
+from . import model_folder, released_layout
+from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
+from .model_card import read_provenance, write_model_card
+from .model_folder import distributed_name
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What weights may be, and integers of the same size, in which numbers that are not finite are comparable too.
@@ -184,13 +188,15 @@ class MergedModel:
 
     def __init__(self, checkpoint: Checkpoint, config: UHRBatConfig, plan: list[Entry], adapter: Path):
         try:
-            from peft import PeftModel
-        except ImportError:
-            raise CheckpointError("--merge-adapter needs peft: pip install peft") from None
+            require("train", "peft")
+        except ImportError as error:
+            raise CheckpointError(f"--merge-adapter: {error}") from error
+        from peft import PeftModel
+
         model = meta_model(config)
         shapes = {distributed_name(name): tensor.shape for name, tensor in model.state_dict().items()}
         names = {distributed_name(name): name for name in model.state_dict()}
-        weights = {names[entry.name]: load(checkpoint, entry) for entry in plan}
+        weights = {names[entry.name]: read_tensor(checkpoint, entry) for entry in plan}
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
         try:
@@ -212,7 +218,7 @@ class MergedModel:
 # The output
 
 
-def load(source, entry: Entry) -> torch.Tensor:
+def read_tensor(source, entry: Entry) -> torch.Tensor:
     """A tensor of the output, in memory of its own."""
     tensor = source.read(entry.source)
     if tensor.dtype == entry.dtype:
@@ -237,7 +243,7 @@ def write_weights(output: Path, source, plan: list[Entry], max_shard_size: str):
         for file_name, names in split.filename_to_tensors.items():
             shard = {}
             for name in names:
-                shard[name] = load(source, entries[name])
+                shard[name] = read_tensor(source, entries[name])
                 bar.update(shard[name].nbytes)
             save_file(shard, output / file_name, metadata={"format": "pt"})
     if split.is_sharded:
@@ -252,36 +258,12 @@ def check_weights(output: Path, source, plan: list[Entry]):
         raise CheckpointError(f"{output}: the tensors that were written are not those of the plan.")
     with _bar(plan, "Checking") as bar:
         for entry in plan:
-            wanted, found = load(source, entry), written.read(entry.name)
+            wanted, found = read_tensor(source, entry), written.read(entry.name)
             bits = BITS[entry.dtype]
             if wanted.dtype != found.dtype or not torch.equal(wanted.view(bits), found.view(bits)):
                 path = written.tensors[entry.name].path
                 raise CheckpointError(f"{path}: tensor {entry.name!r} is not what was to be written.")
             bar.update(found.nbytes)
-
-
-@contextmanager
-def appears_whole(output: Path):
-    """A folder to build in, which becomes `output` when the block ends well. Otherwise nothing is left behind.
-
-    Its name ends in ".incomplete". A run that is killed leaves it there, without a config.json that would make it load,
-    and the next run removes it.
-    """
-    building = output.with_name(f"{output.name}.incomplete")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
-        yield building
-        for path in building.iterdir():
-            path.chmod(0o644)  # safetensors makes files for their owner alone
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        if output.exists():
-            output.rmdir()
-        building.rename(output)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def convert(
@@ -349,7 +331,8 @@ def convert(
     free = shutil.disk_usage(output.parent).free
     if free < num_bytes:
         raise CheckpointError(f"{output.parent}: {free:,} bytes are free, but the weights need {num_bytes:,}.")
-    with appears_whole(output) as building:
+    # config.json comes last: a folder that a killed run leaves does not load.
+    with whole_folder(output) as building:
         weights = source
         if adapter:
             weights = MergedModel(source, config, kept, adapter)
@@ -405,7 +388,7 @@ def _lines(items):
 
 def main(arguments=None):
     parser = argparse.ArgumentParser(
-        prog="python -m export.convert_checkpoint",
+        prog="uhr-bat export" if __package__ == "uhr_bat.export" else "python -m export.convert_checkpoint",
         description="Trained weights into a complete, loadable model folder.",
     )
     add = parser.add_argument

@@ -1,16 +1,19 @@
-"""All that a model folder holds besides its weights: code, configuration, tokenizer, processors and chat template.
+"""All that a model folder holds besides its weights: code, configuration, tokenizer, processors and chat template;
+and the names of the weights in it.
 
-    python -m export.model_folder      writes the configuration files of the 7B model, export/uhr_bat_7b/
+    uhr-bat build-7b-config [--output DIR]      writes the configuration files of the 7B model
 """
 
+import argparse
 import shutil
 from pathlib import Path
 
 from transformers import AddedToken, AutoTokenizer
+from uhr_bat.common.files import write_json
+from uhr_bat.common.loading import ROOT
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
 
-from . import AUTO_MAP, ROOT, write_json
 from .checkpoint_files import CheckpointError, read_json
 
 
@@ -28,10 +31,23 @@ TOKENIZER_FILES = (
 LEFT_OUT = ("name_or_path", "is_local", "local_files_only", "auto_map", "chat_template")
 # A `model_max_length` from here on says that nobody set one.
 UNBOUNDED = 10**9
+AUTO_MAP = {
+    "AutoConfig": "configuration_uhr_bat.UHRBatConfig",
+    "AutoModel": "modeling_uhr_bat.UHRBatModel",
+    "AutoModelForCausalLM": "modeling_uhr_bat.UHRBatForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_uhr_bat.UHRBatForConditionalGeneration",
+    "AutoModelForMultimodalLM": "modeling_uhr_bat.UHRBatForConditionalGeneration",
+}
 PROCESSOR_AUTO_MAP = {
     "AutoImageProcessor": "image_processing_uhr_bat.UHRBatImageProcessor",
     "AutoProcessor": "processing_uhr_bat.UHRBatProcessor",
 }
+
+
+def distributed_name(name: str) -> str:
+    """Releases before 5.23 nest the vision tower one level deeper; all of them read that form."""
+    nested, flat = "model.vision_tower.vision_model.", "model.vision_tower."
+    return name.replace(flat, nested, 1) if name.startswith(flat) and not name.startswith(nested) else name
 
 
 def write_code(output: Path):
@@ -189,11 +205,17 @@ def write_7b(output: Path):
     config = UHRBatConfig(dtype="bfloat16")
     config.text_config.bos_token_id = config.text_config.pad_token_id = endoftext
     config.text_config.eos_token_id = im_end
-    output.mkdir(exist_ok=True)
+    output.mkdir(exist_ok=True, parents=True)
     write_generation_config(output, config, ends=[endoftext])
     write_processor_configs(output, config)
     write_config(output, config)
 
 
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="uhr-bat build-7b-config", description="The configuration of the 7B model.")
+    parser.add_argument("--output", type=Path, default=Path("uhr_bat_7b"), metavar="DIR", help="default: uhr_bat_7b")
+    write_7b(parser.parse_args(arguments).output)
+
+
 if __name__ == "__main__":
-    write_7b(ROOT / "export" / "uhr_bat_7b")
+    main()

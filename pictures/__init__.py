@@ -16,8 +16,8 @@ Sizes are (height, width).
 import numpy as np
 from PIL import Image
 
-import export  # noqa: F401  makes the root's files the package `uhr_bat`
-from uhr_bat.geometry_uhr_bat import pixel_tokens, token_box
+from ..common.extras import require
+from ..geometry_uhr_bat import pixel_tokens, token_box
 
 # Pixels of a page's width: a screen's. Pages of another width are this one, larger or smaller.
 WIDTH = 1400
@@ -340,13 +340,11 @@ def tsne_picture(compressed, tokens, *, image_idx=0, scale_idx=-1, width=WIDTH) 
 
     Raises:
         ValueError: as many tokens as the result has regions of are needed, and at least 5.
-        ImportError: scikit-learn is missing.
+        ImportError: a package is missing; says what to install.
     """
-    try:
-        from sklearn.manifold import TSNE
-    except ImportError as error:
-        raise ImportError("The t-SNE picture needs scikit-learn: pip install scikit-learn") from error
+    require("pictures", "matplotlib", "sklearn")
     from matplotlib.figure import Figure
+    from sklearn.manifold import TSNE
 
     scale_idx %= len(compressed.regions[image_idx])
     regions = _numpy(compressed.regions[image_idx][scale_idx])

@@ -1,6 +1,6 @@
 """Draw what the model looked at and what it kept.
 
-    python -m pictures IMAGE "QUESTION" [--output DIR] [--budgets 32,64,128,256 ...] [--model DIR]
+    uhr-bat pictures IMAGE "QUESTION" [--output DIR] [--budgets 32,64,128,256 ...] [--model DIR]
 
 Writes attention.png, regions.png, kept.png (the first budget), budgets.png (all of them), pruning.png (85, 95 and
 97.5 % fewer tokens at every scale) and tsne.png.
@@ -11,8 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-from examples.ask import ROOT, check_files, load, numbers, write_prompt
-from export import whole_files
+from .. import pictures
+from ..common.extras import require
+from ..common.files import whole_files
+from ..common.loading import ROOT, check_files, load_model
+from ..common.tables import numbers
 
 PRUNING = (85, 95, 97.5)
 
@@ -31,9 +34,9 @@ def draw(image_path, question, output, budgets, model_path, width):
     print("Loading ...", file=sys.stderr, flush=True)
     import torch
 
-    import pictures
+    from ..common.prompts import write_prompt
 
-    processor, model = load(model_path)
+    processor, model = load_model(model_path)
     image = processor.image_processor.fetch_images(image_path)
     budgets = budgets or [model.config.budgets]
 
@@ -70,7 +73,7 @@ def draw(image_path, question, output, budgets, model_path, width):
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="pictures", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat pictures", description=__doc__.splitlines()[0])
     parser.add_argument("image", metavar="IMAGE", help="file or URL")
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument(
@@ -87,20 +90,13 @@ def main(arguments=None) -> int:
         check_files(args.image, args.model)
         if args.width < 600:
             raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")
-        for package in ("matplotlib", "sklearn"):
-            __import__(package)
+        require("pictures", "matplotlib", "sklearn")
         draw(args.image, args.question, args.output, args.budgets, args.model, args.width)
-    except ImportError as error:
-        print(f"Error: {error}. The pictures need: pip install matplotlib scikit-learn", file=sys.stderr)
-        return 2
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

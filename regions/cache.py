@@ -1,6 +1,6 @@
 """SAM masks of many images, once: one .pt file per image in the released layout, for `read_labels`.
 
-    python -m regions.cache IMAGE... --output DIR --checkpoint SAM [--jobs N] [--view PX]
+    uhr-bat regions IMAGE... --output DIR --checkpoint SAM [--jobs N] [--view PX]
 
 A file is written whole or not at all. The same command again goes on where it stopped: whole files are left as they
 are. An image that cannot be read is named at the end, the others are done. Exit code: 0 all images, 1 not all, 2 wrong
@@ -17,11 +17,12 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import torch
-from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
-from uhr_bat.released_api_uhr_bat import join_tile_masks, load_multiscale_tile_masks
 
-from export import ROOT, whole_files
-from regions.segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
+from ..common.files import whole_files
+from ..common.loading import ROOT
+from ..image_processing_uhr_bat import UHRBatImageProcessor
+from ..released_api_uhr_bat import join_tile_masks, load_multiscale_tile_masks
+from .segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
 
 
 @dataclass(frozen=True)
@@ -139,7 +140,7 @@ def name_outputs(image_paths: list[Path], output: Path) -> dict[Path, Path]:
 
 
 def add_segmenter_arguments(parser):
-    """The arguments that name and set up SAM; the ablation takes them too."""
+    """The arguments that name and set up SAM; `uhr-bat partitions` takes them too."""
     defaults = MaskSettings()
     parser.add_argument(
         "--checkpoint", type=Path, metavar="SAM", help="*.pth of segment-anything, or folder of SamModel"
@@ -176,7 +177,7 @@ def check_job(job: Job):
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="regions.cache", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat regions", description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the .pt files")
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder, for its scales and tile")
@@ -212,7 +213,4 @@ def main(arguments=None) -> int:
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

@@ -15,8 +15,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from uhr_bat.clustering_uhr_bat import vote_labels
-from uhr_bat.geometry_uhr_bat import letterbox
+
+from ..clustering_uhr_bat import vote_labels
+from ..geometry_uhr_bat import letterbox
 
 BACKGROUND = 0
 # SAM sees 1024 px whatever it is given: a finer view only costs memory and time, unless it is cut into crops.
@@ -26,7 +27,6 @@ BATCH_ELEMENTS = 2**27
 # Width of the image encoder of the published checkpoints.
 MODEL_TYPES = {768: "vit_b", 1024: "vit_l", 1280: "vit_h"}
 
-INSTALL = "pip install segment-anything torch torchvision"
 OTHER_DOOR = "A folder of transformers' SamModel (as facebook/sam-vit-base) needs neither package."
 
 
@@ -226,13 +226,13 @@ def import_segment_anything():
     except (ImportError, RuntimeError) as error:  # a build for another torch raises RuntimeError
         raise ImportError(
             f"segment-anything needs a torchvision that was built for this torch ({torch.__version__}), but importing "
-            f"it fails: {error}. Install both from one index: {INSTALL}. {OTHER_DOOR}"
+            f"it fails: {error}. Install both from one index: pip install torch torchvision. {OTHER_DOOR}"
         ) from error
     try:
         import segment_anything
     except ImportError as error:
         raise ImportError(
-            f"A SAM checkpoint file needs the package segment-anything ({error}): {INSTALL}. {OTHER_DOOR}"
+            f'A SAM checkpoint file needs segment-anything ({error}): pip install "uhr-bat[regions]". {OTHER_DOOR}'
         ) from error
     return segment_anything
 

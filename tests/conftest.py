@@ -1,10 +1,11 @@
-"""Tests see the root's files as the package `uhr_bat`, as the Hub's loader does; nothing reaches the network."""
+"""Tests see this folder as the package `uhr_bat`, installed or not; nothing reaches the network."""
 
 import atexit
 import os
 import shutil
 import sys
 import tempfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -19,8 +20,14 @@ atexit.register(shutil.rmtree, os.environ["HF_MODULES_CACHE"], ignore_errors=Tru
 # The models here are tiny: more threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-sys.path.insert(0, str(ROOT))
-import export  # noqa: E402, F401  registers the package
+found = find_spec("uhr_bat")
+if found is None or Path(found.origin).resolve().parent != ROOT:
+    # A link, as a clone may have any name; on PYTHONPATH too, for the processes that tests start.
+    folder = tempfile.mkdtemp(prefix="uhr_bat_package_")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    Path(folder, "uhr_bat").symlink_to(ROOT, target_is_directory=True)
+    sys.path.insert(0, folder)
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [folder, os.environ.get("PYTHONPATH")]))
 
 
 @pytest.fixture(scope="session")

@@ -10,11 +10,11 @@ import torch
 from PIL import Image
 from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens, select_tokens
 
-from benchmarks import flops, gpu, images, measures, run, sides
-from benchmarks.measures import MEASURES, Settings
-from benchmarks.meters import FlopMeter, SyncMeter
-from benchmarks.sides import SIDES, STAGES, Meter, ask, prompt_ids, side_of
-from benchmarks.straightforward import Straightforward, cluster, select
+from uhr_bat.benchmarks import flops, gpu, images, measures, run, sides
+from uhr_bat.benchmarks.measures import MEASURES, Settings
+from uhr_bat.benchmarks.meters import FlopMeter, SyncMeter
+from uhr_bat.benchmarks.sides import SIDES, STAGES, Meter, ask, prompt_ids, side_of
+from uhr_bat.benchmarks.straightforward import Straightforward, cluster, select
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 

@@ -6,9 +6,10 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-
-from evaluation import evidence
-from training import questions, scenes
+from uhr_bat.common.loading import ROOT
+from uhr_bat.common.tables import interval
+from uhr_bat.evaluation import evidence
+from uhr_bat.training import questions, scenes
 
 
 def slots(*values):
@@ -53,7 +54,7 @@ def test_choices_spend_the_budget(method):
 def test_the_interval_is_that_of_scenes_and_not_of_questions():
     rng = np.random.default_rng(0)
     same = np.repeat([0.0, 1.0] * 10, 50)
-    mean, low, high = evidence.interval(same, np.repeat(np.arange(20), 50), rng)
+    mean, low, high = interval(same, np.repeat(np.arange(20), 50), rng)
     assert mean == 0.5 and low < 0.35 and high > 0.65
 
 
@@ -83,7 +84,7 @@ def test_differences_are_paired_and_losses_sorted_by_size():
 
 
 def test_one_scene_through_all_of_it(tmp_path):
-    records = evidence.evaluate(evidence.ROOT, scenes.VALIDATION_SEEDS[:1], shares=(0.02,), control_scenes=50)
+    records = evidence.evaluate(ROOT, scenes.VALIDATION_SEEDS[:1], shares=(0.02,), control_scenes=50)
     methods = {evidence.FULL, evidence.TEXT_ONLY, evidence.NO_IMAGE, *evidence.METHODS}
     assert {one["method"] for one in records} == methods
     asked = sum(one["method"] == evidence.FULL for one in records)
@@ -101,7 +102,6 @@ def test_one_scene_through_all_of_it(tmp_path):
 
 
 def test_more_scenes_than_there_are_is_an_error_with_both_numbers(tmp_path, capsys):
-    with pytest.raises(SystemExit):
-        evidence.main(["--scenes", "1000", "--seeds", "2", "--output", str(tmp_path)])
+    assert evidence.main(["--scenes", "1000", "--seeds", "2", "--output", str(tmp_path)]) == 2
     assert "There are 1000 test scenes, but 1000 x 2 are asked for." in capsys.readouterr().err
     assert not any(tmp_path.iterdir())

@@ -1,17 +1,14 @@
 """The question command."""
 
-import os
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from conftest import ROOT
+from uhr_bat.examples import ask
+from uhr_bat.examples.ask import QUESTION, WEIGHTS_NOTE
+from uhr_bat.training import scenes
 
-import examples.ask
-from examples.ask import QUESTION, WEIGHTS_NOTE, main
-from training import scenes
-
-ROOT = Path(scenes.__file__).resolve().parent.parent
 SIZE = (600, 480)
 
 
@@ -23,12 +20,11 @@ def image_path(tmp_path_factory):
 
 
 def test_ask_answers_and_accounts_for_tokens_and_seconds(image_path):
-    # From another folder, as run.py does it.
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    # From another folder.
     question = ["How many ships?", "--budgets", "8,16,24,32", "--max-new-tokens", "3"]
     done = subprocess.run(
-        [sys.executable, "-P", "-m", "examples.ask", image_path.name, *question],
-        capture_output=True, text=True, encoding="utf-8", env=environment, cwd=image_path.parent,
+        [sys.executable, "-m", "uhr_bat", "ask", image_path.name, *question],
+        capture_output=True, text=True, encoding="utf-8", cwd=image_path.parent,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "600 x 480 px" in done.stdout and WEIGHTS_NOTE in done.stdout
@@ -53,24 +49,24 @@ def test_ask_answers_and_accounts_for_tokens_and_seconds(image_path):
     ],
     ids=["missing", "not an image", "budgets", "numbers", "model"],
 )
-def test_ask_says_what_is_wrong(image_path, monkeypatch, capsys, arguments, message):
+def test_ask_says_what_is_wrong(image_path, capsys, arguments, message):
     arguments = [str(image_path) if argument == "IMAGE" else argument for argument in arguments]
-    monkeypatch.setattr(sys, "argv", ["ask", *arguments])
-    with pytest.raises(SystemExit) as ended:
-        main()
-    assert ended.value.code == 2
+    try:
+        code = ask.main(arguments)
+    except SystemExit as ended:  # argparse
+        code = ended.code
+    assert code == 2
     assert message in capsys.readouterr().err
 
 
 def test_the_scene_is_made_when_it_is_missing(tmp_path, monkeypatch):
-    monkeypatch.setattr(scenes, "DEFAULT_PATH", tmp_path / "scene.jpg")
-    monkeypatch.setattr(scenes, "write", lambda: scenes.example((60, 48)).save(tmp_path / "scene.jpg"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(scenes, "write", lambda: scenes.example((60, 48)).save(scenes.DEFAULT_PATH))
     asked = []
-    monkeypatch.setattr(examples.ask, "ask", lambda image, question, *rest: asked.append((image, question)))
-    monkeypatch.setattr(sys, "argv", ["ask"])
-    main()
-    assert asked == [(str(tmp_path / "scene.jpg"), QUESTION)]
-    assert (tmp_path / "scene.jpg").exists()
+    monkeypatch.setattr(ask, "ask", lambda image, question, *rest: asked.append((image, question)))
+    assert ask.main([]) == 0
+    assert asked == [(str(scenes.DEFAULT_PATH), QUESTION)]
+    assert (tmp_path / scenes.DEFAULT_PATH).exists()
 
 
 def test_the_default_question_has_an_answer_in_the_default_scene():

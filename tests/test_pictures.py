@@ -10,9 +10,9 @@ from PIL import Image
 from uhr_bat.geometry_uhr_bat import token_box
 from uhr_bat.token_compression_uhr_bat import cluster_regions, select_tokens
 
-import pictures
-from pictures import __main__ as command
-from training import scenes
+from uhr_bat import pictures
+from uhr_bat.pictures import __main__ as command
+from uhr_bat.training import scenes
 
 
 GRIDS = ((8, 8), (16, 16), (40, 40))
@@ -287,4 +287,4 @@ def test_the_command_says_what_is_wrong(image_path, tmp_path, capsys, arguments,
 def test_without_scikit_learn_the_command_says_what_to_install(image_path, tmp_path, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert command.main([str(image_path), "?", "--output", str(tmp_path / "out")]) == 2
-    assert "pip install matplotlib scikit-learn" in capsys.readouterr().err
+    assert 'pip install "uhr-bat[pictures]"' in capsys.readouterr().err

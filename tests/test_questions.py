@@ -6,8 +6,8 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from training import scenes
-from training.questions import KINDS, SHARES, TEMPLATES, ask, ask_any
+from uhr_bat.training import scenes
+from uhr_bat.training.questions import KINDS, SHARES, TEMPLATES, ask, ask_any
 
 CHANCE = {"colour": 1 / 6, "type": 1 / 4, "yes/no": 1 / 2, "count": 1 / 5, "quadrant": 1 / 4, "comparison": 1 / 2}
 

@@ -1,4 +1,4 @@
-"""SAM regions, their cache and the ablation."""
+"""SAM regions, their cache and the partitions."""
 
 import importlib.util
 import json
@@ -13,9 +13,10 @@ from PIL import Image
 from small import GRIDS, prompt, random_pixels, small_model
 from uhr_bat.clustering_uhr_bat import vote_regions
 
-from regions import ablation, cache, segment
-from regions.segment import MaskSettings
-from training import scenes
+from uhr_bat.evaluation import partitions
+from uhr_bat.regions import cache, segment
+from uhr_bat.regions.segment import MaskSettings
+from uhr_bat.training import scenes
 
 
 SCALES = [64, 128, 256, 384]
@@ -320,7 +321,7 @@ def test_without_torchvision_the_error_says_what_to_install(tmp_path, monkeypatc
     with pytest.raises(ImportError) as caught:
         segment.load_segmenter(tmp_path / "sam.pth")
     assert str(reason) in str(caught.value)
-    assert "pip install segment-anything torch torchvision" in str(caught.value)
+    assert "pip install torch torchvision" in str(caught.value)
     assert "SamModel" in str(caught.value)
 
 
@@ -328,7 +329,7 @@ def test_without_segment_anything_the_error_says_what_to_install(tmp_path, monke
     monkeypatch.setitem(sys.modules, "torchvision", types.ModuleType("torchvision"))
     monkeypatch.setitem(sys.modules, "segment_anything", None)
     (tmp_path / "sam.pth").write_bytes(b"")
-    with pytest.raises(ImportError, match="needs the package segment-anything.*pip install segment-anything"):
+    with pytest.raises(ImportError, match=r'needs segment-anything.*pip install "uhr-bat\[regions\]"'):
         segment.load_segmenter(tmp_path / "sam.pth")
 
 
@@ -336,10 +337,10 @@ def test_neither_package_is_imported_unasked():
     import subprocess
 
     code = (
-        "import sys, regions.segment, regions.cache; "
+        "import sys, uhr_bat.regions.segment, uhr_bat.regions.cache; "
         "assert not {'segment_anything', 'torchvision', 'transformers.models.sam.modeling_sam'} & set(sys.modules)"
     )
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(cache.__file__).parent.parent)
+    subprocess.run([sys.executable, "-c", code], check=True)
 
 
 # The cache
@@ -433,12 +434,12 @@ def test_wrong_arguments_are_told_before_any_work(tmp_path, sam_folder, capsys, 
     assert not (tmp_path / "masks").exists()
 
 
-# The ablation
+# The partitions
 
 
 def test_planted_ships_are_where_they_are_said_to_be():
     image, colours = Image.new("RGB", (500, 400)), list(scenes.PAINTS.values())
-    places = ablation.plant_ships(image, 12, seed=3)
+    places = partitions.plant_ships(image, 12, seed=3)
     pixels = np.asarray(image)
     assert len(places) == 12
     for ship, (row, column) in enumerate(places):
@@ -451,28 +452,28 @@ def test_planted_ships_are_where_they_are_said_to_be():
 
 def test_too_many_ships_are_refused():
     with pytest.raises(ValueError, match="of 60 ships find a place"):
-        ablation.plant_ships(Image.new("RGB", (500, 25)), 60)
+        partitions.plant_ships(Image.new("RGB", (500, 25)), 60)
 
 
 def test_the_token_of_a_place_is_the_cell_of_the_letterboxed_square_around_it():
     places = np.array([[0.0, 0.0], [39.5, 99.5], [20.0, 50.0]])
     # 40 x 100 pixels in a square of 100: 30 rows of letterbox above.
-    assert ablation.tokens_at(places, (40, 100), (10, 10)).tolist() == [30, 69, 55]
+    assert partitions.tokens_at(places, (40, 100), (10, 10)).tolist() == [30, 69, 55]
 
 
 def test_ships_are_counted_as_kept_averaged_or_dropped():
     slots = torch.tensor([0, 1, 1, -1, 2, -1])
-    assert ablation.share_of_ships(slots, torch.tensor([0, 4, 1, 3])) == (0.5, 0.25)
-    assert ablation.share_of_ships(slots, torch.tensor([3, 5])) == (0.0, 0.0)
+    assert partitions.share_of_ships(slots, torch.tensor([0, 4, 1, 3])) == (0.5, 0.25)
+    assert partitions.share_of_ships(slots, torch.tensor([3, 5])) == (0.0, 0.0)
 
 
-def test_the_ablation_writes_tables_and_plot_and_says_what_it_does_not_measure(tmp_path, sam_folder, capsys):
+def test_the_comparison_of_partitions_writes_tables_and_plot_and_says_what_it_does_not_measure(tmp_path, sam_folder, capsys):
     arguments = [
         "--output", str(tmp_path), "--size", "900", "150", "--ships", "10", "--questions", "1", "--factors", "1", "2",
         "--methods", "kmeans", "none", "--clusters", "10", "50", "--checkpoint", str(sam_folder), "--view", "64",
     ]  # fmt: skip
-    assert ablation.main([*arguments, *EVERY_MASK_ARGUMENTS]) == 0
-    result = json.loads((tmp_path / "ablation.json").read_text(encoding="utf-8"))
+    assert partitions.main([*arguments, *EVERY_MASK_ARGUMENTS]) == 0
+    result = json.loads((tmp_path / "partitions.json").read_text(encoding="utf-8"))
     assert [(row["method"], row["factor"]) for row in result["methods"]] == [
         (name, factor) for name in ("kmeans", "none", "sam") for factor in (1, 2)
     ]
@@ -483,16 +484,16 @@ def test_the_ablation_writes_tables_and_plot_and_says_what_it_does_not_measure(t
         assert row["budgets"] == spent and row["tokens"] == sum(spent)
         if row["method"] == "none":
             assert row["regions"] == result["tokens_seen"] and row["merged"] == [0, 0]
-    text = (tmp_path / "ablation.md").read_text(encoding="utf-8")
-    assert "Accuracy is measured by `python -m evaluation.evidence`" in text and "| sam |" in text
+    text = (tmp_path / "partitions.md").read_text(encoding="utf-8")
+    assert "Accuracy is measured by `uhr-bat evidence`" in text and "| sam |" in text
     assert text in capsys.readouterr().out
-    with Image.open(tmp_path / "ablation.png") as picture:
+    with Image.open(tmp_path / "partitions.png") as picture:
         assert picture.width == 1400
     with Image.open(tmp_path / "scene.png") as picture:
         assert picture.size == (900, 150)
 
 
-def test_the_ablation_refuses_two_sources_of_masks(tmp_path, capsys):
-    assert ablation.main(["--output", str(tmp_path / "out"), "--masks", "a.pt", "--checkpoint", "b"]) == 2
+def test_the_comparison_of_partitions_refuses_two_sources_of_masks(tmp_path, capsys):
+    assert partitions.main(["--output", str(tmp_path / "out"), "--masks", "a.pt", "--checkpoint", "b"]) == 2
     assert "--masks and --checkpoint" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()

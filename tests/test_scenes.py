@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from training import scenes
+from uhr_bat.training import scenes
 
 SEEDS = range(400)
 SIZE = (600, 480)

@@ -263,7 +263,7 @@ def test_nothing_collected_is_summed_up_as_a_failure(monkeypatch, capsys):
 
 
 def test_the_configuration_files_are_what_the_build_writes(tmp_path):
-    from export import build_tiny
+    from uhr_bat.export import build_tiny
 
     config = build_tiny.tiny_config(build_tiny.build_tokenizer(tmp_path))
     build_tiny.write_configs(tmp_path, config)
@@ -275,7 +275,7 @@ def test_the_configuration_files_are_what_the_build_writes(tmp_path):
 
 
 def test_the_untrained_model_is_a_whole_folder_that_never_replaces_weights(tmp_path, capsys):
-    from export import build_tiny
+    from uhr_bat.export import build_tiny
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     build_tiny.main(["--output", str(tmp_path)])

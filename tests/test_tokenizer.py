@@ -95,7 +95,7 @@ def test_a_saved_copy_is_the_same(tokenizer, tmp_path):
 
 
 def test_the_tokenizer_is_what_the_build_writes(model_folder, tmp_path):
-    from export.build_tiny import build_tokenizer
+    from uhr_bat.export.build_tiny import build_tokenizer
 
     build_tokenizer(tmp_path)
     for path in tmp_path.iterdir():

@@ -4,19 +4,20 @@ import os
 import subprocess
 import sys
 from collections import defaultdict
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import TrainingArguments
-
-from evaluation import evidence
-from training import questions, scenes
-from training.common import IGNORED, paint, tokens_at
-from training.exchange import exchange_tower
-from training.finetune import (
+from uhr_bat.common.loading import load_model
+from uhr_bat.common.prompts import write_prompt
+from uhr_bat.evaluation import evidence
+from uhr_bat.training import questions, scenes
+from uhr_bat.training.common import IGNORED, paint, tokens_at
+from uhr_bat.training.exchange import exchange_tower
+from uhr_bat.training.finetune import (
     Collator,
     GuidedTrainer,
     Questions,
@@ -28,10 +29,8 @@ from training.finetune import (
     site_cells,
     site_tokens,
 )
-from training.vision import HEADS, token_labels
+from uhr_bat.training.vision import HEADS, token_labels
 
-
-ROOT = Path(__file__).resolve().parent.parent
 SCENES = 4
 
 
@@ -45,7 +44,7 @@ def features_path(tmp_path_factory):
 def finetune(features_path):
     def run(output, *arguments, launcher=("-m",), steps=2):
         command = [
-            sys.executable, *launcher, "training.finetune", "--model", str(ROOT), "--output", str(output),
+            sys.executable, *launcher, "uhr_bat", "train-finetune", "--model", str(ROOT), "--output", str(output),
             "--features", str(features_path), "--scenes", str(SCENES), "--steps", str(steps), "--workers", "0",
             "--batch-size", "1", *arguments,
         ]  # fmt: skip
@@ -84,7 +83,7 @@ def test_going_on_gives_the_same_weights_as_not_stopping(finetune, tmp_path, sta
 
 
 def test_labels_of_tokens_say_what_the_layout_says():
-    config = evidence.load(ROOT)[1].config
+    config = load_model(ROOT)[1].config
     scene = scenes.make_scene(5, objects_outside=(100, 160))
     labels = token_labels(scene, config)
     sizes = [height * width for height, width in config.grids]
@@ -121,7 +120,7 @@ def test_a_share_of_all_tokens_is_spent(share):
 @pytest.fixture
 def encoded():
     """Processor, model, scene and its features."""
-    processor, model = evidence.load(ROOT)
+    processor, model = load_model(ROOT)
     scene = scenes.make_scene(1)
     (features,) = model.encode_image(**processor.image_processor(paint(scene), return_tensors="pt"))
     return processor, model, scene, features
@@ -171,7 +170,7 @@ def test_questions_asked_together_have_the_loss_of_each_asked_alone(encoded, tmp
 
 @torch.no_grad()
 def test_a_prepared_decoder_gets_words_and_visual_tokens_of_the_same_length():
-    processor, model = evidence.load(ROOT)
+    processor, model = load_model(ROOT)
     tiles = processor.image_processor(paint(scenes.make_scene(1)), return_tensors="pt")
     features = model.encode_image(**tiles)
     prepare_decoder(model, features)
@@ -183,7 +182,7 @@ def test_a_prepared_decoder_gets_words_and_visual_tokens_of_the_same_length():
 
 @torch.no_grad()
 def test_an_exchanged_tower_is_turned_to_the_tokens_that_the_decoder_knows():
-    (processor, model), (_, other) = evidence.load(ROOT), evidence.load(ROOT)
+    (processor, model), (_, other) = load_model(ROOT), load_model(ROOT)
     decoder = {name: value.clone() for name, value in model.model.language_model.state_dict().items()}
     before = all_tokens(encode_scenes(model, processor.image_processor, [1]))
     turn = 3 * torch.linalg.qr(torch.randn(before.shape[1], before.shape[1], generator=torch.manual_seed(0))).Q
@@ -202,7 +201,7 @@ def test_an_exchanged_tower_is_turned_to_the_tokens_that_the_decoder_knows():
 @torch.no_grad()
 def test_the_shipped_weights_look_where_the_question_points_and_answer_it():
     """200 questions about scenes that nothing was trained on, with 4 % of the visual tokens and with all."""
-    processor, model = evidence.load(ROOT)
+    processor, model = load_model(ROOT)
     shares, by_chance, right, right_from_all = [], [], [], []
     for seed in scenes.TEST_SEEDS[-34:]:
         scene, rng = scenes.make_scene(seed), np.random.default_rng([seed, 3])
@@ -210,7 +209,7 @@ def test_the_shipped_weights_look_where_the_question_points_and_answer_it():
         for question in (questions.ask(scene, kind, rng=rng) for kind in questions.KINDS):
             if question is None or len(shares) == 200:
                 continue
-            prompt = evidence.write_prompt(processor, question.text)
+            prompt = write_prompt(processor, question.text)
             importance = model.estimate_importance(prompt["input_ids"][0], features.anchor_tokens)
             named = (
                 torch.tensor(site_cells(scene, question.sites, model.config.grids[0]))[features.anchor_positions] > 0

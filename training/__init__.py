@@ -1,1 +1,1 @@
-import export  # noqa: F401 - registers the model code as the package uhr_bat
+"""Made-up scenes, and how UHR-BAT-Tiny was trained on them."""

@@ -1,4 +1,4 @@
-"""What the stages of training share: arguments, loading and saving of model folders, the Trainer's settings."""
+"""What the stages of training share: arguments, the Trainer's settings, where tokens are."""
 
 import argparse
 from contextlib import contextmanager
@@ -6,9 +6,9 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoModelForImageTextToText, AutoProcessor, TrainingArguments
+from transformers import TrainingArguments
 
-from training import scenes
+from . import scenes
 
 # Three pixels for one of the finest scale: the tiles come out of a resize, as those of real images do.
 RENDER_WIDTH = 1152
@@ -53,8 +53,8 @@ def settings(config, changes):
             setattr(config, name, value)
 
 
-def arguments(doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=doc.splitlines()[0])
+def make_parser(verb, doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog=f"uhr-bat {verb}", description=doc.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder to start from")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
     parser.add_argument("--steps", type=int, default=steps)
@@ -65,13 +65,6 @@ def arguments(doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:
     parser.add_argument("--save-steps", type=int, default=200, help="a checkpoint every so many steps")
     parser.add_argument("--workers", type=int, default=1, help="processes that paint scenes")
     return parser
-
-
-def load(folder):
-    """Processor and model of a folder, float32."""
-    processor = AutoProcessor.from_pretrained(folder, trust_remote_code=True)
-    model = AutoModelForImageTextToText.from_pretrained(folder, trust_remote_code=True, dtype=torch.float32)
-    return processor, model
 
 
 def train(trainer_class, model, dataset, args, options=None, **kwargs):
@@ -102,9 +95,3 @@ def train(trainer_class, model, dataset, args, options=None, **kwargs):
     trainer = trainer_class(model=model, args=training_arguments, train_dataset=dataset, **kwargs)
     trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
     return trainer
-
-
-def save(model, processor, folder):
-    """A model folder that loads by itself."""
-    model.save_pretrained(folder)
-    processor.save_pretrained(folder)

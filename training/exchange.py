@@ -1,6 +1,6 @@
 """Another vision tower for a trained decoder, with tokens that the decoder knows again.
 
-    python -m training.exchange --model runs/tiny --tower runs/vision_longer --output runs/exchanged
+    uhr-bat train-exchange --model runs/tiny --tower runs/vision_longer --output runs/exchanged
 
 A tower that was trained on alone reads more, but its tokens have moved. The rotation, the factor and the shift that bring
 them closest to those of the model's own tower (orthogonal Procrustes problem, Schönemann 1966) go into the projector's
@@ -12,9 +12,9 @@ from pathlib import Path
 
 import torch
 
-from training import scenes
-from training.common import load, save
-from training.finetune import VISION, all_tokens, encode_scenes
+from ..common.loading import load_model, save_model
+from . import scenes
+from .finetune import VISION, all_tokens, encode_scenes
 
 
 @torch.no_grad()
@@ -38,17 +38,18 @@ def exchange_tower(model, other, image_processor, seeds) -> float:
     return torch.cosine_similarity(before, after @ turn + shift).mean().item()
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="uhr-bat train-exchange", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder of the decoder")
     parser.add_argument("--tower", type=Path, required=True, metavar="DIR", help="model folder of the tower")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
-    args = parser.parse_args()
-    processor, model = load(args.model)
+    args = parser.parse_args(arguments)
+    processor, model = load_model(args.model, torch.float32, device_map=None)
+    _, other = load_model(args.tower, torch.float32, device_map=None)
     seeds = range(scenes.FINETUNING_SEED, scenes.FINETUNING_SEED + 20)
-    cosine = exchange_tower(model, load(args.tower)[1], processor.image_processor, seeds)
+    cosine = exchange_tower(model, other, processor.image_processor, seeds)
     print(f"cosine between the tokens before and after: {cosine:.3f}")
-    save(model, processor, args.output)
+    save_model(model, processor, args.output)
 
 
 if __name__ == "__main__":

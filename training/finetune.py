@@ -1,8 +1,8 @@
 """Stages 2 to 4: the decoder learns where to look and to answer, from images that are encoded once.
 
-    python -m training.finetune --model runs/vision --output runs/taught --fresh --taught
-    python -m training.finetune --model runs/taught --output runs/alone --budget 0.02 0.4 --batch-size 12 --steps 180
-    python -m training.finetune --model runs/alone --output runs/tiny --budget 0.02 0.08 --batch-size 2 --together 16
+    uhr-bat train-finetune --model runs/vision --output runs/taught --fresh --taught
+    uhr-bat train-finetune --model runs/taught --output runs/alone --budget 0.02 0.4 --batch-size 12 --steps 180
+    uhr-bat train-finetune --model runs/alone --output runs/tiny --budget 0.02 0.08 --batch-size 2 --together 16
 
 The loss is the language model's on the answers, through the ordinary `forward` with visual tokens at a budget that is
 drawn anew for every step, the KL divergence of the question's attention (`estimate_importance`, eq. 2) from the cells
@@ -22,11 +22,13 @@ from safetensors.torch import load_file, save_file
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 from transformers import Trainer
-from uhr_bat.modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
 
-from export import whole_files
-from training import questions, scenes
-from training.common import IGNORED, arguments, load, paint, points_of_tokens, save, settings, tokens_at, train
+from ..common.files import whole_files
+from ..common.loading import load_model, save_model
+from ..common.prompts import expand_placeholder
+from ..modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
+from . import questions, scenes
+from .common import IGNORED, make_parser, paint, points_of_tokens, settings, tokens_at, train
 
 ANSWER_WEIGHT = 3.0  # of the language model's loss, beside those that say where to look
 NOISE = 0.25  # on visual tokens of length 1 (root mean square): without it, scenes are learnt by heart
@@ -220,7 +222,7 @@ class Collator:
         return inputs
 
     def write(self, question):
-        """Ids before the image, ids after it, and the labels of these: long each."""
+        """Ids up to the image's placeholder, ids after it, and the labels of these: long each."""
         messages = [
             {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
             # After a space, most words are one token.
@@ -234,7 +236,7 @@ class Collator:
         )
         ids, answered = torch.tensor(text["input_ids"]), torch.tensor(text["assistant_masks"]).bool()
         (image,) = (ids == self.processor.image_token_id).nonzero()[:, 0].tolist()
-        return ids[:image], ids[image + 1 :], ids.where(answered, IGNORED)[image + 1 :]
+        return ids[: image + 1], ids[image + 1 :], ids.where(answered, IGNORED)[image + 1 :]
 
     def pad(self, rows):
         """Rows of (ids, labels) -> inputs of `forward`, padded on the right."""
@@ -251,9 +253,6 @@ class Collator:
         words = self.processor.tokenizer(f" {' '.join(question.words)}")["input_ids"]
         return guide | {"words": torch.tensor(words)}
 
-    def placeholders(self, before, number):
-        return torch.cat((before, torch.full((number,), self.processor.image_token_id)))
-
     def alone(self, items, share):
         """The first questions of every scene, each in a sequence of its own with its own tokens, a share of all."""
         rows, budgets, guides = [], [], []
@@ -261,7 +260,7 @@ class Collator:
             budget = budgets_of(share, item["features"], self.processor.default_budgets)
             for question, guide in item["questions"][:ALONE]:
                 before, after, labels = self.write(question)
-                start = self.placeholders(before, sum(budget))
+                start = expand_placeholder(before, self.processor.image_token_id, sum(budget))
                 rows.append((torch.cat((start, after)), torch.cat((torch.full_like(start, IGNORED), labels))))
                 budgets.append(budget)
                 guides.append(self.guide(question, guide))
@@ -273,8 +272,9 @@ class Collator:
         image = choose_tokens(item["features"], item["sites"], share, self.grids, generator)
         written = [self.write(question) for question, _ in item["questions"]]
         before, _, _ = written[0]  # the same for all
+        start = expand_placeholder(before, self.processor.image_token_id, len(image.pooler_output[0]))
         return {
-            "start": self.placeholders(before, len(image.pooler_output[0]))[None],
+            "start": start[None],
             "image": image,
             **self.pad([(after, labels) for _, after, labels in written]),
             "guides": [self.guide(*pair) for pair in item["questions"]],
@@ -434,8 +434,8 @@ def prepare_decoder(model, features):
             attention.o_proj.weight[:, queries] = attention.v_proj.weight[keys].T
 
 
-def main():
-    parser = arguments(__doc__, steps=2000, batch_size=32, learning_rate=5e-4)
+def main(arguments=None):
+    parser = make_parser("train-finetune", __doc__, steps=2000, batch_size=32, learning_rate=5e-4)
     parser.add_argument("--scenes", type=int, default=2000, help="training scenes, encoded once before the first step")
     parser.add_argument("--first-seed", type=int, default=scenes.FINETUNING_SEED, help="of the scenes")
     parser.add_argument("--features", type=Path, metavar="FILE", help="safetensors file that keeps the encoded scenes")
@@ -445,8 +445,8 @@ def main():
     )
     parser.add_argument("--taught", action="store_true", help="choose tokens by the true sites")
     parser.add_argument("--together", type=int, default=0, metavar="N", help="and ask N questions about a whole scene")
-    args = parser.parse_args()
-    processor, model = load(args.model)
+    args = parser.parse_args(arguments)
+    processor, model = load_model(args.model, torch.float32, device_map=None)
     model.set_attn_implementation({"text_config": "eager"})  # the one that returns what it looked at
     seeds = range(args.first_seed, args.first_seed + args.scenes)
     path = args.features or args.output / "features.safetensors"
@@ -460,7 +460,7 @@ def main():
     dataset = Questions(features, seeds, model.config.grids, asked=max(args.together, 1))
     collator = Collator(processor, model.config.grids, args.budget, args.together > 0)
     train(GuidedTrainer, model, dataset, args, {"adam_beta2": 0.98}, data_collator=collator, taught=args.taught)
-    save(model, processor, args.output)
+    save_model(model, processor, args.output)
 
 
 if __name__ == "__main__":

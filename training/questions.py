@@ -7,7 +7,7 @@ counts, 1/2 for yes/no and comparisons.
 
 from dataclasses import dataclass
 
-from training.scenes import OBJECTS, PAINTS, Object, Scene
+from .scenes import OBJECTS, PAINTS, Object, Scene
 
 # How often each kind is drawn: those more often that depend on one object of few pixels.
 SHARES = {"colour": 0.25, "type": 0.25, "yes/no": 0.25, "count": 0.125, "quadrant": 0.0625, "comparison": 0.0625}

@@ -1,6 +1,6 @@
 """Made-up satellite scenes whose content is known: sea, coast, fields, roads, towns, sites, and objects of few pixels.
 
-    python -m training.scenes [--seed 0] [--size 10000 8000] [--output examples/scene.jpg]
+    uhr-bat scene [--seed 0] [--size 10000 8000] [--output made_up_scene.jpg]
 
 A scene is laid out once, from a seed, and can be painted at any size. Sites (a pier, a stadium, ...) are large enough
 to be seen at the anchor scale. Objects (ships, cars, planes, tanks) are a few pixels large at the finest scale, stand
@@ -20,11 +20,11 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from export import whole_files
+from ..common.files import whole_files
 
 
 WIDTH = 10000  # units
-DEFAULT_PATH = Path(__file__).resolve().parent.parent / "examples" / "scene.jpg"
+DEFAULT_PATH = Path("made_up_scene.jpg")  # in the working folder
 DEFAULT_SIZE = (10000, 8000)
 ASPECTS = (1.0, 1.25, 4 / 3)  # width / height
 FINEST = 384  # px, the finest scale of UHR-BAT-Tiny: sizes of objects are given in its pixels
@@ -410,12 +410,12 @@ def write(path: Path = DEFAULT_PATH, size=DEFAULT_SIZE, seed: int = 0):
         example(size, seed).save(built / path.name, quality=82)
 
 
-def main():
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="uhr-bat scene", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=DEFAULT_PATH)
     parser.add_argument("--size", type=int, nargs=2, default=DEFAULT_SIZE, metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     write(args.output, tuple(args.size), args.seed)
     print(f"{args.output}: {args.size[0]:,} x {args.size[1]:,} px, {args.output.stat().st_size / 1e6:.1f} MB")
 

@@ -1,6 +1,6 @@
 """Stage 1: the vision tower, the projector and the scale embedding learn to read what a token shows, and where.
 
-    python -m training.vision --model runs/start --output runs/vision
+    uhr-bat train-vision --model runs/start --output runs/vision
 
 Every token of a crowded scene, at every scale, is asked by linear heads of its own for the colour and the type of the
 object whose centre it holds, for the site it lies in, and for its row and column in the image. Colour and type have
@@ -14,18 +14,9 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from training import scenes
-from training.common import (
-    IGNORED,
-    arguments,
-    load,
-    paint,
-    points_of_tokens,
-    position_of_tokens,
-    save,
-    tokens_at,
-    train,
-)
+from ..common.loading import load_model, save_model
+from . import scenes
+from .common import IGNORED, make_parser, paint, points_of_tokens, position_of_tokens, tokens_at, train
 
 CROWDED = (100, 160)  # objects outside the sites: a token with an object in ten, instead of one in fifty
 HEADS = {"colour": len(scenes.PAINTS) + 1, "kind": len(scenes.OBJECTS) + 1, "site": len(scenes.SITES) + 1,
@@ -151,12 +142,12 @@ def name_words(pretraining, embedding, tokenizer):
                 embedding.weight[token] = vector / vector.square().mean().sqrt() * length
 
 
-def main():
-    parser = arguments(__doc__, steps=2000, batch_size=2, learning_rate=1e-3)
+def main(arguments=None):
+    parser = make_parser("train-vision", __doc__, steps=2000, batch_size=2, learning_rate=1e-3)
     parser.add_argument("--first-seed", type=int, default=0, help="of the scenes")
     parser.add_argument("--test-scenes", type=int, default=20)
-    args = parser.parse_args()
-    processor, model = load(args.model)
+    args = parser.parse_args(arguments)
+    processor, model = load_model(args.model, torch.float32, device_map=None)
     chunk_size, model.config.vision_chunk_size = model.config.vision_chunk_size, 128
     model.set_attn_implementation({"vision_config": "eager"})  # 17 tokens a tile: faster than the fused kernels
     model.model.language_model.requires_grad_(False)
@@ -169,7 +160,7 @@ def main():
         print(f"{name:>7} by scale: {shares}")
     model.config.vision_chunk_size = chunk_size
     name_words(pretraining, model.get_input_embeddings(), processor.tokenizer)
-    save(model, processor, args.output)
+    save_model(model, processor, args.output)
 
 
 if __name__ == "__main__":

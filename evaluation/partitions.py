@@ -1,11 +1,11 @@
 """Region partitions compared over budgets, and k-means over k: the paper's Tables 8 and 7 on the embedded default.
 
-    python -m regions.ablation [--output DIR] [--questions N] [--checkpoint SAM | --masks FILE.pt]
+    uhr-bat partitions [--output DIR] [--questions N] [--checkpoint SAM | --masks FILE.pt]
 
-The paper's tables hold accuracy: `python -m evaluation.evidence` measures that. What this measures, on a made-up scene
+The paper's tables hold accuracy: `uhr-bat evidence` measures that. What this measures, on a made-up scene
 with ships planted at known places: the share of ships whose token keeps a slot of its own at the two finest scales, the
-tokens spent, and the seconds of the partition. Writes ablation.md, ablation.json and ablation.png, and the scene as
-scene.png (masks for it: `python -m regions.cache DIR/scene.png ...`).
+tokens spent, and the seconds of the partition. Writes partitions.md, partitions.json and partitions.png, and the scene as
+scene.png (masks for it: `uhr-bat regions DIR/scene.png ...`).
 
 Letters: S scales, N tokens of a scale. Sizes are (height, width), except those of `training.scenes`.
 """
@@ -19,13 +19,16 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from uhr_bat.geometry_uhr_bat import letterbox
 
-from examples.ask import check_files, load, write_prompt
-from export import whole_files, write_json
-from regions.cache import ROOT, add_segmenter_arguments, check_job, job_from, read_labels
-from regions.segment import load_segmenter, region_labels, segment_image
-from training import scenes
+from ..common.extras import require
+from ..common.files import whole_files, write_json
+from ..common.loading import ROOT, check_files, load_model
+from ..common.prompts import write_prompt
+from ..common.tables import percent, table
+from ..geometry_uhr_bat import letterbox
+from ..regions.cache import add_segmenter_arguments, check_job, job_from, read_labels
+from ..regions.segment import load_segmenter, region_labels, segment_image
+from ..training import scenes
 
 METHODS = ("kmeans", "kmeans_pca", "birch", "grid", "none")
 # Table 8 goes from 4k to 10k tokens, 1.4 to 3.5 times the 3000 of appendix A; the lower half is where tokens are short.
@@ -46,7 +49,7 @@ QUESTIONS = (
     "Can you see a ship at the pier?",
 )
 NOT_MEASURED = (
-    "Accuracy is measured by `python -m evaluation.evidence`, not here. This measures what each partition does to small "
+    "Accuracy is measured by `uhr-bat evidence`, not here. This measures what each partition does to small "
     "objects that stand anywhere in the scene, mostly where no question asks, and what it costs."
 )
 
@@ -180,15 +183,6 @@ def run(model, prompts, features, ships, methods, factors, cluster_counts, label
 # Reporting
 
 
-def percent(share):
-    return f"{100 * share:.1f}"
-
-
-def table(header, rows):
-    lines = [header, ["---"] * len(header), *rows]
-    return "\n".join("| " + " | ".join(map(str, cells)) + " |" for cells in lines)
-
-
 def report(result: dict) -> str:
     """Markdown of what `main` measured."""
     fine = [f"{scale} px" for scale in result["scales"][-SCALES_MEASURED:]]
@@ -226,7 +220,7 @@ def plot(result: dict):
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    from pictures import DPI, MARKERS, PALETTE, WIDTH, render
+    from ..pictures import DPI, MARKERS, PALETTE, WIDTH, render
 
     figure = Figure(figsize=(WIDTH / DPI, 4.9), dpi=DPI, facecolor="white", layout="constrained")
     figure.suptitle("Region partitions on the made-up scene (no accuracy is measured)", fontsize=13)
@@ -274,9 +268,9 @@ def plot(result: dict):
 
 
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="regions.ablation", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat partitions", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--output", type=Path, default=Path("ablation_out"), metavar="DIR", help="default: ablation_out"
+        "--output", type=Path, default=Path("partitions_out"), metavar="DIR", help="default: partitions_out"
     )
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--questions", type=int, default=4, metavar="N", help=f"1 to {len(QUESTIONS)} (default: 4)")
@@ -300,16 +294,17 @@ def main(arguments=None) -> int:
         check_files(None, args.model)
         if args.checkpoint:
             check_job(job_from(args))
-        ablate(args)
+        require("evaluate", "matplotlib")
+        compare(args)
     except (OSError, ValueError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def ablate(args):
+def compare(args):
     """Everything from the scene to the three files."""
-    processor, model = load(args.model)
+    processor, model = load_model(args.model)
     config = model.config
 
     image = scenes.example(tuple(args.size), args.seed)
@@ -350,15 +345,12 @@ def ablate(args):
     text = report(result)
     with whole_files(args.output) as built:
         image.save(built / "scene.png")
-        write_json(built / "ablation.json", result)
-        (built / "ablation.md").write_text(text, encoding="utf-8")
-        plot(result).save(built / "ablation.png")
+        write_json(built / "partitions.json", result)
+        (built / "partitions.md").write_text(text, encoding="utf-8")
+        plot(result).save(built / "partitions.png")
     print(text)
-    print(f"Written: {args.output}/ablation.md, ablation.json, ablation.png, scene.png")
+    print(f"Written: {args.output}/partitions.md, partitions.json, partitions.png, scene.png")
 
 
 if __name__ == "__main__":
-    try:
-        sys.exit(main())
-    except KeyboardInterrupt:
-        sys.exit(130)
+    sys.exit(main())

@@ -1,0 +1,44 @@
+"""`uhr-bat VERB ...`: every command of the project."""
+
+import sys
+from importlib import import_module
+
+# Verb: module with a `main(arguments)`, which is imported when the verb is called, and one line for --help.
+VERBS = {
+    "ask": ("examples.ask", "ask about an image, and see where the visual tokens and the seconds go"),
+    "pictures": ("pictures.__main__", "draw what the model looked at and what it kept"),
+    "regions": ("regions.cache", "make SAM's label maps of many images, once"),
+    "scene": ("training.scenes", "paint a made-up scene"),
+    "evidence": ("evaluation.evidence", "accuracy and evidence kept, against visual tokens"),
+    "partitions": ("evaluation.partitions", "what every partition into regions does to small objects"),
+    "export": ("export.convert_checkpoint", "trained weights into a complete model folder"),
+    "build-tiny": ("export.build_tiny", "UHR-BAT-Tiny before it is trained, as a model folder"),
+    "build-7b-config": ("export.model_folder", "the configuration files of the 7B model"),
+    "train-vision": ("training.vision", "stage 1 of UHR-BAT-Tiny: the tower learns to read"),
+    "train-finetune": ("training.finetune", "stages 2 to 4: the decoder learns where to look and to answer"),
+    "train-exchange": ("training.exchange", "another vision tower for a trained decoder"),
+    "bench": ("benchmarks.run", "speed and memory against the straightforward implementation"),
+    "bench-gpu": ("benchmarks.gpu", "the 7B geometry on a GPU"),
+}
+
+
+def usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, (_, text) in VERBS.items()]
+    return "\n".join(["usage: uhr-bat VERB ...     (uhr-bat VERB --help: its options)", "", *lines])
+
+
+def main(arguments=None) -> int:
+    """Run a verb; its exit code."""
+    verb, *rest = (sys.argv[1:] if arguments is None else arguments) or [None]
+    if verb in ("-h", "--help"):
+        print(usage())
+        return 0
+    if verb not in VERBS:
+        message = "a verb is missing" if verb is None else f"there is no verb {verb!r}"
+        print(f"{usage()}\n\nError: {message}.", file=sys.stderr)
+        return 2
+    try:
+        return import_module(f".{VERBS[verb][0]}", __package__).main(rest) or 0
+    except KeyboardInterrupt:
+        return 130

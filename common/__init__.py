@@ -1,0 +1,1 @@
+"""What several tools share: loading a model, writing a prompt, writing files and tables."""

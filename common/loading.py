@@ -1,0 +1,49 @@
+"""One way to load a model folder, and one to save it."""
+
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
+
+
+def load_model(folder=ROOT, dtype="auto", device_map="auto"):
+    """Processor and model of a folder, of the classes of this package.
+
+    Args:
+        folder: model folder; UHR-BAT-Tiny where none is given.
+        dtype: torch.dtype of the weights; "auto" takes that of the folder.
+        device_map: as in transformers; "auto" is the GPU where there is one, None the CPU.
+    """
+    import torch
+
+    from ..configuration_uhr_bat import UHRBatConfig
+    from ..image_processing_uhr_bat import UHRBatImageProcessor
+    from ..modeling_uhr_bat import UHRBatForConditionalGeneration
+    from ..processing_uhr_bat import UHRBatProcessor
+
+    # A class that is registered brings its code along when it is saved: the new folder loads by itself.
+    UHRBatConfig.register_for_auto_class()
+    UHRBatImageProcessor.register_for_auto_class()
+    UHRBatProcessor.register_for_auto_class()
+    UHRBatForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
+
+    if device_map == "auto" and not torch.cuda.is_available():
+        device_map = None
+    config = UHRBatConfig.from_pretrained(folder)
+    # Without the configuration the tokenizer would look for its class, and ask on a terminal whether to trust the folder.
+    processor = UHRBatProcessor.from_pretrained(folder, config=config)
+    model = UHRBatForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype, device_map=device_map)
+    return processor, model
+
+
+def save_model(model, processor, folder):
+    """A model folder that loads by itself."""
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def check_files(image_path, folder):
+    """Raises `FileNotFoundError` at the door: loading the model first would take its time. `image_path` may be None."""
+    if image_path is not None and "://" not in image_path and not Path(image_path).is_file():
+        raise FileNotFoundError(f"{image_path}: there is no such image file.")
+    if not (folder / "config.json").is_file():
+        raise FileNotFoundError(f"{folder}: this is no model folder, there is no config.json in it.")

@@ -1,0 +1,21 @@
+"""The prompt of a question about one image, and the placeholder in it.
+
+Letters: M tokens of a prompt.
+"""
+
+import torch
+
+
+def write_prompt(processor, question):
+    """input_ids and attention_mask, long[1, M], of a question about one image, with one placeholder for it."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    return processor.tokenizer(prompt, return_tensors="pt")
+
+
+def expand_placeholder(input_ids: torch.Tensor, image_token_id: int, num_tokens: int) -> torch.Tensor:
+    """long[M + num_tokens - 1]: the ids long[M] of a prompt with its placeholder once per visual token.
+
+        [7, 8, image, 9], 3 tokens -> [7, 8, image, image, image, 9]
+    """
+    return input_ids.repeat_interleave(torch.where(input_ids == image_token_id, num_tokens, 1))

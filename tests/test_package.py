@@ -1,0 +1,138 @@
+"""One package: its names, its command, what a wheel of it holds, and which part may use which."""
+
+import ast
+import subprocess
+import sys
+import tomllib
+from itertools import chain
+
+import pytest
+import uhr_bat
+from conftest import ROOT
+from uhr_bat import cli
+
+# The order of floors: a file or folder uses only what stands above it. Files that are still to come are in the list.
+MODEL = (
+    "geometry",
+    "configuration",
+    "budgets",
+    "image_reading",
+    "image_views",
+    "image_processing",
+    "processing",
+    "clustering",
+    "token_compression",
+    "outputs",
+    "layers",
+    "released_api",
+    "generation",
+    "modeling",
+)
+ROOMS = ("common", "export", "regions", "pictures", "training", "evaluation", "benchmarks", "examples")
+TOP = ("__init__", "cli", "__main__", "run")  # above the rooms; nothing uses them
+FLOORS = (*(f"{name}_uhr_bat" for name in MODEL), *ROOMS, *TOP)
+
+MODEL_FILES = sorted(ROOT.glob("*_uhr_bat.py"))
+TOOL_FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
+
+
+def imported(path) -> set[str]:
+    """Dotted names below the package that a file imports, wherever in it: modules, and what is taken from them."""
+    inside = path.relative_to(ROOT).with_suffix("").parts
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            absolute = [alias.name.split(".") for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            base = ["uhr_bat", *inside[: len(inside) - node.level]] if node.level else []
+            base += node.module.split(".") if node.module else []
+            absolute = [[*base, alias.name] for alias in node.names]
+            absolute += [base] if node.module else []
+        else:
+            continue
+        found |= {".".join(parts[1:]) for parts in absolute if parts[0] == "uhr_bat"}
+    return found
+
+
+def folders():
+    """Folders of the repository that are packages, as dotted names."""
+    inits = (path.parent.relative_to(ROOT) for path in ROOT.rglob("__init__.py"))
+    return {
+        ".".join(("uhr_bat", *folder.parts))
+        for folder in inits
+        if not any(part.startswith(".") or part in ("build", "dist") for part in folder.parts)
+    }
+
+
+def test_every_name_of_the_package_is_there_and_none_is_imported_before_it_is_asked_for():
+    assert {"UHRBatProcessor", "UHRBatForConditionalGeneration", "load_model"} <= set(dir(uhr_bat))
+    for name in uhr_bat.__all__:
+        assert getattr(uhr_bat, name).__name__ == name
+    with pytest.raises(AttributeError, match="module 'uhr_bat' has no attribute 'UHRBatBird'"):
+        uhr_bat.UHRBatBird
+    code = "import sys, uhr_bat; assert not {'torch', 'transformers', 'numpy'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_wheel_holds_every_folder():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    assert set(project["tool"]["setuptools"]["packages"]) == folders()
+
+
+# The command
+
+
+def test_every_verb_is_a_module_with_a_main_and_a_line_of_help(capsys):
+    assert cli.main(["--help"]) == 0
+    printed = capsys.readouterr().out
+    for verb, (module, text) in cli.VERBS.items():
+        assert f"  {verb} " in printed and text in printed
+        path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
+        names = {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")}
+        assert "main" in names, module
+
+
+@pytest.mark.parametrize("verb", cli.VERBS)
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main([verb, "--help"])
+    assert ended.value.code == 0 and f"usage: uhr-bat {verb} " in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("arguments, message", [([], "a verb is missing"), (["sing"], "there is no verb 'sing'")])
+def test_what_is_no_verb_is_refused_with_the_list(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    printed = capsys.readouterr().err
+    assert message in printed and "ask about an image" in printed
+
+
+# The order of floors
+
+
+def test_every_file_and_folder_has_its_floor():
+    here = {path.stem for path in chain(ROOT.glob("*.py"))} | {name.split(".")[1] for name in folders() if "." in name}
+    assert here <= set(FLOORS)
+
+
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
+def test_model_files_use_only_model_files_above_them(path):
+    # By relative imports: on the Hub there is no package `uhr_bat`.
+    assert "uhr_bat." not in path.read_text(encoding="utf-8").replace("_uhr_bat.", "")
+    above = FLOORS[: FLOORS.index(path.stem)]
+    assert {name.split(".")[0] for name in imported(path)} <= set(above)
+
+
+@pytest.mark.parametrize("path", TOOL_FILES, ids=lambda path: str(path.relative_to(ROOT).with_suffix("")))
+def test_tools_use_only_what_stands_above_them(path):
+    room = path.relative_to(ROOT).parts[0]
+    others = {name.split(".")[0] for name in imported(path)} - {room}
+    assert others <= set(FLOORS[: FLOORS.index(room)])
+
+
+def test_no_file_is_used_by_one_that_it_uses():
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in TOOL_FILES}
+    uses = {names[path]: imported(path) & set(names.values()) for path in TOOL_FILES}
+    order = []
+    while free := [name for name in uses if name not in order and uses[name] <= set(order)]:
+        order += free
+    assert sorted(set(uses) - set(order)) == []
