@@ -14,9 +14,11 @@ from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
 from ..common.prompts import expand_placeholder
+from ..compression_uhr_bat import CompressionRules, compress_image, partition
 from ..configuration_uhr_bat import UHRBatConfig
 from ..image_processing_uhr_bat import UHRBatImageProcessor
-from ..modeling_uhr_bat import UHRBatCompressionOutput, UHRBatForConditionalGeneration
+from ..modeling_uhr_bat import UHRBatForConditionalGeneration
+from ..outputs_uhr_bat import UHRBatCompressionOutput
 from .straightforward import Straightforward
 
 STAGES = ("read", "preprocess", "encode", "importance", "regions", "selection", "prefill", "answer")
@@ -129,15 +131,17 @@ class Ours:
 
     def regions(self, features) -> list[torch.Tensor]:
         """long[V] for every scale; clustered once per image, where they stay."""
-        budgets = enumerate(self._budgets(features))
-        return [self.model.model._partition(features, scale_idx, budget) for scale_idx, budget in budgets]
+        config, counts = self.model.config, enumerate(self._counts(features))
+        rules = CompressionRules.of(config)
+        return [partition(features, scale_idx, count, config, rules) for scale_idx, count in counts]
 
     def select(self, features, importance, regions) -> list[torch.Tensor]:
         """float[n, D] for every scale. `regions` are with the image already."""
-        return self.model.model._compress_one(features, importance, self._budgets(features))[0]
+        config = self.model.config
+        return compress_image(features, importance, self._counts(features), config, CompressionRules.of(config)).tokens
 
-    def _budgets(self, features) -> list[int]:
-        return [min(pair) for pair in zip(self.model.config.budgets, map(len, features.tokens))]
+    def _counts(self, features) -> list[int]:
+        return [min(pair) for pair in zip(self.model.config.budgets, features.available)]
 
     def answer(self, input_ids, visual_tokens, num_tokens, mark) -> list[int]:
         """Greedy ids; `mark` is told the end of the prefill and that of the answer."""

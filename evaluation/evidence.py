@@ -10,7 +10,6 @@ object that a question needs has a visual token of its own, unmerged, at one of 
 
 import argparse
 import copy
-import dataclasses
 import os
 import sys
 from collections import Counter, defaultdict
@@ -27,17 +26,19 @@ from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
 from ..common.prompts import expand_placeholder, write_prompt
 from ..common.tables import interval, percent, percent_interval, table
-from ..modeling_uhr_bat import UHRBatCompressionOutput, UHRBatScaleEmbedding
+from ..compression_uhr_bat import coords_of
+from ..layers_uhr_bat import UHRBatScaleEmbedding
+from ..outputs_uhr_bat import UHRBatCompressionOutput
 from ..token_compression_uhr_bat import cluster_regions, merge_tokens
 from ..training import questions, scenes
-from ..training.common import paint, settings
+from ..training.common import paint
 from ..training.finetune import budgets_of, evidence_of
 
 SHARES = (0.01, 0.02, 0.04, 0.08)
 FULL = "no compression"
 PROPOSED = "preserve-and-merge"
-# Settings of the configuration under which the model's own `compress` is each method.
-SETTINGS = {
+# Rules, other than those of the configuration, by which the model's own `compress` is each method.
+RULES = {
     PROPOSED: {},
     "with coverage": {"coverage": True},
     "with kmeans_pca": {"region_method": "kmeans_pca"},
@@ -45,7 +46,7 @@ SETTINGS = {
 }
 CHOICES = ("k-means merge", "uniform", "random", "anchor only")  # blind to the question
 DOWNSAMPLING = "downsampling"
-METHODS = (*SETTINGS, *CHOICES, DOWNSAMPLING)
+METHODS = (*RULES, *CHOICES, DOWNSAMPLING)
 NO_IMAGE = "model without image"
 TEXT_ONLY = "text-only control"
 SIZES = {"1-2": (0, 2.5), "3-4": (2.5, 4.5), "5-8": (4.5, 99)}  # px, bins of the rounded size
@@ -62,7 +63,7 @@ def choose(method, model, features, budgets, rng) -> list[torch.Tensor]:
     for scale, (tokens, places, budget) in enumerate(zip(features.tokens, features.positions, budgets)):
         num_tokens = len(tokens)
         if method == "k-means merge":
-            coords = model.model._coords(scale, places)
+            coords = coords_of(places, model.config.grids[scale])
             slots.append(cluster_regions(tokens, coords, budget, coord_weight=model.config.coord_weight))
             continue
         if method == "anchor only":
@@ -172,7 +173,6 @@ def ask_scene(model, processor, downsampling, scene, shares, methods, control, r
     tiles = processor.image_processor(image, return_tensors="pt").to(model.device)
     features, records = model.encode_image(**tiles)[0], []
     total = sum(map(len, features.tokens))
-    views = {method: dataclasses.replace(features, regions={}) for method in SETTINGS}  # partitions are kept with them
     small = {share: downsampling(image, round(share * total)) for share in shares if DOWNSAMPLING in methods}
     for kind in questions.KINDS:
         question = questions.ask(scene, kind, rng=rng)
@@ -200,11 +200,9 @@ def ask_scene(model, processor, downsampling, scene, shares, methods, control, r
                     visual.append(small[share])
                     kept.append(False)
                     continue
-                if method in SETTINGS:
-                    with settings(model.config, SETTINGS[method]):
-                        compressed = model.compress(
-                            **prompt, image_features=[views[method]], budgets=torch.tensor([budgets])
-                        )
+                if method in RULES:
+                    images = {"image_features": [features], "token_counts": torch.tensor([budgets])}
+                    compressed = model.compress(**prompt, **images, rules=RULES[method])
                     visual.append(compressed.pooler_output[0])
                     slots = [slot[places] for slot, places in zip(compressed.slots[0], features.positions)]
                 else:

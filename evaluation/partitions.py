@@ -99,29 +99,30 @@ def share_of_ships(slots: torch.Tensor, ships: torch.Tensor) -> tuple[float, flo
     return (kept & (sharing == 1)).double().mean().item(), (kept & (sharing > 1)).double().mean().item()
 
 
-def partition_seconds(model, prompt, image, budgets) -> float:
+def partition_seconds(model, prompt, image, budgets, rules) -> float:
     """Seconds that the partition of an encoded image takes: a call less the same call with the partition at hand, the
     fastest of `REPEATS` each. The partition stays with the image."""
     with_it, without = [], []
     for _ in range(REPEATS):
-        image.regions.clear()
+        image.partitions.clear()
         for seconds in (with_it, without):
             start = time.perf_counter()
-            model.compress(**prompt, image_features=[image], budgets=budgets)
+            model.compress(**prompt, image_features=[image], budgets=budgets, rules=rules)
             seconds.append(time.perf_counter() - start)
     return max(0.0, min(with_it) - min(without))
 
 
-def measure(model, prompts, image, budgets, ships) -> dict:
+def measure(model, prompts, image, budgets, ships, rules) -> dict:
     """One row of a table: means over the prompts.
 
     Args:
-        image: one encoded image, with the partition that is measured or without any.
+        image: one encoded image.
         ships: long[num_ships] for every scale, the tokens that show a ship.
+        rules: of the partition that is measured, where the configuration has others.
     """
     shares = []
     for prompt in prompts:
-        out = model.compress(**prompt, image_features=[image], budgets=budgets)
+        out = model.compress(**prompt, image_features=[image], budgets=budgets, rules=rules)
         scales = list(zip(out.slots[0], ships))[-SCALES_MEASURED:]
         shares.append([share_of_ships(slots, tokens) for slots, tokens in scales])
     own, merged = np.mean(shares, 0).T.tolist()
@@ -140,9 +141,8 @@ def run(model, prompts, features, ships, methods, factors, cluster_counts, label
     from tqdm import tqdm
 
     config = model.config
-    saved = config.region_method, config.num_regions
     scaled = {factor: [max(1, round(factor * budget)) for budget in config.budgets] for factor in factors}
-    seen = [len(tokens) for tokens in features.tokens]
+    seen = features.available
     for factor, budgets in scaled.items():
         scaled[factor] = [min(pair) for pair in zip(budgets, seen)]
     with_labels = features
@@ -151,32 +151,26 @@ def run(model, prompts, features, ships, methods, factors, cluster_counts, label
         split = [
             part[places.cpu()].to(places.device) for part, places in zip(labels[0].split(sizes), features.positions)
         ]
-        with_labels = dataclasses.replace(features, region_labels=split)
+        with_labels = dataclasses.replace(features, regions=split, partitions={})
     names = [*methods, *(["sam"] if labels is not None else [])]
     bar = tqdm(total=len(names) * len(factors) + len(cluster_counts), desc="Measuring", unit="row")
     rows = {"methods": [], "clusters": []}
-    try:
-        with bar:
-            for name in names:
-                # Label maps go before any method.
-                config.region_method = "none" if name == "sam" else name
-                image = dataclasses.replace(with_labels if name == "sam" else features, regions={})
-                seconds = {"partition_seconds": partition_seconds(model, prompts[0], image, scaled[factors[0]])}
-                for factor, budgets in scaled.items():
-                    row = measure(model, prompts, image, budgets, ships)
-                    rows["methods"].append({"method": name, "factor": factor, **row, **seconds})
-                    bar.update()
-            config.region_method = "kmeans"
-            for k in cluster_counts:
-                config.num_regions = k
-                image = dataclasses.replace(features, regions={})
-                budgets = [min(pair) for pair in zip(config.budgets, seen)]
-                seconds = {"partition_seconds": partition_seconds(model, prompts[0], image, budgets)}
-                row = measure(model, prompts, image, budgets, ships)
-                rows["clusters"].append({"method": "kmeans", "k": k, **row, **seconds})
+    with bar:
+        for name in names:
+            # Label maps go before any method.
+            image, rules = (with_labels, {}) if name == "sam" else (features, {"region_method": name})
+            seconds = {"partition_seconds": partition_seconds(model, prompts[0], image, scaled[factors[0]], rules)}
+            for factor, budgets in scaled.items():
+                row = measure(model, prompts, image, budgets, ships, rules)
+                rows["methods"].append({"method": name, "factor": factor, **row, **seconds})
                 bar.update()
-    finally:
-        config.region_method, config.num_regions = saved
+        for k in cluster_counts:
+            rules = {"region_method": "kmeans", "num_regions": k}
+            budgets = [min(pair) for pair in zip(config.budgets, seen)]
+            seconds = {"partition_seconds": partition_seconds(model, prompts[0], features, budgets, rules)}
+            row = measure(model, prompts, features, budgets, ships, rules)
+            rows["clusters"].append({"method": "kmeans", "k": k, **row, **seconds})
+            bar.update()
     return rows
 
 

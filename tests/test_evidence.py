@@ -41,8 +41,7 @@ def test_choices_spend_the_budget(method):
         tokens=[torch.randn(number, 4, generator=generator) for number in (6, 20)],
         positions=[torch.arange(6), torch.arange(20)],
     )
-    inner = SimpleNamespace(_coords=lambda scale, places: places[:, None].expand(-1, 2) / 20)
-    model = SimpleNamespace(config=SimpleNamespace(coord_weight=0.05), model=inner)
+    model = SimpleNamespace(config=SimpleNamespace(coord_weight=0.05, grids=[(2, 3), (4, 5)]))
     chosen = evidence.choose(method, model, features, [3, 5], np.random.default_rng(0))
     counts = [int(slot.max()) + 1 for slot in chosen]
     assert counts == ([6, 0] if method == "anchor only" else [3, 5])
@@ -90,7 +89,7 @@ def test_one_scene_through_all_of_it(tmp_path):
     asked = sum(one["method"] == evidence.FULL for one in records)
     assert 4 <= asked <= len(questions.KINDS) and len(records) == asked * len(methods)
     assert all(one["kept"] for one in records if one["method"] == evidence.FULL and one["kept"] is not None)
-    spent = {one["tokens"] for one in records if one["method"] in (*evidence.SETTINGS, "uniform", "random")}
+    spent = {one["tokens"] for one in records if one["method"] in (*evidence.RULES, "uniform", "random")}
     assert len(spent) == 1
     result = evidence.summarise(records) | {
         "about": {"command": "this test", "questions": asked, "scenes": 1, "seeds": 1, "shares": [0.02]}

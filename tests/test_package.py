@@ -14,8 +14,8 @@ from uhr_bat import cli
 # The order of floors: a file or folder uses only what stands above it. Files that are still to come are in the list.
 MODEL = (
     "geometry",
-    "configuration",
     "budgets",
+    "configuration",
     "image_reading",
     "image_views",
     "image_processing",
@@ -23,6 +23,7 @@ MODEL = (
     "clustering",
     "token_compression",
     "outputs",
+    "compression",
     "layers",
     "released_api",
     "generation",

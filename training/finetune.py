@@ -26,7 +26,8 @@ from transformers import Trainer
 from ..common.files import whole_files
 from ..common.loading import load_model, save_model
 from ..common.prompts import expand_placeholder
-from ..modeling_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
+from ..compression_uhr_bat import CompressionRules, compress_image
+from ..outputs_uhr_bat import CACHE, UHRBatCompressionOutput, UHRBatImageFeatures
 from . import questions, scenes
 from .common import IGNORED, make_parser, paint, points_of_tokens, settings, tokens_at, train
 
@@ -156,7 +157,7 @@ class Questions(Dataset):
         asked = [questions.ask_any(scene, rng) for _ in range(self.asked)]
         return {
             "index": index,
-            "features": replace(features, anchor_tokens=noisy[0], tokens=noisy[1:], regions={}),
+            "features": replace(features, anchor_tokens=noisy[0], tokens=noisy[1:], partitions={}),
             "sites": site_tokens(scene, range(len(scene.sites)), self.grids),
             "questions": [(question, self.guide(scene, question, features.anchor_positions)) for question in asked],
         }
@@ -325,8 +326,16 @@ class GuidedTrainer(Trainer):
         image_features = [image for image in image_features for _ in range(len(guides) // len(image_features))]
         rows = zip(inputs["input_ids"], inputs["labels"], image_features, guides)
         divergences = [self.divergence(inner, *row) for row in rows]
-        images = {"image_features": image_features, "budgets": budgets}
-        compressed = self.compress(inner, guides, **images) if self.taught else inner.compress(**inputs, **images)
+        if self.taught:
+            compressed = self.compress(inner.config, guides, image_features, budgets.tolist())
+        else:
+            compressed = inner.compress(
+                input_ids=inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                answer_mask=inputs["labels"] != IGNORED,
+                image_features=image_features,
+                token_counts=budgets,
+            )
         outputs = model(**inputs, mm_encoder_outputs={"image": compressed}, output_attentions=True)
         starts = (inputs["input_ids"] == inner.config.image_token_id).int().argmax(1).tolist()
         parts = self.look(inner.config, outputs.attentions, inputs, compressed.slots, starts, guides)
@@ -336,11 +345,11 @@ class GuidedTrainer(Trainer):
         """Loss of the questions that share the tokens of a scene, which go through the decoder once."""
         decoder = model.model.language_model
         with settings(decoder.config, {"_attn_implementation": "sdpa"}):
-            cache = model.model(input_ids=start, mm_encoder_outputs={"image": image}, use_cache=True).past_key_values
+            cache = model.model(input_ids=start, mm_encoder_outputs={"image": image}, use_cache=True)[CACHE]
         cache.batch_repeat_interleave(len(guides))
         mask = inputs.pop("attention_mask")
         mask = torch.cat((mask.new_ones(len(mask), start.shape[1]), mask), dim=1)
-        outputs = model(**inputs, attention_mask=mask, past_key_values=cache, output_attentions=True)
+        outputs = model(**inputs, attention_mask=mask, cache=cache, output_attentions=True)
         starts = [start.shape[1] - len(image.pooler_output[0])] * len(guides)
         parts = self.look(model.config, outputs.attentions, inputs, image.slots * len(guides), starts, guides)
         return self.total(outputs.loss, parts, "whole_")
@@ -352,13 +361,13 @@ class GuidedTrainer(Trainer):
         share = (importance / importance.sum()).clamp_min(1e-9)
         return F.kl_div(share.log(), guide["cells"].to(importance), reduction="sum")
 
-    def compress(self, model, guides, image_features, budgets):
+    def compress(self, config, guides, image_features, budgets):
         """What `model.compress` returns for plain top-k, by the cells of the sites in place of the importance."""
-        with settings(model.config, {"region_method": "none"}):
-            rows = [
-                model.model._compress_one(features, guide["cells"], budget)
-                for features, guide, budget in zip(image_features, guides, budgets.tolist())
-            ]
+        rules = CompressionRules.of(config, {"region_method": "none"})
+        rows = [
+            compress_image(features, guide["cells"], budget, config, rules)
+            for features, guide, budget in zip(image_features, guides, budgets)
+        ]
         tokens, importance, regions, slots = map(list, zip(*rows))
         return UHRBatCompressionOutput(
             [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)
