@@ -8,8 +8,8 @@ Letters: T tiles, P patches of a tile, N tokens, M tokens of a sequence, D width
 """
 
 
-def vision_tower(config, num_tiles, num_calls=None) -> int:
-    """All layers of the tower; ours, in `num_calls` calls, sends one token a call through those behind the features."""
+def vision_tower(config, num_tiles, up_to_features=False) -> int:
+    """All layers of the tower; ours ends at the one that the features are read from."""
     vision = config.vision_config
     D, P = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
     num_layers, patches = vision.num_hidden_layers, 2 * P * 3 * vision.patch_size**2 * D
@@ -17,10 +17,9 @@ def vision_tower(config, num_tiles, num_calls=None) -> int:
     def layer(M):
         return 2 * M * 4 * D**2 + 2 * M * 2 * D * vision.intermediate_size + 4 * M**2 * D
 
-    if num_calls is None:
-        return num_tiles * (patches + num_layers * layer(P + 1))
-    num_read = config.vision_feature_layer % (num_layers + 1)
-    return num_tiles * (patches + num_read * layer(P + 1)) + num_calls * (num_layers - num_read) * layer(1)
+    if up_to_features:
+        num_layers = config.vision_feature_layer % (num_layers + 1)
+    return num_tiles * (patches + num_layers * layer(P + 1))
 
 
 def projector(config, N) -> int:
@@ -78,12 +77,11 @@ def question_flops(config, text_before, text_after, num_answer_tokens) -> dict[s
 
     project = projector(config, sum(sizes))
     tiles = [(scale // config.tile_size) ** 2 for scale in config.scales]
-    num_calls = sum(-(-count // config.vision_chunk_size) for count in tiles)
     steps = sum(decoder(config, 1, prompt + step) + head(config, 1) for step in range(num_answer_tokens - 1))
     same = {"regions": kmeans(config, sizes), "answer": steps}
     return {
         "ours": {
-            "encode": vision_tower(config, sum(tiles), num_calls) + project,
+            "encode": vision_tower(config, sum(tiles), up_to_features=True) + project,
             "importance": (num_whole * decoder(config, M) + decoder(config, 1)) // num_layers
             + question_rows(config, M, num_rows),
             "prefill": decoder(config, prompt) + head(config, 1),

@@ -261,7 +261,8 @@ def padding(settings) -> list[Row]:
     """Tiles that pass the vision tower, of the 228 of the letterboxed square. Quick geometry: the tiles are the same."""
     side, results, met = side_of("ours", "quick"), {}, True
     calls = []
-    handle = side.model.model.vision_tower.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    tower = side.model.model.vision_tower
+    handle = tower.embeddings.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     tile, scales = side.model.config.tile_size, side.model.config.scales
     for name, size in (("4:3", (640, 480)), ("3:1", (720, 240))):
         calls.clear()

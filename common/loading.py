@@ -20,8 +20,7 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto"):
     from ..modeling_uhr_bat import UHRBatForConditionalGeneration
     from ..processing_uhr_bat import UHRBatProcessor
 
-    # A class that is registered brings its code along when it is saved: the new folder loads by itself.
-    UHRBatConfig.register_for_auto_class()
+    # Registered classes bring all code along when they are saved: the new folder loads by itself.
     UHRBatImageProcessor.register_for_auto_class()
     UHRBatProcessor.register_for_auto_class()
     UHRBatForConditionalGeneration.register_for_auto_class("AutoModelForImageTextToText")
@@ -29,7 +28,7 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto"):
     if device_map == "auto" and not torch.cuda.is_available():
         device_map = None
     config = UHRBatConfig.from_pretrained(folder)
-    # Without the configuration the tokenizer would look for its class, and ask on a terminal whether to trust the folder.
+    # Without the configuration the tokenizer would look for its class, and ask on a terminal whether to trust it.
     processor = UHRBatProcessor.from_pretrained(folder, config=config)
     model = UHRBatForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype, device_map=device_map)
     return processor, model
