@@ -24,7 +24,7 @@ from tqdm import tqdm
 from ..clustering_uhr_bat import CLUSTERINGS
 from ..common.loading import ROOT
 from ..configuration_uhr_bat import PAPER_BUDGETS, PAPER_SCALES, UHRBatConfig
-from ..image_processing_uhr_bat import shown_patches
+from ..geometry_uhr_bat import shown_patches
 from ..modeling_uhr_bat import UHRBatForConditionalGeneration
 from ..token_compression_uhr_bat import cluster_regions, merge_tokens, select_tokens
 from . import flops, meters, straightforward

@@ -26,7 +26,7 @@ from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
 from ..common.prompts import expand_placeholder, write_prompt
 from ..common.tables import interval, percent, percent_interval, table
-from ..compression_uhr_bat import coords_of
+from ..geometry_uhr_bat import patch_centres
 from ..layers_uhr_bat import UHRBatScaleEmbedding
 from ..outputs_uhr_bat import UHRBatCompressionOutput
 from ..token_compression_uhr_bat import cluster_regions, merge_tokens
@@ -63,7 +63,7 @@ def choose(method, model, features, budgets, rng) -> list[torch.Tensor]:
     for scale, (tokens, places, budget) in enumerate(zip(features.tokens, features.positions, budgets)):
         num_tokens = len(tokens)
         if method == "k-means merge":
-            coords = coords_of(places, model.config.grids[scale])
+            coords = patch_centres(places, model.config.grids[scale])
             slots.append(cluster_regions(tokens, coords, budget, coord_weight=model.config.coord_weight))
             continue
         if method == "anchor only":

@@ -25,6 +25,7 @@ MODEL = (
     "outputs",
     "compression",
     "layers",
+    "encoding",
     "released_api",
     "generation",
     "modeling",
