@@ -40,15 +40,18 @@ NEWEST_TESTS = OVERLAY_TESTS + [
 ]
 
 
-def set_up(*requirements):
-    """Make .venv/ and install the requirement files, each once for its present contents."""
+def set_up(extra=""):
+    """Make .venv/ and install this folder as the package, with the packages of an extra of pyproject.toml as "[test]".
+
+    It is done once for what the package requires at present; its code is used where it lies.
+    """
     if not MADE.exists() or not PYTHON.exists():
         print("Setting up .venv/: this takes a few minutes, once.", flush=True)
         check(call(sys.executable, "-m", "venv", "--clear", VENV))
         MADE.touch()
-    for name in requirements:
-        contents = [(ROOT / file).read_text(encoding="utf-8") for file in (name, "constraints.txt")]
-        once(name, contents, lambda: pip("-r", ROOT / name, "-c", ROOT / "constraints.txt"))
+    files = ("pyproject.toml", "requirements.txt", "constraints.txt")
+    contents = [(ROOT / file).read_text(encoding="utf-8") for file in files]
+    once(f"package{extra}", contents, lambda: pip("-e", f"{ROOT}{extra}", "-c", ROOT / "constraints.txt"))
 
 
 def set_up_overlay(version, packages):
@@ -167,17 +170,16 @@ def count(report):
 
 
 def ask(arguments):
-    set_up("requirements.txt")
+    set_up()
     # The current folder stays, as IMAGE may be relative to it; -P keeps that folder's modules out of the way.
-    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
-    command = [str(PYTHON), "-P", "-m", "examples.ask", *arguments]
+    command = [str(PYTHON), "-P", "-m", "uhr_bat", "ask", *arguments]
     if os.name == "nt":
         sys.exit(subprocess.call(command))
     os.execv(command[0], command)
 
 
 def test(arguments):
-    set_up("requirements.txt", "requirements-test.txt")
+    set_up("[test]")
     pinned = pins()["transformers"]
     results = {pinned: run_tests(pinned, arguments or ["tests"])}
     if not arguments:

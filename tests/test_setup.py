@@ -5,16 +5,18 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 import zipfile
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+import run
 from packaging.requirements import Requirement
 from packaging.version import Version
-
-import run
+from uhr_bat.cli import VERBS
+from uhr_bat.export import build_tiny
 
 ROOT = Path(run.__file__).parent
 
@@ -33,10 +35,29 @@ def pins():
     return found
 
 
-@pytest.mark.parametrize("name", ["requirements.txt", "requirements-test.txt"])
-def test_every_requirement_has_a_pin_in_its_range(name):
-    for requirement in requirements(name):
-        assert pins()[requirement.name.lower()] in requirement.specifier
+def extras():
+    """{extra: requirements} of pyproject.toml."""
+    found = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
+    return {extra: list(map(Requirement, lines)) for extra, lines in found.items()}
+
+
+@pytest.mark.parametrize("extra", [None, *extras()])
+def test_every_requirement_has_a_pin_in_its_range(extra):
+    for requirement in extras()[extra] if extra else requirements("requirements.txt"):
+        if requirement.name == "uhr-bat":
+            assert requirement.extras < extras().keys()
+        else:
+            assert pins()[requirement.name.lower()] in requirement.specifier
+
+
+def test_the_tests_have_the_packages_of_every_extra():
+    reached, left = set(), ["test"]
+    while left:
+        extra = left.pop()
+        reached.add(extra)
+        left += [name for one in extras()[extra] for name in one.extras - reached]
+    names = {requirement.name for extra in reached for requirement in extras()[extra]}
+    assert {requirement.name for lines in extras().values() for requirement in lines} <= names
 
 
 def test_torch_is_pinned():
@@ -67,6 +88,9 @@ def test_every_command_of_the_readme_exists():
     assert {"ask", "test"} <= set(re.findall(r"python3? run\.py (\w+)", readme))
     for module in re.findall(r"python3? -m ([\w.]+)", readme):
         assert find_spec(module), module
+    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("*/README.md"))]
+    verbs = {verb for page in pages for verb in re.findall(r"(?:^uhr-bat|`uhr-bat|-m uhr_bat) (\w[\w-]*)", page, re.M)}
+    assert {"evidence", "train-finetune"} <= verbs <= VERBS.keys()
 
 
 @pytest.mark.parametrize("arguments, code", [(["--help"], 0), ([], 2), (["sing"], 2)])
@@ -263,8 +287,6 @@ def test_nothing_collected_is_summed_up_as_a_failure(monkeypatch, capsys):
 
 
 def test_the_configuration_files_are_what_the_build_writes(tmp_path):
-    from uhr_bat.export import build_tiny
-
     config = build_tiny.tiny_config(build_tiny.build_tokenizer(tmp_path))
     build_tiny.write_configs(tmp_path, config)
     for path in tmp_path.iterdir():
@@ -275,7 +297,6 @@ def test_the_configuration_files_are_what_the_build_writes(tmp_path):
 
 
 def test_the_untrained_model_is_a_whole_folder_that_never_replaces_weights(tmp_path, capsys):
-    from uhr_bat.export import build_tiny
     from transformers import AutoModelForImageTextToText, AutoProcessor
 
     build_tiny.main(["--output", str(tmp_path)])
