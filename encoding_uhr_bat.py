@@ -9,7 +9,6 @@ unless "tile by tile" is said.
 """
 
 import torch
-from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
 
@@ -30,22 +29,6 @@ def first_identical_tile(tiles) -> torch.Tensor:
 
 class UHRBatEncodingMixin:
     """For a model with a `vision_tower`, a `multi_modal_projector`, a `scale_embedding` and text embeddings."""
-
-    @property
-    def _feature_layer_idx(self) -> int:
-        """Layer of the vision tower whose output is `hidden_states[vision_feature_layer]`."""
-        layer = self.config.vision_feature_layer
-        return layer - 1 if layer > 0 else self.config.vision_config.num_hidden_layers + layer
-
-    @property
-    def _unread_layers(self) -> list[nn.Module]:
-        """Modules of the tower behind the feature layer: part of the checkpoint, but no token comes through them."""
-        return [*self.vision_tower.encoder.layers[self._feature_layer_idx + 1 :], self.vision_tower.post_layernorm]
-
-    def freeze_unread_layers(self):
-        """Without this, training on several devices waits for gradients that never come."""
-        for module in self._unread_layers:
-            module.requires_grad_(False)
 
     @accept_region_labels
     def encode_image(self, pixel_values, pixel_attention_mask=None, regions=None) -> list[UHRBatImageFeatures]:
@@ -127,29 +110,7 @@ class UHRBatEncodingMixin:
         """float[T', P, D] of the chosen tiles, through the tower in chunks; only a chunk's activations are held."""
         chunks = encoded_idx.split(self.config.vision_chunk_size)
         bar = logging.tqdm(chunks, desc=desc, unit="chunk", delay=1, leave=False, disable=self.training)
-        return torch.cat([self.multi_modal_projector(self._vision_features(tiles[chunk])) for chunk in bar])
-
-    def _vision_features(self, tiles) -> torch.Tensor:
-        """float[T, 3, tile, tile] -> float[T, P, C], patch tokens after `vision_feature_layer`.
-
-        The tower's own layers, one after the other: the list of all hidden states is never held, and what follows the
-        feature layer never runs.
-        """
-        tower = self.vision_tower
-        hidden_states = tower.pre_layrnorm(tower.embeddings(tiles.to(tower.dtype)))
-        for layer in tower.encoder.layers[: self._feature_layer_idx + 1]:
-            hidden_states = layer(hidden_states, attention_mask=None)
-        features = hidden_states[:, 1:]
-        unread = self._unread_layers
-        if self.training and any(parameter.requires_grad for layer in unread for parameter in layer.parameters()):
-            # Somebody trains what no token comes through, as LoRA on "all-linear" does. Training on several devices
-            # waits for a gradient of each parameter: one token goes on, for gradients of 0.
-            *layers, norm = unread
-            token = hidden_states[:1, :1]
-            for layer in layers:
-                token = layer(token, attention_mask=None)
-            features = features + 0 * norm(token).sum()
-        return features
+        return torch.cat([self.multi_modal_projector(self.vision_tower(tiles[chunk])) for chunk in bar])
 
     def _add_scale_embedding(self, tokens, scale_idx, positions, times) -> torch.Tensor:
         """float[V, D] plus `times` the embedding of their places, in blocks of a chunk of tiles."""
@@ -169,7 +130,8 @@ class UHRBatEncodingMixin:
         Use `encode_image` for large images: this one holds what the tower returns for all tiles at once.
         """
         I, T = pixel_values.shape[:2]
-        outputs = self.vision_tower(pixel_values.flatten(0, 1).to(self.vision_tower.dtype), **kwargs)
+        tower = self.vision_tower.vision_model  # all of it, to its last layer
+        outputs = tower(pixel_values.flatten(0, 1).to(tower.dtype), **kwargs)
         features = self.encode_image(pixel_values, pixel_attention_mask)
 
         def by_image(states):

@@ -1,11 +1,13 @@
-"""UHR-BAT layers: the projector, the scale embedding (eq. 5), and the attention of the question (eq. 2).
+"""UHR-BAT layers: vision tower, projector, scale embedding (eq. 5), and the attention of the question (eq. 2).
 
-Axes: N tokens of a scale, V of them that show the image, D decoder width, M tokens of a sequence.
+Axes: T tiles, P patches of a tile, C width of the tower, V tokens of a scale that show the image, D decoder width, M
+tokens of a sequence.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from transformers import AutoModel
 from transformers.activations import ACT2FN
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
@@ -13,6 +15,64 @@ from .configuration_uhr_bat import UHRBatConfig
 
 # Question rows of the importance pass that are scored at once: bounds the scores to heads x 64 x sequence.
 QUESTION_BLOCK = 64
+
+
+class UHRBatVisionTower(nn.Module):
+    """CLIP's vision model up to the layer that is read (`vision_feature_layer`), patch tokens only.
+
+    Its own layers run one after the other: the list of all hidden states is never held, what follows the feature layer
+    never runs, and threads share the tower. The model is one level down, as checkpoints of the LLaVA family have it
+    (`vision_tower.vision_model`), so that weights are called in memory what they are called in files. Its parts are
+    found here too.
+    """
+
+    def __init__(self, config: UHRBatConfig):
+        super().__init__()
+        self.vision_model = AutoModel.from_config(config.vision_config)
+        layer = config.vision_feature_layer  # as an index of hidden states, of which the first enters the first layer
+        self.num_layers = layer if layer > 0 else config.vision_config.num_hidden_layers + layer + 1
+        self.register_load_state_dict_pre_hook(accept_flat_names)
+        self.freeze_unread_layers()
+
+    def __getattr__(self, name):
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(super().__getattr__("vision_model"), name)
+
+    @property
+    def unread_layers(self) -> list[nn.Module]:
+        """What stands behind the feature layer: part of the checkpoint, but no token comes through it."""
+        return [*self.vision_model.encoder.layers[self.num_layers :], self.vision_model.post_layernorm]
+
+    def freeze_unread_layers(self):
+        """Without this, training on several devices waits for gradients that never come."""
+        for layer in self.unread_layers:
+            layer.requires_grad_(False)
+
+    def forward(self, tiles: torch.Tensor) -> torch.Tensor:
+        """float[T, 3, tile, tile] -> float[T, P, C]"""
+        model, unread = self.vision_model, self.unread_layers
+        hidden_states = model.pre_layrnorm(model.embeddings(tiles.to(model.dtype)))
+        for layer in model.encoder.layers[: self.num_layers]:
+            hidden_states = layer(hidden_states, attention_mask=None)
+        features = hidden_states[:, 1:]
+        if self.training and any(parameter.requires_grad for layer in unread for parameter in layer.parameters()):
+            # Somebody trains what no token comes through, as LoRA on "all-linear" does. Training on several devices
+            # waits for a gradient of each parameter: one token goes on, for gradients of 0.
+            *layers, norm = unread
+            token = hidden_states[:1, :1]
+            for layer in layers:
+                token = layer(token, attention_mask=None)
+            features = features + 0 * norm(token).sum()
+        return features
+
+
+def accept_flat_names(tower, state_dict, prefix, *args):
+    """Pre-hook of `load_state_dict` for weights that were saved one level higher, as `vision_tower.encoder`..."""
+    nested = prefix + "vision_model."
+    for name in [name for name in state_dict if name.startswith(prefix) and not name.startswith(nested)]:
+        state_dict[nested + name.removeprefix(prefix)] = state_dict.pop(name)
 
 
 class UHRBatMultiModalProjector(nn.Module):

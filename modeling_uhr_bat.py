@@ -25,7 +25,13 @@ from .compression_uhr_bat import CompressionRules, compress_image
 from .configuration_uhr_bat import UHRBatConfig, refuse_own_folder
 from .encoding_uhr_bat import UHRBatEncodingMixin
 from .generation_uhr_bat import UHRBatGenerationMixin
-from .layers_uhr_bat import UHRBatMultiModalProjector, UHRBatScaleEmbedding, call_reader, question_attention
+from .layers_uhr_bat import (
+    UHRBatMultiModalProjector,
+    UHRBatScaleEmbedding,
+    UHRBatVisionTower,
+    call_reader,
+    question_attention,
+)
 from .outputs_uhr_bat import (
     CACHE,
     IMAGE_INPUTS,
@@ -45,13 +51,6 @@ from .released_api_uhr_bat import (
     tokenizer_image_token,
     translate_released_call,
 )
-
-
-def accept_nested_tower(module, state_dict, prefix, *args):
-    """Pre-hook of `load_state_dict`: files of older releases nest the vision tower one level deeper."""
-    nested, flat = prefix + "vision_tower.vision_model.", prefix + "vision_tower."
-    for name in [name for name in state_dict if name.startswith(nested)]:
-        state_dict[flat + name.removeprefix(nested)] = state_dict.pop(name)
 
 
 class UHRBatPreTrainedModel(PreTrainedModel):
@@ -79,7 +78,7 @@ class UHRBatPreTrainedModel(PreTrainedModel):
         """As the library's. What no forward pass reads stays frozen: loading makes new parameters, which are not."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info`
-        model.base_model.freeze_unread_layers()
+        model.base_model.vision_tower.freeze_unread_layers()
         return loaded
 
     def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
@@ -98,16 +97,14 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatPreTrainedModel):
     def __init__(self, config: UHRBatConfig):
         super().__init__(config)
         width, activation = config.text_config.hidden_size, config.projector_hidden_act
-        self.vision_tower = AutoModel.from_config(config.vision_config)
+        self.vision_tower = UHRBatVisionTower(config)
         self.multi_modal_projector = UHRBatMultiModalProjector(config.vision_config.hidden_size, width, activation)
         self.scale_embedding = UHRBatScaleEmbedding(config)
         self.token_mlp = UHRBatMultiModalProjector(width, width, activation) if config.token_mlp else None
         self.language_model = AutoModel.from_config(config.text_config)
         for layer in self.language_model.layers:
             layer.self_attn.register_forward_pre_hook(call_reader, with_kwargs=True)
-        self.register_load_state_dict_pre_hook(accept_nested_tower)
         self.post_init()
-        self.freeze_unread_layers()
 
     def get_input_embeddings(self):
         return self.language_model.get_input_embeddings()

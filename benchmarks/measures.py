@@ -248,7 +248,7 @@ def check_towers(config, expected):
         prompt = torch.empty(1, TEXT_BEFORE + sum(config.budgets) + TEXT_AFTER, config.text_config.hidden_size)
         tiles = torch.empty(2, 3, config.tile_size, config.tile_size)
         with meters.FlopMeter() as meter:
-            model.model.vision_tower(tiles)
+            model.model.vision_tower.vision_model(tiles)
             counted = [meter.get_total_flops()]
             model.lm_head(model.model.language_model(inputs_embeds=prompt).last_hidden_state)
             counted.append(meter.get_total_flops() - counted[0])
@@ -262,7 +262,7 @@ def padding(settings) -> list[Row]:
     side, results, met = side_of("ours", "quick"), {}, True
     calls = []
     tower = side.model.model.vision_tower
-    handle = tower.embeddings.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    handle = tower.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     tile, scales = side.model.config.tile_size, side.model.config.scales
     for name, size in (("4:3", (640, 480)), ("3:1", (720, 240))):
         calls.clear()

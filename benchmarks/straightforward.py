@@ -106,7 +106,8 @@ class Straightforward:
         """[float[T, patches, D]] of every scale, tile by tile."""
         encoded, base = [], self.model.model
         for scale_tiles in tiles:
-            states = base.vision_tower(scale_tiles.to(self.model.device, self.model.dtype), output_hidden_states=True)
+            tower, scale_tiles = base.vision_tower.vision_model, scale_tiles.to(self.model.device, self.model.dtype)
+            states = tower(scale_tiles, output_hidden_states=True)
             features = states.hidden_states[self.config.vision_feature_layer][:, 1:]
             encoded.append(base.multi_modal_projector(features))
         return encoded

@@ -172,11 +172,9 @@ def build_model(output, config, seed=0):
     from safetensors.torch import save_file
     from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
-    from .model_folder import distributed_name
-
     torch.manual_seed(seed)
     model = UHRBatForConditionalGeneration(config)
-    weights = {distributed_name(name): tensor.contiguous() for name, tensor in model.state_dict().items()}
+    weights = {name: tensor.contiguous() for name, tensor in model.state_dict().items()}
     del weights["lm_head.weight"]  # tied to the embedding table
     save_file(weights, output / WEIGHTS, metadata={"format": "pt"})
     return model

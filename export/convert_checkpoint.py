@@ -35,7 +35,6 @@ from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from . import model_folder, released_layout
 from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
 from .model_card import read_provenance, write_model_card
-from .model_folder import distributed_name
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What weights may be, and integers of the same size, in which numbers that are not finite are comparable too.
@@ -128,7 +127,7 @@ def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None) 
         CheckpointError: all at once, tensors that are unknown, missing or of a wrong shape, and copies that differ.
     """
     weights = meta_model(config).state_dict()
-    expected = {distributed_name(name): tuple(tensor.shape) for name, tensor in weights.items()}
+    expected = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if config.tie_word_embeddings:
         del expected[HEAD]
     plan, problems, taken = [], [], {}
@@ -172,6 +171,12 @@ def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None) 
     return plan
 
 
+def nest_tower(name: str) -> str:
+    """The name of a tensor of this project's own layout: some checkpoints hold the vision tower one level higher."""
+    nested, flat = "model.vision_tower.vision_model.", "model.vision_tower."
+    return name.replace(flat, nested, 1) if name.startswith(flat) and not name.startswith(nested) else name
+
+
 def print_plan(plan: list[Entry]):
     """The table: what each tensor is, what becomes of it, its name before and after."""
     rows = [("action", "dtype", "shape", "name in the checkpoint", "name here")]
@@ -194,9 +199,8 @@ class MergedModel:
         from peft import PeftModel
 
         model = meta_model(config)
-        shapes = {distributed_name(name): tensor.shape for name, tensor in model.state_dict().items()}
-        names = {distributed_name(name): name for name in model.state_dict()}
-        weights = {names[entry.name]: read_tensor(checkpoint, entry) for entry in plan}
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        weights = {entry.name: read_tensor(checkpoint, entry) for entry in plan}
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
         try:
@@ -207,7 +211,7 @@ class MergedModel:
                 model = model.merge_and_unload(safe_merge=True)
         except Exception as error:  # of a wrong adapter peft raises whatever it likes
             raise CheckpointError(f"{adapter}: cannot be merged ({type(error).__name__}: {error}).") from error
-        self.weights = {distributed_name(name): tensor for name, tensor in model.state_dict().items()}
+        self.weights = model.state_dict()
         if {name: tensor.shape for name, tensor in self.weights.items()} != shapes:
             raise CheckpointError(f"{adapter}: after merging, names or shapes are no longer those of the model.")
 
@@ -298,7 +302,7 @@ def convert(
 
     source = Checkpoint(folder)
     config, notes, is_released = read_config(folder, source.tensors, vision_heads)
-    plan = make_plan(source, config, released_layout.rename if is_released else distributed_name, DTYPES[dtype])
+    plan = make_plan(source, config, released_layout.rename if is_released else nest_tower, DTYPES[dtype])
     kept = [entry for entry in plan if entry.name]
     numbers = Counter()
     for entry in kept:

@@ -44,12 +44,6 @@ PROCESSOR_AUTO_MAP = {
 }
 
 
-def distributed_name(name: str) -> str:
-    """Releases before 5.23 nest the vision tower one level deeper; all of them read that form."""
-    nested, flat = "model.vision_tower.vision_model.", "model.vision_tower."
-    return name.replace(flat, nested, 1) if name.startswith(flat) and not name.startswith(nested) else name
-
-
 def write_code(output: Path):
     """The files that `trust_remote_code` runs, and their licence."""
     for path in [*sorted(ROOT.glob("*_uhr_bat.py")), ROOT / "LICENSE"]:

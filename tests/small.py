@@ -79,5 +79,5 @@ def pad_left(*prompts) -> dict[str, torch.Tensor]:
 def count_tiles(model):
     """A list that grows by the number of tiles that enter the vision tower, chunk by chunk."""
     calls = []
-    model.model.vision_tower.embeddings.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
+    model.model.vision_tower.register_forward_pre_hook(lambda module, args: calls.append(len(args[0])))
     return calls

@@ -25,7 +25,6 @@ from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.export import convert_checkpoint, model_folder
 from uhr_bat.export.checkpoint_files import Checkpoint, CheckpointError
 from uhr_bat.export.convert_checkpoint import convert
-from uhr_bat.export.model_folder import distributed_name
 from uhr_bat.export.released_layout import looks_untrained
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
@@ -285,8 +284,7 @@ def test_every_tensor_arrives_under_its_new_name(exported):
 
 
 def test_the_model_loads_with_these_weights(exported):
-    weights = {name.replace("vision_model.", ""): value for name, value in weights_of(exported).items()}
-    loaded = {name.replace("vision_model.", ""): value for name, value in load_clean(exported).state_dict().items()}
+    weights, loaded = weights_of(exported), load_clean(exported).state_dict()
     assert loaded.keys() == weights.keys()
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
 
@@ -1046,17 +1044,16 @@ def test_a_fine_tuned_copy_goes_round(trained, tmp_path):
     assert (config.threshold, config.scale_embedding_form, config.budgets) == ("ge", "factorized", [2, 5, 7])
 
 
-@pytest.mark.parametrize("nested", [False, True])
-def test_consolidated_weights_of_several_processes_go_round(trained, tmp_path, nested):
-    """FSDP and ZeRO leave the same names in `pytorch_model.bin`; older releases nest the vision tower."""
+@pytest.mark.parametrize("flat", [False, True])
+def test_consolidated_weights_of_several_processes_go_round(trained, tmp_path, flat):
+    """FSDP and ZeRO leave the same names in `pytorch_model.bin`; some hold the vision tower one level higher."""
     model, checkpoint, _ = trained
     folder = tmp_path / "consolidated"
     folder.mkdir()
     shutil.copy(checkpoint / "config.json", folder)
     weights = model.state_dict()
-    if nested:
-        weights = {distributed_name(name): value for name, value in weights.items()}
-        assert any("vision_tower.vision_model." in name for name in weights)
+    if flat:
+        weights = {name.replace("vision_tower.vision_model.", "vision_tower."): one for name, one in weights.items()}
     torch.save(weights, folder / "pytorch_model.bin")
     exported = load_clean(convert(folder, tmp_path / "model"))
     assert torch.equal(exported(**question()).logits, model.eval()(**question()).logits)
@@ -1131,7 +1128,7 @@ def test_an_adapter_is_merged_and_goes_round(adapted, tmp_path):
     merged, base, adapter = adapted
     output = convert(base, tmp_path / "model", merge_adapter=adapter)
     weights, original = weights_of(output), load_file(base / "model.safetensors")
-    changed = [name for name in original if not torch.equal(original[name], weights[distributed_name(name)])]
+    changed = [name for name in original if not torch.equal(original[name], weights[name])]
     assert any("q_proj" in name for name in changed) and any("multi_modal_projector" in name for name in changed)
     assert_same_logits(merged, output, tmp_path)
 

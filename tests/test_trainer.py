@@ -95,7 +95,7 @@ def test_the_best_model_is_loaded_at_the_end(tmp_path):
     trainer.train()
     assert trainer.state.best_model_checkpoint.endswith("checkpoint-1")
     best = load_file(tmp_path / "checkpoint-1" / "model.safetensors")
-    assert torch.equal(tower_weight(model), best["model.vision_tower.encoder.layers.0.mlp.fc1.weight"])
+    assert torch.equal(tower_weight(model), best["model.vision_tower.vision_model.encoder.layers.0.mlp.fc1.weight"])
 
 
 class LongSecondStep(TrainerCallback):
@@ -131,11 +131,11 @@ def test_accelerate_loads_every_weight_of_a_saved_file(folder, device_map):
     assert all(torch.equal(value, saved[name]) for name, value in model.state_dict().items())
 
 
-@pytest.mark.parametrize("nested", [False, True], ids=["as saved", "as older releases nested it"])
-def test_a_raw_state_dict_of_the_file_loads_every_weight(folder, nested):
+@pytest.mark.parametrize("flat", [False, True], ids=["as saved", "one level higher"])
+def test_a_raw_state_dict_of_the_file_loads_every_weight(folder, flat):
     weights = load_file(folder / "model.safetensors")
-    if nested:
-        weights = {name.replace("vision_tower.", "vision_tower.vision_model."): one for name, one in weights.items()}
+    if flat:
+        weights = {name.replace("vision_tower.vision_model.", "vision_tower."): one for name, one in weights.items()}
     model = small_model(seed=1)
     missing, unexpected = model.load_state_dict(weights, strict=False)
     assert set(missing) <= {"lm_head.weight"} and not unexpected

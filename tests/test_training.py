@@ -66,10 +66,8 @@ def test_two_processes_train_as_two_batches_a_step_do(finetune, tmp_path):
     accumulated = finetune(tmp_path / "accumulated", "--together", "5", "--accumulation", "2")
     launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
     parallel = finetune(tmp_path / "parallel", "--together", "5", launcher=launcher)
-    moved = {name.replace("vision_tower.vision_model.", "vision_tower."): tensor for name, tensor in start.items()}
-    trained = {name.replace("vision_tower.vision_model.", "vision_tower."): tensor for name, tensor in parallel.items()}
     assert largest_difference(accumulated, parallel) < 2e-5
-    assert largest_difference(moved, trained) > 1e-4
+    assert largest_difference(start, parallel) > 1e-4
 
 
 @pytest.mark.parametrize("stage", [("--taught",), ("--together", "5")])
