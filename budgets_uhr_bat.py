@@ -1,31 +1,40 @@
 """UHR-BAT budgets: who may spend how many visual tokens (section 3.3, "Per-scale Budgets"): share, count, check.
 
 `budgets` int[S] is what the scales of one prompt may spend: a wish. `token_counts` int[I][S] is what every image does
-spend at every scale: a fact, min(share of the budget, tokens that show the image), known before the model runs.
+spend at every scale: a fact, min(share of the budget, tokens that show the image), known before the model runs. One
+budget for all scales is a single number, for which the tokens of all scales compete; its counts are int[I][1].
 
 Letters: I images, S scales, B prompts. `available` int[I][S]: tokens of every image and scale that show the image.
 """
 
 from collections.abc import Sequence
+from numbers import Integral
 
 
-def split_budgets(budgets: Sequence[int], scales: Sequence[int], num_images: int = 1) -> list[list[int]]:
+def is_one_budget(budgets) -> bool:
+    """Whether `budgets` is one number for all scales."""
+    return isinstance(budgets, Integral)
+
+
+def split_budgets(budgets: Sequence[int] | int, scales: Sequence[int], num_images: int = 1) -> list[list[int]]:
     """Share the budgets of a prompt among its images, so that the prompt's total stays B.
 
     Args:
         budgets: visual tokens that each scale may spend, in the order of `scales`; never fewer at a finer scale
-            ("we assign larger B_s values", section 3.3), but for 0, which leaves a scale out.
+            ("we assign larger B_s values", section 3.3), but for 0, which leaves a scale out. Or one number for all.
         scales: sides of the views in pixels.
         num_images: images in the prompt. Each gets the floor of its share, the first one the remainder too.
 
     Returns:
-        int[num_images][S], each at least 1 where the budget is not 0.
+        int[num_images][S], each at least 1 where the budget is not 0; int[num_images][1] for one number.
 
     Raises:
         ValueError: a missing or surplus budget, a decreasing one, nothing to spend, or fewer tokens than images.
     """
     if not scales:
         raise ValueError("`scales` is empty: at least the anchor scale is needed.")
+    if is_one_budget(budgets):
+        budgets, scales = [budgets], ["all"]
     budgets = [int(budget) for budget in budgets]
     if len(budgets) != len(scales):
         raise ValueError(
@@ -52,7 +61,7 @@ def count_tokens(budgets, scales, images_per_prompt: Sequence[int], available) -
     """int[I][S], the visual tokens that every image spends at every scale: min(its share of the budget, `available`).
 
     Args:
-        budgets: int[S], what the scales of a prompt may spend.
+        budgets: int[S], what the scales of a prompt may spend, or one number: then int[I][1] comes back.
         scales: sides of the views in pixels.
         images_per_prompt: int[B], images that share the budgets of each prompt.
         available: int[I][S].
@@ -63,6 +72,8 @@ def count_tokens(budgets, scales, images_per_prompt: Sequence[int], available) -
     if sum(images_per_prompt) != len(available):
         raise ValueError(f"The prompts hold {sum(images_per_prompt)} images, but {len(available)} were passed.")
     shares = [share for number in images_per_prompt if number for share in split_budgets(budgets, scales, number)]
+    if is_one_budget(budgets):
+        available = [[sum(limits)] for limits in available]
     return [[min(pair) for pair in zip(*rows)] for rows in zip(shares, available)]
 
 
@@ -137,8 +148,10 @@ def recover_counts(runs, images_per_prompt, budgets: Sequence[int], available) -
     totals = []
     for lengths, number in zip(runs, images_per_prompt):
         if number and len(lengths) != number:
-            lengths = [share for (share,) in split_budgets([sum(lengths)], ["all"], number)]
+            lengths = [share for (share,) in split_budgets(sum(lengths), ["all"], number)]
         totals += lengths
+    if is_one_budget(budgets):
+        return [[total] for total in totals]
     return [apportion(total, budgets, limits) for total, limits in zip(totals, available)]
 
 
@@ -152,7 +165,7 @@ def check_counts(token_counts, placeholders: Sequence[int], images_per_prompt: S
         scales: sides of the views in pixels.
         available: int[I][S].
     """
-    if len(token_counts) != len(available) or any(len(counts) != len(scales) for counts in token_counts):
+    if len(token_counts) != len(available) or any(len(counts) not in (1, len(scales)) for counts in token_counts):
         raise ValueError(
             f"`token_counts` must have the shape [{len(available)}, {len(scales)}]: images and scales. Got "
             f"[{len(token_counts)}, {len(token_counts[0]) if len(token_counts) else 0}]."
@@ -171,6 +184,8 @@ def check_counts(token_counts, placeholders: Sequence[int], images_per_prompt: S
             f"{totals} per image. Pass the `budgets` that the processor was given, or the `token_counts` that it returned."
         )
     for counts, limits in zip(token_counts, available):
+        if len(counts) < len(scales):  # one budget of all scales
+            scales, limits = ["all"], [sum(limits)]
         for scale, spent, limit in zip(scales, counts, limits):
             if not 0 <= spent <= limit:
                 raise ValueError(

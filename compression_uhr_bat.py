@@ -1,7 +1,7 @@
-"""UHR-BAT compression of one image: the rules of a configuration, applied scale by scale (section 3.4).
+"""UHR-BAT compression of one image: the rules of a configuration, applied to what the question looks at (section 3.4).
 
-What the question makes of an encoded image: importance of every scale (eq. 6-7), its regions (eq. 13-15), which tokens
-stay (eq. 8-12) and what is merged (eq. 10). It knows no model: the rules come as arguments, the image as features.
+Importance of every scale (eq. 6-7), its regions (eq. 13-15), which tokens stay (`selectors_uhr_bat.py`), and their means
+(eq. 10). It knows no model: the rules come as arguments, the image as features.
 
 Axes: S scales, N tokens of a scale, V of them that show the image, H and W height and width of a grid, D decoder width.
 """
@@ -14,13 +14,18 @@ import torch
 from .clustering_uhr_bat import cluster_regions, grid_regions, vote_regions
 from .geometry_uhr_bat import patch_centres
 from .outputs_uhr_bat import UHRBatImageFeatures
-from .token_compression_uhr_bat import align_importance, merge_tokens, select_tokens
+from .selectors_uhr_bat import SELECTORS
+from .token_compression_uhr_bat import align_importance, merge_tokens
 
 
 @dataclass(frozen=True)
 class CompressionRules:
     """The fields of the configuration that decide which tokens stay; each is explained there."""
 
+    selector: str
+    distinctiveness_power: float
+    refinement: list[int]
+    refinement_layers: list[int]
     region_method: str
     num_regions: int | None
     kmeans_iterations: int
@@ -48,6 +53,23 @@ def on_grid(values, positions, grid, fill) -> torch.Tensor:
     """[V] -> [H, W], `fill` where no value belongs."""
     height, width = grid
     return values.new_full((height * width,), fill).index_copy(0, positions, values).view(height, width)
+
+
+def look_up(importance, positions, grid, finer_positions, finer_grid) -> torch.Tensor:
+    """Importance of the tokens of a finer scale, read from that of a coarser one (eq. 6-7).
+
+    Args:
+        importance: float[V], of the coarser scale's tokens.
+        positions: long[V], their places on its grid.
+        finer_positions: long[V'], places on `finer_grid`.
+
+    Returns:
+        float[V']
+    """
+    shown = on_grid(torch.ones_like(importance), positions, grid, fill=0)
+    # Divide by the interpolated mask: the mean over those cells that show the image.
+    aligned = align_importance(on_grid(importance, positions, grid, fill=0), finer_grid)
+    return (aligned / align_importance(shown, finer_grid)).flatten()[finer_positions]
 
 
 def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, rules: CompressionRules) -> torch.Tensor:
@@ -82,36 +104,71 @@ def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, r
     return image.partitions[key]
 
 
+def choose_tokens(importance, regions, tokens, budget, rules: CompressionRules) -> torch.Tensor:
+    """`slots` long[N] of N tokens by the selector of the rules."""
+    select, settings = SELECTORS[rules.selector]
+    return select(importance, regions, tokens, budget, **{name: getattr(rules, name) for name in settings})
+
+
+def choose_of_all_scales(importance, regions, tokens, budget, rules: CompressionRules):
+    """Slots where the tokens of all scales compete for one budget; the arguments are lists over scales.
+
+    Returns:
+        (`slots` long[V_s] of every scale, int[S] places of each scale).
+
+    Raises:
+        ValueError: the selector merges tokens of different scales, which have no scale to stand in.
+    """
+    numbers = [int(region.max()) + 1 if len(region) else 0 for region in regions]
+    apart = [region + sum(numbers[:scale_idx]) for scale_idx, region in enumerate(regions)]
+    joined = choose_tokens(torch.cat(importance), torch.cat(apart), torch.cat(tokens), budget, rules)
+    slots, counts = [], []
+    for scale in joined.split([len(one) for one in tokens]):
+        # The place among all visual tokens becomes the place among those of the scale, in the same order.
+        kept = scale >= 0
+        places, rank = scale[kept].unique(return_inverse=True)
+        slots.append(torch.full_like(scale, -1).masked_scatter(kept, rank))
+        counts.append(len(places))
+    if sum(counts) != min(budget, len(joined)):
+        raise ValueError(
+            f"The selector {rules.selector!r} merges tokens of different scales. Give it `budgets` per scale instead of "
+            f"one of {budget} tokens."
+        )
+    return slots, counts
+
+
 def compress_image(
-    image: UHRBatImageFeatures, anchor_importance: torch.Tensor, counts: list[int], config, rules: CompressionRules
+    image: UHRBatImageFeatures, importance: list[torch.Tensor], counts: list[int], config, rules: CompressionRules
 ) -> CompressedImage:
-    """Tokens, importance, regions and slots of every scale of one image (eq. 6-12).
+    """Tokens, importance, regions and slots of every scale of one image (eq. 8-12).
 
     Args:
         image: the encoded image.
-        anchor_importance: float32[V_1], what the question pays to each anchor token.
-        counts: int[S], exact visual tokens of every scale.
+        importance: float32[V_s] of every scale, what the question pays to its tokens.
+        counts: int[S], exact visual tokens of every scale, or int[1], of all scales together.
         config: the configuration, for its grids.
         rules: which tokens stay.
     """
-    anchor_grid = config.grids[image.anchor_idx]
-    shown = on_grid(torch.ones_like(anchor_importance), image.anchor_positions, anchor_grid, fill=0)
-    anchor_importance = on_grid(anchor_importance, image.anchor_positions, anchor_grid, fill=0)
+    one_budget = len(counts) < len(config.grids)
+    with torch.no_grad():
+        # A scale that spends nothing has no regions either.
+        budgets = [counts[0] if size else 0 for size in image.available] if one_budget else counts
+        regions = [
+            partition(image, scale_idx, budget, config, rules) if budget else torch.full_like(positions, -1)
+            for scale_idx, (positions, budget) in enumerate(zip(image.positions, budgets))
+        ]
+        if one_budget:
+            slots, counts = choose_of_all_scales(importance, regions, image.tokens, counts[0], rules)
+        else:
+            slots = [
+                choose_tokens(*scale, budget, rules) if budget else torch.full_like(scale[1], -1)
+                for *scale, budget in zip(importance, regions, image.tokens, counts)
+            ]
     compressed = CompressedImage([], [], [], [])
     for scale_idx, (grid, count) in enumerate(zip(config.grids, counts)):
-        positions, tokens = image.positions[scale_idx], image.tokens[scale_idx]
-        with torch.no_grad():
-            # Divide by the interpolated mask: the mean over those anchor cells that show the image.
-            importance = align_importance(anchor_importance, grid) / align_importance(shown, grid)
-            importance = importance.flatten()[positions]
-            if count:
-                regions = partition(image, scale_idx, count, config, rules)
-                slots = select_tokens(importance, regions, count, threshold=rules.threshold, coverage=rules.coverage)
-            else:  # a scale that spends nothing has no regions either
-                slots = torch.full_like(positions, -1)
-                regions = torch.full_like(positions, -1)
-        compressed.tokens.append(merge_tokens(tokens, slots, count) if count else tokens[:0])
-        compressed.importance.append(on_grid(importance, positions, grid, fill=0))
-        compressed.regions.append(on_grid(regions, positions, grid, fill=-1).flatten())
-        compressed.slots.append(on_grid(slots, positions, grid, fill=-1).flatten())
+        positions, tokens, slot = image.positions[scale_idx], image.tokens[scale_idx], slots[scale_idx]
+        compressed.tokens.append(merge_tokens(tokens, slot, count) if count else tokens[:0])
+        compressed.importance.append(on_grid(importance[scale_idx], positions, grid, fill=0))
+        compressed.regions.append(on_grid(regions[scale_idx], positions, grid, fill=-1).flatten())
+        compressed.slots.append(on_grid(slot, positions, grid, fill=-1).flatten())
     return compressed

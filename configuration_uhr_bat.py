@@ -11,7 +11,7 @@ from typing import Literal
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
-from .budgets_uhr_bat import split_budgets
+from .budgets_uhr_bat import is_one_budget, split_budgets
 from .geometry_uhr_bat import check_scales, grids
 
 
@@ -94,8 +94,9 @@ class UHRBatConfig(PreTrainedConfig):
 
     # Side of every view in pixels, ascending; the first one is the anchor (section 3.3). Multiples of the tile.
     scales: list[int] | tuple[int, ...] = PAPER_SCALES
-    # Visual tokens that each scale may spend, B_s (section 3.3; appendix A gives these for 48 GB training).
-    budgets: list[int] | tuple[int, ...] = PAPER_BUDGETS
+    # Visual tokens that each scale may spend, B_s (section 3.3; appendix A gives these for 48 GB training). One number
+    # is a budget of all scales, for which their tokens compete.
+    budgets: list[int] | tuple[int, ...] | int = PAPER_BUDGETS
 
     # Id of the token that stands for an image in the prompt: the first row after Qwen2's own special tokens.
     image_token_index: int = 151646
@@ -126,6 +127,25 @@ class UHRBatConfig(PreTrainedConfig):
     # Coordinates over the whole scale (eq. 13) or, as the released code has them, inside each tile.
     coord_frame: Literal["scale", "tile"] = "scale"
 
+    # The rule that decides which tokens stay. "preserve_and_merge" is the paper's (eq. 8-12); "distinct" ranks tokens by
+    # importance times what differs from their region; the others are published reducers, for comparison.
+    selector: Literal[
+        "preserve_and_merge",
+        "distinct",
+        "top_k",
+        "uniform",
+        "diversity",
+        "conditional_diversity",
+        "similarity_merging",
+        "dominant_and_contextual",
+    ] = "preserve_and_merge"
+    # Weight of what differs beside the importance: 0.75 was best on validation scenes at 1 to 4 % of the tokens together.
+    distinctiveness_power: float = 0.75
+    # Tokens of each scale after the anchor that the question looks at once more, those of greatest importance so far,
+    # to refine the importance from scale to scale. Empty: the anchor's importance is all there is, as in the paper.
+    refinement: list[int] | tuple[int, ...] = ()
+    # Decoder layer at which each of these looks is read. Empty: `importance_layer`.
+    refinement_layers: list[int] | tuple[int, ...] = ()
     # Eq. 9 keeps a_i >= mean; the released code keeps a_i > mean.
     threshold: Literal["ge", "gt"] = "ge"
     # Whether every region is guaranteed a token. Eq. 12 alone does not: early regions can fill the budget.
@@ -155,7 +175,10 @@ class UHRBatConfig(PreTrainedConfig):
         self.text_config = _sub_config(self.text_config, "qwen2", QWEN2_7B)
         # JSON has no tuples: lists here keep a config equal to its own copy that was saved and loaded.
         self.scales = list(self.scales)
-        self.budgets = list(self.budgets)
+        if not is_one_budget(self.budgets):
+            self.budgets = list(self.budgets)
+        self.refinement = list(self.refinement)
+        self.refinement_layers = list(self.refinement_layers)
         super().__post_init__(**kwargs)
 
     def validate_scales(self):
@@ -164,12 +187,12 @@ class UHRBatConfig(PreTrainedConfig):
 
     def validate_budgets(self):
         """One budget per scale, ascending, and together they leave room for text in the context window."""
-        split_budgets(self.budgets, self.scales)
-        if min(self.budgets) < 1:  # a call may leave a scale out, a model reads all of its own
+        (share,) = split_budgets(self.budgets, self.scales)
+        if min(share) < 1:  # a call may leave a scale out, a model reads all of its own
             raise ValueError(f"Every budget must be at least 1 token per image. Got {self.budgets}.")
-        if sum(self.budgets) >= self.text_config.max_position_embeddings:
+        if sum(share) >= self.text_config.max_position_embeddings:
             raise ValueError(
-                f"The budgets {self.budgets} sum to {sum(self.budgets)} visual tokens, but the context window holds "
+                f"The budgets {self.budgets} sum to {sum(share)} visual tokens, but the context window holds "
                 f"{self.text_config.max_position_embeddings} tokens and needs room for text."
             )
 
@@ -182,10 +205,26 @@ class UHRBatConfig(PreTrainedConfig):
                 f"`vision_feature_layer` is {self.vision_feature_layer}, but the vision tower has {num_layers} layers."
             )
         num_layers = self.text_config.num_hidden_layers
-        if not -num_layers <= self.importance_layer < num_layers:
-            raise ValueError(f"`importance_layer` is {self.importance_layer}, but the decoder has {num_layers} layers.")
+        for name, layers in (
+            ("importance_layer", [self.importance_layer]),
+            ("refinement_layers", self.refinement_layers),
+        ):
+            for layer in layers:
+                if not -num_layers <= layer < num_layers:
+                    raise ValueError(f"`{name}` is {layer}, but the decoder has {num_layers} layers.")
         if "sliding_attention" in self.text_config.layer_types:
             raise ValueError("The importance pass needs full attention in every layer, not sliding windows.")
+
+    def validate_refinement(self):
+        """One number of candidates per scale after the anchor, and a layer for each of them; or none at all."""
+        for name, allowed in (("refinement", len(self.scales) - 1), ("refinement_layers", len(self.refinement))):
+            given = len(getattr(self, name))
+            if given not in (0, allowed):
+                raise ValueError(f"`{name}` needs {allowed} numbers, or none. Got {given}.")
+        if any(number < 1 for number in self.refinement):
+            raise ValueError(f"`refinement` counts tokens, at least 1 per scale. Got {self.refinement}.")
+        if self.distinctiveness_power < 0:
+            raise ValueError(f"`distinctiveness_power` must not be negative. Got {self.distinctiveness_power}.")
 
     def validate_numbers(self):
         """Counts are positive; the image token has a row in the embedding table."""

@@ -10,7 +10,7 @@ import numpy as np
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
-from .budgets_uhr_bat import count_tokens, split_budgets
+from .budgets_uhr_bat import count_tokens, is_one_budget, split_budgets
 from .configuration_uhr_bat import PAPER_BUDGETS, refuse_own_folder
 from .geometry_uhr_bat import grids, shown_patches
 from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs
@@ -19,11 +19,12 @@ from .image_reading_uhr_bat import flatten_images
 
 class UHRBatImagesKwargs(UHRBatImageProcessorKwargs, total=False):
     """
-    budgets (`list[int]`): visual tokens that each scale may spend in one prompt, shared by its images.
+    budgets (`list[int]` or `int`): visual tokens that each scale, or all scales together, may spend in one prompt,
+        shared by its images.
     images_per_prompt (`list[int]`): filled in by the processor, which sees text and images together.
     """
 
-    budgets: list[int] | None
+    budgets: list[int] | int | None
     images_per_prompt: list[int] | None
 
 
@@ -61,7 +62,8 @@ class UHRBatProcessor(ProcessorMixin):
             image_processor = UHRBatImageProcessor.from_clip(image_processor)
         if default_budgets is not None:
             split_budgets(default_budgets, image_processor.scales)
-        self.default_budgets = list(PAPER_BUDGETS if default_budgets is None else default_budgets)
+        budgets = PAPER_BUDGETS if default_budgets is None else default_budgets
+        self.default_budgets = budgets if is_one_budget(budgets) else list(budgets)
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -84,13 +86,13 @@ class UHRBatProcessor(ProcessorMixin):
             image_features: what `model.encode_image` returned, one per image, instead of images: the prompt is expanded
                 as theirs would be, and the features are handed on to the model. They may repeat, as the same image does
                 that is asked about in several prompts.
-            budgets: int[S], visual tokens that each scale may spend in one prompt.
+            budgets: int[S], visual tokens that each scale may spend in one prompt; one number for all scales together.
 
         Returns:
             input_ids, attention_mask: long[B, M], every placeholder repeated once per visual token;
             pixel_values: float[I, T, 3, tile, tile]; pixel_attention_mask: [I, N], 1 where a patch shows the image; or
             image_features, as they came;
-            token_counts: long[I, S], exact number of visual tokens per image and scale;
+            token_counts: long[I, S], exact number of visual tokens per image and scale; [I, 1] for one budget;
             images_per_prompt: long[B].
 
         Raises:

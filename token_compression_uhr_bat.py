@@ -53,6 +53,45 @@ def align_importance(anchor_importance: torch.Tensor, grid: tuple[int, int]) -> 
     return aligned.to(anchor_importance.dtype).to(anchor_importance.device).reshape(*leading, *grid)
 
 
+@torch.no_grad()
+def distinctiveness(tokens: torch.Tensor, regions: torch.Tensor) -> torch.Tensor:
+    """How much each token differs from its region: what merging it into the region would lose.
+
+    d_i = max(0, 1 - cos(u_i, m)), with u_i the unit vector of token i and m the mean of the unit vectors of its region.
+
+    Args:
+        tokens: float[N, D]; only their direction counts. A zero vector has the distinctiveness 1.
+        regions: long[N], label of the region of every token; not negative, not necessarily without gaps.
+
+    Returns:
+        float32[N] in [0, 2]; 0 for a token that is alone in its region.
+
+    Raises:
+        ValueError: shapes that do not agree, or no tokens.
+    """
+    if tokens.dim() != 2 or regions.shape != tokens.shape[:1] or not len(tokens):
+        raise ValueError(
+            "tokens must be [N, D] and regions [N] with the same N, at least 1. "
+            f"Got {tuple(tokens.shape)} and {tuple(regions.shape)}."
+        )
+    labels, regions = regions.unique(return_inverse=True)
+    order = regions.argsort(stable=True)
+    starts, _ = runs_of(regions[order], len(labels))
+    # In blocks of columns: a float32 copy of all tokens never exists.
+    columns = tokens.split(max(1, BLOCK_ELEMENTS // len(tokens)), dim=1)
+    norms = sum(block.float().square().sum(1) for block in columns).sqrt().clamp_min(1e-12)
+    weights = norms[order].reciprocal()
+    along, lengths = torch.zeros_like(norms), norms.new_zeros(len(labels))
+    for block in columns:
+        block = block.float()
+        sums = F.embedding_bag(order, block, starts, mode="sum", per_sample_weights=weights)
+        lengths += sums.square().sum(1)
+        along += (block * sums[regions]).sum(1)
+    cosine = along / norms / lengths.sqrt().clamp_min(1e-12)[regions]
+    alone = torch.bincount(regions, minlength=len(labels))[regions] == 1  # rounding leaves 1e-7 of it
+    return (1 - cosine).clamp(0, 2).masked_fill(alone & (norms > 1e-12), 0)
+
+
 THRESHOLDS = {"ge": torch.ge, "gt": torch.gt}
 
 
@@ -223,4 +262,5 @@ __all__ = [
     "vote_regions",
     "select_tokens",
     "merge_tokens",
+    "distinctiveness",
 ]
