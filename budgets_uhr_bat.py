@@ -181,16 +181,16 @@ def check_counts(token_counts, placeholders: Sequence[int], images_per_prompt: S
     if list(placeholders) not in (list(images_per_prompt), expanded):
         raise ValueError(
             f"Image features and image tokens do not match, tokens: {list(placeholders)} per prompt, features: "
-            f"{totals} per image. Pass the `budgets` that the processor was given, or the `token_counts` that it returned."
+            f"{totals} per image. Pass the `budgets` that the processor was given, or the `token_counts` that it "
+            "returned."
         )
     for counts, limits in zip(token_counts, available):
-        if len(counts) < len(scales):  # one budget of all scales
-            scales, limits = ["all"], [sum(limits)]
-        for scale, spent, limit in zip(scales, counts, limits):
+        names = [f"scale {scale} px" for scale in scales]
+        if len(counts) < len(scales):
+            names, limits = ["all scales"], [sum(limits)]
+        for name, spent, limit in zip(names, counts, limits):
             if not 0 <= spent <= limit:
-                raise ValueError(
-                    f"The budget of scale {scale} px is {spent} tokens, but {limit} tokens of it show the image."
-                )
+                raise ValueError(f"The budget of {name} is {spent} tokens, but {limit} tokens of it show the image.")
         if not sum(counts):
             raise ValueError(f"An image spends no token: its counts are {list(counts)} for the scales {list(scales)}.")
 

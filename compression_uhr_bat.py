@@ -1,7 +1,7 @@
 """UHR-BAT compression of one image: the rules of a configuration, applied to what the question looks at (section 3.4).
 
-Importance of every scale (eq. 6-7), its regions (eq. 13-15), which tokens stay (`selectors_uhr_bat.py`), and their means
-(eq. 10). It knows no model: the rules come as arguments, the image as features.
+Importance of every scale (eq. 6-7), its regions (eq. 13-15), which tokens stay (`selectors_uhr_bat.py`), and their
+means (eq. 10). It knows no model: the rules come as arguments, the image as features.
 
 Axes: S scales, N tokens of a scale, V of them that show the image, H and W height and width of a grid, D decoder width.
 """
@@ -131,8 +131,8 @@ def choose_of_all_scales(importance, regions, tokens, budget, rules: Compression
         counts.append(len(places))
     if sum(counts) != min(budget, len(joined)):
         raise ValueError(
-            f"The selector {rules.selector!r} merges tokens of different scales. Give it `budgets` per scale instead of "
-            f"one of {budget} tokens."
+            f"The selector {rules.selector!r} merges tokens of different scales. Give it `budgets` per scale instead "
+            f"of one of {budget} tokens."
         )
     return slots, counts
 

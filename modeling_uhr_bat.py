@@ -196,7 +196,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatPreTrainedModel):
             rules: without a `refinement` every scale is looked up from the anchor.
 
         Returns:
-            list[S] of float32[V_s]. With a refinement these are densities, 1 on average, so that scales can be compared.
+            list[S] of float32[V_s]. With a refinement these are densities, 1 on average: scales can be compared.
         """
         grids, anchor_idx = self.config.grids, image.anchor_idx
         values, positions = anchor_importance, image.anchor_positions

@@ -22,6 +22,7 @@ MODEL = (
     "processing",
     "clustering",
     "token_compression",
+    "selectors",
     "outputs",
     "compression",
     "layers",

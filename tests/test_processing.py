@@ -213,3 +213,20 @@ def test_images_of_one_prompt_share_its_budget_in_what_serving_engines_ask(proce
     assert processor._get_num_multimodal_tokens(image_sizes=sizes).num_image_tokens == [28, 28, 28]
     together = processor._get_num_multimodal_tokens(image_sizes=sizes, images_per_prompt=[2, 1])
     assert together.num_image_tokens == [14, 14, 28]
+
+
+def test_one_budget_for_all_scales_is_known_before_the_model_runs(processor):
+    inputs = processor(text=["<image>\n<image>", "<image>"], images=[[image(), image()], [image(1, 90)]], budgets=15)
+    assert inputs["token_counts"].tolist() == [[8], [7], [12]]  # the last one shows 2 + 4 + 6 patches
+    assert [list(ids).count(processor.image_token_id) for ids in inputs["input_ids"]] == [15, 12]
+    known = processor._get_num_multimodal_tokens(image_sizes=[(90, 90), (1, 90)], budgets=15)
+    assert known.num_image_tokens == [15, 12]
+
+
+def test_one_budget_may_be_the_default(processor, tmp_path):
+    single = UHRBatProcessor(
+        processor.image_processor, processor.tokenizer, chat_template=processor.chat_template, default_budgets=9
+    )
+    assert single(text="<image>", images=image())["token_counts"].tolist() == [[9]]
+    single.save_pretrained(tmp_path)
+    assert UHRBatProcessor.from_pretrained(tmp_path).default_budgets == 9

@@ -1,0 +1,152 @@
+"""One image and a question's importance: budgets per scale or one of all, and importance refined scale by scale."""
+
+import pytest
+import torch
+from small import BUDGETS, GRIDS, IMAGE, SIZES, prompt, random_pixels, small_config, small_model
+from uhr_bat.compression_uhr_bat import CompressionRules, choose_of_all_scales, look_up
+from uhr_bat.token_compression_uhr_bat import align_importance, distinctiveness
+
+
+QUESTION = torch.tensor([[5, IMAGE, 6, 7, 8]])
+REFINED = {"refinement": [6, 10], "refinement_layers": [0, 2]}
+
+
+def half_shown():
+    """int[1, N]: the image fills the upper half of every scale."""
+    return torch.cat([(torch.arange(h * w) < h * w // 2).long() for h, w in GRIDS])[None]
+
+
+# ---- One budget of all scales ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("budget", [1, 5, 14, 55, 56, 70])
+@pytest.mark.parametrize("selector", ["preserve_and_merge", "distinct", "top_k", "uniform", "diversity"])
+def test_one_budget_is_spent_exactly_among_all_scales(selector, budget):
+    model = small_model(selector=selector)
+    out = model.compress(input_ids=QUESTION, pixel_values=random_pixels(), budgets=budget)
+    assert len(out.pooler_output[0]) == min(budget, 56)
+    for tokens, slots in zip(out.tokens[0], out.slots[0]):
+        assert sorted(set(slots.tolist()) - {-1}) == list(range(len(tokens)))
+
+
+def test_the_best_tokens_of_all_scales_are_kept_scale_by_scale_in_order():
+    model = small_model(selector="distinct", distinctiveness_power=0.5)
+    (features,) = model.encode_image(random_pixels())
+    out = model.compress(input_ids=QUESTION, image_features=[features], budgets=14)
+    scores = [
+        importance.flatten() * distinctiveness(tokens, regions) ** 0.5
+        for importance, tokens, regions in zip(out.importance[0], features.tokens, out.regions[0])
+    ]
+    best = torch.cat(scores).argsort(descending=True, stable=True)[:14].sort().values
+    assert torch.equal(out.pooler_output[0], torch.cat(features.tokens)[best])
+
+
+def test_a_selector_that_merges_across_scales_is_refused_one_budget():
+    model = small_model(selector="similarity_merging")
+    with pytest.raises(ValueError, match="'similarity_merging' merges tokens of different scales.*one of 9 tokens"):
+        model.compress(input_ids=QUESTION, pixel_values=random_pixels(), budgets=9)
+    out = model.compress(input_ids=QUESTION, pixel_values=random_pixels())
+    assert [len(tokens) for tokens in out.tokens[0]] == list(BUDGETS)
+
+
+def test_one_budget_may_be_that_of_the_configuration_and_is_shared_by_images():
+    model = small_model(budgets=15, selector="top_k")
+    out = model.compress(
+        input_ids=torch.tensor([[5, IMAGE, 9, IMAGE, 6]]), image_features=model.encode_image(random_pixels(2))
+    )
+    assert [len(tokens) for tokens in out.pooler_output] == [8, 7]
+    ids = torch.cat([torch.tensor([[5]]), prompt("image", 9, num_tokens=8), prompt("image", 6, num_tokens=7)], dim=1)
+    expanded = model.compress(input_ids=ids, pixel_values=random_pixels(2))
+    assert all(map(torch.equal, expanded.pooler_output, out.pooler_output))
+
+
+def test_places_of_a_scale_are_those_of_all_scales_in_the_same_order():
+    rules = CompressionRules.of(small_config(selector="preserve_and_merge"))
+    generator = torch.Generator().manual_seed(0)
+    importance = [torch.rand(size, generator=generator) for size in SIZES]
+    regions = [torch.randint(0, 3, (size,), generator=generator) for size in SIZES]
+    tokens = [torch.randn(size, 4, generator=generator) for size in SIZES]
+    slots, counts = choose_of_all_scales(importance, regions, tokens, 20, rules)
+    assert sum(counts) == 20
+    for scale, count in zip(slots, counts):
+        assert sorted(set(scale.tolist()) - {-1}) == list(range(count))
+
+
+# ---- Importance -----------------------------------------------------------------------------------------------------
+
+
+def test_importance_is_looked_up_where_the_image_is_and_nowhere_else():
+    importance = torch.tensor([4.0, 2])  # the upper row of 2 x 2; the lower one is letterbox
+    found = look_up(importance, torch.tensor([0, 1]), (2, 2), torch.arange(8), (4, 4))
+    whole = align_importance(torch.tensor([[4.0, 2], [4, 2]]), (4, 4))
+    torch.testing.assert_close(found, whole.flatten()[:8])
+
+
+def test_without_a_refinement_every_scale_is_looked_up_from_the_anchor():
+    model = small_model()
+    (features,) = model.encode_image(random_pixels())
+    anchor = model.estimate_importance(QUESTION[0], features.anchor_tokens)
+    maps = model.model.refine_importance(QUESTION[0], features, anchor, CompressionRules.of(model.config))
+    on_grid = torch.empty(4).index_copy(0, features.anchor_positions, anchor).view(2, 2)
+    for found, grid in zip(maps, GRIDS):
+        torch.testing.assert_close(found, align_importance(on_grid, grid).flatten())
+
+
+@pytest.mark.parametrize("mask", [None, half_shown()], ids=["whole", "half"])
+@torch.no_grad()
+def test_refined_importance_is_the_steps_of_its_definition(mask):
+    model = small_model()
+    (features,) = model.encode_image(random_pixels(), mask)
+    anchor = model.estimate_importance(QUESTION[0], features.anchor_tokens)
+    maps = model.model.refine_importance(QUESTION[0], features, anchor, CompressionRules.of(model.config, REFINED))
+
+    order = features.anchor_positions.argsort()
+    before = anchor[order]
+    torch.testing.assert_close(maps[0], before / before.mean())
+    for scale, (n, layer) in enumerate(zip(REFINED["refinement"], REFINED["refinement_layers"]), start=1):
+        positions, tokens = features.positions[scale], features.tokens[scale]
+        prior = look_up(before, features.positions[scale - 1], GRIDS[scale - 1], positions, GRIDS[scale])
+        prior = prior / prior.sum()
+        n = min(n, len(tokens))
+        chosen = sorted(sorted(range(len(prior)), key=lambda i: (-float(prior[i]), i))[:n])
+        # The same pass as over the anchor, with other tokens; at the finest scale the last token of the prompt asks.
+        other = small_model(importance_layer=layer, question_tokens="last" if scale == 2 else "all")
+        attention = other.estimate_importance(QUESTION[0], tokens[chosen])
+        summed = prior.clone()
+        summed[chosen] += attention / attention.sum()
+        before = summed / summed.sum()
+        torch.testing.assert_close(maps[scale], before * len(before))
+
+
+def test_refinement_changes_what_is_kept_and_spends_the_same():
+    model = small_model(selector="distinct")
+    features = model.encode_image(random_pixels())
+    plain = model.compress(input_ids=QUESTION, image_features=features, budgets=14)
+    refined = model.compress(input_ids=QUESTION, image_features=features, budgets=14, rules=REFINED)
+    assert len(refined.pooler_output[0]) == len(plain.pooler_output[0]) == 14
+    assert not torch.equal(refined.pooler_output[0], plain.pooler_output[0])
+
+
+def test_a_scale_that_shows_nothing_takes_no_part_in_the_refinement():
+    model = small_model(selector="distinct", **REFINED)
+    mask = torch.ones(1, 56)
+    mask[0, 4:20] = 0
+    out = model.compress(input_ids=QUESTION, pixel_values=random_pixels(), pixel_attention_mask=mask, budgets=9)
+    assert [len(tokens) for tokens in out.tokens[0]][1] == 0 and len(out.pooler_output[0]) == 9
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"refinement": [3]}, "`refinement` needs 2 numbers, or none. Got 1"),
+        ({"refinement": [3, 0]}, "at least 1 per scale"),
+        ({"refinement": [3, 4], "refinement_layers": [1]}, "`refinement_layers` needs 2 numbers, or none. Got 1"),
+        ({"refinement": [3, 4], "refinement_layers": [1, 3]}, "`refinement_layers` is 3, but the decoder has 3 layers"),
+        ({"distinctiveness_power": -1.0}, "must not be negative. Got -1"),
+        ({"budgets": 0}, "at least 1 token"),
+        ({"budgets": 256}, "sum to 256 visual tokens, but the context window holds 256"),
+    ],
+)
+def test_contradictions_in_the_configuration_are_refused(changes, message):
+    with pytest.raises(Exception, match=message):
+        small_config(**changes)
