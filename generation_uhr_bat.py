@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.utils import logging
 
-from .outputs_uhr_bat import CACHE, IMAGE_INPUTS, UHRBatCompressionOutput, has_images
+from .outputs_uhr_bat import CACHE, IMAGE_INPUTS, UHRBatCompressionOutput, accept_past_key_values, has_images
 from .released_api_uhr_bat import translate_released_call
 
 logger = logging.get_logger(__name__)
@@ -19,6 +19,7 @@ logger = logging.get_logger(__name__)
 class UHRBatGenerationMixin(GenerationMixin):
     """The library's mixin for a model with `compress` and with `model.find_placeholders`."""
 
+    @accept_past_key_values("6.0.0")
     @torch.no_grad()
     def generate(self, inputs=None, *args, **kwargs):
         """Answer: `GenerationMixin.generate`, with the images of [`UHRBatImageInputs`].
@@ -35,8 +36,8 @@ class UHRBatGenerationMixin(GenerationMixin):
         """
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
-        for name in {"cache", "past_key_values"} & kwargs.keys() - {CACHE}:
-            kwargs[CACHE] = kwargs.pop(name)
+        if "cache" in kwargs:
+            kwargs[CACHE] = kwargs.pop("cache")
         inputs, kwargs = translate_released_call(self.config, inputs, kwargs)
         images = {name: kwargs.pop(name) for name in (*IMAGE_INPUTS, "region_labels") if name in kwargs}
         if has_images(images.get("pixel_values"), images.get("image_features")):

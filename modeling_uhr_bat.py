@@ -40,6 +40,7 @@ from .outputs_uhr_bat import (
     UHRBatImageFeatures,
     UHRBatImageInputs,
     UHRBatModelOutputWithPast,
+    accept_past_key_values,
     accept_region_labels,
     has_images,
 )
@@ -344,6 +345,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatPreTrainedModel):
         return mask.unsqueeze(-1)
 
     @can_return_tuple
+    @accept_past_key_values("5.40.0")
     @accept_region_labels
     def forward(
         self,
@@ -436,6 +438,7 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
         return self(**inputs, compress_only=True, rules=rules)
 
     @can_return_tuple
+    @accept_past_key_values("5.40.0")
     @accept_region_labels
     def forward(
         self,

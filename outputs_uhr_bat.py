@@ -16,6 +16,14 @@ from transformers.utils.deprecation import deprecate_kwarg
 CACHE = next(one.name for one in fields(BaseModelOutputWithPast) if one.name in ("cache", "past_key_values"))
 
 
+def accept_past_key_values(version):
+    """Decorator of a call that takes `cache`: from 5.24 on, the cache's former name warns that it will be gone in this
+    version, as the library's own models do."""
+    if CACHE != "cache":
+        return lambda call: call
+    return deprecate_kwarg("past_key_values", new_name="cache", version=version)
+
+
 @dataclass
 class UHRBatImageFeatures:
     """One encoded image: all that does not depend on the question. Encode once, ask many.
@@ -107,6 +115,8 @@ class UHRBatCompressionOutput(ModelOutput):
         slots: long[N] per image and scale, the place in `tokens` that each token went to, several tokens in one place
             were averaged; -1 for those that were dropped.
         images_per_prompt: number of images in each prompt of the batch.
+        hidden_states, attentions: None. The library's image outputs have these names; here the states of the vision
+            tower are never held for all tiles at once, unless `get_image_features` is called.
     """
 
     pooler_output: list[torch.Tensor] | None = None
@@ -115,6 +125,8 @@ class UHRBatCompressionOutput(ModelOutput):
     regions: list[list[torch.Tensor]] | None = None
     slots: list[list[torch.Tensor]] | None = None
     images_per_prompt: list[int] | None = None
+    hidden_states: tuple[torch.Tensor, ...] | None = None
+    attentions: tuple[torch.Tensor, ...] | None = None
 
     @property
     def tokens_per_prompt(self) -> list[int] | None:

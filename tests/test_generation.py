@@ -1,5 +1,7 @@
 """Runs on every supported release of transformers."""
 
+import warnings
+
 import pytest
 import torch
 from small import BUDGETS, IMAGE, PAD, count_tiles, pad_left, prompt, random_pixels, small_model
@@ -284,3 +286,15 @@ def test_a_conversation_goes_on_from_its_cache_under_either_name(name):
     other = first_turn(model)
     assert torch.equal(out, model.generate(turn, **{CACHE: other[CACHE]}, **settings))
     assert out.shape[1] == turn.shape[1] + 13 + 4
+
+
+def test_the_former_name_of_the_cache_warns_where_the_library_has_a_new_one():
+    model = small_model()
+    ids = torch.tensor([[5, 6, 7]])
+    calls = (model, model.model, lambda ids, **cache: model.generate(ids, max_new_tokens=1, **cache))
+    for call in calls:
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always", FutureWarning)
+            call(ids, past_key_values=None)
+        told = [str(one.message) for one in caught if "`past_key_values` is deprecated" in str(one.message)]
+        assert len(told) == (1 if CACHE == "cache" else 0)

@@ -526,6 +526,12 @@ def test_what_was_compressed_comes_back_with_the_scores():
     assert model(input_ids=torch.tensor([[5, 6]])).image_hidden_states is None
 
 
+def test_outputs_of_the_images_have_the_names_of_the_library_for_what_the_tower_did_not_keep():
+    out = small_model()(input_ids=QUESTION, pixel_values=random_pixels(), output_hidden_states=True)
+    assert out.hidden_states is not None
+    assert out.image_outputs.hidden_states is None and out.image_outputs.attentions is None
+
+
 def test_other_rules_for_one_call_leave_the_configuration_as_it_is():
     model = small_model()
     features = model.encode_image(random_pixels())
