@@ -5,7 +5,7 @@
 
 The weights are random and in bfloat16, so the answer means nothing; the image is the made-up scene of 8,500 x 8,500
 pixels. Both sides share the weights and take turns. In bfloat16 they round differently (ours keeps the attention in
-float32), so that the share of the visual tokens that are the same is reported, and not asked to be all of them.
+float32), so the fraction of the visual tokens that are the same is reported, and need not be all of them.
 """
 
 import argparse
@@ -23,9 +23,9 @@ from ..common.files import whole_files, write_json
 from ..common.loading import ROOT
 from ..common.tables import table
 from ..configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig
-from . import flops
+from .compare import TOKEN_TOLERANCE, spread
 from .images import photograph
-from .measures import TOKEN_TOLERANCE, spread
+from .measures import flops
 from .meters import peak_bytes, reset_peak
 from .run import stages_table
 from .sides import ANSWER_TOKENS, SIDES, TEXT_AFTER, TEXT_BEFORE, Meter, ask, build_model, prompt_ids, quick_config

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from PIL import Image
 
-from ..training import scenes
+from ..scenes import painting
 
 # The scene is drawn at this side at most, and beside itself beyond it.
 DRAWN_SIDE = 8500
@@ -16,7 +16,7 @@ def photograph(folder: Path, size) -> str:
     """A JPEG of the made-up scene; its path."""
     path = folder / f"{size[0]}x{size[1]}.jpg"
     if not path.exists():
-        drawn = scenes.example(tuple(min(DRAWN_SIDE, side) for side in size))
+        drawn = painting.example(tuple(min(DRAWN_SIDE, side) for side in size))
         image = Image.new("RGB", size)
         for left in range(0, size[0], drawn.width):
             for top in range(0, size[1], drawn.height):
@@ -31,7 +31,7 @@ def tiled_tiff(folder: Path, size, num_drawn=8) -> str:
     The entries of its index point to the same tiles, so that the file of a gigapixel is 50 MB.
     """
     path = folder / f"{size[0]}x{size[1]}.tif"
-    drawn = scenes.example((num_drawn * TIFF_TILE, num_drawn * TIFF_TILE))
+    drawn = painting.example((num_drawn * TIFF_TILE, num_drawn * TIFF_TILE))
     columns, rows = (-(-side // TIFF_TILE) for side in size)
     num_tiles, num_bytes, num_entries = columns * rows, 3 * TIFF_TILE**2, 11
     depths = 8 + 2 + 12 * num_entries + 4  # what does not fit its entry stands behind them

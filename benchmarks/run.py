@@ -20,7 +20,8 @@ from tqdm import tqdm
 
 from ..common.files import whole_files, write_json
 from ..common.tables import table
-from .measures import MEASURES, Disagreement, Row, Settings
+from .compare import Disagreement, Row, Sizes
+from .measures import MEASURES
 from .sides import one_thread
 
 MARKS = {True: "met", False: "**missed**", None: "-"}
@@ -84,12 +85,12 @@ def write(output, result):
         (built / "results.md").write_text(report(result), encoding="utf-8")
 
 
-def run(names, settings) -> tuple[dict, list[str]]:
+def run(names, sizes) -> tuple[dict, list[str]]:
     """({name: rows as dictionaries}, what did not agree) of the chosen measures."""
     measures, disagreements = {}, []
     for name in tqdm(names, desc="measures"):
         try:
-            rows = MEASURES[name](settings)
+            rows = MEASURES[name](sizes)
         except Disagreement as error:
             disagreements.append(f"{name}: {error}")
             rows = [Row(name, "both sides agree", str(error), False)]
@@ -111,7 +112,7 @@ def main(arguments=None) -> int:
         parser.error(f"--repetitions must be at least 1. Got {args.repetitions}.")
     one_thread()
     with tempfile.TemporaryDirectory() as folder:
-        measures, disagreements = run(names, Settings(args.quick, args.repetitions, Path(folder)))
+        measures, disagreements = run(names, Sizes(args.quick, args.repetitions, Path(folder)))
     result = {"machine": machine(), "quick": args.quick, "measures": measures, "disagreements": disagreements}
     if args.output:
         write(args.output, result)

@@ -6,6 +6,7 @@ counter of FLOPs, a counter of synchronisations.
 """
 
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from functools import cache
 from multiprocessing import get_context
 
@@ -215,3 +216,10 @@ def one_thread():
 def one_process() -> ProcessPoolExecutor:
     """A process that works when it is asked to; its memory is its own, and a side in it is built once."""
     return ProcessPoolExecutor(1, get_context("spawn"), initializer=one_thread)
+
+
+@contextmanager
+def process_pair():
+    """{side: executor of one process}: each side's memory is its own, and they run when they are asked to."""
+    with one_process() as ours, one_process() as straightforward_side:
+        yield {"ours": ours, "straightforward": straightforward_side}

@@ -16,11 +16,13 @@ from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..common.budgets import counts_of_fraction
 from ..common.extras import require
 from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
@@ -29,12 +31,13 @@ from ..common.tables import interval, percent, percent_interval, table
 from ..geometry_uhr_bat import patch_centres
 from ..layers_uhr_bat import UHRBatScaleEmbedding
 from ..outputs_uhr_bat import UHRBatCompressionOutput
+from ..scenes import questions
+from ..scenes.evidence import evidence_of
+from ..scenes.layout import FINETUNING_SEED, TEST_SEEDS, make_scene
+from ..scenes.painting import paint
 from ..token_compression_uhr_bat import cluster_regions, merge_tokens
-from ..training import questions, scenes
-from ..training.common import paint
-from ..training.finetune import budgets_of, evidence_of
 
-SHARES = (0.01, 0.02, 0.04, 0.08)
+FRACTIONS = (0.01, 0.02, 0.04, 0.08)
 FULL = "no compression"
 PROPOSED = "preserve-and-merge"
 # Rules, other than those of the configuration, by which the model's own `compress` is each method.
@@ -46,7 +49,7 @@ RULES = {
 }
 CHOICES = ("k-means merge", "uniform", "random", "anchor only")  # blind to the question
 DOWNSAMPLING = "downsampling"
-METHODS = (*RULES, *CHOICES, DOWNSAMPLING)
+ROWS = (*RULES, *CHOICES, DOWNSAMPLING)
 NO_IMAGE = "model without image"
 TEXT_ONLY = "text-only control"
 SIZES = {"1-2": (0, 2.5), "3-4": (2.5, 4.5), "5-8": (4.5, 99)}  # px, bins of the rounded size
@@ -57,21 +60,21 @@ MAX_NEW_TOKENS = 6
 # ---- Choices of visual tokens ----------------------------------------------------------------------------------------
 
 
-def choose(method, model, features, budgets, rng) -> list[torch.Tensor]:
+def choose(method, model, features, counts, rng) -> list[torch.Tensor]:
     """Slots long[V] of every scale by a rule that does not know the question."""
     slots = []
-    for scale, (tokens, places, budget) in enumerate(zip(features.tokens, features.positions, budgets)):
+    for scale, (tokens, positions, count) in enumerate(zip(features.tokens, features.positions, counts)):
         num_tokens = len(tokens)
         if method == "k-means merge":
-            coords = patch_centres(places, model.config.grids[scale])
-            slots.append(cluster_regions(tokens, coords, budget, coord_weight=model.config.coord_weight))
+            coords = patch_centres(positions, model.config.grids[scale])
+            slots.append(cluster_regions(tokens, coords, count, coord_weight=model.config.coord_weight))
             continue
         if method == "anchor only":
-            budget = min(sum(budgets), num_tokens) if scale == 0 else 0
+            count = min(sum(counts), num_tokens) if scale == 0 else 0
         if method == "random":
-            kept = np.sort(rng.permutation(num_tokens)[:budget])
+            kept = np.sort(rng.permutation(num_tokens)[:count])
         else:
-            kept = ((np.arange(budget) + 0.5) * num_tokens / max(budget, 1)).astype(int)
+            kept = ((np.arange(count) + 0.5) * num_tokens / max(count, 1)).astype(int)
         slot = torch.full((num_tokens,), -1)
         slot[torch.from_numpy(kept)] = torch.arange(len(kept))
         slots.append(slot)
@@ -88,17 +91,17 @@ def gather(features, slots) -> torch.Tensor:
     return torch.cat(merged)
 
 
-def keeps(slots, places, evidence) -> bool:
-    """Whether each object, a list of its (scale, token), has a slot of its own in one of them.
+def keeps(slots, positions, evidence) -> bool:
+    """Whether each object, a list of its (scale, position), has a slot of its own in one of them.
 
-    `slots`: long[V] per scale; `places`: long[V] per scale, where they stand on the grid.
+    `slots`: long[V] per scale; `positions`: long[V] per scale, where these tokens stand on the grid.
     """
     alone = []
-    for slot, where in zip(slots, places):
+    for slot, where in zip(slots, positions):
         counts = torch.bincount(slot[slot >= 0], minlength=1)
         single = (slot >= 0) & (counts[slot.clamp_min(0)] == 1)
         alone.append(set(where[single].tolist()))
-    return all(any(token in alone[scale] for scale, token in one) for one in evidence)
+    return all(any(position in alone[scale] for scale, position in one) for one in evidence)
 
 
 def one_scale_model(model, side):
@@ -155,66 +158,96 @@ def answer(model, processor, prompt, visual) -> list[str]:
     return [text.strip() for text in processor.batch_decode(output[:, length:], skip_special_tokens=True)]
 
 
-def text_only(num_scenes, first_seed=scenes.FINETUNING_SEED) -> dict[str, str]:
+def text_only(num_scenes, first_seed=FINETUNING_SEED) -> dict[str, str]:
     """The best a reader of the questions alone can do: the most frequent answer to every text in training."""
     answers = defaultdict(Counter)
     for seed in tqdm(range(first_seed, first_seed + num_scenes), desc="Text-only control", unit="scene"):
-        scene, rng = scenes.make_scene(seed), np.random.default_rng([seed, 3])
+        scene, rng = make_scene(seed), np.random.default_rng([seed, 3])
         for kind in questions.KINDS:
-            if (question := questions.ask(scene, kind, rng=rng)) is not None:
+            if (question := questions.make_question(scene, kind, rng=rng)) is not None:
                 answers[question.text][question.answer] += 1
     return {text: counts.most_common(1)[0][0] for text, counts in answers.items()}
 
 
+class Answer(NamedTuple):
+    """What was said to one question from one choice of visual tokens; `kept`: whether the evidence was among them."""
+
+    method: str
+    fraction: float
+    num_tokens: int
+    said: str | None
+    kept: bool
+
+
+def answers_without_a_choice(model, processor, question, features, control) -> list[Answer]:
+    """From all tokens, from the text of the question alone, and by the model without an image."""
+    prompt = write_prompt(processor, question.text).to(model.device)
+    (from_all,) = answer(model, processor, prompt, [torch.cat(features.tokens)])
+    text = processor.apply_chat_template(
+        [{"role": "user", "content": question.text}], add_generation_prompt=True, tokenize=True, return_dict=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    output = model.generate(**text, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
+    blind = processor.decode(output[0, text["input_ids"].shape[1] :], skip_special_tokens=True).strip()
+    return [
+        Answer(FULL, 1.0, sum(features.available), from_all, True),
+        Answer(TEXT_ONLY, 0.0, 0, control.get(question.text), False),
+        Answer(NO_IMAGE, 0.0, 0, blind, False),
+    ]
+
+
+def answers_from_a_fraction(
+    model, processor, question, features, fraction, methods, small, evidence, rng
+) -> list[Answer]:
+    """From what each method chooses of a fraction of the tokens.
+
+    Args:
+        small: float[n, D], the tokens of the image that was downsampled to as many, where that is among the methods.
+        evidence: of every object that has to be seen, its (scale, position).
+    """
+    prompt = write_prompt(processor, question.text).to(model.device)
+    counts = counts_of_fraction(fraction, features.available, processor.default_budgets)
+    visual, kept = [], []
+    for method in methods:
+        if method == DOWNSAMPLING:
+            visual.append(small)
+            kept.append(False)
+            continue
+        if method in RULES:
+            images = {"image_features": [features], "token_counts": torch.tensor([counts])}
+            compressed = model.compress(**prompt, **images, rules=RULES[method])
+            visual.append(compressed.pooler_output[0])
+            slots = [slot[positions] for slot, positions in zip(compressed.slots[0], features.positions)]
+        else:
+            slots = choose(method, model, features, counts, rng)
+            visual.append(gather(features, slots))
+        kept.append(keeps(slots, features.positions, evidence))
+    said = answer(model, processor, prompt, visual)
+    return [Answer(method, fraction, len(tokens), *rest) for method, tokens, *rest in zip(methods, visual, said, kept)]
+
+
 @torch.no_grad()
-def ask_scene(model, processor, downsampling, scene, shares, methods, control, rng) -> list[dict]:
-    """One record per question and choice of tokens: kind, method, share, tokens, right, kept, pixels."""
+def ask_scene(model, processor, downsampling, scene, fractions, methods, control, rng) -> list[dict]:
+    """One record per question and choice of tokens: kind, method, fraction, tokens, right, kept, pixels."""
     image = paint(scene)
-    tiles = processor.image_processor(image, return_tensors="pt").to(model.device)
-    features, records = model.encode_image(**tiles)[0], []
-    total = sum(map(len, features.tokens))
-    small = {share: downsampling(image, round(share * total)) for share in shares if DOWNSAMPLING in methods}
+    (features,) = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
+    total, records = sum(features.available), []
+    small = {one: downsampling(image, round(one * total)) if DOWNSAMPLING in methods else None for one in fractions}
     for kind in questions.KINDS:
-        question = questions.ask(scene, kind, rng=rng)
+        question = questions.make_question(scene, kind, rng=rng)
         if question is None:
             continue
         evidence = evidence_of(scene, question, model.config.grids)
-        prompt = write_prompt(processor, question.text).to(model.device)
-
-        answers = []
-        (said,) = answer(model, processor, prompt, [torch.cat(features.tokens)])
-        answers.append((FULL, 1.0, total, said, True))
-        answers.append((TEXT_ONLY, 0.0, 0, control.get(question.text), False))
-        text = processor.apply_chat_template(
-            [{"role": "user", "content": question.text}], add_generation_prompt=True, tokenize=True, return_dict=True,
-            return_tensors="pt",
-        )  # fmt: skip
-        output = model.generate(**text, do_sample=False, max_new_tokens=MAX_NEW_TOKENS)
-        said = processor.decode(output[0, text["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-        answers.append((NO_IMAGE, 0.0, 0, said, False))
-        for share in shares:
-            budgets = budgets_of(share, features, processor.default_budgets)
-            visual, kept = [], []
-            for method in methods:
-                if method == DOWNSAMPLING:
-                    visual.append(small[share])
-                    kept.append(False)
-                    continue
-                if method in RULES:
-                    images = {"image_features": [features], "token_counts": torch.tensor([budgets])}
-                    compressed = model.compress(**prompt, **images, rules=RULES[method])
-                    visual.append(compressed.pooler_output[0])
-                    slots = [slot[places] for slot, places in zip(compressed.slots[0], features.positions)]
-                else:
-                    slots = choose(method, model, features, budgets, rng)
-                    visual.append(gather(features, slots))
-                kept.append(keeps(slots, features.positions, evidence))
-            for method, tokens, said, seen in zip(methods, visual, answer(model, processor, prompt, visual), kept):
-                answers.append((method, share, len(tokens), said, seen))
-        for method, share, num_tokens, said, seen in answers:
+        answers = answers_without_a_choice(model, processor, question, features, control)
+        for one in fractions:
+            answers += answers_from_a_fraction(
+                model, processor, question, features, one, methods, small[one], evidence, rng
+            )
+        for one in answers:
             records.append({
-                "scene": scene.seed, "kind": kind, "method": method, "share": share, "tokens": num_tokens,
-                "right": said == question.answer, "kept": seen if evidence else None, "pixels": question.pixels,
+                "scene": scene.seed, "kind": kind, "method": one.method, "fraction": one.fraction,
+                "tokens": one.num_tokens, "right": one.said == question.answer,
+                "kept": one.kept if evidence else None, "pixels": question.pixels,
             })  # fmt: skip
     return records
 
@@ -223,19 +256,19 @@ def ask_scene(model, processor, downsampling, scene, shares, methods, control, r
 
 
 def summarise(records) -> dict:
-    """Accuracy, evidence kept and the paired difference from preserve-and-merge by method and share, and by kind; what
+    """Accuracy, evidence kept and the paired difference from preserve-and-merge by method and fraction, and by kind; what
     the full image answers and the compressed one does not, by the size of the objects."""
     rng, by_method = np.random.default_rng(0), defaultdict(list)
     for record in records:
-        by_method[record["method"], record["share"]].append(record)
+        by_method[record["method"], record["fraction"]].append(record)
     rows = []
-    for (method, share), asked in by_method.items():
+    for (method, fraction), asked in by_method.items():
         groups = [record["scene"] for record in asked]
         right = np.array([record["right"] for record in asked])
         evident = [record for record in asked if record["kept"] is not None]
         row = {
             "method": method,
-            "share": share,
+            "fraction": fraction,
             "questions": len(asked),
             "tokens": float(np.mean([record["tokens"] for record in asked])),
             "accuracy": interval(right, groups, rng),
@@ -246,7 +279,7 @@ def summarise(records) -> dict:
                 if any(record["kind"] == kind for record in asked)
             },
         }
-        if (proposed := by_method.get((PROPOSED, share))) and method != PROPOSED:
+        if (proposed := by_method.get((PROPOSED, fraction))) and method != PROPOSED:
             # Records of every method stand in the order of the questions.
             row["difference"] = interval(right - np.array([r["right"] for r in proposed], float), groups, rng)
         full = by_method[FULL, 1.0]
@@ -269,7 +302,7 @@ def report(result) -> str:
     rows, about = result["rows"], result["about"]
 
     def cells(row, *values):
-        return [f"{100 * row['share']:g} %", row["method"], *values]
+        return [f"{100 * row['fraction']:g} %", row["method"], *values]
 
     kinds = [
         [percent(row["by_kind"][kind]) if kind in row["by_kind"] else "" for kind in questions.KINDS] for row in rows
@@ -307,26 +340,26 @@ def report(result) -> str:
         "that they need, in pixels of the finest scale (side of a square of its area).",
         table(
             ["tokens", *[f"{name} px" for name in SIZES], "all, accuracy minus that of all tokens"],
-            [[f"{100 * row['share']:g} %", *values] for row, values in zip(losing, lost)],
+            [[f"{100 * row['fraction']:g} %", *values] for row, values in zip(losing, lost)],
         ),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def plot(result, path):
-    """Accuracy and evidence kept against the share of visual tokens."""
+    """Accuracy and evidence kept against the fraction of visual tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 5.5), layout="constrained")
-    styles = dict(zip(METHODS, ("o-", "s-", "<-", "^-", "v--", "D--", "x--", "P:", "*:")))
+    styles = dict(zip(ROWS, ("o-", "s-", "<-", "^-", "v--", "D--", "x--", "P:", "*:")))
     for axes, name, title in zip(
         figure.subplots(1, 2), ("accuracy", "kept"), ("Questions answered right", "Evidence kept")
     ):
-        for method in METHODS:
+        for method in ROWS:
             rows = [row for row in result["rows"] if row["method"] == method]
             if not rows:
                 continue
-            x = [100 * row["share"] for row in rows]
+            x = [100 * row["fraction"] for row in rows]
             mean, low, high = 100 * np.array([row[name] for row in rows]).T
             axes.errorbar(x, mean, (mean - low, high - mean), fmt=styles[method], label=method, capsize=2)
         if name == "accuracy":
@@ -335,7 +368,7 @@ def plot(result, path):
                 axes.axhline(100 * row[name][0], color="black", linestyle=style, label=method)
             figure.legend(*axes.get_legend_handles_labels(), loc="outside right center", fontsize=8)
         axes.set(xscale="log", xlabel="visual tokens, % of all", ylabel="%", title=title, ylim=(0, 100))
-        axes.set_xticks([100 * share for share in result["about"]["shares"]])
+        axes.set_xticks([100 * fraction for fraction in result["about"]["fractions"]])
         axes.get_xaxis().set_major_formatter("{x:g}")
         axes.minorticks_off()
     figure.savefig(path, dpi=110)
@@ -352,23 +385,23 @@ def write_results(result, folder):
 _worker = {}
 
 
-def _start_worker(folder, shares, methods, control, num_threads):
+def _start_worker(folder, fractions, methods, control, num_threads):
     torch.set_num_threads(num_threads)
     processor, model = load_model(folder, torch.float32)
     _worker.update(
-        model=model, processor=processor, downsampling=Downsampling(processor, model), shares=shares, methods=methods,
-        control=control,
+        model=model, processor=processor, downsampling=Downsampling(processor, model), fractions=fractions,
+        methods=methods, control=control,
     )  # fmt: skip
 
 
 def _ask(seed):
-    return ask_scene(scene=scenes.make_scene(seed), rng=np.random.default_rng([seed, 3]), **_worker)
+    return ask_scene(scene=make_scene(seed), rng=np.random.default_rng([seed, 3]), **_worker)
 
 
-def evaluate(folder, seeds, shares=SHARES, methods=METHODS, workers=1, control_scenes=CONTROL_SCENES) -> list[dict]:
+def evaluate(folder, seeds, fractions=FRACTIONS, methods=ROWS, workers=1, control_scenes=CONTROL_SCENES) -> list[dict]:
     """Records of all questions about the scenes of `seeds`; several workers are processes of one thread each."""
     control = text_only(control_scenes)
-    job = (folder, shares, methods, control, 1 if workers > 1 else torch.get_num_threads())
+    job = (folder, fractions, methods, control, 1 if workers > 1 else torch.get_num_threads())
     bar = {"total": len(seeds), "desc": "Asking", "unit": "scene"}
     if workers == 1:
         _start_worker(*job)
@@ -390,11 +423,11 @@ def main(arguments=None) -> int:
     try:
         require("evaluate", "matplotlib")
         check_files(None, args.model)
-        if args.scenes * args.seeds > len(scenes.TEST_SEEDS):
+        if args.scenes * args.seeds > len(TEST_SEEDS):
             raise ValueError(
-                f"There are {len(scenes.TEST_SEEDS)} test scenes, but {args.scenes} x {args.seeds} are asked for."
+                f"There are {len(TEST_SEEDS)} test scenes, but {args.scenes} x {args.seeds} are asked for."
             )
-        seeds = scenes.TEST_SEEDS[: args.scenes * args.seeds]
+        seeds = TEST_SEEDS[: args.scenes * args.seeds]
         records = evaluate(args.model, seeds, workers=args.workers)
         result = summarise(records)
         result["about"] = {
@@ -402,7 +435,7 @@ def main(arguments=None) -> int:
             "questions": sum(record["method"] == FULL for record in records),
             "scenes": len(seeds),
             "seeds": args.seeds,
-            "shares": SHARES,
+            "fractions": FRACTIONS,
         }
         write_results(result, args.output)
     except (OSError, ValueError, ImportError) as error:

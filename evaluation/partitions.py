@@ -7,7 +7,7 @@ with ships planted at known places: the share of ships whose token keeps a slot 
 tokens spent, and the seconds of the partition. Writes partitions.md, partitions.json and partitions.png, and the scene as
 scene.png (masks for it: `uhr-bat regions DIR/scene.png ...`).
 
-Letters: S scales, N tokens of a scale. Sizes are (height, width), except those of `training.scenes`.
+Letters: S scales, N tokens of a scale. Sizes are (height, width), except those of `scenes`.
 """
 
 import argparse
@@ -28,9 +28,9 @@ from ..common.tables import percent, table
 from ..geometry_uhr_bat import letterbox
 from ..regions.cache import add_segmenter_arguments, check_job, job_from, read_labels
 from ..regions.segment import load_segmenter, region_labels, segment_image
-from ..training import scenes
+from ..scenes import layout, painting
 
-METHODS = ("kmeans", "kmeans_pca", "birch", "grid", "none")
+PARTITIONS = ("kmeans", "kmeans_pca", "birch", "grid", "none")
 # Table 8 goes from 4k to 10k tokens, 1.4 to 3.5 times the 3000 of appendix A; the lower half is where tokens are short.
 BUDGET_FACTORS = (0.25, 0.5, 1, 2, 4)
 # Table 7.
@@ -61,13 +61,13 @@ def plant_ships(image, num_ships: int, seed: int = 0) -> np.ndarray:
     """Paint ships, 2 to 4 pixels of the finest scale long, at random places into it; float[num_ships, 2] their centres,
     (row, column) in pixels, no two nearer than three ships' length."""
     rng = np.random.default_rng(seed)
-    painter = scenes.Painter(image, rng)
-    colours, bottom = list(scenes.PAINTS.values()), scenes.WIDTH * image.height / image.width
+    painter = painting.Painter(image, rng)
+    colours, bottom = list(layout.PAINTS.values()), layout.WIDTH * image.height / image.width
     places = []
     for _ in range(30 * num_ships):
         if len(places) == num_ships:
             break
-        place = rng.uniform((100, 100), (scenes.WIDTH - 100, bottom - 100))
+        place = rng.uniform((100, 100), (layout.WIDTH - 100, bottom - 100))
         if all(np.hypot(*(place - other)) > 288 for other in places):
             places.append(place)
     if len(places) < num_ships:
@@ -80,18 +80,18 @@ def plant_ships(image, num_ships: int, seed: int = 0) -> np.ndarray:
     return np.array(places)[:, ::-1] * painter.unit
 
 
-def tokens_at(places: np.ndarray, image_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
-    """The token of a grid over the letterboxed square that shows each (row, column) in pixels: long[len(places)]."""
+def tokens_of_pixels(pixels: np.ndarray, image_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
+    """The token of a grid over the letterboxed square that shows each pixel (row, column): long[len(pixels)]."""
     side, top, left = letterbox(image_size)
-    cells = ((places + (top, left)) * np.array(grid) / side).astype(np.int64)
+    cells = ((pixels + (top, left)) * np.array(grid) / side).astype(np.int64)
     return torch.from_numpy(cells[:, 0] * grid[1] + cells[:, 1])
 
 
 # Measuring
 
 
-def share_of_ships(slots: torch.Tensor, ships: torch.Tensor) -> tuple[float, float]:
-    """Shares of the tokens `ships` that keep a slot of their own, and that are averaged, from slots long[N]."""
+def fractions_of_ships(slots: torch.Tensor, ships: torch.Tensor) -> tuple[float, float]:
+    """Fractions of the tokens `ships` that keep a slot of their own, and that are averaged, from slots long[N]."""
     sizes = torch.bincount(slots[slots >= 0])
     mine = slots[ships]
     kept = mine >= 0
@@ -120,12 +120,12 @@ def measure(model, prompts, image, budgets, ships, rules) -> dict:
         ships: long[num_ships] for every scale, the tokens that show a ship.
         rules: of the partition that is measured, where the configuration has others.
     """
-    shares = []
+    fractions = []
     for prompt in prompts:
         out = model.compress(**prompt, image_features=[image], budgets=budgets, rules=rules)
         scales = list(zip(out.slots[0], ships))[-SCALES_MEASURED:]
-        shares.append([share_of_ships(slots, tokens) for slots, tokens in scales])
-    own, merged = np.mean(shares, 0).T.tolist()
+        fractions.append([fractions_of_ships(slots, tokens) for slots, tokens in scales])
+    own, merged = np.mean(fractions, 0).T.tolist()
     num_regions = [int(regions.max()) + 1 for regions in out.regions[0]]
     return {
         "budgets": budgets,
@@ -142,9 +142,9 @@ def run(model, prompts, features, ships, methods, factors, cluster_counts, label
 
     config = model.config
     scaled = {factor: [max(1, round(factor * budget)) for budget in config.budgets] for factor in factors}
-    seen = features.available
+    available = features.available
     for factor, budgets in scaled.items():
-        scaled[factor] = [min(pair) for pair in zip(budgets, seen)]
+        scaled[factor] = [min(pair) for pair in zip(budgets, available)]
     with_labels = features
     if labels is not None:
         sizes = [height * width for height, width in config.grids]
@@ -166,7 +166,7 @@ def run(model, prompts, features, ships, methods, factors, cluster_counts, label
                 bar.update()
         for k in cluster_counts:
             rules = {"region_method": "kmeans", "num_regions": k}
-            budgets = [min(pair) for pair in zip(config.budgets, seen)]
+            budgets = [min(pair) for pair in zip(config.budgets, available)]
             seconds = {"partition_seconds": partition_seconds(model, prompts[0], features, budgets, rules)}
             row = measure(model, prompts, features, budgets, ships, rules)
             rows["clusters"].append({"method": "kmeans", "k": k, **row, **seconds})
@@ -184,8 +184,8 @@ def report(result: dict) -> str:
     columns += [f"averaged {name} (%)" for name in fine] + ["partition (s)"]
 
     def cells(row):
-        shares = [percent(share) for share in (*row["own"], *row["merged"])]
-        return [row["tokens"], " / ".join(map(str, row["regions"])), *shares, f"{row['partition_seconds']:.2f}"]
+        fractions = [percent(part) for part in (*row["own"], *row["merged"])]
+        return [row["tokens"], " / ".join(map(str, row["regions"])), *fractions, f"{row['partition_seconds']:.2f}"]
 
     chance = [percent(b / n) for b, n in list(zip(result["default_budgets"], result["tokens_seen"]))[-SCALES_MEASURED:]]
     parts = [
@@ -214,7 +214,8 @@ def plot(result: dict):
     from matplotlib.figure import Figure
     from matplotlib.ticker import ScalarFormatter
 
-    from ..pictures import DPI, MARKERS, PALETTE, WIDTH, render
+    from ..pictures.drawing import PALETTE
+    from ..pictures.pages import DPI, MARKERS, WIDTH, render
 
     figure = Figure(figsize=(WIDTH / DPI, 4.9), dpi=DPI, facecolor="white", layout="constrained")
     figure.suptitle("Region partitions on the made-up scene (no accuracy is measured)", fontsize=13)
@@ -224,15 +225,15 @@ def plot(result: dict):
     finest = f"{result['scales'][-1]} px"
     for name in names:
         rows = [row for row in result["methods"] if row["method"] == name]
-        shares = [100 * row["own"][-1] for row in rows]
-        over_budgets.plot([row["tokens"] for row in rows], shares, label=name, markersize=8, linewidth=2, **style[name])
+        values = [100 * row["own"][-1] for row in rows]
+        over_budgets.plot([row["tokens"] for row in rows], values, label=name, markersize=8, linewidth=2, **style[name])
     over_budgets.set_xlabel("visual tokens, all scales", fontsize=11)
     over_budgets.set_title("Methods over budgets", fontsize=12, loc="left")
     over_budgets.legend(fontsize=10.5)
     ks = [row["k"] for row in result["clusters"]]
     looks = ("own", "slot of its own", "o-", PALETTE[0]), ("merged", "averaged with others", "s--", PALETTE[4])
-    for share, label, line, colour in looks:
-        values = [100 * row[share][-1] for row in result["clusters"]]
+    for key, label, line, colour in looks:
+        values = [100 * row[key][-1] for row in result["clusters"]]
         over_k.plot(ks, values, line, label=label, markersize=7, linewidth=2, color=colour)
     over_k.set_xlabel("k of k-means, default budgets", fontsize=11)
     over_k.set_title("k-means over k", fontsize=12, loc="left")
@@ -273,7 +274,7 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--ships", type=int, default=NUM_SHIPS, metavar="N", help=f"to plant (default: {NUM_SHIPS})")
     parser.add_argument("--seed", type=int, default=0, help="of the scene and the ships")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS)
+    parser.add_argument("--methods", nargs="+", choices=PARTITIONS, default=PARTITIONS)
     parser.add_argument("--factors", type=float, nargs="+", default=BUDGET_FACTORS, metavar="X", help="of the budgets")
     parser.add_argument("--clusters", type=int, nargs="*", default=CLUSTER_COUNTS, metavar="K")
     parser.add_argument("--masks", type=Path, metavar="FILE", help="mask cache of this scene, instead of --checkpoint")
@@ -301,7 +302,7 @@ def compare(args):
     processor, model = load_model(args.model)
     config = model.config
 
-    image = scenes.example(tuple(args.size), args.seed)
+    image = painting.example(tuple(args.size), args.seed)
     places = plant_ships(image, args.ships, args.seed)
 
     labels, sam = None, None
@@ -319,7 +320,7 @@ def compare(args):
 
     prompts = [write_prompt(processor, question).to(model.device) for question in QUESTIONS[: args.questions]]
     (features,) = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
-    ships = [tokens_at(places, (image.height, image.width), grid) for grid in config.grids]
+    ships = [tokens_of_pixels(places, (image.height, image.width), grid) for grid in config.grids]
     rows = run(
         model, prompts, features, ships, args.methods, args.factors, args.clusters,
         None if labels is None else region_labels({scale: labels[scale] for scale in config.scales}),

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from ..common.loading import ROOT, check_files, load_model
 from ..common.tables import numbers
-from ..training import scenes
+from ..scenes import painting
 
 QUESTION = "What colour is the plane at the runway?"
 # The README says the same; change both when the weights change.
@@ -82,24 +82,23 @@ def ask(image_path, question, model_path, budgets, max_new_tokens):
                 max_new_tokens=max_new_tokens,
                 streamer=token_bar(max_new_tokens),
             )
-    # The prompt comes back with its one placeholder as long as the image's visual tokens.
+    # In the output the prompt's one placeholder is as long as the image's visual tokens.
     spent = [len(tokens) for tokens in compressed.tokens[0]]
     answer_ids = output[0, inputs["input_ids"].shape[1] - 1 + sum(spent) :]
     answer = processor.decode(answer_ids, skip_special_tokens=True).strip()
     printable = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in answer)
     print(f"\nQuestion: {question}\nAnswer: {printable}\n")
-    seen = [int((regions >= 0).sum()) for regions in compressed.regions[0]]
-    print_tokens(model.config, seen, budgets or model.config.budgets, spent)
+    print_tokens(model.config, features[0].available, budgets or model.config.budgets, spent)
     print_seconds(seconds)
 
 
-def print_tokens(config, seen, budgets, spent):
-    """Table of the visual tokens of every scale; `seen` are those that show more than the letterbox."""
+def print_tokens(config, available, budgets, spent):
+    """Table of the visual tokens of every scale; `available` are those that show more than the letterbox."""
     row = "{:>9} {:>9} {:>11} {:>8} {:>8}".format
     print(row("scale", "grid", "tokens seen", "budget", "spent"))
-    for scale, (height, width), *counts in zip(config.scales, config.grids, seen, budgets, spent):
+    for scale, (height, width), *counts in zip(config.scales, config.grids, available, budgets, spent):
         print(row(f"{scale} px", f"{height} x {width}", *counts))
-    print(row("all", "", sum(seen), sum(budgets), sum(spent)))
+    print(row("all", "", sum(available), sum(budgets), sum(spent)))
 
 
 def print_seconds(seconds):
@@ -119,10 +118,10 @@ def main(arguments=None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     try:
         if args.image is None:
-            args.image = str(scenes.DEFAULT_PATH)
-            if not scenes.DEFAULT_PATH.exists():
+            args.image = str(painting.DEFAULT_PATH)
+            if not painting.DEFAULT_PATH.exists():
                 print(f"Painting the example scene, once: {args.image}", file=sys.stderr, flush=True)
-                scenes.write()
+                painting.write()
         check_files(args.image, args.model)
         ask(args.image, args.question, args.model, args.budgets, args.max_new_tokens)
     except (OSError, ValueError) as error:

@@ -11,11 +11,11 @@ import os
 import sys
 from pathlib import Path
 
-from .. import pictures
 from ..common.extras import require
 from ..common.files import whole_files
 from ..common.loading import ROOT, check_files, load_model
 from ..common.tables import numbers
+from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
 
 PRUNING = (85, 95, 97.5)
 
@@ -57,14 +57,14 @@ def draw(image_path, question, output, budgets, model_path, width):
 
     first = next(iter(chosen.values()))
     drawings = {
-        "attention": lambda: pictures.attention_picture(first, image, question, width=width),
-        "regions": lambda: pictures.regions_picture(first, image, width=width),
-        "kept": lambda: pictures.kept_picture(first, image, question, width=width),
-        "budgets": lambda: pictures.budgets_picture(chosen, image, question, width=width),
-        "pruning": lambda: pictures.budgets_picture(
+        "attention": lambda: attention_picture(first, image, question, width=width),
+        "regions": lambda: regions_picture(first, image, width=width),
+        "kept": lambda: kept_picture(first, image, question, width=width),
+        "budgets": lambda: budgets_picture(chosen, image, question, width=width),
+        "pruning": lambda: budgets_picture(
             pruned, image, question, title="What is left as ever more tokens are pruned", width=width
         ),
-        "tsne": lambda: pictures.tsne_picture(first, features[0].tokens[-1], width=width),
+        "tsne": lambda: tsne_picture(first, features[0].tokens[-1], width=width),
     }
     for name, drawing in drawings.items():
         with whole_files(output) as built:

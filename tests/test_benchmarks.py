@@ -8,13 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
-from uhr_bat.token_compression_uhr_bat import cluster_regions, merge_tokens, select_tokens
-
-from uhr_bat.benchmarks import flops, gpu, images, measures, run, sides
-from uhr_bat.benchmarks.measures import MEASURES, Settings
+from uhr_bat.benchmarks import compare, gpu, images, run, sides
+from uhr_bat.benchmarks.compare import Sizes
+from uhr_bat.benchmarks.measures import MEASURES, compression, flops
 from uhr_bat.benchmarks.meters import FlopMeter, SyncMeter
 from uhr_bat.benchmarks.sides import SIDES, STAGES, Meter, ask, prompt_ids, side_of
 from uhr_bat.benchmarks.straightforward import Straightforward, cluster, select
+from uhr_bat.clustering_uhr_bat import cluster_regions
+from uhr_bat.token_compression_uhr_bat import merge_tokens, select_tokens
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 
@@ -34,7 +35,7 @@ class Inline(nullcontext):
 @pytest.fixture
 def in_one_process(monkeypatch):
     """Processes take seconds to start, and would not see what a test plants."""
-    monkeypatch.setattr(measures, "one_process", Inline)
+    monkeypatch.setattr(sides, "one_process", Inline)
 
 
 def run_quick(*arguments):
@@ -65,7 +66,7 @@ def test_all_measures_run_and_the_last_line_is_json(in_one_process, capsys, tmp_
 
 
 def test_each_side_runs_in_a_process_of_its_own(tmp_path):
-    rows = measures.end_to_end(Settings(quick=True, repetitions=1, folder=tmp_path))
+    rows = MEASURES["end_to_end"](Sizes(quick=True, repetitions=1, folder=tmp_path))
     assert set(rows[1].numbers["peak_bytes"]) == set(SIDES)
     assert rows[0].numbers["agreement"] == {"same_region": 1.0, "visual_tokens": 152, "answer": 64}
 
@@ -135,7 +136,7 @@ def test_a_formula_that_is_not_what_the_counter_says_makes_it_fail(monkeypatch, 
 @pytest.mark.parametrize("size", [(480, 480), (480, 360), (240, 720), (900, 30)])
 def test_both_sides_give_the_same(tmp_path, size):
     ours, straightforward = ask_both(images.photograph(tmp_path, size))
-    measures.check_question(ours, straightforward)
+    compare.check_question(ours, straightforward)
 
 
 def test_the_stages_together_are_what_generate_does(tmp_path):
@@ -159,19 +160,19 @@ def test_the_loop_over_regions_selects_what_ours_does(threshold, budget):
 
 @pytest.mark.parametrize("num_regions", [1, 9, 300])
 def test_the_loop_over_clusters_clusters_as_ours_does(num_regions):
-    features, coords = measures.random_features(256, 8, 20), measures.grid_coords(256)
+    features, coords = compression.random_features(256, 8, 20), compression.grid_coords(256)
     ours = cluster_regions(features, coords, num_regions)
     labels = cluster(features, coords, num_regions, num_iterations=10, coord_weight=0.05)
-    assert measures.same_region(ours, labels) == measures.same_region(labels, ours) == 1
+    assert compare.same_region(ours, labels) == compare.same_region(labels, ours) == 1
 
 
 def test_inertia_is_the_mean_squared_distance_to_the_own_centre():
-    features, coords = measures.random_features(64, 8, 5), measures.grid_coords(64)
+    features, coords = compression.random_features(64, 8, 5), compression.grid_coords(64)
     regions = cluster_regions(features, coords, 4)
     points = torch.cat([features / features.norm(dim=1, keepdim=True), 0.05 * coords], dim=1)
     centres = torch.stack([points[regions == region].mean(0) for region in range(4)])
     expected = (points - centres[regions]).square().sum(1).mean().item()
-    assert measures.inertia(features, coords, regions) == pytest.approx(expected, rel=1e-5)
+    assert compression.inertia(features, coords, regions) == pytest.approx(expected, rel=1e-5)
 
 
 # Meters

@@ -9,7 +9,7 @@ import torch
 from uhr_bat.common.loading import ROOT
 from uhr_bat.common.tables import interval
 from uhr_bat.evaluation import evidence
-from uhr_bat.training import questions, scenes
+from uhr_bat.scenes import layout, questions
 
 
 def slots(*values):
@@ -57,9 +57,9 @@ def test_the_interval_is_that_of_scenes_and_not_of_questions():
     assert mean == 0.5 and low < 0.35 and high > 0.65
 
 
-def record(method, share, right, scene=0, kept=True, pixels=3.0):
+def record(method, fraction, right, scene=0, kept=True, pixels=3.0):
     return {
-        "scene": scene, "kind": "colour", "method": method, "share": share, "tokens": 10, "right": right, "kept": kept,
+        "scene": scene, "kind": "colour", "method": method, "fraction": fraction, "tokens": 10, "right": right, "kept": kept,
         "pixels": pixels,
     }  # fmt: skip
 
@@ -83,8 +83,8 @@ def test_differences_are_paired_and_losses_sorted_by_size():
 
 
 def test_one_scene_through_all_of_it(tmp_path):
-    records = evidence.evaluate(ROOT, scenes.VALIDATION_SEEDS[:1], shares=(0.02,), control_scenes=50)
-    methods = {evidence.FULL, evidence.TEXT_ONLY, evidence.NO_IMAGE, *evidence.METHODS}
+    records = evidence.evaluate(ROOT, layout.VALIDATION_SEEDS[:1], fractions=(0.02,), control_scenes=50)
+    methods = {evidence.FULL, evidence.TEXT_ONLY, evidence.NO_IMAGE, *evidence.ROWS}
     assert {one["method"] for one in records} == methods
     asked = sum(one["method"] == evidence.FULL for one in records)
     assert 4 <= asked <= len(questions.KINDS) and len(records) == asked * len(methods)
@@ -92,7 +92,7 @@ def test_one_scene_through_all_of_it(tmp_path):
     spent = {one["tokens"] for one in records if one["method"] in (*evidence.RULES, "uniform", "random")}
     assert len(spent) == 1
     result = evidence.summarise(records) | {
-        "about": {"command": "this test", "questions": asked, "scenes": 1, "seeds": 1, "shares": [0.02]}
+        "about": {"command": "this test", "questions": asked, "scenes": 1, "seeds": 1, "fractions": [0.02]}
     }
     evidence.write_results(result, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence.json", "evidence.md", "evidence.png"]

@@ -7,7 +7,7 @@ import pytest
 from conftest import ROOT
 from uhr_bat.examples import ask
 from uhr_bat.examples.ask import QUESTION, WEIGHTS_NOTE
-from uhr_bat.training import scenes
+from uhr_bat.scenes import layout, painting
 
 SIZE = (600, 480)
 
@@ -15,7 +15,7 @@ SIZE = (600, 480)
 @pytest.fixture(scope="module")
 def image_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("scene") / "scene.png"
-    scenes.write(path, SIZE)
+    painting.write(path, SIZE)
     return path
 
 
@@ -61,16 +61,16 @@ def test_ask_says_what_is_wrong(image_path, capsys, arguments, message):
 
 def test_the_scene_is_made_when_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(scenes, "write", lambda: scenes.example((60, 48)).save(scenes.DEFAULT_PATH))
+    monkeypatch.setattr(painting, "write", lambda: painting.example((60, 48)).save(painting.DEFAULT_PATH))
     asked = []
     monkeypatch.setattr(ask, "ask", lambda image, question, *rest: asked.append((image, question)))
     assert ask.main([]) == 0
-    assert asked == [(str(scenes.DEFAULT_PATH), QUESTION)]
-    assert (tmp_path / scenes.DEFAULT_PATH).exists()
+    assert asked == [(str(painting.DEFAULT_PATH), QUESTION)]
+    assert (tmp_path / painting.DEFAULT_PATH).exists()
 
 
 def test_the_default_question_has_an_answer_in_the_default_scene():
-    scene = scenes.make_scene(0, scenes.DEFAULT_SIZE[0] / scenes.DEFAULT_SIZE[1])
+    scene = layout.make_scene(0, painting.DEFAULT_SIZE[0] / painting.DEFAULT_SIZE[1])
     runway = [site.kind for site in scene.sites].index("runway")
     planes = [thing.colour for thing in scene.objects_of[runway] if thing.kind == "plane"]
     assert QUESTION == "What colour is the plane at the runway?" and planes == ["white"]

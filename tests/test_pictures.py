@@ -8,11 +8,10 @@ import pytest
 import torch
 from PIL import Image
 from uhr_bat.geometry_uhr_bat import token_box
-from uhr_bat.token_compression_uhr_bat import cluster_regions, select_tokens
-
-from uhr_bat import pictures
 from uhr_bat.pictures import __main__ as command
-from uhr_bat.training import scenes
+from uhr_bat.pictures import drawing, pages
+from uhr_bat.scenes import painting
+from uhr_bat.token_compression_uhr_bat import cluster_regions, select_tokens
 
 
 GRIDS = ((8, 8), (16, 16), (40, 40))
@@ -78,9 +77,9 @@ def drawings_of_token(image, position, grid, **kwargs):
     """bool[height, width] of every kind of drawing: the pixels that are drawn as the one token at `position`."""
     tokens = torch.arange(grid[0] * grid[1]) == position
     drawings = [
-        pictures.draw_attention(image, tokens.view(grid), 0, 1, **kwargs),
-        pictures.draw_regions(image, tokens.long(), grid, **kwargs),
-        pictures.draw_kept(image, torch.where(tokens, 0, -1), grid, **kwargs),
+        drawing.draw_attention(image, tokens.view(grid), 0, 1, **kwargs),
+        drawing.draw_regions(image, tokens.long(), grid, **kwargs),
+        drawing.draw_kept(image, torch.where(tokens, 0, -1), grid, **kwargs),
     ]
     # The lone token is a region of its own, which stays grey.
     attention, regions, kept = (np.asarray(drawing).astype(int) for drawing in drawings)
@@ -112,14 +111,14 @@ def test_a_smaller_copy_is_drawn_on_where_the_image_itself_would_be():
 
 
 def test_tokens_of_a_slot_are_counted():
-    assert pictures.count_slots(torch.tensor([2, 0, 2, -1, 1, 2])).tolist() == [3, 1, 3, 0, 1, 3]
-    assert pictures.count_slots(torch.tensor([-1, -1])).tolist() == [0, 0]
+    assert drawing.count_slots(torch.tensor([2, 0, 2, -1, 1, 2])).tolist() == [3, 1, 3, 0, 1, 3]
+    assert drawing.count_slots(torch.tensor([-1, -1])).tolist() == [0, 0]
 
 
 def test_an_image_is_made_smaller_but_never_larger():
-    assert pictures.screen_image(Image.new("RGBA", (400, 100)), 200).size == (200, 50)
-    assert pictures.screen_image(Image.new("L", (40, 10)), 200).size == (40, 10)
-    assert pictures.screen_image(Image.new("RGB", (4000, 1)), 200).size == (200, 1)
+    assert drawing.screen_image(Image.new("RGBA", (400, 100)), 200).size == (200, 50)
+    assert drawing.screen_image(Image.new("L", (40, 10)), 200).size == (40, 10)
+    assert drawing.screen_image(Image.new("RGB", (4000, 1)), 200).size == (200, 1)
 
 
 # Golden: the object is where the pictures say
@@ -131,7 +130,7 @@ def test_the_brightest_kept_area_covers_the_object(name):
     result, inside = compressed_scene(size, box), object_mask(size, box)
     image = Image.new("RGB", size[::-1], (160, 160, 160))
     for slots, grid in zip(result.slots[0], GRIDS):
-        drawn = brightness(pictures.draw_kept(image, slots, grid))
+        drawn = brightness(drawing.draw_kept(image, slots, grid))
         brightest = drawn == drawn.max()
         assert drawn.max() == 160
         # All of the object, and little else: what is left is about a tenth.
@@ -147,7 +146,7 @@ def test_the_brightest_attention_lies_on_the_object(name):
     image = Image.new("RGB", size[::-1], (100, 100, 100))
     for importance in result.importance[0]:
         high = float(importance.max())
-        drawn = brightness(pictures.draw_attention(image, importance, 0, high))
+        drawn = brightness(drawing.draw_attention(image, importance, 0, high))
         assert (inside == (drawn == drawn.max())).all()
         assert drawn[inside].mean() > 2 * drawn[~inside].mean()
 
@@ -158,13 +157,13 @@ def test_less_is_bright_at_a_smaller_budget():
     bright = []
     for pruned in (0.85, 0.95, 0.975):
         result = compressed_scene(size, box, pruned)
-        bright.append((brightness(pictures.draw_kept(image, result.slots[0][-1], GRIDS[-1])) == 160).mean())
+        bright.append((brightness(drawing.draw_kept(image, result.slots[0][-1], GRIDS[-1])) == 160).mean())
     assert 0.2 > bright[0] > bright[1] > bright[2] > 0
 
 
 def test_kept_merged_and_dropped_tokens_can_be_told_apart():
     image = Image.new("RGB", (40, 40), (200, 180, 160))
-    drawn = np.asarray(pictures.draw_kept(image, torch.tensor([0, 1, 1, -1]), (2, 2))).astype(int)
+    drawn = np.asarray(drawing.draw_kept(image, torch.tensor([0, 1, 1, -1]), (2, 2))).astype(int)
     assert (drawn[:20, :20] == (200, 180, 160)).all()
     merged, dropped = drawn[5, 30], drawn[30, 30]
     assert (drawn[:20, 20:] == merged).all() and (drawn[20:, :20] == merged).all()
@@ -176,7 +175,7 @@ def test_kept_merged_and_dropped_tokens_can_be_told_apart():
 def test_regions_have_lines_between_them_and_single_tokens_none():
     image = Image.new("RGB", (80, 80), (90, 90, 90))
     regions = torch.tensor([0, 0, 1, 1, 0, 0, 1, 1, 2, 3, 1, 1, 4, 5, 1, 1])
-    drawn = np.asarray(pictures.draw_regions(image, regions, (4, 4)))
+    drawn = np.asarray(drawing.draw_regions(image, regions, (4, 4)))
     assert (drawn[:40, 40] == 255).all()
     assert (drawn[10, 1:40] == drawn[10, 1]).all() and (drawn[10, 1] != drawn[10, 50]).any()
     # Background tokens.
@@ -186,7 +185,7 @@ def test_regions_have_lines_between_them_and_single_tokens_none():
 def test_small_tokens_have_no_lines():
     image = Image.new("RGB", (64, 64), (90, 90, 90))
     regions = torch.arange(32 * 32) // 32 // 8
-    assert np.asarray(pictures.draw_regions(image, regions, (32, 32))).max() < 255
+    assert np.asarray(drawing.draw_regions(image, regions, (32, 32))).max() < 255
 
 
 # Pages
@@ -196,15 +195,15 @@ def test_small_tokens_have_no_lines():
 def test_every_page_has_the_width_that_was_asked_for(size):
     box = (0, 0, min(size), min(size))
     result = compressed_scene(size, box)
-    image = scenes.example(size[::-1])
+    image = painting.example(size[::-1])
     question = "Where is the ship? " * 12
-    pages = [
-        pictures.attention_picture(result, image, question, width=700),
-        pictures.regions_picture(result, image, width=700),
-        pictures.kept_picture(result, image, question, width=700),
-        pictures.budgets_picture({"few": result, "more": compressed_scene(size, box, 0.5)}, image, width=700),
+    drawn = [
+        pages.attention_picture(result, image, question, width=700),
+        pages.regions_picture(result, image, width=700),
+        pages.kept_picture(result, image, question, width=700),
+        pages.budgets_picture({"few": result, "more": compressed_scene(size, box, 0.5)}, image, width=700),
     ]
-    for page in pages:
+    for page in drawn:
         assert page.mode == "RGB" and page.width == 700
         assert 100 < page.height < 4000
         assert np.asarray(page).std() > 5
@@ -213,32 +212,32 @@ def test_every_page_has_the_width_that_was_asked_for(size):
 def test_a_page_shows_its_panels_whole_and_upright():
     size, box = SCENES["corner"]
     result = compressed_scene(size, box)
-    image = scenes.example(size[::-1])
-    page = pictures.budgets_picture({"one": result}, image)
+    image = painting.example(size[::-1])
+    page = pages.budgets_picture({"one": result}, image)
     # Two columns of panels with 14 pixels beside them, and a legend of 40 pixels below.
-    width = (pictures.WIDTH - 3 * 14) // 2
+    width = (pages.WIDTH - 3 * 14) // 2
     height = round(width * size[0] / size[1])
     bottom = page.height - 14 - 40
-    for left, drawn in (14, image), (28 + width, pictures.draw_kept(image, result.slots[0][-1], GRIDS[-1])):
+    for left, drawn in (14, image), (28 + width, drawing.draw_kept(image, result.slots[0][-1], GRIDS[-1])):
         panel = page.crop((left, bottom - height, left + width, bottom)).resize(image.size)
         assert np.abs(np.asarray(panel).astype(int) - np.asarray(drawn)).mean() < 8
 
 
 def test_t_sne_colours_the_largest_regions(monkeypatch):
-    monkeypatch.setattr(pictures, "TSNE_TOKENS", 400)
+    monkeypatch.setattr(pages, "TSNE_TOKENS", 400)
     result = compressed_scene(*SCENES["square"])
     num_tokens = int((result.regions[0][-1] >= 0).sum())
     tokens = torch.randn(num_tokens, 6, generator=torch.Generator().manual_seed(0))
-    page = pictures.tsne_picture(result, tokens)
-    assert page.width == pictures.WIDTH
+    page = pages.tsne_picture(result, tokens)
+    assert page.width == pages.WIDTH
     colours = {tuple(colour) for colour in np.asarray(page).reshape(-1, 3)}
-    assert {tuple(pictures.parse_colour(colour)) for colour in pictures.PALETTE} <= colours
+    assert {tuple(drawing.parse_colour(colour)) for colour in drawing.PALETTE} <= colours
 
 
 def test_t_sne_needs_the_tokens_of_its_scale():
     result = compressed_scene(*SCENES["square"])
     with pytest.raises(ValueError, match="needs the 1600 tokens of the scale, at least 5. Got 3."):
-        pictures.tsne_picture(result, torch.zeros(3, 6))
+        pages.tsne_picture(result, torch.zeros(3, 6))
 
 
 # The command
@@ -247,12 +246,12 @@ def test_t_sne_needs_the_tokens_of_its_scale():
 @pytest.fixture(scope="module")
 def image_path(tmp_path_factory):
     path = tmp_path_factory.mktemp("scene") / "scene.png"
-    scenes.write(path, (1200, 240))
+    painting.write(path, (1200, 240))
     return path
 
 
 def test_the_command_draws_all_pictures(image_path, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(pictures, "TSNE_TOKENS", 200)
+    monkeypatch.setattr(pages, "TSNE_TOKENS", 200)
     arguments = [str(image_path), "How many ships?", "--output", str(tmp_path / "out"), "--width", "700"]
     assert command.main([*arguments, "--budgets", "8,16,24,32", "16,32,48,64"]) == 0
     names = ["attention", "regions", "kept", "budgets", "pruning", "tsne"]

@@ -6,22 +6,22 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from uhr_bat.training import scenes
-from uhr_bat.training.questions import KINDS, SHARES, TEMPLATES, ask, ask_any
+from uhr_bat.scenes.layout import make_scene
+from uhr_bat.scenes.questions import FREQUENCIES, KINDS, TEMPLATES, draw_question, make_question
 
 CHANCE = {"colour": 1 / 6, "type": 1 / 4, "yes/no": 1 / 2, "count": 1 / 5, "quadrant": 1 / 4, "comparison": 1 / 2}
 
 
 @pytest.fixture(scope="module")
 def layouts():
-    return [scenes.make_scene(seed) for seed in range(600)]
+    return [make_scene(seed) for seed in range(600)]
 
 
 @pytest.fixture(scope="module")
 def asked(layouts):
     """(scene, question) pairs of all kinds."""
     rng = np.random.default_rng(0)
-    pairs = [(scene, ask(scene, kind, rng=rng)) for scene in layouts for kind in KINDS]
+    pairs = [(scene, make_question(scene, kind, rng=rng)) for scene in layouts for kind in KINDS]
     return [(scene, question) for scene, question in pairs if question is not None]
 
 
@@ -64,7 +64,7 @@ def answer_again(scene, kind, words):
 
 def test_the_same_generator_asks_the_same_questions(layouts):
     rngs = [np.random.default_rng(seed) for seed in (5, 5, 6)]
-    first, again, other = ([ask_any(scene, rng) for scene in layouts[:10]] for rng in rngs)
+    first, again, other = ([draw_question(scene, rng) for scene in layouts[:10]] for rng in rngs)
     assert first == again != other
 
 
@@ -103,7 +103,7 @@ def test_the_text_of_a_question_says_nothing_about_its_answer(layouts, kind):
     halves = [], []
     for scene in layouts:
         for _ in range(4):
-            if question := ask(scene, kind, rng=rng):
+            if question := make_question(scene, kind, rng=rng):
                 halves[scene.seed % 2].append(question)
     fitted, by_text = Counter(), defaultdict(Counter)
     for question in halves[0]:
@@ -116,12 +116,12 @@ def test_the_text_of_a_question_says_nothing_about_its_answer(layouts, kind):
     assert right / len(halves[1]) < CHANCE[kind] + 0.04
 
 
-def test_kinds_are_drawn_by_their_shares(layouts):
+def test_kinds_are_drawn_by_their_frequencies(layouts):
     rng = np.random.default_rng(2)
-    kinds = Counter(ask_any(scene, rng).kind for scene in layouts for _ in range(4))
+    kinds = Counter(draw_question(scene, rng).kind for scene in layouts for _ in range(4))
     assert set(kinds) == set(KINDS)
     # Not every scene allows every kind, so that the others are drawn a little more often.
-    assert all(abs(kinds[kind] / kinds.total() - share) < 0.05 for kind, share in SHARES.items())
+    assert all(abs(kinds[kind] / kinds.total() - frequency) < 0.05 for kind, frequency in FREQUENCIES.items())
 
 
 @pytest.mark.parametrize("kind", ["colour", "type", "yes/no"])
@@ -129,4 +129,4 @@ def test_an_empty_site_is_not_asked_about_its_objects(layouts, kind):
     rng = np.random.default_rng(3)
     empty = [(scene, site) for scene in layouts for site, things in enumerate(scene.objects_of) if not things]
     assert len(empty) > 100
-    assert all(ask(scene, kind, site, rng=rng) is None for scene, site in empty)
+    assert all(make_question(scene, kind, site, rng=rng) is None for scene, site in empty)

@@ -16,7 +16,7 @@ from uhr_bat.clustering_uhr_bat import vote_regions
 from uhr_bat.evaluation import partitions
 from uhr_bat.regions import cache, segment
 from uhr_bat.regions.segment import MaskSettings
-from uhr_bat.training import scenes
+from uhr_bat.scenes import layout, painting
 
 
 SCALES = [64, 128, 256, 384]
@@ -247,7 +247,7 @@ def checkpoint(request, tmp_path, monkeypatch):
 
 
 def pixels(height=40, width=64):
-    return np.asarray(scenes.example((width, height)))
+    return np.asarray(painting.example((width, height)))
 
 
 def test_both_packages_make_masks_of_the_size_of_the_image(checkpoint):
@@ -351,7 +351,7 @@ def images(tmp_path_factory):
     folder = tmp_path_factory.mktemp("images")
     paths = [folder / f"{name}.png" for name in "ab"]
     for seed, path in enumerate(paths):
-        scenes.write(path, (120, 40), seed)
+        painting.write(path, (120, 40), seed)
     return paths
 
 
@@ -438,7 +438,7 @@ def test_wrong_arguments_are_told_before_any_work(tmp_path, sam_folder, capsys, 
 
 
 def test_planted_ships_are_where_they_are_said_to_be():
-    image, colours = Image.new("RGB", (500, 400)), list(scenes.PAINTS.values())
+    image, colours = Image.new("RGB", (500, 400)), list(layout.PAINTS.values())
     places = partitions.plant_ships(image, 12, seed=3)
     pixels = np.asarray(image)
     assert len(places) == 12
@@ -458,13 +458,13 @@ def test_too_many_ships_are_refused():
 def test_the_token_of_a_place_is_the_cell_of_the_letterboxed_square_around_it():
     places = np.array([[0.0, 0.0], [39.5, 99.5], [20.0, 50.0]])
     # 40 x 100 pixels in a square of 100: 30 rows of letterbox above.
-    assert partitions.tokens_at(places, (40, 100), (10, 10)).tolist() == [30, 69, 55]
+    assert partitions.tokens_of_pixels(places, (40, 100), (10, 10)).tolist() == [30, 69, 55]
 
 
 def test_ships_are_counted_as_kept_averaged_or_dropped():
     slots = torch.tensor([0, 1, 1, -1, 2, -1])
-    assert partitions.share_of_ships(slots, torch.tensor([0, 4, 1, 3])) == (0.5, 0.25)
-    assert partitions.share_of_ships(slots, torch.tensor([3, 5])) == (0.0, 0.0)
+    assert partitions.fractions_of_ships(slots, torch.tensor([0, 4, 1, 3])) == (0.5, 0.25)
+    assert partitions.fractions_of_ships(slots, torch.tensor([3, 5])) == (0.0, 0.0)
 
 
 def test_the_comparison_of_partitions_writes_tables_and_plot_and_says_what_it_does_not_measure(tmp_path, sam_folder, capsys):

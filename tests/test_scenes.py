@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from uhr_bat.training import scenes
+from uhr_bat.scenes import layout, painting
 
 SEEDS = range(400)
 SIZE = (600, 480)
@@ -15,12 +15,12 @@ SIZE = (600, 480)
 
 @pytest.fixture(scope="module")
 def layouts():
-    return [scenes.make_scene(seed) for seed in SEEDS]
+    return [layout.make_scene(seed) for seed in SEEDS]
 
 
 def corners(site):
     """(x, y) of the four corners of a site, by plain trigonometry."""
-    half, reach = scenes.SITE_SIDE / 2, math.sqrt(2)
+    half, reach = layout.SITE_SIDE / 2, math.sqrt(2)
     turns = [site.angle + math.pi / 4 + turn * math.pi / 2 for turn in range(4)]
     return [
         (site.centre[0] + half * reach * math.cos(turn), site.centre[1] + half * reach * math.sin(turn))
@@ -32,24 +32,24 @@ def corners(site):
 
 
 def test_the_same_seed_lays_out_the_same_scene(layouts):
-    assert scenes.make_scene(7) == layouts[7]
+    assert layout.make_scene(7) == layouts[7]
     assert len({(scene.aspect, scene.sites) for scene in layouts}) == len(layouts)
 
 
 def test_seeds_of_training_validation_and_test_are_disjoint():
-    first, second = scenes.VALIDATION_SEEDS, scenes.TEST_SEEDS
+    first, second = layout.VALIDATION_SEEDS, layout.TEST_SEEDS
     assert not set(first) & set(second)
-    assert 0 < scenes.FINETUNING_SEED < first.start and first.stop <= second.start
+    assert 0 < layout.FINETUNING_SEED < first.start and first.stop <= second.start
     # Training counts its seeds up: 100,000 steps of 16 scenes stay below.
-    assert scenes.FINETUNING_SEED + 16 * 100_000 < first.start
+    assert layout.FINETUNING_SEED + 16 * 100_000 < first.start
 
 
 def test_sites_lie_in_the_image_and_in_one_quadrant_each(layouts):
     for scene in layouts:
         for site in scene.sites:
             x, y = np.transpose(corners(site))
-            assert 0 <= x.min() and x.max() <= scenes.WIDTH and 0 <= y.min() and y.max() <= scene.height
-            right, lower = x > scenes.WIDTH / 2, y > scene.height / 2
+            assert 0 <= x.min() and x.max() <= layout.WIDTH and 0 <= y.min() and y.max() <= scene.height
+            right, lower = x > layout.WIDTH / 2, y > scene.height / 2
             assert right.all() or not right.any()
             assert lower.all() or not lower.any()
             vertical, horizontal = scene.quadrant(site).split()
@@ -77,7 +77,7 @@ def test_objects_of_a_site_stand_inside_it_and_the_others_outside_all(layouts):
         for thing in scene.objects:
             inside = [bool(site.contains(thing.centre)) for site in scene.sites]
             assert [index for index, held in enumerate(inside) if held] == [thing.site] * (thing.site is not None)
-            assert 0 <= thing.centre[0] <= scenes.WIDTH and 0 <= thing.centre[1] <= scene.height
+            assert 0 <= thing.centre[0] <= layout.WIDTH and 0 <= thing.centre[1] <= scene.height
         assert sum(map(len, scene.objects_of)) == sum(thing.site is not None for thing in scene.objects)
 
 
@@ -92,13 +92,13 @@ def test_objects_keep_apart(layouts):
 
 def test_a_site_holds_zero_to_four_objects_alike_often(layouts):
     counts = Counter(len(things) for scene in layouts for things in scene.objects_of)
-    assert set(counts) == set(range(scenes.MOST_OBJECTS + 1))
+    assert set(counts) == set(range(layout.MOST_OBJECTS + 1))
     assert all(abs(count / counts.total() - 1 / 5) < 0.04 for count in counts.values())
 
 
-@pytest.mark.parametrize(("name", "values"), [("kind", scenes.OBJECTS), ("colour", tuple(scenes.PAINTS))])
+@pytest.mark.parametrize(("name", "values"), [("kind", layout.OBJECTS), ("colour", tuple(layout.PAINTS))])
 def test_what_an_object_is_does_not_depend_on_where_it_stands(layouts, name, values):
-    for kind in (*scenes.SITES, None):
+    for kind in (*layout.SITES, None):
         drawn = Counter(
             getattr(thing, name)
             for scene in layouts
@@ -111,23 +111,23 @@ def test_what_an_object_is_does_not_depend_on_where_it_stands(layouts, name, val
 
 def test_sizes_are_in_pixels_of_the_finest_scale(layouts):
     pixels = np.array([thing.pixels for scene in layouts for thing in scene.objects])
-    edges = sorted({edge for edges in scenes.OBJECT_SIZES for edge in edges})
+    edges = sorted({edge for edges in layout.OBJECT_SIZES for edge in edges})
     assert edges[0] <= pixels.min() and pixels.max() <= edges[-1]
-    for (low, high), share in scenes.OBJECT_SIZES.items():
+    for (low, high), share in layout.OBJECT_SIZES.items():
         assert abs(((low <= pixels) & (pixels < high)).mean() - share) < 0.02
     assert pixels[0] == layouts[0].objects[0].size * 384 / 10000
 
 
 @pytest.mark.parametrize("aspect", [1.0, 1.25, 3.0])
 def test_points_of_the_scene_are_placed_in_the_letterboxed_square(aspect):
-    scene = scenes.make_scene(0, aspect)
-    assert np.allclose(scene.to_square([scenes.WIDTH / 2, scene.height / 2]), 0.5)
-    assert np.allclose(scene.to_square([[0, 0], [scenes.WIDTH, scene.height]]),
+    scene = layout.make_scene(0, aspect)
+    assert np.allclose(scene.to_square([layout.WIDTH / 2, scene.height / 2]), 0.5)
+    assert np.allclose(scene.to_square([[0, 0], [layout.WIDTH, scene.height]]),
                        [[0.5 - 0.5 / aspect, 0], [0.5 + 0.5 / aspect, 1]])  # fmt: skip
 
 
 def test_a_strip_without_room_has_no_sites():
-    scene = scenes.make_scene(0, 100)
+    scene = layout.make_scene(0, 100)
     assert scene.sites == () and all(thing.site is None for thing in scene.objects)
 
 
@@ -135,30 +135,30 @@ def test_a_strip_without_room_has_no_sites():
 
 
 def test_the_same_seed_gives_the_same_pixels():
-    first = np.asarray(scenes.example(SIZE, seed=0))
-    assert (first == np.asarray(scenes.example(SIZE, seed=0))).all()
-    assert (first != np.asarray(scenes.example(SIZE, seed=1))).any()
+    first = np.asarray(painting.example(SIZE, seed=0))
+    assert (first == np.asarray(painting.example(SIZE, seed=0))).all()
+    assert (first != np.asarray(painting.example(SIZE, seed=1))).any()
 
 
 @pytest.mark.parametrize("size", [(1, 1), (50, 200), (200, 50), (600, 60), (200, 2), (6, 60)])
 def test_any_size_can_be_painted(size):
-    image = scenes.example(size)
+    image = painting.example(size)
     assert image.size == size and image.mode == "RGB"
 
 
 @pytest.mark.parametrize("seed", range(3))
 def test_a_scene_looks_alike_at_two_sizes(seed):
     small, large = (
-        np.asarray(scenes.example(size, seed).resize((75, 60), Image.BOX)).astype(float) for size in (SIZE, (1200, 960))
+        np.asarray(painting.example(size, seed).resize((75, 60), Image.BOX)).astype(float) for size in (SIZE, (1200, 960))
     )
-    other = np.asarray(scenes.example(SIZE, seed + 10).resize((75, 60), Image.BOX)).astype(float)
+    other = np.asarray(painting.example(SIZE, seed + 10).resize((75, 60), Image.BOX)).astype(float)
     assert np.abs(small - large).mean() < 4
     assert np.abs(small - other).mean() > 12
 
 
 def test_objects_are_painted_where_they_stand_in_their_colour():
-    scene = scenes.make_scene(0, 1.25)
-    pixels = np.asarray(scenes.render(scene, (2000, 1600))).astype(int)
+    scene = layout.make_scene(0, 1.25)
+    pixels = np.asarray(painting.render(scene, (2000, 1600))).astype(int)
     things = [thing for thing in scene.objects if thing.pixels > 4]
     assert len(things) > 10
     for thing in things:
@@ -166,7 +166,7 @@ def test_objects_are_painted_where_they_stand_in_their_colour():
         reach = int(thing.size * 0.2 / 2)
         around = pixels[row - reach : row + reach + 1, column - reach : column + reach + 1].reshape(-1, 3)
         # Light, haze and the object's own shade change a colour by less than the distance to another one.
-        far = {name: np.abs(around - paint).max(-1) for name, paint in scenes.PAINTS.items()}
+        far = {name: np.abs(around - paint).max(-1) for name, paint in layout.PAINTS.items()}
         assert (far[thing.colour] < 60).mean() > 0.2
 
 
@@ -181,7 +181,7 @@ def test_a_scene_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "save", stop)
     with pytest.raises(OSError, match="disk full"):
-        scenes.write(path, (50, 40))
+        painting.write(path, (50, 40))
     assert [file.name for file in tmp_path.iterdir()] == ["scene.png"]
     assert path.read_bytes() == b"the one before"
 
@@ -189,7 +189,7 @@ def test_a_scene_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 def test_the_command_writes_the_scene_of_a_seed(tmp_path, monkeypatch, capsys):
     path = tmp_path / "new" / "scene.png"
     monkeypatch.setattr("sys.argv", ["scenes", "--output", str(path), "--size", "50", "40", "--seed", "3"])
-    scenes.main()
+    painting.main()
     assert "50 x 40 px" in capsys.readouterr().out
     with Image.open(path) as image:
-        assert (np.asarray(image) == np.asarray(scenes.example((50, 40), 3))).all()
+        assert (np.asarray(image) == np.asarray(painting.example((50, 40), 3))).all()

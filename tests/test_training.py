@@ -11,25 +11,19 @@ import torch
 from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import TrainingArguments
+from uhr_bat.common.budgets import counts_of_fraction
 from uhr_bat.common.loading import load_model
 from uhr_bat.common.prompts import write_prompt
 from uhr_bat.evaluation import evidence
-from uhr_bat.training import questions, scenes
-from uhr_bat.training.common import IGNORED, paint, tokens_at
-from uhr_bat.training.exchange import exchange_tower
-from uhr_bat.training.finetune import (
-    Collator,
-    GuidedTrainer,
-    Questions,
-    all_tokens,
-    budgets_of,
-    choose_tokens,
-    encode_scenes,
-    prepare_decoder,
-    site_cells,
-    site_tokens,
-)
-from uhr_bat.training.vision import HEADS, token_labels
+from uhr_bat.scenes import questions
+from uhr_bat.scenes.evidence import site_cells, site_tokens, tokens_at
+from uhr_bat.scenes.layout import OBJECTS, PAINTS, TEST_SEEDS, make_scene
+from uhr_bat.scenes.painting import paint
+from uhr_bat.training.tiny.encoding import all_tokens, encode_scenes
+from uhr_bat.training.tiny.exchange import exchange_tower
+from uhr_bat.training.tiny.finetune import Collator, GuidedTrainer, Questions, choose_tokens, prepare_decoder
+from uhr_bat.training.tiny.stages import IGNORED
+from uhr_bat.training.tiny.vision import HEADS, head_labels
 
 SCENES = 4
 
@@ -82,20 +76,20 @@ def test_going_on_gives_the_same_weights_as_not_stopping(finetune, tmp_path, sta
 
 def test_labels_of_tokens_say_what_the_layout_says():
     config = load_model(ROOT)[1].config
-    scene = scenes.make_scene(5, objects_outside=(100, 160))
-    labels = token_labels(scene, config)
+    scene = make_scene(5, objects_outside=(100, 160))
+    labels = head_labels(scene, config)
     sizes = [height * width for height, width in config.grids]
     assert {name: len(values) for name, values in labels.items()} == dict.fromkeys(HEADS, sum(sizes))
     finest = {name: values[-sizes[-1] :] for name, values in labels.items()}
     for thing in scene.objects:
         (token,) = tokens_at(scene, [thing.centre], config.grids[-1])
-        assert finest["colour"][token] == list(scenes.PAINTS).index(thing.colour) + 1
-        assert finest["kind"][token] == scenes.OBJECTS.index(thing.kind) + 1
+        assert finest["colour"][token] == list(PAINTS).index(thing.colour) + 1
+        assert finest["kind"][token] == OBJECTS.index(thing.kind) + 1
     assert (finest["colour"] == 0).mean() > 0.5 and (finest["colour"] == IGNORED).any()
 
 
 def test_cells_of_a_site_are_where_it_is():
-    scene, grid = scenes.make_scene(3), (8, 8)
+    scene, grid = make_scene(3), (8, 8)
     cells = site_cells(scene, (0,), grid)
     row, column = scene.to_square(scene.sites[0].centre) * 8
     assert cells.sum() == pytest.approx(1) and cells.argmax() in {
@@ -105,21 +99,19 @@ def test_cells_of_a_site_are_where_it_is():
     assert abs((cells * rows).sum() - row) < 0.1 and abs((cells * columns).sum() - column) < 0.1
 
 
-@pytest.mark.parametrize("share", [0.001, 0.01, 0.04, 0.3, 1.0])
-def test_a_share_of_all_tokens_is_spent(share):
-    class Features:
-        positions = [torch.arange(number) for number in (56, 208, 832, 1872)]
-
-    budgets = budgets_of(share, Features, (16, 24, 40, 66))
-    assert sum(budgets) == max(round(share * 2968), 4)
-    assert all(1 <= budget <= len(places) for budget, places in zip(budgets, Features.positions))
+@pytest.mark.parametrize("fraction", [0.001, 0.01, 0.04, 0.3, 1.0])
+def test_a_fraction_of_all_tokens_is_spent(fraction):
+    available = [56, 208, 832, 1872]
+    counts = counts_of_fraction(fraction, available, (16, 24, 40, 66))
+    assert sum(counts) == max(round(fraction * 2968), 4)
+    assert all(1 <= count <= limit for count, limit in zip(counts, available))
 
 
 @pytest.fixture
 def encoded():
     """Processor, model, scene and its features."""
     processor, model = load_model(ROOT)
-    scene = scenes.make_scene(1)
+    scene = make_scene(1)
     (features,) = model.encode_image(**processor.image_processor(paint(scene), return_tensors="pt"))
     return processor, model, scene, features
 
@@ -143,14 +135,14 @@ def test_what_no_question_chose_holds_all_sites_and_keeps_the_order(encoded, sha
 def test_questions_asked_together_have_the_loss_of_each_asked_alone(encoded, tmp_path):
     processor, model, scene, features = encoded
     model.set_attn_implementation({"text_config": "eager"})
-    item = Questions([features], [scene.seed], model.config.grids, asked=6)[0]
-    inputs = Collator(processor, model.config.grids, (0.1, 0.1), together=True).ask_together(item, 0.5)
+    item = Questions([features], [scene.seed], model.config.grids, num_questions=6)[0]
+    inputs = Collator(processor, model.config.grids, (0.1, 0.1), together=True).collate_together(item, 0.5)
     trainer = GuidedTrainer(model, TrainingArguments(tmp_path, use_cpu=True, report_to=[]))
-    trainer.ask_together(model, **inputs)
+    trainer.loss_together(model, **inputs)
     together, alone, answers = trainer.parts, defaultdict(list), []
     start, image = inputs["start"], inputs["image"]
-    for ids, labels, mask, guide in zip(
-        inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool(), inputs["guides"]
+    for ids, labels, mask, targets in zip(
+        inputs["input_ids"], inputs["labels"], inputs["attention_mask"].bool(), inputs["targets"]
     ):
         row = {
             "input_ids": torch.cat((start, ids[None, mask]), dim=1),
@@ -159,17 +151,19 @@ def test_questions_asked_together_have_the_loss_of_each_asked_alone(encoded, tmp
         outputs = model(**row, mm_encoder_outputs={"image": image}, output_attentions=True)
         answers += [float(outputs.loss)] * int((labels != IGNORED).sum())
         begins = [start.shape[1] - len(image.pooler_output[0])]
-        for name, part in trainer.look(model.config, outputs.attentions, row, image.slots, begins, [guide]).items():
+        for name, part in trainer.look(model.config, outputs.attentions, row, image.slots, begins, [targets]).items():
             alone[f"whole_{name}"].append(float(part))
     assert together.pop("whole_answers") == pytest.approx([np.mean(answers)], rel=1e-4)
-    assert set(together) == {"whole_unasked", "whole_unseen", "whole_unplaced", "whole_unread"}
+    assert set(together) == {
+        f"whole_{name}" for name in ("look_at_words", "look_at_sites", "then_at_sites", "read_evidence")
+    }
     assert together == {name: pytest.approx([np.mean(parts)], rel=1e-3) for name, parts in alone.items()}
 
 
 @torch.no_grad()
 def test_a_prepared_decoder_gets_words_and_visual_tokens_of_the_same_length():
     processor, model = load_model(ROOT)
-    tiles = processor.image_processor(paint(scenes.make_scene(1)), return_tensors="pt")
+    tiles = processor.image_processor(paint(make_scene(1)), return_tensors="pt")
     features = model.encode_image(**tiles)
     prepare_decoder(model, features)
     tokens = model.encode_image(**tiles)[0].tokens  # by the scaled weights
@@ -201,10 +195,10 @@ def test_the_shipped_weights_look_where_the_question_points_and_answer_it():
     """200 questions about scenes that nothing was trained on, with 4 % of the visual tokens and with all."""
     processor, model = load_model(ROOT)
     shares, by_chance, right, right_from_all = [], [], [], []
-    for seed in scenes.TEST_SEEDS[-34:]:
-        scene, rng = scenes.make_scene(seed), np.random.default_rng([seed, 3])
+    for seed in TEST_SEEDS[-34:]:
+        scene, rng = make_scene(seed), np.random.default_rng([seed, 3])
         features = model.encode_image(**processor.image_processor(paint(scene), return_tensors="pt"))[0]
-        for question in (questions.ask(scene, kind, rng=rng) for kind in questions.KINDS):
+        for question in (questions.make_question(scene, kind, rng=rng) for kind in questions.KINDS):
             if question is None or len(shares) == 200:
                 continue
             prompt = write_prompt(processor, question.text)

@@ -1,1 +1,1 @@
-"""Made-up scenes, and how UHR-BAT-Tiny was trained on them."""
+"""Training: the stages of UHR-BAT-Tiny."""

@@ -1,17 +1,17 @@
 """Questions about a made-up scene whose answers follow from its layout, and only from it.
 
 Answers are balanced: by the way scenes are laid out and questions are drawn, the text of a question says nothing about
-its answer. Chance is the share of the most frequent answer: 1/6 for colours, 1/4 for types and quadrants, 1/5 for
+its answer. Chance is the frequency of the most frequent answer: 1/6 for colours, 1/4 for types and quadrants, 1/5 for
 counts, 1/2 for yes/no and comparisons.
 """
 
 from dataclasses import dataclass
 
-from .scenes import OBJECTS, PAINTS, Object, Scene
+from .layout import OBJECTS, PAINTS, Object, Scene
 
 # How often each kind is drawn: those more often that depend on one object of few pixels.
-SHARES = {"colour": 0.25, "type": 0.25, "yes/no": 0.25, "count": 0.125, "quadrant": 0.0625, "comparison": 0.0625}
-KINDS = tuple(SHARES)
+FREQUENCIES = {"colour": 0.25, "type": 0.25, "yes/no": 0.25, "count": 0.125, "quadrant": 0.0625, "comparison": 0.0625}
+KINDS = tuple(FREQUENCIES)
 TEMPLATES = {
     "colour": ("What colour is the {object} at the {site}?", "What is the colour of the {object} at the {site}?"),
     "type": ("What is the {colour} object at the {site}?", "What type of object is {colour} at the {site}?"),
@@ -49,7 +49,7 @@ def _single(things, name):
     return [thing for thing, value in zip(things, values) if values.count(value) == 1]
 
 
-def ask(scene: Scene, kind: str, site: int | None = None, *, rng) -> Question | None:
+def make_question(scene: Scene, kind: str, site: int | None = None, *, rng) -> Question | None:
     """A question of one kind about a site, or about any that allows it; None where none does.
 
     Args:
@@ -106,8 +106,8 @@ def ask(scene: Scene, kind: str, site: int | None = None, *, rng) -> Question | 
     return Question(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things, tuple(words.values()))
 
 
-def ask_any(scene: Scene, rng) -> Question:
-    """A question about a scene, of a kind drawn by SHARES among those that it allows."""
-    order = rng.choice(KINDS, len(KINDS), replace=False, p=list(SHARES.values()))
-    asked = (ask(scene, kind, rng=rng) for kind in order)
-    return next(question for question in asked if question is not None)
+def draw_question(scene: Scene, rng) -> Question:
+    """A question about a scene, of a kind drawn by FREQUENCIES among those that it allows."""
+    order = rng.choice(KINDS, len(KINDS), replace=False, p=list(FREQUENCIES.values()))
+    drawn = (make_question(scene, kind, rng=rng) for kind in order)
+    return next(question for question in drawn if question is not None)

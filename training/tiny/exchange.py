@@ -1,10 +1,11 @@
-"""Another vision tower for a trained decoder, with tokens that the decoder knows again.
+"""Give a trained decoder another vision tower, and rotate its tokens back to those that the decoder was trained on.
 
     uhr-bat train-exchange --model runs/tiny --tower runs/vision_longer --output runs/exchanged
 
-A tower that was trained on alone reads more, but its tokens have moved. The rotation, the factor and the shift that bring
-them closest to those of the model's own tower (orthogonal Procrustes problem, Schönemann 1966) go into the projector's
-last layer and the scale embedding: a rotation loses nothing that was read, and the decoder has little left to unlearn.
+A tower that was trained further by itself reads more, but its tokens have moved. The rotation, the factor and the shift
+that bring them closest to those of the model's own tower (orthogonal Procrustes problem, Schönemann 1966) go into the
+projector's last layer and the scale embedding: a rotation loses nothing that the tower reads, and the decoder has little
+to unlearn.
 """
 
 import argparse
@@ -12,16 +13,16 @@ from pathlib import Path
 
 import torch
 
-from ..common.loading import load_model, save_model
-from . import scenes
-from .finetune import VISION, all_tokens, encode_scenes
+from ...common.loading import load_model, save_model
+from ...scenes.layout import FINETUNING_SEED
+from .encoding import VISION, all_tokens, encode_scenes
 
 
 @torch.no_grad()
 def exchange_tower(model, other, image_processor, seeds) -> float:
-    """Give `model` the tower, projector and scale embedding of `other`, turned to the tokens that it had.
+    """Give `model` the tower, projector and scale embedding of `other`, turned to the tokens that `model` had.
 
-    Returns the mean cosine between its tokens of the scenes of `seeds` before and after.
+    Returns the mean cosine between the tokens of `model` before and after, of the scenes of `seeds`.
     """
     before, after = (all_tokens(encode_scenes(one, image_processor, seeds)) for one in (model, other))
     centred_before, centred_after = before - before.mean(0), after - after.mean(0)
@@ -46,7 +47,7 @@ def main(arguments=None):
     args = parser.parse_args(arguments)
     processor, model = load_model(args.model, torch.float32, device_map=None)
     _, other = load_model(args.tower, torch.float32, device_map=None)
-    seeds = range(scenes.FINETUNING_SEED, scenes.FINETUNING_SEED + 20)
+    seeds = range(FINETUNING_SEED, FINETUNING_SEED + 20)
     cosine = exchange_tower(model, other, processor.image_processor, seeds)
     print(f"cosine between the tokens before and after: {cosine:.3f}")
     save_model(model, processor, args.output)

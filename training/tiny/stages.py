@@ -1,56 +1,12 @@
-"""What the stages of training share: arguments, the Trainer's settings, where tokens are."""
+"""What the stages of training share: arguments, and the Trainer's settings."""
 
 import argparse
-from contextlib import contextmanager
 from pathlib import Path
 
-import numpy as np
 import torch
 from transformers import TrainingArguments
 
-from . import scenes
-
-# Three pixels for one of the finest scale: the tiles come out of a resize, as those of real images do.
-RENDER_WIDTH = 1152
 IGNORED = -100  # a label that no loss counts
-
-
-def paint(scene):
-    """The image of a scene at the size that training and evaluation use."""
-    return scenes.render(scene, (RENDER_WIDTH, round(RENDER_WIDTH / scene.aspect)))
-
-
-def tokens_at(scene, points, grid) -> list[int]:
-    """The tokens of a grid that show points (x, y) of a scene, counted row by row."""
-    if not points:
-        return []
-    rows, columns = (scene.to_square(points) * grid).astype(int).T
-    return (rows * grid[1] + columns).tolist()
-
-
-def position_of_tokens(grid) -> np.ndarray:
-    """float[N, 2]: (row, column) of the centres of a grid's tokens in [0, 1], row by row."""
-    rows, columns = np.indices(grid).reshape(2, -1) + 0.5
-    return np.stack((rows / grid[0], columns / grid[1]), axis=-1)
-
-
-def points_of_tokens(scene, grid) -> np.ndarray:
-    """float[N, 2]: (x, y) of the same centres in the scene; those of the letterbox lie outside it."""
-    top = (scenes.WIDTH - scene.height) / 2
-    return position_of_tokens(grid)[:, ::-1] * scenes.WIDTH - (0, top)
-
-
-@contextmanager
-def settings(config, changes):
-    """The configuration with other numbers for the length of a `with` block."""
-    before = {name: getattr(config, name) for name in changes}
-    for name, value in changes.items():
-        setattr(config, name, value)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            setattr(config, name, value)
 
 
 def make_parser(verb, doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:

@@ -1,184 +1,30 @@
-"""Made-up satellite scenes whose content is known: sea, coast, fields, roads, towns, sites, and objects of few pixels.
+"""A made-up scene as an image: sea, coast, fields, roads, towns, its sites and its objects.
 
     uhr-bat scene [--seed 0] [--size 10000 8000] [--output made_up_scene.jpg]
 
-A scene is laid out once, from a seed, and can be painted at any size. Sites (a pier, a stadium, ...) are large enough
-to be seen at the anchor scale. Objects (ships, cars, planes, tanks) are a few pixels large at the finest scale, stand
-inside and outside the sites, and their type and colour are drawn without regard to where they stand: a ship can lie on
-a runway, because otherwise the question would give the answer away.
-
-Lengths are in units of 1/10000 of the width: a pixel of the default size. Points are (x, y), sizes (width, height) and
-boxes (x, y, width, height), as in Pillow.
+Units, points and boxes are those of `layout`. The same scene and size give the same pixels.
 """
 
 import argparse
 import math
-from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from ..common.files import whole_files
+from .layout import PAINTS, SITE_SIDE, WIDTH, Scene, make_scene
 
-
-WIDTH = 10000  # units
 DEFAULT_PATH = Path("made_up_scene.jpg")  # in the working folder
 DEFAULT_SIZE = (10000, 8000)
-ASPECTS = (1.0, 1.25, 4 / 3)  # width / height
-FINEST = 384  # px, the finest scale of UHR-BAT-Tiny: sizes of objects are given in its pixels
+# Three pixels for one of the finest scale: the tiles come out of a resize, as those of real images do.
+RENDER_WIDTH = 1152
 
-SITES = ("pier", "runway", "bridge", "tank farm", "stadium", "quarry", "roundabout", "golf course")
-OBJECTS = ("ship", "car", "plane", "tank")
-PAINTS = {
-    "red": (208, 42, 38), "yellow": (242, 208, 44), "blue": (44, 88, 222), "white": (246, 246, 244),
-    "black": (20, 20, 24), "purple": (158, 48, 178),
-}  # fmt: skip
-# The tower is trained on scenes from seed 0 on, the decoder from FINETUNING_SEED on, nothing on the other two.
-FINETUNING_SEED = 1_000_000
-VALIDATION_SEEDS, TEST_SEEDS = range(10_000_000, 10_001_000), range(20_000_000, 20_001_000)
-QUADRANTS = ("upper left", "upper right", "lower left", "lower right")
-SITE_SIDE = 1400  # units: 54 px of the finest scale, 9 of the anchor
-SITES_PER_SCENE = (3, 5)
-MOST_OBJECTS = 4  # in one site
-OBJECTS_OUTSIDE = (20, 40)
-# Side of a square of the object's area, in pixels of the finest scale, and how often each range is drawn.
-OBJECT_SIZES = {(1.5, 2.5): 0.1, (2.5, 4.5): 0.3, (4.5, 8.0): 0.6}
-
-CELL = 72  # units: one tree, or one value of what is smooth
+CELL = 72  # units: side of a tree, and of a cell of the smooth noise
 FIELDS = [(118, 134, 74), (92, 117, 62), (146, 146, 88), (164, 150, 108), (133, 113, 84), (78, 104, 58)]
 ROOFS = [(158, 92, 74), (172, 110, 88), (140, 138, 134), (188, 186, 180), (120, 110, 102), (208, 205, 198)]
 CONCRETE, ASPHALT, YARD, TREE, SHADOW = (182, 178, 168), (110, 110, 112), (134, 132, 108), (60, 84, 48), (44, 50, 44)
 SEA = [(0, (16, 46, 76)), (90, (30, 78, 104)), (122, (74, 134, 134)), (126, (196, 208, 200)), (132, (206, 190, 150))]
-
-
-# ---- What is in a scene ----------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Site:
-    """A square of SITE_SIDE units around `centre`, turned by `angle` (radians)."""
-
-    kind: str
-    centre: tuple[float, float]
-    angle: float
-
-    def local(self, points) -> np.ndarray:
-        """float[..., 2] of the scene -> the same points in the frame of the site, -1 to 1 inside it."""
-        offset = np.asarray(points, float) - self.centre
-        sine, cosine = math.sin(self.angle), math.cos(self.angle)
-        turned = np.stack(
-            (offset[..., 0] * cosine + offset[..., 1] * sine, offset[..., 1] * cosine - offset[..., 0] * sine), axis=-1
-        )
-        return turned / (SITE_SIDE / 2)
-
-    def placed(self, points) -> np.ndarray:
-        """float[..., 2] in units along the sides of the site, from its centre -> the same points in the scene."""
-        x, y = np.moveaxis(np.asarray(points, float), -1, 0)
-        sine, cosine = math.sin(self.angle), math.cos(self.angle)
-        return np.stack((self.centre[0] + x * cosine - y * sine, self.centre[1] + x * sine + y * cosine), axis=-1)
-
-    def contains(self, points) -> np.ndarray:
-        """bool[...] for float[..., 2]."""
-        return (np.abs(self.local(points)) <= 1).all(-1)
-
-
-@dataclass(frozen=True)
-class Object:
-    """A ship, car, plane or tank; `size` is the side of a square of its area in units, `site` an index or None."""
-
-    kind: str
-    colour: str
-    centre: tuple[float, float]
-    angle: float
-    size: float
-    site: int | None
-
-    @property
-    def pixels(self) -> float:
-        """Its size in pixels of the finest scale."""
-        return self.size * FINEST / WIDTH
-
-
-@dataclass(frozen=True)
-class Scene:
-    seed: int
-    aspect: float
-    sites: tuple[Site, ...]
-    objects: tuple[Object, ...]
-
-    @property
-    def height(self) -> float:
-        return WIDTH / self.aspect
-
-    @cached_property
-    def objects_of(self) -> list[list[Object]]:
-        """Objects of every site."""
-        return [[thing for thing in self.objects if thing.site == index] for index in range(len(self.sites))]
-
-    def quadrant(self, site: Site) -> str:
-        x, y = site.centre
-        return QUADRANTS[2 * (y > self.height / 2) + (x > WIDTH / 2)]
-
-    def to_square(self, points) -> np.ndarray:
-        """float[..., 2] of the scene -> (row, column) in [0, 1] of the letterboxed square that the model sees."""
-        points = np.asarray(points, float)
-        top = (WIDTH - self.height) / 2
-        return np.stack(((points[..., 1] + top) / WIDTH, points[..., 0] / WIDTH), axis=-1)
-
-
-def make_scene(seed: int, aspect: float | None = None, objects_outside: tuple[int, int] = OBJECTS_OUTSIDE) -> Scene:
-    """Lay out a scene: sites apart from each other and inside one quadrant each, objects inside and outside them.
-
-    `objects_outside`: fewest and most objects that stand in no site; fewer where there is no room.
-    """
-    rng = np.random.default_rng(seed)
-    aspect = ASPECTS[rng.integers(len(ASPECTS))] if aspect is None else aspect
-    height, radius = WIDTH / aspect, SITE_SIDE * 0.6
-    wanted, tries = rng.integers(SITES_PER_SCENE[0], SITES_PER_SCENE[1] + 1), 0
-    centres = []
-    if height < 4 * radius:
-        wanted = 0  # a strip: no quadrant has room
-    while len(centres) < wanted:
-        if (tries := tries + 1) % 200 == 0:
-            centres, wanted = [], wanted - 1  # what stood already left no room for the next one
-        x, y = rng.uniform((radius, radius), (WIDTH - radius, height - radius))
-        on_axis = min(abs(x - WIDTH / 2), abs(y - height / 2)) < radius
-        if not on_axis and all(math.dist((x, y), other) > 2.4 * radius for other in centres):
-            centres.append((x, y))
-    kinds = rng.permutation(len(SITES))
-    sites = tuple(
-        Site(SITES[kind], centre, math.pi / 2 * rng.integers(4) + rng.uniform(-0.25, 0.25))
-        for kind, centre in zip(kinds, centres)
-    )
-
-    def draw(centre, site):
-        ranges = list(OBJECT_SIZES)
-        low, high = ranges[rng.choice(len(ranges), p=list(OBJECT_SIZES.values()))]
-        return Object(
-            OBJECTS[rng.integers(len(OBJECTS))], list(PAINTS)[rng.integers(len(PAINTS))], tuple(map(float, centre)),
-            rng.uniform(0, 2 * math.pi), rng.uniform(low, high) * WIDTH / FINEST, site,
-        )  # fmt: skip
-
-    objects = []
-    for index, site in enumerate(sites):
-        # One place in each cell of 3 x 3, so that objects of one site never touch.
-        cells = rng.permutation(9)[: rng.integers(MOST_OBJECTS + 1)]
-        for row, column in zip(*np.divmod(cells, 3)):
-            place = ((column, row) + rng.uniform(0.4, 0.6, 2)) * SITE_SIDE / 3 - SITE_SIDE / 2
-            objects.append(draw(site.placed(place), index))
-    most = len(objects) + rng.integers(objects_outside[0], objects_outside[1] + 1)
-    edge = min(200, height / 2)
-    for place in rng.uniform((200, edge), (WIDTH - 200, height - edge), (4 * most, 2)):
-        far = all(math.dist(place, site.centre) > SITE_SIDE for site in sites)
-        free = all(math.dist(place, other.centre) > SITE_SIDE / 3 for other in objects)
-        if len(objects) < most and far and free:
-            objects.append(draw(place, None))
-    return Scene(seed, aspect, sites, tuple(objects))
-
-
-# ---- Painting --------------------------------------------------------------------------------------------------------
 
 
 def fractal(rng, size, cells, octaves=5):
@@ -397,6 +243,11 @@ def render(scene: Scene, size=DEFAULT_SIZE) -> Image.Image:
         pixels += 12 + 2.5 * rng.standard_normal(pixels.shape[:2], np.float32)[..., None]
         canvas.paste(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), band)
     return canvas
+
+
+def paint(scene: Scene) -> Image.Image:
+    """The image of a scene at the size that training and evaluation use."""
+    return render(scene, (RENDER_WIDTH, round(RENDER_WIDTH / scene.aspect)))
 
 
 def example(size=DEFAULT_SIZE, seed: int = 0) -> Image.Image:

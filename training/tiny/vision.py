@@ -2,9 +2,10 @@
 
     uhr-bat train-vision --model runs/start --output runs/vision
 
-Every token of a crowded scene, at every scale, is asked by linear heads of its own for the colour and the type of the
-object whose centre it holds, for the site it lies in, and for its row and column in the image. Colour and type have
-separate heads: joint targets stall. Of the heads, the vectors of the words for what they name are left.
+Linear heads read from every token of a crowded scene, at every scale, the colour and the type of the object whose centre
+it holds, the site it lies in, and its row and column in the image. Colour and type have separate heads: joint targets
+stall. Afterwards each word ("red", "plane", "pier") gets its head's weight vector as embedding; the heads are thrown
+away.
 """
 
 import numpy as np
@@ -14,46 +15,48 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
-from ..common.loading import load_model, save_model
-from . import scenes
-from .common import IGNORED, make_parser, paint, points_of_tokens, position_of_tokens, tokens_at, train
+from ...common.loading import load_model, save_model
+from ...scenes.evidence import centres_of_tokens, points_of_tokens, tokens_at
+from ...scenes.layout import OBJECTS, PAINTS, SITES, TEST_SEEDS, WIDTH, make_scene
+from ...scenes.painting import paint
+from .stages import IGNORED, make_parser, train
 
 CROWDED = (100, 160)  # objects outside the sites: a token with an object in ten, instead of one in fifty
-HEADS = {"colour": len(scenes.PAINTS) + 1, "kind": len(scenes.OBJECTS) + 1, "site": len(scenes.SITES) + 1,
+HEADS = {"colour": len(PAINTS) + 1, "kind": len(OBJECTS) + 1, "site": len(SITES) + 1,
          "row": 8, "column": 8}  # fmt: skip
-LOSS_WEIGHTS = {"kind": 2.0, "row": 0.1, "column": 0.1}  # types are the hardest to read, places the easiest
+LOSS_WEIGHTS = {"kind": 2.0, "row": 0.1, "column": 0.1}  # types are the hardest to read, row and column the easiest
 NOTHING_WEIGHT = 0.1  # of the tokens without an object
 
 
-def token_labels(scene, config) -> dict[str, np.ndarray]:
+def head_labels(scene, config) -> dict[str, np.ndarray]:
     """long[N] by head for the tokens of all scales, each row by row over its grid; IGNORED beside a centre.
 
     0 stands for nothing; objects and sites are counted from 1.
     """
     labels = {name: [] for name in HEADS}
-    centres = scene.to_square([thing.centre for thing in scene.objects])
-    reach = np.array([thing.size / scenes.WIDTH for thing in scene.objects])
+    places = scene.to_square([thing.centre for thing in scene.objects])
+    reach = np.array([thing.size / WIDTH for thing in scene.objects])
     for height, width in config.grids:
-        places = position_of_tokens((height, width))
+        centres = centres_of_tokens((height, width))
         points = points_of_tokens(scene, (height, width))
         colour = np.zeros(height * width, np.int64)
-        # What an object reaches into, but does not have its centre in, is not asked.
-        near = (np.abs(places[:, None] - centres).max(-1) < reach + 0.5 / width).any(1)
+        # Colour and type of a token that an object reaches into from beside it do not count.
+        near = (np.abs(centres[:, None] - places).max(-1) < reach + 0.5 / width).any(1)
         colour[near] = IGNORED
         kind = colour.copy()
         held = tokens_at(scene, [thing.centre for thing in scene.objects], (height, width))
-        colour[held] = [list(scenes.PAINTS).index(thing.colour) + 1 for thing in scene.objects]
-        kind[held] = [scenes.OBJECTS.index(thing.kind) + 1 for thing in scene.objects]
+        colour[held] = [list(PAINTS).index(thing.colour) + 1 for thing in scene.objects]
+        kind[held] = [OBJECTS.index(thing.kind) + 1 for thing in scene.objects]
         site = np.zeros(height * width, np.int64)
         for one in scene.sites:
-            site[one.contains(points)] = scenes.SITES.index(one.kind) + 1
-        cells = (places * 8).astype(int)
+            site[one.contains(points)] = SITES.index(one.kind) + 1
+        cells = (centres * 8).astype(int)
         for name, values in zip(HEADS, (colour, kind, site, cells[:, 0], cells[:, 1])):
             labels[name].append(values)
     return {name: np.concatenate(values) for name, values in labels.items()}
 
 
-class Tiles(Dataset):
+class LabelledTiles(Dataset):
     """Crowded scenes, painted when they are asked for: tiles, masks and labels of their tokens."""
 
     def __init__(self, image_processor, config, seeds):
@@ -63,9 +66,9 @@ class Tiles(Dataset):
         return len(self.seeds)
 
     def __getitem__(self, index):
-        scene = scenes.make_scene(self.seeds[index], objects_outside=CROWDED)
+        scene = make_scene(self.seeds[index], objects_outside=CROWDED)
         tiles = self.image_processor(paint(scene))
-        labels = token_labels(scene, self.config)
+        labels = head_labels(scene, self.config)
         return {
             "pixel_values": torch.tensor(np.asarray(tiles["pixel_values"][0])),
             "pixel_attention_mask": torch.tensor(np.asarray(tiles["pixel_attention_mask"][0])),
@@ -88,10 +91,10 @@ class VisionPretraining(nn.Module):
         sizes = [height * width for height, width in self.model.config.grids]
         starts = np.cumsum([0, *sizes[:-1]])
         tokens = self.norm(torch.cat([torch.cat(image.tokens) for image in images]))
-        places = [torch.cat([place + int(start) for place, start in zip(image.positions, starts)]) for image in images]
+        positions = [torch.cat([one + int(start) for one, start in zip(image.positions, starts)]) for image in images]
         loss, logits = 0, {}
         for name, head in self.heads.items():
-            target = torch.cat([row[place] for row, place in zip(labels[name], places)])
+            target = torch.cat([row[one] for row, one in zip(labels[name], positions)])
             weight = torch.ones(HEADS[name])
             if name in ("colour", "kind"):
                 weight[0] = NOTHING_WEIGHT
@@ -99,29 +102,29 @@ class VisionPretraining(nn.Module):
             loss = loss + LOSS_WEIGHTS.get(name, 1) * F.cross_entropy(
                 logits[name].float(), target, weight.to(target.device), ignore_index=IGNORED
             )
-        return {"loss": loss, "logits": logits, "places": places}
+        return {"loss": loss, "logits": logits, "positions": positions}
 
 
 @torch.no_grad()
 def accuracy(pretraining, dataset, config) -> dict[str, list[float]]:
-    """Share of tokens that each head names right, per scale; colour and kind where an object is, site in sites."""
+    """Fraction of the tokens that each head names right, per scale; colour and kind where an object is, site in sites."""
     pretraining.eval()
     sizes = [height * width for height, width in config.grids]
     scale_of = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(sizes))
     right = {name: np.zeros(len(sizes)) for name in HEADS}
-    asked = {name: np.zeros(len(sizes)) for name in HEADS}
+    counted = {name: np.zeros(len(sizes)) for name in HEADS}
     for item in dataset:
         output = pretraining(**{name: value[None] for name, value in item.items()})
-        places = output["places"][0]
+        positions = output["positions"][0]
         for name in HEADS:
-            target = item[name][places]
+            target = item[name][positions]
             chosen = target >= (0 if name in ("row", "column") else 1)
             hit = (output["logits"][name].argmax(-1) == target)[chosen]
             for scale in range(len(sizes)):
-                here = scale_of[places][chosen] == scale
+                here = scale_of[positions][chosen] == scale
                 right[name][scale] += int(hit[here].sum())
-                asked[name][scale] += int(here.sum())
-    return {name: (right[name] / asked[name]).round(3).tolist() for name in HEADS}
+                counted[name][scale] += int(here.sum())
+    return {name: (right[name] / counted[name]).round(3).tolist() for name in HEADS}
 
 
 @torch.no_grad()
@@ -130,14 +133,14 @@ def name_words(pretraining, embedding, tokenizer):
 
     A visual token then resembles the words for what it shows, and a decoder need not learn which goes with which.
     """
-    names = {"colour": tuple(scenes.PAINTS), "kind": scenes.OBJECTS, "site": scenes.SITES}
+    names = {"colour": tuple(PAINTS), "kind": OBJECTS, "site": SITES}
     length = embedding.weight.square().mean().sqrt()
     for head, words in names.items():
         vectors = pretraining.norm.weight * pretraining.heads[head].weight
         vectors = vectors - vectors.mean(0)
         vectors = vectors - vectors.mean(1, keepdim=True)
         for name, vector in zip(words, vectors[1:]):
-            parts = [word for word in name.split() if head != "site" or word not in scenes.OBJECTS]  # "tank farm"
+            parts = [word for word in name.split() if head != "site" or word not in OBJECTS]  # "tank farm"
             for token in tokenizer("".join(f" {part}" for part in parts))["input_ids"]:
                 embedding.weight[token] = vector / vector.square().mean().sqrt() * length
 
@@ -153,11 +156,11 @@ def main(arguments=None):
     model.model.language_model.requires_grad_(False)
     pretraining = VisionPretraining(model.model)
     seeds = range(args.first_seed, args.first_seed + args.steps * args.batch_size)
-    dataset = Tiles(processor.image_processor, model.config, seeds)
+    dataset = LabelledTiles(processor.image_processor, model.config, seeds)
     trainer = train(Trainer, pretraining, dataset, args)
-    test = Tiles(processor.image_processor, model.config, scenes.TEST_SEEDS[: args.test_scenes])
-    for name, shares in accuracy(trainer.model, test, model.config).items():
-        print(f"{name:>7} by scale: {shares}")
+    test = LabelledTiles(processor.image_processor, model.config, TEST_SEEDS[: args.test_scenes])
+    for name, fractions in accuracy(trainer.model, test, model.config).items():
+        print(f"{name:>7} by scale: {fractions}")
     model.config.vision_chunk_size = chunk_size
     name_words(pretraining, model.get_input_embeddings(), processor.tokenizer)
     save_model(model, processor, args.output)

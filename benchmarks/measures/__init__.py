@@ -1,0 +1,22 @@
+"""Every measure of the benchmark: a function each, from `Sizes` to the rows that came out."""
+
+from . import compression, end_to_end, flops, preprocessing
+
+# In the order of the table that `uhr-bat bench` prints.
+MEASURES = {
+    function.__name__: function
+    for function in (
+        flops.flop_counts,
+        flops.padding,
+        compression.synchronisations,
+        compression.selection,
+        compression.kmeans,
+        compression.kmeans_projection,
+        compression.kmeans_memory,
+        preprocessing.preprocessing,
+        preprocessing.preprocessing_memory,
+        preprocessing.gigapixel,
+        end_to_end.encoding_memory,
+        end_to_end.end_to_end,
+    )
+}

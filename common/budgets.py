@@ -1,0 +1,22 @@
+"""A fraction of an image's tokens, as numbers of tokens."""
+
+import numpy as np
+
+
+def counts_of_fraction(fraction, available, proportions) -> list[int]:
+    """int[S], the tokens that each scale spends where a fraction of all tokens is wanted, at least one each.
+
+    Args:
+        fraction: of all tokens, 0 to 1.
+        available: int[S], tokens of every scale that show the image.
+        proportions: of the scales; what a scale does not hold goes to the next finer ones.
+    """
+    total, counts = max(round(fraction * sum(available)), len(available)), []
+    weights = np.asarray(proportions, float)
+    for scale, limit in enumerate(available):
+        wanted = round((total - sum(counts)) * weights[scale] / weights[scale:].sum())
+        counts.append(min(max(wanted, 1), limit))
+    # Coarser scales take what the finest cannot hold.
+    for scale in reversed(range(len(available))):
+        counts[scale] = min(available[scale], counts[scale] + max(total - sum(counts), 0))
+    return counts

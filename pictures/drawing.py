@@ -1,0 +1,98 @@
+"""Drawing on an image, one scale at a time: `draw_attention`, `draw_regions`, `draw_kept` return an image of its size.
+
+What they draw on may be a smaller or larger copy of the image that the model saw: they take the size of that as
+`image_size`, (height, width).
+
+The model sees the image in a letterboxed square. The letterbox is never drawn: every pixel of the image is asked which
+token shows it. Colours are told apart by colour-blind readers (a map that grows brighter, Okabe and Ito's palette).
+
+Letters: H and W height and width of a grid of tokens, N = H * W. Sizes are (height, width).
+"""
+
+import numpy as np
+from PIL import Image
+
+from ..geometry_uhr_bat import pixel_tokens
+
+# Okabe and Ito, without black and without the yellow that is lost on white.
+PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F4FC9", "#8C6D31")
+ATTENTION_COLOURS = "inferno"
+
+# What is left of the image where a token was merged and where it was dropped, and the tint of what was merged.
+MERGED_BRIGHTNESS, DROPPED_BRIGHTNESS = 0.55, 0.08
+# Violet: neither land nor sea.
+MERGED_TINT = (150, 60, 215)
+# A line between regions takes a pixel: narrower tokens would vanish behind their lines.
+TOKEN_OF_LINES = 8
+
+
+def screen_image(image: Image.Image, longest: int) -> Image.Image:
+    """RGB, with its longer side at most `longest` pixels."""
+    factor = longest / max(image.size)
+    if factor < 1:
+        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
+        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2)
+    return image.convert("RGB")
+
+
+def _tokens_of_pixels(picture, grid, image_size):
+    """int64[height, width], the token that shows each pixel of a picture of an image of `image_size`."""
+    picture_size = picture.height, picture.width
+    return pixel_tokens(image_size or picture_size, grid, picture_size)
+
+
+def count_slots(slots) -> np.ndarray:
+    """How many tokens share the slot of each token, int64[N]; 0 where it was dropped."""
+    slots = np.asarray(slots)
+    sizes = np.bincount(slots[slots >= 0], minlength=1)
+    return np.where(slots >= 0, sizes[slots], 0)
+
+
+def draw_attention(
+    image: Image.Image, importance, low: float, high: float, colours=ATTENTION_COLOURS, image_size=None
+) -> Image.Image:
+    """The importance float[H, W] over a grey image, from the first colour at `low` to the last at `high`."""
+    from matplotlib import colormaps
+
+    importance = np.asarray(importance, np.float64)
+    level = (importance - low) / max(high - low, 1e-12)
+    level = level.ravel()[_tokens_of_pixels(image, importance.shape, image_size)]
+    heat = colormaps[colours](level.clip(0, 1))[..., :3] * 255
+    grey = np.asarray(image.convert("L"), np.float64)[..., None]
+    return Image.fromarray((0.35 * grey + 0.65 * heat).astype(np.uint8))
+
+
+def draw_regions(image: Image.Image, regions, grid: tuple[int, int], image_size=None) -> Image.Image:
+    """Regions long[N] as tints, with lines between them where tokens are large; tokens that are a region of their own
+    stay grey."""
+    regions = np.asarray(regions)
+    sizes = np.bincount(regions[regions >= 0], minlength=1)
+    tints = np.array([parse_colour(colour) for colour in PALETTE])[np.arange(len(sizes)) % len(PALETTE)]
+    tokens = _tokens_of_pixels(image, grid, image_size)
+    own, labels = (sizes == 1)[regions][tokens], regions[tokens]
+
+    grey = np.asarray(image.convert("L"), np.float64)[..., None]
+    drawn = np.where(own[..., None], grey, 0.5 * grey + 0.5 * tints[labels])
+    line = np.zeros(labels.shape, bool)
+    line[:, 1:] |= labels[:, 1:] != labels[:, :-1]
+    line[1:] |= labels[1:] != labels[:-1]
+    # No net of lines where every token is a region, or too small for one.
+    line &= ~own & (max(image.size) / max(grid) >= TOKEN_OF_LINES)
+    return Image.fromarray(np.where(line[..., None], 255, drawn).astype(np.uint8))
+
+
+def draw_kept(image: Image.Image, slots, grid: tuple[int, int], image_size=None) -> Image.Image:
+    """What is left of the image after the selection, from slots long[N].
+
+    Tokens with a slot of their own show the image as it is, merged ones a dim violet one, dropped ones are dark.
+    """
+    sharing = count_slots(slots)[_tokens_of_pixels(image, grid, image_size)][..., None]
+    pixels = np.asarray(image.convert("RGB"), np.float64)
+    grey = np.asarray(image.convert("L"), np.float64)[..., None]
+    merged = MERGED_BRIGHTNESS * (0.5 * grey + 0.5 * np.array(MERGED_TINT))
+    drawn = np.select([sharing == 1, sharing > 1], [pixels, merged], DROPPED_BRIGHTNESS * pixels)
+    return Image.fromarray(drawn.astype(np.uint8))
+
+
+def parse_colour(colour):
+    return [int(colour[start : start + 2], 16) for start in (1, 3, 5)]

@@ -1,0 +1,1 @@
+"""Made-up satellite scenes whose content is known, and questions about them."""

@@ -1,0 +1,1 @@
+"""How UHR-BAT-Tiny was trained."""

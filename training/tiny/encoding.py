@@ -1,0 +1,68 @@
+"""Scenes that are encoded once, in memory or in a file: what the decoder is trained on."""
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from ...common.files import whole_files
+from ...outputs_uhr_bat import UHRBatImageFeatures
+from ...scenes.layout import make_scene
+from ...scenes.painting import paint
+
+VISION = ("vision_tower", "multi_modal_projector", "scale_embedding")  # what makes visual tokens
+
+
+class SceneImages(Dataset):
+    """Tiles of the scenes of some seeds, painted when they are asked for."""
+
+    def __init__(self, image_processor, seeds):
+        self.image_processor, self.seeds = image_processor, seeds
+
+    def __len__(self):
+        return len(self.seeds)
+
+    def __getitem__(self, index):
+        return dict(self.image_processor(paint(make_scene(self.seeds[index])), return_tensors="pt"))
+
+
+def encode_scenes(model, image_processor, seeds, workers=1):
+    """UHRBatImageFeatures of the scene of every seed, one after the other; tokens in bfloat16, to hold thousands."""
+    tiles = DataLoader(SceneImages(image_processor, seeds), batch_size=None, num_workers=workers)
+    for one in tqdm(tiles, desc="Encoding scenes", unit="scene"):
+        features = model.encode_image(**one)[0]
+        features.anchor_tokens = features.anchor_tokens.bfloat16()
+        features.tokens = [tokens.bfloat16() for tokens in features.tokens]
+        yield features
+
+
+def all_tokens(images) -> torch.Tensor:
+    """float32[N, D]: the tokens of all scales of some images."""
+    return torch.cat([torch.cat(image.tokens) for image in images]).float()
+
+
+def cached_features(model, image_processor, seeds, path, workers=1):
+    """List of the features of all seeds: read from a safetensors file, or encoded and written whole to it."""
+    num_scales = len(model.config.scales)
+    if path.exists():
+        stored = load_file(path)
+    else:
+        stored = {}
+        for seed, features in zip(seeds, encode_scenes(model, image_processor, seeds, workers)):
+            stored[f"{seed}.anchor_tokens"], stored[f"{seed}.anchor_positions"] = (
+                features.anchor_tokens, features.anchor_positions
+            )  # fmt: skip
+            for scale in range(num_scales):
+                stored[f"{seed}.tokens.{scale}"] = features.tokens[scale]
+                stored[f"{seed}.positions.{scale}"] = features.positions[scale]
+        with whole_files(path.parent) as built:
+            save_file(stored, built / path.name)
+    return [
+        UHRBatImageFeatures(
+            stored[f"{seed}.anchor_tokens"],
+            stored[f"{seed}.anchor_positions"],
+            [stored[f"{seed}.tokens.{scale}"] for scale in range(num_scales)],
+            [stored[f"{seed}.positions.{scale}"] for scale in range(num_scales)],
+        )
+        for seed in seeds
+    ]
