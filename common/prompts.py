@@ -16,6 +16,6 @@ def write_prompt(processor, question):
 def expand_placeholder(input_ids: torch.Tensor, image_token_id: int, num_tokens: int) -> torch.Tensor:
     """long[M + num_tokens - 1]: the ids long[M] of a prompt with its placeholder once per visual token.
 
-        [7, 8, image, 9], 3 tokens -> [7, 8, image, image, image, 9]
+    [7, 8, image, 9], 3 tokens -> [7, 8, image, image, image, 9]
     """
     return input_ids.repeat_interleave(torch.where(input_ids == image_token_id, num_tokens, 1))

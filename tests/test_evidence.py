@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from uhr_bat.common.loading import ROOT
-from uhr_bat.common.tables import interval
 from uhr_bat.evaluation import evidence
 from uhr_bat.scenes import layout, questions
 
@@ -48,13 +47,6 @@ def test_choices_spend_the_budget(method):
     if method == "uniform":
         assert (chosen[0] >= 0).tolist() == [False, True, False, True, False, True]
     assert len(evidence.gather(features, chosen)) == sum(counts)
-
-
-def test_the_interval_is_that_of_scenes_and_not_of_questions():
-    rng = np.random.default_rng(0)
-    same = np.repeat([0.0, 1.0] * 10, 50)
-    mean, low, high = interval(same, np.repeat(np.arange(20), 50), rng)
-    assert mean == 0.5 and low < 0.35 and high > 0.65
 
 
 def record(method, fraction, right, scene=0, kept=True, pixels=3.0):

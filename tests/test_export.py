@@ -898,9 +898,7 @@ def test_the_command_runs_in_a_clone_that_is_not_installed(released, tmp_path, c
     def run(checkpoint):
         arguments = [*command, "--checkpoint", str(checkpoint), "--output", str(tmp_path / "model")]
         environment = {**os.environ, "PYTHONPATH": path}
-        return subprocess.run(
-            [sys.executable, *arguments], capture_output=True, text=True, cwd=clone, env=environment
-        )
+        return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=clone, env=environment)
 
     done = run(released)
     assert done.returncode == 0, done.stderr

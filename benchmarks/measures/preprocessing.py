@@ -8,7 +8,7 @@ from importlib.util import find_spec
 from tqdm import tqdm
 
 from .. import meters, sides
-from ..compare import CLOCK, Row, expect, ratios
+from ..compare import CLOCK, Row, expect, ratios, show_ratio
 from ..images import photograph, tiled_tiff
 
 GIGABYTE = 1e9

@@ -1,0 +1,99 @@
+"""What the tools share: loading and saving, the prompt, files, tables, extras."""
+
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+import uhr_bat
+from conftest import ROOT
+from uhr_bat.common.extras import require
+from uhr_bat.common.files import whole_files, whole_folder
+from uhr_bat.common.loading import load_model, save_model
+from uhr_bat.common.prompts import expand_placeholder, write_prompt
+from uhr_bat.common.tables import interval, numbers, percent_interval, table
+
+LOAD_ALONE = """
+import sys
+from transformers import AutoModelForImageTextToText, AutoProcessor
+assert not any(name.split(".")[0] == "uhr_bat" for name in sys.modules)
+processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
+model, report = AutoModelForImageTextToText.from_pretrained(".", trust_remote_code=True, output_loading_info=True)
+assert not report["missing_keys"] and not report["unexpected_keys"], report
+assert type(model).__module__.startswith("transformers_modules."), type(model)
+assert type(processor.image_processor).__name__ == "UHRBatImageProcessor"
+"""
+
+
+def test_tools_load_the_classes_of_the_package_and_nobody_is_asked_to_trust_it(capfd):
+    processor, model = load_model()
+    assert type(model) is uhr_bat.UHRBatForConditionalGeneration and type(model.config) is uhr_bat.UHRBatConfig
+    assert type(processor) is uhr_bat.UHRBatProcessor
+    assert type(processor.image_processor) is uhr_bat.UHRBatImageProcessor
+    assert processor.default_budgets == model.config.budgets and processor.tokenizer.padding_side == "left"
+    assert load_model(ROOT, torch.bfloat16, device_map=None)[1].dtype == torch.bfloat16
+    printed = "".join(capfd.readouterr())
+    assert "custom code" not in printed and "You are using a model of type" not in printed
+
+
+def test_what_is_saved_loads_where_the_package_is_not(tmp_path):
+    processor, model = load_model()
+    save_model(model, processor, tmp_path / "model")
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
+    overlays = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if "uhr_bat_package_" not in path]
+    environment["PYTHONPATH"] = os.pathsep.join(overlays)
+    command = [sys.executable, "-c", LOAD_ALONE]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path / "model")
+    assert done.returncode == 0, done.stderr
+
+
+def test_a_placeholder_is_repeated_once_per_visual_token():
+    assert expand_placeholder(torch.tensor([7, 8, 3, 9]), 3, 3).tolist() == [7, 8, 3, 3, 3, 9]
+    processor, model = load_model()
+    ids = write_prompt(processor, "How many ships?")["input_ids"][0]
+    assert int((ids == model.config.image_token_id).sum()) == 1
+
+
+def test_files_replace_those_of_a_folder_or_none_does(tmp_path):
+    (tmp_path / "a.txt").write_text("before")
+    with pytest.raises(KeyboardInterrupt), whole_files(tmp_path) as built:
+        (built / "a.txt").write_text("half")
+        raise KeyboardInterrupt
+    assert [path.name for path in tmp_path.iterdir()] == ["a.txt"] and (tmp_path / "a.txt").read_text() == "before"
+    with whole_files(tmp_path) as built:
+        (built / "a.txt").write_text("after")
+    assert (tmp_path / "a.txt").read_text() == "after"
+
+
+def test_a_folder_appears_whole_or_not_at_all(tmp_path):
+    with pytest.raises(OSError), whole_folder(tmp_path / "model") as building:
+        (building / "a.txt").write_text("half")
+        raise OSError
+    assert not any(tmp_path.iterdir())
+    with whole_folder(tmp_path / "model") as building:
+        (building / "a.txt").write_text("whole")
+        assert not (tmp_path / "model").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_the_interval_is_that_of_groups_and_not_of_values():
+    same = np.repeat([0.0, 1.0] * 10, 50)
+    mean, low, high = interval(same, np.repeat(np.arange(20), 50), np.random.default_rng(0))
+    assert mean == 0.5 and low < 0.35 and high > 0.65
+
+
+def test_numbers_and_tables_as_text():
+    assert numbers("16,24,40") == [16, 24, 40]
+    assert percent_interval((0.5, 0.25, 0.75)) == "50.0 [25.0, 75.0]"
+    assert percent_interval((-0.05, -0.1, 0.01), signed=True) == "-5.0 [-10.0, +1.0]"
+    assert table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"
+
+
+def test_a_missing_package_is_named_with_its_extra(monkeypatch):
+    require("pictures", "json")
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r'matplotlib.* pip install "uhr-bat\[pictures\]"'):
+        require("pictures", "json", "matplotlib")
