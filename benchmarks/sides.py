@@ -138,8 +138,9 @@ class Ours:
 
     def select(self, features, importance, regions) -> list[torch.Tensor]:
         """float[n, D] for every scale. `regions` are with the image already."""
-        config = self.model.config
-        return compress_image(features, importance, self._counts(features), config, CompressionRules.of(config)).tokens
+        config, rules = self.model.config, CompressionRules.of(self.model.config)
+        of_scales = self.model.model.refine_importance(None, features, importance, rules)
+        return compress_image(features, of_scales, self._counts(features), config, rules).tokens
 
     def _counts(self, features) -> list[int]:
         return [min(pair) for pair in zip(self.model.config.budgets, features.available)]

@@ -234,7 +234,7 @@ class GuidedTrainer(Trainer):
         rows = zip(inputs["input_ids"], inputs["labels"], image_features, targets)
         divergences = [self.divergence(inner, *row) for row in rows]
         if self.taught:
-            compressed = self.compress_by_sites(inner.config, targets, image_features, token_counts.tolist())
+            compressed = self.compress_by_sites(inner, targets, image_features, token_counts.tolist())
         else:
             compressed = inner.compress(
                 input_ids=inputs["input_ids"],
@@ -268,13 +268,13 @@ class GuidedTrainer(Trainer):
         portion = (importance / importance.sum()).clamp_min(1e-9)
         return F.kl_div(portion.log(), targets["cells"].to(importance), reduction="sum")
 
-    def compress_by_sites(self, config, targets, image_features, token_counts):
+    def compress_by_sites(self, model, targets, image_features, token_counts):
         """What `model.compress` returns for plain top-k, by the cells of the sites in place of the importance."""
-        rules = CompressionRules.of(config, {"region_method": "none"})
-        rows = [
-            compress_image(features, one["cells"], counts, config, rules)
-            for features, one, counts in zip(image_features, targets, token_counts)
-        ]
+        rules = CompressionRules.of(model.config, {"region_method": "none", "refinement": []})
+        rows = []
+        for features, one, counts in zip(image_features, targets, token_counts):
+            importance = model.model.refine_importance(None, features, one["cells"], rules)
+            rows.append(compress_image(features, importance, counts, model.config, rules))
         tokens, importance, regions, slots = map(list, zip(*rows))
         return UHRBatCompressionOutput(
             [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)
