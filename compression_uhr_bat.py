@@ -151,8 +151,11 @@ def compress_image(
     """
     one_budget = len(counts) < len(config.grids)
     with torch.no_grad():
+        budgets = counts
+        if one_budget:  # equal parts of it bound the number of regions, where each of them gets a token
+            share = max(1, counts[0] // sum(map(bool, image.available)))
+            budgets = [share if size else 0 for size in image.available]
         # A scale that spends nothing has no regions either.
-        budgets = [counts[0] if size else 0 for size in image.available] if one_budget else counts
         regions = [
             partition(image, scale_idx, budget, config, rules) if budget else torch.full_like(positions, -1)
             for scale_idx, (positions, budget) in enumerate(zip(image.positions, budgets))

@@ -2,14 +2,14 @@
 
     uhr-bat evidence [--model DIR] [--scenes 60] [--seeds 3] [--output DIR]
 
-Questions about made-up scenes that nothing was trained on, each answered from every choice of visual tokens at 1, 2, 4
-and 8 % of them, and from all of them. Writes evidence.json, evidence.md and evidence.png. Evidence is kept where every
-object that a question needs has a visual token of its own, unmerged, at one of the two finest scales. Intervals are
-95 % of a bootstrap over scenes, differences are paired by question.
+Questions about made-up scenes that nothing was trained on, each answered from every choice of visual tokens at 0.5, 1,
+2, 4 and 8 % of them, and from all of them; and about two sets of harder scenes, crowded ones and some with bright
+specks all over, at 1 %. Writes evidence.json, evidence.md and evidence.png. Evidence is kept where every object that a
+question needs has a visual token of its own, unmerged, at one of the two finest scales. Intervals are 95 % of a
+bootstrap over scenes, differences are paired by question.
 """
 
 import argparse
-import copy
 import os
 import sys
 from collections import Counter, defaultdict
@@ -28,114 +28,40 @@ from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
 from ..common.prompts import expand_placeholder, write_prompt
 from ..common.tables import interval, percent, percent_interval, table
-from ..geometry_uhr_bat import patch_centres
-from ..layers_uhr_bat import UHRBatScaleEmbedding
 from ..outputs_uhr_bat import UHRBatCompressionOutput
 from ..scenes import questions
 from ..scenes.evidence import evidence_of
-from ..scenes.layout import FINETUNING_SEED, TEST_SEEDS, make_scene
-from ..scenes.painting import paint
-from ..token_compression_uhr_bat import cluster_regions, merge_tokens
+from ..scenes.layout import FINETUNING_SEED, OBJECTS_OUTSIDE, TEST_SEEDS, make_scene
+from ..scenes.painting import add_specks, paint
+from .choices import (
+    CHOICES,
+    DISTINCT,
+    DOWNSAMPLING,
+    PAPER,
+    PROPORTIONS,
+    REFINED,
+    ROWS,
+    RULES,
+    TOP_K,
+    Downsampling,
+    choose,
+    gather,
+    keeps,
+)
 
-FRACTIONS = (0.01, 0.02, 0.04, 0.08)
+FRACTIONS = (0.005, 0.01, 0.02, 0.04, 0.08)
 FULL = "no compression"
-PROPOSED = "preserve-and-merge"
-# Rules, other than those of the configuration, by which the model's own `compress` is each method.
-RULES = {
-    PROPOSED: {},
-    "with coverage": {"coverage": True},
-    "with kmeans_pca": {"region_method": "kmeans_pca"},
-    "top-k per scale": {"region_method": "none"},
-}
-CHOICES = ("k-means merge", "uniform", "random", "anchor only")  # blind to the question
-DOWNSAMPLING = "downsampling"
-ROWS = (*RULES, *CHOICES, DOWNSAMPLING)
 NO_IMAGE = "model without image"
 TEXT_ONLY = "text-only control"
+# What a row is compared with, paired by question.
+BASELINES = {"paper": PAPER, "top_k": TOP_K, "full": FULL}
+# Harder scenes: objects outside the sites, and bright specks all over. Asked from all tokens and by these rows.
+STRESS = {"crowded": ((100, 160), 0), "specks": (OBJECTS_OUTSIDE, 700)}
+STRESS_ROWS, STRESS_FRACTIONS = (PAPER, TOP_K, DISTINCT, REFINED), (0.01,)
+PLAIN = "plain"
 SIZES = {"1-2": (0, 2.5), "3-4": (2.5, 4.5), "5-8": (4.5, 99)}  # px, bins of the rounded size
 CONTROL_SCENES = 5000
 MAX_NEW_TOKENS = 6
-
-
-# ---- Choices of visual tokens ----------------------------------------------------------------------------------------
-
-
-def choose(method, model, features, counts, rng) -> list[torch.Tensor]:
-    """Slots long[V] of every scale by a rule that does not know the question."""
-    slots = []
-    for scale, (tokens, positions, count) in enumerate(zip(features.tokens, features.positions, counts)):
-        num_tokens = len(tokens)
-        if method == "k-means merge":
-            coords = patch_centres(positions, model.config.grids[scale])
-            slots.append(cluster_regions(tokens, coords, count, coord_weight=model.config.coord_weight))
-            continue
-        if method == "anchor only":
-            count = min(sum(counts), num_tokens) if scale == 0 else 0
-        if method == "random":
-            kept = np.sort(rng.permutation(num_tokens)[:count])
-        else:
-            kept = ((np.arange(count) + 0.5) * num_tokens / max(count, 1)).astype(int)
-        slot = torch.full((num_tokens,), -1)
-        slot[torch.from_numpy(kept)] = torch.arange(len(kept))
-        slots.append(slot)
-    return slots
-
-
-def gather(features, slots) -> torch.Tensor:
-    """float[n, D], the visual tokens of all scales."""
-    merged = [
-        merge_tokens(tokens, slot, int(slot.max()) + 1)
-        for tokens, slot in zip(features.tokens, slots)
-        if int(slot.max()) >= 0
-    ]
-    return torch.cat(merged)
-
-
-def keeps(slots, positions, evidence) -> bool:
-    """Whether each object, a list of its (scale, position), has a slot of its own in one of them.
-
-    `slots`: long[V] per scale; `positions`: long[V] per scale, where these tokens stand on the grid.
-    """
-    alone = []
-    for slot, where in zip(slots, positions):
-        counts = torch.bincount(slot[slot >= 0], minlength=1)
-        single = (slot >= 0) & (counts[slot.clamp_min(0)] == 1)
-        alone.append(set(where[single].tolist()))
-    return all(any(position in alone[scale] for scale, position in one) for one in evidence)
-
-
-def one_scale_model(model, side):
-    """The same weights for an image of one scale; of the scale vectors the one of the scale nearest to it."""
-    single = copy.deepcopy(model)
-    config = single.config
-    nearest = min(range(len(config.scales)), key=lambda scale: abs(config.scales[scale] - side))
-    config.scales, config.budgets = [side], [(side // config.patch_size) ** 2]
-    embedding = UHRBatScaleEmbedding(config).to(model.device)
-    embedding.load_state_dict(
-        {
-            "table": model.model.scale_embedding.table,
-            "scale_vectors": model.model.scale_embedding.scale_vectors[[nearest]],
-        }
-    )
-    single.model.scale_embedding = embedding
-    return single.eval()
-
-
-class Downsampling:
-    """The image resized to the largest single scale that is within a number of tokens."""
-
-    def __init__(self, processor, model):
-        self.image_processor, self.model, self.models = processor.image_processor, model, {}
-
-    def __call__(self, image, num_tokens) -> torch.Tensor:
-        """float[n, D], at most `num_tokens` of the letterboxed square and those that show the image."""
-        config = self.model.config
-        patches_per_side = config.tile_size // config.patch_size
-        side = max(1, int(num_tokens**0.5) // patches_per_side) * config.tile_size
-        if side not in self.models:
-            self.models[side] = one_scale_model(self.model, side)
-        tiles = self.image_processor(image, scales=[side], return_tensors="pt").to(self.model.device)
-        return self.models[side].encode_image(**tiles)[0].tokens[0]
 
 
 # ---- Answers ---------------------------------------------------------------------------------------------------------
@@ -196,43 +122,55 @@ def answers_without_a_choice(model, processor, question, features, control) -> l
     ]
 
 
-def answers_from_a_fraction(
-    model, processor, question, features, fraction, methods, small, evidence, rng
-) -> list[Answer]:
+def choices_without_a_question(model, image, features, fraction, methods, downsampling) -> dict:
+    """{method: (slots long[V] per scale or None, visual tokens float[n, D])} of what is the same for any question."""
+    counts = counts_of_fraction(fraction, features.available, PROPORTIONS)
+    chosen = {}
+    for method in methods:
+        if method == DOWNSAMPLING:
+            chosen[method] = None, downsampling(image, round(fraction * sum(features.available)))
+        elif method in CHOICES:
+            slots = choose(method, model, features, counts)
+            chosen[method] = slots, gather(features, slots)
+    return chosen
+
+
+def answers_from_a_fraction(model, processor, question, features, fraction, methods, blind, evidence) -> list[Answer]:
     """From what each method chooses of a fraction of the tokens.
 
     Args:
-        small: float[n, D], the tokens of the image that was downsampled to as many, where that is among the methods.
+        blind: what `choices_without_a_question` returned.
         evidence: of every object that has to be seen, its (scale, position).
     """
     prompt = write_prompt(processor, question.text).to(model.device)
-    counts = counts_of_fraction(fraction, features.available, processor.default_budgets)
     visual, kept = [], []
     for method in methods:
-        if method == DOWNSAMPLING:
-            visual.append(small)
-            kept.append(False)
-            continue
         if method in RULES:
+            rules, proportions = RULES[method]
+            counts = [max(round(fraction * sum(features.available)), len(features.tokens))]
+            if proportions:
+                counts = counts_of_fraction(fraction, features.available, proportions)
             images = {"image_features": [features], "token_counts": torch.tensor([counts])}
-            compressed = model.compress(**prompt, **images, rules=RULES[method])
-            visual.append(compressed.pooler_output[0])
+            compressed = model.compress(**prompt, **images, rules=rules)
+            tokens = compressed.pooler_output[0]
             slots = [slot[positions] for slot, positions in zip(compressed.slots[0], features.positions)]
         else:
-            slots = choose(method, model, features, counts, rng)
-            visual.append(gather(features, slots))
-        kept.append(keeps(slots, features.positions, evidence))
+            slots, tokens = blind[method]
+        visual.append(tokens)
+        kept.append(slots is not None and keeps(slots, features.positions, evidence))
     said = answer(model, processor, prompt, visual)
     return [Answer(method, fraction, len(tokens), *rest) for method, tokens, *rest in zip(methods, visual, said, kept)]
 
 
 @torch.no_grad()
-def ask_scene(model, processor, downsampling, scene, fractions, methods, control, rng) -> list[dict]:
+def ask_scene(model, processor, downsampling, scene, fractions, methods, control, rng, specks=0) -> list[dict]:
     """One record per question and choice of tokens: kind, method, fraction, tokens, right, kept, pixels."""
     image = paint(scene)
+    if specks:
+        add_specks(image, specks, np.random.default_rng([scene.seed, 4]))
     (features,) = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
-    total, records = sum(features.available), []
-    small = {one: downsampling(image, round(one * total)) if DOWNSAMPLING in methods else None for one in fractions}
+    blind = {one: choices_without_a_question(model, image, features, one, methods, downsampling) for one in fractions}
+    records = []
     for kind in questions.KINDS:
         question = questions.make_question(scene, kind, rng=rng)
         if question is None:
@@ -240,9 +178,7 @@ def ask_scene(model, processor, downsampling, scene, fractions, methods, control
         evidence = evidence_of(scene, question, model.config.grids)
         answers = answers_without_a_choice(model, processor, question, features, control)
         for one in fractions:
-            answers += answers_from_a_fraction(
-                model, processor, question, features, one, methods, small[one], evidence, rng
-            )
+            answers += answers_from_a_fraction(model, processor, question, features, one, methods, blind[one], evidence)
         for one in answers:
             records.append({
                 "scene": scene.seed, "kind": kind, "method": one.method, "fraction": one.fraction,
@@ -256,8 +192,8 @@ def ask_scene(model, processor, downsampling, scene, fractions, methods, control
 
 
 def summarise(records) -> dict:
-    """Accuracy, evidence kept and the paired difference from preserve-and-merge by method and fraction, and by kind; what
-    the full image answers and the compressed one does not, by the size of the objects."""
+    """Accuracy, evidence kept and the paired differences from `BASELINES` by method and fraction, and by kind; what is
+    answered from all tokens and not from the compressed ones, by the size of the objects."""
     rng, by_method = np.random.default_rng(0), defaultdict(list)
     for record in records:
         by_method[record["method"], record["fraction"]].append(record)
@@ -279,12 +215,14 @@ def summarise(records) -> dict:
                 if any(record["kind"] == kind for record in asked)
             },
         }
-        if (proposed := by_method.get((PROPOSED, fraction))) and method != PROPOSED:
-            # Records of every method stand in the order of the questions.
-            row["difference"] = interval(right - np.array([r["right"] for r in proposed], float), groups, rng)
+        row["differences"] = {}
+        for name, baseline in BASELINES.items():
+            other = by_method.get((baseline, 1.0 if baseline == FULL else fraction))
+            if other and method != baseline and method in ROWS:
+                # Records of every method stand in the order of the questions.
+                row["differences"][name] = interval(right - np.array([r["right"] for r in other], float), groups, rng)
         full = by_method[FULL, 1.0]
-        if method == PROPOSED:
-            row["difference_from_full"] = interval(right - np.array([r["right"] for r in full], float), groups, rng)
+        if method in STRESS_ROWS:
             row["lost_by_size"] = {}
             for name, (low, high) in SIZES.items():
                 held = [
@@ -304,31 +242,40 @@ def report(result) -> str:
     def cells(row, *values):
         return [f"{100 * row['fraction']:g} %", row["method"], *values]
 
+    def difference(row, name):
+        return percent_interval(row["differences"][name], signed=True) if name in row["differences"] else ""
+
     kinds = [
         [percent(row["by_kind"][kind]) if kind in row["by_kind"] else "" for kind in questions.KINDS] for row in rows
     ]
     losing = [row for row in rows if "lost_by_size" in row]
     lost = [
-        [f"{part['lost']} of {part['right_in_full']}" for part in row["lost_by_size"].values()]
-        + [percent_interval(row["difference_from_full"], signed=True)]
+        cells(row, *[f"{part['lost']} of {part['right_in_full']}" for part in row["lost_by_size"].values()])
         for row in losing
+    ]
+    stress = [
+        [name, *cells(row, percent_interval(row["accuracy"]), percent_interval(row["kept"]), difference(row, "full"))]
+        for name, hard in result.get("stress", {}).items()
+        for row in hard["rows"]
+        if row["method"] in (FULL, *STRESS_ROWS)
     ]
     parts = [
         "# Evidence kept and questions answered, by visual tokens",
         f"UHR-BAT-Tiny on {about['questions']} questions about {about['scenes']} made-up scenes that nothing was "
         f"trained on, in {about['seeds']} seeded sets. Made by `{about['command']}`. Percent, with 95 % intervals of a "
         "bootstrap over scenes. Kept: every object that the question needs has a token of its own at one of the two "
-        "finest scales (questions that need an object only). Difference: accuracy minus that of preserve-and-merge, "
-        "paired.",
+        "finest scales (questions that need an object only). Differences of accuracy are paired by question. Scales "
+        "share the tokens 16:24:40:66, or 4:8:40:94 (distinct, budgets per scale), or compete for them (top-k with one "
+        "budget, distinct, distinct with its regions told of, distinct and refined).",
         table(
-            ["tokens", "method", "mean number", "accuracy", "kept", "difference"],
+            ["tokens", "method", "mean number", "accuracy", "kept", *[f"minus {name}" for name in BASELINES.values()]],
             [
                 cells(
                     row,
                     f"{row['tokens']:.0f}",
                     percent_interval(row["accuracy"]),
                     percent_interval(row["kept"]),
-                    percent_interval(row["difference"], signed=True) if "difference" in row else "",
+                    *[difference(row, name) for name in BASELINES],
                 )
                 for row in rows
             ],
@@ -336,22 +283,24 @@ def report(result) -> str:
         "## By kind of question",
         table(["tokens", "method", *questions.KINDS], [cells(row, *values) for row, values in zip(rows, kinds)]),
         "## What the compression loses, by size",
-        "Questions that are answered right from all tokens and wrong after preserve-and-merge, by the smallest object "
-        "that they need, in pixels of the finest scale (side of a square of its area).",
-        table(
-            ["tokens", *[f"{name} px" for name in SIZES], "all, accuracy minus that of all tokens"],
-            [[f"{100 * row['fraction']:g} %", *values] for row, values in zip(losing, lost)],
-        ),
+        "Questions that are answered right from all tokens and wrong from some of them, by the smallest object that "
+        "they need, in pixels of the finest scale (side of a square of its area).",
+        table(["tokens", "method", *[f"{name} px" for name in SIZES]], lost),
+        "## Harder scenes",
+        "Crowded: 100 to 160 objects outside the sites instead of 20 to 40. Specks: 700 bright specks, of the size of "
+        "the smallest objects, anywhere.",
+        table(["scenes", "tokens", "method", "accuracy", "kept", f"minus {FULL}"], stress),
     ]
     return "\n\n".join(parts) + "\n"
 
 
 def plot(result, path):
     """Accuracy and evidence kept against the fraction of visual tokens."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(14, 5.5), layout="constrained")
-    styles = dict(zip(ROWS, ("o-", "s-", "<-", "^-", "v--", "D--", "x--", "P:", "*:")))
+    colours = dict(zip(ROWS, colormaps["tab20"].colors))
     for axes, name, title in zip(
         figure.subplots(1, 2), ("accuracy", "kept"), ("Questions answered right", "Evidence kept")
     ):
@@ -361,7 +310,8 @@ def plot(result, path):
                 continue
             x = [100 * row["fraction"] for row in rows]
             mean, low, high = 100 * np.array([row[name] for row in rows]).T
-            axes.errorbar(x, mean, (mean - low, high - mean), fmt=styles[method], label=method, capsize=2)
+            style = {"linestyle": "-", "marker": "o"} if method in RULES else {"linestyle": "--", "marker": "x"}
+            axes.errorbar(x, mean, (mean - low, high - mean), label=method, capsize=2, color=colours[method], **style)
         if name == "accuracy":
             for method, style in (FULL, "-"), (TEXT_ONLY, ":"):
                 (row,) = (row for row in result["rows"] if row["method"] == method)
@@ -385,29 +335,35 @@ def write_results(result, folder):
 _worker = {}
 
 
-def _start_worker(folder, fractions, methods, control, num_threads):
+def _start_worker(folder, num_threads, settings):
     torch.set_num_threads(num_threads)
     processor, model = load_model(folder, torch.float32)
-    _worker.update(
-        model=model, processor=processor, downsampling=Downsampling(processor, model), fractions=fractions,
-        methods=methods, control=control,
-    )  # fmt: skip
+    _worker.update(model=model, processor=processor, downsampling=Downsampling(processor, model), **settings)
 
 
-def _ask(seed):
-    return ask_scene(scene=make_scene(seed), rng=np.random.default_rng([seed, 3]), **_worker)
+def _ask(seed, objects_outside=OBJECTS_OUTSIDE, **settings):
+    scene = make_scene(seed, objects_outside=objects_outside)
+    return ask_scene(scene=scene, rng=np.random.default_rng([seed, 3]), **{**_worker, **settings})
 
 
-def evaluate(folder, seeds, fractions=FRACTIONS, methods=ROWS, workers=1, control_scenes=CONTROL_SCENES) -> list[dict]:
-    """Records of all questions about the scenes of `seeds`; several workers are processes of one thread each."""
-    control = text_only(control_scenes)
-    job = (folder, fractions, methods, control, 1 if workers > 1 else torch.get_num_threads())
-    bar = {"total": len(seeds), "desc": "Asking", "unit": "scene"}
-    if workers == 1:
-        _start_worker(*job)
-        return [record for seed in tqdm(seeds, **bar) for record in _ask(seed)]
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, job) as pool:
-        return [record for records in tqdm(pool.map(_ask, seeds), **bar) for record in records]
+def evaluate(
+    folder, seeds, fractions=FRACTIONS, methods=ROWS, workers=1, control_scenes=CONTROL_SCENES, stress_seeds=()
+) -> dict[str, list[dict]]:
+    """Records of all questions about the scenes of `seeds`, and about those of `stress_seeds` for each set of harder
+    scenes, by the name of the set. Several workers are processes of one thread each."""
+    settings = {"fractions": fractions, "methods": methods, "control": text_only(control_scenes)}
+    jobs = [(PLAIN, seed, {}) for seed in seeds]
+    for name, (objects_outside, specks) in STRESS.items():
+        hard = {"objects_outside": objects_outside, "specks": specks}
+        hard |= {"fractions": STRESS_FRACTIONS, "methods": STRESS_ROWS}
+        jobs += [(name, seed, hard) for seed in stress_seeds]
+    records = {name: [] for name, _, _ in jobs}
+    start = (folder, 1 if workers > 1 else torch.get_num_threads(), settings)
+    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) as pool:
+        running = [(name, pool.submit(_ask, seed, **changes)) for name, seed, changes in jobs]
+        for name, job in tqdm(running, desc="Asking", unit="scene"):
+            records[name] += job.result()
+    return records
 
 
 def main(arguments=None) -> int:
@@ -428,11 +384,13 @@ def main(arguments=None) -> int:
                 f"There are {len(TEST_SEEDS)} test scenes, but {args.scenes} x {args.seeds} are asked for."
             )
         seeds = TEST_SEEDS[: args.scenes * args.seeds]
-        records = evaluate(args.model, seeds, workers=args.workers)
-        result = summarise(records)
+        # The harder scenes are laid out from the first set of seeds.
+        records = evaluate(args.model, seeds, workers=args.workers, stress_seeds=seeds[: args.scenes])
+        plain = records.pop(PLAIN)
+        result = summarise(plain) | {"stress": {name: summarise(hard) for name, hard in records.items()}}
         result["about"] = {
             "command": f"uhr-bat evidence --scenes {args.scenes} --seeds {args.seeds}",
-            "questions": sum(record["method"] == FULL for record in records),
+            "questions": sum(record["method"] == FULL for record in plain),
             "scenes": len(seeds),
             "seeds": args.seeds,
             "fractions": FRACTIONS,

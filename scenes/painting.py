@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..common.files import whole_files
-from .layout import PAINTS, SITE_SIDE, WIDTH, Scene, make_scene
+from .layout import FINEST, PAINTS, SITE_SIDE, WIDTH, Scene, make_scene
 
 DEFAULT_PATH = Path("made_up_scene.jpg")  # in the working folder
 DEFAULT_SIZE = (10000, 8000)
@@ -248,6 +248,14 @@ def render(scene: Scene, size=DEFAULT_SIZE) -> Image.Image:
 def paint(scene: Scene) -> Image.Image:
     """The image of a scene at the size that training and evaluation use."""
     return render(scene, (RENDER_WIDTH, round(RENDER_WIDTH / scene.aspect)))
+
+
+def add_specks(image: Image.Image, number: int, rng):
+    """Decoys: bright specks of the size of the smallest objects, anywhere on the image, in the colours of paints."""
+    side = max(1, round(2 * image.width / FINEST))
+    draw, bright = ImageDraw.Draw(image), [PAINTS[name] for name in ("red", "yellow", "blue", "white")]
+    for x, y, colour in zip(*(rng.uniform(0, length, number) for length in image.size), rng.integers(4, size=number)):
+        draw.rectangle((x, y, x + side - 1, y + side - 1), fill=bright[colour])
 
 
 def example(size=DEFAULT_SIZE, seed: int = 0) -> Image.Image:

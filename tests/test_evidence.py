@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from uhr_bat.common.loading import ROOT
-from uhr_bat.evaluation import evidence
+from uhr_bat.evaluation import choices, evidence
 from uhr_bat.scenes import layout, questions
 
 
@@ -30,10 +30,10 @@ PLACES = [torch.tensor([0, 1, 2]), torch.tensor([0, 2, 5])]
     ],
 )
 def test_evidence_is_kept_where_every_object_has_a_token_of_its_own(evidence_tokens, kept):
-    assert evidence.keeps(slots([0, 1, 1], [1, 0, -1]), PLACES, evidence_tokens) is kept
+    assert choices.keeps(slots([0, 1, 1], [1, 0, -1]), PLACES, evidence_tokens) is kept
 
 
-@pytest.mark.parametrize("method", evidence.CHOICES)
+@pytest.mark.parametrize("method", choices.CHOICES)
 def test_choices_spend_the_budget(method):
     generator = torch.Generator().manual_seed(0)
     features = SimpleNamespace(
@@ -41,12 +41,9 @@ def test_choices_spend_the_budget(method):
         positions=[torch.arange(6), torch.arange(20)],
     )
     model = SimpleNamespace(config=SimpleNamespace(coord_weight=0.05, grids=[(2, 3), (4, 5)]))
-    chosen = evidence.choose(method, model, features, [3, 5], np.random.default_rng(0))
-    counts = [int(slot.max()) + 1 for slot in chosen]
-    assert counts == ([6, 0] if method == "anchor only" else [3, 5])
-    if method == "uniform":
-        assert (chosen[0] >= 0).tolist() == [False, True, False, True, False, True]
-    assert len(evidence.gather(features, chosen)) == sum(counts)
+    chosen = choices.choose(method, model, features, [3, 5])
+    assert [int(slot.max()) + 1 for slot in chosen] == [3, 5]
+    assert len(choices.gather(features, chosen)) == 8
 
 
 def record(method, fraction, right, scene=0, kept=True, pixels=3.0):
@@ -62,34 +59,44 @@ def test_differences_are_paired_and_losses_sorted_by_size():
         [(True, True, False, 2.0), (True, False, True, 3.0), (True, False, True, 6.0), (False, True, True, 6.0)]
     ):
         records.append(record(evidence.FULL, 1.0, full, scene, pixels=pixels))
-        records.append(record(evidence.PROPOSED, 0.04, proposed, scene, pixels=pixels))
+        records.append(record(choices.PAPER, 0.04, proposed, scene, pixels=pixels))
         records.append(record("uniform", 0.04, other, scene, kept=False, pixels=pixels))
     rows = {row["method"]: row for row in evidence.summarise(records)["rows"]}
-    assert rows[evidence.PROPOSED]["lost_by_size"] == {
+    assert rows[choices.PAPER]["lost_by_size"] == {
         "1-2": {"right_in_full": 1, "lost": 0},
         "3-4": {"right_in_full": 1, "lost": 1},
         "5-8": {"right_in_full": 1, "lost": 1},
     }
-    assert rows["uniform"]["difference"][0] == pytest.approx(0.25)
-    assert rows["uniform"]["kept"][0] == 0 and rows[evidence.PROPOSED]["kept"][0] == 1
+    assert rows["uniform"]["differences"]["paper"][0] == pytest.approx(0.25)
+    assert rows["uniform"]["kept"][0] == 0 and rows[choices.PAPER]["kept"][0] == 1
 
 
 def test_one_scene_through_all_of_it(tmp_path):
-    records = evidence.evaluate(ROOT, layout.VALIDATION_SEEDS[:1], fractions=(0.02,), control_scenes=50)
-    methods = {evidence.FULL, evidence.TEXT_ONLY, evidence.NO_IMAGE, *evidence.ROWS}
+    sets = evidence.evaluate(
+        ROOT,
+        layout.VALIDATION_SEEDS[:1],
+        fractions=(0.02,),
+        control_scenes=50,
+        stress_seeds=layout.VALIDATION_SEEDS[:1],
+    )
+    records = sets.pop(evidence.PLAIN)
+    methods = {evidence.FULL, evidence.TEXT_ONLY, evidence.NO_IMAGE, *choices.ROWS}
     assert {one["method"] for one in records} == methods
     asked = sum(one["method"] == evidence.FULL for one in records)
     assert 4 <= asked <= len(questions.KINDS) and len(records) == asked * len(methods)
     assert all(one["kept"] for one in records if one["method"] == evidence.FULL and one["kept"] is not None)
-    spent = {one["tokens"] for one in records if one["method"] in (*evidence.RULES, "uniform", "random")}
+    spent = {one["tokens"] for one in records if one["method"] in (*choices.RULES, *choices.CHOICES)}
     assert len(spent) == 1
+    assert sets.keys() == evidence.STRESS.keys()
     result = evidence.summarise(records) | {
-        "about": {"command": "this test", "questions": asked, "scenes": 1, "seeds": 1, "fractions": [0.02]}
+        "stress": {name: evidence.summarise(hard) for name, hard in sets.items()},
+        "about": {"command": "this test", "questions": asked, "scenes": 1, "seeds": 1, "fractions": [0.02]},
     }
     evidence.write_results(result, tmp_path)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evidence.json", "evidence.md", "evidence.png"]
     assert json.loads((tmp_path / "evidence.json").read_text())["about"]["questions"] == asked
-    assert f"| 2 % | {evidence.PROPOSED} |" in (tmp_path / "evidence.md").read_text()
+    written = (tmp_path / "evidence.md").read_text()
+    assert f"| 2 % | {choices.PAPER} |" in written and f"| specks | 1 % | {choices.REFINED} |" in written
 
 
 def test_more_scenes_than_there_are_is_an_error_with_both_numbers(tmp_path, capsys):
