@@ -6,11 +6,15 @@ Letters: M tokens of a prompt.
 import torch
 
 
+def prompt_text(processor, question) -> str:
+    """The text of a question about one image, with one placeholder for it."""
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
 def write_prompt(processor, question):
     """input_ids and attention_mask, long[1, M], of a question about one image, with one placeholder for it."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
-    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
-    return processor.tokenizer(prompt, return_tensors="pt")
+    return processor.tokenizer(prompt_text(processor, question), return_tensors="pt")
 
 
 def expand_placeholder(input_ids: torch.Tensor, image_token_id: int, num_tokens: int) -> torch.Tensor:

@@ -12,6 +12,7 @@ import time
 from contextlib import contextmanager
 from pathlib import Path
 
+from ..budgets_uhr_bat import is_one_budget
 from ..common.loading import ROOT, check_files, load_model
 from ..common.tables import numbers
 from ..scenes import painting
@@ -56,7 +57,7 @@ def ask(image_path, question, model_path, budgets, max_new_tokens):
     with timed(seconds, "load"):
         import torch
 
-        from ..common.prompts import write_prompt
+        from ..common.prompts import prompt_text
 
         processor, model = load_model(model_path)
     with timed(seconds, "decode"):
@@ -70,22 +71,17 @@ def ask(image_path, question, model_path, budgets, max_new_tokens):
     with torch.inference_mode():
         with timed(seconds, "encode"):
             features = model.encode_image(**image_inputs)
-        inputs = write_prompt(processor, question).to(model.device)
+        inputs = processor(
+            text=prompt_text(processor, question), image_features=features, budgets=budgets, return_tensors="pt"
+        ).to(model.device)
         with timed(seconds, "compress"):
-            compressed = model.compress(**inputs, image_features=features, budgets=budgets)
+            compressed = model.compress(**inputs)
         with timed(seconds, "generate"):
             output = model.generate(
-                **inputs,
-                image_features=features,
-                budgets=budgets,
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                streamer=token_bar(max_new_tokens),
+                **inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=token_bar(max_new_tokens)
             )
-    # In the output the prompt's one placeholder is as long as the image's visual tokens.
     spent = [len(tokens) for tokens in compressed.tokens[0]]
-    answer_ids = output[0, inputs["input_ids"].shape[1] - 1 + sum(spent) :]
-    answer = processor.decode(answer_ids, skip_special_tokens=True).strip()
+    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
     printable = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in answer)
     print(f"\nQuestion: {question}\nAnswer: {printable}\n")
     print_tokens(model.config, features[0].available, budgets or model.config.budgets, spent)
@@ -96,9 +92,10 @@ def print_tokens(config, available, budgets, spent):
     """Table of the visual tokens of every scale; `available` are those that show more than the letterbox."""
     row = "{:>9} {:>9} {:>11} {:>8} {:>8}".format
     print(row("scale", "grid", "tokens seen", "budget", "spent"))
-    for scale, (height, width), *counts in zip(config.scales, config.grids, available, budgets, spent):
+    per_scale = [""] * len(spent) if is_one_budget(budgets) else budgets
+    for scale, (height, width), *counts in zip(config.scales, config.grids, available, per_scale, spent):
         print(row(f"{scale} px", f"{height} x {width}", *counts))
-    print(row("all", "", sum(available), sum(budgets), sum(spent)))
+    print(row("all", "", sum(available), budgets if is_one_budget(budgets) else sum(budgets), sum(spent)))
 
 
 def print_seconds(seconds):
@@ -112,7 +109,7 @@ def main(arguments=None) -> int:
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="file or URL (default: the made-up scene)")
     parser.add_argument("question", nargs="?", metavar="QUESTION", default=QUESTION, help=f"default: {QUESTION}")
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
-    parser.add_argument("--budgets", type=numbers, help="visual tokens per scale, as 16,24,40,66")
+    parser.add_argument("--budgets", type=numbers, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
@@ -123,7 +120,8 @@ def main(arguments=None) -> int:
                 print(f"Painting the example scene, once: {args.image}", file=sys.stderr, flush=True)
                 painting.write()
         check_files(args.image, args.model)
-        ask(args.image, args.question, args.model, args.budgets, args.max_new_tokens)
+        budgets = args.budgets[0] if args.budgets and len(args.budgets) == 1 else args.budgets
+        ask(args.image, args.question, args.model, budgets, args.max_new_tokens)
     except (OSError, ValueError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
