@@ -89,7 +89,7 @@ def test_every_command_of_the_readme_exists():
     for module in re.findall(r"python3? -m ([\w.]+)", readme):
         assert find_spec(module), module
     pages = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("*/README.md"))]
-    verbs = {verb for page in pages for verb in re.findall(r"(?:^uhr-bat|`uhr-bat|-m uhr_bat) (\w[\w-]*)", page, re.M)}
+    verbs = {verb for page in pages for verb in re.findall(r"(?:^uhr-bat|`uhr-bat|-m uhr_bat) ([a-z][\w-]*)", page, re.M)}
     assert {"evidence", "train-finetune"} <= verbs <= VERBS.keys()
 
 
