@@ -4,7 +4,6 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
 from uhr_bat.examples import ask
 from uhr_bat.examples.ask import QUESTION, WEIGHTS_NOTE
 from uhr_bat.scenes import layout, painting
@@ -74,8 +73,3 @@ def test_the_default_question_has_an_answer_in_the_default_scene():
     runway = [site.kind for site in scene.sites].index("runway")
     planes = [thing.colour for thing in scene.objects_of[runway] if thing.kind == "plane"]
     assert QUESTION == "What colour is the plane at the runway?" and planes == ["white"]
-
-
-def test_the_readme_says_which_weights_these_are():
-    readme = " ".join((ROOT / "README.md").read_text(encoding="utf-8").replace("*", "").split())
-    assert WEIGHTS_NOTE.removeprefix("These weights ") in readme
