@@ -687,8 +687,7 @@ def test_the_card_has_its_front_matter_and_its_sections(exported):
     text = (exported / "README.md").read_text(encoding="utf-8")
     for section in ("Quick start", "Budgets", "Results", "Limits", "Citation"):
         assert f"\n## {section}\n" in text
-    assert "paper's own figures" in text and "| 44.0 |" in text and "| 33.33 |" in text and "29.2 / 45.0 / 34.8" in text
-    assert "dang2026uhrbat" in text and "{" not in re.sub(r"```.*?```", "", text, flags=re.S)
+    assert "{" not in re.sub(r"```.*?```", "", text, flags=re.S)  # a field that nothing filled in
     assert "| threshold (eq. 9) | importance ≥ mean | importance > mean | importance > mean |" in text
 
 
