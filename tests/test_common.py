@@ -8,10 +8,9 @@ import numpy as np
 import pytest
 import torch
 import uhr_bat
-from conftest import ROOT
 from uhr_bat.common.extras import require
 from uhr_bat.common.files import whole_files, whole_folder
-from uhr_bat.common.loading import load_model, save_model
+from uhr_bat.common.loading import ROOT, load_model, save_model
 from uhr_bat.common.prompts import expand_placeholder, write_prompt
 from uhr_bat.common.tables import interval, numbers, percent_interval, table
 

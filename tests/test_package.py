@@ -8,8 +8,8 @@ from itertools import chain
 
 import pytest
 import uhr_bat
-from conftest import ROOT
 from uhr_bat import cli
+from uhr_bat.common.loading import ROOT
 
 # The order of floors: a file or folder uses only what stands above it. Files that are still to come are in the list.
 MODEL = (

@@ -6,8 +6,8 @@ import shutil
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from PIL import Image
+from uhr_bat.common.loading import ROOT
 
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")

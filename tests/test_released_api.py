@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from asking import GENERATION, assert_all_differ, picture
 from PIL import Image
-from test_remote_code import GENERATION, assert_all_differ, picture
 from transformers import AutoModelForCausalLM, AutoProcessor, StoppingCriteriaList
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 

@@ -8,11 +8,10 @@ from collections import defaultdict
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 from uhr_bat.common.budgets import counts_of_fraction
-from uhr_bat.common.loading import load_model
+from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.common.prompts import write_prompt
 from uhr_bat.evaluation import evidence
 from uhr_bat.scenes import questions

@@ -7,7 +7,7 @@ import warnings
 import pytest
 import torch
 import transformers
-from test_remote_code import PROMPT, load, picture
+from asking import PROMPT, load, picture
 from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, TrainingArguments, pipeline
 from transformers.modeling_outputs import BaseModelOutputWithPast
 

@@ -12,8 +12,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+from asking import load, needs_auto_image_processor, picture
 from safetensors.torch import load_file
-from test_remote_code import load, needs_auto_image_processor, picture
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
 
 

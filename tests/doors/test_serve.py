@@ -13,8 +13,8 @@ from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
 import transformers
+from asking import GENERATION, data_uri, picture
 from packaging.version import Version
-from test_remote_code import GENERATION, data_uri, picture
 from transformers import AutoModelForMultimodalLM, AutoProcessor
 
 

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from test_remote_code import GENERATION, PROMPT, chat, picture
+from asking import GENERATION, PROMPT, chat, picture
 from transformers import pipeline
 
 

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from asking import HAS_AUTO_IMAGE_PROCESSOR, picture
 from PIL import Image
-from test_remote_code import HAS_AUTO_IMAGE_PROCESSOR, picture
 from transformers import AutoModelForCausalLM, AutoProcessor, AutoTokenizer
 
 
