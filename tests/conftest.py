@@ -38,3 +38,29 @@ def model_folder(tmp_path_factory):
         for path in ROOT.glob(pattern):
             shutil.copy(path, folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def sam_folder(tmp_path_factory):
+    """A small random SAM in the library's layout: the real classes, with a view of 64 pixels. Tests only read it."""
+    import torch
+    from transformers import SamConfig, SamImageProcessorPil, SamModel
+
+    config = SamConfig(
+        vision_config={
+            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "image_size": 64,
+            "patch_size": 8, "output_channels": 16, "num_pos_feats": 8, "global_attn_indexes": [1], "window_size": 4,
+        },
+        prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 8, "mask_input_channels": 4},
+        mask_decoder_config={
+            "hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16,
+        },
+    )  # fmt: skip
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("sam")
+    model = SamModel(config)
+    for parameter in model.parameters():
+        parameter.data.mul_(4)  # wide enough that points and pixels matter
+    model.save_pretrained(folder)
+    SamImageProcessorPil(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}).save_pretrained(folder)
+    return folder

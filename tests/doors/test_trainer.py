@@ -18,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainingArguments
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
 
-HERE = Path(__file__).resolve().parent
+TESTS = Path(__file__).resolve().parents[1]
 QUESTION = prompt(5, "image", 6, 7, 30, 31)
 NUM_ANSWERED = 2
 
@@ -173,8 +173,8 @@ def test_who_trains_what_nothing_reads_gets_gradients_of_0():
 def test_two_processes_train_with_gradient_checkpointing_as_two_batches_a_step_do(folder, tmp_path, what):
     def run(*launcher, processes):
         output = tmp_path / str(processes)
-        command = [sys.executable, *launcher, str(HERE / "train_small.py"), str(folder), str(output), what]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(HERE.parent), os.environ.get("PYTHONPATH", "")])}
+        command = [sys.executable, *launcher, str(TESTS / "doors" / "train_small.py"), str(folder), str(output), what]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stderr[-3000:]
         return load_file(output / "trained.safetensors")

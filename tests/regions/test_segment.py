@@ -1,10 +1,8 @@
-"""SAM regions, their cache and the partitions."""
+"""SAM regions: masks of both packages, and the labels that are made of them."""
 
 import importlib.util
-import json
 import sys
 import types
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,17 +10,13 @@ import torch
 from PIL import Image
 from small import GRIDS, prompt, random_pixels, small_model
 from uhr_bat.clustering_uhr_bat import vote_regions
-
-from uhr_bat.evaluation import partitions
-from uhr_bat.regions import cache, segment
+from uhr_bat.regions import segment
 from uhr_bat.regions.segment import MaskSettings
-from uhr_bat.scenes import layout, painting
+from uhr_bat.scenes import painting
 
 
-SCALES = [64, 128, 256, 384]
 # A random model's masks are all bad: nothing is filtered out by their quality.
 EVERY_MASK = MaskSettings(points_per_side=3, pred_iou_thresh=-100, stability_score_thresh=0)
-EVERY_MASK_ARGUMENTS = ["--points-per-side", "2", "--pred-iou-thresh", "-100", "--stability-score-thresh", "0"]
 
 
 def encode(mask):
@@ -147,31 +141,6 @@ def test_boxes_are_suppressed_as_a_plain_loop_does():
 
 
 # SAM itself, small and random
-
-
-@pytest.fixture(scope="module")
-def sam_folder(tmp_path_factory):
-    """transformers' SAM: the real classes, with a view of 64 pixels."""
-    from transformers import SamConfig, SamImageProcessorPil, SamModel
-
-    config = SamConfig(
-        vision_config={
-            "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "mlp_dim": 64, "image_size": 64,
-            "patch_size": 8, "output_channels": 16, "num_pos_feats": 8, "global_attn_indexes": [1], "window_size": 4,
-        },
-        prompt_encoder_config={"hidden_size": 16, "image_size": 64, "patch_size": 8, "mask_input_channels": 4},
-        mask_decoder_config={
-            "hidden_size": 16, "mlp_dim": 32, "num_attention_heads": 2, "iou_head_hidden_dim": 16,
-        },
-    )  # fmt: skip
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("sam")
-    model = SamModel(config)
-    for parameter in model.parameters():
-        parameter.data.mul_(4)  # wide enough that points and pixels matter
-    model.save_pretrained(folder)
-    SamImageProcessorPil(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}).save_pretrained(folder)
-    return folder
 
 
 def nms(boxes, scores, iou_threshold):
@@ -341,158 +310,3 @@ def test_neither_package_is_imported_unasked():
         "assert not {'segment_anything', 'torchvision', 'transformers.models.sam.modeling_sam'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
-
-
-# The cache
-
-
-@pytest.fixture(scope="module")
-def images(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("images")
-    paths = [folder / f"{name}.png" for name in "ab"]
-    for seed, path in enumerate(paths):
-        painting.write(path, (120, 40), seed)
-    return paths
-
-
-def run_cache(images, output, sam_folder, *arguments):
-    arguments = [*EVERY_MASK_ARGUMENTS, "--view", "64", *arguments]
-    return cache.main([*map(str, images), "--output", str(output), "--checkpoint", str(sam_folder), *arguments])
-
-
-def test_the_cache_holds_the_released_layout():
-    labels = {scale: torch.arange((scale // 2) ** 2).view(scale // 2, scale // 2) for scale in (8, 16)}
-    layout = cache.to_tiles(labels, patches_per_side=4)
-    entry = layout["scales"][16]
-    assert entry["tile_coords"] == [(0, 0), (0, 1), (1, 0), (1, 1)]
-    assert entry["tile_masks"][1].dtype == torch.int32
-    assert torch.equal(entry["tile_masks"][1].long(), labels[16][:4, 4:])
-
-
-def test_a_cache_is_read_as_it_was_written(images, tmp_path, sam_folder):
-    assert run_cache(images[:1], tmp_path, sam_folder) == 0
-    read = cache.read_labels(tmp_path / "a.pt")
-    segmenter = segment.load_segmenter(sam_folder, MaskSettings(2, -100, 0))
-    made = segment.segment_image(Image.open(images[0]), segmenter, SCALES, 8, 64)
-    assert all(torch.equal(read[scale], made[scale]) for scale in made)
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
-
-
-def test_whole_files_are_skipped_and_damaged_ones_are_written_again(images, tmp_path, sam_folder, capsys):
-    assert run_cache(images, tmp_path, sam_folder) == 0
-    stamp = (tmp_path / "a.pt").stat().st_mtime_ns
-    whole = (tmp_path / "b.pt").read_bytes()
-    (tmp_path / "b.pt").write_bytes(whole[: len(whole) // 2])
-    assert run_cache(images, tmp_path, sam_folder) == 0
-    assert "1 written, 1 were there already, 0 failed" in capsys.readouterr().out
-    assert (tmp_path / "a.pt").stat().st_mtime_ns == stamp
-    assert cache.is_whole(tmp_path / "b.pt", SCALES, 8)
-    assert not cache.is_whole(tmp_path / "b.pt", SCALES[:2], 8)
-
-
-def test_two_processes_name_the_bad_image_and_do_the_others(images, tmp_path, sam_folder, capsys):
-    bad = tmp_path / "bad.png"
-    bad.write_bytes(images[0].read_bytes()[:200])
-    output = tmp_path / "masks"
-    assert run_cache([images[0], bad, images[1]], output, sam_folder, "--jobs", "2") == 1
-    captured = capsys.readouterr()
-    assert "2 written, 0 were there already, 1 failed" in captured.out
-    assert f"Error: {bad}: " in captured.err
-    assert sorted(path.name for path in output.iterdir()) == ["a.pt", "b.pt"]
-
-
-def test_a_cache_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
-    (tmp_path / "a.pt").write_bytes(b"the one before")
-
-    def stop(value, path):
-        Path(path).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", stop)
-    with pytest.raises(OSError, match="disk full"):
-        cache.write_whole({}, tmp_path / "a.pt")
-    assert (tmp_path / "a.pt").read_bytes() == b"the one before"
-    assert [path.name for path in tmp_path.iterdir()] == ["a.pt"]
-
-
-@pytest.mark.parametrize(
-    "change, message",
-    [
-        ({"images": ["x/a.png", "y/a.tif"]}, "x/a.png would both be written to a.pt"),
-        ({"checkpoint": "nowhere"}, "nowhere: there is no such SAM checkpoint"),
-        ({"checkpoint": "."}, "this is no SamModel folder"),
-        ({"model": "nowhere"}, "nowhere: this is no model folder"),
-    ],
-    ids=["names", "checkpoint", "folder", "model"],
-)
-def test_wrong_arguments_are_told_before_any_work(tmp_path, sam_folder, capsys, monkeypatch, change, message):
-    monkeypatch.chdir(tmp_path)
-    values = {"images": ["a.png"], "checkpoint": str(sam_folder), "model": str(cache.ROOT), **change}
-    options = ["--checkpoint", values["checkpoint"], "--model", values["model"], "--output", "masks"]
-    assert cache.main([*values["images"], *options]) == 2
-    assert message in capsys.readouterr().err
-    assert not (tmp_path / "masks").exists()
-
-
-# The partitions
-
-
-def test_planted_ships_are_where_they_are_said_to_be():
-    image, colours = Image.new("RGB", (500, 400)), list(layout.PAINTS.values())
-    places = partitions.plant_ships(image, 12, seed=3)
-    pixels = np.asarray(image)
-    assert len(places) == 12
-    for ship, (row, column) in enumerate(places):
-        assert tuple(pixels[int(row), int(column)]) == colours[ship % len(colours)]
-    # And nothing else is painted: a ship is at most 96 of 10,000 units long.
-    rows, columns = np.nonzero(pixels.any(-1))
-    distance = np.hypot(rows[:, None] - places[:, 0], columns[:, None] - places[:, 1]).min(1)
-    assert distance.max() <= 48 * 500 / 10000 + 1.5
-
-
-def test_too_many_ships_are_refused():
-    with pytest.raises(ValueError, match="of 60 ships find a place"):
-        partitions.plant_ships(Image.new("RGB", (500, 25)), 60)
-
-
-def test_the_token_of_a_place_is_the_cell_of_the_letterboxed_square_around_it():
-    places = np.array([[0.0, 0.0], [39.5, 99.5], [20.0, 50.0]])
-    # 40 x 100 pixels in a square of 100: 30 rows of letterbox above.
-    assert partitions.tokens_of_pixels(places, (40, 100), (10, 10)).tolist() == [30, 69, 55]
-
-
-def test_ships_are_counted_as_kept_averaged_or_dropped():
-    slots = torch.tensor([0, 1, 1, -1, 2, -1])
-    assert partitions.fractions_of_ships(slots, torch.tensor([0, 4, 1, 3])) == (0.5, 0.25)
-    assert partitions.fractions_of_ships(slots, torch.tensor([3, 5])) == (0.0, 0.0)
-
-
-def test_the_comparison_of_partitions_writes_tables_and_a_plot(tmp_path, sam_folder, capsys):
-    arguments = [
-        "--output", str(tmp_path), "--size", "900", "150", "--ships", "10", "--questions", "1", "--factors", "1", "2",
-        "--methods", "kmeans", "none", "--clusters", "10", "50", "--checkpoint", str(sam_folder), "--view", "64",
-    ]  # fmt: skip
-    assert partitions.main([*arguments, *EVERY_MASK_ARGUMENTS]) == 0
-    result = json.loads((tmp_path / "partitions.json").read_text(encoding="utf-8"))
-    assert [(row["method"], row["factor"]) for row in result["methods"]] == [
-        (name, factor) for name in ("kmeans", "none", "sam") for factor in (1, 2)
-    ]
-    assert [row["k"] for row in result["clusters"]] == [10, 50]
-    assert [max(row["regions"]) for row in result["clusters"]] == [10, 50]
-    for row in result["methods"]:
-        spent = [min(row["factor"] * budget, seen) for budget, seen in zip((16, 24, 40, 66), result["tokens_seen"])]
-        assert row["budgets"] == spent and row["tokens"] == sum(spent)
-        if row["method"] == "none":
-            assert row["regions"] == result["tokens_seen"] and row["merged"] == [0, 0]
-    text = (tmp_path / "partitions.md").read_text(encoding="utf-8")
-    assert "| sam |" in text and text in capsys.readouterr().out
-    with Image.open(tmp_path / "partitions.png") as picture:
-        assert picture.width == 1400
-    with Image.open(tmp_path / "scene.png") as picture:
-        assert picture.size == (900, 150)
-
-
-def test_the_comparison_of_partitions_refuses_two_sources_of_masks(tmp_path, capsys):
-    assert partitions.main(["--output", str(tmp_path / "out"), "--masks", "a.pt", "--checkpoint", "b"]) == 2
-    assert "--masks and --checkpoint" in capsys.readouterr().err
-    assert not (tmp_path / "out").exists()
