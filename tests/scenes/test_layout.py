@@ -8,12 +8,15 @@ import pytest
 from uhr_bat.scenes import layout
 
 
-SEEDS = range(400)
+@pytest.fixture(scope="module", params=[40, pytest.param(400, marks=pytest.mark.slow)])
+def layouts(request):
+    return [layout.make_scene(seed) for seed in range(request.param)]
 
 
 @pytest.fixture(scope="module")
-def layouts():
-    return [layout.make_scene(seed) for seed in SEEDS]
+def many_layouts():
+    """Enough to compare frequencies."""
+    return [layout.make_scene(seed) for seed in range(400)]
 
 
 def corners(site):
@@ -52,8 +55,7 @@ def test_sites_lie_in_the_image_and_in_one_quadrant_each(layouts):
 
 
 def test_sites_of_a_scene_are_three_to_five_of_different_kinds_that_do_not_overlap(layouts):
-    counts = Counter(len(scene.sites) for scene in layouts)
-    assert set(counts) == {3, 4, 5} and min(counts.values()) > 0.2 * len(layouts)
+    assert {len(scene.sites) for scene in layouts} == {3, 4, 5}
     for scene in layouts:
         assert len({site.kind for site in scene.sites}) == len(scene.sites)
         for index, site in enumerate(scene.sites):
@@ -65,6 +67,12 @@ def test_sites_of_a_scene_are_three_to_five_of_different_kinds_that_do_not_overl
                         mine, theirs = (np.array(corners(one)) @ axis for one in (site, other))
                         apart |= mine.max() < theirs.min() or theirs.max() < mine.min()
                 assert apart
+
+
+@pytest.mark.slow
+def test_scenes_of_three_four_and_five_sites_are_alike_often(many_layouts):
+    counts = Counter(len(scene.sites) for scene in many_layouts)
+    assert min(counts.values()) > 0.2 * len(many_layouts)
 
 
 def test_objects_of_a_site_stand_inside_it_and_the_others_outside_all(layouts):
@@ -85,18 +93,20 @@ def test_objects_keep_apart(layouts):
         assert (distance > reach[:, None] + reach).all()
 
 
-def test_a_site_holds_zero_to_four_objects_alike_often(layouts):
-    counts = Counter(len(things) for scene in layouts for things in scene.objects_of)
+@pytest.mark.slow
+def test_a_site_holds_zero_to_four_objects_alike_often(many_layouts):
+    counts = Counter(len(things) for scene in many_layouts for things in scene.objects_of)
     assert set(counts) == set(range(layout.MOST_OBJECTS + 1))
     assert all(abs(count / counts.total() - 1 / 5) < 0.04 for count in counts.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "values"), [("kind", layout.OBJECTS), ("colour", tuple(layout.PAINTS))])
-def test_what_an_object_is_does_not_depend_on_where_it_stands(layouts, name, values):
+def test_what_an_object_is_does_not_depend_on_where_it_stands(many_layouts, name, values):
     for kind in (*layout.SITES, None):
         drawn = Counter(
             getattr(thing, name)
-            for scene in layouts
+            for scene in many_layouts
             for thing in scene.objects
             if kind == (None if thing.site is None else scene.sites[thing.site].kind)
         )
@@ -104,13 +114,14 @@ def test_what_an_object_is_does_not_depend_on_where_it_stands(layouts, name, val
         assert all(abs(drawn[value] / drawn.total() - 1 / len(values)) < 4 * error for value in values)
 
 
-def test_sizes_are_in_pixels_of_the_finest_scale(layouts):
-    pixels = np.array([thing.pixels for scene in layouts for thing in scene.objects])
+@pytest.mark.slow
+def test_sizes_are_in_pixels_of_the_finest_scale(many_layouts):
+    pixels = np.array([thing.pixels for scene in many_layouts for thing in scene.objects])
     edges = sorted({edge for edges in layout.OBJECT_SIZES for edge in edges})
     assert edges[0] <= pixels.min() and pixels.max() <= edges[-1]
     for (low, high), share in layout.OBJECT_SIZES.items():
         assert abs(((low <= pixels) & (pixels < high)).mean() - share) < 0.02
-    assert pixels[0] == layouts[0].objects[0].size * 384 / 10000
+    assert pixels[0] == many_layouts[0].objects[0].size * 384 / 10000
 
 
 @pytest.mark.parametrize("aspect", [1.0, 1.25, 3.0])

@@ -12,8 +12,14 @@ from uhr_bat.scenes.questions import FREQUENCIES, KINDS, TEMPLATES, draw_questio
 CHANCE = {"colour": 1 / 6, "type": 1 / 4, "yes/no": 1 / 2, "count": 1 / 5, "quadrant": 1 / 4, "comparison": 1 / 2}
 
 
+@pytest.fixture(scope="module", params=[40, pytest.param(600, marks=pytest.mark.slow)])
+def layouts(request):
+    return [make_scene(seed) for seed in range(request.param)]
+
+
 @pytest.fixture(scope="module")
-def layouts():
+def many_layouts():
+    """Enough to compare frequencies."""
     return [make_scene(seed) for seed in range(600)]
 
 
@@ -69,10 +75,10 @@ def test_the_same_generator_asks_the_same_questions(layouts):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_answers_follow_from_the_scene(asked, kind):
+def test_answers_follow_from_the_scene(layouts, asked, kind):
     # An absent object would leave nothing to take the colour or the type of.
     checked = [(scene, question) for scene, question in asked if question.kind == kind]
-    assert len(checked) > 200
+    assert len(checked) > len(layouts) / 3
     for scene, question in checked:
         assert question.answer == answer_again(scene, kind, parse(question)), question.text
 
@@ -96,12 +102,13 @@ def test_what_has_to_be_seen_is_what_the_answer_takes(asked):
         assert question.pixels == min((thing.size * 384 / 10000 for thing in things), default=None)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_text_of_a_question_says_nothing_about_its_answer(layouts, kind):
+def test_the_text_of_a_question_says_nothing_about_its_answer(many_layouts, kind):
     """The most frequent answer to each text, fitted on one half of the scenes, is right by chance on the other."""
     rng = np.random.default_rng(1)
     halves = [], []
-    for scene in layouts:
+    for scene in many_layouts:
         for _ in range(4):
             if question := make_question(scene, kind, rng=rng):
                 halves[scene.seed % 2].append(question)
@@ -116,9 +123,10 @@ def test_the_text_of_a_question_says_nothing_about_its_answer(layouts, kind):
     assert right / len(halves[1]) < CHANCE[kind] + 0.04
 
 
-def test_kinds_are_drawn_by_their_frequencies(layouts):
+@pytest.mark.slow
+def test_kinds_are_drawn_by_their_frequencies(many_layouts):
     rng = np.random.default_rng(2)
-    kinds = Counter(draw_question(scene, rng).kind for scene in layouts for _ in range(4))
+    kinds = Counter(draw_question(scene, rng).kind for scene in many_layouts for _ in range(4))
     assert set(kinds) == set(KINDS)
     # Not every scene allows every kind, so that the others are drawn a little more often.
     assert all(abs(kinds[kind] / kinds.total() - frequency) < 0.05 for kind, frequency in FREQUENCIES.items())
@@ -128,5 +136,5 @@ def test_kinds_are_drawn_by_their_frequencies(layouts):
 def test_an_empty_site_is_not_asked_about_its_objects(layouts, kind):
     rng = np.random.default_rng(3)
     empty = [(scene, site) for scene in layouts for site, things in enumerate(scene.objects_of) if not things]
-    assert len(empty) > 100
+    assert len(empty) > len(layouts) / 6
     assert all(make_question(scene, kind, site, rng=rng) is None for scene, site in empty)
