@@ -208,6 +208,7 @@ def test_a_placeholder_without_an_image_raises():
         small_model().generate(input_ids=QUESTION, max_new_tokens=2)
 
 
+@pytest.mark.slow
 def test_half_precision_answers():
     model = small_model().to(torch.bfloat16)
     out = answer(model, input_ids=QUESTION, pixel_values=random_pixels())

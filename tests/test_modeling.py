@@ -483,6 +483,7 @@ def test_get_image_features_returns_every_token_uncompressed():
     assert all(state.shape == (2, 14, 5, 16) for state in out.hidden_states)
 
 
+@pytest.mark.slow
 def test_torch_compile_gives_the_same_scores():
     model = small_model()
     with torch.no_grad():
@@ -491,6 +492,7 @@ def test_torch_compile_gives_the_same_scores():
     torch.testing.assert_close(plain, compiled)
 
 
+@pytest.mark.slow
 def test_the_step_with_visual_tokens_compiles_as_one_graph_and_can_be_exported():
     model = small_model()
     with torch.no_grad():

@@ -15,6 +15,7 @@ def text_of(cell):
     return "".join("".join(output.get("text", "")) for output in cell.outputs)
 
 
+@pytest.mark.slow
 def test_the_notebook_runs():
     nbclient = pytest.importorskip("nbclient", reason="nbclient is not installed")
     pytest.importorskip("ipykernel", reason="ipykernel is not installed")

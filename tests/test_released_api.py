@@ -200,6 +200,7 @@ def test_the_answer_of_a_script_is_the_last_ids_as_many_as_there_are_scores(scri
     assert num_image_tokens(script, output) == sum(BUDGETS)
 
 
+@pytest.mark.slow
 def test_a_script_asks_about_two_images_in_one_prompt(script):
     images, prompt = [picture(0), picture(1, (90, 70))], PROMPT.format("<image>\nWhich of the two shows a harbour?")
     output, answer_ids = ask(script, images, prompt)
@@ -302,6 +303,7 @@ def test_tiles_alone_are_placed_row_by_row(script):
     assert_same_generation(generate(script, {**call, "multiscale_pixels": pixels}), generate(script, call))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scales", [[64, 128], [64, 384], [256, 128], [384]])
 def test_an_image_with_some_scales_spends_their_budgets_alone(script, scales):
     call = released(script)
@@ -347,6 +349,7 @@ def test_the_loss_of_an_answer_is_that_of_the_modern_call(script, placeholder):
     torch.testing.assert_close(losses, expected, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_the_loss_of_an_answer_about_two_images_is_that_of_the_modern_call(script):
     images, prompt = [picture(0), picture(1, (90, 70))], PROMPT.format("<image>\nWhich of the two shows a harbour?")
     loss = weigh(script, images, prompt, "The first.")
@@ -517,6 +520,7 @@ def helpers(script):
     return importlib.import_module(script.uhrbat.load_multiscale_tile_masks.__module__)
 
 
+@pytest.mark.slow
 def test_every_form_of_masks_guides_the_answer_alike(script):
     maps = label_maps()
     expected = generate(script, {**modern(script), "regions": label_rows(maps)})
@@ -536,6 +540,7 @@ def test_a_scale_without_masks_is_all_background(script):
     assert_same_generation(output, generate(script, released(script, multiscale_masks=[background])))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("none", [{}, None, {"scales": {}}])
 def test_an_image_without_masks_beside_one_with_masks_is_all_background(script, none):
     masks = {scale: torch.from_numpy(labels).long() for scale, labels in label_maps().items()}

@@ -146,6 +146,7 @@ def test_a_pip_that_is_killed_leaves_no_environment_to_trust(made, monkeypatch):
     assert not made.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "source, counts",
     [
@@ -163,6 +164,7 @@ def test_a_run_is_counted(tmp_path, monkeypatch, source, counts):
     assert run.run_tests("x", ["-q", str(tmp_path / "test_it.py")]) == counts
 
 
+@pytest.mark.slow
 def test_an_overlay_comes_before_the_installed_packages(tmp_path, monkeypatch):
     monkeypatch.setattr(run, "VENV", tmp_path)
     monkeypatch.setattr(run, "PYTHON", sys.executable)
@@ -216,6 +218,7 @@ def overlay(monkeypatch):
     return run.run_newest_tests
 
 
+@pytest.mark.slow
 def test_newest_is_what_the_requirements_bring_beyond_the_installed_packages(registry, overlay, capsys):
     publish(registry, "torch", "2.14.0", "gigabytes")
     publish(registry, "gigabytes", "1.0")
@@ -228,6 +231,7 @@ def test_newest_is_what_the_requirements_bring_beyond_the_installed_packages(reg
     assert line in capsys.readouterr().out.splitlines()
 
 
+@pytest.mark.slow
 def test_newest_is_installed_anew_only_after_a_release(registry, overlay):
     publish(registry, "transformers", "5.25.0", "torch")
     overlay()
@@ -240,6 +244,7 @@ def test_newest_is_installed_anew_only_after_a_release(registry, overlay):
     assert kept.read_text() == "__version__ = '5.26.0'"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("elsewhere", [None, "5.17.0"], ids=["alone", "an old mirror beside it"])
 def test_a_registry_out_of_reach_fails_the_newest_lane_alone(registry, elsewhere, monkeypatch, capsys):
     (registry / "transformers-5.24.0-py3-none-any.whl").unlink()
@@ -265,6 +270,7 @@ def sum_up(monkeypatch, *arguments):
     return ended.value.code
 
 
+@pytest.mark.slow
 def test_all_versions_are_summed_up_in_the_last_line(registry, monkeypatch, capsys):
     assert sum_up(monkeypatch) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -94,6 +94,7 @@ def test_a_saved_copy_is_the_same(tokenizer, tmp_path):
     assert copy.chat_template == tokenizer.chat_template
 
 
+@pytest.mark.slow
 def test_the_tokenizer_is_what_the_build_writes(model_folder, tmp_path):
     from uhr_bat.export.build_tiny import build_tokenizer
 

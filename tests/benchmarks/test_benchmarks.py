@@ -53,6 +53,7 @@ def ask_both(path):
 # The command
 
 
+@pytest.mark.slow
 def test_all_measures_run_and_the_last_line_is_json(in_one_process, capsys, tmp_path):
     assert run_quick("--output", str(tmp_path)) == 0
     printed = capsys.readouterr().out
@@ -65,6 +66,7 @@ def test_all_measures_run_and_the_last_line_is_json(in_one_process, capsys, tmp_
     assert list(result["measures"]["end_to_end"][0]["numbers"]["stages"]) == list(STAGES)
 
 
+@pytest.mark.slow
 def test_each_side_runs_in_a_process_of_its_own(tmp_path):
     rows = MEASURES["end_to_end"](Sizes(quick=True, repetitions=1, folder=tmp_path))
     assert set(rows[1].numbers["peak_bytes"]) == set(SIDES)
@@ -106,6 +108,7 @@ def shuffle_regions(regions):
     return [*regions[:-1], regions[-1].flip(0)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("measure", "method", "change", "message"),
     [
@@ -124,6 +127,7 @@ def test_a_difference_makes_it_fail(in_one_process, monkeypatch, capsys, measure
     assert message in json.loads(printed.out.splitlines()[-1])["disagreements"][0]
 
 
+@pytest.mark.slow
 def test_a_formula_that_is_not_what_the_counter_says_makes_it_fail(monkeypatch, capsys):
     monkeypatch.setattr(flops, "head", lambda config, M: 0)
     assert run_quick("--only", "flop_counts") == 1
@@ -133,12 +137,14 @@ def test_a_formula_that_is_not_what_the_counter_says_makes_it_fail(monkeypatch, 
 # The two sides
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(480, 480), (480, 360), (240, 720), (900, 30)])
 def test_both_sides_give_the_same(tmp_path, size):
     ours, straightforward = ask_both(images.photograph(tmp_path, size))
     compare.check_question(ours, straightforward)
 
 
+@pytest.mark.slow
 def test_the_stages_together_are_what_generate_does(tmp_path):
     side = side_of("ours", "quick")
     path, ids = images.photograph(tmp_path, (400, 400)), prompt_ids(side.model.config)
@@ -217,6 +223,7 @@ def test_a_meter_adds_up_by_stage():
 # The script for a GPU
 
 
+@pytest.mark.slow
 def test_the_table_for_a_gpu_runs_on_a_cpu(capsys, tmp_path):
     output = tmp_path / "gpu.json"
     assert gpu.main(["--quick", "--device", "cpu", "--repetitions", "1", "--output", str(output)]) == 0

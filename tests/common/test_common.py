@@ -37,6 +37,7 @@ def test_tools_load_the_classes_of_the_package_and_nobody_is_asked_to_trust_it(c
     assert "custom code" not in printed and "You are using a model of type" not in printed
 
 
+@pytest.mark.slow
 def test_what_is_saved_loads_where_the_package_is_not(tmp_path):
     processor, model = load_model()
     save_model(model, processor, tmp_path / "model")

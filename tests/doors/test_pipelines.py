@@ -69,6 +69,7 @@ def test_images_and_a_text(pipe, images, paths, form):
     assert output["generated_text"] == answer(pipe, images[0], prompt)
 
 
+@pytest.mark.slow
 def test_a_batch_of_images_and_texts_answers_as_one_by_one(pipe, images, paths):
     prompts = [PROMPT.format(question) for question in QUESTIONS]
     alone = [answer(pipe, image, prompt) for image, prompt in zip(images, prompts)]
@@ -78,6 +79,7 @@ def test_a_batch_of_images_and_texts_answers_as_one_by_one(pipe, images, paths):
         assert [output["generated_text"] for output in outputs] == alone
 
 
+@pytest.mark.slow
 def test_a_batch_of_chats_answers_as_one_by_one(pipe, images):
     chats = [chat(image, question=question) for image, question in zip(images, QUESTIONS)]
     lengths = {len(pipe.processor.tokenizer(question).input_ids) for question in QUESTIONS}
@@ -100,6 +102,7 @@ def test_budgets_of_one_call_reach_the_processor(pipe, images):
     assert counted[0].tolist() == [[4, 8, 12, 16]]
 
 
+@pytest.mark.slow
 def test_half_precision_answers(model_folder, images):
     pipe = pipeline("image-text-to-text", model=str(model_folder), trust_remote_code=True, dtype=torch.bfloat16)
     assert pipe.model.dtype == torch.bfloat16

@@ -162,6 +162,7 @@ def test_saving_keeps_every_setting(model_folder, saved):
     assert settings(saved) == settings(model_folder)
 
 
+@pytest.mark.slow
 def test_a_saved_folder_and_a_copy_of_it_open_by_themselves_in_new_processes(saved, image_path, opened, tmp_path):
     first = json.loads(run(OPEN, saved, image_path, tmp_path / "again", folder=tmp_path / "first"))
     assert first == opened
@@ -360,6 +361,7 @@ def online(hub):
     }
 
 
+@pytest.mark.slow
 def test_pushing_commits_what_saving_writes(hub, saved):
     """Against a stub of the Hub's HTTP API on loopback: the library's own uploader speaks the real protocol to it."""
 
@@ -379,6 +381,7 @@ def test_pushing_commits_what_saving_writes(hub, saved):
     assert hub.unknown == []
 
 
+@pytest.mark.slow
 def test_a_pushed_repository_opens_from_the_hub_and_from_a_folder(hub, image_path, opened, tmp_path):
     """Against the stub, by the name of the repository; then offline from a folder with the files that were pushed."""
     assert json.loads(run(OPEN, REPO, image_path, "", folder=tmp_path / "hub", **online(hub))) == opened

@@ -21,7 +21,10 @@ from transformers import AutoModelForMultimodalLM, AutoProcessor
 # The command line of older releases imports requests, which 5.23 does without.
 NEEDED = ["fastapi", "uvicorn", "openai", *["requests"] * (Version(transformers.__version__) < Version("5.18"))]
 MISSING = [name for name in NEEDED if find_spec(name) is None]
-pytestmark = pytest.mark.skipif(bool(MISSING), reason=f"`transformers serve` needs {', '.join(MISSING)}")
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(bool(MISSING), reason=f"`transformers serve` needs {', '.join(MISSING)}"),
+]
 
 QUESTION = "How many ships are there?"
 # Straight to loopback, whatever proxy the machine has.

@@ -86,6 +86,7 @@ def test_a_batch_of_text_may_stand_among_others_where_metrics_are_computed(tmp_p
     assert shapes == [(4, QUESTION.shape[1], 50)]
 
 
+@pytest.mark.slow
 def test_the_best_model_is_loaded_at_the_end(tmp_path):
     model = small_model()
     settings = {"eval_strategy": "steps", "eval_steps": 1, "save_steps": 1, "load_best_model_at_end": True}
@@ -108,6 +109,7 @@ class LongSecondStep(TrainerCallback):
 # ---- Saving and going on --------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_going_on_from_a_checkpoint_restores_the_tower(tmp_path):
     model = small_model()
     start = tower_weight(model)
@@ -169,6 +171,7 @@ def test_who_trains_what_nothing_reads_gets_gradients_of_0():
     assert all((gradients[name] == 0).all() for name in unread(model))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["all", "lora"])
 def test_two_processes_train_with_gradient_checkpointing_as_two_batches_a_step_do(folder, tmp_path, what):
     def run(*launcher, processes):

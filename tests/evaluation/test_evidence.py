@@ -70,6 +70,8 @@ def test_differences_are_paired_and_losses_sorted_by_size():
     assert rows["uniform"]["kept"][0] == 0 and rows[choices.PAPER]["kept"][0] == 1
 
 
+@pytest.mark.slow
+@pytest.mark.weights
 def test_one_scene_through_all_of_it(tmp_path):
     sets = evidence.evaluate(
         ROOT,

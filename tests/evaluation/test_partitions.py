@@ -43,6 +43,7 @@ def test_ships_are_counted_as_kept_averaged_or_dropped():
     assert partitions.fractions_of_ships(slots, torch.tensor([3, 5])) == (0.0, 0.0)
 
 
+@pytest.mark.slow
 def test_the_comparison_of_partitions_writes_tables_and_a_plot(tmp_path, sam_folder, capsys):
     arguments = [
         "--output", str(tmp_path), "--size", "900", "150", "--ships", "10", "--questions", "1", "--factors", "1", "2",

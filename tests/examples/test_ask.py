@@ -18,6 +18,7 @@ def image_path(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_ask_answers_and_accounts_for_tokens_and_seconds(image_path):
     # From another folder.
     question = ["How many ships?", "--budgets", "8,16,24,32", "--max-new-tokens", "3"]

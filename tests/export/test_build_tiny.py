@@ -9,6 +9,7 @@ from uhr_bat.common.loading import ROOT
 from uhr_bat.export import build_tiny
 
 
+@pytest.mark.slow
 def test_the_configuration_files_are_what_the_build_writes(tmp_path):
     config = build_tiny.tiny_config(build_tiny.build_tokenizer(tmp_path))
     build_tiny.write_configs(tmp_path, config)
@@ -19,6 +20,7 @@ def test_the_configuration_files_are_what_the_build_writes(tmp_path):
         assert written == kept, path.name
 
 
+@pytest.mark.slow
 def test_the_untrained_model_is_a_whole_folder_that_never_replaces_weights(tmp_path, capsys):
     build_tiny.main(["--output", str(tmp_path)])
     processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)

@@ -139,7 +139,7 @@ def test_an_output_that_is_there_is_left_alone(released, tmp_path):
 
 
 @pytest.mark.parametrize("step", ["write_weights", "check_weights", "write_model_card"])
-@pytest.mark.parametrize("error", [KeyboardInterrupt, OSError])
+@pytest.mark.parametrize("error", [KeyboardInterrupt, pytest.param(OSError, marks=pytest.mark.slow)])
 def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(released, tmp_path, monkeypatch, step, error):
     def interrupted(*args, **kwargs):
         original(*args, **kwargs)
@@ -154,6 +154,7 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(released, tmp_pat
     load_clean(convert(released, tmp_path / "model"))
 
 
+@pytest.mark.slow
 def test_a_run_that_is_killed_leaves_a_folder_that_does_not_load_and_is_removed_by_the_next(released, tmp_path):
     code = (
         "import os, sys; sys.path.insert(0, sys.argv[1]); from export import convert_checkpoint as c\n"
@@ -203,6 +204,7 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):
 # The command, the Hub
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("command", [["export/convert_checkpoint.py"], ["-m", "export.convert_checkpoint"]])
 def test_the_command_runs_in_a_clone_that_is_not_installed(released, tmp_path, command):
     # Whatever the clone is called, and whatever `uhr_bat` is installed: the code is that of the clone.
@@ -323,6 +325,7 @@ def write_large(folder, num_bytes, shard_bytes, kind):
     return total
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
 @pytest.mark.parametrize("kind, sharded, dtype", [("safetensors", True, "auto"), ("bin", False, "float16")])
 def test_memory_holds_two_shards_and_no_more(tmp_path, kind, sharded, dtype):

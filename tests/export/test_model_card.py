@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 from checkpoints import in_new_process
 from huggingface_hub import metadata_load
 from PIL import Image
@@ -28,6 +29,7 @@ def test_licence_and_base_model_are_taken_from_the_checkpoints_card_or_the_comma
     assert (data["license"], data["base_model"]) == ("apache-2.0", ["other/one"])
 
 
+@pytest.mark.slow
 def test_the_cards_quick_start_answers(exported, tmp_path):
     Image.new("RGB", (60, 40), (10, 120, 30)).save(tmp_path / "image.jpg")
     code = re.search(r"```python\n(.*?)```", (exported / "README.md").read_text(), re.S)[1]

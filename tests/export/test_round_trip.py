@@ -74,6 +74,7 @@ def trained(tmp_path_factory):
     return model, train_two_steps(model, tmp_path_factory.mktemp("training")), before
 
 
+@pytest.mark.slow
 def test_a_fine_tuned_copy_goes_round(trained, tmp_path):
     model, checkpoint, before = trained
     assert any(not torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -154,6 +155,7 @@ def adapted(tmp_path_factory):
     return model.merge_and_unload(), folder / "base", adapter
 
 
+@pytest.mark.slow
 def test_an_adapter_is_merged_and_goes_round(adapted, tmp_path):
     merged, base, adapter = adapted
     output = convert(base, tmp_path / "model", merge_adapter=adapter)

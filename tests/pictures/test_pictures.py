@@ -191,6 +191,7 @@ def test_small_tokens_have_no_lines():
 # Pages
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [(120, 240), (240, 120), (6, 240), (240, 6)], ids=str)
 def test_every_page_has_the_width_that_was_asked_for(size):
     box = (0, 0, min(size), min(size))
@@ -223,6 +224,7 @@ def test_a_page_shows_its_panels_whole_and_upright():
         assert np.abs(np.asarray(panel).astype(int) - np.asarray(drawn)).mean() < 8
 
 
+@pytest.mark.slow
 def test_t_sne_colours_the_largest_regions(monkeypatch):
     monkeypatch.setattr(pages, "TSNE_TOKENS", 400)
     result = compressed_scene(*SCENES["square"])
@@ -234,6 +236,7 @@ def test_t_sne_colours_the_largest_regions(monkeypatch):
     assert {tuple(drawing.parse_colour(colour)) for colour in drawing.PALETTE} <= colours
 
 
+@pytest.mark.slow
 def test_t_sne_needs_the_tokens_of_its_scale():
     result = compressed_scene(*SCENES["square"])
     with pytest.raises(ValueError, match="needs the 1600 tokens of the scale, at least 5. Got 3."):
@@ -250,6 +253,7 @@ def image_path(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 def test_the_command_draws_all_pictures(image_path, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(pages, "TSNE_TOKENS", 200)
     arguments = [str(image_path), "How many ships?", "--output", str(tmp_path / "out"), "--width", "700"]

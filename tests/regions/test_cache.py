@@ -58,6 +58,7 @@ def test_whole_files_are_skipped_and_damaged_ones_are_written_again(images, tmp_
     assert not cache.is_whole(tmp_path / "b.pt", SCALES[:2], 8)
 
 
+@pytest.mark.slow
 def test_two_processes_name_the_bad_image_and_do_the_others(images, tmp_path, sam_folder, capsys):
     bad = tmp_path / "bad.png"
     bad.write_bytes(images[0].read_bytes()[:200])

@@ -302,6 +302,7 @@ def test_without_segment_anything_the_error_says_what_to_install(tmp_path, monke
         segment.load_segmenter(tmp_path / "sam.pth")
 
 
+@pytest.mark.slow
 def test_neither_package_is_imported_unasked():
     import subprocess
 

@@ -54,6 +54,7 @@ def largest_difference(one, other):
     return max(float((one[name] - other[name]).abs().max()) for name in one)
 
 
+@pytest.mark.slow
 def test_two_processes_train_as_two_batches_a_step_do(finetune, tmp_path):
     start = load_file(ROOT / "model.safetensors")
     accumulated = finetune(tmp_path / "accumulated", "--together", "5", "--accumulation", "2")
@@ -63,6 +64,7 @@ def test_two_processes_train_as_two_batches_a_step_do(finetune, tmp_path):
     assert largest_difference(start, parallel) > 1e-4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [("--taught",), ("--together", "5")])
 def test_going_on_gives_the_same_weights_as_not_stopping(finetune, tmp_path, stage):
     whole = finetune(tmp_path / "whole", "--save-steps", "2", *stage, steps=4)
@@ -106,7 +108,7 @@ def test_a_fraction_of_all_tokens_is_spent(fraction):
     assert all(1 <= count <= limit for count, limit in zip(counts, available))
 
 
-@pytest.fixture
+@pytest.fixture(scope="module")
 def encoded():
     """Processor, model, scene and its features."""
     processor, model = load_model(ROOT)
@@ -130,6 +132,7 @@ def test_what_no_question_chose_holds_all_sites_and_keeps_the_order(encoded, sha
         assert torch.equal(image.pooler_output[0], torch.cat(features.tokens))
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_questions_asked_together_have_the_loss_of_each_asked_alone(encoded, tmp_path):
     processor, model, scene, features = encoded
@@ -171,6 +174,7 @@ def test_a_prepared_decoder_gets_words_and_visual_tokens_of_the_same_length():
         assert rows.square().mean().sqrt() == pytest.approx(1, abs=1e-3)
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_an_exchanged_tower_is_turned_to_the_tokens_that_the_decoder_knows():
     (processor, model), (_, other) = load_model(ROOT), load_model(ROOT)
@@ -189,6 +193,8 @@ def test_an_exchanged_tower_is_turned_to_the_tokens_that_the_decoder_knows():
     assert all(torch.equal(value, decoder[name]) for name, value in model.model.language_model.state_dict().items())
 
 
+@pytest.mark.slow
+@pytest.mark.weights
 @torch.no_grad()
 def test_the_shipped_weights_look_where_the_question_points_and_answer_it():
     """200 questions about scenes that nothing was trained on, with 4 % of the visual tokens and with all."""
