@@ -151,7 +151,7 @@ def _birch(features, norms, coords, num_regions, num_iterations, generator):
     try:
         from sklearn.cluster import Birch
     except ImportError as error:
-        raise ImportError('method="birch" needs scikit-learn: pip install scikit-learn') from error
+        raise ImportError('method="birch" needs scikit-learn: pip install "uhr-bat[regions]"') from error
 
     embedding = _embed(features, norms, coords).cpu().numpy()
     fine, coarse = 0.0, 1.0  # leaves of unit vectors have no radius above 1

@@ -169,7 +169,7 @@ def _pyvips():
     try:
         import pyvips
     except (ImportError, OSError) as error:  # OSError: pyvips is there, libvips is not
-        raise ImportError("Streaming an image needs pyvips: pip install pyvips pyvips-binary") from error
+        raise ImportError('Streaming an image needs pyvips: pip install "uhr-bat[stream]"') from error
     pyvips.cache_set_max(0)
     return pyvips
 

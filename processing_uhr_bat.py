@@ -11,10 +11,14 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
 from .budgets_uhr_bat import count_tokens, is_one_budget, split_budgets
-from .configuration_uhr_bat import PAPER_BUDGETS, refuse_own_folder
+from .configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig, refuse_own_folder
 from .geometry_uhr_bat import grids, shown_patches
 from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs
 from .image_reading_uhr_bat import flatten_images
+
+
+# What says where on the Hub a file lies.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
 
 
 class UHRBatImagesKwargs(UHRBatImageProcessorKwargs, total=False):
@@ -123,6 +127,18 @@ class UHRBatProcessor(ProcessorMixin):
                 f"{self.tokenizer.model_max_length}. Shorten the text or lower the budgets: nothing is cut silently."
             )
         return inputs
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
+        """As the library's. The configuration is read here: to find the tokenizer's class, the library would load it as
+        remote code, and ask on a terminal whether to trust it."""
+        if "config" not in kwargs and not kwargs.get("trust_remote_code"):
+            options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            try:
+                kwargs["config"] = UHRBatConfig.from_pretrained(pretrained_model_name_or_path, **options)
+            except OSError:  # a folder of processor files alone
+                pass
+        return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def prepare_inputs_layout(self, images=None, **kwargs):
         """As the library's, which opens files and URLs; an encoded image is what it is."""

@@ -28,8 +28,7 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto"):
     if device_map == "auto" and not torch.cuda.is_available():
         device_map = None
     config = UHRBatConfig.from_pretrained(folder)
-    # Without the configuration the tokenizer would look for its class, and ask on a terminal whether to trust it.
-    processor = UHRBatProcessor.from_pretrained(folder, config=config)
+    processor = UHRBatProcessor.from_pretrained(folder)
     model = UHRBatForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype, device_map=device_map)
     return processor, model
 

@@ -330,7 +330,7 @@ def test_birch_gives_fewer_regions_where_tokens_do_not_differ():
 
 def test_birch_without_scikit_learn_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with raises(ImportError, 'method="birch" needs scikit-learn: pip install scikit-learn'):
+    with raises(ImportError, 'method="birch" needs scikit-learn: pip install "uhr-bat[regions]"'):
         cluster_regions(*random_scene(4, 3), 2, method="birch")
 
 

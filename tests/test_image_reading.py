@@ -419,5 +419,5 @@ def test_what_cannot_be_streamed_is_an_error_that_names_it(stream, tmp_path):
 
 def test_streaming_without_pyvips_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "pyvips", None)
-    with raises(ImportError, "Streaming an image needs pyvips: pip install pyvips pyvips-binary"):
+    with raises(ImportError, 'Streaming an image needs pyvips: pip install "uhr-bat[stream]"'):
         StreamedImage("image.tif")

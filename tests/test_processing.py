@@ -230,3 +230,11 @@ def test_one_budget_may_be_the_default(processor, tmp_path):
     assert single(text="<image>", images=image())["token_counts"].tolist() == [[9]]
     single.save_pretrained(tmp_path)
     assert UHRBatProcessor.from_pretrained(tmp_path).default_budgets == 9
+
+
+def test_loading_by_its_own_class_asks_nobody_whether_to_trust_the_folder(model_folder, monkeypatch):
+    def ask(*args):
+        raise AssertionError("The user was asked.")
+
+    monkeypatch.setattr("builtins.input", ask)
+    assert UHRBatProcessor.from_pretrained(model_folder).image_token_id == 1023
