@@ -116,8 +116,8 @@ class UHRBatImageProcessor(BaseImageProcessor):
     def open_image(self, path: str | os.PathLike, max_image_pixels: int | None = None) -> StreamedImage:
         """An image file that is read while it is resized and never held whole: pass it like any other image.
 
-        For images of hundreds of megapixels; needs `pip install "uhr-bat[stream]"` (pyvips). See `StreamedImage` for what is
-        read and what is raised.
+        For images of hundreds of megapixels; needs pyvips, `pip install "uhr-bat[stream]"`. See `StreamedImage` for what
+        is read and what is raised.
         """
         return self.process_image(StreamedImage(path), max_image_pixels)
 

@@ -144,8 +144,8 @@ def conditional_diversity(importance, regions, tokens, budget) -> torch.Tensor:
     """CDPruner (Zhang et al., NeurIPS 2025): a determinantal point process of diversity, conditioned on the question.
 
     Kernel diag(r) S diag(r) with S the cosines of the tokens and r the importance between its least and greatest value;
-    greedy maximum a posteriori by Cholesky updates (Chen, Zhang and Zhou, NeurIPS 2018). The original takes r from CLIP's
-    text encoder, which this model does not have; here it is the question's attention.
+    greedy maximum a posteriori by Cholesky updates (Chen, Zhang and Zhou, NeurIPS 2018). The original takes r from
+    CLIP's text encoder, which this model does not have; here it is the question's attention.
     """
     n = _check(importance, regions, tokens, budget)
     unit, N = _unit(tokens), len(tokens)

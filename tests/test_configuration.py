@@ -1,7 +1,9 @@
 import json
+import sys
 
 import pytest
 from small import small_config
+from uhr_bat import configuration_uhr_bat
 from uhr_bat.configuration_uhr_bat import UHRBatConfig, split_budgets
 
 
@@ -79,3 +81,15 @@ def test_budgets_are_shared_evenly_and_the_first_image_gets_the_remainder(budget
 def test_more_images_than_tokens_is_an_error():
     with pytest.raises(ValueError, match=r"Got \[2, 5\] for 3 image\(s\) in one prompt"):
         split_budgets([2, 5], [672, 1344], 3)
+
+
+def test_a_name_table_that_the_library_drops_does_not_stop_the_configuration(monkeypatch):
+    from transformers.models.auto import modeling_auto
+
+    monkeypatch.delattr(modeling_auto, "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES")
+    monkeypatch.delitem(modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES, "uhr_bat")
+    configuration_uhr_bat.register_names()
+    table = modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    assert table["uhr_bat"] == "UHRBatForConditionalGeneration"
+    monkeypatch.setitem(sys.modules, "transformers.models.auto", None)
+    configuration_uhr_bat.register_names()

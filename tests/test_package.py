@@ -27,6 +27,7 @@ MODEL = (
     "compression",
     "layers",
     "encoding",
+    "importance",
     "released_api",
     "generation",
     "modeling",

@@ -1,0 +1,125 @@
+"""UHR-BAT importance: what the question looks at (section 3.2, eq. 2 and 6-7), read at a layer of the decoder.
+
+Axes: M text tokens, V tokens of a scale that show the image, S scales, D decoder width.
+"""
+
+import torch
+from transformers.masking_utils import create_causal_mask
+
+from .compression_uhr_bat import look_up
+from .layers_uhr_bat import question_attention
+
+
+class UHRBatImportanceMixin:
+    """For a model with a `language_model`, text embeddings and `find_placeholders`."""
+
+    def estimate_importance(
+        self, input_ids, anchor_tokens, inputs_embeds=None, *, layer=None, question_tokens=None
+    ) -> torch.Tensor:
+        """Eq. 2: attention that the question pays to the anchor tokens at the importance layer.
+
+        One pass over the text before the image, the anchor tokens and the text after it, through the decoder's own
+        layers up to the importance layer, where it stops. Differentiable, so that it can be trained.
+
+        Args:
+            input_ids: long[M], a prompt with one image, its placeholders in one run.
+            anchor_tokens: float[V, D], what stands in for the placeholders.
+            inputs_embeds: float[M, D] instead of the embeddings of `input_ids`, which may then be None.
+            layer, question_tokens: instead of the configuration's `importance_layer` and `question_tokens`.
+
+        Returns:
+            float32[V], averaged over heads and over the question's tokens: all text after the image, or the last
+            token of the sequence (`question_tokens`, and where no text follows the image).
+
+        Raises:
+            ValueError: no placeholder, or a batch of prompts.
+        """
+        if input_ids is not None and input_ids.ndim != 1:
+            raise ValueError(f"`input_ids` must be one prompt, long[M]. Got the shape {list(input_ids.shape)}.")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        where = self.find_placeholders(input_ids, inputs_embeds).nonzero()[:, 0].tolist()
+        if not where:
+            raise ValueError("The prompt holds no image token, so there is nothing to weigh.")
+        before, question = inputs_embeds[: where[0]], inputs_embeds[where[-1] + 1 :]
+        sequence = torch.cat((before, anchor_tokens.to(before), question))[None]
+        start, stop = len(before), len(before) + len(anchor_tokens)
+        last = sequence.shape[1] - 1
+        question_tokens = self.config.question_tokens if question_tokens is None else question_tokens
+        question_start = min(stop, last) if question_tokens == "all" else last
+
+        decoder = self.language_model
+        position_ids = torch.arange(sequence.shape[1], device=sequence.device)[None]
+        position_embeddings = decoder.rotary_emb(sequence, position_ids)
+        # By position: the names of these arguments differ between releases.
+        causal_mask = create_causal_mask(decoder.config, sequence, None, None)
+        last_layer = self.config.importance_layer if layer is None else layer
+        layers = decoder.layers[: last_layer % len(decoder.layers) + 1]
+        for decoder_layer in layers[:-1]:
+            sequence = decoder_layer(
+                sequence,
+                attention_mask=causal_mask,
+                position_ids=position_ids,
+                position_embeddings=position_embeddings,
+            )
+
+        rows = []
+
+        def read_attention(attention):
+            hidden_states = layers[-1].input_layernorm(sequence)
+            rows.append(question_attention(attention, hidden_states, position_embeddings, question_start))
+
+        # The layer calls the reader when its weights are in place (see `call_reader`). What it puts out is not needed:
+        # it is called with a single row.
+        layers[-1](
+            sequence[:, :1],
+            position_ids=position_ids[:, :1],
+            position_embeddings=tuple(part[:, :1] for part in position_embeddings),
+            read_attention=read_attention,
+        )
+        return rows[0][start:stop]
+
+    def refine_importance(self, input_ids, image, anchor_importance, rules, inputs_embeds=None) -> list[torch.Tensor]:
+        """Importance of every scale, refined from scale to scale by the question's attention to its own tokens.
+
+        The anchor shows where to look, not what is there: an object of a few pixels is a part of one of its cells. For
+        every finer scale in turn the map so far is looked up on its grid (eq. 6-7), its `refinement` most important
+        tokens go through the decoder in place of the image, and what the question pays to them is added:
+        map = norm(attention + prior), with prior and attention of sum 1. The finest scale is read by the last token
+        alone, which asks for the answer; the others by all of the question.
+
+        Args:
+            input_ids, inputs_embeds: as in `estimate_importance`.
+            image: the encoded image.
+            anchor_importance: float32[V_1].
+            rules: without a `refinement` every scale is looked up from the anchor.
+
+        Returns:
+            list[S] of float32[V_s]. With a refinement these are densities, 1 on average: scales can be compared.
+        """
+        grids, anchor_idx = self.config.grids, image.anchor_idx
+        values, positions = anchor_importance, image.anchor_positions
+        ascending = positions.argsort()
+        values, positions = values[ascending], positions[ascending]
+        maps = [values.new_zeros(size) for size in image.available[:anchor_idx]]
+        maps.append(values / values.mean() if rules.refinement else values)
+        source_idx = anchor_idx
+        for scale_idx in range(anchor_idx + 1, len(grids)):
+            places = image.positions[scale_idx]
+            prior = look_up(values, positions, grids[source_idx], places, grids[scale_idx])
+            if rules.refinement and len(places):
+                prior = prior / prior.sum()
+                n = min(rules.refinement[scale_idx - 1], len(places))
+                chosen = prior.argsort(descending=True, stable=True)[:n].sort().values
+                attention = self.estimate_importance(
+                    input_ids,
+                    image.tokens[scale_idx][chosen],
+                    inputs_embeds,
+                    layer=rules.refinement_layers[scale_idx - 1] if rules.refinement_layers else None,
+                    question_tokens="last" if scale_idx == len(grids) - 1 else None,
+                )
+                prior = prior.index_add(0, chosen, attention / attention.sum())
+                values, positions, source_idx = prior / prior.sum(), places, scale_idx
+                prior = values * len(places)
+            maps.append(prior)
+        return maps
