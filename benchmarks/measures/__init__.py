@@ -7,6 +7,7 @@ MEASURES = {
     function.__name__: function
     for function in (
         flops.flop_counts,
+        flops.refined,
         flops.padding,
         compression.synchronisations,
         compression.selection,

@@ -11,13 +11,18 @@ import torch
 from PIL import Image
 
 from ...common.loading import ROOT
+from ...compression_uhr_bat import CompressionRules
 from ...configuration_uhr_bat import UHRBatConfig
 from ...geometry_uhr_bat import shown_patches
 from ...modeling_uhr_bat import UHRBatForConditionalGeneration
+from ...evaluation.choices import REFINEMENT
 from .. import meters
 from ..compare import Row, expect
 from ..images import photograph
 from ..sides import ANSWER_TOKENS, SIDES, TEXT_AFTER, TEXT_BEFORE, Meter, ask, prompt_ids, side_of
+
+# What the question would look at once more at 7B, tokens of each scale after the anchor, up to which decoder layer.
+REFINEMENT_7B = ((144, 384, 768), (21, 21, 21))
 
 # The formula
 
@@ -63,6 +68,20 @@ def question_rows(config, M, num_rows) -> int:
     return 2 * M * text.hidden_size * (query + key) + 2 * num_rows * M * query
 
 
+def weighing(config, num_tokens, layer, num_rows, num_text) -> int:
+    """Ours: the question weighs tokens of the image, in a pass up to a layer that reads one row more than it scores."""
+    num_layers, M = config.text_config.num_hidden_layers, num_text + num_tokens
+    whole = (layer % num_layers * decoder(config, M) + decoder(config, 1)) // num_layers
+    return whole + question_rows(config, M, num_rows)
+
+
+def refinement(config, candidates, layers, text_before, text_after) -> int:
+    """The passes that refine the importance; at the finest scale the last token asks alone."""
+    rows = [text_after] * (len(candidates) - 1) + [1]
+    passes = zip(candidates, layers, rows)
+    return sum(weighing(config, number, layer, asking, text_before + text_after) for number, layer, asking in passes)
+
+
 def kmeans(config, sizes) -> int:
     """Distances of every token to every centre, in all iterations."""
     width = config.text_config.hidden_size + 2
@@ -82,9 +101,7 @@ def question_flops(config, text_before, text_after, num_answer_tokens) -> dict[s
         text_before, text_after: text tokens of the prompt, before and after the image.
         num_answer_tokens: tokens that are generated.
     """
-    num_layers, sizes = config.text_config.num_hidden_layers, [height * width for height, width in config.grids]
-    # Ours leaves the importance pass at the importance layer, which reads one row besides those of the question.
-    num_whole = config.importance_layer % num_layers
+    sizes = [height * width for height, width in config.grids]
     M = text_before + sizes[0] + text_after
     num_rows = text_after if config.question_tokens == "all" else 1
     prompt = text_before + sum(map(min, zip(config.budgets, sizes))) + text_after
@@ -96,8 +113,7 @@ def question_flops(config, text_before, text_after, num_answer_tokens) -> dict[s
     return {
         "ours": {
             "encode": vision_tower(config, sum(tiles), up_to_features=True) + project,
-            "importance": (num_whole * decoder(config, M) + decoder(config, 1)) // num_layers
-            + question_rows(config, M, num_rows),
+            "importance": weighing(config, sizes[0], config.importance_layer, num_rows, text_before + text_after),
             "prefill": decoder(config, prompt) + head(config, 1),
             **same,
         },
@@ -139,6 +155,42 @@ def flop_counts(sizes) -> list[Row]:
             {"ratio": second, "tflops": again / 1e12},
         ),
     ]
+
+
+def refined(sizes) -> list[Row]:
+    """What the refined importance costs beside a question on an encoded image, by a formula held against a counter."""
+    side = side_of("ours", "quick")
+    config, model = side.model.config, side.model.model
+    rules = CompressionRules.of(config, {"refinement": [40, 90, 60], "refinement_layers": [1, 0, 2]})
+    image = side.encode(side.preprocess(side.read(photograph(sizes.folder, (400, 400)))))
+    ids = prompt_ids(config)[0]
+    with torch.no_grad():
+        importance = model.estimate_importance(ids, image.anchor_tokens)
+        with meters.FlopMeter() as meter:
+            model.refine_importance(ids, image, importance, rules)
+            counted = meter.get_total_flops()
+    formula = refinement(config, rules.refinement, rules.refinement_layers, TEXT_BEFORE, TEXT_AFTER)
+    expect(counted == formula, f"refinement: the counter says {counted}, the formula {formula}.")
+
+    rows = []
+    for name, folder, (candidates, layers) in (
+        ("7B", ROOT / "export" / "uhr_bat_7b", REFINEMENT_7B),
+        ("UHR-BAT-Tiny", ROOT, (REFINEMENT["refinement"], REFINEMENT["refinement_layers"])),
+    ):
+        config = UHRBatConfig.from_pretrained(folder)
+        stages = question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)["ours"]
+        again = sum(stages.values()) - stages["encode"] - stages["regions"]
+        price = refinement(config, candidates, layers, TEXT_BEFORE, TEXT_AFTER)
+        rows.append(
+            Row(
+                f"FLOPs of the refined importance, {name}, {', '.join(map(str, candidates))} tokens",
+                "<= 20 % of a question on an encoded image" if name == "7B" else "",
+                f"{100 * price / again:.1f} % ({price / 1e12:.4g} of {again / 1e12:.4g} TFLOPs)",
+                price <= 0.2 * again if name == "7B" else None,
+                {"tflops": price / 1e12, "of_a_question": price / again},
+            )
+        )
+    return rows
 
 
 def check_formula(sizes):
