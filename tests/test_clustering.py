@@ -219,6 +219,7 @@ def inertia(features, coords, regions, coord_weight=0.05):
     return sum((group - group.mean(dim=0)).square().sum().item() for group in groups)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["kmeans", "kmeans_pca"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_of_several_blocks_are_clustered_as_plain_lloyd_does(dtype, method):

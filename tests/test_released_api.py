@@ -192,6 +192,7 @@ def shuffled(entries, key):
 # ---- A script's answer ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_the_answer_of_a_script_is_the_last_ids_as_many_as_there_are_scores(script):
     output, answer_ids = ask(script, [script.image], PROMPT.format(QUESTION))
     expected = generate(script, modern(script), no_repeat_ngram_size=0, repetition_penalty=1.1)
@@ -229,11 +230,13 @@ def test_the_released_call_is_the_modern_call(script, image_token_id, settings):
     assert_same_generation(output, generate(script, modern(script), **settings))
 
 
+@pytest.mark.slow
 def test_images_and_questions_change_what_the_released_call_says(script):
     calls = [released(script, question, picture(seed)) for question in (QUESTION, "How many ships?") for seed in (0, 1)]
     assert_all_differ([generate(script, call, max_new_tokens=1).logits[0] for call in calls])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{"multiscale_masks": None}, {"multiscale_topk": None}, {"attention_mask": None}])
 def test_what_is_left_out_is_what_the_card_says(script, changes):
     assert_same_generation(generate(script, released(script, **changes)), generate(script, released(script)))
@@ -255,6 +258,7 @@ def test_a_prompt_without_an_image_answers(script):
     assert_same_generation(generate(script, call), generate(script, {"input_ids": ids}))
 
 
+@pytest.mark.slow
 def test_a_left_padded_batch_of_two_images_answers_as_one_by_one(script):
     questions = (QUESTION, "How many ships are there at the pier in the north of this scene?")
     calls = [released(script, question, picture(seed)) for seed, question in enumerate(questions)]
@@ -339,6 +343,7 @@ def modern_loss(script, images, prompt, answer_text):
         return script.model(**inputs, labels=labels).loss
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("placeholder", [-200, None])
 def test_the_loss_of_an_answer_is_that_of_the_modern_call(script, placeholder):
     placeholder = script.model.config.image_token_index if placeholder is None else placeholder
@@ -422,6 +427,7 @@ def test_keywords_stop_the_answer_where_they_stand(script):
     assert expected < len(whole)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("keyword", ["<|im_start|>assistant", "assistant\n"])
 def test_keywords_at_the_end_of_the_prompt_do_not_stop_the_answer(script, keyword):
     call = released(script)

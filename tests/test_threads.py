@@ -9,6 +9,8 @@ from small import IMAGE, prompt, random_pixels, small_model
 from transformers import TextIteratorStreamer
 
 
+pytestmark = pytest.mark.slow
+
 NUM_THREADS = 4
 QUESTIONS = [torch.tensor([[5, IMAGE, 6 + number, 7, 20 + number]]) for number in range(NUM_THREADS)]
 EXPANDED = [prompt(5, "image", 6 + number, 7, 20 + number) for number in range(NUM_THREADS)]

@@ -46,6 +46,7 @@ def test_the_pipeline_is_made_of_this_model_and_its_processor(pipe):
     assert type(pipe.processor).__name__ == "UHRBatProcessor"
 
 
+@pytest.mark.slow
 def test_a_chat_with_an_image_inside(pipe, images, paths):
     messages = chat(images[0], question=QUESTIONS[0])
     expected = answer(pipe, images[0], pipe.processor.apply_chat_template(messages, add_generation_prompt=True))
@@ -61,6 +62,7 @@ def test_a_chat_comes_back_with_the_answer_as_its_last_turn(pipe, images):
     assert reply == {"role": "assistant", "content": pipe(text=messages, **NEW_TEXT)[0]["generated_text"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["image", "list", "path"])
 def test_images_and_a_text(pipe, images, paths, form):
     given = {"image": images[0], "list": [images[0]], "path": paths[0]}[form]

@@ -12,6 +12,8 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, Trainer, Tr
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
 
+pytestmark = pytest.mark.slow
+
 CACHE = "cache" if "cache" in BaseModelOutputWithPast.__dataclass_fields__ else "past_key_values"
 
 

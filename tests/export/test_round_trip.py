@@ -84,6 +84,7 @@ def test_a_fine_tuned_copy_goes_round(trained, tmp_path):
     assert (config.threshold, config.scale_embedding_form, config.budgets) == ("ge", "factorized", [2, 5, 7])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flat", [False, True])
 def test_consolidated_weights_of_several_processes_go_round(trained, tmp_path, flat):
     """FSDP and ZeRO leave the same names in `pytorch_model.bin`; some hold the vision tower one level higher."""
@@ -165,6 +166,7 @@ def test_an_adapter_is_merged_and_goes_round(adapted, tmp_path):
     assert_same_logits(merged, output, tmp_path)
 
 
+@pytest.mark.slow
 def test_an_adapter_names_its_base_model(adapted, tmp_path):
     merged, base, adapter = adapted
     assert json.loads((adapter / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)

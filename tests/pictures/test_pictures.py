@@ -210,6 +210,7 @@ def test_every_page_has_the_width_that_was_asked_for(size):
         assert np.asarray(page).std() > 5
 
 
+@pytest.mark.slow
 def test_a_page_shows_its_panels_whole_and_upright():
     size, box = SCENES["corner"]
     result = compressed_scene(size, box)

@@ -230,6 +230,7 @@ def test_both_packages_make_masks_of_the_size_of_the_image(checkpoint):
     assert torch.equal(labels, segment.label_map(segmenter(pixels()), (40, 64)))
 
 
+@pytest.mark.slow
 def test_both_packages_cut_crops(checkpoint):
     settings = MaskSettings(2, -100, 0, box_nms_thresh=1, crop_n_layers=1)
     masks = segment.load_segmenter(checkpoint[0], settings, checkpoint[1])(pixels())

@@ -15,7 +15,10 @@ def test_the_same_seed_gives_the_same_pixels():
     assert (first != np.asarray(painting.example(SIZE, seed=1))).any()
 
 
-@pytest.mark.parametrize("size", [(1, 1), (50, 200), (200, 50), (600, 60), (200, 2), (6, 60)])
+LARGE = [pytest.param(size, marks=pytest.mark.slow) for size in ((200, 50), (600, 60))]
+
+
+@pytest.mark.parametrize("size", [(1, 1), (50, 200), (200, 2), (6, 60), *LARGE])
 def test_any_size_can_be_painted(size):
     image = painting.example(size)
     assert image.size == size and image.mode == "RGB"
@@ -32,6 +35,7 @@ def test_a_scene_looks_alike_at_two_sizes(seed):
     assert np.abs(small - other).mean() > 12
 
 
+@pytest.mark.slow
 def test_objects_are_painted_where_they_stand_in_their_colour():
     scene = layout.make_scene(0, 1.25)
     pixels = np.asarray(painting.render(scene, (2000, 1600))).astype(int)

@@ -117,6 +117,7 @@ def encoded():
     return processor, model, scene, features
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("share", [0.05, 0.3, 1.0])
 def test_what_no_question_chose_holds_all_sites_and_keeps_the_order(encoded, share):
     _, model, scene, features = encoded
@@ -162,6 +163,7 @@ def test_questions_asked_together_have_the_loss_of_each_asked_alone(encoded, tmp
     assert together == {name: pytest.approx([np.mean(parts)], rel=1e-3) for name, parts in alone.items()}
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_prepared_decoder_gets_words_and_visual_tokens_of_the_same_length():
     processor, model = load_model(ROOT)
