@@ -100,6 +100,22 @@ def pixel_tokens(
     return tokens[0][:, None] * grid[1] + tokens[1]
 
 
+def tokens_of_points(points, image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
+    """The tokens that show points of an image.
+
+    Args:
+        points: float[..., 2], (row, column) in pixels from the image's upper left corner: 0.5 is the first centre.
+        image_size: (height, width) in pixels of the image that the model saw.
+        grid: (height, width) of the scale in tokens, over the letterboxed square.
+
+    Returns:
+        int64[...], the position for every point: that of the token in whose `token_box` it lies.
+    """
+    side, top, left = letterbox(image_size)
+    cells = ((np.asarray(points, float) + (top, left)) * np.array(grid) / side).astype(np.int64)
+    return cells[..., 0] * grid[1] + cells[..., 1]
+
+
 def token_box(positions, image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
     """Where on the image tokens lie: the inverse of `pixel_tokens`, and what every map of tokens is drawn from.
 
@@ -173,6 +189,7 @@ __all__ = [
     "letterbox",
     "shown_patches",
     "pixel_tokens",
+    "tokens_of_points",
     "token_box",
     "tile_of",
     "patch_centres",

@@ -25,7 +25,7 @@ from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
 from ..common.prompts import write_prompt
 from ..common.tables import percent, table
-from ..geometry_uhr_bat import letterbox
+from ..geometry_uhr_bat import tokens_of_points
 from ..regions.cache import add_segmenter_arguments, check_job, job_from, read_labels
 from ..regions.segment import load_segmenter, region_labels, segment_image
 from ..scenes import layout, painting
@@ -78,13 +78,6 @@ def plant_ships(image, num_ships: int, seed: int = 0) -> np.ndarray:
         hull = [(-half, -side), (half / 2, -side), (half, 0), (half / 2, side), (-half, side)]
         painter.polygon(hull, colours[ship % len(colours)])
     return np.array(places)[:, ::-1] * painter.unit
-
-
-def tokens_of_pixels(pixels: np.ndarray, image_size: tuple[int, int], grid: tuple[int, int]) -> torch.Tensor:
-    """The token of a grid over the letterboxed square that shows each pixel (row, column): long[len(pixels)]."""
-    side, top, left = letterbox(image_size)
-    cells = ((pixels + (top, left)) * np.array(grid) / side).astype(np.int64)
-    return torch.from_numpy(cells[:, 0] * grid[1] + cells[:, 1])
 
 
 # Measuring
@@ -320,7 +313,8 @@ def compare(args):
 
     prompts = [write_prompt(processor, question).to(model.device) for question in QUESTIONS[: args.questions]]
     (features,) = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
-    ships = [tokens_of_pixels(places, (image.height, image.width), grid) for grid in config.grids]
+    image_size = (image.height, image.width)
+    ships = [torch.from_numpy(tokens_of_points(places, image_size, grid)) for grid in config.grids]
     rows = run(
         model, prompts, features, ships, args.methods, args.factors, args.clusters,
         None if labels is None else region_labels({scale: labels[scale] for scale in config.scales}),

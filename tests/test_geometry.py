@@ -16,6 +16,7 @@ from uhr_bat.geometry_uhr_bat import (
     pixel_tokens,
     shown_patches,
     tile_of,
+    tokens_of_points,
     token_box,
 )
 from uhr_bat.image_views_uhr_bat import image_to_tiles
@@ -94,6 +95,14 @@ def test_a_pixel_is_shown_by_the_token_whose_patch_holds_its_centre(size, grid):
     expected = [[token_oracle(y + half, x + half, size, grid) for x in range(size[1])] for y in range(size[0])]
     found = pixel_tokens(size, grid)
     assert found.dtype == np.int64 and found.tolist() == expected
+
+
+def test_a_point_is_shown_by_the_token_of_the_letterboxed_square_around_it():
+    # 40 x 100 pixels in a square of 100: 30 rows of letterbox above.
+    points = np.array([[0.0, 0.0], [39.5, 99.5], [20.0, 50.0]])
+    assert tokens_of_points(points, (40, 100), (10, 10)).tolist() == [30, 69, 55]
+    centres = np.stack(np.mgrid[:701, :1000], axis=-1) + 0.5
+    np.testing.assert_array_equal(tokens_of_points(centres, (701, 1000), (24, 24)), pixel_tokens((701, 1000), (24, 24)))
 
 
 @pytest.mark.parametrize("size, grid", [((1000, 1301), (48, 48)), ((701, 1000), (24, 24)), ((999, 500), (96, 96))])

@@ -31,12 +31,6 @@ def test_too_many_ships_are_refused():
         partitions.plant_ships(Image.new("RGB", (500, 25)), 60)
 
 
-def test_the_token_of_a_place_is_the_cell_of_the_letterboxed_square_around_it():
-    places = np.array([[0.0, 0.0], [39.5, 99.5], [20.0, 50.0]])
-    # 40 x 100 pixels in a square of 100: 30 rows of letterbox above.
-    assert partitions.tokens_of_pixels(places, (40, 100), (10, 10)).tolist() == [30, 69, 55]
-
-
 def test_ships_are_counted_as_kept_averaged_or_dropped():
     slots = torch.tensor([0, 1, 1, -1, 2, -1])
     assert partitions.fractions_of_ships(slots, torch.tensor([0, 4, 1, 3])) == (0.5, 0.25)
