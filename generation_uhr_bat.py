@@ -10,7 +10,14 @@ from transformers import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.utils import logging
 
-from .outputs_uhr_bat import CACHE, IMAGE_INPUTS, UHRBatCompressionOutput, accept_past_key_values, has_images
+from .outputs_uhr_bat import (
+    CACHE,
+    IMAGE_INPUTS,
+    UHRBatCompressionOutput,
+    accept_past_key_values,
+    accept_region_labels,
+    has_images,
+)
 from .released_api_uhr_bat import translate_released_call
 
 logger = logging.get_logger(__name__)
@@ -20,6 +27,7 @@ class UHRBatGenerationMixin(GenerationMixin):
     """The library's mixin for a model with `compress` and with `model.find_placeholders`."""
 
     @accept_past_key_values("6.0.0")
+    @accept_region_labels
     @torch.no_grad()
     def generate(self, inputs=None, *args, **kwargs):
         """Answer: `GenerationMixin.generate`, with the images of [`UHRBatImageInputs`].
@@ -39,7 +47,7 @@ class UHRBatGenerationMixin(GenerationMixin):
         if "cache" in kwargs:
             kwargs[CACHE] = kwargs.pop("cache")
         inputs, kwargs = translate_released_call(self.config, inputs, kwargs)
-        images = {name: kwargs.pop(name) for name in (*IMAGE_INPUTS, "region_labels") if name in kwargs}
+        images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         if has_images(images.get("pixel_values"), images.get("image_features")):
             attention_mask, inputs_embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
             prompt = inputs if inputs_embeds is None else inputs_embeds
