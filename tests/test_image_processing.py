@@ -3,14 +3,13 @@
 How images are read and how views are made is tested in test_image_reading.py and test_image_views.py.
 """
 
-import base64
 import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from images import raises, random_image
+from images import every_kind, raises, random_image
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
@@ -114,27 +113,8 @@ def test_nested_lists_batches_and_nothing_are_lists_of_images(processor, image):
 
 
 def test_every_kind_of_image_gives_the_same_tiles(processor, image, tmp_path):
-    array = np.asarray(image)
-    image.save(tmp_path / "an image.png")
-    encoded = base64.b64encode((tmp_path / "an image.png").read_bytes()).decode()
     expected = processor(image).pixel_values
-    for kind in [
-        array,
-        array.transpose(2, 0, 1),
-        array.astype(np.int64),
-        (array / 255).astype(np.float32),
-        array / 255,
-        array.astype(np.uint16) * 257,
-        torch.from_numpy(array.copy()),
-        torch.from_numpy(array.copy()).permute(2, 0, 1) / 255,
-        array[None],
-        tmp_path / "an image.png",
-        str(tmp_path / "an image.png"),
-        (tmp_path / "an image.png").as_uri(),
-        f"data:image/png;base64,{encoded}",
-        encoded,
-        "\n".join(encoded[start : start + 76] for start in range(0, len(encoded), 76)),
-    ]:
+    for kind in [*every_kind(image, tmp_path), np.asarray(image)[None]]:
         np.testing.assert_array_equal(processor(kind).pixel_values, expected)
 
 

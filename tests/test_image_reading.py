@@ -9,7 +9,7 @@ import zlib
 import numpy as np
 import pytest
 import torch
-from images import raises, random_image
+from images import every_kind, raises, random_image
 from PIL import Image, UnidentifiedImageError
 
 from uhr_bat import image_reading_uhr_bat
@@ -32,26 +32,7 @@ def image():
 
 
 def test_every_kind_of_image_is_the_same_rgb(image, tmp_path):
-    array = np.asarray(image)
-    image.save(tmp_path / "an image.png")
-    encoded = base64.b64encode((tmp_path / "an image.png").read_bytes()).decode()
-    for kind in [
-        image,
-        array,
-        array.transpose(2, 0, 1),
-        array.astype(np.int64),
-        (array / 255).astype(np.float32),
-        array / 255,
-        array.astype(np.uint16) * 257,
-        torch.from_numpy(array.copy()),
-        torch.from_numpy(array.copy()).permute(2, 0, 1) / 255,
-        tmp_path / "an image.png",
-        str(tmp_path / "an image.png"),
-        (tmp_path / "an image.png").as_uri(),
-        f"data:image/png;base64,{encoded}",
-        encoded,
-        "\n".join(encoded[start : start + 76] for start in range(0, len(encoded), 76)),
-    ]:
+    for kind in every_kind(image, tmp_path):
         found = read(kind)
         assert (found.mode, found.size, found.tobytes()) == ("RGB", image.size, image.tobytes())
 
