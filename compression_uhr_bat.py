@@ -67,9 +67,10 @@ def look_up(importance, positions, grid, finer_positions, finer_grid) -> torch.T
         float[V']
     """
     shown = on_grid(torch.ones_like(importance), positions, grid, fill=0)
-    # Divide by the interpolated mask: the mean over those cells that show the image.
-    aligned = align_importance(on_grid(importance, positions, grid, fill=0), finer_grid)
-    return (aligned / align_importance(shown, finer_grid)).flatten()[finer_positions]
+    # Divide by the interpolated mask: the mean over those cells that show the image. Of chosen tokens alone: what shows
+    # none of it is 0 / 0, which no mask takes out of a gradient.
+    aligned = align_importance(on_grid(importance, positions, grid, fill=0), finer_grid).flatten()[finer_positions]
+    return aligned / align_importance(shown, finer_grid).flatten()[finer_positions]
 
 
 def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, rules: CompressionRules) -> torch.Tensor:

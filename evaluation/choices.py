@@ -33,6 +33,7 @@ RULES = {
     "distinct, budgets per scale": (_rules("distinct"), FINE_PROPORTIONS),
     "distinct, regions told of": (_rules("distinct", coverage=True), None),
     REFINED: (_rules("distinct", **REFINEMENT), None),
+    "distinct, refined, budgets per scale": (_rules("distinct", **REFINEMENT), FINE_PROPORTIONS),
     "CDPruner": (_rules("conditional_diversity"), PROPORTIONS),
     "VisionZip": (_rules("dominant_and_contextual"), PROPORTIONS),
 }

@@ -265,8 +265,9 @@ def report(result) -> str:
         f"trained on, in {about['seeds']} seeded sets. Made by `{about['command']}`. Percent, with 95 % intervals of a "
         "bootstrap over scenes. Kept: every object that the question needs has a token of its own at one of the two "
         "finest scales (questions that need an object only). Differences of accuracy are paired by question. Scales "
-        "share the tokens 16:24:40:66, or 4:8:40:94 (distinct, budgets per scale), or compete for them (top-k with one "
-        "budget, distinct, distinct with its regions told of, distinct and refined).",
+        "share the tokens 16:24:40:66, or 4:8:40:94 (distinct with budgets per scale; refined, that is UHR-BAT-Tiny's "
+        "default), or compete for them (top-k with one budget, distinct, distinct with its regions told of, distinct "
+        "and refined).",
         table(
             ["tokens", "method", "mean number", "accuracy", "kept", *[f"minus {name}" for name in BASELINES.values()]],
             [

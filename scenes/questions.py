@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 from .layout import OBJECTS, PAINTS, Object, Scene
 
-# How often each kind is drawn: those more often that depend on one object of few pixels.
-FREQUENCIES = {"colour": 0.25, "type": 0.25, "yes/no": 0.25, "count": 0.125, "quadrant": 0.0625, "comparison": 0.0625}
+# How often each kind is drawn for training: those more often that are learnt last.
+FREQUENCIES = {"colour": 0.175, "type": 0.2, "yes/no": 0.175, "count": 0.25, "quadrant": 0.05, "comparison": 0.15}
 KINDS = tuple(FREQUENCIES)
 TEMPLATES = {
     "colour": ("What colour is the {object} at the {site}?", "What is the colour of the {object} at the {site}?"),

@@ -82,6 +82,12 @@ def test_importance_is_looked_up_where_the_image_is_and_nowhere_else():
     torch.testing.assert_close(found, whole.flatten()[:8])
 
 
+def test_the_gradient_of_what_is_looked_up_is_finite_where_cells_show_none_of_the_image():
+    importance = torch.rand(8, requires_grad=True)  # the middle half of a 4 x 4 grid
+    look_up(importance, torch.arange(4, 12), (4, 4), torch.arange(16, 48), (8, 8)).sum().backward()
+    assert importance.grad.sum().item() == pytest.approx(32) and importance.grad.isfinite().all()
+
+
 def test_without_a_refinement_every_scale_is_looked_up_from_the_anchor():
     model = small_model()
     (features,) = model.encode_image(random_pixels())

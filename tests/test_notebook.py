@@ -31,7 +31,7 @@ def test_the_notebook_runs():
     pictures = [output for cell in code for output in cell.outputs if "image/jpeg" in output.get("data", {})]
     assert len(pictures) == 5
     texts = [text_of(cell) for cell in code]
-    assert "budgets [16, 24, 40, 66] tokens" in texts[2]
+    assert "budgets [4, 8, 40, 94] tokens" in texts[2]
     assert texts[-1].splitlines()[-1] == "The same answer: True"
     assert sum(line.endswith("?") for line in texts[-2].splitlines()) == 5
 

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoProcessor, StoppingCriteriaLi
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 
 
-SCALES, BUDGETS, TILE, PATCH = [64, 128, 256, 384], [16, 24, 40, 66], 32, 8
+SCALES, BUDGETS, TILE, PATCH = [64, 128, 256, 384], [4, 8, 40, 94], 32, 8
 QUESTION = "Describe this remote-sensing image."
 PROMPT = (
     "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
@@ -329,7 +329,7 @@ def test_two_images_may_have_different_scales(script):
     both = {"inputs": ids, "attention_mask": None, "image_sizes": call["image_sizes"] * 2}
     output = generate(script, {**call, **both, "multiscale_pixels": [pixels, pick(pixels, [64, 384])]})
     # Each of two images has half of a budget.
-    assert num_image_tokens(script, output) == sum(BUDGETS) // 2 + (16 + 66) // 2
+    assert num_image_tokens(script, output) == sum(BUDGETS) // 2 + (BUDGETS[0] + BUDGETS[3]) // 2
 
 
 # ---- The log-likelihood of an answer --------------------------------------------------------------------------------
@@ -363,12 +363,12 @@ def test_the_loss_of_an_answer_about_two_images_is_that_of_the_modern_call(scrip
 
 def test_the_loss_of_an_answer_needs_some_scales_only(script):
     images, prompt, image_token_id = [script.image], PROMPT.format(QUESTION), script.model.config.image_token_id
-    loss = weigh(script, images, prompt, "Two ships.", [128, 64], [24, 16])
+    loss = weigh(script, images, prompt, "Two ships.", [128, 64], BUDGETS[1::-1])
     inputs = modern_with(script, [64, 128])
     ids = script.uhrbat.tokenizer_image_token(prompt + "Two ships.", script.tokenizer, image_token_id, "pt")
-    expanded = ids.repeat_interleave(torch.where(ids == image_token_id, 24 + 16, 1))[None]
+    expanded = ids.repeat_interleave(torch.where(ids == image_token_id, sum(BUDGETS[:2]), 1))[None]
     labels = expanded.clone()
-    labels[:, : inputs["input_ids"].shape[1] - 1 + 24 + 16] = -100
+    labels[:, : inputs["input_ids"].shape[1] - 1 + sum(BUDGETS[:2])] = -100
     with torch.inference_mode():
         expected = script.model(**{**inputs, "input_ids": expanded}, labels=labels).loss
     torch.testing.assert_close(loss, expected, rtol=0, atol=1e-5)

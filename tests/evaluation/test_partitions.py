@@ -51,7 +51,7 @@ def test_the_comparison_of_partitions_writes_tables_and_a_plot(tmp_path, sam_fol
     assert [row["k"] for row in result["clusters"]] == [10, 50]
     assert [max(row["regions"]) for row in result["clusters"]] == [10, 50]
     for row in result["methods"]:
-        spent = [min(row["factor"] * budget, seen) for budget, seen in zip((16, 24, 40, 66), result["tokens_seen"])]
+        spent = [min(row["factor"] * budget, seen) for budget, seen in zip((4, 8, 40, 94), result["tokens_seen"])]
         assert row["budgets"] == spent and row["tokens"] == sum(spent)
         if row["method"] == "none":
             assert row["regions"] == result["tokens_seen"] and row["merged"] == [0, 0]

@@ -164,6 +164,33 @@ def test_questions_asked_together_have_the_loss_of_each_asked_alone(encoded, tmp
 
 
 @pytest.mark.slow
+def test_questions_asked_alone_read_what_the_model_chooses_and_teach_it_where_to_look(encoded, tmp_path):
+    processor, model, scene, features = encoded
+    model.set_attn_implementation({"text_config": "eager"})
+    item = Questions([features], [scene.seed], model.config.grids, num_questions=2)[0]
+    inputs = Collator(processor, model.config.grids, (0.02, 0.02), together=False)([item])
+    trainer = GuidedTrainer(model, TrainingArguments(tmp_path, use_cpu=True, report_to=[]))
+    trainer.compute_loss(model, inputs).backward()
+    assert all(one.grad.isfinite().all() for one in model.model.language_model.parameters() if one.grad is not None)
+    alone = inputs["alone"]
+    rows = {name: alone[name] for name in ("input_ids", "attention_mask", "labels")}
+    images = {"image_features": [item["features"]] * 2, "token_counts": alone["token_counts"]}
+    with torch.no_grad():
+        answers = float(model(**rows, **images).loss)
+        chosen = model.compress(**rows, **images)
+    assert trainer.parts["answers"] == pytest.approx([answers], rel=1e-4)
+    divergences = []
+    for maps, (_, targets) in zip(chosen.importance, item["questions"]):
+        for scale, found in enumerate(maps[1:], 1):
+            wanted = [at for where, at in targets["evidence"] if where == scale] or [
+                at for where, at in targets["sites"] if where == scale
+            ]
+            found = found.flatten() / found.sum()
+            divergences.append(np.mean([-float(found[at].log()) - np.log(len(set(wanted))) for at in set(wanted)]))
+    assert trainer.parts["refined"] == pytest.approx([np.mean(divergences)], rel=1e-3)
+
+
+@pytest.mark.slow
 @torch.no_grad()
 def test_a_prepared_decoder_gets_words_and_visual_tokens_of_the_same_length():
     processor, model = load_model(ROOT)

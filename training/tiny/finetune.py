@@ -38,6 +38,7 @@ ANSWER_WEIGHT = 3.0  # of the language model's loss, beside those that say where
 NOISE = 0.25  # on visual tokens of length 1 (root mean square): without it, scenes are learnt by heart
 FRACTION_TOGETHER = (0.1, 1.0)  # of all tokens, which questions asked together see, drawn log-uniformly
 NUM_ALONE = 4  # questions of a scene that are asked alone as well
+TAUGHT = {"selector": "top_k", "refinement": []}  # by the true sites, with nothing to refine
 
 
 # ---- Questions -------------------------------------------------------------------------------------------------------
@@ -108,7 +109,8 @@ class Collator:
         rng = np.random.default_rng(items[0]["index"])
         inputs = {
             "image_features": [item["features"] for item in items],
-            "alone": self.collate_alone(items, np.exp(rng.uniform(*np.log(self.fractions)))),
+            # With budgets per scale and with one for all scales in turn: users have both.
+            "alone": self.collate_alone(items, np.exp(rng.uniform(*np.log(self.fractions))), rng.random() < 0.5),
         }
         if self.together:
             inputs["together"] = [
@@ -148,11 +150,14 @@ class Collator:
         words = self.processor.tokenizer(f" {' '.join(question.words)}")["input_ids"]
         return targets | {"words": torch.tensor(words)}
 
-    def collate_alone(self, items, fraction):
+    def collate_alone(self, items, fraction, one_budget):
         """The first questions of every scene, each in a sequence of its own with its own tokens, a fraction of all."""
         rows, token_counts, all_targets = [], [], []
         for item in items:
-            counts = counts_of_fraction(fraction, item["features"].available, self.processor.default_budgets)
+            available = item["features"].available
+            counts = counts_of_fraction(fraction, available, self.processor.default_budgets)
+            if one_budget:
+                counts = [sum(counts)]
             for question, targets in item["questions"][:NUM_ALONE]:
                 before, after, labels = self.write(question)
                 start = expand_placeholder(before, self.processor.image_token_id, sum(counts))
@@ -188,6 +193,12 @@ def attention_implementation(decoder, name):
         yield
     finally:
         decoder.config._attn_implementation = before
+
+
+def divergence(portion, importance) -> torch.Tensor:
+    """KL(portion || importance): float[N] of sum 1 and float[N] of any positive sum."""
+    found = (importance / importance.sum()).clamp_min(1e-9)
+    return F.kl_div(found.log(), portion.to(found), reduction="sum")
 
 
 class GuidedTrainer(Trainer):
@@ -230,23 +241,29 @@ class GuidedTrainer(Trainer):
 
     def loss_alone(self, model, inner, image_features, token_counts, targets, **inputs):
         """Loss of questions that are each asked about their own choice of tokens."""
+        rules = CompressionRules.of(inner.config, TAUGHT if self.taught else None)
         image_features = [image for image in image_features for _ in range(len(targets) // len(image_features))]
-        rows = zip(inputs["input_ids"], inputs["labels"], image_features, targets)
-        divergences = [self.divergence(inner, *row) for row in rows]
-        if self.taught:
-            compressed = self.compress_by_sites(inner, targets, image_features, token_counts.tolist())
-        else:
-            compressed = inner.compress(
-                input_ids=inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                answer_mask=inputs["labels"] != IGNORED,
-                image_features=image_features,
-                token_counts=token_counts,
-            )
+        looks, rows = defaultdict(list), []
+        for ids, labels, features, wanted, counts in zip(
+            inputs["input_ids"], inputs["labels"], image_features, targets, token_counts.tolist()
+        ):
+            question = ids[: int((labels != IGNORED).nonzero()[0])]
+            importance = inner.estimate_importance(question, features.anchor_tokens)
+            looks["divergence"].append(divergence(wanted["cells"], importance))
+            known = wanted["cells"] if self.taught else importance
+            maps = inner.model.refine_importance(question, features, known, rules)
+            if rules.refinement:
+                looks["refined"].append(self.divergence_of_scales(maps, features.positions, wanted))
+            maps = [one.detach() for one in maps]
+            rows.append(compress_image(features, maps, counts, inner.config, rules))
+        tokens, importance, regions, slots = map(list, zip(*rows))
+        compressed = UHRBatCompressionOutput(
+            [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)
+        )
         outputs = model(**inputs, mm_encoder_outputs={"image": compressed}, output_attentions=True)
         starts = (inputs["input_ids"] == inner.config.image_token_id).int().argmax(1).tolist()
-        parts = self.look(inner.config, outputs.attentions, inputs, compressed.slots, starts, targets)
-        return self.total(outputs.loss, {"divergence": torch.stack(divergences).mean(), **parts})
+        parts = self.look(inner.config, outputs.attentions, inputs, slots, starts, targets)
+        return self.total(outputs.loss, {name: torch.stack(ones).mean() for name, ones in looks.items()} | parts)
 
     def loss_together(self, model, start, image, targets, **inputs):
         """Loss of the questions that share the tokens of a scene, which go through the decoder once."""
@@ -261,24 +278,15 @@ class GuidedTrainer(Trainer):
         parts = self.look(model.config, outputs.attentions, inputs, image.slots * len(targets), starts, targets)
         return self.total(outputs.loss, parts, "whole_")
 
-    def divergence(self, model, input_ids, labels, features, targets):
-        """KL(cells of the sites || importance) of a question."""
-        question = input_ids[: int((labels != IGNORED).nonzero()[0])]
-        importance = model.estimate_importance(question, features.anchor_tokens)
-        portion = (importance / importance.sum()).clamp_min(1e-9)
-        return F.kl_div(portion.log(), targets["cells"].to(importance), reduction="sum")
-
-    def compress_by_sites(self, model, targets, image_features, token_counts):
-        """What `model.compress` returns for plain top-k, by the cells of the sites in place of the importance."""
-        rules = CompressionRules.of(model.config, {"region_method": "none", "refinement": []})
-        rows = []
-        for features, one, counts in zip(image_features, targets, token_counts):
-            importance = model.model.refine_importance(None, features, one["cells"], rules)
-            rows.append(compress_image(features, importance, counts, model.config, rules))
-        tokens, importance, regions, slots = map(list, zip(*rows))
-        return UHRBatCompressionOutput(
-            [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)
-        )
+    def divergence_of_scales(self, maps, positions, wanted):
+        """Mean over the finer scales of the divergence of the refined importance from the evidence; where a scale does
+        not show it, from the sites."""
+        divergences = []
+        for scale in range(1, len(maps)):
+            evidence, sites = ([token for at, token in wanted[name] if at == scale] for name in ("evidence", "sites"))
+            shown = torch.isin(positions[scale], torch.tensor(evidence or sites)).to(maps[scale])
+            divergences.append(divergence(shown / shown.sum(), maps[scale]))
+        return torch.stack(divergences).mean()
 
     def look(self, config, attentions, inputs, slots, starts, targets):
         """-log of the attention that the right visual tokens and words get, mean over the questions that have them.
