@@ -15,6 +15,9 @@ _MODULES = {
     "UHRBatProcessor": "processing_uhr_bat",
     "UHRBatModel": "modeling_uhr_bat",
     "UHRBatForConditionalGeneration": "modeling_uhr_bat",
+    "token_box": "geometry_uhr_bat",
+    "token_corners": "geometry_uhr_bat",
+    "evidence_frame": "geo",
     "load_model": "common.loading",
     "save_model": "common.loading",
 }

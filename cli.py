@@ -7,6 +7,7 @@ from importlib import import_module
 VERBS = {
     "ask": ("examples.ask", "ask about an image, and see where the visual tokens and the seconds go"),
     "pictures": ("pictures.__main__", "draw what the model looked at and what it kept"),
+    "evidence-map": ("geo.__main__", "what was kept as GeoJSON, GeoPackage, GeoTIFF and a page with a map"),
     "regions": ("regions.cache", "make SAM's label maps of many images, once"),
     "scene": ("scenes.painting", "paint a made-up scene"),
     "evidence": ("evaluation.evidence", "accuracy and evidence kept, against visual tokens"),

@@ -145,6 +145,25 @@ def token_box(positions, image_size: tuple[int, int], grid: tuple[int, int]) -> 
     return np.stack([*lows, *highs], axis=-1)
 
 
+def token_corners(positions, image_size: tuple[int, int], grid: tuple[int, int], transform=None) -> np.ndarray:
+    """Where on the ground tokens lie: the corners of their boxes in the coordinates of a georeferenced image.
+
+    Args:
+        positions, image_size, grid: as in `token_box`.
+        transform: (a, b, c, d, e, f), x = a column + b row + c and y = d column + e row + f, as rasterio's `transform`
+            and `affine.Affine` have them: from pixels of the image, (0, 0) being its upper left corner, to coordinates.
+            Rotated and mirrored ones too. None: coordinates are pixels.
+
+    Returns:
+        float64[..., 4, 2], (x, y) of the upper left, upper right, lower right and lower left corner as the image shows
+        them; (column, row) without a transform. Tokens that touch share their corners to the last bit.
+    """
+    top, left, bottom, right = np.moveaxis(token_box(positions, image_size, grid), -1, 0)
+    columns, rows = np.stack((left, right, right, left), axis=-1), np.stack((top, top, bottom, bottom), axis=-1)
+    a, b, c, d, e, f = (1, 0, 0, 0, 1, 0) if transform is None else tuple(transform)[:6]
+    return np.stack((a * columns + b * rows + c, d * columns + e * rows + f), axis=-1)
+
+
 # Tiles and tokens: the same for arrays and for tensors on any device
 
 
@@ -191,6 +210,7 @@ __all__ = [
     "pixel_tokens",
     "tokens_of_points",
     "token_box",
+    "token_corners",
     "tile_of",
     "patch_centres",
 ]

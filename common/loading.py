@@ -3,6 +3,11 @@
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
+# Of UHR-BAT-Tiny. The README says the same; change both when the weights change.
+WEIGHTS_NOTE = (
+    "These weights were trained on made-up scenes only: most answers about those are right, none about a real image is to "
+    "be trusted."
+)
 
 
 def load_model(folder=ROOT, dtype="auto", device_map="auto"):

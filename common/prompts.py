@@ -1,4 +1,4 @@
-"""The prompt of a question about one image, and the placeholder in it.
+"""The prompt of a question about one image, the placeholder in it, and the text of the answer.
 
 Letters: M tokens of a prompt.
 """
@@ -23,3 +23,9 @@ def expand_placeholder(input_ids: torch.Tensor, image_token_id: int, num_tokens:
     [7, 8, image, 9], 3 tokens -> [7, 8, image, image, image, 9]
     """
     return input_ids.repeat_interleave(torch.where(input_ids == image_token_id, num_tokens, 1))
+
+
+def answer_text(processor, input_ids: torch.Tensor, output: torch.Tensor) -> str:
+    """The answer in what `generate` returned, long[1, M + new], for a prompt long[1, M]; what does not print is "\ufffd"."""
+    answer = processor.decode(output[0, input_ids.shape[1] :], skip_special_tokens=True).strip()
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in answer)

@@ -13,16 +13,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
-from ..common.loading import ROOT, check_files, load_model
+from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
 from ..common.tables import numbers
 from ..scenes import painting
 
 QUESTION = "What colour is the plane at the runway?"
-# The README says the same; change both when the weights change.
-WEIGHTS_NOTE = (
-    "These weights were trained on made-up scenes only: most answers about those are right, none about a real image is to "
-    "be trusted."
-)
 
 
 @contextmanager
@@ -57,7 +52,7 @@ def ask(image_path, question, model_path, budgets, max_new_tokens):
     with timed(seconds, "load"):
         import torch
 
-        from ..common.prompts import prompt_text
+        from ..common.prompts import answer_text, prompt_text
 
         processor, model = load_model(model_path)
     with timed(seconds, "decode"):
@@ -81,9 +76,7 @@ def ask(image_path, question, model_path, budgets, max_new_tokens):
                 **inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=token_bar(max_new_tokens)
             )
     spent = [len(tokens) for tokens in compressed.tokens[0]]
-    answer = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True).strip()
-    printable = "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in answer)
-    print(f"\nQuestion: {question}\nAnswer: {printable}\n")
+    print(f"\nQuestion: {question}\nAnswer: {answer_text(processor, inputs['input_ids'], output)}\n")
     print_tokens(model.config, features[0].available, budgets or model.config.budgets, spent)
     print_seconds(seconds)
 

@@ -1,0 +1,12 @@
+"""What a question kept of an image as GIS software reads it: polygons, a raster, and a page with a map.
+
+`evidence_frame` (a GeoDataFrame), `write_vectors` (GeoJSON, GeoPackage), `write_raster` (GeoTIFF) and `write_page` (HTML)
+are drawn from the result of `model.compress(...)` alone, as the pictures are. `uhr-bat evidence-map` does all of it.
+"""
+
+from .frames import evidence_frame
+from .georeference import Georeference, read_georeference
+from .pages import write_page
+from .writing import write_raster, write_vectors
+
+__all__ = ["Georeference", "evidence_frame", "read_georeference", "write_page", "write_raster", "write_vectors"]

@@ -1,0 +1,115 @@
+"""Ask about an image, and write what was kept to answer as GIS software reads it.
+
+    uhr-bat evidence-map IMAGE "QUESTION" [--geojson out.geojson] [--geopackage out.gpkg] [--raster attention.tif]
+        [--page out.html] [--budgets 16,24,40,66] [--model DIR] [--max-new-tokens 64]
+
+Polygons of the kept and merged tokens go into a GeoJSON (WGS 84, RFC 7946) and a GeoPackage (the CRS of the image), the
+importance into a GeoTIFF over the image, and all of it into a page that opens offline. A plain image has pixel
+coordinates.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ..common.extras import require
+from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
+from ..common.tables import numbers
+from . import evidence_frame, read_georeference, write_page, write_raster, write_vectors
+
+ENDINGS = {
+    "geojson": (".geojson", ".json"),
+    "geopackage": (".gpkg",),
+    "raster": (".tif", ".tiff"),
+    "page": (".html", ".htm"),
+}
+
+
+def ask(processor, model, image, question, budgets, max_new_tokens):
+    """(what `compress` returned, the answer) for one image."""
+    import torch
+
+    from ..common.prompts import answer_text, prompt_text
+
+    print("Encoding ...", file=sys.stderr, flush=True)
+    with torch.inference_mode():
+        image_inputs = processor.image_processor(image, return_tensors="pt").to(model.device)
+        inputs = processor(
+            text=prompt_text(processor, question),
+            image_features=model.encode_image(**image_inputs),
+            budgets=budgets,
+            return_tensors="pt",
+        ).to(model.device)
+        print("Answering ...", file=sys.stderr, flush=True)
+        compressed = model.compress(**inputs)
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+    return compressed, answer_text(processor, inputs["input_ids"], output)
+
+
+def draw(args):
+    """Ask, write the files that were asked for, and print their names."""
+    print("Loading ...", file=sys.stderr, flush=True)
+    processor, model = load_model(args.model)
+    image = processor.image_processor.fetch_images(args.image)
+    georeference = read_georeference(args.image)
+    compressed, answer = ask(processor, model, image, args.question, args.budgets, args.max_new_tokens)
+
+    about = {"image": Path(args.image).name, "question": args.question, "answer": answer}
+    if args.model.resolve() == ROOT:
+        about["note"] = WEIGHTS_NOTE
+    seen = (image.height, image.width), model.config.scales
+    frame = evidence_frame(compressed, *seen, transform=georeference.transform, crs=georeference.crs)
+    pixel_frame = evidence_frame(compressed, *seen)
+    writers = {
+        "geojson": lambda path: write_vectors(frame, path, about, georeference.words),
+        "geopackage": lambda path: write_vectors(frame, path, about, georeference.words),
+        "raster": lambda path: write_raster(path, compressed, *seen, about, georeference),
+        "page": lambda path: write_page(path, compressed, pixel_frame, image, model.config.scales, about, georeference),
+    }
+    print(f"Question: {args.question}\nAnswer: {answer}")
+    if "note" in about:
+        print(about["note"])
+    if georeference.crs is None:
+        print(f"Coordinates in the files are {georeference.words}.")
+    for name, write in writers.items():
+        if path := getattr(args, name):
+            write(path)
+            print(path, flush=True)
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="uhr-bat evidence-map", description=__doc__.splitlines()[0])
+    parser.add_argument("image", metavar="IMAGE", help="file or URL")
+    parser.add_argument("question", metavar="QUESTION")
+    parser.add_argument("--geojson", type=Path, metavar="FILE", help="polygons in WGS 84, as RFC 7946 has it")
+    parser.add_argument("--geopackage", type=Path, metavar="FILE", help="the same polygons in the CRS of the image")
+    parser.add_argument("--raster", type=Path, metavar="FILE", help="importance as a GeoTIFF, a band for every scale")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="an HTML page with a map that opens offline")
+    parser.add_argument(
+        "--budgets", type=numbers, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
+    )
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    args = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    try:
+        check_files(args.image, args.model)
+        wanted = {name: path for name in ENDINGS if (path := getattr(args, name))}
+        if not wanted:
+            raise ValueError("Nothing to write: give --geojson, --geopackage, --raster or --page a file.")
+        for name, path in wanted.items():
+            if path.suffix.lower() not in ENDINGS[name]:
+                raise ValueError(f"{path}: the file of --{name} ends in {' or '.join(ENDINGS[name])}.")
+        require("geo", "rasterio", "geopandas", "pyogrio")
+        if args.budgets and len(args.budgets) == 1:
+            args.budgets = args.budgets[0]
+        draw(args)
+    except (OSError, ValueError, ImportError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,144 @@
+"""One HTML file that shows what was kept on the image: it opens offline, in any browser, and asks for nothing.
+
+The image, the importance of every scale and the outlines of the kept tokens are one SVG in pixels of the image, which
+the template (`page.html.jinja`) surrounds with the question, the answer and a list of the tokens.
+"""
+
+import base64
+import io
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ..common.files import whole_files
+from ..geometry_uhr_bat import letterbox
+from ..image_views_uhr_bat import image_to_tiles
+from ..pictures.drawing import PALETTE, parse_colour
+from ..pictures.pages import ATTENTION_PERCENTILE
+from .frames import KEPT
+from .georeference import PLAIN, Georeference
+from .writing import shown_importance
+
+# Longest side in pixels of the image in the page, about 1 MB of it.
+PAGE_SIDE = 2048
+JPEG_QUALITY = 82
+# Yellow is seen on land and on sea, and is none of the outlines' colours.
+ATTENTION_COLOUR = "#ffd400"
+
+
+def write_page(
+    path: Path,
+    compressed,
+    frame,
+    image,
+    scales: Sequence[int],
+    about: dict[str, str],
+    georeference: Georeference = PLAIN,
+    *,
+    image_idx: int = 0,
+):
+    """The page, whole or not at all.
+
+    Args:
+        path: of the HTML file.
+        compressed: what `model.compress` returned.
+        frame: of `evidence_frame` in pixels of the image, without a transform.
+        image: as `processor.image_processor.fetch_images` or `open_image` returns it.
+        scales: sides of the views in pixels, `model.config.scales`.
+        about: texts, shown as they are: `question`, `answer`, `image` (its name), and perhaps `note`, which stands
+            below the answer.
+        georeference: of the image, for the coordinates of places.
+        image_idx: which image of the batch.
+    """
+    from jinja2 import Environment, PackageLoader, StrictUndefined
+
+    side, top, left = letterbox((image.height, image.width))
+    maps = zip(scales, compressed.importance[image_idx], compressed.regions[image_idx])
+    environment = Environment(
+        loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
+    )
+    html = environment.get_template("page.html.jinja").render(
+        about=about,
+        width=image.width,
+        height=image.height,
+        square=(-left, -top, side),
+        picture=_data_uri(_picture(image), "JPEG", quality=JPEG_QUALITY),
+        attention_colour=ATTENTION_COLOUR,
+        attention=[(scale, _data_uri(_heat(shown_importance(*values)), "PNG")) for scale, *values in maps],
+        colours={scale: PALETTE[scale_idx % len(PALETTE)] for scale_idx, scale in enumerate(scales)},
+        tokens=_tokens(frame, georeference),
+        transform=tuple(georeference.transform)[:6] if georeference.transform else None,
+        crs=_crs_name(georeference),
+    )
+    with whole_files(Path(path).parent) as built:
+        (built / Path(path).name).write_text(html, encoding="utf-8")
+
+
+def _picture(image) -> Image.Image:
+    """The image in at most `PAGE_SIDE` pixels a side, by the way that all views take, so that a streamed one will do."""
+    side, top, left = letterbox((image.height, image.width))
+    view = min(side, PAGE_SIDE)
+    (pixels,) = image_to_tiles(image, [view], view)[view]
+    top, left, bottom, right = (
+        round(edge * view / side) for edge in (top, left, top + image.height, left + image.width)
+    )
+    pixels = pixels[:, top : max(bottom, top + 1), left : max(right, left + 1)]
+    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
+
+
+def _heat(importance) -> Image.Image:
+    """RGBA [H, W] of importance float[H, W]: the more opaque, the more the question looks there."""
+    seen = importance[np.isfinite(importance)]
+    low, high = seen.min(), np.percentile(seen, ATTENTION_PERCENTILE)
+    level = ((np.nan_to_num(importance, nan=low) - low) / max(high - low, 1e-12)).clip(0, 1)
+    pixels = np.empty((*level.shape, 4), np.uint8)
+    pixels[..., :3] = parse_colour(ATTENTION_COLOUR)
+    pixels[..., 3] = np.rint(255 * level)
+    return Image.fromarray(pixels)
+
+
+def _data_uri(image, image_format, **options):
+    file = io.BytesIO()
+    image.save(file, image_format, **options)
+    return f"data:image/{image_format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def _tokens(frame, georeference) -> list[dict]:
+    """What the page says of every token, the best first."""
+    rows = frame.drop(columns="geometry").assign(
+        path=frame.geometry.map(_path),
+        place=_places(frame.representative_point(), georeference),
+        times=frame["score"] / frame["score"].mean(),
+        kept=frame["kind"] == KEPT,
+    )
+    return rows.sort_values("rank").to_dict("records")
+
+
+def _places(points, georeference) -> list[str]:
+    """Points in pixels, a GeoSeries, in words."""
+    if georeference.transform is None:
+        words = "column {:.0f}, row {:.0f}"
+    else:
+        words = "x {:.2f}, y {:.2f}"
+        points = points.affine_transform(georeference.transform.to_shapely())
+    if georeference.crs is not None:
+        words = "longitude {:.6f}, latitude {:.6f}"
+        points = points.set_crs(georeference.crs).to_crs("EPSG:4326")
+    return ["letterbox" if point.is_empty else words.format(point.x, point.y) for point in points]
+
+
+def _crs_name(georeference) -> str:
+    import pyproj
+
+    return pyproj.CRS.from_user_input(georeference.crs).name if georeference.crs else georeference.words
+
+
+def _path(outline) -> str:
+    """The `d` of an SVG path: every ring of a polygon or of several, to a tenth of a pixel."""
+    import shapely
+
+    rings = shapely.get_rings(outline)
+    points = (" ".join(f"{x:.1f},{y:.1f}" for x, y in shapely.get_coordinates(ring)[:-1]) for ring in rings)
+    return "".join(f"M{ring}Z" for ring in points)

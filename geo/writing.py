@@ -1,0 +1,130 @@
+"""Files of what was kept: polygons as GeoJSON or GeoPackage, importance as a GeoTIFF."""
+
+import json
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from ..common.extras import require
+from ..common.files import whole_files
+from ..geometry_uhr_bat import pixel_tokens
+from .georeference import PLAIN, Georeference
+
+LAYER = "evidence"
+# Decimals of degrees in a GeoJSON: .1 mm on the ground, where GDAL's 7 are 1 cm, a part of a drone's pixel.
+DEGREE_DECIMALS = 9
+# Longest side of the importance raster: 7 cells to the side of the 7B model's finest token. Of a larger image every
+# cell stands for several pixels, as a raster of 30,000 px a side would hold nothing that this one does not.
+RASTER_SIDE = 2048
+
+
+def write_vectors(frame, path: Path, about: dict[str, str], words: str = ""):
+    """A frame as a GeoJSON or a GeoPackage, by the ending; whole or not at all.
+
+    A GeoJSON is RFC 7946's: WGS 84, longitude first, outer rings counterclockwise, cut at the antimeridian. Without a
+    CRS its coordinates are those of the frame, and its member `coordinate_space` says so. A GeoPackage keeps the frame's CRS.
+
+    Args:
+        frame: of `evidence_frame`.
+        path: ends in .geojson, .json or .gpkg.
+        about: name -> text, as question and answer: members beside the features, or the GeoPackage's metadata.
+        words: what coordinates without a CRS mean.
+
+    Raises:
+        ValueError: another ending, or a CRS that does not lead to longitude and latitude.
+        ImportError: pyogrio is missing; says what to install.
+    """
+    require("geo", "pyogrio")
+    import pyogrio
+
+    path = Path(path)
+    if frame.crs is None:
+        about = {**about, "coordinate_space": words}
+    if path.suffix in (".geojson", ".json"):
+        options = {
+            "driver": "GeoJSON",
+            "RFC7946": "NO" if frame.crs is None else "YES",
+            "COORDINATE_PRECISION": DEGREE_DECIMALS,
+            "NATIVE_DATA": json.dumps({"type": "FeatureCollection", **about}),
+            "NATIVE_MEDIA_TYPE": "application/vnd.geo+json",
+        }
+    elif path.suffix == ".gpkg":
+        options = {"driver": "GPKG", "dataset_metadata": about, "geometry_type": "Unknown"}
+    else:
+        raise ValueError(f"{path}: polygons are written as .geojson, .json or .gpkg.")
+    with whole_files(path.parent) as built, warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "'crs' was not provided")  # `words` says it
+        try:
+            pyogrio.write_dataframe(frame, built / path.name, layer=LAYER, **options)
+        except pyogrio.errors.DataLayerError as error:
+            raise ValueError(
+                f"{path}: there is no way from the image's CRS to longitude and latitude ({error}). Write a .gpkg, which "
+                "keeps the image's CRS."
+            ) from error
+
+
+def write_raster(
+    path: Path,
+    compressed,
+    image_size: tuple[int, int],
+    scales: Sequence[int],
+    about: dict[str, str],
+    georeference: Georeference = PLAIN,
+    *,
+    image_idx: int = 0,
+):
+    """The importance of every scale as bands of a float32 GeoTIFF that covers the image exactly.
+
+    It has the image's own grid, pixel for pixel, up to `RASTER_SIDE` pixels a side, else a coarser one of the same
+    extent. A cell has the value of the token that shows its centre (`pixel_tokens`), and no data (NaN) where no token
+    shows the image there.
+
+    Args:
+        path: written whole or not at all.
+        compressed: what `model.compress` returned.
+        image_size: (height, width) in pixels of the image that the model saw.
+        scales: sides of the views in pixels, `model.config.scales`.
+        about: name -> text, as question and answer: tags of the file.
+        georeference: of the image.
+        image_idx: which image of the batch.
+
+    Raises:
+        ImportError: rasterio is missing; says what to install.
+    """
+    require("geo", "rasterio")
+    import rasterio
+    from affine import Affine
+    from rasterio.enums import ColorInterp
+    from rasterio.errors import NotGeoreferencedWarning
+
+    path, (h, w) = Path(path), image_size
+    factor = -(-max(h, w) // RASTER_SIDE)
+    height, width = -(-h // factor), -(-w // factor)
+    profile = {
+        "driver": "GTiff", "dtype": "float32", "count": len(scales), "height": height, "width": width, "nodata": np.nan,
+        "crs": georeference.crs, "tiled": True, "blockxsize": 256, "blockysize": 256, "interleave": "band",
+        "compress": "deflate", "predictor": 3, "photometric": "minisblack",
+        "transform": (georeference.transform or Affine.identity()) * Affine.scale(w / width, h / height),
+    }  # fmt: skip
+    with whole_files(path.parent) as built, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotGeoreferencedWarning)  # a plain image
+        with rasterio.open(built / path.name, "w", **profile) as raster:
+            raster.update_tags(**about)
+            raster.colorinterp = [ColorInterp.gray] + [ColorInterp.undefined] * (len(scales) - 1)
+            for band, (scale, importance, regions) in enumerate(
+                zip(scales, compressed.importance[image_idx], compressed.regions[image_idx]), start=1
+            ):
+                grid = tuple(importance.shape)
+                values = shown_importance(importance, regions).ravel()
+                raster.write(values[pixel_tokens(image_size, grid, (height, width))], band)
+                raster.set_band_description(band, f"importance at scale {scale} px, {grid[0]} x {grid[1]} tokens")
+
+
+def shown_importance(importance, regions) -> np.ndarray:
+    """float32[H, W], NaN for tokens that do not show the image, from float[H, W] and long[N] of a compression."""
+    importance, regions = importance.detach().float().cpu().numpy(), regions.cpu().numpy()
+    # A scale that spends nothing has no regions; the attention of a softmax is never 0 where it looks.
+    shown = (regions.reshape(importance.shape) >= 0) | (importance > 0)
+    return np.where(shown, importance, np.float32(np.nan))
