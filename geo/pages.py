@@ -69,7 +69,7 @@ def write_page(
         attention=[(scale, _data_uri(_heat(shown_importance(*values)), "PNG")) for scale, *values in maps],
         colours={scale: PALETTE[scale_idx % len(PALETTE)] for scale_idx, scale in enumerate(scales)},
         tokens=_tokens(frame, georeference),
-        transform=tuple(georeference.transform)[:6] if georeference.transform else None,
+        transform=None if georeference.transform is None else tuple(georeference.transform)[:6],
         crs=_crs_name(georeference),
     )
     with whole_files(Path(path).parent) as built:
@@ -117,22 +117,26 @@ def _tokens(frame, georeference) -> list[dict]:
 
 
 def _places(points, georeference) -> list[str]:
-    """Points in pixels, a GeoSeries, in words."""
-    if georeference.transform is None:
-        words = "column {:.0f}, row {:.0f}"
-    else:
+    """Points in pixels, a GeoSeries, in words: degrees, or what is nearest to them."""
+    from pyproj.exceptions import ProjError
+
+    words = "column {:.0f}, row {:.0f}"
+    if georeference.transform is not None:
         words = "x {:.2f}, y {:.2f}"
         points = points.affine_transform(georeference.transform.to_shapely())
     if georeference.crs is not None:
-        words = "longitude {:.6f}, latitude {:.6f}"
-        points = points.set_crs(georeference.crs).to_crs("EPSG:4326")
+        try:
+            points = points.set_crs(georeference.crs).to_crs("EPSG:4326")
+            words = "longitude {:.6f}, latitude {:.6f}"
+        except ProjError:  # a local CRS, or that of another planet
+            pass
     return ["letterbox" if point.is_empty else words.format(point.x, point.y) for point in points]
 
 
 def _crs_name(georeference) -> str:
     import pyproj
 
-    return pyproj.CRS.from_user_input(georeference.crs).name if georeference.crs else georeference.words
+    return georeference.words if georeference.crs is None else pyproj.CRS.from_user_input(georeference.crs).name
 
 
 def _path(outline) -> str:

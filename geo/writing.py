@@ -56,12 +56,13 @@ def write_vectors(frame, path: Path, about: dict[str, str], words: str = ""):
         raise ValueError(f"{path}: polygons are written as .geojson, .json or .gpkg.")
     with whole_files(path.parent) as built, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'crs' was not provided")  # `words` says it
+        warnings.filterwarnings("ignore", "Failed to create coordinate transformation")  # the error below says it
         try:
             pyogrio.write_dataframe(frame, built / path.name, layer=LAYER, **options)
         except pyogrio.errors.DataLayerError as error:
             raise ValueError(
-                f"{path}: there is no way from the image's CRS to longitude and latitude ({error}). Write a .gpkg, which "
-                "keeps the image's CRS."
+                f"{path}: no transformation leads from the image's CRS ({frame.crs.name}) to longitude and latitude. "
+                "Write a .gpkg, which keeps the image's CRS."
             ) from error
 
 
@@ -102,11 +103,12 @@ def write_raster(
     path, (h, w) = Path(path), image_size
     factor = -(-max(h, w) // RASTER_SIDE)
     height, width = -(-h // factor), -(-w // factor)
+    a, b, c, d, e, f = tuple(Affine.identity() if georeference.transform is None else georeference.transform)[:6]
     profile = {
         "driver": "GTiff", "dtype": "float32", "count": len(scales), "height": height, "width": width, "nodata": np.nan,
-        "crs": georeference.crs, "tiled": True, "blockxsize": 256, "blockysize": 256, "interleave": "band",
-        "compress": "deflate", "predictor": 3, "photometric": "minisblack",
-        "transform": (georeference.transform or Affine.identity()) * Affine.scale(w / width, h / height),
+        "transform": Affine(a * w / width, b * h / height, c, d * w / width, e * h / height, f), "crs": georeference.crs,
+        "tiled": True, "blockxsize": 256, "blockysize": 256, "interleave": "band", "photometric": "minisblack",
+        "compress": "deflate", "predictor": 3,
     }  # fmt: skip
     with whole_files(path.parent) as built, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # a plain image

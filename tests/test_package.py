@@ -32,7 +32,7 @@ MODEL = (
     "generation",
     "modeling",
 )
-ROOMS = ("common", "export", "scenes", "regions", "pictures", "training", "evaluation", "benchmarks", "examples")
+ROOMS = ("common", "export", "scenes", "regions", "pictures", "geo", "training", "evaluation", "benchmarks", "examples")
 TOP = ("__init__", "cli", "__main__", "run")  # above the rooms; nothing uses them
 FLOORS = (*(f"{name}_uhr_bat" for name in MODEL), *ROOMS, *TOP)
 
