@@ -107,11 +107,14 @@ def _data_uri(image, image_format, **options):
 
 def _tokens(frame, georeference) -> list[dict]:
     """What the page says of every token, the best first."""
+    kept = frame["kind"] == KEPT
+    # The centre of several tokens may lie in none of them.
+    points = frame.centroid.where(kept, frame.representative_point())
     rows = frame.drop(columns="geometry").assign(
         path=frame.geometry.map(_path),
-        place=_places(frame.representative_point(), georeference),
+        place=_places(points, georeference),
         times=frame["score"] / frame["score"].mean(),
-        kept=frame["kind"] == KEPT,
+        kept=kept,
     )
     return rows.sort_values("rank").to_dict("records")
 
@@ -143,6 +146,6 @@ def _path(outline) -> str:
     """The `d` of an SVG path: every ring of a polygon or of several, to a tenth of a pixel."""
     import shapely
 
-    rings = shapely.get_rings(outline)
+    rings = shapely.get_rings(shapely.get_parts(outline))
     points = (" ".join(f"{x:.1f},{y:.1f}" for x, y in shapely.get_coordinates(ring)[:-1]) for ring in rings)
     return "".join(f"M{ring}Z" for ring in points)

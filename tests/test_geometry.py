@@ -18,6 +18,7 @@ from uhr_bat.geometry_uhr_bat import (
     tile_of,
     tokens_of_points,
     token_box,
+    token_corners,
 )
 from uhr_bat.image_views_uhr_bat import image_to_tiles
 
@@ -189,6 +190,26 @@ def test_a_box_has_the_hand_computed_edges():
 
 
 # Tiles and tokens
+
+
+@pytest.mark.parametrize("transform", [(2, 0, 100, 0, -2, 50), (0.5, -1.5, 7, 1.5, 0.5, -3), (0, 3, 0, 4, 0, 0)])
+def test_corners_are_those_of_the_box_through_the_transform(transform):
+    a, b, c, d, e, f = transform
+    for size, grid in [((45, 70), (6, 6)), ((29, 13), (9, 5))]:
+        positions = np.arange(grid[0] * grid[1]).reshape(grid)
+        corners = token_corners(positions, size, grid, transform)
+        plain = token_corners(positions, size, grid)
+        assert corners.shape == plain.shape == (*grid, 4, 2)
+        for position in positions.ravel():
+            top, left, bottom, right = token_box(position, size, grid)
+            pixels = [(left, top), (right, top), (right, bottom), (left, bottom)]
+            row, column = divmod(position, grid[1])
+            assert plain[row, column].tolist() == [list(pixel) for pixel in pixels]
+            expected = [[a * x + b * y + c, d * x + e * y + f] for x, y in pixels]
+            np.testing.assert_allclose(corners[row, column], expected, rtol=1e-15, atol=1e-12)
+        # Neighbours share their corners to the last bit, and a transform of nine numbers is the same one.
+        assert (corners[:, :-1, 1] == corners[:, 1:, 0]).all() and (corners[:-1, :, 3] == corners[1:, :, 0]).all()
+        assert (corners == token_corners(positions, size, grid, (*transform, 0, 0, 1))).all()
 
 
 @pytest.mark.parametrize("kind", [torch.arange, np.arange])

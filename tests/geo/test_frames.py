@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import shapely
 import torch
-from PIL import Image
 from made_up import GRIDS, ROTATED, SCALES, compression
+from PIL import Image
 from small import BUDGETS, prompt, random_pixels, small_model
 from uhr_bat import evidence_frame
 from uhr_bat.geometry_uhr_bat import tile_of, token_box

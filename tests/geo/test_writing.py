@@ -13,8 +13,8 @@ from affine import Affine
 from made_up import ABOUT, GRIDS, ROTATED, SCALES, compression
 from pyproj import Transformer
 from uhr_bat.geo import Georeference, evidence_frame, read_georeference, write_raster, write_vectors
-from uhr_bat.geometry_uhr_bat import pixel_tokens, token_corners
 from uhr_bat.geo.writing import RASTER_SIDE
+from uhr_bat.geometry_uhr_bat import pixel_tokens, token_corners
 
 SIZE = (45, 70)
 # A harbour in Japan in metres, in degrees, and on the map of the Web.
@@ -77,7 +77,7 @@ def test_a_geojson_is_read_as_wgs_84_with_its_columns(tmp_path):
 def test_tokens_across_the_antimeridian_are_cut_there(tmp_path, crs, transform):
     frame, path = vectors(tmp_path, "kept.geojson", transform, crs)
     read = gpd.read_file(path)
-    west, south, east, north = read.bounds.T.to_numpy()
+    west, _, east, _ = read.bounds.T.to_numpy()
     assert west.min() == -180 and east.max() == 180
     across = (west == -180) & (east == 180)
     assert across.any() and (read.geom_type[across] == "MultiPolygon").all()
@@ -130,7 +130,7 @@ def test_another_ending_is_refused(tmp_path):
 # The raster
 
 
-def raster_of(tmp_path, size, georeference=Georeference(), **kwargs):
+def raster_of(tmp_path, size, georeference, **kwargs):
     result = compression(size, **kwargs)
     write_raster(tmp_path / "attention.tif", result, size, SCALES, ABOUT, georeference)
     return result, tmp_path / "attention.tif"

@@ -1,0 +1,96 @@
+"""`uhr-bat evidence-map`: a question to an image, and the files that it leaves."""
+
+import json
+import sys
+
+import geopandas as gpd
+import numpy as np
+import pytest
+import rasterio
+from uhr_bat.common.loading import WEIGHTS_NOTE
+from uhr_bat.geo import __main__ as command
+from uhr_bat.scenes import painting
+
+CRS, TRANSFORM = rasterio.CRS.from_epsg(32654), rasterio.Affine(2.4, 0, 375141.6, 0, -2.4, 3908606.4)
+QUESTION = "What colour is the plane at the runway?"
+SIZE = (200, 160)
+
+
+@pytest.fixture(scope="module")
+def scene(tmp_path_factory):
+    """A made-up scene as a plain image and as a GeoTIFF."""
+    folder = tmp_path_factory.mktemp("scene")
+    image = painting.example(SIZE)
+    image.save(folder / "scene.png")
+    profile = {
+        "driver": "GTiff",
+        "height": SIZE[1],
+        "width": SIZE[0],
+        "count": 3,
+        "dtype": "uint8",
+        "photometric": "rgb",
+    }
+    with rasterio.open(folder / "scene.tif", "w", crs=CRS, transform=TRANSFORM, **profile) as raster:
+        raster.write(np.asarray(image).transpose(2, 0, 1))
+    return folder
+
+
+@pytest.mark.slow
+def test_a_raster_becomes_polygons_a_raster_and_a_page(scene, tmp_path, capsys):
+    files = {name: tmp_path / f"new/kept.{ending}" for name, ending in
+             (("geojson", "geojson"), ("geopackage", "gpkg"), ("raster", "tif"), ("page", "html"))}  # fmt: skip
+    options = [part for name, path in files.items() for part in (f"--{name}", str(path))]
+    assert command.main([str(scene / "scene.tif"), QUESTION, *options, "--budgets", "4,6,8,12"]) == 0
+    printed = capsys.readouterr().out
+    (answer,) = [line.removeprefix("Answer: ") for line in printed.splitlines() if line.startswith("Answer: ")]
+    assert answer and WEIGHTS_NOTE in printed and all(f"{path}\n" in printed for path in files.values())
+    assert "Coordinates" not in printed
+    about = {"image": "scene.tif", "question": QUESTION, "answer": answer, "note": WEIGHTS_NOTE}
+    assert about.items() <= json.loads(files["geojson"].read_text(encoding="utf-8")).items()
+
+    polygons, package = gpd.read_file(files["geojson"]), gpd.read_file(files["geopackage"])
+    assert polygons.crs.to_epsg() == 4326 and package.crs.to_epsg() == 32654
+    assert polygons.groupby("scale").size().to_dict() == {64: 4, 128: 6, 256: 8, 384: 12}
+    with rasterio.open(files["raster"]) as raster:
+        assert (raster.crs, raster.transform, raster.shape) == (CRS, TRANSFORM, SIZE[::-1])
+        assert about.items() <= raster.tags().items()
+        # Where a kept token lies, the raster has its score.
+        for row in package[package["kind"] == "kept"].itertuples():
+            place = row.geometry.representative_point()
+            ((*scores,),) = raster.sample([(place.x, place.y)])
+            assert scores[[64, 128, 256, 384].index(row.scale)] == np.float32(row.score)
+    page = files["page"].read_text(encoding="utf-8")
+    assert QUESTION in page and "WGS 84 / UTM zone 54N" in page and page.count('<path class="token') == 30
+
+
+@pytest.mark.slow
+def test_a_plain_image_has_pixel_coordinates_and_says_so(scene, tmp_path, capsys):
+    arguments = [str(scene / "scene.png"), QUESTION, "--geojson", str(tmp_path / "kept.geojson"), "--budgets", "20"]
+    assert command.main([*arguments, "--page", str(tmp_path / "kept.html")]) == 0
+    assert "Coordinates in the files are pixels of the image" in capsys.readouterr().out
+    content = json.loads((tmp_path / "kept.geojson").read_text(encoding="utf-8"))
+    assert content["coordinate_space"].startswith("pixels") and "crs" not in content
+    assert len(content["features"]) == 20
+    left, top, right, bottom = gpd.read_file(tmp_path / "kept.geojson").total_bounds
+    assert 0 <= left < right <= SIZE[0] and 0 <= top < bottom <= SIZE[1] and bottom > 1
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        ([], "Nothing to write: give --geojson, --geopackage, --raster or --page a file."),
+        (["--geojson", "kept.shp"], "kept.shp: the file of --geojson ends in .geojson or .json."),
+        (["--raster", "kept"], "kept: the file of --raster ends in .tif or .tiff."),
+        (["--page", "kept.html", "--model", "nowhere"], "nowhere: this is no model folder"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_loaded(scene, capsys, monkeypatch, arguments, message):
+    monkeypatch.delattr(command, "load_model")
+    assert command.main([str(scene / "scene.png"), QUESTION, *arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_a_missing_package_is_named_with_what_installs_it(scene, capsys, monkeypatch):
+    monkeypatch.setitem(sys.modules, "geopandas", None)
+    assert command.main([str(scene / "scene.png"), QUESTION, "--geojson", "kept.geojson"]) == 2
+    assert 'pip install "uhr-bat[geo]"' in capsys.readouterr().err
