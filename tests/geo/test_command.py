@@ -1,13 +1,14 @@
 """`uhr-bat evidence-map`: a question to an image, and the files that it leaves."""
 
 import json
+import re
 import sys
 
 import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
-from uhr_bat.common.loading import WEIGHTS_NOTE
+from uhr_bat.common.loading import ROOT, WEIGHTS_NOTE
 from uhr_bat.geo import __main__ as command
 from uhr_bat.scenes import painting
 
@@ -73,6 +74,18 @@ def test_a_plain_image_has_pixel_coordinates_and_says_so(scene, tmp_path, capsys
     assert len(content["features"]) == 20
     left, top, right, bottom = gpd.read_file(tmp_path / "kept.geojson").total_bounds
     assert 0 <= left < right <= SIZE[0] and 0 <= top < bottom <= SIZE[1] and bottom > 1
+
+
+@pytest.mark.slow
+def test_the_documented_python_runs(scene, monkeypatch, capsys):
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs/evidence_maps.md").read_text(encoding="utf-8"), re.DOTALL
+    )
+    monkeypatch.chdir(scene)
+    names = {}
+    exec(compile(block, "evidence_maps.md", "exec"), names)
+    assert capsys.readouterr().out.strip()
+    assert len(names["frame"]) == len(names["out"].pooler_output[0]) and names["frame"].crs.to_epsg() == 32654
 
 
 @pytest.mark.parametrize(

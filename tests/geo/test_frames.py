@@ -55,6 +55,10 @@ def test_painting_the_pixels_of_a_polygon_changes_the_token_that_it_is_of(size):
         painted = np.where(inside[..., None], np.uint8(255), image)
         changes = list(changed_tokens(tiles, tiles_of(painted)))[scale_idx]
         assert changes.argmax() == position
+        # The filter reaches two pixels of the view: half a patch, so no farther than the tokens around.
+        width = GRIDS[scale_idx][1]
+        rows, columns = np.abs(np.divmod(np.flatnonzero(changes), width) - np.array([divmod(position, width)]).T)
+        assert max(rows.max(), columns.max()) <= 1
         if row.scale == max(size):  # a view of the image's own pixels: nothing is resized
             assert np.flatnonzero(changes).tolist() == [position]
     assert (covered == 1).all()
