@@ -7,6 +7,14 @@ are drawn from the result of `model.compress(...)` alone, as the pictures are. `
 from .frames import evidence_frame
 from .georeference import Georeference, read_georeference
 from .pages import write_page
-from .writing import write_raster, write_vectors
+from .writing import check_vectors, write_raster, write_vectors
 
-__all__ = ["Georeference", "evidence_frame", "read_georeference", "write_page", "write_raster", "write_vectors"]
+__all__ = [
+    "Georeference",
+    "check_vectors",
+    "evidence_frame",
+    "read_georeference",
+    "write_page",
+    "write_raster",
+    "write_vectors",
+]

@@ -16,11 +16,12 @@ from pathlib import Path
 from ..common.extras import require
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
 from ..common.tables import numbers
-from . import evidence_frame, read_georeference, write_page, write_raster, write_vectors
+from . import check_vectors, evidence_frame, read_georeference, write_page, write_raster, write_vectors
+from .writing import GEOJSON, GEOPACKAGE
 
 ENDINGS = {
-    "geojson": (".geojson", ".json"),
-    "geopackage": (".gpkg",),
+    "geojson": GEOJSON,
+    "geopackage": (GEOPACKAGE,),
     "raster": (".tif", ".tiff"),
     "page": (".html", ".htm"),
 }
@@ -53,6 +54,8 @@ def draw(args):
     processor, model = load_model(args.model)
     image = processor.image_processor.fetch_images(args.image)
     georeference = read_georeference(args.image)
+    for path in filter(None, (args.geojson, args.geopackage)):
+        check_vectors(path, georeference.crs)
     compressed, answer = ask(processor, model, image, args.question, args.budgets, args.max_new_tokens)
 
     about = {"image": Path(args.image).name, "question": args.question, "answer": answer}

@@ -29,6 +29,24 @@ class Georeference(NamedTuple):
 PLAIN = Georeference()  # an image without coordinates
 
 
+def crs_name(crs) -> str:
+    """As EPSG calls it: "WGS 84 / UTM zone 54N"."""
+    import pyproj
+
+    return pyproj.CRS.from_user_input(crs).name
+
+
+def has_degrees(crs) -> bool:
+    """Whether longitude and latitude follow from a CRS: not from that of a building site, or of another planet."""
+    import pyproj
+
+    try:
+        pyproj.Transformer.from_crs(crs, "EPSG:4326")
+    except pyproj.exceptions.ProjError:
+        return False
+    return True
+
+
 def read_georeference(path: str) -> Georeference:
     """The transform and CRS that a raster states; none of a plain image, or of one that GDAL does not read.
 

@@ -18,7 +18,7 @@ from ..image_views_uhr_bat import image_to_tiles
 from ..pictures.drawing import PALETTE, parse_colour
 from ..pictures.pages import ATTENTION_PERCENTILE
 from .frames import KEPT
-from .georeference import PLAIN, Georeference
+from .georeference import PLAIN, Georeference, crs_name, has_degrees
 from .writing import shown_importance
 
 # Longest side in pixels of the image in the page, about 1 MB of it.
@@ -70,7 +70,7 @@ def write_page(
         colours={scale: PALETTE[scale_idx % len(PALETTE)] for scale_idx, scale in enumerate(scales)},
         tokens=_tokens(frame, georeference),
         transform=None if georeference.transform is None else tuple(georeference.transform)[:6],
-        crs=_crs_name(georeference),
+        crs=georeference.words if georeference.crs is None else crs_name(georeference.crs),
     )
     with whole_files(Path(path).parent) as built:
         (built / Path(path).name).write_text(html, encoding="utf-8")
@@ -121,25 +121,14 @@ def _tokens(frame, georeference) -> list[dict]:
 
 def _places(points, georeference) -> list[str]:
     """Points in pixels, a GeoSeries, in words: degrees, or what is nearest to them."""
-    from pyproj.exceptions import ProjError
-
     words = "column {:.0f}, row {:.0f}"
     if georeference.transform is not None:
         words = "x {:.2f}, y {:.2f}"
         points = points.affine_transform(georeference.transform.to_shapely())
-    if georeference.crs is not None:
-        try:
-            points = points.set_crs(georeference.crs).to_crs("EPSG:4326")
-            words = "longitude {:.6f}, latitude {:.6f}"
-        except ProjError:  # a local CRS, or that of another planet
-            pass
+    if georeference.crs is not None and has_degrees(georeference.crs):
+        words = "longitude {:.6f}, latitude {:.6f}"
+        points = points.set_crs(georeference.crs).to_crs("EPSG:4326")
     return ["letterbox" if point.is_empty else words.format(point.x, point.y) for point in points]
-
-
-def _crs_name(georeference) -> str:
-    import pyproj
-
-    return georeference.words if georeference.crs is None else pyproj.CRS.from_user_input(georeference.crs).name
 
 
 def _path(outline) -> str:

@@ -10,8 +10,9 @@ import numpy as np
 from ..common.extras import require
 from ..common.files import whole_files
 from ..geometry_uhr_bat import pixel_tokens
-from .georeference import PLAIN, Georeference
+from .georeference import PLAIN, Georeference, crs_name, has_degrees
 
+GEOJSON, GEOPACKAGE = (".geojson", ".json"), ".gpkg"
 LAYER = "evidence"
 # Decimals of degrees in a GeoJSON: .1 mm on the ground, where GDAL's 7 are 1 cm, a part of a drone's pixel.
 DEGREE_DECIMALS = 9
@@ -20,11 +21,27 @@ DEGREE_DECIMALS = 9
 RASTER_SIDE = 2048
 
 
+def check_vectors(path: Path, crs):
+    """Raises `ValueError` for a file that `write_vectors` cannot write, before a model is asked.
+
+    Args:
+        path: ends in .geojson, .json or .gpkg.
+        crs: of the frame, or None.
+    """
+    if path.suffix not in (*GEOJSON, GEOPACKAGE):
+        raise ValueError(f"{path}: polygons are written as .geojson, .json or .gpkg.")
+    if path.suffix in GEOJSON and crs is not None and not has_degrees(crs):
+        raise ValueError(
+            f"{path}: the image's CRS, {crs_name(crs)}, leads to no longitude and latitude. Write a .gpkg, which keeps it."
+        )
+
+
 def write_vectors(frame, path: Path, about: dict[str, str], words: str = ""):
     """A frame as a GeoJSON or a GeoPackage, by the ending; whole or not at all.
 
     A GeoJSON is RFC 7946's: WGS 84, longitude first, outer rings counterclockwise, cut at the antimeridian. Without a
-    CRS its coordinates are those of the frame, and its member `coordinate_space` says so. A GeoPackage keeps the frame's CRS.
+    CRS its coordinates are those of the frame, and its member `coordinate_space` says so. A GeoPackage keeps the frame's CRS;
+    all its polygons are MultiPolygons.
 
     Args:
         frame: of `evidence_frame`.
@@ -33,16 +50,17 @@ def write_vectors(frame, path: Path, about: dict[str, str], words: str = ""):
         words: what coordinates without a CRS mean.
 
     Raises:
-        ValueError: another ending, or a CRS that does not lead to longitude and latitude.
+        ValueError: what `check_vectors` refuses.
         ImportError: pyogrio is missing; says what to install.
     """
     require("geo", "pyogrio")
     import pyogrio
 
     path = Path(path)
+    check_vectors(path, frame.crs)
     if frame.crs is None:
         about = {**about, "coordinate_space": words}
-    if path.suffix in (".geojson", ".json"):
+    if path.suffix in GEOJSON:
         options = {
             "driver": "GeoJSON",
             "RFC7946": "NO" if frame.crs is None else "YES",
@@ -50,20 +68,16 @@ def write_vectors(frame, path: Path, about: dict[str, str], words: str = ""):
             "NATIVE_DATA": json.dumps({"type": "FeatureCollection", **about}),
             "NATIVE_MEDIA_TYPE": "application/vnd.geo+json",
         }
-    elif path.suffix == ".gpkg":
-        options = {"driver": "GPKG", "dataset_metadata": about, "geometry_type": "Unknown"}
-    else:
-        raise ValueError(f"{path}: polygons are written as .geojson, .json or .gpkg.")
+    else:  # a layer has one type of geometry
+        options = {
+            "driver": "GPKG",
+            "dataset_metadata": about,
+            "geometry_type": "MultiPolygon",
+            "promote_to_multi": True,
+        }
     with whole_files(path.parent) as built, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'crs' was not provided")  # `words` says it
-        warnings.filterwarnings("ignore", "Failed to create coordinate transformation")  # the error below says it
-        try:
-            pyogrio.write_dataframe(frame, built / path.name, layer=LAYER, **options)
-        except pyogrio.errors.DataLayerError as error:
-            raise ValueError(
-                f"{path}: no transformation leads from the image's CRS ({frame.crs.name}) to longitude and latitude. "
-                "Write a .gpkg, which keeps the image's CRS."
-            ) from error
+        pyogrio.write_dataframe(frame, built / path.name, layer=LAYER, **options)
 
 
 def write_raster(

@@ -103,6 +103,16 @@ def test_what_cannot_be_is_refused_before_anything_is_loaded(scene, capsys, monk
     assert message in capsys.readouterr().err
 
 
+def test_a_crs_without_degrees_is_refused_before_the_model_is_asked(scene, tmp_path, capsys, monkeypatch):
+    with rasterio.open(scene / "scene.tif") as raster:
+        profile, pixels = raster.profile, raster.read()
+    with rasterio.open(tmp_path / "site.tif", "w", **{**profile, "crs": 'LOCAL_CS["site",UNIT["metre",1]]'}) as raster:
+        raster.write(pixels)
+    monkeypatch.delattr(command, "ask")
+    assert command.main([str(tmp_path / "site.tif"), QUESTION, "--geojson", str(tmp_path / "kept.geojson")]) == 2
+    assert "site, leads to no longitude and latitude. Write a .gpkg" in capsys.readouterr().err
+
+
 def test_a_missing_package_is_named_with_what_installs_it(scene, capsys, monkeypatch):
     monkeypatch.setitem(sys.modules, "geopandas", None)
     assert command.main([str(scene / "scene.png"), QUESTION, "--geojson", "kept.geojson"]) == 2

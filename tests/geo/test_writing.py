@@ -83,15 +83,18 @@ def test_tokens_across_the_antimeridian_are_cut_there(tmp_path, crs, transform):
     assert across.any() and (read.geom_type[across] == "MultiPolygon").all()
     parts = read.explode(ignore_index=True)
     assert (parts.bounds.maxx - parts.bounds.minx).max() < 1
-    assert parts.to_crs(crs).area.sum() == pytest.approx(frame.area.sum(), rel=1e-4)
+    assert shapely.area(parts.to_crs(crs).geometry).sum() == pytest.approx(shapely.area(frame.geometry).sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize("place", PLACES)
 def test_a_geopackage_keeps_the_crs_and_the_numbers(tmp_path, place):
     crs, transform = PLACES[place]
-    frame, path = vectors(tmp_path, "kept.gpkg", transform, crs)
+    slots, regions = [[0, 0, 1, 2], [-1] * 16, range(36)], [[0, 0, 1, 1], [-1] * 16, range(36)]
+    frame, path = vectors(tmp_path, "kept.gpkg", transform, crs, slots, regions)
     read = gpd.read_file(path)
-    assert read.crs == frame.crs and shapely.equals_exact(read.geometry, frame.geometry, 0).all()
+    assert read.crs == frame.crs and pyogrio.read_info(path)["geometry_type"] == "MultiPolygon"
+    for ours, theirs in zip(frame.geometry, read.geometry):
+        assert shapely.get_parts(ours).tolist() == shapely.get_parts(theirs).tolist()
     assert pyogrio.read_info(path)["dataset_metadata"] == ABOUT
 
 
@@ -114,7 +117,7 @@ def test_coordinates_without_a_crs_stay_as_they_are_and_say_so(tmp_path, name, t
 
 def test_a_crs_without_longitude_and_latitude_is_refused_and_nothing_is_left(tmp_path):
     frame = evidence_frame(compression(SIZE), SIZE, SCALES, transform=ROTATED, crs='LOCAL_CS["site",UNIT["metre",1]]')
-    with pytest.raises(ValueError, match=r"CRS \(site\) to longitude and latitude. Write a .gpkg"):
+    with pytest.raises(ValueError, match="CRS, site, leads to no longitude and latitude. Write a .gpkg"):
         write_vectors(frame, tmp_path / "kept.geojson", ABOUT)
     assert not list(tmp_path.iterdir())
     write_vectors(frame, tmp_path / "kept.gpkg", ABOUT)
