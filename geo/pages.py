@@ -65,7 +65,6 @@ def write_page(
         height=image.height,
         square=(-left, -top, side),
         picture=_data_uri(_picture(image), "JPEG", quality=JPEG_QUALITY),
-        attention_colour=ATTENTION_COLOUR,
         attention=[(scale, _data_uri(_heat(shown_importance(*values)), "PNG")) for scale, *values in maps],
         colours={scale: PALETTE[scale_idx % len(PALETTE)] for scale_idx, scale in enumerate(scales)},
         tokens=_tokens(frame, georeference),

@@ -40,8 +40,8 @@ def write_vectors(frame, path: Path, about: dict[str, str], words: str = ""):
     """A frame as a GeoJSON or a GeoPackage, by the ending; whole or not at all.
 
     A GeoJSON is RFC 7946's: WGS 84, longitude first, outer rings counterclockwise, cut at the antimeridian. Without a
-    CRS its coordinates are those of the frame, and its member `coordinate_space` says so. A GeoPackage keeps the frame's CRS;
-    all its polygons are MultiPolygons.
+    CRS its coordinates are those of the frame, and its member `coordinate_space` says so. A GeoPackage keeps the frame's
+    CRS; all its polygons are MultiPolygons.
 
     Args:
         frame: of `evidence_frame`.
