@@ -1,7 +1,8 @@
 """What a question kept of an image as GIS software reads it: polygons, a raster, and a page with a map.
 
-`evidence_frame` (a GeoDataFrame), `write_vectors` (GeoJSON, GeoPackage), `write_raster` (GeoTIFF) and `write_page` (HTML)
-are drawn from the result of `model.compress(...)` alone, as the pictures are. `uhr-bat evidence-map` does all of it.
+`evidence_frame` (a GeoDataFrame), `write_vectors` (GeoJSON, GeoPackage), `write_raster` (GeoTIFF) and `write_page`
+(HTML) are drawn from the result of `model.compress(...)` alone, as the pictures are. `uhr-bat evidence-map` does all of
+it.
 """
 
 from .frames import evidence_frame

@@ -76,7 +76,7 @@ def write_page(
 
 
 def _picture(image) -> Image.Image:
-    """The image in at most `PAGE_SIDE` pixels a side, by the way that all views take, so that a streamed one will do."""
+    """The image in at most `PAGE_SIDE` pixels a side, by the way of all views, so that a streamed one will do."""
     side, top, left = letterbox((image.height, image.width))
     view = min(side, PAGE_SIDE)
     (pixels,) = image_to_tiles(image, [view], view)[view]

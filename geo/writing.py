@@ -32,7 +32,8 @@ def check_vectors(path: Path, crs):
         raise ValueError(f"{path}: polygons are written as .geojson, .json or .gpkg.")
     if path.suffix in GEOJSON and crs is not None and not has_degrees(crs):
         raise ValueError(
-            f"{path}: the image's CRS, {crs_name(crs)}, leads to no longitude and latitude. Write a .gpkg, which keeps it."
+            f"{path}: the image's CRS, {crs_name(crs)}, leads to no longitude and latitude. Write a .gpkg, which "
+            "keeps the CRS."
         )
 
 

@@ -110,7 +110,7 @@ def test_a_crs_without_degrees_is_refused_before_the_model_is_asked(scene, tmp_p
         raster.write(pixels)
     monkeypatch.delattr(command, "ask")
     assert command.main([str(tmp_path / "site.tif"), QUESTION, "--geojson", str(tmp_path / "kept.geojson")]) == 2
-    assert "site, leads to no longitude and latitude. Write a .gpkg" in capsys.readouterr().err
+    assert "site, leads to no longitude and latitude. Write a .gpkg, which keeps the CRS." in capsys.readouterr().err
 
 
 def test_a_missing_package_is_named_with_what_installs_it(scene, capsys, monkeypatch):

@@ -12,7 +12,7 @@ from uhr_bat.geometry_uhr_bat import tile_of, token_box
 from uhr_bat.image_views_uhr_bat import image_to_tiles
 
 TILE, PATCH = 8, 4
-# Squares, portrait and landscape, even and odd margins, sides that are multiples of the finest view and sides that are not.
+# Squares, portrait and landscape, even and odd margins, multiples of the finest view and others.
 SIZES = [(24, 24), (15, 24), (24, 9), (48, 31), (45, 70), (100, 37), (1, 24)]
 
 
@@ -30,7 +30,7 @@ def changed_tokens(tiles, others):
 
 
 def pixels_inside(polygon, transform, size):
-    """bool[h, w], pixels whose centre lies in a polygon of map coordinates; on an edge, in the one below or right of it."""
+    """bool[h, w], pixels whose centre lies in a polygon of map coordinates; an edge belongs to the one below or right."""
     rows, columns = np.mgrid[: size[0], : size[1]] + 0.5 + 1e-6
     a, b, c, d, e, f = transform
     return shapely.contains_xy(polygon, a * columns + b * rows + c, d * columns + e * rows + f)
