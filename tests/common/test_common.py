@@ -11,7 +11,7 @@ import uhr_bat
 from uhr_bat.common.extras import require
 from uhr_bat.common.files import whole_files, whole_folder
 from uhr_bat.common.loading import ROOT, load_model, save_model
-from uhr_bat.common.prompts import expand_placeholder, write_prompt
+from uhr_bat.common.prompts import answer_text, expand_placeholder, write_prompt
 from uhr_bat.common.tables import interval, numbers, percent_interval, table
 
 LOAD_ALONE = """
@@ -48,6 +48,20 @@ def test_what_is_saved_loads_where_the_package_is_not(tmp_path):
     command = [sys.executable, "-c", LOAD_ALONE]
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path / "model")
     assert done.returncode == 0, done.stderr
+
+
+def test_the_answer_is_what_follows_the_prompt_and_prints():
+    processor, _ = load_model()
+    input_ids = write_prompt(processor, "How many?")["input_ids"]
+    answer = processor.tokenizer("two\nships", return_tensors="pt")
+    end = torch.tensor([[processor.tokenizer.eos_token_id]])
+    assert answer_text(processor, input_ids, torch.cat((input_ids, answer["input_ids"], end), 1)) == "two\nships"
+
+    class Decoder:
+        def decode(self, ids, skip_special_tokens):
+            return " a\x1b[31mb\n"
+
+    assert answer_text(Decoder(), input_ids, input_ids) == "a\ufffd[31mb"
 
 
 def test_a_placeholder_is_repeated_once_per_visual_token():

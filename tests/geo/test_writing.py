@@ -117,7 +117,9 @@ def test_coordinates_without_a_crs_stay_as_they_are_and_say_so(tmp_path, name, t
 
 def test_a_crs_without_longitude_and_latitude_is_refused_and_nothing_is_left(tmp_path):
     frame = evidence_frame(compression(SIZE), SIZE, SCALES, transform=ROTATED, crs='LOCAL_CS["site",UNIT["metre",1]]')
-    with pytest.raises(ValueError, match="CRS, site, leads to no longitude and latitude. Write a .gpkg, which keeps the CRS."):
+    with pytest.raises(
+        ValueError, match="CRS, site, leads to no longitude and latitude. Write a .gpkg, which keeps the CRS."
+    ):
         write_vectors(frame, tmp_path / "kept.geojson", ABOUT)
     assert not list(tmp_path.iterdir())
     write_vectors(frame, tmp_path / "kept.gpkg", ABOUT)
