@@ -14,8 +14,7 @@ from PIL import Image
 
 from ..common.files import whole_files
 from ..geometry_uhr_bat import letterbox
-from ..image_views_uhr_bat import image_to_tiles
-from ..pictures.drawing import PALETTE, parse_colour
+from ..pictures.drawing import PALETTE, parse_colour, screen_image
 from ..pictures.pages import ATTENTION_PERCENTILE
 from .frames import KEPT
 from .georeference import PLAIN, Georeference, crs_name, has_degrees
@@ -45,7 +44,7 @@ def write_page(
         path: of the HTML file.
         compressed: what `model.compress` returned.
         frame: of `evidence_frame` in pixels of the image, without a transform.
-        image: as `processor.image_processor.fetch_images` or `open_image` returns it.
+        image: that the model saw, as `processor.image_processor.fetch_images` returns it.
         scales: sides of the views in pixels, `model.config.scales`.
         about: texts, shown as they are: `question`, `answer`, `image` (its name), and perhaps `note`, which stands
             below the answer.
@@ -64,7 +63,7 @@ def write_page(
         width=image.width,
         height=image.height,
         square=(-left, -top, side),
-        picture=_data_uri(_picture(image), "JPEG", quality=JPEG_QUALITY),
+        picture=_data_uri(screen_image(image, PAGE_SIDE), "JPEG", quality=JPEG_QUALITY),
         attention=[(scale, _data_uri(_heat(shown_importance(*values)), "PNG")) for scale, *values in maps],
         colours={scale: PALETTE[scale_idx % len(PALETTE)] for scale_idx, scale in enumerate(scales)},
         tokens=_tokens(frame, georeference),
@@ -73,18 +72,6 @@ def write_page(
     )
     with whole_files(Path(path).parent) as built:
         (built / Path(path).name).write_text(html, encoding="utf-8")
-
-
-def _picture(image) -> Image.Image:
-    """The image in at most `PAGE_SIDE` pixels a side, by the way of all views, so that a streamed one will do."""
-    side, top, left = letterbox((image.height, image.width))
-    view = min(side, PAGE_SIDE)
-    (pixels,) = image_to_tiles(image, [view], view)[view]
-    top, left, bottom, right = (
-        round(edge * view / side) for edge in (top, left, top + image.height, left + image.width)
-    )
-    pixels = pixels[:, top : max(bottom, top + 1), left : max(right, left + 1)]
-    return Image.fromarray(np.ascontiguousarray(pixels.transpose(1, 2, 0)))
 
 
 def _heat(importance) -> Image.Image:
