@@ -11,6 +11,8 @@ VERBS = {
     "regions": ("regions.cache", "make SAM's label maps of many images, once"),
     "scene": ("scenes.painting", "paint a made-up scene"),
     "evidence": ("evaluation.evidence", "accuracy and evidence kept, against visual tokens"),
+    "evaluate": ("evaluation.evaluate", "a benchmark of the field: asked, scored, with its controls"),
+    "compare": ("evaluation.compare_runs", "two runs of a benchmark, sample by sample"),
     "partitions": ("evaluation.partitions", "what every partition into regions does to small objects"),
     "export": ("export.convert_checkpoint", "trained weights into a complete model folder"),
     "build-tiny": ("export.build_tiny", "UHR-BAT-Tiny before it is trained, as a model folder"),

@@ -6,9 +6,10 @@ Letters: M tokens of a prompt.
 import torch
 
 
-def prompt_text(processor, question) -> str:
-    """The text of a question about one image, with one placeholder for it."""
-    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question}]}]
+def prompt_text(processor, question, num_images=1) -> str:
+    """The text of a question about some images, with one placeholder for each."""
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
+    messages = [{"role": "user", "content": content if num_images else question}]
     return processor.apply_chat_template(messages, add_generation_prompt=True)
 
 

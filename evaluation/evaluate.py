@@ -1,0 +1,139 @@
+"""Ask a model the questions of a benchmark, and score its answers.
+
+    uhr-bat evaluate SUITE --data DIR --model DIR [--budgets 16,24,40,66] [--selector NAME] [--output DIR]
+    accelerate launch --num_processes 8 -m uhr_bat evaluate SUITE ...     the same lines, sooner
+
+Writes into the output folder: settings.json, predictions.jsonl (a line an answer), figures.json and figures.md. What is
+there already is not asked again.
+"""
+
+import argparse
+import os
+import sys
+from pathlib import Path
+
+from ..common.extras import require
+from ..common.loading import ROOT, check_files, load_model
+from ..common.tables import numbers
+from . import figures
+from .running import IMAGE, Settings, run, versions
+from .samples import first, read_lines, text_of
+from .suites import SUITES
+
+
+def budgets_of(text):
+    """One number for all scales, or one a scale."""
+    found = numbers(text)
+    return found[0] if len(found) == 1 else found
+
+
+def scorers_of(suite, names):
+    """The scorers of a suite by name, all where none is named, after what they need was looked for."""
+    known = {scorer.name: scorer for scorer in suite.scorers}
+    if unknown := [name for name in names or () if name not in known]:
+        raise ValueError(f"{suite.name} has no score {unknown[0]!r}. It has: {', '.join(known)}.")
+    chosen = [known[name] for name in names or known]
+    for scorer in chosen:
+        scorer.prepare()
+    return chosen
+
+
+def prompt_of(suite, name):
+    if name is not None and name not in suite.prompts:
+        raise ValueError(f"{suite.name} has no prompt {name!r}. It has: {', '.join(suite.prompts)}.")
+    return name or next(iter(suite.prompts))
+
+
+def foreign_predictions(path, samples) -> dict:
+    """{(sample, view): line} of answers that another program wrote: records with the sample's id and its answer.
+
+    Samples without a record failed.
+    """
+    said = {}
+    for record in read_lines(path):
+        name = text_of(first(record, "id", "question_id", "Question_id", "index"))
+        answer = first(record, "answer", "prediction", "Output", "output", "text", default="")
+        said[name] = None if record.get("error") else str(answer)
+    if missing := set(said) - {sample.id for sample in samples}:
+        raise ValueError(f"{path} answers {len(missing)} samples that the suite does not have, as {min(missing)!r}.")
+    return {
+        (sample.id, IMAGE): {
+            "id": sample.id, "view": IMAGE, "answer": said.get(sample.id),
+            "error": None if said.get(sample.id) is not None else "no answer in the file",
+        }
+        for sample in samples
+    }  # fmt: skip
+
+
+def parser():
+    parser = argparse.ArgumentParser(prog="uhr-bat evaluate", description=__doc__.splitlines()[0])
+    parser.add_argument("suite", metavar="SUITE", choices=SUITES, help=", ".join(SUITES))
+    parser.add_argument("--data", metavar="DIR", help="file, folder or id of a data set on the Hub; none for scenes")
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="of the run (default: runs/SUITE)")
+    parser.add_argument("--budgets", type=budgets_of, help="visual tokens per scale, as 16,24,40,66, or of all, as 146")
+    parser.add_argument("--selector", help="which tokens stay (default: the model's)")
+    parser.add_argument("--prompt", metavar="NAME", help="one of the suite's prompts (default: its first)")
+    parser.add_argument("--scorers", nargs="+", metavar="NAME", help="some of the suite's scores (default: all)")
+    parser.add_argument("--limit", type=int, metavar="N", help="samples, evenly spaced (default: all)")
+    parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the suite's)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images (default: 1)")
+    parser.add_argument("--retry", action="store_true", help="ask again what failed")
+    parser.add_argument(
+        "--predictions", type=Path, metavar="FILE", help="score these answers (JSON, JSONL), ask nothing"
+    )
+    return parser
+
+
+def ask_suite(args, suite, samples, prompt):
+    """The lines of a run, asked or found, and its settings."""
+    from accelerate import PartialState
+
+    state = PartialState()
+    check_files(None, args.model)
+    changes = {} if args.selector is None else {"selector": args.selector}
+    # Each process has the whole model on its own device.
+    device_map = "auto" if state.num_processes == 1 else {"": state.device}
+    processor, model = load_model(args.model, device_map=device_map, **changes)
+    settings = Settings(
+        suite=suite.name, data=args.data, model=str(args.model), prompt=prompt,
+        budgets=processor.default_budgets if args.budgets is None else args.budgets, selector=model.config.selector,
+        seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit, versions=versions(),
+    )  # fmt: skip
+    return run(model.eval(), processor, suite, samples, settings, args.output, args.workers, args.retry)
+
+
+def main(arguments=None) -> int:
+    args = parser().parse_args(arguments)
+    if args.data is None or os.path.exists(args.data):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folders
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
+    suite = SUITES[args.suite]
+    args.output = args.output or Path("runs", suite.name)
+    try:
+        require("evaluate", "datasets")
+        scorers, prompt = scorers_of(suite, args.scorers), prompt_of(suite, args.prompt)
+        samples = suite.load(args.data, args.limit)
+        if args.predictions:
+            lines = foreign_predictions(args.predictions, samples)
+            settings = {"model": f"of {args.predictions}", "budgets": 0, "selector": "unknown", "prompt": "unknown"}
+            settings |= {"seed": "unknown", "limit": args.limit}
+        else:
+            lines = ask_suite(args, suite, samples, prompt)
+            settings = figures.read_settings(args.output)
+            from accelerate import PartialState
+
+            if not PartialState().is_main_process:
+                return 0
+        result = figures.evaluate(suite, samples, lines, scorers)
+        print(figures.write(suite, result, settings, args.output))
+        print(f"Written: {args.output}")
+    except (OSError, ValueError, ImportError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,266 @@
+"""What a run is worth: means over samples and over tasks, with 95 % of a bootstrap over images, beside its controls.
+
+Whatever failed or refused counts as wrong and is listed. Two runs are compared sample by sample.
+
+Letters: I images, T groups (tasks), R draws.
+"""
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..common.files import whole_files, write_json
+from ..common.tables import RESAMPLES, percent_interval, table
+from .running import BLANK, IMAGE, TEXT, VIEWS
+from .samples import Sample
+from .scoring import Scorer
+from .suites import Suite
+
+ALL = "all"
+LISTED = 20  # failures and refusals that a report names; the JSON file names all
+
+
+class Interval(NamedTuple):
+    mean: float
+    low: float
+    high: float
+
+
+class Means(NamedTuple):
+    """`groups`: {name: Interval}; `macro`: the mean of the groups' means."""
+
+    micro: Interval
+    macro: Interval
+    groups: dict[str, Interval]
+
+
+def means(values, groups, images, seed=0) -> Means:
+    """Micro and macro mean, and that of every group, with intervals from images drawn anew.
+
+    Args:
+        values: float[N], of every sample; differences where two runs are compared.
+        groups, images: str[N], what each sample belongs to.
+    """
+    names, of_group = np.unique(groups, return_inverse=True)
+    of_image = np.unique(images, return_inverse=True)[1]
+    I, T = of_image.max() + 1, len(names)
+    sums, counts = np.zeros((I, T)), np.zeros((I, T))
+    np.add.at(sums, (of_image, of_group), values)
+    np.add.at(counts, (of_image, of_group), 1)
+    rng = np.random.default_rng(seed)
+    drawn = np.stack([np.bincount(rng.integers(I, size=I), minlength=I) for _ in range(RESAMPLES)])
+    sums, counts = np.vstack((sums.sum(0), drawn @ sums)), np.vstack((counts.sum(0), drawn @ counts))
+    with np.errstate(invalid="ignore"):
+        by_group = sums / counts  # nan where a draw has no sample of a group, which then does not count in its mean
+    micro, macro = sums.sum(1) / counts.sum(1), np.nanmean(by_group, axis=1)
+    return Means(_interval(micro), _interval(macro), {name: _interval(by_group[:, t]) for t, name in enumerate(names)})
+
+
+def _interval(means) -> Interval:
+    """The mean itself stands first, those of the draws behind it."""
+    return Interval(float(means[0]), *map(float, np.nanpercentile(means[1:], (2.5, 97.5))))
+
+
+def scores(samples: list[Sample], lines: dict, scorer: Scorer, view: str) -> np.ndarray:
+    """float[N], 0 to 1, of every sample; a sample without an answer is worth what the scorer says, 0 for all of ours."""
+    return np.array([scorer.score(sample, lines[sample.id, view]["answer"]) for sample in samples])
+
+
+def sections_of(samples) -> list[str]:
+    named = sorted({sample.section for sample in samples if sample.section})
+    return [ALL, *named] if len(named) > 1 else [ALL]
+
+
+def evaluate(suite: Suite, samples: list[Sample], lines: dict, scorers) -> dict:
+    """All figures of a run, as JSON.
+
+    Returns:
+        {"suite", "samples", "images", "errors", "refusals", "scores": [...]}; an entry of "scores" is one scorer, view,
+        section and average: micro, macro, groups, and minus_blank and minus_text, paired, where the view is the image.
+    """
+    rows = []
+    views = [view for view in VIEWS if all((sample.id, view) in lines for sample in samples)]
+    for scorer in scorers:
+        values = {view: scores(samples, lines, scorer, view) for view in views}
+        for section in sections_of(samples):
+            chosen = [n for n, sample in enumerate(samples) if section in (ALL, sample.section)]
+            for average, group_of in suite.averages.items():
+                for view in views:
+                    rows.append(
+                        {"scorer": scorer.name, "section": section, "view": view, "average": average}
+                        | figures_of(samples, chosen, values, view, group_of)
+                    )
+    return {
+        "suite": suite.name,
+        "samples": len(samples),
+        "images": len({sample.picture_keys for sample in samples}),
+        "errors": errors_of(samples, lines),
+        "refusals": {scorer.name: refusals_of(samples, lines, scorer) for scorer in scorers},
+        "scores": rows,
+    }
+
+
+def figures_of(samples, chosen, values, view, group_of) -> dict:
+    groups = [group_of(samples[n]) or "none" for n in chosen]
+    images = ["\n".join(samples[n].picture_keys) for n in chosen]
+    found = means(values[view][chosen], groups, images)
+    row = {
+        "samples": len(chosen),
+        "micro": found.micro,
+        "macro": found.macro,
+        "groups": found.groups,
+        "samples_of_groups": {name: groups.count(name) for name in found.groups},
+    }
+    if view == IMAGE:
+        for name, control in ("minus_blank", BLANK), ("minus_text", TEXT):
+            if control in values:
+                row[name] = means((values[view] - values[control])[chosen], groups, images).micro
+    return row
+
+
+def errors_of(samples, lines) -> list[dict]:
+    """Samples that failed with their image, and why; control views fail where the model does."""
+    kept = ("id", "view", "error")
+    of_samples = [lines[sample.id, view] for sample in samples for view in VIEWS if (sample.id, view) in lines]
+    return [{name: line[name] for name in kept} for line in of_samples if line["error"] is not None]
+
+
+def refusals_of(samples, lines, scorer) -> list[dict]:
+    """Answers with the image in which a scorer finds nothing to score."""
+    answers = ((sample, lines[sample.id, IMAGE]["answer"]) for sample in samples if (sample.id, IMAGE) in lines)
+    return [
+        {"id": sample.id, "answer": text}
+        for sample, text in answers
+        if text is not None and scorer.refuses(sample, text)
+    ]
+
+
+# ---- Reports ---------------------------------------------------------------------------------------------------------
+
+
+def report(suite: Suite, result: dict, settings: dict) -> str:
+    """Markdown of what `evaluate` returned."""
+    budgets = settings["budgets"]
+    spent = budgets if isinstance(budgets, int) else f"{sum(budgets)} ({' + '.join(map(str, budgets))})"
+    parts = [
+        f"# {suite.title}: {result['samples']} samples, {result['images']} images",
+        f"Model {settings['model']}, {spent} visual tokens at most, selector {settings['selector']}, prompt "
+        f"{settings['prompt']}, seed {settings['seed']}"
+        + (f"; a part of the suite, {settings['limit']} samples" if settings["limit"] else "")
+        + ". Percent, with 95 % intervals of a bootstrap over images. Micro is the mean over samples, macro the mean of the "
+        "groups' means. Failed samples and refusals count as wrong.",
+        scores_table(result),
+        "\n".join(f"- {scorer.name}: {scorer.says}" for scorer in suite.scorers if scorer.name in result["refusals"]),
+    ]
+    first_scorer = result["scores"][0]["scorer"]
+    for average in suite.averages:
+        rows = [row for row in result["scores"] if row["scorer"] == first_scorer and row["average"] == average]
+        parts += [f"## By group: {average}, {first_scorer}", groups_table(rows)]
+    parts += ["## Failures and refusals", failures(result)]
+    if suite.paper:
+        parts += [
+            "## The paper's figures",
+            "Quoted from the UHR-BAT paper. They were not measured here, and hold for other weights.",
+            table(["model", "%", "what it is"], [[one.model, f"{one.percent:g}", one.says] for one in suite.paper]),
+        ]
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def scores_table(result) -> str:
+    rows = []
+    for row in result["scores"]:
+        differences = [
+            percent_interval(row[name], signed=True) if name in row else "" for name in ("minus_blank", "minus_text")
+        ]
+        figures = [
+            percent_interval(row["micro"]),
+            percent_interval(row["macro"]),
+            f"{row['average']}, {len(row['groups'])}",
+        ]
+        rows.append([row["scorer"], row["section"], row["view"], row["samples"], *figures, *differences])
+    header = ["score", "part", "shown", "samples", "micro", "macro", "groups", f"minus {BLANK}", f"minus {TEXT}"]
+    return table(header, rows)
+
+
+def groups_table(rows) -> str:
+    """One line a group, one column a view."""
+    parts = []
+    for section in dict.fromkeys(row["section"] for row in rows):
+        of_view = {row["view"]: row for row in rows if row["section"] == section}
+        shown = next(iter(of_view.values()))
+        lines = [
+            [section, name, shown["samples_of_groups"][name]]
+            + [percent_interval(row["groups"][name]) for row in of_view.values()]
+            for name in shown["groups"]
+        ]
+        parts += lines
+        header = ["part", "group", "samples", *of_view]
+    return table(header, parts)
+
+
+def failures(result) -> str:
+    """How many, and the first of them by name."""
+    lines = [f"{len(result['errors'])} answers failed."]
+    lines += [f"- {one['id']}, {one['view']}: {one['error']}" for one in result["errors"][:LISTED]]
+    for name, refusals in result["refusals"].items():
+        lines.append(f"{len(refusals)} answers say nothing that {name} can read.")
+        lines += [f"- {one['id']}: {one['answer'][:80]!r}" for one in refusals[:LISTED]]
+    return "\n".join(lines)
+
+
+def write(suite: Suite, result: dict, settings: dict, folder: Path) -> str:
+    """figures.json and figures.md, each whole or not at all; the text."""
+    text = report(suite, result, settings)
+    with whole_files(folder) as built:
+        write_json(built / "figures.json", {"settings": settings} | result)
+        (built / "figures.md").write_text(text, encoding="utf-8")
+    return text
+
+
+# ---- Two runs --------------------------------------------------------------------------------------------------------
+
+
+def compare(suite: Suite, samples: list[Sample], one: dict, other: dict, scorers) -> list[dict]:
+    """Differences of two runs on the same samples, paired: what the first is worth less what the second is."""
+    rows = []
+    for scorer in scorers:
+        pair = [scores(samples, lines, scorer, IMAGE) for lines in (one, other)]
+        for section in sections_of(samples):
+            chosen = [n for n, sample in enumerate(samples) if section in (ALL, sample.section)]
+            images = ["\n".join(samples[n].picture_keys) for n in chosen]
+            for average, group_of in suite.averages.items():
+                groups = [group_of(samples[n]) or "none" for n in chosen]
+                found = [means(values[chosen], groups, images) for values in (*pair, pair[0] - pair[1])]
+                rows.append({
+                    "scorer": scorer.name, "section": section, "average": average, "samples": len(chosen),
+                    "micro": [each.micro for each in found], "macro": [each.macro for each in found],
+                    "only_first_right": int((pair[0] > pair[1])[chosen].sum()),
+                    "only_second_right": int((pair[1] > pair[0])[chosen].sum()),
+                })  # fmt: skip
+    return rows
+
+
+def compare_table(rows, names=("first", "second")) -> str:
+    return table(
+        [
+            "score", "part", "average", "samples", f"micro {names[0]}", f"micro {names[1]}", "micro difference",
+            "macro difference", "better in first", "better in second",
+        ],
+        [
+            [
+                row["scorer"], row["section"], row["average"], row["samples"], *map(percent_interval, row["micro"][:2]),
+                percent_interval(row["micro"][2], signed=True), percent_interval(row["macro"][2], signed=True),
+                row["only_first_right"], row["only_second_right"],
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def read_settings(folder: Path) -> dict:
+    path = folder / "settings.json"
+    if not path.is_file():
+        raise FileNotFoundError(f"{folder}: this is no run of `uhr-bat evaluate`, there is no settings.json in it.")
+    return json.loads(path.read_text(encoding="utf-8"))

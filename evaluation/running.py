@@ -1,0 +1,298 @@
+"""Asking a model every question of a suite: one line of JSON an answer, on as many processes as there are.
+
+An image is encoded once for all of its questions; the next ones are read and cut while the model works. Every question is
+asked three times: with its image, with a blank one, and as text alone. A run that was killed goes on where it was, a failed
+image is a line that says so.
+
+Images go round the processes in their order, so that the same lines come out of one process and of many.
+"""
+
+import json
+import platform
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+
+from ..common.files import whole_files, write_json
+from ..common.prompts import prompt_text
+from .samples import Sample
+from .suites import Suite
+
+IMAGE, BLANK, TEXT = "image", "blank image", "text only"
+VIEWS = (IMAGE, BLANK, TEXT)
+SETTINGS, PREDICTIONS = "settings.json", "predictions.jsonl"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """All that decides what is answered; the same for a whole run.
+
+    Attributes:
+        suite, data, model: name, file or folder or id, and folder.
+        prompt: name of the prompt.
+        budgets: int[S] or one number, visual tokens.
+        selector: name of the rule that chooses them.
+        seed: of everything that draws.
+        max_new_tokens: of an answer.
+        limit: of samples, None for all.
+        versions: of what computed.
+    """
+
+    suite: str
+    data: str | None
+    model: str
+    prompt: str
+    budgets: list[int] | int
+    selector: str
+    seed: int
+    max_new_tokens: int
+    limit: int | None
+    versions: dict[str, str]
+
+    @property
+    def of_a_line(self) -> dict:
+        """What every line repeats, so that it can be read by itself."""
+        return {name: getattr(self, name) for name in ("prompt", "budgets", "selector", "seed", "versions")}
+
+
+def versions() -> dict[str, str]:
+    from importlib.metadata import PackageNotFoundError, version
+
+    import transformers
+
+    try:
+        own = version("uhr-bat")
+    except PackageNotFoundError:
+        own = "a clone"
+    return {
+        "uhr_bat": own,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }
+
+
+# ---- One answer ------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def answer(model, processor, question, features, *, budgets=None, rules=None, max_new_tokens=16) -> tuple[str, int]:
+    """The greedy answer to a question about encoded images (none: text alone), and the visual tokens that it took.
+
+    Args:
+        features: what `encode_image` returned, one per image.
+        budgets: int[S] or one number; None for those of the model.
+        rules: see `compress`.
+    """
+    text = prompt_text(processor, question, len(features))
+    inputs = processor(text=[text], image_features=features or None, budgets=budgets, return_tensors="pt")
+    inputs = inputs.to(model.device)
+    prompt, seen, spent = {name: inputs[name] for name in ("input_ids", "attention_mask")}, {}, 0
+    if features:
+        compressed = model.compress(**inputs, rules=rules)
+        seen, spent = {"mm_encoder_outputs": {"image": compressed}}, sum(map(len, compressed.pooler_output))
+    output = model.generate(**prompt, **seen, do_sample=False, max_new_tokens=max_new_tokens)
+    said = processor.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
+    return said.strip(), spent
+
+
+def reason(error: BaseException) -> str:
+    return f"{type(error).__name__}: {error}"
+
+
+# ---- Images ----------------------------------------------------------------------------------------------------------
+
+
+class Cut(Dataset):
+    """The images of every group of samples, read and cut into tiles, or the reason why that failed."""
+
+    def __init__(self, suite: Suite, image_processor, groups: list[list[Sample]]):
+        self.suite, self.image_processor, self.groups = suite, image_processor, groups
+
+    def __len__(self):
+        return len(self.groups)
+
+    def __getitem__(self, index):
+        pictures = self.groups[index][0].pictures
+        if not pictures:
+            return index, None
+        try:
+            images = [self.suite.open(picture) for picture in pictures]
+            return index, self.image_processor(images, return_tensors="pt")
+        except Exception as error:  # an image can fail in any way; the other ones are still to come
+            return index, reason(error)
+
+
+def groups_of(samples: Iterable[Sample]) -> list[list[Sample]]:
+    """Samples by their images, in the order in which these come first."""
+    groups = {}
+    for sample in samples:
+        groups.setdefault(sample.picture_keys, []).append(sample)
+    return list(groups.values())
+
+
+def encode(model, inputs) -> list:
+    return model.encode_image(**inputs.to(model.device))
+
+
+def blank_image(config, pad_color) -> Image.Image:
+    """A square of the letterbox's colour, which takes as many tokens as a square image."""
+    return Image.new("RGB", (config.scales[-1],) * 2, tuple(pad_color))
+
+
+# ---- The run ---------------------------------------------------------------------------------------------------------
+
+
+def read_predictions(folder: Path) -> dict[tuple[str, str], dict]:
+    """{(sample, view): line} of all files of a run; a last line that was torn by a killed process is left out."""
+    found = {}
+    for path in sorted(folder.glob("predictions*.jsonl")):
+        for line in path.read_text(encoding="utf-8").split("\n"):
+            try:
+                record = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            key = record["id"], record["view"]
+            if key not in found or found[key]["error"] is not None:  # it may have been asked again
+                found[key] = record
+    return found
+
+
+def check_settings(folder: Path, settings: Settings):
+    """Raises `ValueError` where the folder holds a run with other settings, and names them."""
+    path = folder / SETTINGS
+    if not path.is_file():
+        return
+    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(asdict(settings)))
+    for name, value in new.items():
+        if old.get(name) != value:
+            raise ValueError(
+                f"{folder} holds a run with {name} {old.get(name)!r}, but {value!r} is asked for. Give another --output."
+            )
+
+
+class Line:
+    """A file to which lines are appended whole; what a killed process left of a line is ended first."""
+
+    def __init__(self, path: Path):
+        torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        self.file = open(path, "a", encoding="utf-8")
+        if torn:
+            self.file.write("\n")
+
+    def write(self, record: dict):
+        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+
+def ask_group(model, processor, suite, group, cut, blank, done, settings) -> Iterator[dict]:
+    """The lines of the questions about the same images that are not `done` yet."""
+    ask = suite.prompts[settings.prompt]
+    features, failed = {TEXT: []}, {}
+    try:
+        if cut is None:  # a question without an image
+            features[IMAGE] = []
+        elif isinstance(cut, str):
+            failed[IMAGE] = cut
+        elif any((sample.id, IMAGE) not in done for sample in group):
+            features[IMAGE] = encode(model, cut)
+    except Exception as error:
+        failed[IMAGE] = reason(error)
+    features[BLANK] = blank * len(group[0].pictures)
+    for sample in group:
+        for view in VIEWS:
+            if (sample.id, view) in done:
+                continue
+            line = {"suite": suite.name, "id": sample.id, "view": view, "images": list(sample.picture_keys)}
+            said, spent, error = None, 0, failed.get(view)
+            if error is None:
+                try:
+                    said, spent = answer(
+                        model, processor, ask(sample), features[view],
+                        budgets=settings.budgets, max_new_tokens=settings.max_new_tokens,
+                    )  # fmt: skip
+                except Exception as one:
+                    error = reason(one)
+            yield line | {"answer": said, "error": error, "visual_tokens": spent} | settings.of_a_line
+
+
+def run(
+    model, processor, suite: Suite, samples: list[Sample], settings: Settings, folder: Path, workers=1, retry=False
+):
+    """Asks what is not answered yet, and writes predictions.jsonl in the order of the samples.
+
+    Args:
+        folder: of the run; a run with the same settings that lies there is gone on with.
+        workers: processes beside the model's that read and cut images.
+        retry: whether samples that failed are asked again.
+
+    Returns:
+        {(sample, view): line}, on every process.
+
+    Raises:
+        ValueError: the folder holds a run with other settings.
+    """
+    from accelerate import PartialState
+    from accelerate.utils import gather_object
+    from tqdm import tqdm
+    from transformers import set_seed
+
+    state = PartialState()
+    set_seed(settings.seed)
+    check_settings(folder, settings)
+    if state.is_main_process:
+        with whole_files(folder) as built:
+            write_json(built / SETTINGS, asdict(settings))
+    state.wait_for_everyone()
+    # Processes on other machines see other folders: what any of them has is done.
+    lines = dict(gather_object(list(read_predictions(folder).items())))
+    if retry:
+        lines = {key: line for key, line in lines.items() if line["error"] is None}
+    done = set(lines)
+    groups = groups_of(samples)
+    mine = [
+        group
+        for group in groups[state.process_index :: state.num_processes]
+        if any((sample.id, view) not in done for sample in group for view in VIEWS)
+    ]
+    written = {}
+    if mine:
+        image_processor = processor.image_processor
+        blank = blank_image(model.config, image_processor.pad_color)
+        blank = encode(model, image_processor(blank, return_tensors="pt"))
+        loader = DataLoader(
+            Cut(suite, image_processor, mine),
+            batch_size=None,
+            num_workers=workers,
+            prefetch_factor=1 if workers else None,
+        )
+        file = Line(folder / f"predictions-{state.process_index}.jsonl")
+        number = sum((sample.id, view) not in done for group in mine for sample in group for view in VIEWS)
+        with tqdm(
+            total=number, desc=f"Asking {suite.name}", unit="answer", disable=not state.is_local_main_process
+        ) as bar:
+            for index, cut in loader:
+                for line in ask_group(model, processor, suite, mine[index], cut, blank, done, settings):
+                    file.write(line)
+                    written[line["id"], line["view"]] = line
+                    bar.update()
+    lines |= dict(gather_object(list(written.items())))
+    if state.is_main_process:
+        merge(folder, samples, lines)
+    state.wait_for_everyone()
+    return lines
+
+
+def merge(folder: Path, samples, lines):
+    """predictions.jsonl whole, in the order of the samples; then the files of the processes go."""
+    with whole_files(folder) as built:
+        with open(built / PREDICTIONS, "w", encoding="utf-8") as file:
+            for sample in samples:
+                for view in VIEWS:
+                    file.write(json.dumps(lines[sample.id, view], ensure_ascii=False) + "\n")
+    for path in folder.glob("predictions-*.jsonl"):
+        path.unlink()

@@ -1,0 +1,31 @@
+"""The benchmarks, one class each: how a sample is read, asked and scored."""
+
+from .conversations import Conversations
+from .hr_bench import HRBench
+from .lrs_vqa import LRSVQA
+from .made_up_scenes import MadeUpScenes
+from .mme_realworld import MMERealWorldRS
+from .rshr_bench import RSHRBench
+from .suite import Suite
+from .tree_bench import TreeBench
+from .vrsbench import VRSBenchVQA
+from .xlrs_bench import XLRSBench
+
+SUITES = {
+    suite.name: suite
+    for suite in (
+        XLRSBench("xlrs-bench"),
+        XLRSBench("xlrs-bench-lite"),
+        MMERealWorldRS("mme-realworld-rs"),
+        MMERealWorldRS("mme-realworld-rs-lite"),
+        RSHRBench("rshr-bench"),
+        LRSVQA("lrs-vqa"),
+        HRBench("hr-bench"),
+        TreeBench("tree-bench"),
+        VRSBenchVQA("vrsbench-vqa"),
+        Conversations("conversations"),
+        MadeUpScenes("scenes"),
+    )
+}
+
+__all__ = ["SUITES", "Suite"]

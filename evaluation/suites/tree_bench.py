@@ -1,0 +1,91 @@
+"""TreeBench: multiple-choice questions with boxes of the objects that the answer rests on; accuracy and mean IoU."""
+
+import json
+import re
+import string
+
+from ..samples import Sample, first, text_of
+from ..scoring import Scorer, read_letter, same_letter
+from .suite import Suite, lettered
+
+NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
+BOX = re.compile(rf"[\[(]{NUMBER},{NUMBER},{NUMBER},{NUMBER}[\])]")
+
+
+def prompt(sample: Sample) -> str:
+    return f"Question: {sample.question}\nOptions:\n{lettered(sample)}\nPlease select the correct answer from the options above. \n"
+
+
+def with_boxes(sample: Sample) -> str:
+    return (
+        prompt(sample)
+        + "Give the box of every object that you looked at as [x0, y0, x1, y1] in pixels, then the letter.\n"
+    )
+
+
+def read_boxes(sample: Sample, text: str) -> list[tuple[float, ...]]:
+    return [tuple(map(float, found)) for found in BOX.findall(text)]
+
+
+def overlap(one, other) -> float:
+    """Intersection over union of two boxes (x0, y0, x1, y1)."""
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    shared = max(width, 0) * max(height, 0)
+    areas = sum(max(box[2] - box[0], 0) * max(box[3] - box[1], 0) for box in (one, other))
+    return shared / (areas - shared) if areas > shared else 0.0
+
+
+def mean_overlap(sample: Sample, boxes) -> float:
+    """Mean over the boxes of the file of the best IoU among those of the answer."""
+    if not sample.boxes:
+        return 0.0
+    return sum(max(overlap(box, said) for said in boxes) for box in sample.boxes) / len(sample.boxes)
+
+
+def read_choice(sample: Sample, text: str) -> str:
+    return read_letter(sample, BOX.sub(" ", text))
+
+
+class TreeBench(Suite):
+    title = "TreeBench"
+    files = ("TreeBench*.tsv", "TreeBench*.json*", "**/*.parquet")
+    places = ("", "images", "image")
+    prompts = {"tree-bench/vlmevalkit-1": prompt, "tree-bench/boxes-1": with_boxes}
+    scorers = (
+        Scorer(
+            "tree-bench/letter-1",
+            "The first letter that stands alone, else the option that is quoted.",
+            read_choice,
+            same_letter,
+        ),
+        Scorer(
+            "tree-bench/mean-iou-1",
+            "For every box of the file the best IoU among the boxes [x0, y0, x1, y1] of the answer, mean over the boxes. How "
+            "the benchmark itself pairs boxes is not stated in what was available.",
+            read_boxes,
+            mean_overlap,
+        ),
+    )
+    max_new_tokens = 256
+
+    def samples_of(self, record, index, pictures):
+        options = record.get("options") or record.get("multi-choice options")
+        if options is None:
+            letters = [letter for letter in string.ascii_uppercase if record.get(letter) not in (None, "", "nan")]
+            options = [f"{letter}. {text_of(record[letter])}" for letter in letters]
+        boxes = first(record, "bboxes", "bbox", "boxes", "target_instances", default=[])
+        boxes = json.loads(boxes) if isinstance(boxes, str) else boxes
+        boxes = [boxes] if boxes and not isinstance(boxes[0], (list, tuple, dict)) else boxes
+        boxes = [first(box, "bbox", "box") if isinstance(box, dict) else box for box in boxes]
+        return [
+            Sample(
+                id=text_of(first(record, "index", "id", "question_id", default=index)),
+                pictures=pictures(first(record, "image", "image_path", "images")),
+                question=str(first(record, "question")),
+                answer=str(first(record, "answer")).strip(),
+                options=tuple(map(str, options)),
+                task=str(first(record, "category", "task", default="questions")),
+                boxes=tuple(tuple(map(float, box)) for box in boxes),
+            )
+        ]

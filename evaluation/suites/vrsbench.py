@@ -1,0 +1,35 @@
+"""VRSBench, its questions (NeurIPS 2024): 37,409 open questions about crops of 512 px, by type."""
+
+from ..samples import Sample, first, text_of
+from ..scoring import Scorer, plain
+from .suite import Suite
+
+
+def prompt(sample: Sample) -> str:
+    return f"{sample.question}\nAnswer the question using a single word or phrase."
+
+
+class VRSBenchVQA(Suite):
+    title = "VRSBench-VQA"
+    files = ("VRSBench_EVAL_vqa.json", "*vqa*.json*")
+    places = ("", "Images_val", "images")
+    prompts = {"vrsbench-vqa/short-1": prompt}
+    scorers = (
+        Scorer(
+            "vrsbench-vqa/words-1",
+            "Equal words without case and final stop. The benchmark's own score asks a GPT: figures are not comparable.",
+            lambda sample, text: plain(text),
+            lambda sample, said: said == plain(sample.answer),
+        ),
+    )
+
+    def samples_of(self, record, index, pictures):
+        return [
+            Sample(
+                id=text_of(first(record, "question_id", default=index)),
+                pictures=pictures(first(record, "image_id", "image")),
+                question=str(first(record, "question")),
+                answer=text_of(first(record, "ground_truth", "answer")),
+                task=str(first(record, "type", default="questions")),
+            )
+        ]
