@@ -2,8 +2,8 @@
 
     uhr-bat compare RUN_A RUN_B [--scorers NAME ...]
 
-Differences are paired: what the first run's answer to a sample is worth less what the second's is, with 95 % of a bootstrap
-over images.
+Differences are paired: what the first run's answer to a sample is worth less what the second's is, with 95 % of a
+bootstrap over images.
 """
 
 import argparse

@@ -1,7 +1,7 @@
 """Ask a model the questions of a benchmark, and score its answers.
 
     uhr-bat evaluate SUITE --data DIR --model DIR [--budgets 16,24,40,66] [--selector NAME] [--output DIR]
-    accelerate launch --num_processes 8 -m uhr_bat evaluate SUITE ...     the same lines, sooner
+    accelerate launch --multi_gpu -m uhr_bat evaluate SUITE ...     the same lines, sooner; torchrun does as well
 
 Writes into the output folder: settings.json, predictions.jsonl (a line an answer), figures.json and figures.md. What is
 there already is not asked again.
@@ -16,7 +16,7 @@ from ..common.extras import require
 from ..common.loading import ROOT, check_files, load_model
 from ..common.tables import numbers
 from . import figures
-from .running import IMAGE, Settings, run, versions
+from .running import IMAGE, Settings, process_state, run, versions
 from .samples import first, read_lines, text_of
 from .suites import SUITES
 
@@ -88,9 +88,7 @@ def parser():
 
 def ask_suite(args, suite, samples, prompt):
     """The lines of a run, asked or found, and its settings."""
-    from accelerate import PartialState
-
-    state = PartialState()
+    state = process_state()
     check_files(None, args.model)
     changes = {} if args.selector is None else {"selector": args.selector}
     # Each process has the whole model on its own device.
@@ -99,7 +97,8 @@ def ask_suite(args, suite, samples, prompt):
     settings = Settings(
         suite=suite.name, data=args.data, model=str(args.model), prompt=prompt,
         budgets=processor.default_budgets if args.budgets is None else args.budgets, selector=model.config.selector,
-        seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit, versions=versions(),
+        seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
+        versions=versions(),
     )  # fmt: skip
     return run(model.eval(), processor, suite, samples, settings, args.output, args.workers, args.retry)
 
@@ -122,9 +121,7 @@ def main(arguments=None) -> int:
         else:
             lines = ask_suite(args, suite, samples, prompt)
             settings = figures.read_settings(args.output)
-            from accelerate import PartialState
-
-            if not PartialState().is_main_process:
+            if not process_state().is_main_process:
                 return 0
         result = figures.evaluate(suite, samples, lines, scorers)
         print(figures.write(suite, result, settings, args.output))

@@ -2,7 +2,7 @@
 
 Whatever failed or refused counts as wrong and is listed. Two runs are compared sample by sample.
 
-Letters: I images, T groups (tasks), R draws.
+Letters: N samples.
 """
 
 import json
@@ -45,12 +45,13 @@ def means(values, groups, images, seed=0) -> Means:
     """
     names, of_group = np.unique(groups, return_inverse=True)
     of_image = np.unique(images, return_inverse=True)[1]
-    I, T = of_image.max() + 1, len(names)
-    sums, counts = np.zeros((I, T)), np.zeros((I, T))
+    num_images, shape = of_image.max() + 1, (of_image.max() + 1, len(names))
+    sums, counts = np.zeros(shape), np.zeros(shape)
     np.add.at(sums, (of_image, of_group), values)
     np.add.at(counts, (of_image, of_group), 1)
     rng = np.random.default_rng(seed)
-    drawn = np.stack([np.bincount(rng.integers(I, size=I), minlength=I) for _ in range(RESAMPLES)])
+    draws = (rng.integers(num_images, size=num_images) for _ in range(RESAMPLES))
+    drawn = np.stack([np.bincount(draw, minlength=num_images) for draw in draws])
     sums, counts = np.vstack((sums.sum(0), drawn @ sums)), np.vstack((counts.sum(0), drawn @ counts))
     with np.errstate(invalid="ignore"):
         by_group = sums / counts  # nan where a draw has no sample of a group, which then does not count in its mean
@@ -64,7 +65,7 @@ def _interval(means) -> Interval:
 
 
 def scores(samples: list[Sample], lines: dict, scorer: Scorer, view: str) -> np.ndarray:
-    """float[N], 0 to 1, of every sample; a sample without an answer is worth what the scorer says, 0 for all of ours."""
+    """float[N], 0 to 1, of every sample; one without an answer is worth what the scorer says, 0 for all of ours."""
     return np.array([scorer.score(sample, lines[sample.id, view]["answer"]) for sample in samples])
 
 
@@ -149,8 +150,8 @@ def report(suite: Suite, result: dict, settings: dict) -> str:
         f"Model {settings['model']}, {spent} visual tokens at most, selector {settings['selector']}, prompt "
         f"{settings['prompt']}, seed {settings['seed']}"
         + (f"; a part of the suite, {settings['limit']} samples" if settings["limit"] else "")
-        + ". Percent, with 95 % intervals of a bootstrap over images. Micro is the mean over samples, macro the mean of the "
-        "groups' means. Failed samples and refusals count as wrong.",
+        + ". Percent, with 95 % intervals of a bootstrap over images. Micro is the mean over samples, macro the mean "
+        "of the groups' means. Failed samples and refusals count as wrong.",
         scores_table(result),
         "\n".join(f"- {scorer.name}: {scorer.says}" for scorer in suite.scorers if scorer.name in result["refusals"]),
     ]

@@ -1,8 +1,8 @@
 """Asking a model every question of a suite: one line of JSON an answer, on as many processes as there are.
 
-An image is encoded once for all of its questions; the next ones are read and cut while the model works. Every question is
-asked three times: with its image, with a blank one, and as text alone. A run that was killed goes on where it was, a failed
-image is a line that says so.
+An image is encoded once for all of its questions; the next ones are read and cut while the model works. Every question
+is asked three times: with its image, with a blank one, and as text alone. A run that was killed goes on where it was, a
+failed image is a line that says so.
 
 Images go round the processes in their order, so that the same lines come out of one process and of many.
 """
@@ -74,6 +74,13 @@ def versions() -> dict[str, str]:
         "transformers": transformers.__version__,
         "python": platform.python_version(),
     }
+
+
+def process_state():
+    """Which of how many processes this is, started by `accelerate launch` or `torchrun`."""
+    from accelerate import PartialState
+
+    return PartialState(cpu=not torch.accelerator.is_available())
 
 
 # ---- One answer ------------------------------------------------------------------------------------------------------
@@ -171,7 +178,8 @@ def check_settings(folder: Path, settings: Settings):
     for name, value in new.items():
         if old.get(name) != value:
             raise ValueError(
-                f"{folder} holds a run with {name} {old.get(name)!r}, but {value!r} is asked for. Give another --output."
+                f"{folder} holds a run with {name} {old.get(name)!r}, but {value!r} is asked for. Give another "
+                "--output."
             )
 
 
@@ -236,12 +244,11 @@ def run(
     Raises:
         ValueError: the folder holds a run with other settings.
     """
-    from accelerate import PartialState
     from accelerate.utils import gather_object
     from tqdm import tqdm
     from transformers import set_seed
 
-    state = PartialState()
+    state = process_state()
     set_seed(settings.seed)
     check_settings(folder, settings)
     if state.is_main_process:

@@ -1,7 +1,7 @@
 """What a benchmark consists of, whatever its files look like: samples, and the records that they are made of.
 
-JSON and JSONL are read as they are; tables (parquet, arrow, TSV, CSV) and data sets of the Hub by the `datasets` library,
-which maps them into memory: a picture is read from them when it is needed.
+JSON and JSONL are read as they are; tables (parquet, arrow, TSV, CSV) and data sets of the Hub by the `datasets`
+library, which maps them into memory: a picture is read from them when it is needed.
 """
 
 import base64
@@ -222,7 +222,7 @@ def _cell(value, table, row, column, position):
 
 
 def pictures_in(value, folders, places=("",)) -> tuple[Picture, ...]:
-    """Pictures of a record's field: names, looked for in the folders and in the `places` below them, or cells of a table.
+    """Pictures of a record's field: cells of a table, or names, looked for in the folders and the `places` below them.
 
     A name that is nowhere stays as it is: the sample fails by itself when the picture is read, and is listed.
     """

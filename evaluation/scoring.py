@@ -1,7 +1,7 @@
 """What an answer in words says, and whether it is right: the rules of scoring that suites share.
 
-A rule has a name and a version. A published scorer with a known mistake is a rule of its own, which says "as published";
-the rule without the mistake stands beside it.
+A rule has a name and a version. A published scorer with a known mistake is a rule of its own, which says "as
+published"; the rule without the mistake stands beside it.
 """
 
 import re
@@ -107,9 +107,11 @@ def letters_of(sample: Sample, text: str) -> list[str]:
     words = re.findall(r"\w+", text)
     if not found and all(re.fullmatch(rf"[A-{last}]+|[a-{last.lower()}]|and|or", word) for word in words):
         found = [letter for word in words if word not in ("and", "or") for letter in word]
-    # "A" before a word in small letters is an article, unless nothing else is said.
-    found = found or re.findall(rf"(?<![\w'])(?:A(?!\s+[a-z])|[B-{last}])(?![\w'])", text)
-    found = found or list(option_of_text(sample, text)) or re.findall(r"(?<![\w'])A(?![\w'])", text)
+    if not found:
+        found = re.findall(rf"(?<![\w'])[A-{last}](?![\w'])", text)
+        article = set(found) == {"A"} and re.search(r"(?<!\w)A\s+[a-z]", text)
+        if article or not found:
+            found = list(option_of_text(sample, text)) or found
     return [letter.upper() for letter in found]
 
 
@@ -157,8 +159,7 @@ def read_all_capitals(sample: Sample, text: str) -> str:
 
 
 def read_one_option(sample: Sample, text: str) -> str:
-    """VLMEvalKit's matching without its judge: the one letter among the words, else the one option that is quoted; Z where
-    the answer refuses."""
+    """VLMEvalKit's matching without its judge: the one letter among the words, else the one option that is quoted."""
     if any(refusal in text for refusal in REFUSALS):
         return ""
     words = re.sub(r"[.()\[\],:;!*#{}]", " ", text).split()

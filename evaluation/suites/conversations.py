@@ -1,4 +1,4 @@
-"""Any file of LLaVA conversations: {"image": ..., "conversations": [{"from": "human", ...}, {"from": "gpt", ...}, ...]}.
+"""Any file of LLaVA conversations: {"image": ..., "conversations": [{"from": "human", ...}, {"from": "gpt", ...}]}.
 
 Every question is asked by itself, about the pictures of its conversation; the answer that follows is the right one.
 """

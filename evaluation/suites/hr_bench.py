@@ -25,8 +25,8 @@ class HRBench(Suite):
         ),
         Scorer(
             "hr-bench/lmms-eval-1 without its judge",
-            "The one letter among the words, else the one option that is quoted. The benchmark asks a GPT where that finds "
-            "nothing; here that counts as wrong.",
+            "The one letter among the words, else the one option that is quoted. The benchmark asks a GPT where that "
+            "finds nothing; here that counts as wrong.",
             read_one_option,
             same_letter,
         ),

@@ -1,4 +1,4 @@
-"""LRS-VQA (ICCV 2025): 7,333 open questions about 1,228 images of 1,024 to 27,328 px, three sources, eight categories."""
+"""LRS-VQA (ICCV 2025): 7,333 open questions about 1,228 images of 1,024 to 27,328 px: 3 sources, 8 categories."""
 
 from ..samples import Sample, first, text_of
 from ..scoring import Scorer, share_a_synset, wordnet
@@ -35,7 +35,7 @@ class LRSVQA(Suite):
     scorers = (
         Scorer(
             "lrs-vqa/official-1",
-            "Equal in lower case, or any synsets of WordNet with a path similarity over 0.8, which means one in common.",
+            "Equal in lower case, or synsets of WordNet with a path similarity over 0.8, which means one in common.",
             read,
             lambda sample, said: equal(sample, said) or share_a_synset(said, sample.answer.lower()),
             prepare=wordnet,

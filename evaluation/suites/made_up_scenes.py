@@ -1,4 +1,4 @@
-"""The project's own made-up scenes, of which UHR-BAT-Tiny has seen others: six kinds of question, objects with boxes."""
+"""The project's own made-up scenes, none of which UHR-BAT-Tiny has seen: six kinds of question, objects with boxes."""
 
 import numpy as np
 

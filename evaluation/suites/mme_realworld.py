@@ -1,4 +1,4 @@
-"""MME-RealWorld, its remote-sensing part: 3,738 multiple-choice questions about images over 5,000 px; about 150 in Lite.
+"""MME-RealWorld, its remote-sensing part: 3,738 multiple-choice questions about images over 5,000 px, 150 in Lite.
 
 Its own JSON ("Answer choices", "Ground truth") and the tables that were made for lmms-eval ("multi-choice options") are
 read alike.
@@ -16,8 +16,8 @@ from ..scoring import (
 from .suite import PaperFigure, Suite
 
 SELECT = (
-    "Select the best answer to the above multiple-choice question based on the image. Respond with only the letter (A, B, "
-    "C, D, or E) of the correct option."
+    "Select the best answer to the above multiple-choice question based on the image. Respond with only the letter "
+    "(A, B, C, D, or E) of the correct option."
 )
 
 
@@ -48,21 +48,21 @@ class MMERealWorldRS(Suite):
     scorers = (
         Scorer(
             "mme-realworld/letter-1",
-            "The first letter that stands alone, else the option that is quoted: the official rule without its mistakes.",
+            "The first letter that stands alone, else the option that is quoted: the official rule, mistakes mended.",
             read_letter,
             same_letter,
         ),
         Scorer(
             "mme-realworld/official-1 (as published)",
-            'The first capital A-E anywhere ("Answer: B" is A), else the first option that contains the answer, which an '
-            "empty one does; two missing commas leave four prefixes in place.",
+            'The first capital A-E anywhere ("Answer: B" is A), else the first option that contains the answer, as '
+            "each contains an empty one; two missing commas leave four prefixes in place.",
             read_first_capital(GLUED_PREFIXES, lambda sample: sample.options),
             same_letter,
         ),
         Scorer(
             "mme-realworld/lmms-eval-1 (as published)",
-            'As the official one with its commas; only letters are looked for an answer without a capital ("b" is B, and an '
-            "empty answer A).",
+            'As the official one with its commas; an answer without a capital is looked for in "(A)" to "(E)": "b" is '
+            "B, and an empty answer A.",
             read_first_capital(PREFIXES, lambda sample: ("(A)", "(B)", "(C)", "(D)", "(E)")),
             same_letter,
         ),

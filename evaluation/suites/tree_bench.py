@@ -13,7 +13,8 @@ BOX = re.compile(rf"[\[(]{NUMBER},{NUMBER},{NUMBER},{NUMBER}[\])]")
 
 
 def prompt(sample: Sample) -> str:
-    return f"Question: {sample.question}\nOptions:\n{lettered(sample)}\nPlease select the correct answer from the options above. \n"
+    options = f"Options:\n{lettered(sample)}\nPlease select the correct answer from the options above. \n"
+    return f"Question: {sample.question}\n{options}"
 
 
 def with_boxes(sample: Sample) -> str:
@@ -61,8 +62,8 @@ class TreeBench(Suite):
         ),
         Scorer(
             "tree-bench/mean-iou-1",
-            "For every box of the file the best IoU among the boxes [x0, y0, x1, y1] of the answer, mean over the boxes. How "
-            "the benchmark itself pairs boxes is not stated in what was available.",
+            "For every box of the file the best IoU among the boxes [x0, y0, x1, y1] of the answer, mean over the boxes."
+            " How the benchmark itself pairs boxes is not stated in what was available.",
             read_boxes,
             mean_overlap,
         ),

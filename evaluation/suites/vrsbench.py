@@ -17,7 +17,7 @@ class VRSBenchVQA(Suite):
     scorers = (
         Scorer(
             "vrsbench-vqa/words-1",
-            "Equal words without case and final stop. The benchmark's own score asks a GPT: figures are not comparable.",
+            "Equal words without case and final stop. The benchmark's own score asks a GPT: do not compare figures.",
             lambda sample, text: plain(text),
             lambda sample, said: said == plain(sample.answer),
         ),

@@ -14,9 +14,9 @@ ONE = (
     "corresponding to the correct answer (A, B, C, D).\nThe answer is:"
 )
 MORE = (
-    "\nSelect the best answer(s) for the multiple-choice question based on the image. There may be more than one correct "
-    "option. Only respond with the letter(s) corresponding to the correct answer(s) (A, B, C, D), with multiple choices "
-    "separated by spaces.The answer(s) is(are):"
+    "\nSelect the best answer(s) for the multiple-choice question based on the image. There may be more than one "
+    "correct option. Only respond with the letter(s) corresponding to the correct answer(s) (A, B, C, D), with "
+    "multiple choices separated by spaces.The answer(s) is(are):"
 )
 
 
