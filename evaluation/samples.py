@@ -5,6 +5,7 @@ library, which maps them into memory: a picture is read from them when it is nee
 """
 
 import base64
+import csv
 import hashlib
 import json
 import os
@@ -163,13 +164,22 @@ def read_records(data: str, patterns=(), split=None, name=None) -> Iterator[tupl
             require("evaluate", "datasets")
             from datasets import load_dataset
 
-            options = {"sep": "\t"} if path.suffix == ".tsv" else {}
-            if path.suffix in (".tsv", ".csv"):
-                options |= {"keep_default_na": False, "dtype": str}  # "None" is an answer, "007" a name
+            options = _csv_options(path) if TABLES[path.suffix] == "csv" else {}
             table = load_dataset(TABLES[path.suffix], data_files=str(path), split="train", **options)
             yield from _rows(table, folders)
         else:
             raise ValueError(f"{path}: a benchmark is JSON, JSONL, parquet, arrow, TSV or CSV.")
+
+
+def _csv_options(path) -> dict:
+    """Every column is text, "None" and "007" too; rows with whole pictures are read some at a time."""
+    from datasets import Features, Value
+
+    separator = "\t" if path.suffix == ".tsv" else ","
+    with open(path, encoding="utf-8-sig", newline="") as file:
+        names = next(csv.reader(file, delimiter=separator))
+    features = Features(dict.fromkeys(names, Value("large_string")))
+    return {"sep": separator, "keep_default_na": False, "features": features, "chunksize": 100}
 
 
 PICTURE_COLUMNS = ("image", "images", "bytes", "Image")
@@ -215,7 +225,7 @@ def _cell(value, table, row, column, position):
     if not value.is_valid:
         return None
     buffer = memoryview(value.as_buffer())
-    if pa.types.is_string(value.type) and len(buffer) < 1024:
+    if (pa.types.is_string(value.type) or pa.types.is_large_string(value.type)) and len(buffer) < 1024:
         return value.as_py()
     ends = hashlib.sha1(str(len(buffer)).encode() + bytes(buffer[:ENDS]) + bytes(buffer[-ENDS:]))
     return Picture(ends.hexdigest(), Cell(table, row, column, position))

@@ -62,7 +62,7 @@ class TreeBench(Suite):
         ),
         Scorer(
             "tree-bench/mean-iou-1",
-            "For every box of the file the best IoU among the boxes [x0, y0, x1, y1] of the answer, mean over the boxes."
+            "For every box of the file the best IoU among the boxes [x0, y0, x1, y1] of the answer, mean over these."
             " How the benchmark itself pairs boxes is not stated in what was available.",
             read_boxes,
             mean_overlap,

@@ -1,0 +1,178 @@
+"""Made-up files of exactly the forms of the benchmarks, a few records each. None of their data is here."""
+
+import base64
+import io
+import json
+
+from images import random_image
+
+SUBTASKS = {
+    "Counting/Overall counting": "B",
+    "Object properties/Object color": "C",
+    "Land use classification/Overall Land use classification": "AC",
+    "Complex reasoning/Route planning": "D",
+}
+
+
+def picture(folder, name, seed=0, size=(40, 30)):
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    random_image(*size, seed=seed).save(path)
+    return path
+
+
+def encoded(seed=0, size=(40, 30)) -> bytes:
+    file = io.BytesIO()
+    random_image(*size, seed=seed).save(file, format="PNG")
+    return file.getvalue()
+
+
+def write_lines(path, records):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
+    return path
+
+
+def xlrs(folder):
+    """Parquet as on the Hub: pictures in a list, as bytes; two questions about each of two images."""
+    from datasets import Dataset, Features, Image, List, Value
+
+    records = [
+        {
+            "index": index,
+            "image": [{"bytes": encoded(index // 2), "path": None}],
+            "question": f"Question {index}?",
+            "multi-choice options": ["(A) red", "(B) blue", "(C) green", "(D) white"],
+            "answer": answer,
+            "category": category,
+            "l2-category": category.split("/")[0].lower(),
+        }
+        for index, (category, answer) in enumerate(SUBTASKS.items())
+    ]
+    texts = {name: Value("string") for name in ("question", "answer", "category", "l2-category")}
+    features = Features(
+        {"index": Value("int64"), "image": List(Image()), "multi-choice options": List(Value("string")), **texts}
+    )
+    Dataset.from_list(records, features=features).to_parquet(folder / "train-00000.parquet")
+    return folder
+
+
+def mme_realworld(folder):
+    """The benchmark's own JSON, with another subtask in it."""
+    records = [
+        {
+            "Question_id": f"perception/remote_sensing/{category}/{number}",
+            "Image": f"{number}.png",
+            "Text": "What colour is the roof?",
+            "Question Type": "Multiple Choice",
+            "Answer choices": ["(A) red", "(B) blue", "(C) green", "(D) white", "(E) The image does not feature it."],
+            "Ground truth": "B",
+            "Category": category,
+            "Subtask": subtask,
+            "Task": "Perception",
+        }
+        for number, (category, subtask) in enumerate(
+            [
+                ("position", "Remote Sensing"),
+                ("color", "Remote Sensing"),
+                ("count", "Remote Sensing"),
+                ("x", "Monitoring"),
+            ]
+        )
+    ]
+    for number in range(3):
+        picture(folder / "remote_sensing", f"{number}.png", number)
+    (folder / "MME_RealWorld.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder
+
+
+def rshr(folder):
+    records = [
+        {"id": 1, "images": ["a.png"], "question": "What colour?", "options": ["red", "blue"], "answer": "B",
+         "task": "Color Detection"},
+        {"id": 2, "images": ["a.png", "b.png"], "question": "What next?", "options": {"A": "more", "B": "less", "C": "none"},
+         "answer": ["A", "C"], "task": "Future Prediction"},
+    ]  # fmt: skip
+    picture(folder / "images", "a.png", 1), picture(folder / "images", "b.png", 2)
+    (folder / "rshr_mcq.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder
+
+
+def lrs_vqa(folder):
+    """Names of images begin with LRS_VQA/, relative to the folder above."""
+    suffix = "Answer the question using a single word or phrase."
+    rows = [
+        ("FAIR_1", "object category", "What is it?", "ship", [10.0, 5.0, 14.0, 9.0]),
+        ("FAIR_2", "count", "How many?", "2", None),
+        ("GLH-Bridge_1", "rural or urban", "Rural or urban?", "urban", [0.0, 0.0, 40.0, 30.0]),
+        ("STAR_1", "object shape", "Which shape?", "tennis court", [1.0, 1.0, 9.0, 9.0]),
+    ]
+    records = []
+    for name, category, question, answer, box in rows:
+        record = {
+            "question_id": name, "image": "LRS_VQA/image/a.png", "category": category, "text": f"{question} {suffix}",
+            "ground_truth": answer, "image_size": [30, 40],
+        }  # fmt: skip
+        if box:
+            record |= {"hbox": box, "rbox": [0.0] * 8, "abs_size": "small", "size_bin": 1}
+        records.append(record)
+    picture(folder / "LRS_VQA" / "image", "a.png")
+    write_lines(folder / "LRS_VQA" / "Script" / "LRS_VQA_merged.jsonl", records)
+    return folder / "LRS_VQA"
+
+
+def hr_bench(folder):
+    """TSV as in VLMEvalKit: base64 pictures, "None" an option like any other."""
+    rows = ["index\tquestion\tA\tB\tC\tD\tanswer\tcategory\tcycle_category\timage"]
+    image = base64.b64encode(encoded()).decode()
+    for index, (category, cycle, answer) in enumerate(
+        [("single", "0", "A"), ("single", "1", "B"), ("cross", "0", "D"), ("cross", "1", "C")]
+    ):
+        rows.append(f"{index}\tWhat is it? \tNone\t7\tcar\tbus\t{answer}\t{category}\t{cycle}\t{image}")
+    (folder / "hr_bench_8k.tsv").write_text("\n".join(rows) + "\n", encoding="utf-8")
+    return folder
+
+
+def tree_bench(folder):
+    records = [
+        {"index": 7, "image": "a.png", "question": "Which?", "options": ["(A) left", "(B) right"], "answer": "B",
+         "category": "Perception/Attributes", "bboxes": [[0, 0, 10, 10], [20, 20, 30, 30]]},
+    ]  # fmt: skip
+    picture(folder, "a.png")
+    write_lines(folder / "TreeBench.jsonl", records)
+    return folder
+
+
+def vrsbench(folder):
+    records = [
+        {"image_id": "P0003_0002.png", "question": "How many ships?", "ground_truth": "3", "question_id": 0,
+         "type": "object quantity", "dataset": "VRSBench"},
+    ]  # fmt: skip
+    picture(folder / "Images_val", "P0003_0002.png")
+    (folder / "VRSBench_EVAL_vqa.json").write_text(json.dumps(records), encoding="utf-8")
+    return folder
+
+
+def conversations(folder):
+    talk = [("human", "<image>\nWhat is it?"), ("gpt", "A ship."), ("human", "Which? (A) one (B) two"), ("gpt", "B")]
+    turns = [{"from": role, "value": text} for role, text in talk]
+    records = [
+        {"id": "one", "image": "a.png", "conversations": turns},
+        {"id": "two", "image": "b.png", "conversations": turns[:2]},
+        {"id": "text", "conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello."}]},
+    ]
+    picture(folder / "images", "a.png", 1), picture(folder / "images", "b.png", 2)
+    write_lines(folder / "talks.jsonl", records)
+    return folder
+
+
+FORMS = {
+    "xlrs-bench-lite": xlrs,
+    "mme-realworld-rs": mme_realworld,
+    "rshr-bench": rshr,
+    "lrs-vqa": lrs_vqa,
+    "hr-bench": hr_bench,
+    "tree-bench": tree_bench,
+    "vrsbench-vqa": vrsbench,
+    "conversations": conversations,
+}

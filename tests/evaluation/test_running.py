@@ -1,0 +1,206 @@
+"""Runs: one line an answer, whatever happens to the process or to an image."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from benchmark_files import conversations, write_lines, xlrs
+from small import count_tiles
+from uhr_bat.common.loading import ROOT, load_model
+from uhr_bat.evaluation import compare_runs, evaluate, running
+from uhr_bat.evaluation.running import BLANK, IMAGE, TEXT, VIEWS, Settings, read_predictions, run, versions
+from uhr_bat.evaluation.suites import SUITES
+
+SUITE = SUITES["conversations"]
+SETTINGS = Settings(
+    suite="conversations", data="", model="", prompt="conversations/as-written-1", budgets=[2, 3, 4, 5],
+    selector="preserve_and_merge", seed=3, max_new_tokens=2, limit=None, versions=versions(),
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return load_model()
+
+
+@pytest.fixture
+def samples(tmp_path):
+    return SUITE.load(str(conversations(tmp_path)))
+
+
+def ask(tiny, samples, folder, settings=SETTINGS, **options):
+    processor, model = tiny
+    return run(model, processor, SUITE, samples, settings, folder, workers=0, **options)
+
+
+@pytest.mark.slow
+def test_every_question_is_answered_with_its_image_a_blank_one_and_none(tiny, samples, tmp_path):
+    tiles = count_tiles(tiny[1])
+    lines = ask(tiny, samples, tmp_path / "run")
+    encoded, per_image = sum(tiles), 4 + 16 + 64 + 144
+    assert encoded < 2 * per_image + 4  # two images once each, the blank one as four tiles of one colour
+    written = [json.loads(line) for line in (tmp_path / "run" / "predictions.jsonl").read_text().splitlines()]
+    assert [(line["id"], line["view"]) for line in written] == [(one.id, view) for one in samples for view in VIEWS]
+    assert {(line["id"], line["view"]): line for line in written} == lines
+    for line in written:
+        spent = 0 if line["view"] == TEXT or line["id"] == "text" else 14
+        assert (line["visual_tokens"], line["error"], line["seed"]) == (spent, None, 3)
+        assert (
+            line["budgets"] == [2, 3, 4, 5] and line["selector"] and {"torch", "transformers"} <= set(line["versions"])
+        )
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, samples, tmp_path, monkeypatch):
+    whole = ask(tiny, samples, tmp_path / "whole")
+    answer, asked = running.answer, []
+
+    def stop_at_fifth(*args, **kwargs):
+        if len(asked) == 5:
+            raise KeyboardInterrupt
+        asked.append(args)
+        return answer(*args, **kwargs)
+
+    monkeypatch.setattr(running, "answer", stop_at_fifth)
+    with pytest.raises(KeyboardInterrupt):
+        ask(tiny, samples, tmp_path / "stopped")
+    path = tmp_path / "stopped" / "predictions-0.jsonl"
+    with open(path, "a") as file:
+        file.write('{"id": "two", "view": "image", "answ')  # what a killed process leaves
+    asked.clear()
+    monkeypatch.setattr(running, "answer", lambda *args, **kwargs: asked.append(args) or answer(*args, **kwargs))
+    assert ask(tiny, samples, tmp_path / "stopped") == whole and len(asked) == len(whole) - 5
+    one, other = (tmp_path / name / "predictions.jsonl" for name in ("whole", "stopped"))
+    assert one.read_bytes() == other.read_bytes() and not path.exists()
+    asked.clear()
+    ask(tiny, samples, tmp_path / "stopped")
+    assert asked == []
+
+
+@pytest.mark.slow
+def test_an_image_that_fails_is_a_line_and_no_stop(tiny, samples, tmp_path):
+    (tmp_path / "images" / "a.png").write_bytes(b"no image")
+    lines = ask(tiny, samples, tmp_path / "run")
+    failed = {key for key, line in lines.items() if line["error"]}
+    assert failed == {("one/0", IMAGE), ("one/1", IMAGE)}
+    assert "a.png: not an image" in lines["one/0", IMAGE]["error"] and lines["one/0", IMAGE]["answer"] is None
+    assert lines["two", IMAGE]["answer"] is not None and lines["one/0", BLANK]["answer"] is not None
+    shutil.copy(tmp_path / "images" / "b.png", tmp_path / "images" / "a.png")
+    assert ask(tiny, samples, tmp_path / "run")["one/0", IMAGE]["error"]
+    assert ask(tiny, samples, tmp_path / "run", retry=True)["one/0", IMAGE]["error"] is None
+
+
+def test_another_run_in_the_folder_is_refused_with_what_differs(tmp_path):
+    (tmp_path / "settings.json").write_text(json.dumps({**SETTINGS.__dict__, "budgets": 14}))
+    with pytest.raises(ValueError, match=r"holds a run with budgets 14, but \[2, 3, 4, 5\] is asked for"):
+        running.check_settings(tmp_path, SETTINGS)
+
+
+def test_of_a_sample_that_was_asked_again_the_answer_counts(tmp_path):
+    lines = [{"id": "1", "view": IMAGE, "error": error} for error in ("OSError", None)]
+    write_lines(tmp_path / "predictions-0.jsonl", lines)
+    assert read_predictions(tmp_path)["1", IMAGE]["error"] is None
+
+
+# ---- The command -----------------------------------------------------------------------------------------------------
+
+
+def test_answers_of_another_program_are_scored_without_a_model(tmp_path, capsys):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    xlrs(folder)
+    answers = [
+        {"id": "0", "answer": "The answer is (B)"},
+        {"index": 1, "prediction": "B. Blue"},
+        {"id": 2, "answer": "a c"},
+    ]
+    path = write_lines(tmp_path / "answers.jsonl", answers)
+    arguments = [
+        "xlrs-bench-lite",
+        "--data",
+        str(folder),
+        "--output",
+        str(tmp_path / "out"),
+        "--predictions",
+        str(path),
+    ]
+    assert evaluate.main(arguments) == 0
+    result = json.loads((tmp_path / "out" / "figures.json").read_text())
+    micro = {row["scorer"]: row["micro"][0] for row in result["scores"] if row["section"] == "all"}
+    assert micro == {
+        "xlrs-bench/letters-1": 0.5,
+        "xlrs-bench/lmms-eval-1 (as published)": 0.25,
+        "xlrs-bench/uhr-bat-release (as published)": 0.5,
+    }
+    assert result["errors"] == [{"id": "3", "view": IMAGE, "error": "no answer in the file"}]
+    assert "1 answers failed." in capsys.readouterr().out
+    write_lines(path, [{"id": "9", "answer": "A"}])
+    assert evaluate.main(arguments) == 2
+    assert "answers 1 samples that the suite does not have, as '9'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["xlrs-bench"], "xlrs-bench needs --data"),
+        (["scenes", "--prompt", "mine"], "scenes has no prompt 'mine'. It has: scenes/plain-1"),
+        (["scenes", "--scorers", "mine"], "scenes has no score 'mine'"),
+        (["scenes", "--limit", "1", "--model", "nowhere"], "nowhere: this is no model folder"),
+        (["scenes", "--data", "x"], "there is no --data to give"),
+    ],
+)
+def test_evaluate_says_what_is_wrong(arguments, message, tmp_path, capsys):
+    assert evaluate.main([*arguments, "--output", str(tmp_path / "out")]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@pytest.mark.slow
+def test_wordnet_is_asked_for_before_a_model_runs(tmp_path):
+    pytest.importorskip("nltk")
+    environment = {**os.environ, "NLTK_DATA": str(tmp_path), "HOME": str(tmp_path)}
+    command = [sys.executable, "-m", "uhr_bat", "evaluate", "lrs-vqa", "--data", str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
+    assert done.returncode == 2
+    assert "python -m nltk.downloader wordnet" in done.stderr and "--scorers lrs-vqa/exact-1" in done.stderr
+
+
+def evaluate_command(folder, *launcher):
+    # The selector and budgets are named, so that the shipped defaults may change.
+    options = ["--limit", "8", "--workers", "1", "--selector", "preserve_and_merge", "--budgets", "2,3,4,5"]
+    return [sys.executable, "-m", *launcher, "uhr_bat", "evaluate", "scenes", *options, "--output", str(folder)]
+
+
+@pytest.mark.slow
+def test_one_process_two_processes_and_a_killed_one_write_the_same_lines(tmp_path):
+    single, pair, killed = (tmp_path / name for name in ("single", "pair", "killed"))
+    subprocess.run(evaluate_command(single), check=True, capture_output=True)
+    launcher = ["torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m"]
+    subprocess.run(evaluate_command(pair, *launcher), check=True, capture_output=True)
+    process = subprocess.Popen(evaluate_command(killed), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    while process.poll() is None and not [*killed.glob("predictions-0.jsonl")]:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (killed / "predictions.jsonl").exists()
+    subprocess.run(evaluate_command(killed), check=True, capture_output=True)
+    whole = (single / "predictions.jsonl").read_bytes()
+    assert (pair / "predictions.jsonl").read_bytes() == whole
+    assert (killed / "predictions.jsonl").read_bytes() == whole
+    assert (pair / "figures.json").read_text() == (single / "figures.json").read_text()
+    text = compare_runs.compare([single, pair])
+    assert "| scenes/words-1 | all | macro | 8 |" in text and "+0.0 [+0.0, +0.0]" in text
+
+
+def test_runs_of_two_suites_are_not_compared(tmp_path, capsys):
+    for name in ("scenes", "lrs-vqa"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "settings.json").write_text(json.dumps({"suite": name}))
+    assert compare_runs.main([str(tmp_path / "scenes"), str(tmp_path / "lrs-vqa")]) == 2
+    assert "they cannot be paired" in capsys.readouterr().err
+    assert compare_runs.main([str(tmp_path), str(ROOT)]) == 2
+    assert "this is no run of `uhr-bat evaluate`" in capsys.readouterr().err
