@@ -7,9 +7,13 @@ import torch
 
 
 def prompt_text(processor, question, num_images=1) -> str:
-    """The text of a question about some images, with one placeholder for each."""
-    content = [{"type": "image"}] * num_images + [{"type": "text", "text": question}]
-    messages = [{"role": "user", "content": content if num_images else question}]
+    """The text of a question about some images, with one placeholder for each: where the question has them, if it has
+    as many as there are images, else before it."""
+    content = question
+    if question.count(processor.image_token) != num_images:
+        words = question.replace(processor.image_token, "").strip()
+        content = [{"type": "image"}] * num_images + [{"type": "text", "text": words}]
+    messages = [{"role": "user", "content": content}]
     return processor.apply_chat_template(messages, add_generation_prompt=True)
 
 

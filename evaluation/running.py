@@ -83,28 +83,45 @@ def process_state():
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
-# ---- One answer ------------------------------------------------------------------------------------------------------
+# ---- Answers ---------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def answer(model, processor, question, features, *, budgets=None, rules=None, max_new_tokens=16) -> tuple[str, int]:
-    """The greedy answer to a question about encoded images (none: text alone), and the visual tokens that it took.
+def answers(
+    model, processor, questions, features, *, budgets=None, rules=None, max_new_tokens=16, **generation
+) -> list[tuple[str, int]]:
+    """Answers to a batch of questions about encoded images, and the visual tokens that each took.
 
     Args:
-        features: what `encode_image` returned, one per image.
+        questions: texts, without or with placeholders for their images.
+        features: for every question the list of what `encode_image` returned for its images; empty for text alone.
         budgets: int[S] or one number; None for those of the model.
         rules: see `compress`.
+        generation: other arguments of `generate`; the best token every time unless they say otherwise.
     """
-    text = prompt_text(processor, question, len(features))
-    inputs = processor(text=[text], image_features=features or None, budgets=budgets, return_tensors="pt")
+    inputs, seen, spent = compress(model, processor, questions, features, budgets, rules)
+    options = {"do_sample": False, "max_new_tokens": max_new_tokens} | generation
+    output = model.generate(**inputs, **seen, **options)
+    said = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    return [(text.strip(), number) for text, number in zip(said, spent)]
+
+
+def compress(model, processor, questions, features, budgets=None, rules=None):
+    """Prompts with their images compressed.
+
+    Returns:
+        (input_ids and attention_mask long[B, M] with a placeholder per visual token, padded on the left; what a call of
+        the model takes beside them; int[B] visual tokens of each prompt)
+    """
+    texts = [prompt_text(processor, question, len(images)) for question, images in zip(questions, features)]
+    images = [image for of_question in features for image in of_question]
+    inputs = processor(text=texts, image_features=images or None, budgets=budgets, padding=True, return_tensors="pt")
     inputs = inputs.to(model.device)
-    prompt, seen, spent = {name: inputs[name] for name in ("input_ids", "attention_mask")}, {}, 0
-    if features:
-        compressed = model.compress(**inputs, rules=rules)
-        seen, spent = {"mm_encoder_outputs": {"image": compressed}}, sum(map(len, compressed.pooler_output))
-    output = model.generate(**prompt, **seen, do_sample=False, max_new_tokens=max_new_tokens)
-    said = processor.decode(output[0, prompt["input_ids"].shape[1] :], skip_special_tokens=True)
-    return said.strip(), spent
+    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
+    if not images:
+        return prompt, {}, [0] * len(texts)
+    compressed = model.compress(**inputs, rules=rules)
+    return prompt, {"mm_encoder_outputs": {"image": compressed}}, compressed.tokens_per_prompt
 
 
 def reason(error: BaseException) -> str:
@@ -219,8 +236,8 @@ def ask_group(model, processor, suite, group, cut, blank, done, settings) -> Ite
             said, spent, error = None, 0, failed.get(view)
             if error is None:
                 try:
-                    said, spent = answer(
-                        model, processor, ask(sample), features[view],
+                    ((said, spent),) = answers(
+                        model, processor, [ask(sample)], [features[view]],
                         budgets=settings.budgets, max_new_tokens=settings.max_new_tokens,
                     )  # fmt: skip
                 except Exception as one:

@@ -58,7 +58,7 @@ def test_every_question_is_answered_with_its_image_a_blank_one_and_none(tiny, sa
 @pytest.mark.slow
 def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, samples, tmp_path, monkeypatch):
     whole = ask(tiny, samples, tmp_path / "whole")
-    answer, asked = running.answer, []
+    answer, asked = running.answers, []
 
     def stop_at_fifth(*args, **kwargs):
         if len(asked) == 5:
@@ -66,14 +66,14 @@ def test_a_run_that_was_stopped_goes_on_where_it_was(tiny, samples, tmp_path, mo
         asked.append(args)
         return answer(*args, **kwargs)
 
-    monkeypatch.setattr(running, "answer", stop_at_fifth)
+    monkeypatch.setattr(running, "answers", stop_at_fifth)
     with pytest.raises(KeyboardInterrupt):
         ask(tiny, samples, tmp_path / "stopped")
     path = tmp_path / "stopped" / "predictions-0.jsonl"
     with open(path, "a") as file:
         file.write('{"id": "two", "view": "image", "answ')  # what a killed process leaves
     asked.clear()
-    monkeypatch.setattr(running, "answer", lambda *args, **kwargs: asked.append(args) or answer(*args, **kwargs))
+    monkeypatch.setattr(running, "answers", lambda *args, **kwargs: asked.append(args) or answer(*args, **kwargs))
     assert ask(tiny, samples, tmp_path / "stopped") == whole and len(asked) == len(whole) - 5
     one, other = (tmp_path / name / "predictions.jsonl" for name in ("whole", "stopped"))
     assert one.read_bytes() == other.read_bytes() and not path.exists()

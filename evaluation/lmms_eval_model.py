@@ -1,0 +1,174 @@
+"""UHR-BAT in lmms-eval, whose tasks run on it as they are. Installed, it is found by its entry point:
+
+    python -m lmms_eval --model uhr_bat --model_args pretrained=DIR,budgets=16:24:40:66,selector=distinct \\
+        --tasks xlrs-lite --batch_size 8
+
+`budgets`: one number for all scales, or one a scale with colons between them (commas separate arguments there).
+"""
+
+import hashlib
+
+import torch
+from accelerate import Accelerator
+from lmms_eval.api.model import lmms
+from tqdm import tqdm
+
+from ..common.loading import ROOT, load_model
+from .running import answers, compress, encode
+
+
+
+ARGUMENTS = ("pretrained", "budgets", "selector", "batch_size", "device", "dtype")
+
+
+def budgets_of(text) -> list[int] | int | None:
+    """[16, 24] from "16:24", 146 from 146."""
+    if text is None:
+        return None
+    numbers = [int(part) for part in str(text).split(":")]
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+class UHRBat(lmms):
+    """A model folder as lmms-eval asks it.
+
+    Args:
+        pretrained: model folder; UHR-BAT-Tiny where none is given.
+        budgets: visual tokens, see above; those of the folder where none are given.
+        selector: name of the rule that chooses them; the folder's where none is given.
+        batch_size: prompts that are answered together.
+        device: "cpu", "cuda:0", ...; that of the process where none is given.
+        dtype: of the weights, "auto" for that of the folder.
+    """
+
+    def __init__(
+        self, pretrained=None, budgets=None, selector=None, batch_size=1, device=None, dtype="auto", **unknown
+    ):
+        super().__init__()
+        unknown = {name: value for name, value in unknown.items() if name != "max_batch_size"}
+        if unknown:
+            raise ValueError(
+                f"uhr_bat has no model argument {', '.join(unknown)}. It has: {', '.join(ARGUMENTS)}."
+            )
+        self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
+        self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
+        changes = {} if selector is None else {"selector": selector}
+        dtype = dtype if dtype == "auto" else getattr(torch, dtype)
+        where = str(self.accelerator.device) if device is None or self._world_size > 1 else device
+        self.processor, self.model = load_model(pretrained or ROOT, dtype, {"": where}, **changes)
+        self.model.eval()
+        self.budgets, self.batch_size = budgets_of(budgets), int(batch_size)
+        self.encoded = {}
+
+    @property
+    def device(self):
+        return self.model.device
+
+    # ---- Images ------------------------------------------------------------------------------------------------------
+
+    def features_of(self, batch) -> list[list]:
+        """Encoded images of every (doc_to_visual, doc_id, task, split); those of the batch before are kept."""
+        keys = []
+        images = {}
+        for doc_to_visual, doc_id, task, split in batch:
+            visuals = [] if doc_to_visual is None else doc_to_visual(self.task_dict[task][split][doc_id]) or []
+            keys.append([key_of(visual) for visual in visuals])
+            images |= dict(zip(keys[-1], visuals))
+        self.encoded = {key: features for key, features in self.encoded.items() if key in images}
+        for key, image in images.items():
+            if key not in self.encoded:
+                cut = self.processor.image_processor(image, return_tensors="pt")
+                (self.encoded[key],) = encode(self.model, cut)
+        return [[self.encoded[key] for key in of_one] for of_one in keys]
+
+    # ---- What lmms-eval asks -----------------------------------------------------------------------------------------
+
+    def generate_until(self, requests) -> list[str]:
+        """The answers, cut at the first of the task's stop texts; requests with equal settings are batched."""
+        found = [None] * len(requests)
+        for numbers in self.batches(requests, lambda arguments: sorted(arguments[1].items(), key=str)):
+            contexts, settings, *where = zip(*(requests[number].args for number in numbers))
+            options = generation_options(settings[0])
+            stops = options.pop("until")
+            said = answers(
+                self.model, self.processor, contexts, self.features_of(zip(*where)), budgets=self.budgets, **options
+            )
+            for number, (text, _) in zip(numbers, said):
+                for stop in stops:
+                    text = text.split(stop)[0]
+                found[number] = text
+                self.cache_hook.add_partial("generate_until", requests[number].args[:2], text)
+        return found
+
+    @torch.no_grad()
+    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+        """(mean negative log-likelihood of the continuation's tokens, whether each is the likeliest).
+
+        The mean loss, not its negative: that is what lmms-eval's own models return, and its tasks of multiple choice
+        take the smallest. Images are chosen from the context alone: the continuation has no part in it.
+        """
+        found = [None] * len(requests)
+        for numbers in self.batches(requests, lambda arguments: ()):
+            contexts, targets, *where = zip(*(requests[number].args for number in numbers))
+            where = list(zip(*where))
+            targets = [
+                target if isinstance(target, str) else target(self.task_dict[task][split][doc_id])
+                for target, (_, doc_id, task, split) in zip(targets, where)
+            ]
+            for number, pair in zip(numbers, self.losses(contexts, targets, self.features_of(where))):
+                found[number] = pair
+        return found
+
+    def losses(self, contexts, continuations, features) -> list[tuple[float, bool]]:
+        prompt, seen, _ = compress(self.model, self.processor, contexts, features, self.budgets)
+        tokenizer, device = self.processor.tokenizer, self.model.device
+        endings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in map(str, continuations)]
+        # Continuations are padded on the right; what stands behind one is not looked at by it.
+        length = max(map(len, endings))
+        ends = torch.tensor(
+            [ids + [tokenizer.pad_token_id or 0] * (length - len(ids)) for ids in endings], device=device
+        )
+        mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in endings], device=device)
+        output = self.model(
+            input_ids=torch.cat((prompt["input_ids"], ends), 1),
+            attention_mask=torch.cat((prompt["attention_mask"], mask), 1),
+            logits_to_keep=length + 1,
+            **seen,
+        )
+        scores = output.logits[:, :-1].float().log_softmax(-1)
+        chosen = scores.gather(-1, ends[..., None])[..., 0]
+        likeliest = (scores.argmax(-1) == ends) | ~mask.bool()
+        losses = -(chosen * mask).sum(1) / mask.sum(1)
+        return list(zip(losses.tolist(), likeliest.all(1).tolist()))
+
+    def generate_until_multi_round(self, requests):
+        raise NotImplementedError("uhr_bat answers one question at a time: tasks of several rounds are not supported.")
+
+    def batches(self, requests, settings):
+        """Numbers of requests that go together: equal settings, in the order of the documents."""
+        groups = {}
+        for number, request in enumerate(requests):
+            groups.setdefault(str(settings(request.args)), []).append(number)
+        with tqdm(total=len(requests), desc="UHR-BAT", unit="request", disable=self._rank != 0) as bar:
+            for numbers in groups.values():
+                for start in range(0, len(numbers), self.batch_size):
+                    yield numbers[start : start + self.batch_size]
+                    bar.update(len(numbers[start : start + self.batch_size]))
+
+
+def key_of(image) -> str:
+    return hashlib.sha1(f"{image.mode} {image.size}".encode() + image.tobytes()).hexdigest()
+
+
+def generation_options(settings: dict) -> dict:
+    """A task's generation settings as arguments of `generate`; `until` a list of texts."""
+    until = settings.get("until") or []
+    options = {
+        "max_new_tokens": int(settings.get("max_new_tokens", 1024)),
+        "num_beams": int(settings.get("num_beams") or 1),
+        "until": [until] if isinstance(until, str) else list(until),
+    }
+    temperature = settings.get("temperature") or 0
+    if temperature > 0 and settings.get("do_sample", True):
+        options |= {"do_sample": True, "temperature": temperature, "top_p": settings.get("top_p")}
+    return options

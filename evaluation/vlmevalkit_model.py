@@ -1,0 +1,56 @@
+"""UHR-BAT in VLMEvalKit: list it among the models of its vlmeval/config.py,
+
+    from functools import partial
+    from uhr_bat.evaluation.vlmevalkit_model import UHRBat
+    supported_VLM["UHR-BAT"] = partial(UHRBat, model_path=DIR, budgets=[16, 24, 40, 66])
+
+and run it as any other: python run.py --model UHR-BAT --data XLRS-Bench-lite.
+"""
+
+from pathlib import Path
+
+import torch
+from vlmeval.vlm.base import BaseModel
+
+from ..common.loading import ROOT, load_model
+from .running import answers, encode
+
+
+class UHRBat(BaseModel):
+    """A model folder as VLMEvalKit asks it: its own prompts, images and text in any order.
+
+    Args:
+        model_path: model folder; UHR-BAT-Tiny where none is given.
+        budgets: int[S] or one number, visual tokens; those of the folder where none are given.
+        selector: name of the rule that chooses them; the folder's where none is given.
+        generation: arguments of `generate`, as `max_new_tokens`.
+    """
+
+    INSTALL_REQ = False
+    INTERLEAVE = True
+
+    def __init__(self, model_path=None, budgets=None, selector=None, **generation):
+        changes = {} if selector is None else {"selector": selector}
+        self.processor, self.model = load_model(Path(model_path or ROOT), **changes)
+        self.model.eval()
+        self.budgets, self.generation = budgets, {"max_new_tokens": 512} | generation
+        self.encoded = None, []
+
+    def generate_inner(self, message, dataset=None) -> str:
+        """The answer to a message, a list of {"type": "image" or "text", "value": path or text}."""
+        placeholder = self.processor.image_token
+        parts = [placeholder if part["type"] == "image" else part["value"].replace(placeholder, "") for part in message]
+        paths = [part["value"] for part in message if part["type"] == "image"]
+        features = self.features_of(paths)
+        ((text, _),) = answers(
+            self.model, self.processor, ["\n".join(parts)], [features], budgets=self.budgets, **self.generation
+        )
+        return text
+
+    @torch.no_grad()
+    def features_of(self, paths) -> list:
+        """Encoded images; those of the message before are kept, as the next question often is about them."""
+        if self.encoded[0] != paths:
+            cut = self.processor.image_processor(paths, return_tensors="pt") if paths else None
+            self.encoded = paths, encode(self.model, cut) if paths else []
+        return self.encoded[1]
