@@ -13,6 +13,8 @@ VERBS = {
     "evidence": ("evaluation.evidence", "accuracy and evidence kept, against visual tokens"),
     "evaluate": ("evaluation.evaluate", "a benchmark of the field: asked, scored, with its controls"),
     "compare": ("evaluation.compare_runs", "two runs of a benchmark, sample by sample"),
+    "recall": ("evaluation.recall", "evidence recall at budget: which objects a choice of tokens keeps"),
+    "ablations": ("evaluation.ablations", "the paper's Table 4 and ablations, each by one command"),
     "partitions": ("evaluation.partitions", "what every partition into regions does to small objects"),
     "export": ("export.convert_checkpoint", "trained weights into a complete model folder"),
     "build-tiny": ("export.build_tiny", "UHR-BAT-Tiny before it is trained, as a model folder"),

@@ -16,8 +16,6 @@ from tqdm import tqdm
 from ..common.loading import ROOT, load_model
 from .running import answers, compress, encode
 
-
-
 ARGUMENTS = ("pretrained", "budgets", "selector", "batch_size", "device", "dtype")
 
 
@@ -47,9 +45,7 @@ class UHRBat(lmms):
         super().__init__()
         unknown = {name: value for name, value in unknown.items() if name != "max_batch_size"}
         if unknown:
-            raise ValueError(
-                f"uhr_bat has no model argument {', '.join(unknown)}. It has: {', '.join(ARGUMENTS)}."
-            )
+            raise ValueError(f"uhr_bat has no model argument {', '.join(unknown)}. It has: {', '.join(ARGUMENTS)}.")
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
         changes = {} if selector is None else {"selector": selector}

@@ -88,7 +88,7 @@ def process_state():
 
 @torch.no_grad()
 def answers(
-    model, processor, questions, features, *, budgets=None, rules=None, max_new_tokens=16, **generation
+    model, processor, questions, features, *, budgets=None, rules=None, counts=None, max_new_tokens=16, **generation
 ) -> list[tuple[str, int]]:
     """Answers to a batch of questions about encoded images, and the visual tokens that each took.
 
@@ -96,18 +96,23 @@ def answers(
         questions: texts, without or with placeholders for their images.
         features: for every question the list of what `encode_image` returned for its images; empty for text alone.
         budgets: int[S] or one number; None for those of the model.
-        rules: see `compress`.
+        rules, counts: see `compress`.
         generation: other arguments of `generate`; the best token every time unless they say otherwise.
     """
-    inputs, seen, spent = compress(model, processor, questions, features, budgets, rules)
+    inputs, seen, spent = compress(model, processor, questions, features, budgets, rules, counts)
     options = {"do_sample": False, "max_new_tokens": max_new_tokens} | generation
     output = model.generate(**inputs, **seen, **options)
     said = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
     return [(text.strip(), number) for text, number in zip(said, spent)]
 
 
-def compress(model, processor, questions, features, budgets=None, rules=None):
+def compress(model, processor, questions, features, budgets=None, rules=None, counts=None):
     """Prompts with their images compressed.
+
+    Args:
+        questions, features, budgets: see `answers`.
+        rules: see the model's `compress`.
+        counts: int[I][S], exact visual tokens of every image instead of budgets: of any order, which budgets are not.
 
     Returns:
         (input_ids and attention_mask long[B, M] with a placeholder per visual token, padded on the left; what a call of
@@ -115,12 +120,20 @@ def compress(model, processor, questions, features, budgets=None, rules=None):
     """
     texts = [prompt_text(processor, question, len(images)) for question, images in zip(questions, features)]
     images = [image for of_question in features for image in of_question]
-    inputs = processor(text=texts, image_features=images or None, budgets=budgets, padding=True, return_tensors="pt")
+    if counts is None:
+        inputs = processor(
+            text=texts, image_features=images or None, budgets=budgets, padding=True, return_tensors="pt"
+        )
+    else:
+        inputs = processor.tokenizer(texts, padding=True, return_tensors="pt")
+        inputs |= {"image_features": images, "token_counts": torch.tensor(counts)}
+        inputs["images_per_prompt"] = torch.tensor([len(of_question) for of_question in features])
     inputs = inputs.to(model.device)
     prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
     if not images:
         return prompt, {}, [0] * len(texts)
     compressed = model.compress(**inputs, rules=rules)
+    prompt["input_ids"], prompt["attention_mask"], _ = model.expand_placeholders(**prompt, compressed=compressed)
     return prompt, {"mm_encoder_outputs": {"image": compressed}}, compressed.tokens_per_prompt
 
 

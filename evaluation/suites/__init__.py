@@ -5,6 +5,7 @@ from .hr_bench import HRBench
 from .lrs_vqa import LRSVQA
 from .made_up_scenes import MadeUpScenes
 from .mme_realworld import MMERealWorldRS
+from .pascal_voc import PascalVOC
 from .rshr_bench import RSHRBench
 from .suite import Suite
 from .tree_bench import TreeBench
@@ -24,6 +25,7 @@ SUITES = {
         TreeBench("tree-bench"),
         VRSBenchVQA("vrsbench-vqa"),
         Conversations("conversations"),
+        PascalVOC("pascal-voc"),
         MadeUpScenes("scenes"),
     )
 }

@@ -1,0 +1,330 @@
+"""The paper's Table 4 and its ablations, each by one command, on UHR-BAT-Tiny or on any model folder and suite.
+
+    uhr-bat ablations NAME [--suite scenes] [--data DIR] [--model DIR] [--limit 60] [--output DIR]
+
+NAME is one of table-4 (tokens, FLOPs, seconds), figure-3-clusters, figure-3-tokens, table-5 (tokens and image resolution),
+table-6, which is figure 4 (the budget of one scale, 0 and decreasing ones too), table-7 (k), table-8 (regions), keep-rules.
+Every row is asked the same questions; accuracy has 95 % of a bootstrap over images, differences from the first row are
+paired. Writes NAME.json, NAME.md and NAME.png.
+
+Budgets are those of the paper as fractions of all 131,328 tokens of its geometry, so that a model of another geometry
+compresses as much. Seconds are those of this machine, beside whatever else it did.
+"""
+
+import argparse
+import os
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ..common.budgets import counts_of_fraction
+from ..common.extras import require
+from ..common.files import whole_files, write_json
+from ..common.loading import ROOT, check_files, load_model
+from ..common.tables import interval, percent_interval, table
+from .choices import PAPER, PROPORTIONS, RULES
+from .evaluate import prompt_of
+from .running import answers, encode, groups_of, reason
+from .suites import SUITES
+
+PAPER_TOKENS = 131_328
+PAPER_RULE = RULES[PAPER][0]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting.
+
+    Attributes:
+        name: of the row; `x`: where it stands on the axis of the plot, `line`: on which line.
+        counts: int[S], tokens that every scale has -> int[S] or int[1], those that it spends.
+        rules: other values for fields of the configuration, see `compress`.
+        resolution: of the image that is read, 0.5 for half its width and height.
+    """
+
+    name: str
+    x: float
+    counts: Callable[[list[int]], list[int]]
+    rules: dict = field(default_factory=lambda: PAPER_RULE)
+    line: str = ""
+    resolution: float = 1.0
+
+
+def fraction_of(thousands):
+    """Counts of a number of the paper's tokens, in its proportions of scales."""
+    return lambda available: counts_of_fraction(thousands * 1000 / PAPER_TOKENS, available, PROPORTIONS)
+
+
+def spend(budgets):
+    return lambda available: [min(pair) for pair in zip(budgets, available)]
+
+
+def tokens_rows(config, thousands):
+    return [Row(f"{number}k", number, fraction_of(number)) for number in thousands]
+
+
+def clusters_rows(config, numbers):
+    budgets = default_budgets(config)
+    return [
+        Row(f"k = {k}", k, spend(budgets), PAPER_RULE | {"region_method": "kmeans", "num_regions": k}) for k in numbers
+    ]
+
+
+def resolution_rows(config):
+    return [
+        Row(
+            f"{number}k, {share:g} of the width",
+            number,
+            fraction_of(number),
+            line=f"{share:g} of the width",
+            resolution=share,
+        )
+        for share in (1.0, 0.5)
+        for number in (3, 4)
+    ]
+
+
+def scale_rows(config):
+    """The budget of one scale at a time, from nothing to three times what it is, the other ones as they are."""
+    budgets, rows = default_budgets(config), []
+    for scale, side in enumerate(config.scales):
+        for factor in (1, 0, 1 / 3, 2 / 3, 2, 3):
+            own = [round(factor * budget) if at == scale else budget for at, budget in enumerate(budgets)]
+            rows.append(Row(f"{side} px: {own[scale]}", own[scale], spend(own), line=f"{side} px"))
+    return rows
+
+
+def region_rows(config):
+    return [
+        Row(f"{method}, {number}k", number, fraction_of(number), PAPER_RULE | {"region_method": method}, method)
+        for method in ("kmeans", "birch", "grid", "none")
+        for number in (4, 6, 8, 10)
+    ]
+
+
+def keep_rows(config):
+    def counts_of(proportions, fraction):
+        if proportions is None:
+            return lambda available: [max(round(fraction * sum(available)), len(available))]
+        return lambda available: counts_of_fraction(fraction, available, proportions)
+
+    return [
+        Row(f"{name}, {100 * fraction:g} %", 100 * fraction, counts_of(proportions, fraction), rules, name)
+        for name, (rules, proportions) in RULES.items()
+        for fraction in (0.01, 0.02, 0.04)
+    ]
+
+
+def default_budgets(config) -> list[int]:
+    """The configuration's budgets; of one number for all scales, the paper's share of each."""
+    if isinstance(config.budgets, int):
+        return counts_of_fraction(1.0, [config.budgets] * len(config.scales), PROPORTIONS)
+    return list(config.budgets)
+
+
+# Name: (rows of a configuration, what the axis of the plot says).
+ABLATIONS = {
+    "table-4": (lambda config: tokens_rows(config, (4, 5, 6, 8, 10, 11, 12)), "kept tokens of 131, thousands"),
+    "figure-3-clusters": (lambda config: clusters_rows(config, (10, 20, 50, 120, 240)), "k"),
+    "figure-3-tokens": (lambda config: tokens_rows(config, (3, 4, 5, 6, 8, 10)), "kept tokens of 131, thousands"),
+    "table-5": (resolution_rows, "kept tokens of 131, thousands"),
+    "table-6": (scale_rows, "tokens of the scale"),
+    "table-7": (lambda config: clusters_rows(config, (10, 50, 120, 240, 360, 480, 600, 720, 1000)), "k"),
+    "table-8": (region_rows, "kept tokens of 131, thousands"),
+    "keep-rules": (keep_rows, "visual tokens, % of all"),
+}
+
+
+# ---- Measuring -------------------------------------------------------------------------------------------------------
+
+
+def timed(call):
+    """(what a call returns, its seconds), with the accelerator's work done."""
+    start = time.perf_counter()
+    result = call()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return result, time.perf_counter() - start
+
+
+def records_of(model, processor, suite, prompt, group, rows) -> list[dict]:
+    """One record a sample and row; an image is encoded once for each resolution."""
+    image = processor.image_processor.process_image(suite.open(group[0].pictures[0]))
+    records, encoded = [], {}
+    for resolution in {row.resolution for row in rows}:
+        size = (max(round(resolution * image.width), 1), max(round(resolution * image.height), 1))
+        smaller = image if resolution == 1 else image.resize(size)
+        cut = processor.image_processor(smaller, return_tensors="pt")
+        (encoded[resolution],), seconds = timed(lambda cut=cut: encode(model, cut))
+        encoded[resolution] = encoded[resolution], seconds
+    for sample in group:
+        for row in rows:
+            features, encoding = encoded[row.resolution]
+            counts = row.counts(features.available)
+            ((text, spent),), seconds = timed(
+                lambda sample=sample, row=row, features=features, counts=counts: answers(
+                    model, processor, [suite.prompts[prompt](sample)], [[features]], rules=row.rules, counts=[counts],
+                    max_new_tokens=suite.max_new_tokens,
+                )
+            )  # fmt: skip
+            records.append({
+                "row": row.name, "sample": sample.id, "image": sample.pictures[0].key, "section": sample.section,
+                "right": suite.scorers[0].score(sample, text), "tokens": spent, "seconds": encoding + seconds,
+                "answer_seconds": seconds,
+            })  # fmt: skip
+    return records
+
+
+def flops_of(model, processor, suite, prompt, sample, rows) -> dict[str, float]:
+    """{row: FLOPs} of one question about an image from its tiles to the answer, by torch's counter."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    cut = processor.image_processor(suite.open(sample.pictures[0]), return_tensors="pt")
+    with FlopCounterMode(display=False) as counter:
+        (features,) = encode(model, cut)
+    encoding, found = counter.get_total_flops(), {}
+    for row in rows:
+        with FlopCounterMode(display=False) as counter:
+            answers(
+                model, processor, [suite.prompts[prompt](sample)], [[features]], rules=row.rules,
+                counts=[row.counts(features.available)], max_new_tokens=suite.max_new_tokens,
+            )  # fmt: skip
+        found[row.name] = encoding + counter.get_total_flops()
+    return found
+
+
+def summarise(records, rows) -> list[dict]:
+    """Accuracy of every row, of the parts of the suite, and its paired difference from the first row."""
+    by_row, rng = defaultdict(list), np.random.default_rng(0)
+    for record in records:
+        by_row[record["row"]].append(record)
+    base, found = np.array([record["right"] for record in by_row[rows[0].name]]), []
+    for row in rows:
+        asked = by_row[row.name]
+        right, images = np.array([record["right"] for record in asked]), [record["image"] for record in asked]
+        sections = sorted({record["section"] for record in asked if record["section"]})
+        found.append({
+            "name": row.name, "line": row.line, "x": row.x, "samples": len(asked),
+            "tokens": float(np.mean([record["tokens"] for record in asked])),
+            "accuracy": interval(right, images, rng),
+            "minus_first": interval(right - base, images, rng),
+            "sections": {
+                name: float(np.mean([record["right"] for record in asked if record["section"] == name]))
+                for name in sections
+            },
+            "seconds": float(np.mean([record["seconds"] for record in asked])),
+            "answer_seconds": float(np.mean([record["answer_seconds"] for record in asked])),
+        })  # fmt: skip
+    return found
+
+
+# ---- Reports ---------------------------------------------------------------------------------------------------------
+
+
+def report(result) -> str:
+    rows, about = result["rows"], result["about"]
+    sections = list(rows[0]["sections"])
+    header = ["row", "tokens", "GFLOPs", "accuracy", "minus the first", *sections, "total (s)", "answer (s)"]
+    lines = [
+        [row["name"], f"{row['tokens']:.0f}", f"{row['flops'] / 1e9:.3g}", percent_interval(row["accuracy"])]
+        + [percent_interval(row["minus_first"], signed=True)]
+        + [f"{100 * row['sections'][name]:.1f}" for name in sections]
+        + [f"{row['seconds']:.3f}", f"{row['answer_seconds']:.3f}"]
+        for row in rows
+    ]
+    failed = "".join(f"\n- {one['image']}: {one['error']}" for one in result["errors"])
+    return "\n\n".join([
+        f"# {about['name']}: {about['suite']}, {about['model']}",
+        f"{rows[0]['samples']} questions about {about['images']} images, scored by {about['scorer']}. Percent, with 95 % "
+        "intervals of a bootstrap over images; differences are paired by question. GFLOPs of one question from the tiles "
+        "to the answer, by torch's counter. Total: encoding and answer; answer: importance, selection, decoding.",
+        table(header, lines),
+        f"{len(result['errors'])} images failed.{failed}",
+    ]) + "\n"  # fmt: skip
+
+
+def plot(result, path):
+    """Accuracy over what the rows vary, one line for each `line`."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes, rows = figure.subplots(), result["rows"]
+    for line in dict.fromkeys(row["line"] for row in rows):
+        x, mean, low, high = np.array(sorted((row["x"], *row["accuracy"]) for row in rows if row["line"] == line)).T
+        mean, low, high = 100 * mean, 100 * low, 100 * high
+        axes.errorbar(x, mean, (mean - low, high - mean), label=line or None, capsize=2, marker="o")
+    axes.set(xlabel=result["about"]["axis"], ylabel="accuracy, %", title=result["about"]["name"])
+    axes.grid(alpha=0.3)
+    if rows[0]["line"]:
+        figure.legend(loc="outside right center", fontsize=8)
+    figure.savefig(path, dpi=110)
+
+
+def measure(args) -> dict:
+    from tqdm import tqdm
+
+    suite = SUITES[args.suite]
+    prompt = prompt_of(suite, args.prompt)
+    suite.scorers[0].prepare()
+    samples = [sample for sample in suite.load(args.data, args.limit) if len(sample.pictures) == 1]
+    if not samples:
+        raise ValueError(f"{args.suite} has no question about a single image here.")
+    processor, model = load_model(args.model)
+    make_rows, axis = ABLATIONS[args.name]
+    rows = make_rows(model.eval().config)
+    records, errors, flops = [], [], {}
+    for group in tqdm(groups_of(samples), desc=args.name, unit="image"):
+        try:
+            found = records_of(model, processor, suite, prompt, group, rows)
+            flops = flops or flops_of(model, processor, suite, prompt, group[0], rows)
+            records += found
+        except (OSError, ValueError) as error:
+            errors.append({"image": group[0].pictures[0].key, "error": reason(error)})
+    if not records:
+        raise ValueError(f"No image could be asked about. The first failure: {errors[0]['error']}")
+    about = {
+        "name": args.name, "axis": axis, "suite": args.suite, "data": args.data, "model": str(args.model),
+        "prompt": prompt, "scorer": suite.scorers[0].name, "images": len({record["image"] for record in records}),
+    }  # fmt: skip
+    rows = [row | {"flops": flops[row["name"]]} for row in summarise(records, rows)]
+    return {"about": about, "rows": rows, "errors": errors}
+
+
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="uhr-bat ablations", description=__doc__.splitlines()[0])
+    parser.add_argument("name", metavar="NAME", choices=ABLATIONS, help=", ".join(ABLATIONS))
+    parser.add_argument("--suite", default="scenes", choices=SUITES, metavar="SUITE", help="default: scenes")
+    parser.add_argument("--data", metavar="DIR", help="as for `uhr-bat evaluate`")
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    parser.add_argument("--prompt", metavar="NAME", help="one of the suite's prompts (default: its first)")
+    parser.add_argument("--limit", type=int, metavar="N", help="samples (default: all)")
+    parser.add_argument(
+        "--output", type=Path, default=Path("ablations_out"), metavar="DIR", help="default: ablations_out"
+    )
+    args = parser.parse_args(arguments)
+    if args.data is None or os.path.exists(args.data):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folders
+    try:
+        require("evaluate", "matplotlib", "datasets")
+        check_files(None, args.model)
+        result = measure(args)
+        with whole_files(args.output) as built:
+            write_json(built / f"{args.name}.json", result)
+            (built / f"{args.name}.md").write_text(report(result), encoding="utf-8")
+            plot(result, built / f"{args.name}.png")
+    except (OSError, ValueError, ImportError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    print(report(result))
+    print(f"Written: {args.output}/{args.name}.json, {args.name}.md, {args.name}.png")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

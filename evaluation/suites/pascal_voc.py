@@ -1,0 +1,51 @@
+"""Pictures with boxes in Pascal VOC's XML, as DeepForest has of trees: how many there are, and where."""
+
+import xml.etree.ElementTree as ElementTree
+from collections import Counter
+from pathlib import Path
+
+from ..samples import Sample, pictures_in
+from ..scoring import Scorer, plain
+from .suite import Suite, spaced
+
+
+class PascalVOC(Suite):
+    title = "Pictures with boxes"
+    places = ("", "JPEGImages", "images")
+    prompts = {"pascal-voc/count-1": lambda sample: sample.question}
+    scorers = (
+        Scorer(
+            "pascal-voc/count-1",
+            "The number of boxes, written as a number.",
+            lambda sample, text: plain(text),
+            lambda sample, said: said == sample.answer,
+        ),
+    )
+
+    def load(self, data, limit=None):
+        """A question for every kind of object in every picture of a folder of XML files, or of one file."""
+        path = Path(data or "")
+        files = [path] if path.is_file() else sorted(path.glob("**/*.xml"))
+        if data is None or not files:
+            raise FileNotFoundError(f"{data}: --data is an XML file of Pascal VOC, or a folder that holds some.")
+        samples = []
+        for file in files:
+            root = ElementTree.parse(file).getroot()
+            things = root.findall("object")
+            boxes = {kind: [] for kind in Counter(thing.findtext("name") for thing in things)}
+            for thing in things:
+                edges = (thing.find("bndbox").findtext(edge) for edge in ("xmin", "ymin", "xmax", "ymax"))
+                boxes[thing.findtext("name")].append(tuple(map(float, edges)))
+            shown = pictures_in(root.findtext("filename"), [file.parent], self.places)
+            for kind, of_kind in boxes.items():
+                samples.append(
+                    Sample(
+                        id=f"{file.stem}/{kind}",
+                        pictures=shown,
+                        question=f"How many objects of the kind {kind} are there?",
+                        answer=str(len(of_kind)),
+                        task=kind,
+                        boxes=tuple(of_kind),
+                    )
+                )
+        return spaced(samples, limit)
