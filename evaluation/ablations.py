@@ -2,10 +2,10 @@
 
     uhr-bat ablations NAME [--suite scenes] [--data DIR] [--model DIR] [--limit 60] [--output DIR]
 
-NAME is one of table-4 (tokens, FLOPs, seconds), figure-3-clusters, figure-3-tokens, table-5 (tokens and image resolution),
-table-6, which is figure 4 (the budget of one scale, 0 and decreasing ones too), table-7 (k), table-8 (regions), keep-rules.
-Every row is asked the same questions; accuracy has 95 % of a bootstrap over images, differences from the first row are
-paired. Writes NAME.json, NAME.md and NAME.png.
+NAME is one of table-4 (tokens, FLOPs, seconds), figure-3-clusters, figure-3-tokens, table-5 (tokens and image
+resolution), table-6, which is figure 4 (the budget of one scale, 0 and decreasing ones too), table-7 (k), table-8
+(regions), keep-rules. Every row is asked the same questions; accuracy has 95 % of a bootstrap over images, differences
+from the first row are paired. Writes NAME.json, NAME.md and NAME.png.
 
 Budgets are those of the paper as fractions of all 131,328 tokens of its geometry, so that a model of another geometry
 compresses as much. Seconds are those of this machine, beside whatever else it did.
@@ -241,9 +241,9 @@ def report(result) -> str:
     failed = "".join(f"\n- {one['image']}: {one['error']}" for one in result["errors"])
     return "\n\n".join([
         f"# {about['name']}: {about['suite']}, {about['model']}",
-        f"{rows[0]['samples']} questions about {about['images']} images, scored by {about['scorer']}. Percent, with 95 % "
-        "intervals of a bootstrap over images; differences are paired by question. GFLOPs of one question from the tiles "
-        "to the answer, by torch's counter. Total: encoding and answer; answer: importance, selection, decoding.",
+        f"{rows[0]['samples']} questions about {about['images']} images, scored by {about['scorer']}. Percent, with "
+        "95 % intervals of a bootstrap over images; differences are paired by question. GFLOPs of one question from "
+        "the tiles to the answer, by torch's counter. Total: encoding and answer; answer: importance, selection, decoding.",
         table(header, lines),
         f"{len(result['errors'])} images failed.{failed}",
     ]) + "\n"  # fmt: skip

@@ -156,10 +156,10 @@ def report(result) -> str:
     return "\n\n".join([
         f"# Evidence recall at budget: {about['suite']}",
         f"{about['objects']} objects of {about['samples']} questions about {about['images']} images, by "
-        f"{about['model']}. Percent, with 95 % intervals of a bootstrap over images. Kept: one of the object's tokens at "
-        "one of the two finest scales has a place of its own in the prompt, unmerged. Share: of its tokens at the finest "
-        "scale. By size: the side of a square of the box's area, in pixels of the finest scale, number of objects in "
-        "brackets.",
+        f"{about['model']}. Percent, with 95 % intervals of a bootstrap over images. Kept: one of the object's tokens "
+        "at one of the two finest scales has a place of its own in the prompt, unmerged. Share: of its tokens at the "
+        "finest scale. By size: the side of a square of the box's area, in pixels of the finest scale, number of "
+        "objects in brackets.",
         table(header, lines),
         f"{len(failed)} images failed." + "".join(f"\n{line}" for line in failed),
     ]) + "\n"  # fmt: skip

@@ -3,8 +3,8 @@
 from pathlib import Path
 
 EMPTY = (
-    "index.adj", "index.adv", "index.verb", "index.sense", "data.adj", "data.adv", "data.verb", "cntlist.rev", "adj.exc",
-    "adv.exc", "verb.exc",
+    "index.adj", "index.adv", "index.verb", "index.sense", "data.adj", "data.adv", "data.verb", "cntlist.rev",
+    "adj.exc", "adv.exc", "verb.exc",
 )  # fmt: skip
 SYNSETS = (("car", "automobile"), ("ship",), ("two", "2", "ii"), ("tennis_court",), ("area",), ("ship", "area"))
 

@@ -1,4 +1,4 @@
-"""What answers are worth: prefixes, several letters, quoted options, nothing at all, and what published scorers make of it."""
+"""What answers are worth: prefixes, several letters, quoted options, nothing; and what published scorers make of them."""
 
 import importlib.util
 import random

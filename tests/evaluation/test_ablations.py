@@ -1,0 +1,52 @@
+"""The paper's tables as commands."""
+
+import json
+
+import pytest
+from uhr_bat.common.loading import ROOT
+from uhr_bat.configuration_uhr_bat import UHRBatConfig
+from uhr_bat.evaluation import ablations
+
+AVAILABLE = [64, 256, 1024, 2304]
+
+
+@pytest.fixture(scope="module")
+def config():
+    return UHRBatConfig.from_pretrained(ROOT, budgets=[16, 24, 40, 66])
+
+
+@pytest.mark.parametrize("name", ablations.ABLATIONS)
+def test_every_row_spends_what_the_image_has(name, config):
+    rows = ablations.ABLATIONS[name][0](config)
+    assert len({row.name for row in rows}) == len(rows) > 2
+    for row in rows:
+        counts = row.counts(AVAILABLE)
+        limits = AVAILABLE if len(counts) == 4 else [sum(AVAILABLE)]
+        assert all(0 <= count <= limit for count, limit in zip(counts, limits)) and sum(counts)
+
+
+def test_table_4_compresses_as_much_as_the_paper(config):
+    rows = ablations.ABLATIONS["table-4"][0](config)
+    of_all = [sum(AVAILABLE) / sum(row.counts(AVAILABLE)) for row in rows]
+    assert of_all == pytest.approx([32.83, 26.27, 21.89, 16.42, 13.13, 11.94, 10.94], rel=0.01)
+
+
+def test_table_6_has_budgets_of_zero_and_decreasing_ones(config):
+    counts = [row.counts(AVAILABLE) for row in ablations.ABLATIONS["table-6"][0](config)]
+    assert [16, 24, 40, 0] in counts and [48, 24, 40, 66] in counts and [0, 24, 40, 66] in counts
+    one_budget = UHRBatConfig.from_pretrained(ROOT, budgets=146)
+    assert [sum(row.counts(AVAILABLE)) for row in ablations.ABLATIONS["table-6"][0](one_budget)][0] == 146
+
+
+@pytest.mark.slow
+def test_an_ablation_is_written_as_table_json_and_plot(tmp_path, capsys, monkeypatch):
+    make_rows, axis = ablations.ABLATIONS["table-5"]
+    monkeypatch.setitem(ablations.ABLATIONS, "table-5", (lambda config: make_rows(config)[::2], axis))
+    assert ablations.main(["table-5", "--limit", "2", "--output", str(tmp_path)]) == 0
+    result = json.loads((tmp_path / "table-5.json").read_text())
+    assert [row["name"] for row in result["rows"]] == ["3k, 1 of the width", "3k, 0.5 of the width"]
+    for row in result["rows"]:
+        assert row["samples"] == 2 and row["tokens"] < 0.03 * 3648 and 0 <= row["accuracy"][0] <= 1
+        assert row["flops"] > 1e8 and row["seconds"] > row["answer_seconds"] > 0
+    assert result["rows"][0]["minus_first"] == [0, 0, 0]
+    assert "| 3k, 1 of the width |" in capsys.readouterr().out and (tmp_path / "table-5.png").stat().st_size > 1000
