@@ -122,9 +122,10 @@ def keep_rows(config):
 
 
 def default_budgets(config) -> list[int]:
-    """The configuration's budgets; of one number for all scales, the paper's share of each."""
+    """The configuration's budgets; one number for all scales is shared in the paper's proportions."""
     if isinstance(config.budgets, int):
-        return counts_of_fraction(1.0, [config.budgets] * len(config.scales), PROPORTIONS)
+        number = len(config.scales)
+        return counts_of_fraction(1 / number, [config.budgets] * number, PROPORTIONS)
     return list(config.budgets)
 
 
@@ -243,7 +244,8 @@ def report(result) -> str:
         f"# {about['name']}: {about['suite']}, {about['model']}",
         f"{rows[0]['samples']} questions about {about['images']} images, scored by {about['scorer']}. Percent, with "
         "95 % intervals of a bootstrap over images; differences are paired by question. GFLOPs of one question from "
-        "the tiles to the answer, by torch's counter. Total: encoding and answer; answer: importance, selection, decoding.",
+        "the tiles to the answer, by torch's counter. Total: encoding and answer; answer: importance, selection and "
+        "decoding.",
         table(header, lines),
         f"{len(result['errors'])} images failed.{failed}",
     ]) + "\n"  # fmt: skip

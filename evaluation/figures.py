@@ -162,11 +162,25 @@ def report(suite: Suite, result: dict, settings: dict) -> str:
     parts += ["## Failures and refusals", failures(result)]
     if suite.paper:
         parts += [
-            "## The paper's figures",
-            "Quoted from the UHR-BAT paper. They were not measured here, and hold for other weights.",
-            table(["model", "%", "what it is"], [[one.model, f"{one.percent:g}", one.says] for one in suite.paper]),
+            "## Beside the paper's figures",
+            "Rows marked as the paper's are quoted from it: they were not measured here, and hold for other weights.",
+            paper_table(suite, result, settings["model"]),
         ]
     return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def paper_table(suite, result, model) -> str:
+    """Figures of this run, each with what it is a mean of, and the paper's with what they are."""
+    own = []
+    for row in result["scores"]:
+        if row["view"] == IMAGE and row["scorer"] == result["scores"][0]["scorer"]:
+            of_part = f"{row['section']}, {row['samples']} samples"
+            if row["average"] == next(iter(suite.averages)):
+                own.append([model, "this run", percent_interval(row["micro"]), f"micro, {of_part}"])
+            macro = f"{row['average']} over {len(row['groups'])} groups, {of_part}"
+            own.append([model, "this run", percent_interval(row["macro"]), macro])
+    quoted = [[one.model, "the paper's", f"{one.percent:g}", one.says] for one in suite.paper]
+    return table(["model", "whose", "%", "what it is"], [*own, *quoted])
 
 
 def scores_table(result) -> str:

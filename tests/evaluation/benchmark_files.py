@@ -90,7 +90,8 @@ def rshr(folder):
     records = [
         {"id": 1, "images": ["a.png"], "question": "What colour?", "options": ["red", "blue"], "answer": "B",
          "task": "Color Detection"},
-        {"id": 2, "images": ["a.png", "b.png"], "question": "What next?", "options": {"A": "more", "B": "less", "C": "none"},
+        {"id": 2, "images": ["a.png", "b.png"], "question": "What next?",
+         "options": {"A": "more", "B": "less", "C": "none"},
          "answer": ["A", "C"], "task": "Future Prediction"},
     ]  # fmt: skip
     picture(folder / "images", "a.png", 1), picture(folder / "images", "b.png", 2)

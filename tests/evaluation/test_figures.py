@@ -77,10 +77,8 @@ def test_parts_of_a_suite_have_figures_of_their_own_and_the_papers_are_marked():
     of_section = {row["section"]: row["micro"].mean for row in result["scores"] if row["view"] == IMAGE}
     assert of_section == {"all": pytest.approx(1 / 3), "Perception": 0, "Reasoning": 1}
     text = figures.report(SUITE, result, settings())
-    assert (
-        "Quoted from the UHR-BAT paper. They were not measured here" in text
-        and "| UHR-BAT 7B | 44 | lite, micro" in text
-    )
+    assert "| UHR-BAT 7B | the paper's | 44 | lite, micro" in text and "they were not measured here" in text
+    assert "| m | this run | 33.3 [" in text and "| micro, all, 6 samples |" in text
 
 
 def test_two_runs_are_compared_sample_by_sample():

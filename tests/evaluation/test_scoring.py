@@ -1,4 +1,4 @@
-"""What answers are worth: prefixes, several letters, quoted options, nothing; and what published scorers make of them."""
+"""What answers are worth: prefixes, several letters, quoted options, nothing; and what published scorers make of it."""
 
 import importlib.util
 import random
@@ -133,7 +133,8 @@ def wordnet(tmp_path_factory):
 @pytest.mark.parametrize(
     "answer, text, with_wordnet, exact",
     [
-        ("car", "Car", 1, 1), ("car", "automobile", 1, 0), ("2", "two", 1, 0), ("2", " 2 ", 1, 1), ("car", "ship", 0, 0),
+        ("car", "Car", 1, 1), ("car", "automobile", 1, 0), ("2", "two", 1, 0), ("2", " 2 ", 1, 1),
+        ("car", "ship", 0, 0),
         ("ship", "ships", 1, 0), ("tennis court", "Tennis court", 1, 1), ("tennis court", "court", 0, 0),
         ("ship", "ship.", 0, 0), ("ship", "", 0, 0), ("ship", None, 0, 0), ("tennis court", "tennis_court", 0, 0),
     ],

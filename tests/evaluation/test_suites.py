@@ -56,8 +56,8 @@ def test_equal_pictures_in_a_table_are_one_and_others_are_not(tmp_path):
 def test_mme_realworld_takes_its_remote_sensing_part_alone(tmp_path):
     samples = load("mme-realworld-rs", tmp_path)
     assert [sample.task for sample in samples] == ["position", "color", "count"]
-    end = "(E) The image does not feature it.\nSelect the best answer to the above multiple-choice question based on the image. "
-    end += "Respond with only the letter (A, B, C, D, or E) of the correct option."
+    end = "(E) The image does not feature it.\nSelect the best answer to the above multiple-choice question based on "
+    end += "the image. Respond with only the letter (A, B, C, D, or E) of the correct option."
     start = "What colour is the roof? The choices are listed below:"
     assert asked("mme-realworld-rs", samples[0]).startswith(f"{start}\n(A) red\n")
     assert asked("mme-realworld-rs", samples[0]).endswith(f"{end} \nThe best answer is:")
