@@ -10,6 +10,7 @@ import hashlib
 
 import torch
 from accelerate import Accelerator
+from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
@@ -25,6 +26,22 @@ def budgets_of(text) -> list[int] | int | None:
         return None
     numbers = [int(part) for part in str(text).split(":")]
     return numbers if len(numbers) > 1 else numbers[0]
+
+
+class Loss(tuple, GenerationResult):
+    """(mean loss, whether each token is the likeliest), as lmms-eval's interface says.
+
+    Its evaluator (0.7.3) makes a string of every pair that is no text with its counts; its own class of results it
+    leaves as it is.
+    """
+
+    token_counts = None
+
+    def __new__(cls, loss, likeliest):
+        return super().__new__(cls, (loss, likeliest))
+
+    def __init__(self, loss, likeliest):
+        self.text = (loss, likeliest)
 
 
 class UHRBat(lmms):
@@ -97,7 +114,7 @@ class UHRBat(lmms):
         return found
 
     @torch.no_grad()
-    def loglikelihood(self, requests) -> list[tuple[float, bool]]:
+    def loglikelihood(self, requests) -> list[Loss]:
         """(mean negative log-likelihood of the continuation's tokens, whether each is the likeliest).
 
         The mean loss, not its negative: that is what lmms-eval's own models return, and its tasks of multiple choice
@@ -115,7 +132,7 @@ class UHRBat(lmms):
                 found[number] = pair
         return found
 
-    def losses(self, contexts, continuations, features) -> list[tuple[float, bool]]:
+    def losses(self, contexts, continuations, features) -> list[Loss]:
         prompt, seen, _ = compress(self.model, self.processor, contexts, features, self.budgets)
         tokenizer, device = self.processor.tokenizer, self.model.device
         endings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in map(str, continuations)]
@@ -135,7 +152,7 @@ class UHRBat(lmms):
         chosen = scores.gather(-1, ends[..., None])[..., 0]
         likeliest = (scores.argmax(-1) == ends) | ~mask.bool()
         losses = -(chosen * mask).sum(1) / mask.sum(1)
-        return list(zip(losses.tolist(), likeliest.all(1).tolist()))
+        return [Loss(*pair) for pair in zip(losses.tolist(), likeliest.all(1).tolist())]
 
     def generate_until_multi_round(self, requests):
         raise NotImplementedError("uhr_bat answers one question at a time: tasks of several rounds are not supported.")

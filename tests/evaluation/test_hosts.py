@@ -38,7 +38,12 @@ def module(name, **content):
 @pytest.fixture(scope="module")
 def lmms_eval_model():
     """The module with a stand-in of lmms-eval's base class."""
-    names = {"lmms_eval": {}, "lmms_eval.api": {}, "lmms_eval.api.model": {"lmms": StandIn}}
+    names = {
+        "lmms_eval": {},
+        "lmms_eval.api": {},
+        "lmms_eval.api.model": {"lmms": StandIn},
+        "lmms_eval.api.instance": {"GenerationResult": type("GenerationResult", (), {})},
+    }
     with pytest.MonkeyPatch.context() as patch:
         for name, content in names.items():
             patch.setitem(sys.modules, name, module(name, **content))
@@ -88,6 +93,7 @@ def test_lmms_eval_gets_the_mean_loss_of_a_continuation_and_whether_it_is_the_li
     processor, model = batched.processor, batched.model
     targets = ["white", "red", "upper left", "no way"]
     found = batched.loglikelihood(requests(lambda number: targets[number] if number else (lambda document: "white")))
+    assert [pair.text for pair in found] == found
     for number, (loss, likeliest) in enumerate(found):
         document = DOCUMENTS[number]
         cut = processor.image_processor(document["image"], return_tensors="pt")
