@@ -94,12 +94,16 @@ def text_of(value) -> str:
 
 
 def option_lines(options) -> dict[str, str]:
-    """{letter: text} of options, whether they are written "(A) red", "A. red" or "red"."""
-    texts = {}
-    for index, option in enumerate(options):
-        letter, text = re.fullmatch(r"\s*(?:\(?([A-Z])[.):]\s*)?(.*)", option, re.DOTALL).groups()
-        texts[letter or chr(ord("A") + index)] = text.strip()
-    return texts
+    """{letter: text} of options, whether they are written "(A) red", "A. red" or "red".
+
+    Only letters that all options have, in their order, are letters: "N. of it" and "S. of it" are texts.
+    """
+    options = [option.strip() for option in options]
+    found = [re.fullmatch(r"\(?([A-Z])[.):]\s*(.*)", option, re.DOTALL) for option in options]
+    letters = [match[1] for match in found if match]
+    if len(letters) == len(options) and letters[:1] == ["A"] and sorted(set(letters)) == letters:
+        return {match[1]: match[2].strip() for match in found}
+    return {chr(ord("A") + index): option for index, option in enumerate(options)}
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------

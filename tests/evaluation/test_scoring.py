@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import small_wordnet
-from uhr_bat.evaluation.samples import Sample
+from uhr_bat.evaluation.samples import Sample, option_lines
 from uhr_bat.evaluation.scoring import read_letter, read_letters
 from uhr_bat.evaluation.suites import SUITES
 from uhr_bat.evaluation.suites.tree_bench import overlap
@@ -35,6 +35,18 @@ def worth(suite, scorer, answer, text, **fields):
 )  # fmt: skip
 def test_letters_that_stand_alone_are_read_and_else_the_option_that_is_quoted(text, letters):
     assert read_letters(sample("A"), text) == letters
+
+
+@pytest.mark.parametrize(
+    "options, texts",
+    [
+        (["(A) red", "(B) blue"], ["red", "blue"]), (["A. red", "B. blue"], ["red", "blue"]),
+        (["red", "blue"], ["red", "blue"]), (["N. of it", "S. of it"], ["N. of it", "S. of it"]),
+        (["A. Smith", "the pier"], ["A. Smith", "the pier"]),
+    ],
+)  # fmt: skip
+def test_options_lose_their_letters_where_these_are_letters(options, texts):
+    assert option_lines(options) == dict(zip("AB", texts))
 
 
 def test_of_several_letters_the_first_one_is_the_answer_where_there_is_one():
