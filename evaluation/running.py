@@ -281,6 +281,7 @@ def run(
     state = process_state()
     set_seed(settings.seed)
     check_settings(folder, settings)
+    folder.mkdir(parents=True, exist_ok=True)  # on every machine
     if state.is_main_process:
         with whole_files(folder) as built:
             write_json(built / SETTINGS, asdict(settings))
