@@ -20,6 +20,9 @@ _MODULES = {
     "evidence_frame": "geo",
     "load_model": "common.loading",
     "save_model": "common.loading",
+    "UHRBatDataCollator": "training.collator",
+    "UHRBatTrainer": "training.trainer",
+    "load_samples": "training.data",
 }
 
 __all__ = list(_MODULES)

@@ -10,13 +10,14 @@ WEIGHTS_NOTE = (
 )
 
 
-def load_model(folder=ROOT, dtype="auto", device_map="auto", **changes):
+def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config=None, **changes):
     """Processor and model of a folder, of the classes of this package.
 
     Args:
         folder: model folder; UHR-BAT-Tiny where none is given.
         dtype: torch.dtype of the weights; "auto" takes that of the folder.
         device_map: as in transformers; "auto" is the GPU where there is one, None the CPU.
+        quantization_config: as in transformers; None for weights as they are.
         changes: other values for fields of the configuration, as `selector`.
     """
     import torch
@@ -35,7 +36,9 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", **changes):
         device_map = None
     config = UHRBatConfig.from_pretrained(folder, **changes)
     processor = UHRBatProcessor.from_pretrained(folder)
-    model = UHRBatForConditionalGeneration.from_pretrained(folder, config=config, dtype=dtype, device_map=device_map)
+    model = UHRBatForConditionalGeneration.from_pretrained(
+        folder, config=config, dtype=dtype, device_map=device_map, quantization_config=quantization_config
+    )
     return processor, model
 
 

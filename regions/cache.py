@@ -127,11 +127,16 @@ def cache_images(paths: dict[Path, Path], job: Job, num_jobs: int = 1) -> dict[P
     return failed
 
 
+def name_output(image_path: Path) -> str:
+    """The name of the mask cache of an image."""
+    return f"{image_path.stem}.pt"
+
+
 def name_outputs(image_paths: list[Path], output: Path) -> dict[Path, Path]:
     """{image: file}. Raises `ValueError` for two images that would share a file."""
     outputs, taken = {}, {}
     for image_path in dict.fromkeys(image_paths):
-        name = f"{image_path.stem}.pt"
+        name = name_output(image_path)
         if name in taken:
             raise ValueError(f"{image_path} and {taken[name]} would both be written to {name}: rename one of them.")
         taken[name] = image_path

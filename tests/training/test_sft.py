@@ -1,0 +1,241 @@
+"""`uhr-bat train`: what a run learns, leaves, says and goes on from."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+from own_data import make_rows, write_rows
+from peft import PeftModel
+from safetensors.torch import load_file
+from uhr_bat.common.loading import ROOT, load_model
+from uhr_bat.export.convert_checkpoint import convert
+from uhr_bat.training import sft
+from uhr_bat.training.collator import UHRBatDataCollator
+from uhr_bat.training.data import load_samples
+from uhr_bat.training.options import read_options
+from uhr_bat.training.trainer import is_right
+
+pytest.importorskip("datasets")
+RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("own")
+    return write_rows(folder / "train.json", make_rows(folder, 12))
+
+
+@pytest.fixture
+def arguments(small_folder, data, tmp_path):
+    """A short run of the small model; more options go behind."""
+    return [
+        "--model_name_or_path", str(small_folder), "--train_data", str(data), "--output_dir", str(tmp_path / "out"),
+        "--max_steps", "2", "--per_device_train_batch_size", "2", "--use_cpu", "true", "--report_to", "none",
+        "--disable_tqdm", "true", "--learning_rate", "1e-2",
+    ]  # fmt: skip
+
+
+def run(arguments, *more):
+    return sft.train(*read_options([*arguments, *more]))
+
+
+def logged(trainer, name):
+    return [entry[name] for entry in trainer.state.log_history if name in entry]
+
+
+# ---- Recipes --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_every_recipe_runs(path, arguments, tmp_path):
+    # What cannot be here: the GPU, its optimiser, and the budgets of other scales.
+    more = ["--config", str(path), "--budgets", "4", "8", "--load_in_4bit", "false", "--optim", "adamw_torch"]
+    more += ["--gradient_accumulation_steps", "1", "--dataloader_num_workers", "0", "--save_strategy", "steps"]
+    more += ["--save_steps", "2", "--eval_share", "0.2", "--eval_steps", "2"]
+    trainer = run(arguments, *more)
+    assert trainer.state.global_step == 2 and (tmp_path / "out" / "checkpoint-2").is_dir()
+    stated = read_options(["--config", str(path)])
+    assert (
+        trainer.args.bf16 == stated[2].bf16 and trainer.args.gradient_checkpointing == stated[2].gradient_checkpointing
+    )
+    assert all(map(torch.isfinite, map(torch.tensor, logged(trainer, "train_loss"))))
+
+
+def test_the_papers_recipe_says_what_the_paper_and_the_release_say():
+    model, data, training = read_options(["--config", str(ROOT / "training/recipes/paper_7b.yaml")])
+    assert model.freeze == ["vision_tower"] and data.budgets == [80, 320, 600, 2000] and data.max_length == 5000
+    assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 16
+    assert (training.num_train_epochs, training.learning_rate, training.max_grad_norm) == (2, 2e-6, 0.5)
+    assert training.get_warmup_steps(1000) == 200 and training.lr_scheduler_type == "cosine" and training.bf16
+
+
+def test_an_option_that_there_is_not_is_refused(tmp_path, capsys):
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("train_data: a.json\nlearnig_rate: 1e-3\n")
+    assert sft.main(["--config", str(recipe), "--output_dir", str(tmp_path)]) == 2
+    assert "there is no option learnig_rate" in capsys.readouterr().err
+    recipe.write_text("train_data: a.json\nlearning_rate: 1e-3\n")  # YAML reads 1e-3 as a text
+    assert read_options(["--config", str(recipe), "--max_steps", "5"])[2].learning_rate == 1e-3
+    assert sft.main(["--config", str(recipe), "--output_dir", str(tmp_path)]) == 2
+    assert "a.json: there is no such file" in capsys.readouterr().err
+
+
+# ---- What is trained ------------------------------------------------------------------------------------------------
+
+
+def test_parts_learn_at_their_rates_and_frozen_ones_not_at_all(arguments, small_folder, tmp_path):
+    trainer = run(arguments, "--visual_learning_rate", "1e-4", "--lr_scheduler_type", "constant")
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates = {names[id(one)]: group["lr"] for group in trainer.optimizer.param_groups for one in group["params"]}
+    assert {rate for name, rate in rates.items() if "language_model" in name} == {1e-2}
+    assert {rate for name, rate in rates.items() if "projector" in name or "scale_embedding" in name} == {1e-4}
+    before, after = (load_file(folder / "model.safetensors") for folder in (small_folder, tmp_path / "out"))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    assert changed == set(rates) and not any("vision_tower" in name for name in rates)
+
+
+def test_what_is_left_is_a_model_folder_that_answers(arguments, tmp_path):
+    run(arguments)
+    processor, model = load_model(tmp_path / "out", device_map=None)
+    assert (tmp_path / "out" / "modeling_uhr_bat.py").is_file() and processor.default_budgets == model.config.budgets
+
+
+def test_a_colour_is_learnt_and_held_out_questions_show_it(arguments):
+    more = ["--max_steps", "40", "--eval_share", "0.34", "--eval_strategy", "steps", "--eval_steps", "20"]
+    trainer = run(arguments, *more, "--budget_range", "0.5", "1.5", "--save_strategy", "no", "--logging_steps", "5")
+    assert logged(trainer, "loss")[-1] < 0.5 * logged(trainer, "loss")[0]
+    assert logged(trainer, "eval_accuracy")[-1] > 0.5 and logged(trainer, "eval_loss")
+
+
+@pytest.mark.parametrize("answer, right", [(" Red.", True), ("red", True), ("reddish", False), ("", False)])
+def test_an_answer_is_right_but_for_case_and_a_full_stop(answer, right):
+    assert is_right(answer, "red") == right
+
+
+def test_samples_of_like_length_share_a_batch(arguments):
+    trainer = run(arguments, "--train_sampling_strategy", "group_by_length", "--save_strategy", "no")
+    assert trainer.train_dataset["length"] and type(trainer._get_train_sampler()).__name__ == "LengthGroupedSampler"
+
+
+@pytest.mark.slow
+def test_pictures_of_what_was_kept_stand_beside_a_checkpoint(arguments, tmp_path):
+    pytest.importorskip("matplotlib")
+    run(arguments, "--eval_share", "0.2", "--eval_pictures", "2", "--save_steps", "2")
+    assert len(list((tmp_path / "out" / "checkpoint-2" / "kept").glob("*.jpg"))) == 2
+
+
+# ---- Adapters -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("targets", [None, "all-linear"])
+def test_an_adapter_is_trained_and_merged_into_a_model(arguments, small_folder, tmp_path, targets):
+    more = [] if targets is None else ["--lora_target_modules", targets]
+    trainer = run(arguments, "--use_peft", "true", "--lora_r", "2", *more)
+    adapted = {name for name, one in trainer.model.named_parameters() if one.requires_grad}
+    assert adapted and all("lora_" in name for name in adapted)
+    assert not any("encoder.layers.2." in name for name in adapted)  # no token comes through it
+    assert targets or all("language_model" in name for name in adapted)
+    convert(str(small_folder), tmp_path / "merged", merge_adapter=str(tmp_path / "out"))
+    _, merged = load_model(tmp_path / "merged", device_map=None)
+    batch = UHRBatDataCollator(trainer.processing_class)([trainer.train_dataset[0]])
+    with torch.no_grad():
+        wanted = trainer.model.eval()(**batch).logits
+        torch.testing.assert_close(merged.eval()(**batch).logits, wanted, rtol=1e-3, atol=1e-4)
+        _, plain = load_model(small_folder, device_map=None)
+        assert (plain.eval()(**batch).logits - wanted).abs().max() > 1e-3
+
+
+def test_weights_of_four_bits_need_an_adapter(arguments, capsys):
+    assert sft.main([*arguments, "--load_in_4bit", "true"]) == 2
+    assert "only an adapter" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_an_adapter_on_weights_of_four_bits_is_trained(arguments, small_folder, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    trainer = run(arguments, "--use_peft", "true", "--load_in_4bit", "true", "--lora_r", "2")
+    kinds = {name: type(module).__name__ for name, module in trainer.model.named_modules()}
+    four_bits = [name for name, kind in kinds.items() if kind == "Linear4bit" and "lora_" not in name]
+    assert four_bits and all("language_model.layers" in name for name in four_bits)
+    _, model = load_model(small_folder, device_map=None)
+    PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload()
+
+
+# ---- Hostile input --------------------------------------------------------------------------------------------------
+
+
+def test_a_corrupt_image_ends_the_run_with_its_name_or_is_skipped(arguments, tmp_path, capsys):
+    path = write_rows(tmp_path / "data.json", make_rows(tmp_path, 4))
+    image = tmp_path / "images" / "2.png"
+    image.write_bytes(image.read_bytes()[:60])
+    more = ["--train_data", str(path), "--save_strategy", "no"]
+    assert sft.main([*arguments, *more]) == 2
+    assert f"{path}, row 3: {image}: the image cannot be decoded whole" in capsys.readouterr().err
+    trainer = run(arguments, *more, "--bad_samples", "skip")
+    assert trainer.state.global_step == 2 and trainer.data_collator.num_skipped == 1
+
+
+@pytest.mark.slow
+def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(arguments, tmp_path):
+    out = tmp_path / "out"
+    more = ["--max_steps", "6", "--save_steps", "2", "--lr_scheduler_type", "constant"]
+    run([*arguments, "--output_dir", str(tmp_path / "whole")], *more)
+    command = [sys.executable, "-m", "uhr_bat", "train", *arguments, *more, "--max_steps", "100000"]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    give_up = time.time() + 240
+    while not (out / "checkpoint-4" / "trainer_state.json").is_file() and time.time() < give_up:
+        time.sleep(0.05)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    # As if it had been killed while it wrote its third checkpoint, and none had come after.
+    for path in out.glob("checkpoint-*"):
+        if int(path.name.split("-")[1]) > 4:
+            os.replace(path, out / f"moved-{path.name}")
+    (out / "checkpoint-6").mkdir()
+    (out / "checkpoint-6" / "model.safetensors").write_bytes(b"cut off")
+    trainer = run(arguments, *more)
+    assert (out / "incomplete-checkpoint-6").is_dir() and trainer.state.global_step == 6
+    assert json.loads((out / "checkpoint-4" / "trainer_state.json").read_text())["global_step"] == 4
+    whole, resumed = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", out))
+    for name, weight in whole.items():
+        torch.testing.assert_close(resumed[name], weight, rtol=1e-4, atol=1e-5)
+
+
+# ---- Other loops ----------------------------------------------------------------------------------------------------
+
+
+def test_a_plain_loop_learns_with_the_same_parts(small_folder, data):
+    processor, model = load_model(small_folder, device_map=None)
+    loader = torch.utils.data.DataLoader(load_samples(data, processor), 4, collate_fn=UHRBatDataCollator(processor))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    losses = []
+    for _ in range(4):
+        for batch in loader:
+            losses.append(model.train()(**batch).loss)
+            losses[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@pytest.mark.slow
+def test_trls_trainer_learns_with_the_same_parts(small_folder, data, tmp_path):
+    trl = pytest.importorskip("trl")
+    processor, model = load_model(small_folder, device_map=None)
+    config = trl.SFTConfig(
+        str(tmp_path), max_steps=8, per_device_train_batch_size=4, learning_rate=1e-2, report_to="none", use_cpu=True,
+        bf16=False, remove_unused_columns=False, dataset_kwargs={"skip_prepare_dataset": True}, max_length=None,
+        logging_steps=1, save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    trainer = trl.SFTTrainer(
+        model, config, train_dataset=load_samples(data, processor), data_collator=UHRBatDataCollator(processor),
+        processing_class=processor,
+    )  # fmt: skip
+    trainer.train()
+    assert logged(trainer, "loss")[-1] < 0.7 * logged(trainer, "loss")[0]

@@ -1,0 +1,233 @@
+"""Samples -> inputs of the model: images are read and cut here, in the workers of a data loader, which hold no model.
+
+Letters: B prompts, I images, S scales, N patches of all scales, M tokens of the longest prompt.
+"""
+
+import base64
+
+import numpy as np
+import torch
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import get_worker_info
+from transformers.utils import logging
+
+from ..budgets_uhr_bat import is_one_budget
+from ..regions.cache import read_labels
+
+logger = logging.get_logger(__name__)
+
+IGNORED = -100  # a label that no loss counts
+MAX_WORKERS = 1024  # that count bad images
+
+
+def scale_budgets(budgets: list[int] | int, factor: float, least: int = 1) -> list[int] | int:
+    """Budgets times a factor, at least `least` each; a scale that is left out (0) stays so."""
+    if is_one_budget(budgets):
+        return max(round(factor * budgets), least)
+    return [max(round(factor * budget), least) if budget else 0 for budget in budgets]
+
+
+class UHRBatDataCollator:
+    """Batches of samples as the model's `forward` takes them, for Trainer, TRL's SFTTrainer or a plain loop.
+
+    A sample is a row of `load_samples`, or any dictionary with
+    - `messages`, as chat templates take them, with one part of the type "image" per image;
+    - `images`: of any kind that the processor takes, or {"path": ..., "bytes": ...}; none for text alone;
+    - `regions`: label map files of the images (`uhr-bat regions`), for all samples with images or for none;
+    - `name`: for messages.
+
+    Args:
+        processor: [`UHRBatProcessor`].
+        budgets: int[S] or int, visual tokens that a prompt may spend; the processor's if None.
+        budget_range: the budgets of a batch are multiplied by a factor between these two, drawn log-uniformly.
+        padding_side: "left" or "right"; the tokenizer's if None.
+        image_options: more arguments of the image processor.
+        bad_images: "error", or "skip": an image that cannot be read is counted in `num_skipped` and named in the log, and
+            another sample of the batch, or of an earlier one, takes the place of its sample.
+    """
+
+    def __init__(
+        self,
+        processor,
+        budgets: list[int] | int | None = None,
+        budget_range: tuple[float, float] = (1.0, 1.0),
+        padding_side: str | None = None,
+        image_options: dict | None = None,
+        bad_images: str = "error",
+    ):
+        if not 0 < budget_range[0] <= budget_range[1]:
+            raise ValueError(f"`budget_range` is two positive factors, the smaller one first. Got {budget_range}.")
+        if padding_side not in (None, "left", "right"):
+            raise ValueError(f"`padding_side` is 'left' or 'right'. Got {padding_side!r}.")
+        if bad_images not in ("error", "skip"):
+            raise ValueError(f"`bad_images` is 'error' or 'skip'. Got {bad_images!r}.")
+        self.processor = processor
+        self.budgets = processor.default_budgets if budgets is None else budgets
+        self.budget_range = budget_range
+        self.padding_side = padding_side or processor.tokenizer.padding_side
+        self.image_options = image_options or {}
+        self.bad_images = bad_images
+        # Of each worker a number of its own: two that add to one number may lose one.
+        self._skipped = torch.zeros(MAX_WORKERS, dtype=torch.long).share_memory_()
+        self._last_good = None
+
+    @property
+    def num_skipped(self) -> int:
+        """Samples whose place was taken by others, because an image could not be read; in all workers together."""
+        return int(self._skipped.sum())
+
+    def __call__(self, samples: list[dict]) -> dict[str, torch.Tensor]:
+        """The inputs of a batch.
+
+        Returns:
+            input_ids, attention_mask, labels: long[B, M]; labels are -100 but for the assistant's turns;
+            pixel_values, pixel_attention_mask, token_counts, images_per_prompt as the processor returns them, where the
+            batch has images;
+            regions: long[I, N] where the samples have label maps.
+
+        Raises:
+            OSError: an image that cannot be read; names the file and the sample.
+            ValueError: counts of images and placeholders that differ, or a sample over the context window.
+        """
+        budgets = self.draw_budgets(max((len(sample.get("images") or []) for sample in samples), default=1))
+        samples, images = self.read_samples(samples, budgets)
+        chats = [sample["messages"] for sample in samples]
+        rows = self.write(chats, images, samples, return_assistant_tokens_mask=True)
+        ids, answered = zip(*rows)
+        labels = [row.where(mask, IGNORED) for row, mask in zip(ids, answered)]
+        return {
+            **self.pad(ids, self.padding_side),
+            "labels": pad_sequence(labels, True, IGNORED, self.padding_side),
+            **join_images(images),
+        }
+
+    def ask(self, samples: list[dict]) -> dict:
+        """What `generate` takes to answer the last turn of each sample, at the undrawn budgets, and what it should say.
+
+        Returns:
+            inputs: padded on the left;
+            answers: str[B], the last turns, which are not among the inputs.
+        """
+        samples, images = self.read_samples(samples, self.budgets)
+        chats = [sample["messages"][:-1] for sample in samples]
+        ids = [row for row, _ in self.write(chats, images, samples, add_generation_prompt=True)]
+        answers = ["".join(part["text"] for part in as_parts(sample["messages"][-1])) for sample in samples]
+        return {"inputs": {**self.pad(ids, "left"), **join_images(images)}, "answers": answers}
+
+    def draw_budgets(self, num_images: int) -> list[int] | int:
+        """The budgets of a batch whose prompts have at most this many images. PyTorch's generator draws: a worker's is
+        seeded by the loader, anew for each epoch."""
+        low, high = self.budget_range
+        factor = low * (high / low) ** float(torch.rand(())) if low < high else low
+        return scale_budgets(self.budgets, factor, num_images)
+
+    # ---- Images ----
+
+    def read_samples(self, samples, budgets):
+        """Samples and what the processor makes of their images; others in place of those that cannot be read."""
+        read, bad = [], []
+        for sample in samples:
+            try:
+                images = self.read_images(sample, budgets)
+            except (OSError, ValueError) as error:
+                message = f"{sample.get('name', 'a sample')}: {error}"
+                if self.bad_images == "error":
+                    raise type(error)(message) from error
+                bad.append(message)
+            else:
+                read.append((sample, {**images, **self.read_regions(sample, len(images.get("pixel_values", ())))}))
+        if bad:
+            worker = get_worker_info()
+            self._skipped[(0 if worker is None else 1 + worker.id) % MAX_WORKERS] += len(bad)
+            logger.warning("Skipped, as an image cannot be read:" + "".join(f"\n  {message}" for message in bad))
+        if not read:
+            if self._last_good is None:
+                raise OSError(f"No image of a batch can be read, and none was before it. The first one: {bad[0]}")
+            return self.read_samples([self._last_good] * len(samples), budgets)
+        self._last_good = read[0][0]
+        return map(list, zip(*read, *[read[0]] * len(bad)))
+
+    def read_images(self, sample, budgets) -> dict[str, torch.Tensor]:
+        """What the processor returns for the images of one sample; {} for text alone."""
+        images = [as_image(image) for image in sample.get("images") or []]
+        if not images:
+            return {}
+        inputs = self.processor(
+            images=images, images_per_prompt=[len(images)], budgets=budgets, return_tensors="pt", **self.image_options
+        )
+        return {**inputs}
+
+    def read_regions(self, sample, num_images) -> dict[str, torch.Tensor]:
+        """`regions` long[I, N] of a sample with label maps, else {}."""
+        paths = sample.get("regions") or []
+        if paths and len(paths) != num_images:
+            raise ValueError(
+                f"{sample.get('name', 'a sample')}: {len(paths)} label maps came with {num_images} images."
+            )
+        scales, patch_size = self.processor.image_processor.scales, self.processor.image_processor.patch_size
+        wanted, rows = {scale: [scale // patch_size] * 2 for scale in scales}, []
+        for path in paths:
+            labels = read_labels(path)
+            found = {scale: list(grid.shape) for scale, grid in labels.items()}
+            if found != wanted:
+                raise ValueError(f"{path}: label maps of {found} tokens by scale, but the model has {wanted}.")
+            rows.append(torch.cat([labels[scale].flatten().long() for scale in scales]))
+        return {"regions": torch.stack(rows)} if rows else {}
+
+    # ---- Text ----
+
+    def write(self, chats, images, samples, **options):
+        """(ids, whether they are an assistant's) of each chat, long and bool [M], placeholders repeated as the images of
+        the chat need."""
+        tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
+        text = tokenizer.apply_chat_template(
+            chats, chat_template=self.processor.chat_template, tokenize=True, return_dict=True, **options
+        )
+        masks = text.get("assistant_masks", [[0] * len(ids) for ids in text["input_ids"]])
+        rows = []
+        for ids, mask, inputs, sample in zip(text["input_ids"], masks, images, samples):
+            ids, mask = torch.tensor(ids), torch.tensor(mask).bool()
+            sizes = inputs["token_counts"].sum(1) if inputs else torch.zeros(0, dtype=torch.long)
+            placeholder, name = ids == image_id, sample.get("name", "a sample")
+            if placeholder.sum() != len(sizes):
+                raise ValueError(f"{name}: {placeholder.sum()} placeholders, but {len(sizes)} images.")
+            repeats = torch.ones_like(ids)
+            repeats[placeholder] = sizes
+            if repeats.sum() > tokenizer.model_max_length:
+                raise ValueError(
+                    f"{name}: {repeats.sum()} tokens with its images, but the context window holds "
+                    f"{tokenizer.model_max_length}. Lower the budgets: nothing is cut silently."
+                )
+            rows.append((ids.repeat_interleave(repeats), (mask & ~placeholder).repeat_interleave(repeats)))
+        return rows
+
+    def pad(self, rows, side) -> dict[str, torch.Tensor]:
+        """input_ids and attention_mask long[B, M] of ids long[M] of several lengths."""
+        ids = pad_sequence(list(rows), True, self.processor.tokenizer.pad_token_id, side)
+        mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+def as_parts(message) -> list[dict]:
+    """The parts of a message, whose content may be a text."""
+    content = message["content"]
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def as_image(image):
+    """An image as the processor takes it: a file's path, or its bytes as base64, which goes through the same checks."""
+    if not isinstance(image, dict):
+        return image
+    return image["path"] if image.get("bytes") is None else base64.b64encode(image["bytes"]).decode()
+
+
+def join_images(rows: list[dict]) -> dict[str, torch.Tensor]:
+    """The image inputs of a batch from those of its samples; {} where no sample has an image."""
+    with_images = [row for row in rows if row]
+    if not with_images:
+        return {}
+    if any(("regions" in row) != ("regions" in with_images[0]) for row in with_images):
+        raise ValueError("Some samples of a batch have label maps, others have none: all with images need one.")
+    inputs = {name: torch.cat([row[name] for row in with_images]) for name in with_images[0]}
+    numbers = [int(row["images_per_prompt"]) if row else 0 for row in rows]
+    return {**inputs, "images_per_prompt": torch.from_numpy(np.array(numbers))}

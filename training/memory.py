@@ -1,0 +1,110 @@
+"""What a recipe needs of a GPU's memory, by a formula, before it runs: `uhr-bat train-memory --config FILE`.
+
+Letters: B samples of a batch, M tokens of the longest, L layers of the decoder, D its width, K the width of its keys, F
+that of its MLP, R its vocabulary; N tokens of all scales of an image before they are compressed, C width of the tower.
+"""
+
+import sys
+from dataclasses import dataclass
+
+import torch
+
+from ..budgets_uhr_bat import is_one_budget
+from ..configuration_uhr_bat import UHRBatConfig
+from .collator import scale_budgets
+from .options import read_options
+from .parts import add_adapter, freeze_parts
+
+NF4 = 0.516  # bytes of a weight: 4 bits, and a scale of 8 bits for 64 weights
+TEXT_TOKENS = 500  # beside the visual ones, where a recipe states no `max_length`
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+# Bytes that an optimiser keeps of a parameter whose own are b; two averages each.
+STATES = {"adamw_torch": lambda b: 2 * b, "adamw_torch_fused": lambda b: 2 * b, "adamw_8bit": lambda b: 2,
+          "paged_adamw_8bit": lambda b: 2, "sgd": lambda b: 0, "adafactor": lambda b: 0}  # fmt: skip
+
+
+@dataclass
+class Memory:
+    """Bytes of one device, by what takes them."""
+
+    weights: float
+    gradients: float
+    optimizer: float
+    activations: float
+    logits: float
+
+    @property
+    def total(self) -> float:
+        return sum(vars(self).values())
+
+    def __str__(self):
+        parts = ", ".join(f"{name} {value / 2**30:.1f}" for name, value in vars(self).items())
+        return f"{self.total / 2**30:.1f} GiB ({parts})"
+
+
+def predict_memory(config: UHRBatConfig, options, data, training) -> Memory:
+    """The sum of five parts, on one device, nothing sharded or offloaded; b is 2 bytes where `bf16` is set, else 4.
+
+        weights       bytes of every parameter: of `dtype`; with NF4, 0.516 for the decoder's linear layers
+        gradients     bytes of every parameter that is trained
+        optimizer     what it keeps of these: two averages of the parameter's type (AdamW), or of one byte
+        activations   with checkpointing b B M D L, the inputs of the layers, and one layer while it runs; else all layers:
+                      a layer holds b B M (8 D + 4 K + 5 F) (norms and residuals, queries to output, the MLP's products)
+                      and the images b B N (C + 5 D): the projector's input, its two layers, embedding and copies
+        logits        B M R (b + 8): as computed, in float32, and their gradient
+
+    The copy of weights that autocast makes (b for each parameter that is wider) is among the weights. What CUDA and the
+    allocator take beside it, about 1 to 2 GiB, is not in the formula.
+    """
+    model = _meta_model(config, options)
+    dtype = config.dtype if options.dtype == "auto" else options.dtype
+    size = BYTES[str(dtype or "float32").removeprefix("torch.")]
+    b = 2 if training.bf16 or training.fp16 else size
+    weights = gradients = states = 0
+    for name, parameter in model.named_parameters():
+        number = parameter.numel()
+        linear = "language_model.layers" in name and parameter.ndim == 2 and "lora_" not in name
+        one = NF4 if options.load_in_4bit and linear else 4 if "lora_" in name else size
+        weights += number * (one + (b if one > b and "lora_" not in name else 0))
+        if parameter.requires_grad:
+            gradients += number * one
+            states += number * STATES[str(training.optim.value)](one)
+
+    text, vision, B = config.text_config, config.vision_config, training.per_device_train_batch_size
+    L, D, F, R = text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size
+    K = text.num_key_value_heads * D // text.num_attention_heads
+    budgets = scale_budgets(config.budgets if data.budgets is None else data.budgets, data.budget_range[1])
+    visual = budgets if is_one_budget(budgets) else sum(budgets)
+    M = data.max_length or visual + TEXT_TOKENS
+    N = sum(height * width for height, width in config.grids)
+    layer = b * B * M * (8 * D + 4 * K + 5 * F)
+    held = b * B * M * D * L + layer if training.gradient_checkpointing else layer * L
+    return Memory(weights, gradients, states, held + b * B * N * (vision.hidden_size + 5 * D), B * M * R * (b + 8))
+
+
+def _meta_model(config, options):
+    """The model without its weights, its parts frozen or with an adapter."""
+    from ..modeling_uhr_bat import UHRBatForConditionalGeneration
+
+    with torch.device("meta"):
+        model = UHRBatForConditionalGeneration(config)
+        if options.use_peft:
+            return add_adapter(model, options)
+    freeze_parts(model, options.freeze)
+    return model
+
+
+def main(arguments=None) -> int:
+    """Print what a recipe needs; its options are those of `uhr-bat train`."""
+    try:
+        options, data, training = read_options(arguments, prog="uhr-bat train-memory")
+        config = UHRBatConfig.from_pretrained(options.model_name_or_path)
+        print(predict_memory(config, options, data, training))
+    except (OSError, ValueError, ImportError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,80 @@
+"""Which parts of the model are trained: whole parts, a LoRA adapter of the decoder, on weights of four bits or not."""
+
+import re
+
+from ..common.extras import require
+
+# The decoder alone: what an adapter changes there, the importance pass (eq. 2) reads too.
+LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
+# What stands before the decoder and is trained with it.
+VISUAL_PARTS = ("vision_tower", "multi_modal_projector", "scale_embedding", "token_mlp")
+
+
+def freeze_parts(model, names: list[str]):
+    """Train all but these parts of a [`UHRBatForConditionalGeneration`], and what no forward pass reads.
+
+    Raises:
+        ValueError: a name that no part has.
+    """
+    parts = {**dict(model.model.named_children()), "lm_head": model.lm_head}
+    if unknown := sorted(set(names) - set(parts)):
+        raise ValueError(f"`freeze`: there is no part {', '.join(unknown)}. There are: {', '.join(parts)}.")
+    model.requires_grad_(True)
+    for name in names:
+        parts[name].requires_grad_(False)
+    model.model.vision_tower.freeze_unread_layers()
+
+
+def unread_modules(model) -> list[str]:
+    """Names of the modules behind the tower's feature layer, which no token comes through."""
+    unread = {id(module) for layer in model.model.vision_tower.unread_layers for module in layer.modules()}
+    return [name for name, module in model.named_modules() if id(module) in unread]
+
+
+def add_adapter(model, options):
+    """A peft model with the LoRA adapter of [`ModelOptions`]; nothing else of the model is trained.
+
+    What the tower's unread layers hold never gets an adapter, whatever the expression says.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: the expression finds no layer.
+    """
+    require("train", "peft")
+    from peft import LoraConfig, get_peft_model
+
+    config = LoraConfig(
+        r=options.lora_r,
+        lora_alpha=options.lora_alpha,
+        lora_dropout=options.lora_dropout,
+        target_modules=options.lora_target_modules,
+        exclude_modules="|".join(map(re.escape, unread_modules(model))),
+        modules_to_save=options.lora_modules_to_save,
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def quantization(options) -> dict:
+    """Arguments of `from_pretrained` for weights of four bits: the decoder's linear layers, nothing before them.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+        ValueError: no adapter is trained on them.
+    """
+    if not options.load_in_4bit:
+        return {}
+    if not options.use_peft:
+        raise ValueError("`load_in_4bit`: weights of four bits cannot be trained, only an adapter (`use_peft: true`).")
+    require("qlora", "bitsandbytes")
+    import torch
+    from transformers import BitsAndBytesConfig
+
+    config = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+        llm_int8_skip_modules=[*VISUAL_PARTS, "lm_head"],
+    )
+    return {"quantization_config": config}

@@ -1,0 +1,128 @@
+"""Fine-tune on your own data: `uhr-bat train --config FILE`, a recipe of `training/recipes` or one of your own.
+
+The data is checked before the model is loaded. A run that was cut off goes on from its last whole checkpoint when the
+same command is given again. `output_dir` becomes a model folder, or the folder of an adapter.
+"""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+from transformers.trainer_utils import get_last_checkpoint
+from transformers.utils import logging
+
+from ..common.extras import require
+from ..common.loading import load_model
+from ..processing_uhr_bat import UHRBatProcessor
+from .collator import UHRBatDataCollator, scale_budgets
+from .data import load_samples
+from .options import read_options
+from .parts import add_adapter, freeze_parts, quantization
+from .trainer import KeptPictures, UHRBatTrainer
+
+logger = logging.get_logger(__name__)
+
+
+def read_data(data, processor, seed):
+    """(training samples, held-out samples or None) of [`DataOptions`]."""
+    settings = {
+        "budgets": scale_budgets(processor.default_budgets, data.budget_range[1]),
+        "max_length": data.max_length,
+        "image_folder": data.image_folder,
+        "regions": data.regions,
+        "bad_samples": data.bad_samples,
+        "num_proc": data.dataset_num_proc,
+    }
+    samples = load_samples(data.train_data, processor, split=data.train_split, **settings)
+    if data.eval_data:
+        return samples, load_samples(data.eval_data, processor, split=data.eval_split, **settings)
+    if data.eval_share:
+        parts = samples.train_test_split(data.eval_share, seed=seed)
+        return parts["train"], parts["test"]
+    return samples, None
+
+
+def prepare_model(options, training, budgets):
+    """The model of [`ModelOptions`], its parts frozen or with an adapter."""
+    import torch
+
+    dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
+    _, model = load_model(options.model_name_or_path, dtype, device_map=None, **quantization(options))
+    if isinstance(budgets, list):
+        model.config.budgets = budgets
+    if not options.use_peft:
+        freeze_parts(model, options.freeze)
+        return model
+    if options.load_in_4bit:
+        from peft import prepare_model_for_kbit_training
+
+        model = prepare_model_for_kbit_training(model, training.gradient_checkpointing)
+    return add_adapter(model, options)
+
+
+def last_whole_checkpoint(folder: str) -> str | None:
+    """The last checkpoint in a folder that was written to its end: its state, which comes last, can be read.
+
+    What a run left that was killed while it wrote is named, and moved out of the way.
+    """
+    while Path(folder).is_dir() and (last := get_last_checkpoint(folder)):
+        try:
+            json.loads(Path(last, "trainer_state.json").read_text(encoding="utf-8"))
+            return last
+        except (OSError, ValueError):
+            logger.warning(f"{last}: was not written to its end. The run goes on from the checkpoint before it.")
+            os.replace(last, Path(last).with_name(f"incomplete-{Path(last).name}"))
+    return None
+
+
+def train(options, data, training) -> UHRBatTrainer:
+    """Train by a recipe, see [`read_options`]. Raises whatever is wrong with the data before the model is loaded."""
+    require("train", "datasets", "peft")
+    if data.eval_pictures:
+        require("pictures", "matplotlib")
+    quantization(options)
+    budgets = {} if data.budgets is None else {"default_budgets": data.budgets}
+    processor = UHRBatProcessor.from_pretrained(options.model_name_or_path, **budgets)
+    samples, held_out = read_data(data, processor, training.data_seed or training.seed)
+    collator = UHRBatDataCollator(
+        processor,
+        budget_range=data.budget_range,
+        image_options=data.image_options,
+        bad_images=data.bad_samples,
+    )
+    trainer = UHRBatTrainer(
+        model=prepare_model(options, training, processor.default_budgets),
+        args=training,
+        train_dataset=samples,
+        eval_dataset=held_out,
+        data_collator=collator,
+        processing_class=processor,
+        eval_max_new_tokens=data.eval_max_new_tokens,
+    )
+    if data.eval_pictures and held_out is not None:
+        trainer.add_callback(
+            KeptPictures(collator, [held_out[i] for i in range(min(data.eval_pictures, len(held_out)))])
+        )
+    checkpoint = training.resume_from_checkpoint or last_whole_checkpoint(training.output_dir)
+    trainer.train(resume_from_checkpoint=checkpoint)
+    trainer.save_model()
+    if collator.num_skipped:
+        logger.warning(f"{collator.num_skipped} samples were skipped, as an image of theirs could not be read.")
+    if training.push_to_hub:
+        trainer.push_to_hub()
+    return trainer
+
+
+def main(arguments=None) -> int:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
+    try:
+        train(*read_options(arguments))
+    except (OSError, ValueError, ImportError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

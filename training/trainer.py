@@ -1,0 +1,103 @@
+"""The library's Trainer with a second learning rate, with answers to held-out questions, and with pictures."""
+
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Subset
+from tqdm import tqdm
+from transformers import Trainer, TrainerCallback
+
+from ..pictures.pages import kept_picture
+from .collator import as_image, as_parts
+from .parts import VISUAL_PARTS
+
+
+def is_right(answer: str, expected: str) -> bool:
+    """Whether an answer says what was expected, but for case, spaces and a full stop at the end."""
+    return answer.strip().rstrip(".").casefold() == expected.strip().rstrip(".").casefold()
+
+
+class UHRBatTrainer(Trainer):
+    """Trainer for [`UHRBatDataCollator`], with [`UHRBatTrainingArguments`].
+
+    `visual_learning_rate` is the rate of what stands before the decoder. An evaluation answers the last turn of every
+    held-out sample too, with at most `eval_max_new_tokens` tokens, greedily: `eval_accuracy` is the share of answers that
+    are right (`is_right`).
+    """
+
+    def __init__(self, *args, eval_max_new_tokens: int = 32, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.eval_max_new_tokens = eval_max_new_tokens
+
+    def create_optimizer(self, *args, **kwargs):
+        made = self.optimizer is None
+        super().create_optimizer(*args, **kwargs)
+        if made and self.args.visual_learning_rate is not None:
+            self.split_groups(self.optimizer, self.args.visual_learning_rate)
+        return self.optimizer
+
+    def split_groups(self, optimizer, learning_rate):
+        """Give the parameters before the decoder groups with a rate of their own."""
+        names = self.model.named_parameters()
+        visual = {id(parameter) for name, parameter in names if any(f"{part}." in name for part in VISUAL_PARTS)}
+        for group in list(optimizer.param_groups):
+            moved = [parameter for parameter in group["params"] if id(parameter) in visual]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in visual]
+            if moved:
+                optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
+
+    def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
+        output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self.eval_max_new_tokens:
+            output.metrics[f"{metric_key_prefix}_accuracy"] = self.measure_accuracy(dataloader.dataset)
+        return output
+
+    @torch.no_grad()
+    def measure_accuracy(self, samples) -> float:
+        """Share of the last turns that the model answers right. Processes share the samples."""
+        model = self.accelerator.unwrap_model(self.model)
+        own = range(self.args.process_index, len(samples), self.args.world_size)
+        loader = DataLoader(
+            Subset(samples, own),
+            self.args.per_device_eval_batch_size,
+            num_workers=self.args.dataloader_num_workers,
+            collate_fn=self.data_collator.ask,
+        )
+        right = torch.zeros((), device=self.args.device)
+        for batch in tqdm(loader, desc="Answering", disable=self.args.disable_tqdm, leave=False):
+            inputs = self._prepare_inputs(batch["inputs"])
+            with self.accelerator.autocast():
+                ids = model.generate(**inputs, do_sample=False, max_new_tokens=self.eval_max_new_tokens)
+            ids = ids[:, inputs["input_ids"].shape[1] :]
+            answers = self.processing_class.tokenizer.batch_decode(ids, skip_special_tokens=True)
+            right += sum(map(is_right, answers, batch["answers"]))
+        return float(self.accelerator.reduce(right)) / len(samples)
+
+
+class KeptPictures(TrainerCallback):
+    """At every checkpoint, what the model kept of some samples' images, as `kept/*.jpg` in its folder."""
+
+    def __init__(self, collator, samples):
+        self.collator, self.samples = collator, samples
+
+    def on_save(self, args, state, control, model=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        folder = Path(args.output_dir, f"checkpoint-{state.global_step}", "kept")
+        folder.mkdir(parents=True, exist_ok=True)
+        for number, sample in enumerate(self.samples):
+            self.draw(model, sample, folder / f"{number}.jpg")
+
+    @torch.no_grad()
+    def draw(self, model, sample, path):
+        """The first image of a sample, as the selection leaves it for the last question."""
+        if not sample["images"]:
+            return
+        processor = self.collator.processor
+        inputs = self.collator.ask([sample])["inputs"]
+        training = model.training
+        compressed = model.eval().compress(**{name: value.to(model.device) for name, value in inputs.items()})
+        model.train(training)
+        image = processor.image_processor.process_image(as_image(sample["images"][0]), **self.collator.image_options)
+        question = " ".join(part["text"] for part in as_parts(sample["messages"][-2]) if part["type"] == "text")
+        kept_picture(compressed, image, question).save(path)
