@@ -22,6 +22,7 @@ _MODULES = {
     "save_model": "common.loading",
     "UHRBatDataCollator": "training.collator",
     "UHRBatTrainer": "training.trainer",
+    "UHRBatTrainingArguments": "training.options",
     "load_samples": "training.data",
 }
 

@@ -1,1 +1,1 @@
-"""Training: the stages of UHR-BAT-Tiny."""
+"""Training: fine-tuning on one's own data (`sft.py`), and the stages of UHR-BAT-Tiny (`tiny/`)."""

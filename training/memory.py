@@ -13,7 +13,7 @@ from ..budgets_uhr_bat import is_one_budget
 from ..configuration_uhr_bat import UHRBatConfig
 from .collator import scale_budgets
 from .options import read_options
-from .parts import add_adapter, freeze_parts
+from .parts import VISUAL_PARTS, add_adapter, freeze_parts
 
 NF4 = 0.516  # bytes of a weight: 4 bits, and a scale of 8 bits for 64 weights
 TEXT_TOKENS = 500  # beside the visual ones, where a recipe states no `max_length`
@@ -50,7 +50,8 @@ def predict_memory(config: UHRBatConfig, options, data, training) -> Memory:
         optimizer     what it keeps of these: two averages of the parameter's type (AdamW), or of one byte
         activations   with checkpointing b B M D L, the inputs of the layers, and one layer while it runs; else all layers:
                       a layer holds b B M (8 D + 4 K + 5 F) (norms and residuals, queries to output, the MLP's products)
-                      and the images b B N (C + 5 D): the projector's input, its two layers, embedding and copies
+                      and the images b B N (C + 5 D): the projector's input, its two layers, embedding and copies;
+                      b B N 3 D where nothing before the decoder is trained, and no more than the tokens are held
         logits        B M R (b + 8): as computed, in float32, and their gradient
 
     The copy of weights that autocast makes (b for each parameter that is wider) is among the weights. What CUDA and the
@@ -79,7 +80,12 @@ def predict_memory(config: UHRBatConfig, options, data, training) -> Memory:
     N = sum(height * width for height, width in config.grids)
     layer = b * B * M * (8 * D + 4 * K + 5 * F)
     held = b * B * M * D * L + layer if training.gradient_checkpointing else layer * L
-    return Memory(weights, gradients, states, held + b * B * N * (vision.hidden_size + 5 * D), B * M * R * (b + 8))
+    visual_trained = any(
+        parameter.requires_grad and any(f"{part}." in name for part in VISUAL_PARTS)
+        for name, parameter in model.named_parameters()
+    )
+    images = b * B * N * (vision.hidden_size + 5 * D if visual_trained else 3 * D)
+    return Memory(weights, gradients, states, held + images, B * M * R * (b + 8))
 
 
 def _meta_model(config, options):
@@ -97,6 +103,8 @@ def _meta_model(config, options):
 def main(arguments=None) -> int:
     """Print what a recipe needs; its options are those of `uhr-bat train`."""
     try:
+        # The recipe's own device may not be here: `bf16` is refused on a CPU that nobody asked for.
+        arguments = [*(sys.argv[1:] if arguments is None else arguments), "--use_cpu", "true"]
         options, data, training = read_options(arguments, prog="uhr-bat train-memory")
         config = UHRBatConfig.from_pretrained(options.model_name_or_path)
         print(predict_memory(config, options, data, training))

@@ -43,7 +43,7 @@ def read_data(data, processor, seed):
     return samples, None
 
 
-def prepare_model(options, training, budgets):
+def prepare_model(options, budgets):
     """The model of [`ModelOptions`], its parts frozen or with an adapter."""
     import torch
 
@@ -54,10 +54,6 @@ def prepare_model(options, training, budgets):
     if not options.use_peft:
         freeze_parts(model, options.freeze)
         return model
-    if options.load_in_4bit:
-        from peft import prepare_model_for_kbit_training
-
-        model = prepare_model_for_kbit_training(model, training.gradient_checkpointing)
     return add_adapter(model, options)
 
 
@@ -92,7 +88,7 @@ def train(options, data, training) -> UHRBatTrainer:
         bad_images=data.bad_samples,
     )
     trainer = UHRBatTrainer(
-        model=prepare_model(options, training, processor.default_budgets),
+        model=prepare_model(options, processor.default_budgets),
         args=training,
         train_dataset=samples,
         eval_dataset=held_out,

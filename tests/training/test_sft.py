@@ -60,7 +60,7 @@ def test_every_recipe_runs(path, arguments, tmp_path):
     more += ["--save_steps", "2", "--eval_share", "0.2", "--eval_steps", "2"]
     trainer = run(arguments, *more)
     assert trainer.state.global_step == 2 and (tmp_path / "out" / "checkpoint-2").is_dir()
-    stated = read_options(["--config", str(path)])
+    stated = read_options(["--config", str(path), "--use_cpu", "true"])
     assert (
         trainer.args.bf16 == stated[2].bf16 and trainer.args.gradient_checkpointing == stated[2].gradient_checkpointing
     )
@@ -68,7 +68,7 @@ def test_every_recipe_runs(path, arguments, tmp_path):
 
 
 def test_the_papers_recipe_says_what_the_paper_and_the_release_say():
-    model, data, training = read_options(["--config", str(ROOT / "training/recipes/paper_7b.yaml")])
+    model, data, training = read_options(["--config", "paper_7b", "--use_cpu", "true"])
     assert model.freeze == ["vision_tower"] and data.budgets == [80, 320, 600, 2000] and data.max_length == 5000
     assert training.per_device_train_batch_size * training.gradient_accumulation_steps == 16
     assert (training.num_train_epochs, training.learning_rate, training.max_grad_norm) == (2, 2e-6, 0.5)
@@ -89,6 +89,7 @@ def test_an_option_that_there_is_not_is_refused(tmp_path, capsys):
 # ---- What is trained ------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_parts_learn_at_their_rates_and_frozen_ones_not_at_all(arguments, small_folder, tmp_path):
     trainer = run(arguments, "--visual_learning_rate", "1e-4", "--lr_scheduler_type", "constant")
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
@@ -100,14 +101,16 @@ def test_parts_learn_at_their_rates_and_frozen_ones_not_at_all(arguments, small_
     assert changed == set(rates) and not any("vision_tower" in name for name in rates)
 
 
+@pytest.mark.slow
 def test_what_is_left_is_a_model_folder_that_answers(arguments, tmp_path):
     run(arguments)
     processor, model = load_model(tmp_path / "out", device_map=None)
     assert (tmp_path / "out" / "modeling_uhr_bat.py").is_file() and processor.default_budgets == model.config.budgets
 
 
+@pytest.mark.slow
 def test_a_colour_is_learnt_and_held_out_questions_show_it(arguments):
-    more = ["--max_steps", "40", "--eval_share", "0.34", "--eval_strategy", "steps", "--eval_steps", "20"]
+    more = ["--max_steps", "30", "--eval_share", "0.34", "--eval_strategy", "steps", "--eval_steps", "15"]
     trainer = run(arguments, *more, "--budget_range", "0.5", "1.5", "--save_strategy", "no", "--logging_steps", "5")
     assert logged(trainer, "loss")[-1] < 0.5 * logged(trainer, "loss")[0]
     assert logged(trainer, "eval_accuracy")[-1] > 0.5 and logged(trainer, "eval_loss")
@@ -118,6 +121,7 @@ def test_an_answer_is_right_but_for_case_and_a_full_stop(answer, right):
     assert is_right(answer, "red") == right
 
 
+@pytest.mark.slow
 def test_samples_of_like_length_share_a_batch(arguments):
     trainer = run(arguments, "--train_sampling_strategy", "group_by_length", "--save_strategy", "no")
     assert trainer.train_dataset["length"] and type(trainer._get_train_sampler()).__name__ == "LengthGroupedSampler"
@@ -133,6 +137,7 @@ def test_pictures_of_what_was_kept_stand_beside_a_checkpoint(arguments, tmp_path
 # ---- Adapters -------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [None, "all-linear"])
 def test_an_adapter_is_trained_and_merged_into_a_model(arguments, small_folder, tmp_path, targets):
     more = [] if targets is None else ["--lora_target_modules", targets]
@@ -170,6 +175,7 @@ def test_an_adapter_on_weights_of_four_bits_is_trained(arguments, small_folder, 
 # ---- Hostile input --------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_corrupt_image_ends_the_run_with_its_name_or_is_skipped(arguments, tmp_path, capsys):
     path = write_rows(tmp_path / "data.json", make_rows(tmp_path, 4))
     image = tmp_path / "images" / "2.png"
@@ -210,6 +216,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(arguments, tmp_path
 # ---- Other loops ----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_a_plain_loop_learns_with_the_same_parts(small_folder, data):
     processor, model = load_model(small_folder, device_map=None)
     loader = torch.utils.data.DataLoader(load_samples(data, processor), 4, collate_fn=UHRBatDataCollator(processor))
