@@ -75,6 +75,6 @@ def quantization(options) -> dict:
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[*VISUAL_PARTS, "lm_head"],
+        llm_int8_skip_modules=[*(f"model.{part}" for part in VISUAL_PARTS), "lm_head"],
     )
     return {"quantization_config": config}

@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 from own_data import make_rows, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
+from test_save_and_push import REPO, Hub, online
 from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.export.convert_checkpoint import convert
 from uhr_bat.training import sft
@@ -170,6 +172,26 @@ def test_an_adapter_on_weights_of_four_bits_is_trained(arguments, small_folder, 
     assert four_bits and all("language_model.layers" in name for name in four_bits)
     _, model = load_model(small_folder, device_map=None)
     PeftModel.from_pretrained(model, tmp_path / "out").merge_and_unload()
+
+
+# ---- Pushing --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_a_run_pushes_a_model_folder(arguments):
+    with Hub() as hub:
+        thread = threading.Thread(target=hub.serve_forever)
+        thread.start()
+        try:
+            command = [sys.executable, "-m", "uhr_bat", "train", *arguments, "--save_strategy", "no"]
+            command += ["--push_to_hub", "true", "--hub_model_id", REPO]
+            done = subprocess.run(command, env=os.environ | online(hub), capture_output=True, text=True, timeout=300)
+        finally:
+            hub.shutdown()
+            thread.join()
+    assert done.returncode == 0, done.stderr[-3000:]
+    wanted = {"config.json", "model.safetensors", "modeling_uhr_bat.py", "processor_config.json", "tokenizer.json"}
+    assert wanted <= hub.files.keys() and not any(name.startswith("checkpoint") for name in hub.files)
 
 
 # ---- Hostile input --------------------------------------------------------------------------------------------------
