@@ -4,7 +4,7 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import yaml
@@ -92,9 +92,11 @@ class UHRBatTrainingArguments(TrainingArguments):
     )
 
 
+KINDS = (ModelOptions, DataOptions, UHRBatTrainingArguments)
+
+
 def make_parser(prog: str) -> argparse.ArgumentParser:
-    kinds = (ModelOptions, DataOptions, UHRBatTrainingArguments)
-    parser = HfArgumentParser(kinds, prog=prog, description="Fine-tune on your own data.", allow_abbrev=False)
+    parser = HfArgumentParser(KINDS, prog=prog, description="Fine-tune on your own data.", allow_abbrev=False)
     parser.add_argument("--config", type=Path, metavar="FILE", help="recipe (YAML), or the name of one of ours")
     return parser
 
@@ -111,8 +113,11 @@ def read_options(arguments, prog="uhr-bat train") -> tuple[ModelOptions, DataOpt
     if config is not None:
         if not config.suffix:
             config = RECIPES / f"{config}.yaml"
-        recipe = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
-        known = {action.dest for action in parser._actions}
+        try:
+            recipe = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
+        except yaml.YAMLError as error:
+            raise ValueError(f"{config}: this is no YAML ({error}).") from error
+        known = {one.name for kind in KINDS for one in fields(kind)}
         if unknown := sorted(set(recipe) - known):
             raise ValueError(f"{config}: there is no option {', '.join(unknown)}.")
         for name in ("train_data", "eval_data", "freeze", "budgets"):  # a list of one may be written without brackets
