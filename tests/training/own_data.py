@@ -16,7 +16,7 @@ SCALES, BUDGETS = [32, 64], [4, 8]
 def make_model_folder(folder):
     """A random model with UHR-BAT-Tiny's tokenizer and template: two scales, 16 and 64 tokens."""
     settings = json.loads((ROOT / "config.json").read_text(encoding="utf-8"))
-    settings |= {"scales": SCALES, "budgets": BUDGETS, "num_regions": 3}
+    settings |= {"scales": SCALES, "budgets": BUDGETS, "num_regions": 3, "refinement": [], "refinement_layers": []}
     settings["text_config"] |= {
         "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
         "num_key_value_heads": 1, "head_dim": 16, "layer_types": ["full_attention"] * 2,
