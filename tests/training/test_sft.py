@@ -112,7 +112,7 @@ def test_what_is_left_is_a_model_folder_that_answers(arguments, tmp_path):
 
 @pytest.mark.slow
 def test_a_colour_is_learnt_and_held_out_questions_show_it(arguments):
-    more = ["--max_steps", "30", "--eval_share", "0.34", "--eval_strategy", "steps", "--eval_steps", "15"]
+    more = ["--max_steps", "60", "--eval_share", "0.34", "--eval_strategy", "steps", "--eval_steps", "30"]
     trainer = run(arguments, *more, "--budget_range", "0.5", "1.5", "--save_strategy", "no", "--logging_steps", "5")
     assert logged(trainer, "loss")[-1] < 0.5 * logged(trainer, "loss")[0]
     assert logged(trainer, "eval_accuracy")[-1] > 0.5 and logged(trainer, "eval_loss")
