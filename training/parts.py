@@ -55,26 +55,25 @@ def add_adapter(model, options):
     return get_peft_model(model, config)
 
 
-def quantization(options) -> dict:
-    """Arguments of `from_pretrained` for weights of four bits: the decoder's linear layers, nothing before them.
+def quantization(options):
+    """`quantization_config` of four bits for the decoder's linear layers, nothing before them; None without.
 
     Raises:
         ImportError: bitsandbytes is missing.
         ValueError: no adapter is trained on them.
     """
     if not options.load_in_4bit:
-        return {}
+        return None
     if not options.use_peft:
         raise ValueError("`load_in_4bit`: weights of four bits cannot be trained, only an adapter (`use_peft: true`).")
     require("qlora", "bitsandbytes")
     import torch
     from transformers import BitsAndBytesConfig
 
-    config = BitsAndBytesConfig(
+    return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
         llm_int8_skip_modules=[*(f"model.{part}" for part in VISUAL_PARTS), "lm_head"],
     )
-    return {"quantization_config": config}

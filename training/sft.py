@@ -48,7 +48,7 @@ def prepare_model(options, budgets):
     import torch
 
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    _, model = load_model(options.model_name_or_path, dtype, device_map=None, **quantization(options))
+    _, model = load_model(options.model_name_or_path, dtype, None, quantization(options))
     if isinstance(budgets, list):
         model.config.budgets = budgets
     if not options.use_peft:
