@@ -16,7 +16,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelD
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .geometry_uhr_bat import check_scales, grids, shown_patches
-from .image_reading_uhr_bat import StreamedImage, flatten_images, is_image, read_image
+from .image_reading_uhr_bat import PlainImage, RasterImage, flatten_images, is_image, read_image
 from .image_views_uhr_bat import PAD_COLOR, image_to_tiles, normalize_views
 
 
@@ -113,22 +113,22 @@ class UHRBatImageProcessor(BaseImageProcessor):
             return image_url_or_urls
         return self.process_image(image_url_or_urls, max_image_pixels)
 
-    def open_image(self, path: str | os.PathLike, max_image_pixels: int | None = None) -> StreamedImage:
+    def open_image(self, path: str | os.PathLike, max_image_pixels: int | None = None) -> RasterImage:
         """An image file that is read while it is resized and never held whole: pass it like any other image.
 
-        For images of hundreds of megapixels; needs pyvips, `pip install "uhr-bat[stream]"`. See `StreamedImage` for what
+        For images of hundreds of megapixels; needs pyvips, `pip install "uhr-bat[stream]"`. See `RasterImage` for what
         is read and what is raised.
         """
-        return self.process_image(StreamedImage(path), max_image_pixels)
+        return self.process_image(RasterImage(path), max_image_pixels)
 
     def process_image(
         self,
-        image: ImageInput | StreamedImage | str | os.PathLike,
+        image: ImageInput | RasterImage | str | os.PathLike,
         max_image_pixels: int | None = None,
         do_convert_rgb: bool | None = True,
         input_data_format: str | ChannelDimension | None = None,
         **kwargs,
-    ) -> Image.Image | StreamedImage:
+    ) -> Image.Image | RasterImage:
         """One image of any kind as 8-bit RGB (`read_image`), at most `max_image_pixels` large; a streamed one as it
         is."""
         if max_image_pixels is None:

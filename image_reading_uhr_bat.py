@@ -1,29 +1,43 @@
-"""UHR-BAT image reading: a file, a URL, base64, a PIL image, an array or a stream becomes 8-bit RGB, or a clear error.
+"""UHR-BAT image reading: a file, a URL, base64, a PIL image, an array or a raster becomes 8-bit RGB, or a clear error.
 
-`read_image` is the one door: what comes out of it has been checked, and nothing behind it checks again. In this order:
-pixels to 8-bit RGB, files, streams (images that are never held whole), the door. Sizes are (height, width).
+`read_image` is the one door: what comes out of it has been checked, and nothing behind it checks again. Pictures (JPEG,
+PNG, WebP and so on) are decoded by Pillow; rasters (TIFF, JPEG 2000, and what Pillow does not know) are read by rasterio
+(`raster_reading_uhr_bat.py`). In this order: pixels to 8-bit RGB, files, the door. Sizes are (height, width).
 """
 
 import base64
 import binascii
 import io
 import os
+import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
-from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image, load_image
+from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image
 
-# Longest side in pixels. The horizontal pass over a portrait image costs as much as its square, about a minute per
-# scale at this side; a file of a few bytes that states 1,000,000 x 1 pixels would take hours.
+from .raster_reading_uhr_bat import RasterImage, import_rasterio, is_dataset, is_raster, reason, tiff_tags
+
+# Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
+# 1,000,000 x 1 pixels.
 MAX_SIDE = 100_000
-# Rows that libvips is asked for at once: its memory goes with them. A JPEG's blocks have 16.
-FETCHED_ROWS = 16
+# Pixels of a JPEG or PNG from which on it is streamed by rasterio where that is installed: decoded it takes 1 GB.
+HELD_PIXELS = 2**28
+STREAMED_FORMATS, STREAMED_MODES = ("JPEG", "PNG"), ("L", "RGB", "RGBA")
+# What GDAL opens without being a file here: a virtual file system, a store, a part of a file.
+GDAL_NAME = re.compile(r"/vsi|[a-z0-9+]{2,}://|[A-Z][A-Z0-9_]+:")
+# Seconds without an answer after which a server is given up.
+TIMEOUT = 60
+# Bytes of a file at a URL that are looked at before it is left to GDAL.
+URL_START = 2**16
+# Drivers for what comes from elsewhere: other formats may name further files, which would be read here.
+FOREIGN_DRIVERS = ("GTiff", "JP2OpenJPEG")
 # 16 bits to 8 by the full range, 65535 -> 255, to the nearest: 65535 / 255 = 257, which is odd, so there are no ties.
 SIXTEEN_TO_EIGHT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
@@ -43,11 +57,6 @@ def check_image_size(image_size: tuple[int, int], max_image_pixels: int, name: s
             f"{name}: {height} x {width} pixels have a side over {MAX_SIDE} pixels, whose letterboxed square would "
             f"take too long. Cut the image into parts."
         )
-
-
-def _reason(error):
-    """The error's type and text: the type says what an empty text, as that of a MemoryError, does not."""
-    return f"{type(error).__name__}: {error}"
 
 
 # Pixels to 8-bit RGB
@@ -70,7 +79,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
     try:
         image.load()
     except Exception as error:  # decoders raise whatever they like
-        raise OSError(f"{name}: the image cannot be decoded whole ({_reason(error)}).") from error
+        raise OSError(f"{name}: the image cannot be decoded whole ({reason(error)}).") from error
     if image.mode == "RGB":
         return image
     if image.mode.startswith("I"):
@@ -157,91 +166,49 @@ def _decode(image, name):
     try:
         ImageOps.exif_transpose(image, in_place=True)  # in place: a copy of a gigapixel is 4 GB
     except Exception as error:
-        raise OSError(f"{name}: the image cannot be decoded whole ({_reason(error)}).") from error
+        raise OSError(f"{name}: the image cannot be decoded whole ({reason(error)}).") from error
     return to_rgb(image, name)
 
 
-# Streams
+class PlainImage:
+    """A picture that Pillow decoded, with what a [`RasterImage`] has: `read_image` takes it as the picture itself.
 
-
-def _pyvips():
-    """The optional library, told to keep no image that was read: an earlier pass would stay in memory."""
-    try:
-        import pyvips
-    except (ImportError, OSError) as error:  # OSError: pyvips is there, libvips is not
-        raise ImportError('Streaming an image needs pyvips: pip install "uhr-bat[stream]"') from error
-    pyvips.cache_set_max(0)
-    return pyvips
-
-
-class StreamedImage:
-    """An image file that is read from top to bottom, some rows at a time: gigapixels in tens of megabytes.
-
-    What the views ask of it is `height`, `width` and `strips`; errors name `filename`.
-
-    8-bit RGB as everything here: of two bands the first is grey, of three or four the first three are red, green and
-    blue (a fourth is alpha or near infrared, and dropped); 16 bits are scaled by their full range. JPEG, PNG and TIFF
-    come out as Pillow decodes them. The file is read again for every pass, so it must stay as it is.
-
-    Args:
-        path: an image file. Tiles or strips keep a TIFF's reading small; an interlaced PNG or a progressive JPEG is
-            held whole by its decoder.
-
-    Raises:
-        ImportError: pyvips is not installed.
-        OSError: the file cannot be opened.
-        ValueError: an image that is turned by its EXIF orientation, or is neither grey nor RGB in 8 or 16 bits.
+    Attributes:
+        image: 8-bit RGB.
+        height, width: in pixels.
+        crs, transform: None: a picture lies nowhere.
     """
 
-    def __init__(self, path: str | os.PathLike):
-        self.filename = os.fspath(path)
-        image = self._open()
-        self.height, self.width = image.height, image.width
-        if image.bands > 4 or image.interpretation not in ("srgb", "rgb", "rgb16", "b-w", "grey16", "multiband"):
-            raise ValueError(
-                f"{self.filename}: {image.bands} bands ({image.interpretation}) are neither grey nor RGB. Write red, "
-                f"green and blue into a file of three bands."
-            )
-        if image.format not in ("uchar", "ushort"):
-            raise ValueError(
-                f"{self.filename}: pixels are {image.format}, not unsigned integers of 8 or 16 bits. Scale them first."
-            )
-        if image.get_typeof("orientation") and image.get("orientation") != 1:
-            raise ValueError(
-                f"{self.filename}: the EXIF orientation {image.get('orientation')} turns the image, which needs all of "
-                f"it at once. Store it upright."
-            )
+    crs = transform = None
 
-    def _open(self):
-        """pyvips' image of the file, to be read from top to bottom, and nothing of it read yet."""
-        pyvips = _pyvips()
-        try:
-            # `revalidate`: otherwise libvips returns its cached image, which an earlier pass has read to the end.
-            return pyvips.Image.new_from_file(self.filename, access="sequential", fail_on="error", revalidate=True)
-        except pyvips.Error as error:
-            raise OSError(f"{self.filename}: the image cannot be opened ({_reason(error)}).") from error
+    def __init__(self, image: Image.Image, filename: str):
+        self.image, self.filename = image, filename
+        self.height, self.width = image.height, image.width
 
     def strips(self, num_rows: int) -> Iterator[Image.Image]:
-        """The image from top to bottom as RGB strips of `num_rows` rows, the last one of what is left.
-
-        One thread must ask for all strips of a pass. Raises `OSError` for a damaged file.
-        """
-        image = self._open()
-        bands = 3 if image.bands >= 3 else 1
-        dtype = np.uint16 if image.format == "ushort" else np.uint8
-        # A region keeps its place in the file; `write_to_memory` of one crop after the other starts anew.
-        region = _pyvips().Region.new(image.extract_band(0, n=bands))
-        for start in range(0, self.height, num_rows):
-            strip = Image.new("RGB", (self.width, min(num_rows, self.height - start)))
-            for top in range(0, strip.height, FETCHED_ROWS):
-                rows = min(FETCHED_ROWS, strip.height - top)
-                try:
-                    pixels = region.fetch(0, start + top, self.width, rows)
-                except Exception as error:
-                    raise OSError(f"{self.filename}: the image cannot be decoded whole ({_reason(error)}).") from error
-                pixels = np.frombuffer(pixels, dtype).reshape(rows, self.width, bands)
-                strip.paste(to_rgb(_array_to_image(pixels)), (0, top))
+        """The picture from top to bottom in strips of `num_rows` rows, the last one of what is left."""
+        for top in range(0, self.height, num_rows):
+            strip = Image.new("RGB", (self.width, min(num_rows, self.height - top)))
+            strip.paste(self.image, (0, -top))  # pasting does not ask for Pillow's limit, as cropping does
             yield strip
+
+    def __array__(self, dtype=None, copy=None):
+        return np.asarray(self.image, dtype)
+
+
+def _pillow_misreads(tags, num_pages=1) -> str | None:
+    """What of a TIFF Pillow would read as something else, without an error, by the tags of its page."""
+    samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
+    several = samples > 1
+    found = {
+        "planar bands": several and tags.get(284) == 2,
+        "bands without colours": several and tags.get(262) in (0, 1),
+        "signed pixels": bits < 32 and 2 in tags.get(339, ()),
+        "bands of 16 bits": several and bits > 8,
+        "alpha, nodata or colours that GDAL wrote": any(tag in tags for tag in (338, 42112, 42113)),
+        "several pages": num_pages > 1,
+    }
+    return next((what for what, there in found.items() if there), None)
 
 
 # The door
@@ -252,18 +219,200 @@ class _Opened(NamedTuple):
 
     name: str
     size: tuple[int, int]
-    decode: Callable[[], Image.Image | StreamedImage]
+    decode: Callable[[], Image.Image | RasterImage]
 
 
-def _open_file(file: BinaryIO, name, path="") -> _Opened:
-    # The registered readers are called directly, as `Image.open` does after it has asked for Pillow's own limit.
+class _Reader(NamedTuple):
+    """The arguments of `read_image` that say how a source is read."""
+
+    do_convert_rgb: bool
+    input_data_format: str | ChannelDimension | None
+    options: dict  # bands, value_range, window, overviews
+
+    @property
+    def of_rasters(self) -> list[str]:
+        """Names of those options that were given and that only a raster has."""
+        return [name for name, value in self.options.items() if value is not None and name != "overviews"]
+
+    def open(self, source, files: ExitStack) -> _Opened:
+        """Any source; files are closed by `files`."""
+        if isinstance(source, (str, os.PathLike)):
+            return self.open_text(os.fspath(source), files)
+        if isinstance(source, PlainImage):
+            source = source.image
+        if isinstance(source, bytes):
+            return self.open_file(io.BytesIO(source), "image")
+        if is_dataset(source):
+            return self.open_raster(source, source.name)
+        if hasattr(source, "read"):
+            name = getattr(source, "name", None)  # a file of the operating system has one, others may
+            if source.seekable():
+                source.seek(0)
+            return self.open_file(io.BytesIO(source.read()), name if isinstance(name, str) else "image")
+        if not is_image(source):
+            raise TypeError(
+                f"An image is a PIL image, an array, a tensor, a path, a URL, base64, bytes, a file or an open raster. "
+                f"Got {type(source)}."
+            )
+        if self.of_rasters:
+            raise ValueError(
+                f"`{self.of_rasters[0]}` is for files and open datasets, and this image is in memory or open already "
+                f"({type(source).__name__}). Pass its path, or the option to `open_image`."
+            )
+        if isinstance(source, RasterImage):
+            return _Opened(source.filename, (source.height, source.width), lambda: source)
+        if isinstance(source, Image.Image):
+            return self.open_image(source)
+        return self.open_array(source)
+
+    # Files
+
+    def open_raster(self, source, name, tags=(), drivers=None) -> _Opened:
+        orientation = dict(tags).get(274, 1)
+        orientation = orientation if orientation in range(1, 9) else 1
+        image = RasterImage(source, name=name, orientation=orientation, drivers=drivers, **self.options)
+        return _Opened(name, (image.height, image.width), lambda: image)
+
+    def open_file(self, file: BinaryIO, name, path="") -> _Opened:
+        """From a file that is open, and its path where it lies on this machine."""
+        start = file.read(16)
+        if is_raster(start):
+            tags = tiff_tags(file)
+            if _has_rasterio():
+                return self.open_raster(path or _all_of(file), name, tags, FOREIGN_DRIVERS)
+        elif self.of_rasters or path and _is_envi(path):
+            return self.open_raster(path or _all_of(file), name, drivers=None if path else ("JPEG", "PNG"))
+        file.seek(0)
+        # The registered readers are called directly, as `Image.open` does after it has asked for Pillow's own limit.
+        try:
+            image = _open_lazily(file, path)
+        except Exception as error:
+            raise OSError(f"{name}: the image cannot be opened ({reason(error)}).") from error
+        if is_raster(start):
+            _check_pillow_suffices(image, name, self.of_rasters)
+        elif image is None:
+            if path and _has_rasterio():
+                try:
+                    return self.open_raster(path, name)  # VRT, ENVI, IMG and whatever else GDAL knows
+                except OSError:
+                    pass
+            raise UnidentifiedImageError(
+                f"{name}: not an image that Pillow or GDAL (rasterio) can read, or one with a side of 0 pixels."
+            )
+        elif path and _is_streamed(image):
+            return self.open_raster(path, name)
+        return _Opened(name, (image.height, image.width), lambda: _decode(image, name))
+
+    def open_url(self, url, name) -> _Opened:
+        import httpx
+
+        try:
+            # A server that sends parts of a file says so by its answer to a request for all of it.
+            headers = {"Range": "bytes=0-", "Accept-Encoding": "identity"}
+            options = {"headers": headers, "follow_redirects": True, "timeout": TIMEOUT}
+            with httpx.stream("GET", url, **options) as response:
+                if response.status_code >= 400:
+                    raise OSError(
+                        f"{name}: the image cannot be fetched, the server answers {response.status_code} "
+                        f"{response.reason_phrase}."
+                    )
+                parts, start = response.iter_bytes(URL_START), b""
+                start = next(parts, b"")
+                if is_raster(start) and response.status_code == 206 and _has_rasterio():
+                    remote = f"/vsicurl/{url}"
+                else:
+                    remote, content = None, b"".join(chain([start], parts))
+        except httpx.HTTPError as error:
+            raise OSError(f"{name}: the image cannot be fetched ({reason(error)}).") from error
+        if remote:
+            return self.open_raster(remote, name, tiff_tags(io.BytesIO(start)), FOREIGN_DRIVERS)
+        return self.open_file(io.BytesIO(content), name)
+
+    def open_text(self, source, files) -> _Opened:
+        """From a path, a URL, a name of GDAL's or base64."""
+        name = source if len(source) <= 200 else f"{source[:100]}..."
+        if source.startswith(("http://", "https://")):
+            return self.open_url(source, name)
+        if source.startswith("data:"):
+            header, _, payload = source.partition(",")
+            try:
+                return self.open_file(_decode_base64(payload), header)
+            except binascii.Error as error:
+                raise ValueError(f"{header}: the image is not base64 ({error}).") from error
+        path = url2pathname(urlparse(source).path) if source.startswith("file://") else source
+        if os.path.exists(path):
+            return self.open_file(files.enter_context(open(path, "rb")), name, path)
+        if not source.startswith("file://") and GDAL_NAME.match(source):
+            return self.open_raster(source, name)
+        try:
+            return self.open_file(_decode_base64(source), name)
+        except (binascii.Error, UnidentifiedImageError) as error:
+            raise FileNotFoundError(f"{name}: there is no such file, and it is no URL or base64 image.") from error
+
+    # Images in memory
+
+    def open_image(self, image: Image.Image) -> _Opened:
+        name = getattr(image, "filename", "") or "image"  # only images that Pillow opened know their file
+
+        def decode():
+            if not self.do_convert_rgb and image.mode != "RGB":
+                raise ValueError(f"{name}: mode {image.mode} is not RGB, and `do_convert_rgb` is False.")
+            return to_rgb(image, name)
+
+        return _Opened(name, (image.height, image.width), decode)
+
+    def open_array(self, array) -> _Opened:
+        if is_torch_tensor(array):
+            array = array.detach().cpu()
+            array = (array.float() if array.is_floating_point() else array).numpy()
+        array = _channels_last(array, self.input_data_format)
+        return _Opened("image", array.shape[:2], lambda: self.open_image(_array_to_image(array)).decode())
+
+
+def _has_rasterio() -> bool:
     try:
-        image = _open_lazily(file, path)
-    except Exception as error:
-        raise OSError(f"{name}: the image cannot be opened ({_reason(error)}).") from error
+        import_rasterio()
+    except ImportError:
+        return False
+    return True
+
+
+def _all_of(file) -> bytes:
+    file.seek(0)
+    return file.read()
+
+
+def _is_envi(path) -> bool:
+    """Whether it is raw pixels with ENVI's header beside it: any first bytes are possible, those of a picture too."""
+    for header in (f"{path}.hdr", f"{os.path.splitext(path)[0]}.hdr"):
+        if header != path and os.path.isfile(header):
+            with open(header, "rb") as file:
+                return file.read(4) == b"ENVI"
+    return False
+
+
+def _check_pillow_suffices(image, name, options):
+    """Raises `ImportError` where a raster needs rasterio, which is not installed."""
     if image is None:
-        raise UnidentifiedImageError(f"{name}: not an image that Pillow can read, or one with a side of 0 pixels.")
-    return _Opened(name, (image.height, image.width), lambda: _decode(image, name))
+        misread = "its format"
+    elif options:
+        misread = f"`{options[0]}`"
+    else:
+        misread = image.format == "TIFF" and _pillow_misreads(image.tag_v2, image.n_frames)
+    if misread:
+        try:
+            import_rasterio()
+        except ImportError as error:
+            raise ImportError(f"{name}: Pillow would not read {misread} right. {error}") from error
+
+
+def _is_streamed(image) -> bool:
+    """Whether a picture takes more memory than it is worth, and rasterio reads it upright and in the same colours."""
+    if image.width * image.height < HELD_PIXELS or image.format not in STREAMED_FORMATS or not _has_rasterio():
+        return False
+    turned = "exif" in image.info if image.format == "PNG" else image.getexif().get(274, 1) != 1
+    deep = any(";16" in str(tile.args) for tile in image.tile)  # Pillow takes the higher byte of such a PNG
+    return image.mode in STREAMED_MODES and not turned and not deep
 
 
 def _decode_base64(text):
@@ -271,96 +420,57 @@ def _decode_base64(text):
     return io.BytesIO(base64.b64decode("".join(text.split()).encode(errors="replace"), validate=True))
 
 
-def _open_text(source, files) -> _Opened:
-    """From a path, a URL or base64; a file is closed by `files`."""
-    name = source if len(source) <= 200 else f"{source[:100]}..."
-    if source.startswith(("http://", "https://")):
-        try:
-            image = load_image(source)
-        except Exception as error:
-            raise OSError(f"{name}: the image cannot be fetched ({_reason(error)}).") from error
-        return _Opened(name, (image.height, image.width), lambda: image)
-    if source.startswith("data:"):
-        header, _, payload = source.partition(",")
-        try:
-            return _open_file(_decode_base64(payload), header)
-        except binascii.Error as error:
-            raise ValueError(f"{header}: the image is not base64 ({error}).") from error
-    path = url2pathname(urlparse(source).path) if source.startswith("file://") else source
-    if os.path.exists(path):
-        return _open_file(files.enter_context(open(path, "rb")), name, path)
-    try:
-        return _open_file(_decode_base64(source), name)
-    except (binascii.Error, UnidentifiedImageError) as error:
-        raise FileNotFoundError(f"{name}: there is no such file, and it is no URL or base64 image.") from error
-
-
-def _open_image(image, do_convert_rgb) -> _Opened:
-    name = getattr(image, "filename", "") or "image"  # only images that Pillow opened know their file
-
-    def decode():
-        if not do_convert_rgb and image.mode != "RGB":
-            raise ValueError(f"{name}: mode {image.mode} is not RGB, and `do_convert_rgb` is False.")
-        return to_rgb(image, name)
-
-    return _Opened(name, (image.height, image.width), decode)
-
-
-def _open_array(array, input_data_format, do_convert_rgb) -> _Opened:
-    if is_torch_tensor(array):
-        array = array.detach().cpu()
-        array = (array.float() if array.is_floating_point() else array).numpy()
-    array = _channels_last(array, input_data_format)
-    return _Opened("image", array.shape[:2], lambda: _open_image(_array_to_image(array), do_convert_rgb).decode())
-
-
 def is_image(source: Any) -> bool:
-    """Whether `read_image` takes it as an image already: PIL, NumPy or torch, or a [`StreamedImage`]."""
-    return isinstance(source, StreamedImage) or is_valid_image(source)
+    """Whether it is an image already, not where one is: PIL, NumPy or torch, or what `open_image` returns."""
+    return isinstance(source, (RasterImage, PlainImage)) or is_valid_image(source)
 
 
 def read_image(
     source: Any,
     max_image_pixels: int,
     *,
+    bands: Any = None,
+    value_range: Any = None,
+    window: Any = None,
+    overviews: str | None = None,
     do_convert_rgb: bool = True,
     input_data_format: str | ChannelDimension | None = None,
-) -> Image.Image | StreamedImage:
+) -> Image.Image | RasterImage:
     """An image of any kind as 8-bit RGB, its size checked before its pixels are decoded.
 
     Args:
         source: one of
-            - a path, a `file://` or `http(s)://` URL, or base64 with or without a `data:` header; what is read here
-              stands upright by its EXIF orientation, and of several frames the first is taken. URLs are fetched by
-              transformers' own loader, so that Pillow's limit holds for them too;
+            - a path, a `file://` or `http(s)://` URL, any name that GDAL knows ("s3://...", "/vsicurl/..."), or base64
+              with or without a `data:` header; what is read here stands upright by its EXIF orientation, and of several
+              frames of a picture the first is taken. Of a raster at a URL only the parts that are needed are fetched,
+              where the server sends parts;
+            - the bytes of a file, or a file that is open for reading bytes, which is read from its start;
+            - an open dataset of rasterio;
             - a PIL image of any mode (`to_rgb`), which comes back itself where it is RGB;
             - a NumPy array or a torch tensor [h, w], [h, w, C] or [C, h, w] with 1, 3 or 4 channels, the fourth of
               which is dropped. Values: 8 bits; bool; 16 bits, scaled by their full range; other integers that are in
               0..255; floats in [0, 1];
-            - a [`StreamedImage`], which comes back itself: its strips are 8-bit RGB.
-        max_image_pixels: pixels of the largest image that is read.
+            - what `open_image` returns.
+        max_image_pixels: pixels of the largest image, or part of a raster, that is read.
+        bands, value_range, window, overviews: how a raster is read, see [`RasterImage`]. With any of the first three a
+            picture is read as a raster too.
         do_convert_rgb: False refuses PIL images and arrays that are not RGB.
         input_data_format: 'channels_first' or 'channels_last', for arrays whose shape can be read both ways.
 
+    Returns:
+        A PIL image; of a TIFF, a JPEG 2000 or what only GDAL knows a [`RasterImage`], which is never held whole. So is a
+        JPEG or a PNG of `HELD_PIXELS` pixels or more where rasterio is installed.
+
     Raises:
         OSError: the image cannot be fetched, opened or decoded whole; names it.
-        ValueError: an empty or too large image, or values, a mode or a shape that are not those of an image; names the
-            image.
+        ImportError: it needs rasterio; names what to install.
+        ValueError: an empty or too large image, or values, bands, a mode or a shape that are not those of an image;
+            names the image.
         TypeError: `source` is of no such kind.
     """
+    options = {"bands": bands, "value_range": value_range, "window": window, "overviews": overviews}
     with ExitStack() as files:
-        if isinstance(source, (str, os.PathLike)):
-            opened = _open_text(os.fspath(source), files)
-        elif isinstance(source, StreamedImage):
-            opened = _Opened(source.filename, (source.height, source.width), lambda: source)
-        elif isinstance(source, Image.Image):
-            opened = _open_image(source, do_convert_rgb)
-        elif is_image(source):
-            opened = _open_array(source, input_data_format, do_convert_rgb)
-        else:
-            raise TypeError(
-                f"An image is a PIL image, an array, a tensor, a path, a URL or base64. Got {type(source)}."
-            )
+        opened = _Reader(do_convert_rgb, input_data_format, options).open(source, files)
         check_image_size(opened.size, max_image_pixels, opened.name)
         return opened.decode()
 
@@ -374,4 +484,4 @@ def flatten_images(images: Any) -> list:
     return [images]
 
 
-__all__ = ["StreamedImage", "flatten_images", "is_image", "read_image", "to_rgb"]
+__all__ = ["PlainImage", "RasterImage", "flatten_images", "is_image", "read_image", "to_rgb"]

@@ -20,10 +20,8 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging
 
 from .geometry_uhr_bat import letterbox
-from .image_reading_uhr_bat import StreamedImage
+from .raster_reading_uhr_bat import PAD_COLOR, RasterImage
 
-# CLIP's mean colour in 8 bits, the letterbox of the released code.
-PAD_COLOR = (122, 116, 104)
 # Pixels of one strip of rows on its way to the scales. Pillow prepares every strip anew, so larger strips are faster;
 # of a streamed image, strips are a good part of the memory.
 STRIP_PIXELS, STREAMED_STRIP_PIXELS = 2**21, 2**19
@@ -65,7 +63,7 @@ def _strips(image, pad_color, strip_pixels):
 
 def _read_ahead(strips):
     """The strips of a generator, each read while the one before it is resized."""
-    with ThreadPoolExecutor(1) as reader:  # one thread from first to last, as `StreamedImage.strips` asks
+    with ThreadPoolExecutor(1) as reader:  # one thread from first to last, as `RasterImage.masked_strips` asks
         coming = reader.submit(next, strips, None)
         while (strip := coming.result()) is not None:
             coming = reader.submit(next, strips, None)
@@ -164,7 +162,7 @@ class _View:
 
 
 def image_to_tiles(
-    image: Image.Image | StreamedImage,
+    image: Image.Image | RasterImage,
     scales: Sequence[int],
     tile_size: int,
     pad_color: Sequence[int] = PAD_COLOR,
