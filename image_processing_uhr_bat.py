@@ -31,7 +31,16 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
     max_image_pixels (`int`):
         Pixels of the largest image that is read.
     mask_padding (`bool`):
-        Whether `pixel_attention_mask` is 0 where a patch shows the letterbox alone; otherwise it is 1 everywhere.
+        Whether `pixel_attention_mask` is 0 where a patch shows the letterbox alone, or pixels that a raster has no data
+        for; otherwise it is 1 everywhere.
+    bands (`list`):
+        Bands of a raster by number, description or colour: three, or one for grey. By default what the file says.
+    value_range (`str` or `list`):
+        What becomes black and white of a raster: "dtype", "percentile", (low, high), or a pair for each band.
+    window (`list`):
+        Part of a raster: (top, left, bottom, right) in pixels or (west, south, east, north, crs).
+    overviews (`str`):
+        "auto", or "off" where views must be bit-equal to those of the full resolution.
     """
 
     scales: list[int] | tuple[int, ...] | None
@@ -39,6 +48,10 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
     pad_color: list[int] | tuple[int, ...] | None
     max_image_pixels: int | None
     mask_padding: bool | None
+    bands: Any
+    value_range: Any
+    window: Any
+    overviews: str | None
 
 
 class UHRBatImageProcessor(BaseImageProcessor):
@@ -50,8 +63,8 @@ class UHRBatImageProcessor(BaseImageProcessor):
       shows any pixel of the image, 0 where it shows the letterbox alone. int64 as `attention_mask` is, which every
       collator and gather handles; it is 300 times smaller than the pixels.
 
-    Images: PIL, NumPy or torch, paths, URLs, base64 (see `read_image`), what `open_image` returns, alone, in lists or
-    in nested lists, which are flattened. EXIF orientation is applied to what is read here, not to PIL images handed in.
+    Images: PIL, NumPy or torch, paths, URLs, base64, bytes, files, datasets of rasterio (see `read_image`), what
+    `open_image` returns, alone, in lists or in nested lists, which are flattened. EXIF orientation is applied to what is read here, not to PIL images handed in.
     Every image becomes 8-bit RGB first: floats in [0, 1] too, so that `do_rescale=False` gives 0..255 whatever the
     input.
 
@@ -82,6 +95,10 @@ class UHRBatImageProcessor(BaseImageProcessor):
     pad_color = list(PAD_COLOR)
     max_image_pixels = 1_000_000_000
     mask_padding = True
+    bands = None
+    value_range = None
+    window = None
+    overviews = None
 
     def __init__(self, **kwargs: Unpack[UHRBatImageProcessorKwargs]):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # None is the class's default
@@ -102,24 +119,28 @@ class UHRBatImageProcessor(BaseImageProcessor):
         settings.setdefault("crop_size", size)  # processors without a crop state the tile as their size
         return cls(**{**settings, **kwargs})
 
-    def fetch_images(self, image_url_or_urls, max_image_pixels: int | None = None):
-        """RGB images in place of paths, URLs and base64 strings, in the same nesting; other images as they are.
+    def fetch_images(self, image_url_or_urls, max_image_pixels: int | None = None, **options):
+        """Images in place of paths, URLs and other sources (`read_image`), in the same nesting; PIL images and arrays as
+        they are. `options` are those of a raster.
 
         Raises what `read_image` raises.
         """
         if isinstance(image_url_or_urls, (list, tuple)):
-            return [self.fetch_images(image, max_image_pixels) for image in image_url_or_urls]
+            return [self.fetch_images(image, max_image_pixels, **options) for image in image_url_or_urls]
         if is_image(image_url_or_urls):
             return image_url_or_urls
-        return self.process_image(image_url_or_urls, max_image_pixels)
+        return self.process_image(image_url_or_urls, max_image_pixels, **options)
 
-    def open_image(self, path: str | os.PathLike, max_image_pixels: int | None = None) -> RasterImage:
-        """An image file that is read while it is resized and never held whole: pass it like any other image.
+    def open_image(
+        self, path: str | os.PathLike, max_image_pixels: int | None = None, **options
+    ) -> RasterImage | PlainImage:
+        """An image file with its `height`, `width`, `filename`, `crs` and `transform`: pass it like any other image.
 
-        For images of hundreds of megapixels; needs pyvips, `pip install "uhr-bat[stream]"`. See `RasterImage` for what
-        is read and what is raised.
+        `options` are `bands`, `value_range`, `window` and `overviews` ([`RasterImage`]). A raster is read while it is
+        resized and never held whole; its pixels are the same through every other door.
         """
-        return self.process_image(RasterImage(path), max_image_pixels)
+        image = self.process_image(path, max_image_pixels, **options)
+        return image if isinstance(image, RasterImage) else PlainImage(image, os.fspath(path))
 
     def process_image(
         self,
@@ -127,13 +148,19 @@ class UHRBatImageProcessor(BaseImageProcessor):
         max_image_pixels: int | None = None,
         do_convert_rgb: bool | None = True,
         input_data_format: str | ChannelDimension | None = None,
+        bands=None,
+        value_range=None,
+        window=None,
+        overviews: str | None = None,
         **kwargs,
     ) -> Image.Image | RasterImage:
-        """One image of any kind as 8-bit RGB (`read_image`), at most `max_image_pixels` large; a streamed one as it
-        is."""
-        if max_image_pixels is None:
-            max_image_pixels = self.max_image_pixels
-        return read_image(image, max_image_pixels, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format)
+        """One image of any kind as 8-bit RGB, at most `max_image_pixels` large (`read_image`)."""
+        options = {
+            "max_image_pixels": max_image_pixels, "bands": bands, "value_range": value_range, "window": window,
+            "overviews": overviews,
+        }  # fmt: skip
+        options = {name: getattr(self, name) if value is None else value for name, value in options.items()}
+        return read_image(image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, **options)
 
     def _standardize_kwargs(self, **kwargs) -> dict:
         # None in a call is what the processor itself says.
@@ -199,12 +226,17 @@ class UHRBatImageProcessor(BaseImageProcessor):
         )
         for image_idx, source in enumerate(sources):  # one decoded image at a time
             image = self.process_image(source, **kwargs)
-            tiles = image_to_tiles(image, scales, tile_size, pad_color, resample)
+            size, masked = (image.height, image.width), isinstance(image, RasterImage) and image.masked
+            if isinstance(image, RasterImage):
+                image = image.for_scale(max(scales))
+            shown = {scale: np.zeros(grid, bool) for scale, grid in zip(scales, grids(scales, patch_size))}
+            tiles = image_to_tiles(image, scales, tile_size, pad_color, resample, shown=shown if masked else None)
             normalize_views(tiles, arithmetic, out=pixel_values[image_idx])
             if mask_padding:
-                size = image.height, image.width
-                masks = [shown_patches(size, grid).ravel() for grid in grids(scales, patch_size)]
-                pixel_attention_mask[image_idx] = np.concatenate(masks)
+                masks = shown.values() if masked else [shown_patches(size, patches.shape) for patches in shown.values()]
+                pixel_attention_mask[image_idx] = np.concatenate([patches.ravel() for patches in masks])
+                if not pixel_attention_mask[image_idx].any():
+                    raise ValueError(f"{image.filename}: none of its pixels is valid, so there is nothing to show.")
 
         data = {"pixel_values": pixel_values, "pixel_attention_mask": pixel_attention_mask}
         return BatchFeature(data=data, tensor_type=return_tensors)

@@ -1,8 +1,8 @@
 """UHR-BAT image views: an RGB image to the square view of every scale, cut into tiles and normalised (section 3.3).
 
 The image is letterboxed to a square (centred, the mean colour), the square is resized to every scale with Pillow's
-bicubic, and each of these views is cut into tiles, row by row. The square itself is never built, and an image that is
-streamed is never held whole either: rows go through as strips, and a view is finished band by band. What comes in is
+bicubic, and each of these views is cut into tiles, row by row. The square itself is never built, and a raster is never
+held whole either: rows go through as strips, and a view is finished band by band. What comes in is
 what `read_image` gave out and `check_scales` let pass; nothing is checked here.
 
 Letters: T tiles of a scale. Sizes are (height, width).
@@ -10,7 +10,7 @@ Letters: T tiles of a scale. Sizes are (height, width).
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -23,7 +23,7 @@ from .geometry_uhr_bat import letterbox
 from .raster_reading_uhr_bat import PAD_COLOR, RasterImage
 
 # Pixels of one strip of rows on its way to the scales. Pillow prepares every strip anew, so larger strips are faster;
-# of a streamed image, strips are a good part of the memory.
+# of a raster, strips are a good part of the memory.
 STRIP_PIXELS, STREAMED_STRIP_PIXELS = 2**21, 2**19
 # Rows of a view that are resized together, at least. Neighbouring bands overlap by the filter's reach.
 BAND_ROWS = 96
@@ -45,20 +45,28 @@ def _run(pool, calls):
 # Strips: the rows that come in
 
 
-def _strips(image, pad_color, strip_pixels):
-    """Strips of rows as wide as the letterboxed square, from top to bottom, of an image in memory or in a file."""
+def _strips(image, pad_color, columns, strip_pixels):
+    """(strip of rows of the letterboxed square, which of its pixels show the image), from top to bottom.
+
+    Args:
+        columns: (first, last + 1) of the square that a strip has.
+
+    Yields:
+        (RGB, bool[h, w] or None): pixels that are no part of the image have the letterbox's colour; the second is of the
+        image's own columns, None where it has all of them.
+    """
     side, _, left = letterbox((image.height, image.width))
     in_memory = isinstance(image, Image.Image)
-    num_rows = max(1, (strip_pixels or (STRIP_PIXELS if in_memory else STREAMED_STRIP_PIXELS)) // side)
-    if in_memory:
-        # Pasting clips, and does not ask for Pillow's limit as cropping does.
-        parts = ((image, (left, -start)) for start in range(0, image.height, num_rows))
-    else:
-        parts = ((part, (left, 0)) for part in image.strips(num_rows))
-    for start, (part, corner) in zip(range(0, image.height, num_rows), parts):
-        strip = Image.new("RGB", (side, min(num_rows, image.height - start)), pad_color)
-        strip.paste(part, corner)
-        yield strip
+    width = columns[1] - columns[0]
+    num_rows = max(1, (strip_pixels or (STRIP_PIXELS if in_memory else STREAMED_STRIP_PIXELS)) // width)
+    starts = range(0, image.height, num_rows)
+    # Pasting clips, and does not ask for Pillow's limit as cropping does.
+    parts = ((image, None) for _ in starts) if in_memory else image.masked_strips(num_rows)
+    for start, (part, valid) in zip(starts, parts):
+        strip = Image.new("RGB", (width, min(num_rows, image.height - start)), pad_color)
+        corner = left - columns[0], -start if in_memory else 0
+        strip.paste(part, corner, None if valid is None else Image.fromarray(valid))
+        yield strip, valid
 
 
 def _read_ahead(strips):
@@ -70,33 +78,73 @@ def _read_ahead(strips):
             yield strip
 
 
+def mark_shown(shown: Iterable[np.ndarray], valid: np.ndarray | None, size, corner, side: int):
+    """Notes which patches show a part of the image that came in: the rule of `shown_patches`, for any set of pixels.
+
+    Args:
+        shown: bool[H, W] of some scales over the letterboxed square; set to True where a patch shows a valid pixel.
+        valid: bool[h, w], pixels that are part of the image; None where all are.
+        size: (height, width) of these pixels.
+        corner: (row, column) of the first of them in the square.
+        side: of the square in pixels.
+    """
+    h, w = size
+    # Valid pixels to the left of each edge between columns.
+    counts = np.broadcast_to(np.arange(w + 1), (h, w + 1))
+    if valid is not None:
+        counts = np.zeros((h, w + 1), np.int32)
+        valid.cumsum(axis=1, out=counts[:, 1:])
+    for patches in shown:
+        H, W = patches.shape
+        edges = np.arange(W + 1) * side
+        lows, highs = edges[:-1] // W - corner[1], -(-edges[1:] // W) - corner[1]
+        in_columns = counts[:, highs.clip(0, w)] > counts[:, lows.clip(0, w)]
+        for row in range(corner[0] * H // side, -(-(corner[0] + h) * H // side)):
+            low, high = row * side // H - corner[0], -(-(row + 1) * side // H) - corner[0]
+            patches[row] |= in_columns[max(low, 0) : high].any(axis=0)
+
+
 # Bands: the rows that go out
 
 
 class _Band(NamedTuple):
-    """Rows (first, last + 1) that are resized together: of the view, of the square that they show, and of the square
-    with what the filter reaches on both sides."""
+    """Rows or columns (first, last + 1) that are resized together: of the view, of the square that they show, and of the
+    square with what the filter reaches on both sides."""
 
     view: tuple[int, int]
     square: tuple[int, int]
     window: tuple[int, int]
 
 
-def _bands(side, scale, band_rows) -> list[_Band]:
-    """Bands of `band_rows` or more rows of the view, from top to bottom.
+def _reach(side, scale):
+    """Pixels of the square that the filter reads on each side of what a pixel of the view shows."""
+    return math.ceil(WIDEST_FILTER * max(1, side / scale)) + 1
 
-    Bands start where a source row and an output row coincide; otherwise Pillow's coefficients differ in the last bit.
-    Where side and scale are coprime, the whole view is one band.
+
+def _band(side, scale, start, stop) -> _Band:
+    """From part `start` up to part `stop` of the gcd(side, scale) parts of the square.
+
+    Parts start where a pixel of the square and one of the view do; otherwise Pillow's coefficients differ in the last
+    bit. Where side and scale are coprime, there is one part.
     """
+    num_parts, reach = math.gcd(side, scale), _reach(side, scale)
+    view, square = ((start * length // num_parts, stop * length // num_parts) for length in (scale, side))
+    return _Band(view, square, (max(0, square[0] - reach), min(side, square[1] + reach)))
+
+
+def _bands(side, scale, band_rows) -> list[_Band]:
+    """Bands of `band_rows` or more rows of the view, from top to bottom."""
     num_parts = math.gcd(side, scale)
-    parts_per_band = math.ceil(band_rows * num_parts / scale)
-    reach = math.ceil(WIDEST_FILTER * max(1, side / scale)) + 1
-    bands = []
-    for start in range(0, num_parts, parts_per_band):
-        stop = min(start + parts_per_band, num_parts)
-        view, square = ((start * rows // num_parts, stop * rows // num_parts) for rows in (scale, side))
-        bands.append(_Band(view, square, (max(0, square[0] - reach), min(side, square[1] + reach))))
-    return bands
+    step = math.ceil(band_rows * num_parts / scale)
+    return [_band(side, scale, start, min(start + step, num_parts)) for start in range(0, num_parts, step)]
+
+
+def _columns(side, scale, left, width) -> _Band:
+    """The columns of the view that show any of an image: the others have the letterbox's colour."""
+    num_parts, reach = math.gcd(side, scale), _reach(side, scale)
+    start = max(0, (left - reach) * num_parts // side)
+    stop = min(num_parts, -(-(left + width + reach) * num_parts // side))
+    return _band(side, scale, start, stop)
 
 
 def _passes(scales, side, band_rows, window_bytes):
@@ -117,45 +165,52 @@ class _View:
     """The square view of one scale and its tiles, resized while the rows of the image come in.
 
     Pillow resizes rows first, rounds to 8 bits, then columns. Here every strip is made narrow when it comes, and the
-    columns of a band follow as soon as its rows are there: only these are held.
+    columns of a band follow as soon as its rows are there: only these are held, and of the letterbox beside the image
+    none.
     """
 
-    def __init__(self, side, scale, tile_size, pad_color, resample, band_rows):
-        self.scale, self.tile_size, self.pad_color, self.resample = scale, tile_size, pad_color, resample
+    def __init__(self, image_size, scale, tile_size, pad_color, resample, band_rows):
+        side, _, left = letterbox(image_size)
+        self.tile_size, self.scale, self.pad_color, self.resample = tile_size, scale, pad_color, resample
+        self.columns = _columns(side, scale, left, image_size[1])
         # Bands whose rows are not all in yet, from top to bottom.
         self.bands = _bands(side, scale, band_rows)
         # The narrowed rows, so far, of every band that has some.
         self.windows = {}
         self.tiles = np.empty((scale // tile_size, scale // tile_size, 3, tile_size, tile_size), np.uint8)
 
-    def narrow(self, strip, top):
-        """The horizontal pass of a strip whose first row is row `top` of the square."""
-        strip = strip.resize((self.scale, strip.height), self.resample)
+    def narrow(self, strip, top, left):
+        """The horizontal pass of a strip whose first pixel is at row `top` and column `left` of the square."""
+        (start, stop), (first, last) = self.columns.square, self.columns.view
+        box = start - left, 0, stop - left, strip.height
+        strip = strip.resize((last - first, strip.height), self.resample, box)
         for band in self.bands:
             if band.window[0] < top + strip.height:
                 if band not in self.windows:
-                    self.windows[band] = self._letterbox(band)
+                    size = last - first, band.window[1] - band.window[0]
+                    self.windows[band] = Image.new("RGB", size, self.pad_color)
                 self.windows[band].paste(strip, (0, top - band.window[0]))
 
     def finish(self, bottom):
-        """[(band, its window)] of the bands that need no row from row `bottom` of the square on."""
+        """[(band, its window, None without any of the image)] of the bands that need no row from row `bottom` of the
+        square on."""
         finished = [band for band in self.bands if band.window[1] <= bottom]
         self.bands = self.bands[len(finished) :]
-        return [(band, self.windows.pop(band, None) or self._letterbox(band)) for band in finished]
-
-    def _letterbox(self, band):
-        """The window of a band before any of the image is in it."""
-        return Image.new("RGB", (self.scale, band.window[1] - band.window[0]), self.pad_color)
+        return [(band, self.windows.pop(band, None)) for band in finished]
 
     def cut(self, band, window, column):
         """The vertical pass of one column of tiles in a band."""
-        columns = Image.new("RGB", (self.tile_size, window.height))
-        columns.paste(window, (-column * self.tile_size, 0))
-        first, last = (row - band.window[0] for row in band.square)
-        rows = np.arange(*band.view)
-        box = (0, first, self.tile_size, last)
+        rows, left = np.arange(*band.view), column * self.tile_size
+        tiles, rows_in_tile = rows // self.tile_size, rows % self.tile_size
+        first, last = self.columns.view
+        if window is None or last <= left or first >= left + self.tile_size:
+            self.tiles[tiles, column, :, rows_in_tile] = np.array(self.pad_color, np.uint8)[:, None]
+            return
+        columns = Image.new("RGB", (self.tile_size, window.height), self.pad_color)
+        columns.paste(window, (first - left, 0))
+        box = 0, band.square[0] - band.window[0], self.tile_size, band.square[1] - band.window[0]
         for channel, pixels in enumerate(columns.resize((self.tile_size, len(rows)), self.resample, box).split()):
-            self.tiles[rows // self.tile_size, column, channel, rows % self.tile_size] = pixels
+            self.tiles[tiles, column, channel, rows_in_tile] = pixels
 
 
 # Tiles
@@ -168,6 +223,7 @@ def image_to_tiles(
     pad_color: Sequence[int] = PAD_COLOR,
     resample: int = Image.Resampling.BICUBIC,
     *,
+    shown: dict[int, np.ndarray] | None = None,
     strip_pixels: int | None = None,
     band_rows: int = BAND_ROWS,
     window_bytes: int = WINDOW_BYTES,
@@ -178,12 +234,14 @@ def image_to_tiles(
     which bound the memory. The image is gone through in strips, once for all scales that fit `window_bytes` together.
 
     Args:
-        image: 8-bit RGB, in memory or streamed (`read_image`).
+        image: 8-bit RGB, in memory or a raster (`read_image`).
         scales: sides of the views in pixels, ascending multiples of the tile (`check_scales`).
         tile_size: pixels a side of a tile.
         pad_color: RGB of the letterbox, 0..255.
         resample: Pillow's filter.
-        strip_pixels: pixels that are read at once; by default `STRIP_PIXELS`, or `STREAMED_STRIP_PIXELS` of a stream.
+        shown: {scale: bool[H, W]} over the grid of each scale, where given; set to True where a patch shows a pixel that
+            is part of the image (`RasterImage.masked`).
+        strip_pixels: pixels that are read at once; by default `STRIP_PIXELS`, or `STREAMED_STRIP_PIXELS` of a raster.
         band_rows: rows of a view that are resized together, at least.
         window_bytes: bytes of the rows that wait to be resized.
 
@@ -191,9 +249,10 @@ def image_to_tiles(
         {scale: uint8[T, 3, tile, tile]} with T = (scale / tile)^2.
 
     Raises:
-        OSError: a streamed file turns out to be damaged.
+        OSError: the file of a raster turns out to be damaged.
     """
-    pad_color, (side, top, _) = tuple(pad_color), letterbox((image.height, image.width))
+    pad_color, size = tuple(pad_color), (image.height, image.width)
+    side, top, left = letterbox(size)
     passes, tiles = _passes(scales, side, band_rows, window_bytes), {}
     total = len(passes) * image.height
     with (
@@ -202,10 +261,16 @@ def image_to_tiles(
     ):
         for group in passes:
             # The longest work first.
-            views = [_View(side, scale, tile_size, pad_color, resample, band_rows) for scale in reversed(group)]
+            views = [_View(size, scale, tile_size, pad_color, resample, band_rows) for scale in reversed(group)]
+            windows = [view.columns.window for view in views]
+            columns = min(first for first, _ in windows), max(last for _, last in windows)
             row = top
-            for strip in _read_ahead(_strips(image, pad_color, strip_pixels)):
-                _run(pool, [(view.narrow, strip, row) for view in views])
+            for strip, valid in _read_ahead(_strips(image, pad_color, columns, strip_pixels)):
+                calls = [(view.narrow, strip, row, columns[0]) for view in views]
+                if shown is not None:
+                    grids = [shown[scale] for scale in group]
+                    calls.append((mark_shown, grids, valid, (strip.height, size[1]), (row, left), side))
+                _run(pool, calls)
                 row += strip.height
                 bottom = row if row < top + image.height else side
                 finished = [(view, *part) for view in views for part in view.finish(bottom)]
@@ -263,4 +328,4 @@ def normalize_views(tiles: dict[int, np.ndarray], arithmetic: tuple, out: np.nda
             _run(pool, [(normalize_tiles, tile, *arithmetic, part) for tile, part in pairs])
 
 
-__all__ = ["PAD_COLOR", "image_to_tiles", "normalize_tiles", "normalize_views"]
+__all__ = ["PAD_COLOR", "image_to_tiles", "mark_shown", "normalize_tiles", "normalize_views"]

@@ -141,10 +141,9 @@ class UHRBatProcessor(ProcessorMixin):
         return super().from_pretrained(pretrained_model_name_or_path, *args, **kwargs)
 
     def prepare_inputs_layout(self, images=None, **kwargs):
-        """As the library's, which opens files and URLs; an encoded image is what it is."""
-        encoded = images is not None and all(map(_is_encoded, flatten_images(images)))
-        opened, *rest = super().prepare_inputs_layout(images=None if encoded else images, **kwargs)
-        return images if encoded else opened, *rest
+        """As the library's, but images are left to the image processor, which is told how to read them."""
+        _, *rest = super().prepare_inputs_layout(images=None, **kwargs)
+        return images, *rest
 
     def validate_inputs(self, images=None, text=None, **kwargs):
         """The library's error for a call without anything; the counts were checked in `_images_per_prompt`."""

@@ -101,7 +101,7 @@ def _open_dataset(source, name, drivers=None):
     try:
         with warnings.catch_warnings(), rasterio.Env(**_settings(source)):
             warnings.simplefilter("ignore", NotGeoreferencedWarning)  # a plain image is welcome
-            return rasterio.open(source, driver=drivers)
+            return rasterio.open(source, driver=list(drivers) if drivers else None)
     except Exception as error:
         raise OSError(f"{name}: the image cannot be opened ({reason(error)}).") from error
 

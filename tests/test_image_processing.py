@@ -15,7 +15,7 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from uhr_bat.geometry_uhr_bat import shown_patches
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
-from uhr_bat.image_reading_uhr_bat import StreamedImage
+from uhr_bat.image_reading_uhr_bat import RasterImage
 from uhr_bat.image_views_uhr_bat import image_to_tiles
 
 
@@ -162,11 +162,11 @@ def test_fetch_images_reads_what_is_text_and_keeps_the_nesting(processor, image,
 
 
 def test_a_streamed_image_is_passed_like_any_other(processor, image, tmp_path):
-    pytest.importorskip("pyvips")
+    pytest.importorskip("rasterio")
     path = tmp_path / "image.png"
     image.save(path)
     streamed = processor.open_image(path)
-    assert isinstance(streamed, StreamedImage)
+    assert isinstance(streamed, RasterImage)
     assert processor.fetch_images([[streamed]])[0][0] is streamed and processor.process_image(streamed) is streamed
     batch = processor([streamed, path])
     np.testing.assert_array_equal(batch.pixel_values[0], batch.pixel_values[1])
