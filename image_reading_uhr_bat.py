@@ -22,7 +22,8 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image
 
-from .raster_reading_uhr_bat import RasterImage, import_rasterio, is_dataset, is_raster, reason, tiff_tags
+from .raster_files_uhr_bat import driver_of, import_rasterio, is_dataset, is_raster, reason, tiff_tags
+from .raster_reading_uhr_bat import RasterImage
 
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
 # 1,000,000 x 1 pixels.
@@ -36,8 +37,6 @@ GDAL_NAME = re.compile(r"/vsi|[a-z0-9+]{2,}://|[A-Z][A-Z0-9_]+:")
 TIMEOUT = 60
 # Bytes of a file at a URL that are looked at before it is left to GDAL.
 URL_START = 2**16
-# Drivers for what comes from elsewhere: other formats may name further files, which would be read here.
-FOREIGN_DRIVERS = ("GTiff", "JP2OpenJPEG")
 # 16 bits to 8 by the full range, 65535 -> 255, to the nearest: 65535 / 255 = 257, which is odd, so there are no ties.
 SIXTEEN_TO_EIGHT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
@@ -267,10 +266,10 @@ class _Reader(NamedTuple):
 
     # Files
 
-    def open_raster(self, source, name, tags=(), drivers=None) -> _Opened:
+    def open_raster(self, source, name, tags=(), driver=None) -> _Opened:
         orientation = dict(tags).get(274, 1)
         orientation = orientation if orientation in range(1, 9) else 1
-        image = RasterImage(source, name=name, orientation=orientation, drivers=drivers, **self.options)
+        image = RasterImage(source, name=name, orientation=orientation, driver=driver, **self.options)
         return _Opened(name, (image.height, image.width), lambda: image)
 
     def open_file(self, file: BinaryIO, name, path="") -> _Opened:
@@ -279,9 +278,14 @@ class _Reader(NamedTuple):
         if is_raster(start):
             tags = tiff_tags(file)
             if _has_rasterio():
-                return self.open_raster(path or _all_of(file), name, tags, FOREIGN_DRIVERS)
-        elif self.of_rasters or path and _is_envi(path):
-            return self.open_raster(path or _all_of(file), name, drivers=None if path else ("JPEG", "PNG"))
+                # What comes from elsewhere is opened as what it begins as: other formats may name files of this machine.
+                return self.open_raster(path or _all_of(file), name, tags, None if path else driver_of(start))
+        elif path and _is_envi(path) or self.of_rasters and (path or driver_of(start)):
+            return self.open_raster(path or _all_of(file), name, driver=None if path else driver_of(start))
+        elif self.of_rasters:
+            raise ValueError(
+                f"{name}: `{self.of_rasters[0]}` is for rasters, JPEG and PNG, and this is another format."
+            )
         file.seek(0)
         # The registered readers are called directly, as `Image.open` does after it has asked for Pillow's own limit.
         try:
@@ -325,7 +329,7 @@ class _Reader(NamedTuple):
         except httpx.HTTPError as error:
             raise OSError(f"{name}: the image cannot be fetched ({reason(error)}).") from error
         if remote:
-            return self.open_raster(remote, name, tiff_tags(io.BytesIO(start)), FOREIGN_DRIVERS)
+            return self.open_raster(remote, name, tiff_tags(io.BytesIO(start)), driver_of(start))
         return self.open_file(io.BytesIO(content), name)
 
     def open_text(self, source, files) -> _Opened:

@@ -1,14 +1,11 @@
 """UHR-BAT raster reading: GeoTIFF and whatever else GDAL opens becomes 8-bit RGB, some rows at a time.
 
-rasterio, the extra `geo`, is imported where a raster is opened; the model loads without it. In this order: GDAL, what a
-file says about itself, which bands and which part are asked for, values to 8 bits, the image. Sizes are (height, width),
+How files are opened, and their bands and parts chosen, is in `raster_files_uhr_bat.py`. Sizes are (height, width),
 coordinates (row, column).
 
 Letters: C bands, h and w height and width in pixels.
 """
 
-import io
-import logging
 import math
 import os
 import threading
@@ -16,16 +13,30 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+from .raster_files_uhr_bat import (
+    CHUNK_BYTES,
+    SEQUENTIAL,
+    check_value_range,
+    choose_bands,
+    choose_window,
+    complaints_are_errors,
+    gdal_settings,
+    import_rasterio,
+    is_dataset,
+    largest_page,
+    open_dataset,
+    reason,
+    upright_by,
+)
 
 # CLIP's mean colour in 8 bits, the letterbox of the released code; what is no part of an image takes it too.
 PAD_COLOR = (122, 116, 104)
-# Bytes of the rows that are asked of GDAL at once, at least one row of blocks: no block is decoded twice.
-CHUNK_BYTES = 2**25
 # Pixels that are looked at for percentiles, all of a smaller image; and, where a larger one has no overviews, the blocks
 # a side that they are spread over.
 SAMPLE_PIXELS, SAMPLE_BLOCKS = 2**22, 8
@@ -33,270 +44,6 @@ SAMPLE_PIXELS, SAMPLE_BLOCKS = 2**22, 8
 PERCENTILES = (2, 98)
 # 16-bit data below this part of their range are as good as black where the full range is shown.
 DARK = 1 / 4
-# Their decoders go from top to bottom, and start anew whenever the file is opened again.
-SEQUENTIAL = ("JPEG", "PNG")
-
-TIFF_SIGNATURES = (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+")
-JP2_SIGNATURES = (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xffO\xffQ")
-
-
-def reason(error: BaseException) -> str:
-    """The error's type and text: the type says what an empty text, as that of a MemoryError, does not."""
-    return f"{type(error).__name__}: {error}"
-
-
-# GDAL
-
-
-def import_rasterio():
-    """The optional library, or `ImportError` with what to install."""
-    try:
-        import rasterio
-    except ImportError as error:
-        raise ImportError('Reading GeoTIFF and other rasters needs rasterio: pip install "uhr-bat[geo]"') from error
-    return rasterio
-
-
-def _settings(source, driver="") -> dict:
-    """GDAL's options while a file is opened and read."""
-    settings = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "YES", "GDAL_ALLOW_LARGE_LIBJPEG_MEM_ALLOC": "YES"}
-    if driver in SEQUENTIAL:
-        settings["GDAL_CACHEMAX"] = CHUNK_BYTES  # nothing is read twice
-    if "://" in str(source) or str(source).startswith("/vsi"):
-        # No request for the files beside it, and none that a signed URL does not allow.
-        settings |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "CPL_VSIL_CURL_USE_HEAD": "NO"}
-    return settings
-
-
-class _Complaints(logging.Handler):
-    """What GDAL warns of in this thread. A warning is how its decoders say that pixels are damaged."""
-
-    def __init__(self):
-        super().__init__(logging.WARNING)
-        self.thread, self.texts = threading.get_ident(), []
-
-    def emit(self, record):
-        if record.thread == self.thread:
-            self.texts.append(record.getMessage())
-
-
-@contextmanager
-def _no_warning_taken():
-    """Raises `OSError` for a warning of GDAL inside a `with` block."""
-    complaints, logger = _Complaints(), logging.getLogger("rasterio")
-    logger.addHandler(complaints)
-    try:
-        yield
-    finally:
-        logger.removeHandler(complaints)
-    if complaints.texts:
-        raise OSError("; ".join(complaints.texts))
-
-
-def _open_dataset(source, name, drivers=None):
-    """rasterio's dataset of a path or a name that GDAL knows. Raises `OSError`."""
-    rasterio = import_rasterio()
-    from rasterio.errors import NotGeoreferencedWarning
-
-    try:
-        with warnings.catch_warnings(), rasterio.Env(**_settings(source)):
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # a plain image is welcome
-            return rasterio.open(source, driver=list(drivers) if drivers else None)
-    except Exception as error:
-        raise OSError(f"{name}: the image cannot be opened ({reason(error)}).") from error
-
-
-# What a file says about itself
-
-
-def is_raster(start: bytes) -> bool:
-    """Whether a file with these first 16 bytes is TIFF or JPEG 2000, which GDAL reads and Pillow reads in part."""
-    return start.startswith((*TIFF_SIGNATURES, *JP2_SIGNATURES))
-
-
-def is_dataset(source: Any) -> bool:
-    """Whether it is an open dataset of rasterio, which need not be installed to ask."""
-    return hasattr(source, "read_masks") and hasattr(source, "colorinterp")
-
-
-def tiff_tags(file: io.IOBase) -> dict:
-    """Tags of the first page of a TIFF; empty for what is none, or where they lie beyond the bytes that are there."""
-    try:
-        file.seek(0)
-        header = file.read(8)
-        if header[:4] not in TIFF_SIGNATURES:
-            return {}
-        header += file.read(8) if header[2] + header[3] == 43 else b""  # BigTIFF
-        tags = ImageFileDirectory_v2(header)
-        file.seek(tags.next)
-        tags.load(file)
-        return dict(tags)
-    except Exception:  # what cannot be read here is said by whatever decodes the image
-        return {}
-
-
-def _largest_page(dataset, source, name):
-    """Number of the page of a TIFF that is the image, from 1. A thumbnail may come before it, or behind.
-
-    Raises `ValueError` where several pages are as large: which of them, or whether they are bands, is not known.
-    """
-    sizes, pages = [dataset.shape], {int(page.split(":")[1]) for page in dataset.subdatasets}
-    while True:
-        try:
-            page = _open_dataset(f"GTIFF_DIR:{len(sizes) + 1}:{source}", name)
-        except OSError:
-            break
-        sizes.append(page.shape)
-        page.close()
-    largest = max(range(len(sizes)), key=lambda idx: (math.prod(sizes[idx]), -idx))
-    same = [page for page in pages if sizes[page - 1] == sizes[largest]]
-    if len(same) > 1:
-        height, width = sizes[largest]
-        raise ValueError(
-            f"{name}: {len(same)} pages have {height} x {width} pixels: are they bands, or images? Pass the one that is "
-            f"meant as 'GTIFF_DIR:{same[0]}:{source}', or write red, green and blue into one page."
-        )
-    return largest + 1
-
-
-def _upright(orientation) -> tuple[bool, bool, bool]:
-    """(transposed, rows reversed, columns reversed): what is done in this order to stored pixels by their EXIF tag."""
-    return {
-        1: (False, False, False),
-        2: (False, False, True),
-        3: (False, True, True),
-        4: (False, True, False),
-        5: (True, False, False),
-        6: (True, False, True),
-        7: (True, True, True),
-        8: (True, True, False),
-    }[orientation]
-
-
-# Which bands and which part are asked for
-
-
-def _colours(dataset) -> list[str]:
-    return [colour.name for colour in dataset.colorinterp]
-
-
-def choose_bands(dataset, bands: Sequence[int | str] | int | str | None, name: str) -> list[int]:
-    """One band (grey) or three (red, green, blue), as numbers from 1.
-
-    Args:
-        bands: numbers, descriptions or colours ("red", "nir"); None takes what the file says: its red, green and blue
-            wherever they stand, or its only band beside alpha. Where it says nothing, of two bands the first is grey,
-            and of three or four the first three are red, green and blue.
-
-    Raises:
-        ValueError: names the bands of the file where the choice is not clear.
-    """
-    colours = _colours(dataset)
-    descriptions = [(text or "").lower() for text in dataset.descriptions]
-    there = ", ".join(
-        f"{number} {text or colour}" for number, (text, colour) in enumerate(zip(dataset.descriptions, colours), 1)
-    )
-    if bands is not None:
-        chosen = []
-        for band in [bands] if isinstance(bands, (int, str)) else bands:
-            if isinstance(band, str) and not band.isdigit():
-                wanted = band.lower()
-                named = descriptions if wanted in descriptions else colours
-                wanted = "gray" if wanted == "grey" else wanted
-                if named.count(wanted) != 1:
-                    found = "no band" if wanted not in named else "more than one band"
-                    raise ValueError(f"{name}: {found} is called {band!r}. Its bands are {there}.")
-                chosen.append(named.index(wanted) + 1)
-            else:
-                chosen.append(int(band))
-        if len(chosen) not in (1, 3) or not all(1 <= band <= dataset.count for band in chosen):
-            raise ValueError(
-                f"{name}: `bands` is one band or three, numbers from 1 to {dataset.count}. Got {bands}. Its bands are "
-                f"{there}."
-            )
-        return chosen
-    if all(colour in colours for colour in ("red", "green", "blue")):
-        return [colours.index(colour) + 1 for colour in ("red", "green", "blue")]
-    visible = [number for number, colour in enumerate(colours, 1) if colour != "alpha"]
-    stated = [colour for colour in colours if colour not in ("gray", "undefined", "alpha", "palette")]
-    if len(visible) == 1 or (len(visible) == 2 and not stated):
-        return visible[:1]
-    if stated or not 3 <= len(visible) <= 4:
-        raise ValueError(
-            f"{name}: which of {dataset.count} bands are red, green and blue? Pass `bands`, three numbers or names, or "
-            f"one for grey. Its bands are {there}."
-        )
-    return visible[:3]
-
-
-def choose_window(dataset, window, size: tuple[int, int], name: str) -> tuple[int, int, int, int]:
-    """The part of an image that is read, (top, left, bottom, right) in pixels.
-
-    Args:
-        window: None is all of the image; (top, left, bottom, right) in pixels, rasterio's ((top, bottom), (left, right))
-            or its `Window`; (west, south, east, north, crs) for bounds, which are cut off at the image's border and
-            rounded outwards to whole pixels.
-        size: (height, width) of the whole image.
-
-    Raises:
-        ValueError: a part that is empty or not inside the image; bounds for an image without coordinates.
-    """
-    height, width = size
-    if window is None:
-        return 0, 0, height, width
-    if hasattr(window, "toranges"):
-        window = window.toranges()
-    if len(window) == 5:
-        *bounds, crs = window
-        if dataset.crs is None:
-            raise ValueError(f"{name}: it has no coordinate system that bounds could be given in. Pass pixels.")
-        from rasterio.warp import transform_bounds
-
-        west, south, east, north = transform_bounds(crs, dataset.crs, *map(float, bounds))
-        corners = [
-            ~dataset.transform * corner for corner in ((west, south), (west, north), (east, south), (east, north))
-        ]
-        columns, rows = zip(*corners)
-        # A millionth of a pixel is what the inverse rounds by.
-        edges = [math.floor(min(rows) + 1e-6), math.floor(min(columns) + 1e-6)]
-        edges += [math.ceil(max(rows) - 1e-6), math.ceil(max(columns) - 1e-6)]
-        part = max(edges[0], 0), max(edges[1], 0), min(edges[2], height), min(edges[3], width)
-        if part[0] >= part[2] or part[1] >= part[3]:
-            raise ValueError(
-                f"{name}: the bounds {window} lie outside the image, whose own are {tuple(dataset.bounds)}."
-            )
-        return part
-    if len(window) == 2:
-        (top, bottom), (left, right) = window
-    else:
-        top, left, bottom, right = window
-    top, left, bottom, right = (int(edge) for edge in (top, left, bottom, right))
-    if not (0 <= top < bottom <= height and 0 <= left < right <= width):
-        raise ValueError(
-            f"{name}: the window (top {top}, left {left}, bottom {bottom}, right {right}) is not inside the image of "
-            f"{height} x {width} pixels (height x width)."
-        )
-    return top, left, bottom, right
-
-
-# Values to 8 bits
-
-
-def check_value_range(value_range, num_bands: int):
-    """What `value_range` says: None, "dtype", "percentile", or float[C] lows and highs. Raises `ValueError`."""
-    if value_range is None or (isinstance(value_range, str) and value_range in ("dtype", "percentile")):
-        return value_range
-    try:
-        ranges = np.asarray(value_range, float)
-        ranges = np.broadcast_to(ranges, (num_bands, 2))
-        if (ranges[:, 0] < ranges[:, 1]).all():
-            return ranges
-    except ValueError:
-        pass
-    raise ValueError(
-        f"`value_range` is 'dtype', 'percentile', (low, high) or such a pair for each of {num_bands} bands, low below "
-        f"high. Got {value_range}."
-    )
 
 
 def _stretch(values, low, high):
@@ -330,7 +77,7 @@ class RasterImage:
         overviews: "auto" reads views of the image from the file's overviews where it has them, "off" never does.
         orientation: EXIF's, 1 to 8, of a file whose stored pixels are turned.
         name: what errors call the image.
-        drivers: GDAL's that may open it, all where none is given.
+        driver: GDAL's that opens it; by default whichever knows the file.
 
     Attributes:
         height, width: of the part that is read, in pixels.
@@ -353,13 +100,13 @@ class RasterImage:
         overviews: str | None = None,
         orientation: int = 1,
         name: str | None = None,
-        drivers: Sequence[str] | None = None,
+        driver: str | None = None,
     ):
         if overviews not in (None, "auto", "off"):
             raise ValueError(f"`overviews` is 'auto' or 'off'. Got {overviews!r}.")
         self._given = source if is_dataset(source) else None
         self._lock = threading.Lock()
-        self._drivers = drivers
+        self._driver = driver
         self._factor = 1
         if self._given is not None:
             self.filename = name or source.name
@@ -371,13 +118,13 @@ class RasterImage:
         else:
             self._source = os.fspath(source)
             self.filename = name or self._source
-        dataset = _open_dataset(self._source, self.filename, drivers)
+        dataset = open_dataset(self._source, self.filename, driver)
         if dataset.driver == "GTiff" and not self._source.startswith("GTIFF_DIR:"):
-            page = _largest_page(dataset, self._source, self.filename)
+            page = largest_page(dataset, self._source, self.filename)
             if page != 1:
                 dataset.close()
                 self._source = f"GTIFF_DIR:{page}:{self._source}"
-                dataset = _open_dataset(self._source, self.filename, drivers)
+                dataset = open_dataset(self._source, self.filename, driver)
         try:
             self._setup(dataset, bands, value_range, window, overviews, orientation)
         finally:
@@ -385,8 +132,8 @@ class RasterImage:
 
     def _setup(self, dataset, bands, value_range, window, overviews, orientation):
         self._sequential = dataset.driver in SEQUENTIAL
-        self._settings = _settings(dataset.name, dataset.driver)
-        self._transposed, self._rows_reversed, self._columns_reversed = upright = _upright(orientation)
+        self._settings = gdal_settings(dataset.name, dataset.driver)
+        self._transposed, self._rows_reversed, self._columns_reversed = upright = upright_by(orientation)
         size = dataset.shape[::-1] if self._transposed else dataset.shape
         if not dataset.count or min(size) < 1:
             raise ValueError(f"{self.filename}: {dataset.count} bands of {size[0]} x {size[1]} pixels show nothing.")
@@ -466,7 +213,7 @@ class RasterImage:
             with self._lock:
                 yield self._given
             return
-        dataset = _open_dataset(self._source, self.filename, self._drivers)
+        dataset = open_dataset(self._source, self.filename, self._driver)
         try:
             yield dataset
         finally:
@@ -489,7 +236,7 @@ class RasterImage:
             "resampling": rasterio.enums.Resampling[resampling],
         }
         try:
-            with rasterio.Env(**self._settings), _no_warning_taken():
+            with rasterio.Env(**self._settings), complaints_are_errors():
                 values = dataset.read(self.bands, out_shape=(len(self.bands), *size), **options)
                 masks = dataset.read_masks(self.bands, out_shape=values.shape, **options) if self.masked else None
         except Exception as error:
@@ -556,7 +303,7 @@ class RasterImage:
         first = rows - top // self._factor % self._block_rows
         edges = [0, *range(first, self.height, rows), self.height]
         step = (bottom - top) / self.height  # 1 but for overviews
-        for start, stop in zip(edges, edges[1:]):
+        for start, stop in pairwise(edges):
             box = top + start * step, left, top + stop * step, right
             if self._factor == 1:
                 box = top + start, left, top + stop, right
@@ -656,4 +403,4 @@ def _fill(strip, valid):
     return strip
 
 
-__all__ = ["PAD_COLOR", "RasterImage", "import_rasterio", "is_dataset", "is_raster", "reason", "tiff_tags"]
+__all__ = ["PAD_COLOR", "RasterImage"]

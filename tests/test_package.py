@@ -16,6 +16,7 @@ MODEL = (
     "geometry",
     "budgets",
     "configuration",
+    "raster_files",
     "raster_reading",
     "image_reading",
     "image_views",

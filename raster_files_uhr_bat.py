@@ -1,0 +1,310 @@
+"""UHR-BAT raster files: what GDAL opens, what a file says about itself, which bands and which part of it are asked for.
+
+rasterio, the extra `geo`, is imported where a raster is opened; the model loads without it. Sizes are (height, width),
+coordinates (row, column).
+"""
+
+import io
+import logging
+import math
+import threading
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
+
+# Bytes that are asked of GDAL at once, and that it keeps of a file which it reads from top to bottom.
+CHUNK_BYTES = 2**25
+# Their decoders go from top to bottom, and start anew whenever the file is opened again.
+SEQUENTIAL = ("JPEG", "PNG")
+# First bytes of files, and the driver of GDAL that reads them.
+SIGNATURES = {
+    "GTiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
+    "JP2OpenJPEG": (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xffO\xffQ"),
+    "JPEG": (b"\xff\xd8\xff",),
+    "PNG": (b"\x89PNG\r\n\x1a\n",),
+}
+
+
+def reason(error: BaseException) -> str:
+    """The error's type and text: the type says what an empty text, as that of a MemoryError, does not."""
+    return f"{type(error).__name__}: {error}"
+
+
+# GDAL
+
+
+def import_rasterio():
+    """The optional library, or `ImportError` with what to install."""
+    try:
+        import rasterio
+    except ImportError as error:
+        raise ImportError('Reading GeoTIFF and other rasters needs rasterio: pip install "uhr-bat[geo]"') from error
+    return rasterio
+
+
+def gdal_settings(source, driver="") -> dict:
+    """GDAL's options while a file is opened and read."""
+    settings = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "YES", "GDAL_ALLOW_LARGE_LIBJPEG_MEM_ALLOC": "YES"}
+    if driver in SEQUENTIAL:
+        settings["GDAL_CACHEMAX"] = CHUNK_BYTES  # nothing is read twice
+    if "://" in str(source) or str(source).startswith("/vsi"):
+        # No request for the files beside it, and none that a signed URL does not allow.
+        settings |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "CPL_VSIL_CURL_USE_HEAD": "NO"}
+    return settings
+
+
+class _Complaints(logging.Handler):
+    """What GDAL warns of in this thread. A warning is how its decoders say that pixels are damaged."""
+
+    def __init__(self):
+        super().__init__(logging.WARNING)
+        self.thread, self.texts = threading.get_ident(), []
+
+    def emit(self, record):
+        if record.thread == self.thread:
+            self.texts.append(record.getMessage())
+
+
+@contextmanager
+def complaints_are_errors():
+    """Raises `OSError` for a warning of GDAL inside a `with` block."""
+    complaints, logger = _Complaints(), logging.getLogger("rasterio")
+    logger.addHandler(complaints)
+    try:
+        yield
+    finally:
+        logger.removeHandler(complaints)
+    if complaints.texts:
+        raise OSError("; ".join(complaints.texts))
+
+
+def open_dataset(source, name, driver=None):
+    """rasterio's dataset of a path or a name that GDAL knows. Raises `OSError`."""
+    rasterio = import_rasterio()
+    from rasterio.errors import NotGeoreferencedWarning
+
+    try:
+        with warnings.catch_warnings(), rasterio.Env(**gdal_settings(source)):
+            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # a plain image is welcome
+            return rasterio.open(source, driver=driver)
+    except Exception as error:
+        raise OSError(f"{name}: the image cannot be opened ({reason(error)}).") from error
+
+
+# What a file says about itself
+
+
+def driver_of(start: bytes) -> str | None:
+    """GDAL's driver for a file with these first 16 bytes, of TIFF, JPEG 2000, JPEG and PNG."""
+    return next((driver for driver, signatures in SIGNATURES.items() if start.startswith(signatures)), None)
+
+
+def is_raster(start: bytes) -> bool:
+    """Whether a file with these first 16 bytes is TIFF or JPEG 2000, which GDAL reads and Pillow reads in part."""
+    return driver_of(start) in ("GTiff", "JP2OpenJPEG")
+
+
+def is_dataset(source: Any) -> bool:
+    """Whether it is an open dataset of rasterio, which need not be installed to ask."""
+    return hasattr(source, "read_masks") and hasattr(source, "colorinterp")
+
+
+def tiff_tags(file: io.IOBase) -> dict:
+    """Tags of the first page of a TIFF; empty for what is none, or where they lie beyond the bytes that are there."""
+    try:
+        file.seek(0)
+        header = file.read(8)
+        if driver_of(header) != "GTiff":
+            return {}
+        header += file.read(8) if header[2] + header[3] == 43 else b""  # BigTIFF
+        tags = ImageFileDirectory_v2(header)
+        file.seek(tags.next)
+        tags.load(file)
+        return dict(tags)
+    except Exception:  # what cannot be read here is said by whatever decodes the image
+        return {}
+
+
+def largest_page(dataset, source, name):
+    """Number of the page of a TIFF that is the image, from 1. A thumbnail may come before it, or behind.
+
+    Raises `ValueError` where several pages are as large: which of them, or whether they are bands, is not known.
+    """
+    sizes, pages = [dataset.shape], {int(page.split(":")[1]) for page in dataset.subdatasets}
+    while True:
+        try:
+            page = open_dataset(f"GTIFF_DIR:{len(sizes) + 1}:{source}", name)
+        except OSError:
+            break
+        sizes.append(page.shape)
+        page.close()
+    largest = max(range(len(sizes)), key=lambda idx: (math.prod(sizes[idx]), -idx))
+    same = [page for page in pages if sizes[page - 1] == sizes[largest]]
+    if len(same) > 1:
+        height, width = sizes[largest]
+        raise ValueError(
+            f"{name}: {len(same)} pages have {height} x {width} pixels: are they bands, or images? Pass the one that is "
+            f"meant as 'GTIFF_DIR:{same[0]}:{source}', or write red, green and blue into one page."
+        )
+    return largest + 1
+
+
+def upright_by(orientation) -> tuple[bool, bool, bool]:
+    """(transposed, rows reversed, columns reversed): what is done in this order to stored pixels by their EXIF tag."""
+    return {
+        1: (False, False, False),
+        2: (False, False, True),
+        3: (False, True, True),
+        4: (False, True, False),
+        5: (True, False, False),
+        6: (True, False, True),
+        7: (True, True, True),
+        8: (True, True, False),
+    }[orientation]
+
+
+# Which bands and which part are asked for
+
+
+def _colours(dataset) -> list[str]:
+    return [colour.name for colour in dataset.colorinterp]
+
+
+def choose_bands(dataset, bands: Sequence[int | str] | int | str | None, name: str) -> list[int]:
+    """One band (grey) or three (red, green, blue), as numbers from 1.
+
+    Args:
+        bands: numbers, descriptions or colours ("red", "nir"); None takes what the file says: its red, green and blue
+            wherever they stand, or its only band beside alpha. Where it says nothing, of two bands the first is grey,
+            and of three or four the first three are red, green and blue.
+
+    Raises:
+        ValueError: names the bands of the file where the choice is not clear.
+    """
+    colours = _colours(dataset)
+    descriptions = [(text or "").lower() for text in dataset.descriptions]
+    there = ", ".join(
+        f"{number} {text or colour}" for number, (text, colour) in enumerate(zip(dataset.descriptions, colours), 1)
+    )
+    if bands is not None:
+        chosen = []
+        for band in [bands] if isinstance(bands, (int, str)) else bands:
+            if isinstance(band, str) and not band.isdigit():
+                wanted = band.lower()
+                named = descriptions if wanted in descriptions else colours
+                wanted = "gray" if wanted == "grey" else wanted
+                if named.count(wanted) != 1:
+                    found = "no band" if wanted not in named else "more than one band"
+                    raise ValueError(f"{name}: {found} is called {band!r}. Its bands are {there}.")
+                chosen.append(named.index(wanted) + 1)
+            else:
+                chosen.append(int(band))
+        if len(chosen) not in (1, 3) or not all(1 <= band <= dataset.count for band in chosen):
+            raise ValueError(
+                f"{name}: `bands` is one band or three, numbers from 1 to {dataset.count}. Got {bands}. Its bands are "
+                f"{there}."
+            )
+        return chosen
+    if all(colour in colours for colour in ("red", "green", "blue")):
+        return [colours.index(colour) + 1 for colour in ("red", "green", "blue")]
+    visible = [number for number, colour in enumerate(colours, 1) if colour != "alpha"]
+    stated = [colour for colour in colours if colour not in ("gray", "undefined", "alpha", "palette")]
+    if len(visible) == 1 or (len(visible) == 2 and not stated):
+        return visible[:1]
+    if stated or not 3 <= len(visible) <= 4:
+        raise ValueError(
+            f"{name}: which of {dataset.count} bands are red, green and blue? Pass `bands`, three numbers or names, or "
+            f"one for grey. Its bands are {there}."
+        )
+    return visible[:3]
+
+
+def choose_window(dataset, window, size: tuple[int, int], name: str) -> tuple[int, int, int, int]:
+    """The part of an image that is read, (top, left, bottom, right) in pixels.
+
+    Args:
+        window: None is all of the image; (top, left, bottom, right) in pixels, rasterio's ((top, bottom), (left, right))
+            or its `Window`; (west, south, east, north, crs) for bounds, which are cut off at the image's border and
+            rounded outwards to whole pixels.
+        size: (height, width) of the whole image.
+
+    Raises:
+        ValueError: a part that is empty or not inside the image; bounds for an image without coordinates.
+    """
+    height, width = size
+    if window is None:
+        return 0, 0, height, width
+    if hasattr(window, "toranges"):
+        window = window.toranges()
+    if len(window) == 5:
+        *bounds, crs = window
+        if dataset.crs is None:
+            raise ValueError(f"{name}: it has no coordinate system that bounds could be given in. Pass pixels.")
+        from rasterio.warp import transform_bounds
+
+        west, south, east, north = transform_bounds(crs, dataset.crs, *map(float, bounds))
+        corners = [
+            ~dataset.transform * corner for corner in ((west, south), (west, north), (east, south), (east, north))
+        ]
+        columns, rows = zip(*corners)
+        # A millionth of a pixel is what the inverse rounds by.
+        edges = [math.floor(min(rows) + 1e-6), math.floor(min(columns) + 1e-6)]
+        edges += [math.ceil(max(rows) - 1e-6), math.ceil(max(columns) - 1e-6)]
+        part = max(edges[0], 0), max(edges[1], 0), min(edges[2], height), min(edges[3], width)
+        if part[0] >= part[2] or part[1] >= part[3]:
+            raise ValueError(
+                f"{name}: the bounds {window} lie outside the image, whose own are {tuple(dataset.bounds)}."
+            )
+        return part
+    if len(window) == 2:
+        (top, bottom), (left, right) = window
+    else:
+        top, left, bottom, right = window
+    top, left, bottom, right = (int(edge) for edge in (top, left, bottom, right))
+    if not (0 <= top < bottom <= height and 0 <= left < right <= width):
+        raise ValueError(
+            f"{name}: the window (top {top}, left {left}, bottom {bottom}, right {right}) is not inside the image of "
+            f"{height} x {width} pixels (height x width)."
+        )
+    return top, left, bottom, right
+
+
+def check_value_range(value_range, num_bands: int):
+    """What `value_range` says: None, "dtype", "percentile", or float[C] lows and highs. Raises `ValueError`."""
+    if value_range is None or (isinstance(value_range, str) and value_range in ("dtype", "percentile")):
+        return value_range
+    try:
+        ranges = np.asarray(value_range, float)
+        ranges = np.broadcast_to(ranges, (num_bands, 2))
+        if (ranges[:, 0] < ranges[:, 1]).all():
+            return ranges
+    except ValueError:
+        pass
+    raise ValueError(
+        f"`value_range` is 'dtype', 'percentile', (low, high) or such a pair for each of {num_bands} bands, low below "
+        f"high. Got {value_range}."
+    )
+
+
+__all__ = [
+    "CHUNK_BYTES",
+    "SEQUENTIAL",
+    "check_value_range",
+    "choose_bands",
+    "choose_window",
+    "complaints_are_errors",
+    "driver_of",
+    "gdal_settings",
+    "import_rasterio",
+    "is_dataset",
+    "is_raster",
+    "largest_page",
+    "open_dataset",
+    "reason",
+    "tiff_tags",
+    "upright_by",
+]
