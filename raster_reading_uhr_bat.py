@@ -105,7 +105,7 @@ class RasterImage:
         if overviews not in (None, "auto", "off"):
             raise ValueError(f"`overviews` is 'auto' or 'off'. Got {overviews!r}.")
         self._given = source if is_dataset(source) else None
-        self._lock = threading.Lock()
+        self._lock = threading.Lock() if self._given is not None else None  # no lock can be pickled
         self._driver = driver
         self._factor = 1
         if self._given is not None:
@@ -169,7 +169,7 @@ class RasterImage:
         if dtype.kind not in "uif":
             raise ValueError(f"{self.filename}: pixels are {dtype}, which no range of values makes an image of.")
         value_range = check_value_range(value_range, len(self.bands))
-        if value_range is None and len(self.bands) == 1 and _colours(dataset)[band - 1] == "palette":
+        if value_range is None and len(self.bands) == 1 and dataset.colorinterp[band - 1].name == "palette":
             colours = dataset.colormap(band)
             size = np.iinfo(dtype).max + 1
             self._tables = [

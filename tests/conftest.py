@@ -64,3 +64,21 @@ def sam_folder(tmp_path_factory):
     model.save_pretrained(folder)
     SamImageProcessorPil(size={"longest_edge": 64}, pad_size={"height": 64, "width": 64}).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def real_scene(tmp_path_factory):
+    """A harbour and a town, RGBA in EPSG:32654, 1164 x 877 pixels of 2.4 m: what nickyspatial 1.1.1 (MIT) ships."""
+    import subprocess
+    import tarfile
+
+    folder = tmp_path_factory.mktemp("nickyspatial")
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-build-isolation", "--no-binary", ":all:"]
+    fetched = subprocess.run([*command, "nickyspatial==1.1.1", "-d", folder], capture_output=True, text=True)
+    archives = list(folder.glob("*.tar.gz"))
+    if not archives:
+        pytest.skip(f"the package registry cannot be reached: {fetched.stderr[-300:]}")
+    with tarfile.open(archives[0]) as archive:
+        (member,) = (name for name in archive.getnames() if name.endswith("data/sample.tif"))
+        archive.extract(member, folder, filter="data")
+    return str(folder / member)

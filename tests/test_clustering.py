@@ -460,9 +460,7 @@ def test_thousands_of_labels_never_make_a_matrix_of_tokens_by_labels():
 
 @pytest.mark.parametrize("shape", [(5, 4), (4, 5)])
 def test_a_map_that_the_patches_do_not_cut_evenly_is_refused(shape):
-    with raises(
-        ValueError, f"A label map of {shape[0]}x{shape[1]} px is not a multiple of the patch of 2 px."
-    ):
+    with raises(ValueError, f"A label map of {shape[0]}x{shape[1]} px is not a multiple of the patch of 2 px."):
         vote_regions(torch.zeros(shape, dtype=torch.long), 2)
 
 

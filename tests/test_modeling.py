@@ -85,7 +85,9 @@ def test_tokens_stand_row_by_row_over_the_whole_scale():
     pixel_values = random_pixels()
     features = model.encode_image(pixel_values)[0]
     with torch.no_grad():
-        states = model.model.vision_tower.vision_model(pixel_values[0, 5:], output_hidden_states=True).hidden_states[-2][:, 1:]
+        states = model.model.vision_tower.vision_model(pixel_values[0, 5:], output_hidden_states=True).hidden_states[
+            -2
+        ][:, 1:]
         tokens = model.model.multi_modal_projector(states).view(3, 3, 2, 2, -1).transpose(1, 2).reshape(36, -1)
         tokens = tokens + model.model.scale_embedding(2, torch.arange(36))
     torch.testing.assert_close(features.tokens[2], tokens)

@@ -1,0 +1,675 @@
+"""Rasters of every layout through `read_image`: the pixels that were written, or an error that names the file."""
+
+import itertools
+import re
+import threading
+import warnings
+
+import numpy as np
+import pytest
+from images import random_image, raises
+from PIL import Image
+from rasters import random_bands, rasterio, rgb_of, serve, write_raster
+
+from uhr_bat import image_reading_uhr_bat
+from uhr_bat.geometry_uhr_bat import shown_patches
+from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
+from uhr_bat.image_reading_uhr_bat import PlainImage, RasterImage, read_image
+from uhr_bat.raster_reading_uhr_bat import PAD_COLOR
+
+
+pytestmark = pytest.mark.filterwarnings("ignore:Dataset has no geotransform")  # tests write plain images
+LIMIT = 1_000_000_000
+
+
+def read(source, **options):
+    return np.asarray(read_image(source, LIMIT, **options))
+
+
+@pytest.fixture
+def bands():
+    return random_bands()
+
+
+@pytest.fixture
+def processor():
+    return UHRBatImageProcessor(crop_size=28, scales=[28, 56, 112], patch_size=14)
+
+
+# Layouts and doors
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("served")
+
+
+@pytest.fixture(scope="module")
+def urls(folder):
+    with serve(folder) as in_parts, serve(folder, ranges=False) as whole:
+        yield in_parts.url, whole.url
+
+
+def doors(path, urls):
+    """What the same file is through every door that `read_image` has."""
+    yield path
+    yield open(path, "rb").read()
+    with open(path, "rb") as file:
+        yield file
+    with rasterio.open(path) as dataset:
+        yield dataset
+    for url in urls:
+        yield f"{url}/{path.rsplit('/')[-1]}"
+
+
+LAYOUTS = [
+    pytest.param(*layout, id="-".join(map(str, layout)))
+    for layout in itertools.product(
+        ("uint8", "uint16"), (3, 4), ("RGB", "MINISBLACK"), ("pixel", "band"), ("tiles", "strips"),
+        ("none", "lzw", "deflate", "zstd"),
+    )
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("dtype, num_bands, photometric, interleave, blocks, compress", LAYOUTS)
+def test_every_layout_is_the_same_image_through_every_door(
+    folder, urls, dtype, num_bands, photometric, interleave, blocks, compress
+):
+    bands = random_bands(num_bands)
+    written = bands if dtype == "uint8" else bands.astype(np.uint16) * 257
+    layout = {"photometric": photometric, "interleave": interleave, "tiles": blocks == "tiles", "compress": compress}
+    name = f"{dtype}-{num_bands}-{photometric}-{interleave}-{blocks}-{compress}.tif"  # GDAL remembers what a URL gave
+    path = write_raster(folder / name, written, **layout)
+    at_urls = urls if (blocks, compress) == ("tiles", "deflate") else ()  # a request takes .2 s
+    for source in doors(path, at_urls):
+        np.testing.assert_array_equal(read(source), rgb_of(bands))
+
+
+@pytest.mark.parametrize("num_bands, photometric", [(1, "MINISBLACK"), (3, "RGB"), (3, "YCBCR"), (4, "RGB")])
+@pytest.mark.parametrize("tiles", [True, False])
+def test_jpeg_inside_a_tiff_is_what_gdal_decodes_through_every_door(folder, urls, num_bands, photometric, tiles):
+    path = write_raster(
+        folder / f"{num_bands}-{photometric}-{tiles}.tif", random_bands(num_bands), photometric=photometric, compress="jpeg", tiles=tiles,
+        interleave="pixel",
+    )  # fmt: skip
+    with rasterio.open(path) as dataset:
+        expected = np.moveaxis(dataset.read([1, 2, 3] if num_bands > 1 else [1, 1, 1]), 0, -1)
+    for source in doors(path, urls):
+        np.testing.assert_array_equal(read(source), expected)
+
+
+@pytest.mark.parametrize("driver, suffix", [("JP2OpenJPEG", "jp2"), ("ENVI", "img"), ("HFA", "img"), ("PNG", "png")])
+def test_other_formats_of_gdal_are_read_too(tmp_path, bands, driver, suffix):
+    options = {"quality": 100, "reversible": True} if driver == "JP2OpenJPEG" else {}
+    path = write_raster(tmp_path / f"image.{suffix}", bands, driver=driver, **options)
+    np.testing.assert_array_equal(read(path), rgb_of(bands))
+
+
+def test_a_vrt_is_read_with_what_it_says_of_its_bands(tmp_path, bands):
+    write_raster(tmp_path / "image.tif", bands)
+    vrt = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{number}"><ColorInterp>{colour}</ColorInterp><SimpleSource>'
+        f'<SourceFilename relativeToVRT="1">image.tif</SourceFilename><SourceBand>{number}</SourceBand>'
+        f"</SimpleSource></VRTRasterBand>"
+        for number, colour in enumerate(("Blue", "Green", "Red"), 1)
+    )
+    path = tmp_path / "image.vrt"
+    path.write_text(f'<VRTDataset rasterXSize="70" rasterYSize="45">{vrt}</VRTDataset>')
+    np.testing.assert_array_equal(read(path), rgb_of(bands)[..., ::-1])
+
+
+def test_a_vrt_that_comes_from_elsewhere_names_no_file_of_this_machine(tmp_path, bands):
+    path = write_raster(tmp_path / "secret.tif", bands)
+    vrt = (
+        f'<VRTDataset rasterXSize="70" rasterYSize="45"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
+        f"<SourceFilename>{path}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
+    )
+    with pytest.raises(OSError, match="^image: not an image"):
+        read(vrt.encode())
+
+
+# Damage
+
+
+@pytest.mark.parametrize("compress", ["none", "lzw", "deflate", "zstd", "jpeg", "webp"])
+@pytest.mark.parametrize("tiles", [True, False])
+@pytest.mark.parametrize("part", [0.2, 0.6, 0.98])
+def test_a_file_that_was_cut_off_is_an_error_that_names_it(tmp_path, compress, tiles, part):
+    whole = write_raster(
+        tmp_path / "whole.tif", random_bands(3, 200, 200), compress=compress, tiles=tiles, interleave="pixel"
+    )
+    path, content = tmp_path / "cut.tif", open(whole, "rb").read()
+    path.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(OSError, match=f"^{re.escape(str(path))}: the image cannot be"):
+        read(path)
+
+
+@pytest.mark.parametrize("compress", ["deflate", "jpeg"])
+def test_bytes_that_were_lost_inside_a_file_are_an_error_that_names_it(tmp_path, compress):
+    path = tmp_path / "hole.tif"
+    write_raster(path, random_bands(3, 200, 200), compress=compress, tiles=True, interleave="pixel")
+    content = bytearray(path.read_bytes())
+    middle = len(content) * 6 // 10
+    content[middle : middle + 40] = bytes(40)
+    path.write_bytes(content)
+    with pytest.raises(OSError, match=f"^{re.escape(str(path))}: the image cannot be decoded whole"):
+        read(path)
+
+
+def test_what_is_no_raster_is_an_error_that_names_it(tmp_path):
+    for start in (b"II*\0", b"\0\0\0\x0cjP  \r\n\x87\n"):
+        path = tmp_path / "text.tif"
+        path.write_bytes(start + b"no image")
+        with pytest.raises(OSError, match=f"^{re.escape(str(path))}: the image cannot be opened"):
+            read(path)
+    for name in ("/vsimem/missing.tif", "GTIFF_DIR:1:missing.tif"):
+        with pytest.raises(OSError, match=f"^{name}: the image cannot be opened"):
+            read(name)
+
+
+def test_a_server_that_has_no_such_file_says_so_and_the_limit_holds_for_urls(folder, urls):
+    write_raster(folder / "limited.tif", random_bands())
+    random_image(45, 70).save(folder / "limited.png")
+    for url in urls:
+        with raises(OSError, f"{url}/missing.tif: the image cannot be fetched, the server answers 404 Not Found."):
+            read(f"{url}/missing.tif")
+        for name in ("limited.tif", "limited.png"):
+            with raises(
+                ValueError,
+                f"{url}/{name}: 45 x 70 = 3150 pixels are over the limit of 3149 pixels. Raise `max_image_pixels` to "
+                f"read it.",
+            ):
+                read_image(f"{url}/{name}", 3149)
+    with pytest.raises(OSError, match="^http://127.0.0.1:1/a.tif: the image cannot be fetched .ConnectError"):
+        read("http://127.0.0.1:1/a.tif")
+
+
+# Pages, orientation, colours
+
+
+def test_the_largest_page_is_the_image_wherever_a_thumbnail_stands(tmp_path):
+    image, small = random_image(45, 70), random_image(15, 23)
+    for name, pages in [("first.tif", (small, image)), ("last.tif", (image, small))]:
+        pages[0].save(tmp_path / name, save_all=True, append_images=pages[1:])
+        np.testing.assert_array_equal(read(tmp_path / name), image)
+        np.testing.assert_array_equal(read((tmp_path / name).read_bytes()), image)
+
+
+def test_pages_that_might_be_bands_are_not_guessed(tmp_path):
+    pages = [random_image(45, 70, "L", seed) for seed in range(3)]
+    path = tmp_path / "pages.tif"
+    pages[0].save(path, save_all=True, append_images=pages[1:])
+    with raises(
+        ValueError,
+        f"{path}: 3 pages have 45 x 70 pixels: are they bands, or images? Pass the one that is meant as "
+        f"'GTIFF_DIR:1:{path}', or write red, green and blue into one page.",
+    ):
+        read(path)
+    np.testing.assert_array_equal(read(f"GTIFF_DIR:2:{path}"), pages[1].convert("RGB"))
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_tiff_stands_upright_and_a_window_is_of_the_upright_image(tmp_path, orientation):
+    exif = Image.Exif()
+    exif[274] = orientation
+    image, path = random_image(40, 60), tmp_path / "turned.tif"
+    image.save(path, exif=exif)
+    turns = "FLIP_LEFT_RIGHT ROTATE_180 FLIP_TOP_BOTTOM TRANSPOSE ROTATE_270 TRANSVERSE ROTATE_90".split()
+    expected = np.asarray(image.transpose(Image.Transpose[turns[orientation - 2]]) if orientation > 1 else image)
+    np.testing.assert_array_equal(read(path), expected)
+    np.testing.assert_array_equal(read(path, window=(5, 7, 30, 39)), expected[5:30, 7:39])
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "CMYK", "YCbCr", "RGBX", "LA", "RGBA"])
+def test_what_pillow_writes_is_what_pillow_reads(tmp_path, mode):
+    image = random_image(20, 30, "RGBX" if mode in ("RGBX", "RGBA") else "RGB").convert(mode)
+    if mode in ("LA", "RGBA"):
+        image.putalpha(255)
+    image.save(tmp_path / "mode.tif")
+    np.testing.assert_array_equal(read(tmp_path / "mode.tif"), image.convert("RGB"))
+
+
+def test_white_is_zero_where_the_file_says_so(tmp_path, bands):
+    path = write_raster(tmp_path / "white.tif", bands[:1], photometric="MINISWHITE")
+    np.testing.assert_array_equal(read(path), 255 - bands[0][..., None].repeat(3, axis=2))
+
+
+# Bands
+
+
+def test_colours_that_the_file_states_are_found_wherever_they_stand(tmp_path, bands):
+    four = random_bands(4)
+    path = write_raster(tmp_path / "bgr.tif", four, photometric="MINISBLACK", colours=["gray", "blue", "green", "red"])
+    np.testing.assert_array_equal(read(path), np.moveaxis(four[[3, 2, 1]], 0, -1))
+    path = write_raster(tmp_path / "false.tif", bands, photometric="MINISBLACK", colours=["undefined", "red", "green"])
+    with raises(
+        ValueError,
+        f"{path}: which of 3 bands are red, green and blue? Pass `bands`, three numbers or names, or one for grey. Its "
+        f"bands are 1 undefined, 2 red, 3 green.",
+    ):
+        read(path)
+
+
+def test_bands_are_chosen_by_number_by_description_and_by_colour(tmp_path):
+    seven = random_bands(7)
+    path = write_raster(tmp_path / "seven.tif", seven)
+    with rasterio.open(path, "r+") as file:
+        file.descriptions = ("B1", "B2", "B3", "B4", "NIR", None, None)
+    with pytest.raises(ValueError, match="which of 7 bands are red, green and blue.*1 B1, 2 B2, 3 B3, 4 B4, 5 NIR"):
+        read(path)
+    for chosen in ([5, 4, 3], ["nir", "b4", "B3"], ["5", 4, "b3"]):
+        np.testing.assert_array_equal(read(path, bands=chosen), np.moveaxis(seven[[4, 3, 2]], 0, -1))
+    for chosen in (6, [6], "6"):
+        np.testing.assert_array_equal(read(path, bands=chosen), seven[5][..., None].repeat(3, axis=2))
+    for chosen, text in [
+        ([1, 2], "`bands` is one band or three, numbers from 1 to 7. Got [1, 2]."),
+        ([1, 2, 8], "`bands` is one band or three, numbers from 1 to 7. Got [1, 2, 8]."),
+        ("red", "no band is called 'red'."),
+    ]:
+        with pytest.raises(ValueError, match=f"^{re.escape(f'{path}: {text} Its bands are 1 B1')}"):
+            read(path, bands=chosen)
+
+
+def test_one_band_is_grey_and_so_is_the_first_of_two(tmp_path, bands):
+    for num_bands in (1, 2):
+        path = write_raster(tmp_path / "grey.tif", bands[:num_bands])
+        np.testing.assert_array_equal(read(path), bands[0][..., None].repeat(3, axis=2))
+
+
+# Values
+
+
+def test_a_range_that_is_stated_is_stretched_to_8_bits(tmp_path):
+    values = random_bands(3, dtype=np.uint16) % 4096
+    path = write_raster(tmp_path / "eleven.tif", values)
+    for limits in ((0, 2047), [(0, 2047), (100, 4000), (5, 6)]):
+        expected = [
+            np.rint(((band.astype(float) - low) / (high - low)).clip(0, 1) * 255)
+            for band, (low, high) in zip(values, np.broadcast_to(limits, (3, 2)))
+        ]
+        np.testing.assert_array_equal(read(path, value_range=limits), np.stack(expected, axis=-1))
+    for wrong in ((5, 5), (1, 2, 3), "wide", [(0, 1), (0, 1)]):
+        with pytest.raises(ValueError, match=r"^`value_range` is 'dtype', 'percentile', .low, high."):
+            read(path, value_range=wrong)
+
+
+@pytest.mark.parametrize("dtype", [np.int8, np.int16, np.int32, np.uint32, np.float32, np.float64])
+def test_types_without_a_range_of_their_own_are_asked_for_one(tmp_path, dtype):
+    values = (random_bands() % 100).astype(dtype)
+    path = write_raster(tmp_path / "odd.tif", values)
+    with raises(
+        ValueError,
+        f"{path}: pixels are {np.dtype(dtype)}, whose full range says nothing about black and white. Pass "
+        f"value_range=(low, high), the values that become black and white, or value_range='percentile'.",
+    ):
+        read(path, bands=[1, 2, 3])
+    expected = np.rint(values.astype(float).clip(0, 51) * 5)
+    np.testing.assert_array_equal(read(path, value_range=(0, 51)), np.moveaxis(expected, 0, -1))
+
+
+def test_complex_pixels_are_refused_by_name(tmp_path):
+    path = write_raster(tmp_path / "complex.tif", np.ones((1, 4, 4), np.complex64))
+    with raises(ValueError, f"{path}: pixels are complex64, which no range of values makes an image of."):
+        read(path)
+
+
+def test_percentiles_are_of_all_chosen_bands_together_without_nodata(tmp_path):
+    values = random_bands(4, dtype=np.uint16)
+    values[:, :10] = 7
+    path = write_raster(tmp_path / "nodata.tif", values, nodata=7)
+    chosen = values[[2, 1, 0]]
+    low, high = np.percentile(chosen[:, (chosen != 7).any(axis=0)], (2, 98))
+    expected = np.rint(((chosen - low) / (high - low)).clip(0, 1) * 255)
+    read_values = read(path, bands=[3, 2, 1], value_range="percentile")
+    np.testing.assert_array_equal(read_values[10:], np.moveaxis(expected, 0, -1)[10:])
+
+
+def test_bits_that_a_file_says_it_uses_are_its_range(tmp_path):
+    values = random_bands(3, dtype=np.uint16) % 4096
+    path = write_raster(tmp_path / "twelve.tif", values, nbits=12)
+    np.testing.assert_array_equal(read(path), np.rint(np.moveaxis(values, 0, -1) * (255 / 4095)))
+
+
+def test_dark_16_bit_data_are_warned_of_once_and_only_where_no_range_is_stated(tmp_path):
+    values = random_bands(3, dtype=np.uint16) % 2048
+    path = write_raster(tmp_path / "dark.tif", values)
+    with pytest.warns(UserWarning) as caught:
+        read(path)
+    assert len(caught) == 1
+    assert str(caught[0].message).startswith(f"{path}: 16-bit values go up to {values.max()} of 65535")
+    assert "value_range=(0, 2047)" in str(caught[0].message)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for stated in ("dtype", "percentile", (0, 2047)):
+            read(path, value_range=stated)
+        read(write_raster(tmp_path / "bright.tif", values * 16))
+
+
+# Nodata, masks, alpha
+
+
+def mask_of(bands):
+    mask = np.ones(bands.shape[1:], bool)
+    mask[:30, :40] = False
+    mask[44, 69] = False
+    return mask
+
+
+def masked_rasters(folder, bands, mask):
+    """The same image with the same mask in every way that a file can say it."""
+    without = np.where(mask, np.maximum(bands, 1), 0)
+    yield write_raster(folder / "nodata.tif", without, nodata=0)
+    yield write_raster(folder / "mask.tif", np.maximum(bands, 1), mask=mask)
+    alpha = np.concatenate([np.maximum(bands, 1), np.where(mask, 200, 0)[None].astype(np.uint8)])
+    for tiles, compress in [(False, "none"), (True, "deflate")]:
+        yield write_raster(
+            folder / f"alpha{tiles}.tif", alpha, photometric="RGB", alpha="unspecified", tiles=tiles, compress=compress
+        )
+
+
+def test_what_is_no_part_of_the_image_is_letterbox_however_a_file_says_so(tmp_path, bands, processor):
+    mask = mask_of(bands)
+    expected = np.where(mask[..., None], np.maximum(rgb_of(bands), 1), PAD_COLOR)
+    tiles = processor(Image.fromarray(expected.astype(np.uint8))).pixel_values
+    for path in masked_rasters(tmp_path, bands, mask):
+        np.testing.assert_array_equal(read(path), expected)
+        batch = processor(path)
+        np.testing.assert_array_equal(batch.pixel_values, tiles)
+        shown = np.concatenate([grid.ravel() for grid in shown_by_pixels(mask, (2, 4, 8))])
+        np.testing.assert_array_equal(batch.pixel_attention_mask[0], shown)
+        assert 0 < shown.sum() < sum(shown_patches(mask.shape, (side, side)).sum() for side in (2, 4, 8))
+        assert processor(path, mask_padding=False).pixel_attention_mask.all()
+
+
+def shown_by_pixels(mask, sides):
+    """By a plain loop: a patch is shown where any part of a valid pixel lies in it."""
+    side, (height, width) = max(mask.shape), mask.shape
+    top, left = (side - height) // 2, (side - width) // 2
+    for num_patches in sides:
+        grid = np.zeros((num_patches, num_patches), int)
+        for row, column in zip(*np.nonzero(mask)):
+            for patch_row, patch_column in np.ndindex(grid.shape):
+                inside = [
+                    (place + start + 1) * num_patches > patch * side
+                    and (place + start) * num_patches < (patch + 1) * side
+                    for place, start, patch in ((row, top, patch_row), (column, left, patch_column))
+                ]
+                grid[patch_row, patch_column] |= all(inside)
+        yield grid
+
+
+def test_alpha_in_jpeg_tiles_is_the_mask_of_a_drone_mosaic(tmp_path, bands):
+    mask = mask_of(bands)
+    alpha = np.concatenate([bands, np.where(mask, 255, 0)[None].astype(np.uint8)])
+    path = write_raster(
+        tmp_path / "mosaic.tif", alpha, photometric="RGB", alpha="yes", compress="jpeg", tiles=True, interleave="pixel"
+    )
+    with rasterio.open(path) as dataset:
+        expected, valid = np.moveaxis(dataset.read([1, 2, 3]), 0, -1), dataset.read(4) > 0
+    np.testing.assert_array_equal(read(path), np.where(valid[..., None], expected, PAD_COLOR))
+
+
+def test_numbers_that_are_none_are_no_part_of_the_image(tmp_path):
+    values = (random_bands() / 255).astype(np.float32)
+    values[:, 5, 6] = np.nan
+    image = read(write_raster(tmp_path / "nan.tif", values), value_range=(0, 1))
+    assert tuple(image[5, 6]) == PAD_COLOR and tuple(image[0, 0]) == tuple(np.rint(values[:, 0, 0] * 255))
+
+
+def test_an_image_without_any_valid_pixel_is_refused(tmp_path, processor):
+    path = write_raster(tmp_path / "empty.tif", np.zeros((3, 20, 20), np.uint8), nodata=0)
+    with raises(ValueError, f"{path}: none of its pixels is valid, so there is nothing to show."):
+        processor(path)
+
+
+# Windows and places
+
+
+@pytest.fixture
+def placed(tmp_path, bands):
+    """A raster of 45 x 70 pixels of 10 m, from (500000, 4000450) down."""
+    transform = rasterio.transform.from_origin(500_000, 4_000_450, 10, 10)
+    return write_raster(tmp_path / "placed.tif", bands, crs="EPSG:32654", transform=transform)
+
+
+def test_a_window_is_a_part_of_the_image_in_pixels_or_in_any_coordinates(placed, bands):
+    expected = rgb_of(bands)[10:30, 20:60]
+    corners = (500_200, 4_000_150, 500_600, 4_000_350)
+    degrees = rasterio.warp.transform_bounds("EPSG:32654", "EPSG:4326", 500_205, 4_000_155, 500_595, 4_000_345)
+    for window in (
+        (10, 20, 30, 60), ((10, 30), (20, 60)), rasterio.windows.Window(20, 10, 40, 20), (*corners, "EPSG:32654")
+    ):  # fmt: skip
+        image = read_image(placed, 800, window=window)
+        np.testing.assert_array_equal(image, expected)
+        assert image.transform * (0, 0) == (500_200, 4_000_350) and image.crs.to_epsg() == 32654
+    assert read(placed, window=(*degrees, "EPSG:4326")).shape[:2] == (20, 40)
+    assert read(placed, window=(0, 0, 500_100, 9_000_000, "EPSG:32654")).shape == (45, 10, 3)
+
+
+def test_a_window_that_is_not_inside_the_image_is_refused(placed, tmp_path, bands):
+    with raises(
+        ValueError,
+        f"{placed}: the window (top 10, left 0, bottom 46, right 70) is not inside the image of 45 x 70 pixels "
+        f"(height x width).",
+    ):
+        read(placed, window=(10, 0, 46, 70))
+    with pytest.raises(
+        ValueError, match="lie outside the image, whose own are .500000.0, 4000000.0, 500700.0, 4000450.0."
+    ):
+        read(placed, window=(0, 0, 1, 1, "EPSG:32654"))
+    path = write_raster(tmp_path / "plain.tif", bands)
+    with raises(ValueError, f"{path}: it has no coordinate system that bounds could be given in. Pass pixels."):
+        read(path, window=(0, 0, 1, 1, "EPSG:4326"))
+
+
+def test_an_image_tells_where_it_lies_and_one_without_a_place_that_it_has_none(placed, tmp_path, processor):
+    image = processor.open_image(placed)
+    assert (image.height, image.width, image.filename) == (45, 70, placed)
+    assert image.crs.to_epsg() == 32654 and image.transform * (70, 45) == (500_700, 4_000_000)
+    random_image(4, 5).save(tmp_path / "plain.png")
+    plain = processor.open_image(tmp_path / "plain.png")
+    assert (plain.height, plain.width, plain.crs, plain.transform) == (4, 5, None, None)
+    assert processor.open_image(write_raster(tmp_path / "plain.tif", random_bands())).transform is None
+
+
+# Options
+
+
+def test_options_of_a_raster_reach_it_through_the_processor(placed, processor):
+    options = {"bands": [3, 2, 1], "value_range": (0, 100), "window": (0, 0, 40, 40)}
+    expected = processor(Image.fromarray(read(placed, **options))).pixel_values
+    np.testing.assert_array_equal(processor(placed, **options).pixel_values, expected)
+    np.testing.assert_array_equal(processor(processor.open_image(placed, **options)).pixel_values, expected)
+    of_its_own = UHRBatImageProcessor(crop_size=28, scales=[28, 56, 112], patch_size=14, **options)
+    np.testing.assert_array_equal(of_its_own(placed).pixel_values, expected)
+
+
+def test_options_are_for_what_is_opened_here(placed, processor):
+    for image in (random_image(20, 20), np.zeros((20, 20, 3), np.uint8), processor.open_image(placed)):
+        with pytest.raises(ValueError, match="^`bands` is for files and open datasets, and this image is in memory"):
+            processor(image, bands=[1, 2, 3])
+    with raises(ValueError, "`overviews` is 'auto' or 'off'. Got 'on'."):
+        processor(placed, overviews="on")
+
+
+def test_a_picture_with_options_is_read_as_a_raster(tmp_path, processor):
+    image = random_image(40, 50)
+    image.save(tmp_path / "image.png")
+    expected = np.asarray(image)[3:20, 5:30, ::-1]
+    for source in (tmp_path / "image.png", (tmp_path / "image.png").read_bytes()):
+        np.testing.assert_array_equal(read(source, bands=[3, 2, 1], window=(3, 5, 20, 30)), expected)
+
+
+# Overviews
+
+
+@pytest.fixture
+def pyramid(tmp_path):
+    """A cloud-optimised file of 1024 x 1500 pixels, smooth as photographs are."""
+    image = random_image(32, 47).resize((1500, 1024), Image.Resampling.BICUBIC)
+    return write_raster(
+        tmp_path / "cog.tif", np.moveaxis(np.asarray(image), -1, 0), driver="COG", blocksize=128, compress="deflate",
+        overviews="auto", resampling="average",
+    ), image  # fmt: skip
+
+
+def test_views_come_from_overviews_unless_that_is_turned_off(pyramid, processor):
+    path, image = pyramid
+    exact = processor(image, do_rescale=False, do_normalize=False)
+    off = processor(path, overviews="off", do_rescale=False, do_normalize=False)
+    np.testing.assert_array_equal(off.pixel_values, exact.pixel_values)
+    auto = processor(path, do_rescale=False, do_normalize=False)
+    difference = np.abs(auto.pixel_values - exact.pixel_values)
+    assert 0 < difference.mean() < 3
+    np.testing.assert_array_equal(auto.pixel_attention_mask, exact.pixel_attention_mask)
+
+
+def test_of_a_file_with_overviews_at_a_url_a_part_is_fetched(pyramid, processor):
+    path, _ = pyramid
+    folder, name = path.rsplit("/", 1)
+    size = len(open(path, "rb").read())
+    with serve(folder) as server:
+        batch = processor(f"{server.url}/{name}")
+        assert 0 < server.sent < size / 4
+    np.testing.assert_array_equal(batch.pixel_values, processor(path).pixel_values)
+
+
+def test_percentiles_are_the_same_with_and_without_overviews(tmp_path, processor, monkeypatch):
+    from uhr_bat import raster_reading_uhr_bat
+
+    monkeypatch.setattr(raster_reading_uhr_bat, "SAMPLE_PIXELS", 2**14)
+    values = np.asarray(random_image(32, 47).resize((1500, 1024), Image.Resampling.BICUBIC)).astype(np.uint16) * 8
+    for driver in ("COG", "GTiff"):  # with overviews and without
+        path = write_raster(tmp_path / "deep.tif", np.moveaxis(values, -1, 0), driver=driver)
+        images = [processor.open_image(path, value_range="percentile", overviews=mode) for mode in ("auto", "off")]
+        pictures = [np.asarray(image.picture((16, 16))) for image in images]
+        np.testing.assert_array_equal(*pictures)
+        low, high = np.percentile(values, (2, 98))
+        expected = ((values - low) / (high - low)).clip(0, 1) * 255
+        assert np.abs(np.asarray(images[1]).astype(float) - expected).mean() < 3
+
+
+# Reading in parts
+
+
+@pytest.mark.parametrize("num_rows", [1, 7, 16, 45, 100])
+@pytest.mark.parametrize("tiles", [True, False])
+def test_strips_of_any_height_are_the_image(tmp_path, bands, num_rows, tiles, monkeypatch):
+    from uhr_bat import raster_reading_uhr_bat
+
+    monkeypatch.setattr(raster_reading_uhr_bat, "CHUNK_BYTES", 2000)
+    path = write_raster(tmp_path / "image.tif", bands, tiles=tiles, compress="lzw")
+    for window in (None, (9, 3, 44, 60)):
+        strips = [np.asarray(strip) for strip in RasterImage(path, window=window).strips(num_rows)]
+        expected = rgb_of(bands) if window is None else rgb_of(bands)[9:44, 3:60]
+        assert {len(strip) for strip in strips[:-1]} <= {num_rows}
+        np.testing.assert_array_equal(np.concatenate(strips), expected)
+
+
+def test_threads_read_the_same_image_at_once(tmp_path, bands):
+    path, found = write_raster(tmp_path / "image.tif", bands, tiles=True), []
+    with rasterio.open(path) as dataset:
+        for image in (RasterImage(path), RasterImage(dataset)):
+            threads = [threading.Thread(target=lambda: found.append(np.asarray(image))) for _ in range(4)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+    assert len(found) == 8
+    for pixels in found:
+        np.testing.assert_array_equal(pixels, rgb_of(bands))
+
+
+@pytest.mark.parametrize("suffix, options", [("png", {}), ("jpg", {"subsampling": 0, "quality": 95})])
+def test_a_large_picture_is_streamed_where_rasterio_is_installed(tmp_path, suffix, options, monkeypatch):
+    image, path = random_image(40, 60).resize((120, 80), Image.Resampling.BICUBIC), tmp_path / f"large.{suffix}"
+    image.save(path, **options)
+    held = read_image(path, LIMIT)
+    monkeypatch.setattr(image_reading_uhr_bat, "HELD_PIXELS", 80 * 120)
+    streamed = read_image(path, LIMIT)
+    assert isinstance(held, Image.Image) and isinstance(streamed, RasterImage)
+    assert np.abs(np.asarray(streamed).astype(int) - np.asarray(held)).max() <= (0 if suffix == "png" else 1)
+
+
+def test_pictures_that_gdal_would_read_otherwise_are_held_however_large(tmp_path, monkeypatch):
+    monkeypatch.setattr(image_reading_uhr_bat, "HELD_PIXELS", 1)
+    exif = Image.Exif()
+    exif[274] = 6
+    image = random_image(40, 60)
+    image.save(tmp_path / "turned.jpg", exif=exif)
+    image.save(tmp_path / "turned.png", exif=exif)
+    image.quantize(16).save(tmp_path / "palette.png")
+    image.convert("CMYK").save(tmp_path / "cmyk.jpg")
+    for name in ("turned.jpg", "turned.png", "palette.png", "cmyk.jpg"):
+        assert isinstance(read_image(tmp_path / name, LIMIT), Image.Image)
+
+
+def test_a_picture_that_was_opened_is_the_picture(tmp_path, processor):
+    image = random_image(40, 60)
+    image.save(tmp_path / "image.png")
+    plain = processor.open_image(tmp_path / "image.png")
+    assert isinstance(plain, PlainImage) and processor.fetch_images([plain]) == [plain]
+    np.testing.assert_array_equal(np.concatenate([np.asarray(strip) for strip in plain.strips(7)]), image)
+    np.testing.assert_array_equal(np.asarray(plain), image)
+    np.testing.assert_array_equal(processor(plain).pixel_values, processor(image).pixel_values)
+
+
+def test_a_picture_of_another_size_shows_the_mean(tmp_path, bands):
+    image = RasterImage(write_raster(tmp_path / "image.tif", bands))
+    expected = rgb_of(bands)[4:44, 10:70].reshape(20, 2, 30, 2, 3).mean(axis=(1, 3))
+    assert np.abs(np.asarray(image.picture((20, 30), (4, 10, 44, 70))) - expected).max() <= 0.51
+
+
+# Without rasterio
+
+
+@pytest.fixture
+def without_rasterio(monkeypatch):
+    import sys
+
+    monkeypatch.setitem(sys.modules, "rasterio", None)
+
+
+INSTALL = r'needs rasterio: pip install "uhr-bat\[geo\]"'
+
+
+def test_without_rasterio_a_tiff_that_pillow_would_misread_is_refused_with_what_to_install(tmp_path, bands, request):
+    deep = bands.astype(np.uint16) * 257
+    four = random_bands(4)
+    paths = {
+        "planar bands": write_raster(tmp_path / "planar.tif", bands, interleave="band"),
+        "bands without colours": write_raster(
+            tmp_path / "grey.tif", bands, photometric="MINISBLACK", interleave="pixel"
+        ),
+        "bands of 16 bits": write_raster(tmp_path / "deep.tif", deep, photometric="RGB", interleave="pixel"),
+        "signed pixels": write_raster(tmp_path / "signed.tif", bands[:1].astype(np.int8)),
+        "alpha, nodata": write_raster(tmp_path / "alpha.tif", four, photometric="RGB", alpha="yes", interleave="pixel"),
+        "its format": write_raster(tmp_path / "zstd.tif", deep, compress="zstd"),
+    }
+    image, small = random_image(45, 70), random_image(5, 7)
+    small.save(tmp_path / "pages.tif", save_all=True, append_images=[image])
+    image.save(tmp_path / "sound.tif", compression="tiff_lzw")
+    image.convert("L").save(tmp_path / "grey_sound.tif")
+    request.getfixturevalue("without_rasterio")
+    for what, path in {**paths, "several pages": str(tmp_path / "pages.tif")}.items():
+        with pytest.raises(ImportError, match=f"^{re.escape(path)}: Pillow would not read {what}.* {INSTALL}"):
+            read(path)
+    np.testing.assert_array_equal(read(tmp_path / "sound.tif"), image)
+    np.testing.assert_array_equal(read(tmp_path / "grey_sound.tif"), image.convert("L").convert("RGB"))
+    with pytest.raises(ImportError, match=INSTALL):
+        read(tmp_path / "sound.tif", window=(0, 0, 5, 5))
+    with pytest.raises(ImportError, match=INSTALL):
+        RasterImage(str(tmp_path / "sound.tif"))
+
+
+# A real file
+
+
+@pytest.mark.slow
+def test_a_real_scene_is_read_with_its_alpha_and_its_place(real_scene, processor):
+    image = processor.open_image(real_scene)
+    assert (image.height, image.width, image.crs.to_epsg()) == (877, 1164, 32654)
+    with rasterio.open(real_scene) as dataset:
+        pixels, valid = np.moveaxis(dataset.read([1, 2, 3]), 0, -1), dataset.dataset_mask() > 0
+        assert image.transform == dataset.transform
+    np.testing.assert_array_equal(image, np.where(valid[..., None], pixels, PAD_COLOR))
