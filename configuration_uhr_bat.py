@@ -88,6 +88,13 @@ class UHRBatConfig(PreTrainedConfig):
     # What `Trainer` leaves out of its predictions: caches, and the visual tokens of the whole evaluation.
     keys_to_ignore_at_inference = ["past_key_values", "cache", "image_outputs"]
 
+    @property
+    def custom_pipelines(self) -> dict:
+        """What `pipeline` uses in place of its own class. Made anew for each reader: the library changes what it gets."""
+        return {
+            "image-text-to-text": {"impl": "pipeline_uhr_bat.UHRBatPipeline", "pt": ["AutoModelForImageTextToText"]}
+        }
+
     # Towers. `None` means the paper's: CLIP ViT-L/14-336 and Qwen2-7B.
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None

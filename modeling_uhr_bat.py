@@ -43,6 +43,7 @@ from .outputs_uhr_bat import (
     accept_region_labels,
     has_images,
 )
+from .pipeline_uhr_bat import UHRBatPipeline  # saved beside the model, which names it
 from .released_api_uhr_bat import (
     RELEASED_ARGUMENTS,
     KeywordsStoppingCriteria,
@@ -422,6 +423,7 @@ __all__ = [
     "KeywordsStoppingCriteria",
     "UHRBatForConditionalGeneration",
     "UHRBatModel",
+    "UHRBatPipeline",
     "UHRBatPreTrainedModel",
     "load_multiscale_tile_masks",
     "split_image_to_multiscale_tiles",

@@ -2,6 +2,8 @@
 
 from pathlib import Path
 
+from .images import is_file_name
+
 ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
 # Of UHR-BAT-Tiny. The README says the same; change both when the weights change.
 WEIGHTS_NOTE = (
@@ -50,7 +52,7 @@ def save_model(model, processor, folder):
 
 def check_files(image_path, folder):
     """Raises `FileNotFoundError` at the door: loading the model first would take its time. `image_path` may be None."""
-    if image_path is not None and "://" not in image_path and not Path(image_path).is_file():
+    if image_path is not None and is_file_name(image_path) and not Path(image_path).is_file():
         raise FileNotFoundError(f"{image_path}: there is no such image file.")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: this is no model folder, there is no config.json in it.")

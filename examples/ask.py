@@ -1,6 +1,7 @@
 """Ask a question about an image, and see where the visual tokens and the seconds go.
 
     uhr-bat ask [IMAGE] [QUESTION] [--model DIR] [--budgets 16,24,40,66] [--max-new-tokens 64]
+                [--bands 4,3,2] [--value-range 0,2047] [--window 0,0,4096,4096] [--max-pixels N]
 
 Without an image it asks about the made-up scene, which is painted into the working folder when it is missing.
 """
@@ -13,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
+from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
 from ..common.tables import numbers
 from ..scenes import painting
@@ -46,7 +48,7 @@ def token_bar(total):
     return TokenBar()
 
 
-def ask(image_path, question, model_path, budgets, max_new_tokens):
+def ask(image_path, question, model_path, budgets, max_new_tokens, options):
     """Run every stage by itself and print the answer and what it cost."""
     seconds = {}
     with timed(seconds, "load"):
@@ -55,14 +57,17 @@ def ask(image_path, question, model_path, budgets, max_new_tokens):
         from ..common.prompts import answer_text, prompt_text
 
         processor, model = load_model(model_path)
-    with timed(seconds, "decode"):
-        image = processor.image_processor.fetch_images(image_path)
+    with timed(seconds, "open"):  # a raster is decoded while it is resized
+        image = processor.image_processor.open_image(image_path, **options)
     print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
     if model_path.resolve() == ROOT:
         print(WEIGHTS_NOTE)
 
     with timed(seconds, "preprocess"):
-        image_inputs = processor.image_processor(image, return_tensors="pt").to(model.device)
+        image_inputs = processor.image_processor(
+            image, max_image_pixels=options["max_image_pixels"], return_tensors="pt"
+        )
+        image_inputs = image_inputs.to(model.device)
     with torch.inference_mode():
         with timed(seconds, "encode"):
             features = model.encode_image(**image_inputs)
@@ -102,8 +107,11 @@ def main(arguments=None) -> int:
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="file or URL (default: the made-up scene)")
     parser.add_argument("question", nargs="?", metavar="QUESTION", default=QUESTION, help=f"default: {QUESTION}")
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
-    parser.add_argument("--budgets", type=numbers, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146")
+    parser.add_argument(
+        "--budgets", type=numbers, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    add_image_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     try:
@@ -114,8 +122,8 @@ def main(arguments=None) -> int:
                 painting.write()
         check_files(args.image, args.model)
         budgets = args.budgets[0] if args.budgets and len(args.budgets) == 1 else args.budgets
-        ask(args.image, args.question, args.model, budgets, args.max_new_tokens)
-    except (OSError, ValueError) as error:
+        ask(args.image, args.question, args.model, budgets, args.max_new_tokens, image_options(args))
+    except (OSError, ValueError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2
     return 0

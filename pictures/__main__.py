@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..common.extras import require
 from ..common.files import whole_files
+from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT, check_files, load_model
 from ..common.tables import numbers
 from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
@@ -29,7 +30,7 @@ def budget_name(budgets):
     return f"{sum(budgets):,} tokens ({', '.join(map(str, budgets))})"
 
 
-def draw(image_path, question, output, budgets, model_path, width):
+def draw(image_path, question, output, budgets, model_path, width, options):
     """Write the pictures into `output`, and print their names."""
     print("Loading ...", file=sys.stderr, flush=True)
     import torch
@@ -37,13 +38,15 @@ def draw(image_path, question, output, budgets, model_path, width):
     from ..common.prompts import write_prompt
 
     processor, model = load_model(model_path)
-    image = processor.image_processor.fetch_images(image_path)
+    image = processor.image_processor.open_image(image_path, **options)
     budgets = budgets or [model.config.budgets]
 
     print("Encoding ...", file=sys.stderr, flush=True)
     inputs = write_prompt(processor, question).to(model.device)
     with torch.inference_mode():
-        features = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
+        limit = options["max_image_pixels"]
+        image_inputs = processor.image_processor(image, max_image_pixels=limit, return_tensors="pt")
+        features = model.encode_image(**image_inputs.to(model.device))
         seen = [len(tokens) for tokens in features[0].tokens]
         chosen = {
             budget_name(budget): model.compress(**inputs, image_features=features, budgets=budget) for budget in budgets
@@ -84,6 +87,7 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--width", type=int, default=1400, metavar="PX", help="width of the pictures (default: 1400)")
+    add_image_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     try:
@@ -91,7 +95,7 @@ def main(arguments=None) -> int:
         if args.width < 600:
             raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")
         require("pictures", "matplotlib", "sklearn")
-        draw(args.image, args.question, args.output, args.budgets, args.model, args.width)
+        draw(args.image, args.question, args.output, args.budgets, args.model, args.width, image_options(args))
     except (OSError, ValueError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -13,6 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..geometry_uhr_bat import pixel_tokens
+from ..image_reading_uhr_bat import PlainImage, RasterImage
 
 # Okabe and Ito, without black and without the yellow that is lost on white.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F4FC9", "#8C6D31")
@@ -26,12 +27,18 @@ MERGED_TINT = (150, 60, 215)
 TOKEN_OF_LINES = 8
 
 
-def screen_image(image: Image.Image, longest: int) -> Image.Image:
-    """RGB, with its longer side at most `longest` pixels."""
-    factor = longest / max(image.size)
+def screen_image(image, longest: int, box=None) -> Image.Image:
+    """RGB of an image of any kind that `read_image` gives, or of a box (top, left, bottom, right) of it in pixels, with
+    the longer side at most `longest` pixels."""
+    top, left, bottom, right = box or (0, 0, image.height, image.width)
+    factor = min(1, longest / max(bottom - top, right - left))
+    height, width = (max(1, round(length * factor)) for length in (bottom - top, right - left))
+    if isinstance(image, RasterImage):
+        return image.picture((height, width), (top, left, bottom, right))
+    image = image.image if isinstance(image, PlainImage) else image
+    image = image.crop((left, top, right, bottom)) if box else image
     if factor < 1:
-        size = (max(1, round(image.width * factor)), max(1, round(image.height * factor)))
-        image = image.resize(size, Image.Resampling.LANCZOS, reducing_gap=2)
+        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2)
     return image.convert("RGB")
 
 

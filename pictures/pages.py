@@ -151,8 +151,9 @@ def attention_picture(compressed, image, question="", *, image_idx=0, width=WIDT
         drawn = draw_attention(small, importance, low, high, image_size=size)
         page.show(*next(places), drawn, f"{_name(compressed, image_idx, scale_idx)}, {note}")
     factor = image.width / small.width
-    enlarged = image.crop([round(factor * value) for value in (left, top, left + window, top + window)])
-    page.show(*next(places), screen_image(enlarged, page.panel_width), "Enlarged: around the strongest token")
+    box = [round(factor * value) for value in (top, left, top + window, left + window)]
+    box = box[0], box[1], min(box[2], image.height), min(box[3], image.width)
+    page.show(*next(places), screen_image(image, page.panel_width, box), "Enlarged: around the strongest token")
 
     bar = page.figure.add_axes((14 / WIDTH, 46 / page.height, 0.45, 16 / page.height))
     mappable = ScalarMappable(Normalize(low, high), colormaps[ATTENTION_COLOURS])

@@ -12,13 +12,14 @@ import functools
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from ..common.files import whole_files
+from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..released_api_uhr_bat import join_tile_masks, load_multiscale_tile_masks
@@ -34,6 +35,7 @@ class Job:
     model_type: str | None
     model: Path
     view: int | None
+    options: dict = field(default_factory=dict)  # how images are read
 
 
 def to_tiles(labels: dict[int, torch.Tensor], patches_per_side: int) -> dict:
@@ -74,18 +76,15 @@ def write_whole(value, path: Path):
 
 
 @functools.cache
-def _tools(job: Job):
+def _tools(model, *segmenter):
     """Image processor and segmenter, loaded once per process."""
-    return (
-        UHRBatImageProcessor.from_pretrained(job.model),
-        load_segmenter(job.checkpoint, job.settings, job.model_type),
-    )
+    return UHRBatImageProcessor.from_pretrained(model), load_segmenter(*segmenter)
 
 
 def cache_image(image_path: Path, output: Path, job: Job):
     """Write the mask cache of one image."""
-    processor, segmenter = _tools(job)
-    image = processor.process_image(str(image_path))
+    processor, segmenter = _tools(job.model, job.checkpoint, job.settings, job.model_type)
+    image = processor.process_image(str(image_path), **job.options)
     labels = segment_image(image, segmenter, processor.scales, processor.patch_size, job.view)
     write_whole(to_tiles(labels, processor.crop_size["height"] // processor.patch_size), output)
 
@@ -160,11 +159,11 @@ def add_segmenter_arguments(parser):
     parser.add_argument("--crop-n-layers", type=int, default=defaults.crop_n_layers, metavar="N", help="finer masks")
 
 
-def job_from(args) -> Job:
+def job_from(args, options=None) -> Job:
     settings = MaskSettings(
         args.points_per_side, args.pred_iou_thresh, args.stability_score_thresh, crop_n_layers=args.crop_n_layers
     )
-    return Job(args.checkpoint, settings, args.model_type, args.model, args.view)
+    return Job(args.checkpoint, settings, args.model_type, args.model, args.view, options or {})
 
 
 def check_job(job: Job):
@@ -188,12 +187,13 @@ def main(arguments=None) -> int:
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder, for its scales and tile")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="images at once, each with a SAM of its own")
     add_segmenter_arguments(parser)
+    add_image_arguments(parser)
     args = parser.parse_args(arguments)
     if args.checkpoint is None:
         parser.error("the following arguments are required: --checkpoint")
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1. Got {args.jobs}.")
-    job = job_from(args)
+    job = job_from(args, image_options(args))
     try:
         check_job(job)
         outputs = name_outputs(args.images, args.output)

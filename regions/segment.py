@@ -18,6 +18,7 @@ from PIL import Image
 
 from ..clustering_uhr_bat import vote_labels
 from ..geometry_uhr_bat import letterbox
+from ..raster_reading_uhr_bat import RasterImage
 
 BACKGROUND = 0
 # SAM sees 1024 px whatever it is given: a finer view only costs memory and time, unless it is cut into crops.
@@ -92,7 +93,7 @@ def default_view(scales: list[int]) -> int:
 
 
 def segment_image(
-    image: Image.Image, segmenter: Callable, scales: list[int], patch_size: int, view: int | None = None
+    image: Image.Image | RasterImage, segmenter: Callable, scales: list[int], patch_size: int, view: int | None = None
 ) -> dict[int, torch.Tensor]:
     """Token labels {scale: long[H, W]} of an RGB image, 0 = background.
 
@@ -110,8 +111,11 @@ def segment_image(
         slice(start * view // side, -(-(start + length) * view // side))
         for start, length in ((top, image.height), (left, image.width))
     )
-    size = columns.stop - columns.start, rows.stop - rows.start
-    pixels = np.asarray(image.resize(size, Image.Resampling.BICUBIC, reducing_gap=3))
+    height, width = rows.stop - rows.start, columns.stop - columns.start
+    if isinstance(image, RasterImage):
+        pixels = np.asarray(image.picture((height, width)))
+    else:
+        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3))
     labels = torch.full((view, view), BACKGROUND, dtype=torch.int32)
     labels[rows, columns] = label_map(segmenter(pixels), pixels.shape[:2])
     return {scale: token_labels(labels, scale, patch_size) for scale in scales}

@@ -22,6 +22,7 @@ MODEL = (
     "image_views",
     "image_processing",
     "processing",
+    "pipeline",
     "clustering",
     "token_compression",
     "selectors",

@@ -1,0 +1,71 @@
+"""Options of a command that say how its image is read."""
+
+from argparse import ArgumentParser, Namespace
+
+
+def band(text: str) -> int | str:
+    """A number or a name."""
+    return int(text) if text.isdigit() else text
+
+
+def bands(text: str) -> list[int | str]:
+    """[4, 3, 2] from "4,3,2", ["red", "nir", "blue"] from "red,nir,blue"."""
+    return [band(part) for part in text.split(",")]
+
+
+def value_range(text: str) -> str | list:
+    """percentile as it is, [0.0, 2047.0] from "0,2047", or a pair for each band from six numbers."""
+    if text in ("dtype", "percentile"):
+        return text
+    numbers = [float(part) for part in text.split(",")]
+    if len(numbers) == 2:
+        return numbers
+    if len(numbers) != 6:
+        raise ValueError(text)
+    return [numbers[start : start + 2] for start in (0, 2, 4)]
+
+
+def window(text: str) -> list:
+    """[0, 0, 512, 512] from "0,0,512,512", [139.7, 35.6, 139.8, 35.7, "EPSG:4326"] from the same with a system."""
+    *numbers, last = text.split(",")
+    if len(numbers) == 4:
+        return [*map(float, numbers), last]
+    if len(numbers) != 3:
+        raise ValueError(text)
+    return [*map(int, numbers), int(last)]
+
+
+def add_image_arguments(parser: ArgumentParser):
+    """The options of a raster, and the limit of any image."""
+    group = parser.add_argument_group("how the image is read")
+    group.add_argument(
+        "--bands",
+        type=bands,
+        metavar="B",
+        help="three bands or one for grey, as 4,3,2 or red,nir,blue (default: the file's)",
+    )
+    group.add_argument(
+        "--value-range", type=value_range, metavar="R",
+        help="what becomes black and white: 0,2047 or a pair for each band, dtype or percentile (default: dtype)",
+    )  # fmt: skip
+    group.add_argument(
+        "--window", type=window, metavar="W",
+        help="a part: top,left,bottom,right in pixels, or west,south,east,north,EPSG:4326 (default: all)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-pixels",
+        type=int,
+        dest="max_image_pixels",
+        metavar="N",
+        help="pixels of the largest image (default: 1e9)",
+    )
+
+
+def image_options(args: Namespace) -> dict:
+    """What `add_image_arguments` read, as `open_image` takes it."""
+    return {name: getattr(args, name) for name in ("bands", "value_range", "window", "max_image_pixels")}
+
+
+def is_file_name(text: str) -> bool:
+    """Whether it names a file of this machine, and no URL or name of GDAL's."""
+    return "://" not in text and not text.startswith("/vsi") and not text.partition(":")[0].isupper()
