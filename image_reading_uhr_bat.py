@@ -13,7 +13,6 @@ import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from itertools import chain
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -22,7 +21,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image
 
-from .raster_files_uhr_bat import driver_of, import_rasterio, is_dataset, is_raster, reason, tiff_tags
+from .raster_files_uhr_bat import driver_of, import_rasterio, is_dataset, is_raster, reason
 from .raster_reading_uhr_bat import RasterImage
 
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
@@ -266,22 +265,19 @@ class _Reader(NamedTuple):
 
     # Files
 
-    def open_raster(self, source, name, tags=(), driver=None) -> _Opened:
-        orientation = dict(tags).get(274, 1)
-        orientation = orientation if orientation in range(1, 9) else 1
-        image = RasterImage(source, name=name, orientation=orientation, driver=driver, **self.options)
+    def open_raster(self, source, name, driver=None, start=None) -> _Opened:
+        image = RasterImage(source, name=name, driver=driver, start=start, **self.options)
         return _Opened(name, (image.height, image.width), lambda: image)
 
     def open_file(self, file: BinaryIO, name, path="") -> _Opened:
         """From a file that is open, and its path where it lies on this machine."""
         start = file.read(16)
         if is_raster(start):
-            tags = tiff_tags(file)
             if _has_rasterio():
                 # What comes from elsewhere is opened as what it begins as: other formats may name files of this machine.
-                return self.open_raster(path or _all_of(file), name, tags, None if path else driver_of(start))
+                return self.open_raster(path or _all_of(file), name, None if path else driver_of(start))
         elif path and _is_envi(path) or self.of_rasters and (path or driver_of(start)):
-            return self.open_raster(path or _all_of(file), name, driver=None if path else driver_of(start))
+            return self.open_raster(path or _all_of(file), name, None if path else driver_of(start))
         elif self.of_rasters:
             raise ValueError(
                 f"{name}: `{self.of_rasters[0]}` is for rasters, JPEG and PNG, and this is another format."
@@ -308,29 +304,13 @@ class _Reader(NamedTuple):
         return _Opened(name, (image.height, image.width), lambda: _decode(image, name))
 
     def open_url(self, url, name) -> _Opened:
-        import httpx
-
-        try:
-            # A server that sends parts of a file says so by its answer to a request for all of it.
-            headers = {"Range": "bytes=0-", "Accept-Encoding": "identity"}
-            options = {"headers": headers, "follow_redirects": True, "timeout": TIMEOUT}
-            with httpx.stream("GET", url, **options) as response:
-                if response.status_code >= 400:
-                    raise OSError(
-                        f"{name}: the image cannot be fetched, the server answers {response.status_code} "
-                        f"{response.reason_phrase}."
-                    )
-                parts, start = response.iter_bytes(URL_START), b""
-                start = next(parts, b"")
-                if is_raster(start) and response.status_code == 206 and _has_rasterio():
-                    remote = f"/vsicurl/{url}"
-                else:
-                    remote, content = None, b"".join(chain([start], parts))
-        except httpx.HTTPError as error:
-            raise OSError(f"{name}: the image cannot be fetched ({reason(error)}).") from error
-        if remote:
-            return self.open_raster(remote, name, tiff_tags(io.BytesIO(start)), driver_of(start))
-        return self.open_file(io.BytesIO(content), name)
+        # A server that sends parts of a file does so when it is asked for the first one.
+        status, start = _fetch(url, name, {"Range": f"bytes=0-{URL_START - 1}"})
+        if status == 206 and is_raster(start) and _has_rasterio():
+            return self.open_raster(f"/vsicurl/{url}", name, driver_of(start), start)
+        if status == 206 and len(start) == URL_START:
+            _, start = _fetch(url, name)
+        return self.open_file(io.BytesIO(start), name)
 
     def open_text(self, source, files) -> _Opened:
         """From a path, a URL, a name of GDAL's or base64."""
@@ -371,6 +351,21 @@ class _Reader(NamedTuple):
             array = (array.float() if array.is_floating_point() else array).numpy()
         array = _channels_last(array, self.input_data_format)
         return _Opened("image", array.shape[:2], lambda: self.open_image(_array_to_image(array)).decode())
+
+
+def _fetch(url, name, headers=None) -> tuple[int, bytes]:
+    """Status and content of an answer. Raises `OSError` for one that says no."""
+    import httpx
+
+    try:
+        response = httpx.get(url, headers=headers, follow_redirects=True, timeout=TIMEOUT)
+    except httpx.HTTPError as error:
+        raise OSError(f"{name}: the image cannot be fetched ({reason(error)}).") from error
+    if response.status_code >= 400:
+        raise OSError(
+            f"{name}: the image cannot be fetched, the server answers {response.status_code} {response.reason_phrase}."
+        )
+    return response.status_code, response.content
 
 
 def _has_rasterio() -> bool:

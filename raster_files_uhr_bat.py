@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
+# Tags of a TIFF that are looked at: kind of page, width, height, what Pillow may misread, orientation.
+READ_TAGS = (254, 256, 257, 258, 262, 274, 277, 284, 338, 339, 42112, 42113)
 # Bytes that are asked of GDAL at once, and that it keeps of a file which it reads from top to bottom.
 CHUNK_BYTES = 2**25
 # Their decoders go from top to bottom, and start anew whenever the file is opened again.
@@ -51,7 +53,7 @@ def gdal_settings(source, driver="") -> dict:
     settings = {"GDAL_ERROR_ON_LIBJPEG_WARNING": "YES", "GDAL_ALLOW_LARGE_LIBJPEG_MEM_ALLOC": "YES"}
     if driver in SEQUENTIAL:
         settings["GDAL_CACHEMAX"] = CHUNK_BYTES  # nothing is read twice
-    if "://" in str(source) or str(source).startswith("/vsi"):
+    if "://" in str(source) or "/vsi" in str(source):
         # No request for the files beside it, and none that a signed URL does not allow.
         settings |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "CPL_VSIL_CURL_USE_HEAD": "NO"}
     return settings
@@ -113,44 +115,47 @@ def is_dataset(source: Any) -> bool:
     return hasattr(source, "read_masks") and hasattr(source, "colorinterp")
 
 
-def tiff_tags(file: io.IOBase) -> dict:
-    """Tags of the first page of a TIFF; empty for what is none, or where they lie beyond the bytes that are there."""
-    try:
-        file.seek(0)
-        header = file.read(8)
-        if driver_of(header) != "GTiff":
-            return {}
-        header += file.read(8) if header[2] + header[3] == 43 else b""  # BigTIFF
-        tags = ImageFileDirectory_v2(header)
-        file.seek(tags.next)
-        tags.load(file)
-        return dict(tags)
-    except Exception:  # what cannot be read here is said by whatever decodes the image
-        return {}
+def tiff_pages(file: io.IOBase) -> list[dict]:
+    """Tags of every page of a TIFF; none for what is none, or for pages that lie beyond the bytes that are there."""
+    pages, offsets = [], set()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of bytes that are not there
+        try:
+            file.seek(0)
+            header = file.read(8)
+            if driver_of(header) != "GTiff":
+                return []
+            header += file.read(8) if 43 in header[2:4] else b""  # BigTIFF
+            tags = ImageFileDirectory_v2(header)
+            while tags.next and tags.next not in offsets:
+                offsets.add(tags.next)
+                file.seek(tags.next)
+                tags = ImageFileDirectory_v2(header)
+                tags.load(file)
+                page = {tag: tags[tag] for tag in READ_TAGS if tag in tags}
+                if not {256, 257} <= set(page):
+                    break
+                pages.append(page)
+        except Exception:  # what cannot be read here is said by whatever decodes the image
+            pass
+    return pages
 
 
-def largest_page(dataset, source, name):
-    """Number of the page of a TIFF that is the image, from 1. A thumbnail may come before it, or behind.
+def largest_page(pages: list[dict], name: str, source: str) -> int:
+    """The page of a TIFF that is the image, from 0. A thumbnail may come before it, or behind.
 
     Raises `ValueError` where several pages are as large: which of them, or whether they are bands, is not known.
     """
-    sizes, pages = [dataset.shape], {int(page.split(":")[1]) for page in dataset.subdatasets}
-    while True:
-        try:
-            page = open_dataset(f"GTIFF_DIR:{len(sizes) + 1}:{source}", name)
-        except OSError:
-            break
-        sizes.append(page.shape)
-        page.close()
-    largest = max(range(len(sizes)), key=lambda idx: (math.prod(sizes[idx]), -idx))
-    same = [page for page in pages if sizes[page - 1] == sizes[largest]]
+    images = {idx: page[256] * page[257] for idx, page in enumerate(pages) if not page.get(254, 0) & 4}  # 4: a mask
+    largest = max(images, key=lambda idx: (images[idx], -idx), default=0)
+    same = [idx for idx in images if images[idx] == images[largest] and not pages[idx].get(254, 0) & 1]  # 1: reduced
     if len(same) > 1:
-        height, width = sizes[largest]
         raise ValueError(
-            f"{name}: {len(same)} pages have {height} x {width} pixels: are they bands, or images? Pass the one that is "
-            f"meant as 'GTIFF_DIR:{same[0]}:{source}', or write red, green and blue into one page."
+            f"{name}: {len(same)} pages have {pages[largest][257]} x {pages[largest][256]} pixels: are they bands, or "
+            f"images? Pass the one that is meant as 'GTIFF_DIR:{same[0] + 1}:{source}', or write red, green and blue into "
+            f"one page."
         )
-    return largest + 1
+    return largest
 
 
 def upright_by(orientation) -> tuple[bool, bool, bool]:
@@ -305,6 +310,6 @@ __all__ = [
     "largest_page",
     "open_dataset",
     "reason",
-    "tiff_tags",
+    "tiff_pages",
     "upright_by",
 ]

@@ -6,6 +6,7 @@ coordinates (row, column).
 Letters: C bands, h and w height and width in pixels.
 """
 
+import io
 import math
 import os
 import threading
@@ -32,6 +33,7 @@ from .raster_files_uhr_bat import (
     largest_page,
     open_dataset,
     reason,
+    tiff_pages,
     upright_by,
 )
 
@@ -75,7 +77,7 @@ class RasterImage:
             bits show less than a quarter of their range.
         window: see `choose_window`.
         overviews: "auto" reads views of the image from the file's overviews where it has them, "off" never does.
-        orientation: EXIF's, 1 to 8, of a file whose stored pixels are turned.
+        start: the first bytes of a file that does not lie on this machine, for pages and orientation of a TIFF.
         name: what errors call the image.
         driver: GDAL's that opens it; by default whichever knows the file.
 
@@ -98,7 +100,7 @@ class RasterImage:
         value_range: str | Sequence | None = None,
         window: Any = None,
         overviews: str | None = None,
-        orientation: int = 1,
+        start: bytes | None = None,
         name: str | None = None,
         driver: str | None = None,
     ):
@@ -110,7 +112,7 @@ class RasterImage:
         self._factor = 1
         if self._given is not None:
             self.filename = name or source.name
-            self._setup(source, bands, value_range, window, overviews, orientation)
+            self._setup(source, bands, value_range, window, overviews, 1)
             return
         if isinstance(source, bytes):
             self._file = import_rasterio().MemoryFile(source)  # lives as long as the image
@@ -118,17 +120,28 @@ class RasterImage:
         else:
             self._source = os.fspath(source)
             self.filename = name or self._source
+        pages = self._pages(source, start)
+        page = largest_page(pages, self.filename, self._source)
+        if page:
+            self._source = f"GTIFF_DIR:{page + 1}:{self._source}"
         dataset = open_dataset(self._source, self.filename, driver)
-        if dataset.driver == "GTiff" and not self._source.startswith("GTIFF_DIR:"):
-            page = largest_page(dataset, self._source, self.filename)
-            if page != 1:
-                dataset.close()
-                self._source = f"GTIFF_DIR:{page}:{self._source}"
-                dataset = open_dataset(self._source, self.filename, driver)
+        orientation = pages[page].get(274) if pages else dataset.tags().get("EXIF_Orientation")
+        orientation = int(orientation or 1)
+        orientation = orientation if orientation in range(1, 9) else 1
         try:
             self._setup(dataset, bands, value_range, window, overviews, orientation)
         finally:
             dataset.close()
+
+    @staticmethod
+    def _pages(source, start):
+        """Tags of the pages of a TIFF, where its bytes are at hand."""
+        if isinstance(source, bytes) or start is not None:
+            return tiff_pages(io.BytesIO(source if start is None else start))
+        if os.path.isfile(source):
+            with open(source, "rb") as file:
+                return tiff_pages(file)
+        return []
 
     def _setup(self, dataset, bands, value_range, window, overviews, orientation):
         self._sequential = dataset.driver in SEQUENTIAL

@@ -157,20 +157,21 @@ def test_fetch_images_reads_what_is_text_and_keeps_the_nesting(processor, image,
         f"{path}: 45 x 70 = 3150 pixels are over the limit of 3149 pixels. Raise `max_image_pixels` to read it.",
     ):
         processor.fetch_images([path], max_image_pixels=3149)
-    with raises(TypeError, "An image is a PIL image, an array, a tensor, a path, a URL or base64. Got <class 'int'>."):
+    with pytest.raises(TypeError, match="^An image is a PIL image, .* Got <class 'int'>."):
         processor.fetch_images([3])
 
 
-def test_a_streamed_image_is_passed_like_any_other(processor, image, tmp_path):
+def test_a_raster_that_was_opened_is_passed_like_any_other_image(processor, image, tmp_path):
     pytest.importorskip("rasterio")
-    path = tmp_path / "image.png"
+    path = tmp_path / "image.tif"
     image.save(path)
-    streamed = processor.open_image(path)
-    assert isinstance(streamed, RasterImage)
-    assert processor.fetch_images([[streamed]])[0][0] is streamed and processor.process_image(streamed) is streamed
-    batch = processor([streamed, path])
-    np.testing.assert_array_equal(batch.pixel_values[0], batch.pixel_values[1])
-    np.testing.assert_array_equal(batch.pixel_attention_mask[0], batch.pixel_attention_mask[1])
+    raster = processor.open_image(path)
+    assert isinstance(raster, RasterImage)
+    assert processor.fetch_images([[raster]])[0][0] is raster and processor.process_image(raster) is raster
+    batch = processor([raster, path, image])
+    np.testing.assert_array_equal(batch.pixel_values[0], batch.pixel_values[2])
+    np.testing.assert_array_equal(batch.pixel_values[1], batch.pixel_values[2])
+    np.testing.assert_array_equal(batch.pixel_attention_mask[0], batch.pixel_attention_mask[2])
     for refused in (processor.open_image, lambda path, **kwargs: processor(processor.open_image(path), **kwargs)):
         with raises(
             ValueError,
