@@ -1,4 +1,4 @@
-"""Image files to measure with: the made-up scene as a JPEG, a gigapixel as a tiled TIFF. Sizes are (width, height)."""
+"""Image files to measure with: the made-up scene as a picture, a gigapixel as tiled TIFFs. Sizes are (width, height)."""
 
 import struct
 from pathlib import Path
@@ -12,16 +12,16 @@ DRAWN_SIDE = 8500
 TIFF_TILE = 512
 
 
-def photograph(folder: Path, size) -> str:
-    """A JPEG of the made-up scene; its path."""
-    path = folder / f"{size[0]}x{size[1]}.jpg"
+def photograph(folder: Path, size, suffix="jpg") -> str:
+    """The made-up scene as a JPEG or PNG; its path."""
+    path = folder / f"{size[0]}x{size[1]}.{suffix}"
     if not path.exists():
         drawn = painting.example(tuple(min(DRAWN_SIDE, side) for side in size))
         image = Image.new("RGB", size)
         for left in range(0, size[0], drawn.width):
             for top in range(0, size[1], drawn.height):
                 image.paste(drawn, (left, top))
-        image.save(path, quality=90)
+        image.save(path, **{"jpg": {"quality": 90}, "png": {"compress_level": 1}}[suffix])
     return str(path)
 
 
@@ -66,4 +66,32 @@ def tiled_tiff(folder: Path, size, num_drawn=8) -> str:
         for top in range(0, drawn.height, TIFF_TILE):
             for left in range(0, drawn.width, TIFF_TILE):
                 file.write(drawn.crop((left, top, left + TIFF_TILE, top + TIFF_TILE)).tobytes())
+    return str(path)
+
+
+def pyramid(folder: Path, size, num_drawn=8) -> str:
+    """A tiled, compressed TIFF with overviews down to one tile, which shows `num_drawn` x `num_drawn` tiles of the scene
+    again and again; its path."""
+    import numpy as np
+    import rasterio
+
+    path = folder / f"{size[0]}x{size[1]}_pyramid.tif"
+    drawn = np.moveaxis(np.asarray(painting.example((num_drawn * TIFF_TILE, num_drawn * TIFF_TILE))), -1, 0)
+    profile = {
+        "driver": "GTiff",
+        "width": size[0],
+        "height": size[1],
+        "count": 3,
+        "dtype": "uint8",
+        "photometric": "RGB",
+    }
+    profile |= {"tiled": True, "blockxsize": TIFF_TILE, "blockysize": TIFF_TILE, "interleave": "pixel"}
+    profile |= {"compress": "deflate", "zlevel": 1, "transform": rasterio.transform.from_origin(0, 0, 1, 1)}
+    with rasterio.open(path, "w", **profile) as file:
+        rows = np.tile(drawn, -(-size[0] // drawn.shape[2]))[..., : size[0]]
+        for top in range(0, size[1], drawn.shape[1]):
+            bottom = min(top + drawn.shape[1], size[1])
+            file.write(rows[:, : bottom - top], window=((top, bottom), (0, size[0])))
+        factors = [2**level for level in range(1, 10) if max(size) > TIFF_TILE * 2 ** (level - 1)]
+        file.build_overviews(factors, rasterio.enums.Resampling.average)
     return str(path)

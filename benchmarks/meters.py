@@ -125,6 +125,11 @@ def peak_bytes() -> int:
     return _status("VmHWM")
 
 
+def read_bytes() -> int:
+    """Bytes that this process has asked files for, from the disk or its cache."""
+    return int(Path("/proc/self/io").read_text().split("rchar:")[1].split()[0])
+
+
 def reset_peak() -> int:
     """Hand free memory back to the system and start the peak anew: the bytes that are resident now."""
     ctypes.CDLL(None).malloc_trim(0)

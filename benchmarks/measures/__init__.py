@@ -17,6 +17,8 @@ MEASURES = {
         preprocessing.preprocessing,
         preprocessing.preprocessing_memory,
         preprocessing.gigapixel,
+        preprocessing.overviews,
+        preprocessing.strips,
         end_to_end.encoding_memory,
         end_to_end.end_to_end,
     )
