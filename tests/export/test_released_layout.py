@@ -40,25 +40,29 @@ def test_every_tensor_arrives_under_its_new_name(exported):
 def test_the_configuration_states_the_released_settings(exported):
     config = UHRBatConfig.from_pretrained(exported)
     found = {name: getattr(config, name) for name in vars(UHRBatConfig()) if hasattr(config, name)}
-    assert found | {
-        "scales": [28, 56],
-        "budgets": [4, 16],
-        "importance_layer": -1,
-        "question_tokens": "last",
-        "region_method": "none",
-        "num_regions": None,
-        "kmeans_iterations": 10,
-        "coord_weight": 0.05,
-        "coord_frame": "tile",
-        "threshold": "gt",
-        "coverage": False,
-        "scale_embedding_form": "per_scale",
-        "scale_embedding_grid": 64,
-        "scale_embedding_additions": 2,
-        "token_mlp": True,
-        "mask_padding": False,
-        "vision_feature_layer": -2,
-    } == found
+    assert (
+        found
+        | {
+            "scales": [28, 56],
+            "budgets": [4, 16],
+            "importance_layer": -1,
+            "question_tokens": "last",
+            "region_method": "none",
+            "num_regions": None,
+            "kmeans_iterations": 10,
+            "coord_weight": 0.05,
+            "coord_frame": "tile",
+            "threshold": "gt",
+            "coverage": False,
+            "scale_embedding_form": "per_scale",
+            "scale_embedding_grid": 64,
+            "scale_embedding_additions": 2,
+            "token_mlp": True,
+            "mask_padding": False,
+            "vision_feature_layer": -2,
+        }
+        == found
+    )
     assert config.text_config.rope_parameters["rope_theta"] == 5000.0
     vision = config.vision_config
     assert (vision.hidden_size, vision.intermediate_size, vision.num_hidden_layers) == (16, 24, 3)
