@@ -32,6 +32,9 @@ BAND_ROWS = 96
 WINDOW_BYTES = 2**29
 # Pixels on each side that the widest of Pillow's filters, Lanczos, reads.
 WIDEST_FILTER = 3
+# Of a narrow image in its square, Pillow can resize parts that begin where a pixel of the square and one of the view do.
+# Where such a part is so many times as wide as what is needed, it is resized here instead.
+OWN_PASS, COLUMNS_PER_BLOCK = 6, 64
 # Pillow resizes outside of Python's lock. More threads hold more strips and wait for the one that reads.
 NUM_THREADS = min(4, os.cpu_count() or 1)
 
@@ -147,6 +150,47 @@ def _columns(side, scale, left, width) -> _Band:
     return _band(side, scale, start, stop)
 
 
+def _bicubic(side, scale, first, last) -> list[tuple[int, np.ndarray]]:
+    """Pillow's bicubic of a row of `side` pixels to `scale`, for the columns from `first` to `last`, in blocks.
+
+    The weights are those of Pillow's Resample.c to the last bit: computed in float64, summed in order, rounded to whole
+    numbers of 22 bits. So the columns of any part can be had without the rest, which Pillow's `box` does only for parts
+    that begin at a whole pixel.
+
+    Returns:
+        [(low, float64[columns, pixels])]: whole numbers for the pixels of the row from `low` on.
+    """
+    ratio = side / scale
+    stretch = max(ratio, 1.0)
+    support, blocks = 2.0 * stretch, []
+    for start in range(first, last, COLUMNS_PER_BLOCK):
+        columns = []
+        for column in range(start, min(start + COLUMNS_PER_BLOCK, last)):
+            centre = (column + 0.5) * ratio
+            low, high = max(0, int(centre - support + 0.5)), min(side, int(centre + support + 0.5))
+            x = np.abs((np.arange(low, high) - centre + 0.5) * (1.0 / stretch))
+            near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+            weights = np.where(x < 1, near, np.where(x < 2, far, 0))
+            weights /= weights.cumsum()[-1]
+            columns.append((low, np.trunc(weights * 2**22 + np.copysign(0.5, weights))))
+        lowest = min(low for low, _ in columns)
+        block = np.zeros((len(columns), max(low + len(weights) for low, weights in columns) - lowest))
+        for row, (low, weights) in zip(block, columns):
+            row[low - lowest : low - lowest + len(weights)] = weights
+        blocks.append((lowest, block))
+    return blocks
+
+
+def _resize_columns(strip, left, blocks) -> Image.Image:
+    """The horizontal pass of a strip that starts at column `left` of the square, by the weights of `_bicubic`."""
+    pixels = np.asarray(strip).swapaxes(1, 2)  # uint8[h, 3, w]
+    parts = []
+    for low, weights in blocks:
+        read = pixels[..., low - left : low - left + weights.shape[1]].astype(np.float64)
+        parts.append((read @ weights.T + 2**21) // 2**22)  # sums of whole numbers below 2^53 are exact
+    return Image.fromarray(np.concatenate(parts, axis=2).clip(0, 255).astype(np.uint8).swapaxes(1, 2).copy())
+
+
 def _passes(scales, side, band_rows, window_bytes):
     """The scales in groups whose bands take no more than `window_bytes`."""
     groups, taken = [[]], 0
@@ -172,7 +216,13 @@ class _View:
     def __init__(self, image_size, scale, tile_size, pad_color, resample, band_rows):
         side, _, left = letterbox(image_size)
         self.tile_size, self.scale, self.pad_color, self.resample = tile_size, scale, pad_color, resample
-        self.columns = _columns(side, scale, left, image_size[1])
+        self.columns, self.weights = _columns(side, scale, left, image_size[1]), None
+        reach = _reach(side, scale)
+        start, stop = max(0, left - reach), min(side, left + image_size[1] + reach)
+        if resample == Image.Resampling.BICUBIC and OWN_PASS * (stop - start) < np.diff(self.columns.square):
+            columns = start * scale // side, -(-stop * scale // side)
+            self.weights = _bicubic(side, scale, *columns)
+            self.columns = _Band(columns, (start, stop), (max(0, start - 2 * reach), min(side, stop + 2 * reach)))
         # Bands whose rows are not all in yet, from top to bottom.
         self.bands = _bands(side, scale, band_rows)
         # The narrowed rows, so far, of every band that has some.
@@ -182,8 +232,11 @@ class _View:
     def narrow(self, strip, top, left):
         """The horizontal pass of a strip whose first pixel is at row `top` and column `left` of the square."""
         (start, stop), (first, last) = self.columns.square, self.columns.view
-        box = start - left, 0, stop - left, strip.height
-        strip = strip.resize((last - first, strip.height), self.resample, box)
+        if self.weights:
+            strip = _resize_columns(strip, left, self.weights)
+        else:
+            box = start - left, 0, stop - left, strip.height
+            strip = strip.resize((last - first, strip.height), self.resample, box)
         for band in self.bands:
             if band.window[0] < top + strip.height:
                 if band not in self.windows:

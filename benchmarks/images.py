@@ -25,16 +25,36 @@ def photograph(folder: Path, size, suffix="jpg") -> str:
     return str(path)
 
 
-def tiled_tiff(folder: Path, size, num_drawn=8) -> str:
+def tiled_tiff(folder: Path, size, num_drawn=8, num_overviews=0) -> str:
     """An uncompressed tiled TIFF, which shows `num_drawn` x `num_drawn` tiles of the scene again and again; its path.
 
-    The entries of its index point to the same tiles, so that the file of a gigapixel is 50 MB.
+    The entries of its index point to the same tiles, so that the file of a gigapixel is 50 MB. Each overview is the mean
+    of 2 x 2 pixels of the one before it, on a page of its own.
     """
-    path = folder / f"{size[0]}x{size[1]}.tif"
+    path = folder / f"{size[0]}x{size[1]}_{num_overviews}.tif"
     drawn = painting.example((num_drawn * TIFF_TILE, num_drawn * TIFF_TILE))
+    with path.open("wb") as file:
+        file.write(struct.pack("<2sHI", b"II", 42, 8))
+        for level in range(num_overviews + 1):
+            page_size = [-(-side // 2**level) for side in size]
+            reduced = drawn.reduce(2**level)
+            if reduced.width < TIFF_TILE:  # one tile shows it several times
+                times = TIFF_TILE // reduced.width
+                repeated = Image.new("RGB", (TIFF_TILE, TIFF_TILE))
+                for place in range(times**2):
+                    repeated.paste(reduced, (place % times * reduced.width, place // times * reduced.height))
+                reduced = repeated
+            _write_page(file, page_size, reduced, is_overview=level > 0, is_last=level == num_overviews)
+    return str(path)
+
+
+def _write_page(file, size, drawn, is_overview, is_last):
+    """A page of a TIFF at the end of a file, and its tiles behind it."""
+    num_drawn = drawn.width // TIFF_TILE
     columns, rows = (-(-side // TIFF_TILE) for side in size)
-    num_tiles, num_bytes, num_entries = columns * rows, 3 * TIFF_TILE**2, 11
-    depths = 8 + 2 + 12 * num_entries + 4  # what does not fit its entry stands behind them
+    num_tiles, num_bytes, num_entries = columns * rows, 3 * TIFF_TILE**2, 12
+    start = file.tell()
+    depths = start + 2 + 12 * num_entries + 4  # what does not fit its entry stands behind them
     offsets = depths + 6
     lengths = offsets + 4 * num_tiles
     pixels = lengths + 4 * num_tiles
@@ -45,6 +65,7 @@ def tiled_tiff(folder: Path, size, num_drawn=8) -> str:
     ]
     short, long = 3, 4
     entries = [
+        (254, long, 1, int(is_overview)),
         (256, long, 1, size[0]),
         (257, long, 1, size[1]),
         (258, short, 3, depths),
@@ -54,44 +75,14 @@ def tiled_tiff(folder: Path, size, num_drawn=8) -> str:
         (284, short, 1, 1),
         (322, long, 1, TIFF_TILE),
         (323, long, 1, TIFF_TILE),
-        (324, long, num_tiles, offsets),
-        (325, long, num_tiles, lengths),
+        (324, long, num_tiles, offsets if num_tiles > 1 else places[0]),
+        (325, long, num_tiles, lengths if num_tiles > 1 else num_bytes),
     ]
-    with path.open("wb") as file:
-        file.write(struct.pack("<2sHIH", b"II", 42, 8, num_entries))
-        for entry in entries:
-            file.write(struct.pack("<HHII", *entry))
-        file.write(struct.pack("<I3H", 0, 8, 8, 8))
-        file.write(struct.pack(f"<{2 * num_tiles}I", *places, *[num_bytes] * num_tiles))
-        for top in range(0, drawn.height, TIFF_TILE):
-            for left in range(0, drawn.width, TIFF_TILE):
-                file.write(drawn.crop((left, top, left + TIFF_TILE, top + TIFF_TILE)).tobytes())
-    return str(path)
-
-
-def pyramid(folder: Path, size, num_drawn=8) -> str:
-    """A tiled, compressed TIFF with overviews down to one tile, which shows `num_drawn` x `num_drawn` tiles of the scene
-    again and again; its path."""
-    import numpy as np
-    import rasterio
-
-    path = folder / f"{size[0]}x{size[1]}_pyramid.tif"
-    drawn = np.moveaxis(np.asarray(painting.example((num_drawn * TIFF_TILE, num_drawn * TIFF_TILE))), -1, 0)
-    profile = {
-        "driver": "GTiff",
-        "width": size[0],
-        "height": size[1],
-        "count": 3,
-        "dtype": "uint8",
-        "photometric": "RGB",
-    }
-    profile |= {"tiled": True, "blockxsize": TIFF_TILE, "blockysize": TIFF_TILE, "interleave": "pixel"}
-    profile |= {"compress": "deflate", "zlevel": 1, "transform": rasterio.transform.from_origin(0, 0, 1, 1)}
-    with rasterio.open(path, "w", **profile) as file:
-        rows = np.tile(drawn, -(-size[0] // drawn.shape[2]))[..., : size[0]]
-        for top in range(0, size[1], drawn.shape[1]):
-            bottom = min(top + drawn.shape[1], size[1])
-            file.write(rows[:, : bottom - top], window=((top, bottom), (0, size[0])))
-        factors = [2**level for level in range(1, 10) if max(size) > TIFF_TILE * 2 ** (level - 1)]
-        file.build_overviews(factors, rasterio.enums.Resampling.average)
-    return str(path)
+    file.write(struct.pack("<H", num_entries))
+    for entry in entries:
+        file.write(struct.pack("<HHII", *entry))
+    file.write(struct.pack("<I3H", 0 if is_last else pixels + num_bytes * num_drawn**2, 8, 8, 8))
+    file.write(struct.pack(f"<{2 * num_tiles}I", *places, *[num_bytes] * num_tiles))
+    for top in range(0, drawn.height, TIFF_TILE):
+        for left in range(0, drawn.width, TIFF_TILE):
+            file.write(drawn.crop((left, top, left + TIFF_TILE, top + TIFF_TILE)).tobytes())
