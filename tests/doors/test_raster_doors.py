@@ -70,12 +70,13 @@ def test_the_pipeline_hands_rasters_on_unopened(model_folder, raster, tmp_path):
     image, prompt = Image.fromarray(pixels.astype(np.uint8)), PROMPT.format(QUESTION)
     options = {"return_full_text": False, "generate_kwargs": dict(GENERATION)}
     expected = pipe(images=image, text=prompt, **options)[0]["generated_text"]
+    expected_of_chat = pipe(text=chat(image=image), **options)[0]["generated_text"]
     seen = []
     handle = pipe.model.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(kwargs.get("pixel_values")), with_kwargs=True
     )
     assert pipe(images=path, text=prompt, **options)[0]["generated_text"] == expected
-    assert pipe(text=chat(path=path), **options)[0]["generated_text"] == expected
+    assert pipe(text=chat(path=path), **options)[0]["generated_text"] == expected_of_chat
     handle.remove()
     reference = pipe.processor(images=image, text=prompt, return_tensors="pt")["pixel_values"]
     given = [pixel_values for pixel_values in seen if pixel_values is not None]
