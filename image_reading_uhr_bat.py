@@ -30,6 +30,8 @@ MAX_SIDE = 100_000
 # Pixels of a JPEG or PNG from which on it is streamed by rasterio where that is installed: decoded it takes 1 GB.
 HELD_PIXELS = 2**28
 STREAMED_FORMATS, STREAMED_MODES = ("JPEG", "PNG"), ("L", "RGB", "RGBA")
+# What Pillow decodes into other pixels of a TIFF; the rest of `_pillow_misreads` it leaves out or takes on trust.
+PILLOW_ERRORS = ("planar bands of 16 bits", "bands without colours", "signed pixels")
 # What GDAL opens without being a file here: a virtual file system, a store, a part of a file.
 GDAL_NAME = re.compile(r"/vsi|[a-z0-9+]{2,}://|[A-Z][A-Z0-9_]+:")
 # Seconds without an answer after which a server is given up.
@@ -199,9 +201,10 @@ def _pillow_misreads(tags, num_pages=1) -> str | None:
     samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
     several = samples > 1
     found = {
-        "planar bands": several and tags.get(284) == 2,
+        "planar bands of 16 bits": several and tags.get(284) == 2 and bits > 8,
         "bands without colours": several and tags.get(262) in (0, 1),
         "signed pixels": bits < 32 and 2 in tags.get(339, ()),
+        "planar bands": several and tags.get(284) == 2,
         "bands of 16 bits": several and bits > 8,
         "alpha, nodata or colours that GDAL wrote": any(tag in tags for tag in (338, 42112, 42113)),
         "several pages": num_pages > 1,
@@ -337,6 +340,11 @@ class _Reader(NamedTuple):
 
     def open_image(self, image: Image.Image) -> _Opened:
         name = getattr(image, "filename", "") or "image"  # only images that Pillow opened know their file
+        if image.format == "TIFF" and _pillow_misreads(image.tag_v2) in PILLOW_ERRORS:
+            raise ValueError(
+                f"{name}: Pillow does not read {_pillow_misreads(image.tag_v2)} of a TIFF right. Pass the path instead of "
+                f"the image."
+            )
 
         def decode():
             if not self.do_convert_rgb and image.mode != "RGB":

@@ -54,8 +54,7 @@ def gdal_settings(source, driver="") -> dict:
     if driver in SEQUENTIAL:
         settings["GDAL_CACHEMAX"] = CHUNK_BYTES  # nothing is read twice
     if "://" in str(source) or "/vsi" in str(source):
-        # No request for the files beside it, and none that a signed URL does not allow.
-        settings |= {"GDAL_DISABLE_READDIR_ON_OPEN": "EMPTY_DIR", "CPL_VSIL_CURL_USE_HEAD": "NO"}
+        settings["GDAL_DISABLE_READDIR_ON_OPEN"] = "EMPTY_DIR"  # no request for files beside it
     return settings
 
 

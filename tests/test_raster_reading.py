@@ -668,6 +668,22 @@ def test_without_rasterio_a_tiff_that_pillow_would_misread_is_refused_with_what_
         RasterImage(str(tmp_path / "sound.tif"))
 
 
+def test_a_tiff_that_pillow_opened_and_misreads_is_refused(tmp_path, bands):
+    deep = write_raster(tmp_path / "deep.tif", bands.astype(np.uint16) * 257, photometric="RGB", interleave="band")
+    signed = write_raster(tmp_path / "signed.tif", bands[:1].astype(np.int8))
+    for path, what in ((deep, "planar bands of 16 bits"), (signed, "signed pixels")):
+        with (
+            Image.open(path) as image,
+            raises(
+                ValueError, f"{path}: Pillow does not read {what} of a TIFF right. Pass the path instead of the image."
+            ),
+        ):
+            read(image)
+    random_image(45, 70).save(tmp_path / "sound.tif")
+    with Image.open(tmp_path / "sound.tif") as image:
+        np.testing.assert_array_equal(read(image), read(tmp_path / "sound.tif"))
+
+
 # A real file
 
 
