@@ -57,7 +57,7 @@ def gigapixel(sizes) -> list[Row]:
     name, goal = f"A tiled TIFF of {size[0]:,} x {size[1]:,} px, every pixel read, peak", "<= 1.1 GB"
     if find_spec("rasterio") is None:
         return [Row(name, goal, NO_RASTERIO)]
-    run = alone("ours", sizes, tiled_tiff(sizes.folder, size))
+    run = alone("ours", sizes.geometry, tiled_tiff(sizes.folder, size))
     return [Row(name, goal, f"{run['peak_bytes'] / GIGABYTE:.2f} GB", run["peak_bytes"] <= 1.1 * GIGABYTE, run)]
 
 
@@ -71,7 +71,7 @@ def overviews(sizes) -> list[Row]:
     path, runs = tiled_tiff(sizes.folder, size, num_overviews=NUM_OVERVIEWS), {"auto": [], "off": []}
     for _ in tqdm(range(sizes.repetitions), desc=what, leave=False):
         for mode in runs:
-            runs[mode].append(alone("ours", sizes, path, overviews=mode, keep=True))
+            runs[mode].append(alone("ours", sizes.geometry, path, overviews=mode, keep=True))
     tiles = {mode: run[-1].pop("tiles") for mode, run in runs.items()}
     difference = np.abs(tiles["auto"] - tiles["off"])
     ratio = ratios(
