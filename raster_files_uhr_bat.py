@@ -19,7 +19,7 @@ from PIL.TiffImagePlugin import ImageFileDirectory_v2
 # Tags of a TIFF that are looked at: kind of page, width, height, what Pillow may misread, orientation.
 READ_TAGS = (254, 256, 257, 258, 262, 274, 277, 284, 338, 339, 42112, 42113)
 # Bytes that are asked of GDAL at once, and that it keeps of a file which it reads from top to bottom.
-CHUNK_BYTES = 2**25
+CHUNK_BYTES = 2**23
 # Their decoders go from top to bottom, and start anew whenever the file is opened again.
 SEQUENTIAL = ("JPEG", "PNG")
 # First bytes of files, and the driver of GDAL that reads them.

@@ -108,15 +108,19 @@ class _Marks(BaseStreamer):
         self.mark("answer")
 
 
+def image_processor(config: UHRBatConfig) -> UHRBatImageProcessor:
+    """Ours, of a model's geometry."""
+    tile = {"height": config.tile_size, "width": config.tile_size}
+    return UHRBatImageProcessor(
+        crop_size=tile, scales=config.scales, patch_size=config.patch_size, mask_padding=config.mask_padding
+    )
+
+
 class Ours:
     """The stages of one question about one image."""
 
     def __init__(self, model):
-        self.model, config = model, model.config
-        tile = {"height": config.tile_size, "width": config.tile_size}
-        self.processor = UHRBatImageProcessor(
-            crop_size=tile, scales=config.scales, patch_size=config.patch_size, mask_padding=config.mask_padding
-        )
+        self.model, self.processor = model, image_processor(model.config)
 
     def read(self, path):
         return self.processor.process_image(path)

@@ -103,7 +103,7 @@ def strips(sizes) -> list[Row]:
     images = {
         side: Image.new("RGB", size) for side, size in (("ours", (length, 300)), ("straightforward", (300, length)))
     }
-    processor = sides.side_of("ours", sizes.geometry).processor
+    processor = sides.image_processor(sides.CONFIGS[sizes.geometry]())
     functions = {side: partial(processor, image) for side, image in images.items()}
     seconds, _ = alternate(functions, sizes.repetitions, "strips")
     ratio = ratios(seconds)
@@ -133,11 +133,13 @@ def preprocess_in_turns(sizes, path, repetitions) -> dict[str, list[dict]]:
 def preprocess(name, geometry, path, overviews=None, keep=False) -> dict:
     """Seconds, peak bytes, bytes read and a digest of the tiles of all scales, inside a process; `keep` returns the tiles,
     0..255, too. The straightforward side is handed an image that is held whole."""
-    side = sides.side_of(name, geometry)
+    ours = name == "ours"
+    # Pixels alone: ours needs no model, whose memory would count.
+    side = sides.image_processor(sides.CONFIGS[geometry]()) if ours else sides.side_of(name, geometry)
     start = time.perf_counter(), CLOCK(), meters.read_bytes()
-    if name == "ours":
+    if ours:
         options = {"overviews": overviews, "max_image_pixels": LIMIT, "return_tensors": "pt"}
-        inputs = side.processor(path, do_rescale=not keep, do_normalize=not keep, **options)
+        inputs = side(path, do_rescale=not keep, do_normalize=not keep, **options)
     else:
         inputs = side.preprocess(Image.open(path).convert("RGB"))
     wall, processor = time.perf_counter() - start[0], CLOCK() - start[1]
