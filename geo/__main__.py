@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 
 from ..common.extras import require
+from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
 from ..common.tables import numbers
-from . import check_vectors, evidence_frame, read_georeference, write_page, write_raster, write_vectors
+from ..raster_reading_uhr_bat import RasterImage
+from . import Georeference, check_vectors, evidence_frame, read_georeference, write_page, write_raster, write_vectors
 from .writing import GEOJSON, GEOPACKAGE
 
 ENDINGS = {
@@ -27,7 +29,7 @@ ENDINGS = {
 }
 
 
-def ask(processor, model, image, question, budgets, max_new_tokens):
+def ask(processor, model, image, question, budgets, max_new_tokens, max_image_pixels=None):
     """(what `compress` returned, the answer) for one image."""
     import torch
 
@@ -35,7 +37,8 @@ def ask(processor, model, image, question, budgets, max_new_tokens):
 
     print("Encoding ...", file=sys.stderr, flush=True)
     with torch.inference_mode():
-        image_inputs = processor.image_processor(image, return_tensors="pt").to(model.device)
+        image_inputs = processor.image_processor(image, max_image_pixels=max_image_pixels, return_tensors="pt")
+        image_inputs = image_inputs.to(model.device)
         inputs = processor(
             text=prompt_text(processor, question),
             image_features=model.encode_image(**image_inputs),
@@ -52,11 +55,14 @@ def draw(args):
     """Ask, write the files that were asked for, and print their names."""
     print("Loading ...", file=sys.stderr, flush=True)
     processor, model = load_model(args.model)
-    image = processor.image_processor.fetch_images(args.image)
-    georeference = read_georeference(args.image)
+    image = processor.image_processor.open_image(args.image, **image_options(args))
+    # A raster knows the place of the part that is read; beside a picture a file of its own may name it.
+    is_raster = isinstance(image, RasterImage)
+    georeference = Georeference(image.transform, image.crs) if is_raster else read_georeference(args.image)
     for path in filter(None, (args.geojson, args.geopackage)):
         check_vectors(path, georeference.crs)
-    compressed, answer = ask(processor, model, image, args.question, args.budgets, args.max_new_tokens)
+    options = args.budgets, args.max_new_tokens, args.max_image_pixels
+    compressed, answer = ask(processor, model, image, args.question, *options)
 
     about = {"image": Path(args.image).name, "question": args.question, "answer": answer}
     if args.model.resolve() == ROOT:
@@ -94,6 +100,7 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    add_image_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     try:

@@ -115,7 +115,7 @@ def shuffle_regions(regions):
         ("end_to_end", "select", swap_two_tokens, "end_to_end: Scale 0: 2 of 8 visual tokens are not the same."),
         ("end_to_end", "answer", change_last_token, "end_to_end: The answers are not the same"),
         ("end_to_end", "regions", shuffle_regions, "% of the tokens are in the same region."),
-        ("preprocessing", "preprocess", change_one_pixel, "preprocessing: The tiles of (600, 600) px"),
+        ("preprocessing", "preprocess", change_one_pixel, "preprocessing: The tiles of 600x600.jpg"),
     ],
 )
 def test_a_difference_makes_it_fail(in_one_process, monkeypatch, capsys, measure, method, change, message):

@@ -77,6 +77,15 @@ def test_a_plain_image_has_pixel_coordinates_and_says_so(scene, tmp_path, capsys
 
 
 @pytest.mark.slow
+def test_the_part_of_a_raster_that_is_read_keeps_its_place(scene, tmp_path):
+    arguments = [str(scene / "scene.tif"), QUESTION, "--geopackage", str(tmp_path / "kept.gpkg"), "--budgets", "20"]
+    assert command.main([*arguments, "--window", "40,60,100,140", "--bands", "3,2,1"]) == 0
+    (left, top), (right, bottom) = TRANSFORM * (60, 40), TRANSFORM * (140, 100)
+    west, south, east, north = gpd.read_file(tmp_path / "kept.gpkg").total_bounds
+    assert left - 1e-6 <= west < east <= right + 1e-6 and bottom - 1e-6 <= south < north <= top + 1e-6
+
+
+@pytest.mark.slow
 def test_the_documented_python_runs(scene, monkeypatch, capsys):
     (block,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/evidence_maps.md").read_text(encoding="utf-8"), re.DOTALL
