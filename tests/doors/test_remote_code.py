@@ -282,7 +282,7 @@ def test_any_attention_implementation_finds_the_same_importance(model_folder, mo
     inputs = tokenize(processor, chat(picture()))
     with torch.no_grad():
         (expected,), (found,) = model.compress(**inputs).importance, eager.compress(**inputs).importance
-    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-4)  # refined importance is 1 on average
 
 
 def test_modules_that_are_offloaded_to_disk_give_the_same_logits(model_folder, model, processor, tmp_path):
