@@ -1,6 +1,12 @@
-"""A fraction of an image's tokens, as numbers of tokens."""
+"""Budgets as commands take them, and a fraction of an image's tokens as numbers of tokens."""
 
 import numpy as np
+
+
+def budgets(text: str, separator=",") -> list[int] | int:
+    """[16, 24, 40, 66] from "16,24,40,66", one number for all scales from "146"."""
+    numbers = [int(part) for part in text.split(separator)]
+    return numbers if len(numbers) > 1 else numbers[0]
 
 
 def counts_of_fraction(fraction, available, proportions) -> list[int]:

@@ -28,8 +28,3 @@ def percent_interval(mean_low_high, signed=False) -> str:
     """What `interval` returns, in percent."""
     mean, low, high = (100 * number for number in mean_low_high)
     return f"{mean:+.1f} [{low:+.1f}, {high:+.1f}]" if signed else f"{mean:.1f} [{low:.1f}, {high:.1f}]"
-
-
-def numbers(text: str) -> list[int]:
-    """[16, 24, 40, 66] from "16,24,40,66"."""
-    return [int(part) for part in text.split(",")]

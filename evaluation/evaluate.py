@@ -12,19 +12,13 @@ import os
 import sys
 from pathlib import Path
 
+from ..common.budgets import budgets
 from ..common.extras import require
 from ..common.loading import ROOT, check_files, load_model
-from ..common.tables import numbers
 from . import figures
 from .running import IMAGE, Settings, process_state, run, versions
 from .samples import first, read_lines, text_of
 from .suites import SUITES
-
-
-def budgets_of(text):
-    """One number for all scales, or one a scale."""
-    found = numbers(text)
-    return found[0] if len(found) == 1 else found
 
 
 def scorers_of(suite, names):
@@ -73,7 +67,7 @@ def parser():
     parser.add_argument("--data", metavar="DIR", help="file, folder or id of a data set on the Hub; none for scenes")
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--output", type=Path, metavar="DIR", help="of the run (default: runs/SUITE)")
-    parser.add_argument("--budgets", type=budgets_of, help="visual tokens per scale, as 16,24,40,66, or of all, as 146")
+    parser.add_argument("--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all, as 146")
     parser.add_argument("--selector", help="which tokens stay (default: the model's)")
     parser.add_argument("--prompt", metavar="NAME", help="one of the suite's prompts (default: its first)")
     parser.add_argument("--scorers", nargs="+", metavar="NAME", help="some of the suite's scores (default: all)")

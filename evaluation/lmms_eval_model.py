@@ -14,18 +14,11 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from ..common.budgets import budgets as read_budgets
 from ..common.loading import ROOT, load_model
 from .running import answers, compress, encode
 
 ARGUMENTS = ("pretrained", "budgets", "selector", "batch_size", "device", "dtype")
-
-
-def budgets_of(text) -> list[int] | int | None:
-    """[16, 24] from "16:24", 146 from 146."""
-    if text is None:
-        return None
-    numbers = [int(part) for part in str(text).split(":")]
-    return numbers if len(numbers) > 1 else numbers[0]
 
 
 class Loss(tuple, GenerationResult):
@@ -70,7 +63,8 @@ class UHRBat(lmms):
         where = str(self.accelerator.device) if device is None or self._world_size > 1 else device
         self.processor, self.model = load_model(pretrained or ROOT, dtype, {"": where}, **changes)
         self.model.eval()
-        self.budgets, self.batch_size = budgets_of(budgets), int(batch_size)
+        self.budgets = None if budgets is None else read_budgets(str(budgets), ":")
+        self.batch_size = int(batch_size)
         self.encoded = {}
 
     @property

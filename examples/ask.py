@@ -14,9 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
+from ..common.budgets import budgets
 from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
-from ..common.tables import numbers
 from ..scenes import painting
 
 QUESTION = "What colour is the plane at the runway?"
@@ -108,7 +108,7 @@ def main(arguments=None) -> int:
     parser.add_argument("question", nargs="?", metavar="QUESTION", default=QUESTION, help=f"default: {QUESTION}")
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument(
-        "--budgets", type=numbers, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
+        "--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     add_image_arguments(parser)
@@ -121,8 +121,7 @@ def main(arguments=None) -> int:
                 print(f"Painting the example scene, once: {args.image}", file=sys.stderr, flush=True)
                 painting.write()
         check_files(args.image, args.model)
-        budgets = args.budgets[0] if args.budgets and len(args.budgets) == 1 else args.budgets
-        ask(args.image, args.question, args.model, budgets, args.max_new_tokens, image_options(args))
+        ask(args.image, args.question, args.model, args.budgets, args.max_new_tokens, image_options(args))
     except (OSError, ValueError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

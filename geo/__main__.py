@@ -13,10 +13,10 @@ import os
 import sys
 from pathlib import Path
 
+from ..common.budgets import budgets
 from ..common.extras import require
 from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
-from ..common.tables import numbers
 from ..raster_reading_uhr_bat import RasterImage
 from . import Georeference, check_vectors, evidence_frame, read_georeference, write_page, write_raster, write_vectors
 from .writing import GEOJSON, GEOPACKAGE
@@ -96,7 +96,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--raster", type=Path, metavar="FILE", help="importance as a GeoTIFF, a band for every scale")
     parser.add_argument("--page", type=Path, metavar="FILE", help="an HTML page with a map that opens offline")
     parser.add_argument(
-        "--budgets", type=numbers, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
+        "--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
     )
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
@@ -112,8 +112,6 @@ def main(arguments=None) -> int:
             if path.suffix.lower() not in ENDINGS[name]:
                 raise ValueError(f"{path}: the file of --{name} ends in {' or '.join(ENDINGS[name])}.")
         require("geo", "rasterio", "geopandas", "pyogrio")
-        if args.budgets and len(args.budgets) == 1:
-            args.budgets = args.budgets[0]
         draw(args)
     except (OSError, ValueError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)

@@ -11,11 +11,12 @@ import os
 import sys
 from pathlib import Path
 
+from ..budgets_uhr_bat import is_one_budget
+from ..common.budgets import budgets
 from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT, check_files, load_model
-from ..common.tables import numbers
 from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
 
 PRUNING = (85, 95, 97.5)
@@ -27,6 +28,8 @@ def pruned_budgets(seen: list[int], percent: float) -> list[int]:
 
 
 def budget_name(budgets):
+    if is_one_budget(budgets):
+        return f"{budgets:,} tokens"
     return f"{sum(budgets):,} tokens ({', '.join(map(str, budgets))})"
 
 
@@ -83,7 +86,11 @@ def main(arguments=None) -> int:
         "--output", type=Path, default=Path("pictures_out"), metavar="DIR", help="default: pictures_out"
     )
     parser.add_argument(
-        "--budgets", type=numbers, nargs="+", metavar="B", help="visual tokens per scale, as 32,64,128,256; several"
+        "--budgets",
+        type=budgets,
+        nargs="+",
+        metavar="B",
+        help="visual tokens per scale, as 32,64,128,256, or of all, as 146; several",
     )
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--width", type=int, default=1400, metavar="PX", help="width of the pictures (default: 1400)")

@@ -8,11 +8,12 @@ import numpy as np
 import pytest
 import torch
 import uhr_bat
+from uhr_bat.common.budgets import budgets
 from uhr_bat.common.extras import require
 from uhr_bat.common.files import whole_files, whole_folder
 from uhr_bat.common.loading import ROOT, load_model, save_model
 from uhr_bat.common.prompts import answer_text, expand_placeholder, write_prompt
-from uhr_bat.common.tables import interval, numbers, percent_interval, table
+from uhr_bat.common.tables import interval, percent_interval, table
 
 LOAD_ALONE = """
 import sys
@@ -99,8 +100,8 @@ def test_the_interval_is_that_of_groups_and_not_of_values():
     assert mean == 0.5 and low < 0.35 and high > 0.65
 
 
-def test_numbers_and_tables_as_text():
-    assert numbers("16,24,40") == [16, 24, 40]
+def test_budgets_and_tables_as_text():
+    assert budgets("16,24,40") == [16, 24, 40] and budgets("146") == 146 and budgets("16:24", ":") == [16, 24]
     assert percent_interval((0.5, 0.25, 0.75)) == "50.0 [25.0, 75.0]"
     assert percent_interval((-0.05, -0.1, 0.01), signed=True) == "-5.0 [-10.0, +1.0]"
     assert table(["a", "b"], [[1, "x"]]) == "| a | b |\n| --- | --- |\n| 1 | x |"

@@ -44,7 +44,7 @@ def test_ask_answers_and_accounts_for_tokens_and_seconds(image_path):
         (["missing.jpg"], "missing.jpg: there is no such image file."),
         ([__file__], "test_ask.py: not an image"),
         (["IMAGE", "How many?", "--budgets", "1,2"], "2 budgets [1, 2] and 4 scales"),
-        (["IMAGE", "How many?", "--budgets", "all"], "invalid numbers value: 'all'"),
+        (["IMAGE", "How many?", "--budgets", "all"], "invalid budgets value: 'all'"),
         (["IMAGE", "How many?", "--model", "nowhere"], "nowhere: this is no model folder"),
     ],
     ids=["missing", "not an image", "budgets", "numbers", "model"],
