@@ -226,14 +226,14 @@ def test_an_exchanged_tower_is_turned_to_the_tokens_that_the_decoder_knows():
 @pytest.mark.weights
 @torch.no_grad()
 def test_the_shipped_weights_look_where_the_question_points_and_answer_it():
-    """200 questions about scenes that nothing was trained on, with 4 % of the visual tokens and with all."""
+    """60 questions about scenes that nothing was trained on, with 4 % of the visual tokens and with all."""
     processor, model = load_model(ROOT)
     shares, by_chance, right, right_from_all = [], [], [], []
-    for seed in TEST_SEEDS[-34:]:
+    for seed in TEST_SEEDS[-11:]:
         scene, rng = make_scene(seed), np.random.default_rng([seed, 3])
         features = model.encode_image(**processor.image_processor(paint(scene), return_tensors="pt"))[0]
         for question in (questions.make_question(scene, kind, rng=rng) for kind in questions.KINDS):
-            if question is None or len(shares) == 200:
+            if question is None or len(shares) == 60:
                 continue
             prompt = write_prompt(processor, question.text)
             importance = model.estimate_importance(prompt["input_ids"][0], features.anchor_tokens)
@@ -246,6 +246,6 @@ def test_the_shipped_weights_look_where_the_question_points_and_answer_it():
             for visual, answers in ((compressed, right), ([torch.cat(features.tokens)], right_from_all)):
                 (said,) = evidence.answer(model, processor, prompt, visual)
                 answers.append(said == question.answer)
-    assert len(shares) == 200
+    assert len(shares) == 60
     assert np.mean(by_chance) < 0.15 and np.mean(shares) > 0.65
     assert np.mean(right) > 0.7 and np.mean(right_from_all) > 0.7  # guessing: 0.3
