@@ -9,15 +9,18 @@ def budgets(text: str, separator=",") -> list[int] | int:
     return numbers if len(numbers) > 1 else numbers[0]
 
 
-def counts_of_fraction(fraction, available, proportions) -> list[int]:
-    """int[S], the tokens that each scale spends where a fraction of all tokens is wanted, at least one each.
+def counts_of_fraction(fraction, available, proportions=None) -> list[int]:
+    """int[S], the tokens that each scale spends where a fraction of all tokens is wanted, at least one each; or int[1],
+    those of all scales together, as many.
 
     Args:
         fraction: of all tokens, 0 to 1.
         available: int[S], tokens of every scale that show the image.
-        proportions: of the scales; what a scale does not hold goes to the next finer ones.
+        proportions: of the scales; what a scale does not hold goes to the next finer ones. None: one budget for all.
     """
     total, counts = max(round(fraction * sum(available)), len(available)), []
+    if proportions is None:
+        return [total]
     weights = np.asarray(proportions, float)
     for scale, limit in enumerate(available):
         wanted = round((total - sum(counts)) * weights[scale] / weights[scale:].sum())

@@ -18,11 +18,13 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
+from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import counts_of_fraction
 from ..common.extras import require
 from ..common.files import whole_files, write_json
@@ -58,7 +60,7 @@ class Row:
 
 def fraction_of(thousands):
     """Counts of a number of the paper's tokens, in its proportions of scales."""
-    return lambda available: counts_of_fraction(thousands * 1000 / PAPER_TOKENS, available, PROPORTIONS)
+    return partial(counts_of_fraction, thousands * 1000 / PAPER_TOKENS, proportions=PROPORTIONS)
 
 
 def spend(budgets):
@@ -109,13 +111,14 @@ def region_rows(config):
 
 
 def keep_rows(config):
-    def counts_of(proportions, fraction):
-        if proportions is None:
-            return lambda available: [max(round(fraction * sum(available)), len(available))]
-        return lambda available: counts_of_fraction(fraction, available, proportions)
-
     return [
-        Row(f"{name}, {100 * fraction:g} %", 100 * fraction, counts_of(proportions, fraction), rules, name)
+        Row(
+            f"{name}, {100 * fraction:g} %",
+            100 * fraction,
+            partial(counts_of_fraction, fraction, proportions=proportions),
+            rules,
+            name,
+        )
         for name, (rules, proportions) in RULES.items()
         for fraction in (0.01, 0.02, 0.04)
     ]
@@ -123,7 +126,7 @@ def keep_rows(config):
 
 def default_budgets(config) -> list[int]:
     """The configuration's budgets; one number for all scales is shared in the paper's proportions."""
-    if isinstance(config.budgets, int):
+    if is_one_budget(config.budgets):
         number = len(config.scales)
         return counts_of_fraction(1 / number, [config.budgets] * number, PROPORTIONS)
     return list(config.budgets)

@@ -67,17 +67,19 @@ def gather(features, slots) -> torch.Tensor:
     return torch.cat(merged)
 
 
+def alone(slots) -> torch.Tensor:
+    """bool[N]: the tokens of a scale, slots long[N], that have a place of their own."""
+    sizes = torch.bincount(slots[slots >= 0], minlength=1)
+    return (slots >= 0) & (sizes[slots.clamp_min(0)] == 1)
+
+
 def keeps(slots, positions, evidence) -> bool:
     """Whether each object, a list of its (scale, position), has a slot of its own in one of them.
 
     `slots`: long[V] per scale; `positions`: long[V] per scale, where these tokens stand on the grid.
     """
-    alone = []
-    for slot, where in zip(slots, positions):
-        counts = torch.bincount(slot[slot >= 0], minlength=1)
-        single = (slot >= 0) & (counts[slot.clamp_min(0)] == 1)
-        alone.append(set(where[single].tolist()))
-    return all(any(position in alone[scale] for scale, position in one) for one in evidence)
+    single = [set(where[alone(slot)].tolist()) for slot, where in zip(slots, positions)]
+    return all(any(position in single[scale] for scale, position in one) for one in evidence)
 
 
 def one_scale_model(model, side):

@@ -147,9 +147,7 @@ def answers_from_a_fraction(model, processor, question, features, fraction, meth
     for method in methods:
         if method in RULES:
             rules, proportions = RULES[method]
-            counts = [max(round(fraction * sum(features.available)), len(features.tokens))]
-            if proportions:
-                counts = counts_of_fraction(fraction, features.available, proportions)
+            counts = counts_of_fraction(fraction, features.available, proportions)
             images = {"image_features": [features], "token_counts": torch.tensor([counts])}
             compressed = model.compress(**prompt, **images, rules=rules)
             tokens = compressed.pooler_output[0]

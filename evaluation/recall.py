@@ -26,7 +26,7 @@ from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
 from ..common.tables import interval, percent_interval, table
 from ..geometry_uhr_bat import letterbox, tokens_of_points
-from .choices import CHOICES, PROPORTIONS, RULES, choose
+from .choices import CHOICES, PROPORTIONS, RULES, alone, choose
 from .evaluate import prompt_of
 from .running import compress, encode, groups_of, reason
 from .suites import SUITES
@@ -65,13 +65,6 @@ def tokens_in_box(box, image_size, grid) -> np.ndarray:
     return np.atleast_1d(tokens_of_points(middle, image_size, grid))
 
 
-def alone(slots) -> np.ndarray:
-    """bool[N]: the tokens of a scale, slots long[N], that have a place of their own."""
-    slots = slots.cpu()
-    sizes = torch.bincount(slots[slots >= 0], minlength=1)
-    return ((slots >= 0) & (sizes[slots.clamp_min(0)] == 1)).numpy()
-
-
 def size_of(box, image_size, scales) -> float:
     """Side of a square of the box's area, in pixels of the finest scale."""
     return math.sqrt(max((box[2] - box[0]) * (box[3] - box[1]), 0)) * scales[-1] / max(image_size)
@@ -82,9 +75,7 @@ def slots_of(model, processor, question, features, method, fraction) -> list[tor
     """long[N] of every scale: the places of all tokens of its grid, -1 where dropped."""
     if method in RULES:
         rules, proportions = RULES[method]
-        counts = [max(round(fraction * sum(features.available)), len(features.tokens))]
-        if proportions:
-            counts = counts_of_fraction(fraction, features.available, proportions)
+        counts = counts_of_fraction(fraction, features.available, proportions)
         _, seen, _ = compress(model, processor, [question], [[features]], rules=rules, counts=[counts])
         return seen["mm_encoder_outputs"]["image"].slots[0]
     chosen = choose(method, model, features, counts_of_fraction(fraction, features.available, PROPORTIONS))
@@ -106,7 +97,7 @@ def records_of(model, processor, suite, prompt, group, fractions, methods) -> li
         for method in methods:
             for fraction in fractions:
                 slots = slots_of(model, processor, suite.prompts[prompt](sample), features, method, fraction)
-                single = [alone(one) for one in slots]
+                single = [alone(one).cpu().numpy() for one in slots]
                 for box, of_scales in zip(sample.boxes, tokens):
                     shares = [single[scale][positions].mean() for scale, positions in enumerate(of_scales)]
                     records.append({

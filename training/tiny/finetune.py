@@ -155,9 +155,7 @@ class Collator:
         rows, token_counts, all_targets = [], [], []
         for item in items:
             available = item["features"].available
-            counts = counts_of_fraction(fraction, available, self.processor.default_budgets)
-            if one_budget:
-                counts = [sum(counts)]
+            counts = counts_of_fraction(fraction, available, None if one_budget else self.processor.default_budgets)
             for question, targets in item["questions"][:NUM_ALONE]:
                 before, after, labels = self.write(question)
                 start = expand_placeholder(before, self.processor.image_token_id, sum(counts))
