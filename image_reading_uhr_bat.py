@@ -427,6 +427,26 @@ def _decode_base64(text):
     return io.BytesIO(base64.b64decode("".join(text.split()).encode(errors="replace"), validate=True))
 
 
+def resize_image(
+    image: "Image.Image | RasterImage | PlainImage",
+    size: tuple[int, int],
+    box: tuple[int, int, int, int] | None = None,
+    resample: int = Image.Resampling.BICUBIC,
+    reducing_gap: float | None = None,
+) -> Image.Image:
+    """RGB of what `read_image` or `open_image` gives, or of a box (top, left, bottom, right) of it in pixels, in another
+    size (height, width). Pillow resizes what is in memory, as the last two say; of a raster see `RasterImage.picture`."""
+    if isinstance(image, RasterImage):
+        return image.picture(size, box)
+    image = image.image if isinstance(image, PlainImage) else image
+    if box:
+        top, left, bottom, right = box
+        image = image.crop((left, top, right, bottom))
+    if (image.height, image.width) != tuple(size):
+        image = image.resize(size[::-1], resample, reducing_gap=reducing_gap)
+    return image.convert("RGB")
+
+
 def is_image(source: Any) -> bool:
     """Whether it is an image already, not where one is: PIL, NumPy or torch, or what `open_image` returns."""
     return isinstance(source, (RasterImage, PlainImage)) or is_valid_image(source)
@@ -491,4 +511,4 @@ def flatten_images(images: Any) -> list:
     return [images]
 
 
-__all__ = ["PlainImage", "RasterImage", "flatten_images", "is_image", "read_image", "to_rgb"]
+__all__ = ["PlainImage", "RasterImage", "flatten_images", "is_image", "read_image", "resize_image", "to_rgb"]

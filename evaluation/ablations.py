@@ -30,6 +30,7 @@ from ..common.extras import require
 from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
 from ..common.tables import interval, percent_interval, table
+from ..image_reading_uhr_bat import resize_image
 from .choices import PAPER, PROPORTIONS, RULES
 from .evaluate import prompt_of
 from .running import answers, encode, groups_of, reason
@@ -162,8 +163,8 @@ def records_of(model, processor, suite, prompt, group, rows) -> list[dict]:
     image = processor.image_processor.process_image(suite.open(group[0].pictures[0]))
     records, encoded = [], {}
     for resolution in {row.resolution for row in rows}:
-        size = (max(round(resolution * image.width), 1), max(round(resolution * image.height), 1))
-        smaller = image if resolution == 1 else image.resize(size)
+        size = max(round(resolution * image.height), 1), max(round(resolution * image.width), 1)
+        smaller = image if resolution == 1 else resize_image(image, size)
         cut = processor.image_processor(smaller, return_tensors="pt")
         (encoded[resolution],), seconds = timed(lambda cut=cut: encode(model, cut))
         encoded[resolution] = encoded[resolution], seconds

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..geometry_uhr_bat import pixel_tokens
-from ..image_reading_uhr_bat import PlainImage, RasterImage
+from ..image_reading_uhr_bat import resize_image
 
 # Okabe and Ito, without black and without the yellow that is lost on white.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F4FC9", "#8C6D31")
@@ -33,13 +33,7 @@ def screen_image(image, longest: int, box=None) -> Image.Image:
     top, left, bottom, right = box or (0, 0, image.height, image.width)
     factor = min(1, longest / max(bottom - top, right - left))
     height, width = (max(1, round(length * factor)) for length in (bottom - top, right - left))
-    if isinstance(image, RasterImage):
-        return image.picture((height, width), (top, left, bottom, right))
-    image = image.image if isinstance(image, PlainImage) else image
-    image = image.crop((left, top, right, bottom)) if box else image
-    if factor < 1:
-        image = image.resize((width, height), Image.Resampling.LANCZOS, reducing_gap=2)
-    return image.convert("RGB")
+    return resize_image(image, (height, width), box, Image.Resampling.LANCZOS, reducing_gap=2)
 
 
 def _tokens_of_pixels(picture, grid, image_size):

@@ -18,7 +18,7 @@ from PIL import Image
 
 from ..clustering_uhr_bat import vote_labels
 from ..geometry_uhr_bat import letterbox
-from ..raster_reading_uhr_bat import RasterImage
+from ..image_reading_uhr_bat import RasterImage, resize_image
 
 BACKGROUND = 0
 # SAM sees 1024 px whatever it is given: a finer view only costs memory and time, unless it is cut into crops.
@@ -112,10 +112,7 @@ def segment_image(
         for start, length in ((top, image.height), (left, image.width))
     )
     height, width = rows.stop - rows.start, columns.stop - columns.start
-    if isinstance(image, RasterImage):
-        pixels = np.asarray(image.picture((height, width)))
-    else:
-        pixels = np.asarray(image.resize((width, height), Image.Resampling.BICUBIC, reducing_gap=3))
+    pixels = np.asarray(resize_image(image, (height, width), reducing_gap=3))
     labels = torch.full((view, view), BACKGROUND, dtype=torch.int32)
     labels[rows, columns] = label_map(segmenter(pixels), pixels.shape[:2])
     return {scale: token_labels(labels, scale, patch_size) for scale in scales}

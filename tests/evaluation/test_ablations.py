@@ -2,6 +2,7 @@
 
 import json
 
+import numpy as np
 import pytest
 from uhr_bat.common.loading import ROOT
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
@@ -50,3 +51,20 @@ def test_an_ablation_is_written_as_table_json_and_plot(tmp_path, capsys, monkeyp
         assert row["flops"] > 1e8 and row["seconds"] > row["answer_seconds"] > 0
     assert result["rows"][0]["minus_first"] == [0, 0, 0]
     assert "| 3k, 1 of the width |" in capsys.readouterr().out and (tmp_path / "table-5.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_raster_is_read_at_half_its_width_too(tmp_path, monkeypatch):
+    rasterio = pytest.importorskip("rasterio", reason="rasterio is not installed")
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 90, 120), np.uint8)
+    profile = {"driver": "GTiff", "height": 90, "width": 120, "count": 3, "dtype": "uint8", "photometric": "RGB"}
+    with rasterio.open(tmp_path / "a.tif", "w", **profile) as raster:
+        raster.write(pixels)
+    turns = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "2"}]
+    (tmp_path / "a.json").write_text(json.dumps([{"id": 1, "image": "a.tif", "conversations": turns}]))
+    make_rows, axis = ablations.ABLATIONS["table-5"]
+    monkeypatch.setitem(ablations.ABLATIONS, "table-5", (lambda config: make_rows(config)[::2], axis))
+    arguments = ["--suite", "conversations", "--data", str(tmp_path / "a.json"), "--output", str(tmp_path / "out")]
+    assert ablations.main(["table-5", *arguments]) == 0
+    result = json.loads((tmp_path / "out" / "table-5.json").read_text())
+    assert not result["errors"] and [row["samples"] for row in result["rows"]] == [1, 1]
