@@ -4,7 +4,6 @@ JSON and JSONL are read as they are; tables (parquet, arrow, TSV, CSV) and data 
 library, which maps them into memory: a picture is read from them when it is needed.
 """
 
-import base64
 import csv
 import hashlib
 import json
@@ -30,13 +29,11 @@ class Cell:
     column: str
     position: int | None = None
 
-    def read(self) -> str:
-        """The encoded file in base64, as the image processor takes it."""
+    def read(self) -> str | bytes:
+        """The encoded file, as bytes or in base64, or its path, as the image processor takes them."""
         value = self.table[self.row][self.column]
         value = value if self.position is None else value[self.position]
-        if isinstance(value, dict):
-            value = value["bytes"] or value["path"]
-        return base64.b64encode(value).decode() if isinstance(value, bytes) else value
+        return (value["bytes"] or value["path"]) if isinstance(value, dict) else value
 
 
 @dataclass(frozen=True)

@@ -3,8 +3,6 @@
 Letters: B prompts, I images, S scales, N patches of all scales, M tokens of the longest prompt.
 """
 
-import base64
-
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -215,10 +213,10 @@ def as_parts(message) -> list[dict]:
 
 
 def as_image(image):
-    """An image as the processor takes it: a file's path, or its bytes as base64, which goes through the same checks."""
+    """An image as the processor takes it: a file's path, or its bytes."""
     if not isinstance(image, dict):
         return image
-    return image["path"] if image.get("bytes") is None else base64.b64encode(image["bytes"]).decode()
+    return image["path"] if image.get("bytes") is None else image["bytes"]
 
 
 def join_images(rows: list[dict]) -> dict[str, torch.Tensor]:

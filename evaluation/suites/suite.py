@@ -68,7 +68,7 @@ class Suite:
         return spaced(unique_ids(samples), limit)
 
     def open(self, picture: Picture):
-        """What the image processor reads: a path, a URL, base64 or an image."""
+        """What the image processor reads: a path, a URL, the bytes of a file, base64 or an image."""
         return picture.source.read() if isinstance(picture.source, Cell) else picture.source
 
 
