@@ -9,7 +9,6 @@ import base64
 import binascii
 import io
 import os
-import re
 import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -21,7 +20,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image
 
-from .raster_files_uhr_bat import driver_of, import_rasterio, is_dataset, is_raster, reason
+from .raster_files_uhr_bat import GDAL_NAME, driver_of, import_rasterio, is_dataset, is_raster, reason
 from .raster_reading_uhr_bat import RasterImage
 
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
@@ -32,8 +31,6 @@ HELD_PIXELS = 2**28
 STREAMED_FORMATS, STREAMED_MODES = ("JPEG", "PNG"), ("L", "RGB", "RGBA")
 # What Pillow decodes into other pixels of a TIFF; the rest of `_pillow_misreads` it leaves out or takes on trust.
 PILLOW_ERRORS = ("planar bands of 16 bits", "bands without colours", "signed pixels")
-# What GDAL opens without being a file here: a virtual file system, a store, a part of a file.
-GDAL_NAME = re.compile(r"/vsi|[a-z0-9+]{2,}://|[A-Z][A-Z0-9_]+:")
 # Seconds without an answer after which a server is given up.
 TIMEOUT = 60
 # Bytes of a file at a URL that are looked at before it is left to GDAL.
@@ -276,12 +273,13 @@ class _Reader(NamedTuple):
         """From a file that is open, and its path where it lies on this machine."""
         start = file.read(16)
         if is_raster(start):
-            if _has_rasterio():
-                # What comes from elsewhere is opened as what it begins as: other formats may name files of this machine.
-                return self.open_raster(path or _all_of(file), name, None if path else driver_of(start))
-        elif path and _is_envi(path) or self.of_rasters and (path or driver_of(start)):
+            by_gdal = _has_rasterio()
+        else:
+            by_gdal = path and _is_envi(path) or self.of_rasters and (path or driver_of(start))
+        if by_gdal:
+            # What comes from elsewhere is opened as what it begins as: other formats may name files of this machine.
             return self.open_raster(path or _all_of(file), name, None if path else driver_of(start))
-        elif self.of_rasters:
+        if self.of_rasters and not is_raster(start):
             raise ValueError(
                 f"{name}: `{self.of_rasters[0]}` is for rasters, JPEG and PNG, and this is another format."
             )

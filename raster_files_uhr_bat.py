@@ -7,6 +7,7 @@ coordinates (row, column).
 import io
 import logging
 import math
+import re
 import threading
 import warnings
 from collections.abc import Sequence
@@ -22,6 +23,8 @@ READ_TAGS = (254, 256, 257, 258, 262, 274, 277, 284, 338, 339, 42112, 42113)
 CHUNK_BYTES = 2**23
 # Their decoders go from top to bottom, and start anew whenever the file is opened again.
 SEQUENTIAL = ("JPEG", "PNG")
+# What GDAL opens without being a file here: a virtual file system, a store, a part of a file.
+GDAL_NAME = re.compile(r"/vsi|[a-z0-9+]{2,}://|[A-Z][A-Z0-9_]+:")
 # First bytes of files, and the driver of GDAL that reads them.
 SIGNATURES = {
     "GTiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
@@ -296,6 +299,7 @@ def check_value_range(value_range, num_bands: int):
 
 __all__ = [
     "CHUNK_BYTES",
+    "GDAL_NAME",
     "SEQUENTIAL",
     "check_value_range",
     "choose_bands",

@@ -166,8 +166,8 @@ class RasterImage:
         self._overviews = dataset.overviews(self.bands[0]) if usable else []
         self._sampled_overviews = dataset.overviews(self.bands[0]) if not self._sequential else []
         flags = [dataset.mask_flag_enums[band - 1] for band in self.bands]
-        plain = dataset.driver in SEQUENTIAL  # Pillow's pictures have no mask: alpha is dropped
-        self.masked = not plain and (
+        # Pillow's pictures have no mask: alpha is dropped.
+        self.masked = not self._sequential and (
             self._dtype.kind == "f" or any("all_valid" not in [flag.name for flag in band] for band in flags)
         )
         self._set_values(dataset, value_range)

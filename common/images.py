@@ -68,4 +68,6 @@ def image_options(args: Namespace) -> dict:
 
 def is_file_name(text: str) -> bool:
     """Whether it names a file of this machine, and no URL or name of GDAL's."""
-    return "://" not in text and not text.startswith("/vsi") and not text.partition(":")[0].isupper()
+    from ..raster_files_uhr_bat import GDAL_NAME
+
+    return GDAL_NAME.match(text) is None
