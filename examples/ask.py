@@ -78,7 +78,12 @@ def ask(image_path, question, model_path, budgets, max_new_tokens, options):
             compressed = model.compress(**inputs)
         with timed(seconds, "generate"):
             output = model.generate(
-                **inputs, do_sample=False, max_new_tokens=max_new_tokens, streamer=token_bar(max_new_tokens)
+                inputs["input_ids"],
+                attention_mask=inputs["attention_mask"],
+                mm_encoder_outputs={"image": compressed},
+                do_sample=False,
+                max_new_tokens=max_new_tokens,
+                streamer=token_bar(max_new_tokens),
             )
     spent = [len(tokens) for tokens in compressed.tokens[0]]
     print(f"\nQuestion: {question}\nAnswer: {answer_text(processor, inputs['input_ids'], output)}\n")

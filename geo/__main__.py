@@ -47,7 +47,13 @@ def ask(processor, model, image, question, budgets, max_new_tokens, max_image_pi
         ).to(model.device)
         print("Answering ...", file=sys.stderr, flush=True)
         compressed = model.compress(**inputs)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=max_new_tokens)
+        output = model.generate(
+            inputs["input_ids"],
+            attention_mask=inputs["attention_mask"],
+            mm_encoder_outputs={"image": compressed},
+            do_sample=False,
+            max_new_tokens=max_new_tokens,
+        )
     return compressed, answer_text(processor, inputs["input_ids"], output)
 
 
