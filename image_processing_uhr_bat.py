@@ -64,9 +64,9 @@ class UHRBatImageProcessor(BaseImageProcessor):
       collator and gather handles; it is 300 times smaller than the pixels.
 
     Images: PIL, NumPy or torch, paths, URLs, base64, bytes, files, datasets of rasterio (see `read_image`), what
-    `open_image` returns, alone, in lists or in nested lists, which are flattened. EXIF orientation is applied to what is read here, not to PIL images handed in.
-    Every image becomes 8-bit RGB first: floats in [0, 1] too, so that `do_rescale=False` gives 0..255 whatever the
-    input.
+    `open_image` returns, alone, in lists or in nested lists, which are flattened. EXIF orientation is applied to what is
+    read here, not to PIL images handed in. Every image becomes 8-bit RGB first: floats in [0, 1] too, so that
+    `do_rescale=False` gives 0..255 whatever the input.
 
     The tile is `crop_size`. The file that this class writes can be read as CLIP's, so that it gives a right image
     processor without `trust_remote_code` too: it names CLIP's class, and `size` (CLIP's key, not used here, like

@@ -2,8 +2,8 @@
 
 The image is letterboxed to a square (centred, the mean colour), the square is resized to every scale with Pillow's
 bicubic, and each of these views is cut into tiles, row by row. The square itself is never built, and a raster is never
-held whole either: rows go through as strips, and a view is finished band by band. What comes in is
-what `read_image` gave out and `check_scales` let pass; nothing is checked here.
+held whole either: rows go through as strips, and a view is finished band by band. What comes in is what `read_image`
+gave out and `check_scales` let pass; nothing is checked here.
 
 Letters: T tiles of a scale. Sizes are (height, width).
 """

@@ -31,9 +31,10 @@ from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
 from ..common.tables import interval, percent_interval, table
 from ..image_reading_uhr_bat import resize_image
+from ..raster_files_uhr_bat import reason
 from .choices import PAPER, PROPORTIONS, RULES
 from .evaluate import prompt_of
-from .running import answers, encode, groups_of, reason
+from .running import answers, encode, groups_of
 from .suites import SUITES
 
 PAPER_TOKENS = 131_328

@@ -26,9 +26,10 @@ from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
 from ..common.tables import interval, percent_interval, table
 from ..geometry_uhr_bat import letterbox, tokens_of_points
+from ..raster_files_uhr_bat import reason
 from .choices import CHOICES, PROPORTIONS, RULES, alone, choose
 from .evaluate import prompt_of
-from .running import compress, encode, groups_of, reason
+from .running import compress, encode, groups_of
 from .suites import SUITES
 
 FRACTIONS = (0.01, 0.02, 0.04)

@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..common.files import whole_files, write_json
 from ..common.prompts import prompt_text
+from ..raster_files_uhr_bat import reason
 from .samples import Sample
 from .suites import Suite
 
@@ -135,10 +136,6 @@ def compress(model, processor, questions, features, budgets=None, rules=None, co
     compressed = model.compress(**inputs, rules=rules)
     prompt["input_ids"], prompt["attention_mask"], _ = model.expand_placeholders(**prompt, compressed=compressed)
     return prompt, {"mm_encoder_outputs": {"image": compressed}}, compressed.tokens_per_prompt
-
-
-def reason(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}"
 
 
 # ---- Images ----------------------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from ..budgets_uhr_bat import is_one_budget
 from ..configuration_uhr_bat import UHRBatConfig
 from .collator import scale_budgets
 from .options import read_options
-from .parts import VISUAL_PARTS, add_adapter, freeze_parts
+from .parts import add_adapter, freeze_parts, is_visual
 
 NF4 = 0.516  # bytes of a weight: 4 bits, and a scale of 8 bits for 64 weights
 TEXT_TOKENS = 500  # beside the visual ones, where a recipe states no `max_length`
@@ -80,10 +80,7 @@ def predict_memory(config: UHRBatConfig, options, data, training) -> Memory:
     N = sum(height * width for height, width in config.grids)
     layer = b * B * M * (8 * D + 4 * K + 5 * F)
     held = b * B * M * D * L + layer if training.gradient_checkpointing else layer * L
-    visual_trained = any(
-        parameter.requires_grad and any(f"{part}." in name for part in VISUAL_PARTS)
-        for name, parameter in model.named_parameters()
-    )
+    visual_trained = any(parameter.requires_grad and is_visual(name) for name, parameter in model.named_parameters())
     images = b * B * N * (vision.hidden_size + 5 * D if visual_trained else 3 * D)
     return Memory(weights, gradients, states, held + images, B * M * R * (b + 8))
 

@@ -10,6 +10,11 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 VISUAL_PARTS = ("vision_tower", "multi_modal_projector", "scale_embedding", "token_mlp")
 
 
+def is_visual(name: str) -> bool:
+    """Whether a parameter of this name stands before the decoder."""
+    return any(f"{part}." in name for part in VISUAL_PARTS)
+
+
 def freeze_parts(model, names: list[str]):
     """Train all but these parts of a [`UHRBatForConditionalGeneration`], and what no forward pass reads.
 

@@ -9,7 +9,7 @@ from transformers import Trainer, TrainerCallback
 
 from ..pictures.pages import kept_picture
 from .collator import as_image, as_parts
-from .parts import VISUAL_PARTS
+from .parts import is_visual
 
 
 def is_right(answer: str, expected: str) -> bool:
@@ -38,8 +38,7 @@ class UHRBatTrainer(Trainer):
 
     def split_groups(self, optimizer, learning_rate):
         """Give the parameters before the decoder groups with a rate of their own."""
-        names = self.model.named_parameters()
-        visual = {id(parameter) for name, parameter in names if any(f"{part}." in name for part in VISUAL_PARTS)}
+        visual = {id(parameter) for name, parameter in self.model.named_parameters() if is_visual(name)}
         for group in list(optimizer.param_groups):
             moved = [parameter for parameter in group["params"] if id(parameter) in visual]
             group["params"] = [parameter for parameter in group["params"] if id(parameter) not in visual]
