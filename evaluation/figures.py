@@ -74,6 +74,28 @@ def sections_of(samples) -> list[str]:
     return [ALL, *named] if len(named) > 1 else [ALL]
 
 
+class Part(NamedTuple):
+    """Samples that are averaged together: which ones, of which group and images each is."""
+
+    section: str
+    average: str
+    chosen: list[int]
+    groups: list[str]
+    images: list[str]
+
+
+def parts_of(suite: Suite, samples: list[Sample]) -> list[Part]:
+    """Every average of the suite, over all samples and over every section."""
+    parts = []
+    for section in sections_of(samples):
+        chosen = [n for n, sample in enumerate(samples) if section in (ALL, sample.section)]
+        images = ["\n".join(samples[n].picture_keys) for n in chosen]
+        for average, group_of in suite.averages.items():
+            groups = [group_of(samples[n]) or "none" for n in chosen]
+            parts.append(Part(section, average, chosen, groups, images))
+    return parts
+
+
 def evaluate(suite: Suite, samples: list[Sample], lines: dict, scorers) -> dict:
     """All figures of a run, as JSON.
 
@@ -81,18 +103,16 @@ def evaluate(suite: Suite, samples: list[Sample], lines: dict, scorers) -> dict:
         {"suite", "samples", "images", "errors", "refusals", "scores": [...]}; an entry of "scores" is one scorer, view,
         section and average: micro, macro, groups, and minus_blank and minus_text, paired, where the view is the image.
     """
-    rows = []
+    rows, parts = [], parts_of(suite, samples)
     views = [view for view in VIEWS if all((sample.id, view) in lines for sample in samples)]
     for scorer in scorers:
         values = {view: scores(samples, lines, scorer, view) for view in views}
-        for section in sections_of(samples):
-            chosen = [n for n, sample in enumerate(samples) if section in (ALL, sample.section)]
-            for average, group_of in suite.averages.items():
-                for view in views:
-                    rows.append(
-                        {"scorer": scorer.name, "section": section, "view": view, "average": average}
-                        | figures_of(samples, chosen, values, view, group_of)
-                    )
+        for part in parts:
+            for view in views:
+                rows.append(
+                    {"scorer": scorer.name, "section": part.section, "view": view, "average": part.average}
+                    | figures_of(part, values, view)
+                )
     return {
         "suite": suite.name,
         "samples": len(samples),
@@ -103,21 +123,19 @@ def evaluate(suite: Suite, samples: list[Sample], lines: dict, scorers) -> dict:
     }
 
 
-def figures_of(samples, chosen, values, view, group_of) -> dict:
-    groups = [group_of(samples[n]) or "none" for n in chosen]
-    images = ["\n".join(samples[n].picture_keys) for n in chosen]
-    found = means(values[view][chosen], groups, images)
+def figures_of(part: Part, values, view) -> dict:
+    found = means(values[view][part.chosen], part.groups, part.images)
     row = {
-        "samples": len(chosen),
+        "samples": len(part.chosen),
         "micro": found.micro,
         "macro": found.macro,
         "groups": found.groups,
-        "samples_of_groups": {name: groups.count(name) for name in found.groups},
+        "samples_of_groups": {name: part.groups.count(name) for name in found.groups},
     }
     if view == IMAGE:
         for name, control in ("minus_blank", BLANK), ("minus_text", TEXT):
             if control in values:
-                row[name] = means((values[view] - values[control])[chosen], groups, images).micro
+                row[name] = means((values[view] - values[control])[part.chosen], part.groups, part.images).micro
     return row
 
 
@@ -242,18 +260,14 @@ def compare(suite: Suite, samples: list[Sample], one: dict, other: dict, scorers
     rows = []
     for scorer in scorers:
         pair = [scores(samples, lines, scorer, IMAGE) for lines in (one, other)]
-        for section in sections_of(samples):
-            chosen = [n for n, sample in enumerate(samples) if section in (ALL, sample.section)]
-            images = ["\n".join(samples[n].picture_keys) for n in chosen]
-            for average, group_of in suite.averages.items():
-                groups = [group_of(samples[n]) or "none" for n in chosen]
-                found = [means(values[chosen], groups, images) for values in (*pair, pair[0] - pair[1])]
-                rows.append({
-                    "scorer": scorer.name, "section": section, "average": average, "samples": len(chosen),
-                    "micro": [each.micro for each in found], "macro": [each.macro for each in found],
-                    "only_first_right": int((pair[0] > pair[1])[chosen].sum()),
-                    "only_second_right": int((pair[1] > pair[0])[chosen].sum()),
-                })  # fmt: skip
+        for part in parts_of(suite, samples):
+            found = [means(values[part.chosen], part.groups, part.images) for values in (*pair, pair[0] - pair[1])]
+            rows.append({
+                "scorer": scorer.name, "section": part.section, "average": part.average, "samples": len(part.chosen),
+                "micro": [each.micro for each in found], "macro": [each.macro for each in found],
+                "only_first_right": int((pair[0] > pair[1])[part.chosen].sum()),
+                "only_second_right": int((pair[1] > pair[0])[part.chosen].sum()),
+            })  # fmt: skip
     return rows
 
 

@@ -9,10 +9,12 @@ import hashlib
 import json
 import os
 import re
+import string
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from ..common.data_tables import leave_files_closed
 from ..common.extras import require
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tsv": "csv", ".csv": "csv"}
@@ -88,6 +90,12 @@ def text_of(value) -> str:
     if isinstance(value, (list, tuple)):
         return "".join(map(text_of, value))
     return str(int(value)) if isinstance(value, float) and value.is_integer() else str(value)
+
+
+def option_columns(record: dict) -> list[str]:
+    """Options that stand in columns of their own, "A" to "Z": ["A. red", "B. blue"]."""
+    letters = [letter for letter in string.ascii_uppercase if record.get(letter) not in (None, "", "nan")]
+    return [f"{letter}. {text_of(record[letter])}" for letter in letters]
 
 
 def option_lines(options) -> dict[str, str]:
@@ -188,14 +196,7 @@ PICTURE_COLUMNS = ("image", "images", "bytes", "Image")
 
 def _rows(table, folders):
     """Rows without their pictures, which are `Cell`s that are read later, one key each."""
-    from datasets import Image, List
-
-    for column in PICTURE_COLUMNS:
-        kind = table.features.get(column)
-        if isinstance(kind, Image):
-            table = table.cast_column(column, Image(decode=False))
-        elif isinstance(kind, List) and isinstance(kind.feature, Image):
-            table = table.cast_column(column, List(Image(decode=False)))
+    table = leave_files_closed(table, PICTURE_COLUMNS)
     columns = [column for column in PICTURE_COLUMNS if column in table.column_names]
     texts = table.remove_columns(columns)
     arrow = table.with_format("arrow")

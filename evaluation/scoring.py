@@ -181,6 +181,14 @@ def plain(text: str) -> str:
     return " ".join(text.lower().strip().rstrip(".").split())
 
 
+def read_words(sample: Sample, text: str) -> str:
+    return plain(text)
+
+
+def same_words(sample: Sample, said: str) -> bool:
+    return said == plain(sample.answer)
+
+
 @cache
 def wordnet():
     """nltk's WordNet; raises `ImportError` with what to do where nltk or the data is missing."""

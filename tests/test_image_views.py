@@ -12,7 +12,7 @@ from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from uhr_bat.raster_reading_uhr_bat import RasterImage
-from uhr_bat.image_views_uhr_bat import image_to_tiles, mark_shown, normalize_tiles, normalize_views
+from uhr_bat.image_views_uhr_bat import image_to_tiles, normalize_tiles, normalize_views
 
 
 PAD = (122, 116, 104)

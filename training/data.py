@@ -23,6 +23,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..budgets_uhr_bat import count_tokens
+from ..common.data_tables import leave_files_closed
 from ..common.extras import require
 from ..regions.cache import name_output
 
@@ -181,7 +182,7 @@ class SampleReader:
 def open_table(source: str, split: str):
     """A file of JSON, JSON lines, parquet or CSV, or a data set of the Hub or of a folder, with files left closed."""
     require("train", "datasets")
-    from datasets import Image, List, load_dataset
+    from datasets import load_dataset
 
     suffix = Path(source).suffix
     if suffix in FILE_TYPES:
@@ -190,12 +191,7 @@ def open_table(source: str, split: str):
         table = load_dataset(FILE_TYPES[suffix], data_files=str(source), split="train")
     else:
         table = load_dataset(source, split=split)
-    for name in {"image", "images"} & set(table.column_names):
-        if isinstance(table.features[name], Image):
-            table = table.cast_column(name, Image(decode=False))
-        elif isinstance(table.features[name], List) and isinstance(table.features[name].feature, Image):
-            table = table.cast_column(name, List(Image(decode=False)))
-    return table
+    return leave_files_closed(table, ("image", "images"))
 
 
 def load_samples(

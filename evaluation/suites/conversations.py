@@ -6,7 +6,7 @@ Every question is asked by itself, about the pictures of its conversation; the a
 import re
 
 from ..samples import Sample, first, text_of
-from ..scoring import Scorer, plain, read_letters, same_letters
+from ..scoring import Scorer, read_letters, read_words, same_letters, same_words
 from .suite import Suite
 
 ASKS, ANSWERS = ("human", "user"), ("gpt", "assistant")
@@ -17,11 +17,11 @@ def letters_alone(text: str) -> bool:
 
 
 def read(sample: Sample, text: str) -> str:
-    return read_letters(sample, text) if letters_alone(sample.answer) else plain(text)
+    return read_letters(sample, text) if letters_alone(sample.answer) else read_words(sample, text)
 
 
 def worth(sample: Sample, said: str) -> bool:
-    return same_letters(sample, said) if letters_alone(sample.answer) else said == plain(sample.answer)
+    return same_letters(sample, said) if letters_alone(sample.answer) else same_words(sample, said)
 
 
 def words(turn: dict) -> tuple[str, str]:

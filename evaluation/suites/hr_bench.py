@@ -1,8 +1,6 @@
 """HR-Bench (AAAI 2025), 4K and 8K: multiple-choice questions, each asked four times with its options turned round."""
 
-import string
-
-from ..samples import Sample, first, text_of
+from ..samples import Sample, first, option_columns, text_of
 from ..scoring import Scorer, read_letter, read_one_option, same_letter
 from .suite import Suite, lettered
 
@@ -34,7 +32,6 @@ class HRBench(Suite):
     averages = {"mean of the four turns": lambda sample: sample.groups["cycle_category"]}
 
     def samples_of(self, record, index, pictures):
-        letters = [letter for letter in string.ascii_uppercase if record.get(letter) not in (None, "", "nan")]
         category = str(first(record, "category"))
         return [
             Sample(
@@ -42,7 +39,7 @@ class HRBench(Suite):
                 pictures=pictures(first(record, "image", "image_path")),
                 question=str(first(record, "question")),
                 answer=str(first(record, "answer")).strip(),
-                options=tuple(f"{letter}. {text_of(record[letter])}" for letter in letters),
+                options=tuple(option_columns(record)),
                 task=category,
                 section=category,
                 groups={"cycle_category": text_of(first(record, "cycle_category", default="0"))},

@@ -6,7 +6,7 @@ from ...scenes.layout import TEST_SEEDS, WIDTH, make_scene
 from ...scenes.painting import RENDER_WIDTH, paint
 from ...scenes.questions import KINDS, make_question
 from ..samples import Picture, Sample
-from ..scoring import Scorer, plain
+from ..scoring import Scorer, read_words, same_words
 from .suite import Suite
 
 
@@ -17,8 +17,8 @@ class MadeUpScenes(Suite):
         Scorer(
             "scenes/words-1",
             "Equal words without case and final stop.",
-            lambda sample, text: plain(text),
-            lambda sample, said: said == plain(sample.answer),
+            read_words,
+            same_words,
         ),
     )
     max_new_tokens = 6

@@ -5,7 +5,7 @@ from collections import Counter
 from pathlib import Path
 
 from ..samples import Sample, pictures_in
-from ..scoring import Scorer, plain
+from ..scoring import Scorer, read_words
 from .suite import Suite, spaced
 
 
@@ -17,7 +17,7 @@ class PascalVOC(Suite):
         Scorer(
             "pascal-voc/count-1",
             "The number of boxes, written as a number.",
-            lambda sample, text: plain(text),
+            read_words,
             lambda sample, said: said == sample.answer,
         ),
     )

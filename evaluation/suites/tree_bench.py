@@ -2,9 +2,8 @@
 
 import json
 import re
-import string
 
-from ..samples import Sample, first, text_of
+from ..samples import Sample, first, option_columns, text_of
 from ..scoring import Scorer, read_letter, same_letter
 from .suite import Suite, lettered
 
@@ -72,9 +71,7 @@ class TreeBench(Suite):
 
     def samples_of(self, record, index, pictures):
         options = record.get("options") or record.get("multi-choice options")
-        if options is None:
-            letters = [letter for letter in string.ascii_uppercase if record.get(letter) not in (None, "", "nan")]
-            options = [f"{letter}. {text_of(record[letter])}" for letter in letters]
+        options = option_columns(record) if options is None else options
         boxes = first(record, "bboxes", "bbox", "boxes", "target_instances", default=[])
         boxes = json.loads(boxes) if isinstance(boxes, str) else boxes
         boxes = [boxes] if boxes and not isinstance(boxes[0], (list, tuple, dict)) else boxes

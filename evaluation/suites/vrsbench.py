@@ -1,7 +1,7 @@
 """VRSBench, its questions (NeurIPS 2024): 37,409 open questions about crops of 512 px, by type."""
 
 from ..samples import Sample, first, text_of
-from ..scoring import Scorer, plain
+from ..scoring import Scorer, read_words, same_words
 from .suite import Suite
 
 
@@ -18,8 +18,8 @@ class VRSBenchVQA(Suite):
         Scorer(
             "vrsbench-vqa/words-1",
             "Equal words without case and final stop. The benchmark's own score asks a GPT: do not compare figures.",
-            lambda sample, text: plain(text),
-            lambda sample, said: said == plain(sample.answer),
+            read_words,
+            same_words,
         ),
     )
 
