@@ -44,5 +44,13 @@ def whole_folder(folder: Path):
         raise
 
 
+def write_report(folder: Path, name: str, result, text: str, plot):
+    """A measurement as name.json, name.md and name.png, which `plot(path)` draws; all whole or none is there."""
+    with whole_files(folder) as built:
+        write_json(built / f"{name}.json", result)
+        (built / f"{name}.md").write_text(text, encoding="utf-8")
+        plot(built / f"{name}.png")
+
+
 def write_json(path: Path, value):
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,7 +12,6 @@ compresses as much. Seconds are those of this machine, beside whatever else it d
 """
 
 import argparse
-import os
 import sys
 import time
 from collections import defaultdict
@@ -26,15 +25,15 @@ import torch
 
 from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import counts_of_fraction
+from ..common.commands import tells_errors
 from ..common.extras import require
-from ..common.files import whole_files, write_json
-from ..common.loading import ROOT, check_files, load_model
+from ..common.files import write_report
+from ..common.loading import check_files, load_model
 from ..common.tables import interval, percent_interval, table
 from ..image_reading_uhr_bat import resize_image
-from ..raster_files_uhr_bat import reason
 from .choices import PAPER, PROPORTIONS, RULES
-from .evaluate import prompt_of
-from .running import answers, encode, groups_of
+from .evaluate import add_suite_arguments, prompt_of, stay_offline
+from .running import answers, encode, list_errors, measure_groups
 from .suites import SUITES
 
 PAPER_TOKENS = 131_328
@@ -244,7 +243,6 @@ def report(result) -> str:
         + [f"{row['seconds']:.3f}", f"{row['answer_seconds']:.3f}"]
         for row in rows
     ]
-    failed = "".join(f"\n- {one['image']}: {one['error']}" for one in result["errors"])
     return "\n\n".join([
         f"# {about['name']}: {about['suite']}, {about['model']}",
         f"{rows[0]['samples']} questions about {about['images']} images, scored by {about['scorer']}. Percent, with "
@@ -252,7 +250,7 @@ def report(result) -> str:
         "the tiles to the answer, by torch's counter. Total: encoding and answer; answer: importance, selection and "
         "decoding.",
         table(header, lines),
-        f"{len(result['errors'])} images failed.{failed}",
+        list_errors(result["errors"]),
     ]) + "\n"  # fmt: skip
 
 
@@ -274,8 +272,6 @@ def plot(result, path):
 
 
 def measure(args) -> dict:
-    from tqdm import tqdm
-
     suite = SUITES[args.suite]
     prompt = prompt_of(suite, args.prompt)
     suite.scorers[0].prepare()
@@ -285,14 +281,15 @@ def measure(args) -> dict:
     processor, model = load_model(args.model)
     make_rows, axis = ABLATIONS[args.name]
     rows = make_rows(model.eval().config)
-    records, errors, flops = [], [], {}
-    for group in tqdm(groups_of(samples), desc=args.name, unit="image"):
-        try:
-            found = records_of(model, processor, suite, prompt, group, rows)
-            flops = flops or flops_of(model, processor, suite, prompt, group[0], rows)
-            records += found
-        except (OSError, ValueError) as error:
-            errors.append({"image": group[0].pictures[0].key, "error": reason(error)})
+    flops = {}
+
+    def ask(group):
+        found = records_of(model, processor, suite, prompt, group, rows)
+        if not flops:
+            flops.update(flops_of(model, processor, suite, prompt, group[0], rows))
+        return found
+
+    records, errors = measure_groups(samples, ask, args.name)
     if not records:
         raise ValueError(f"No image could be asked about. The first failure: {errors[0]['error']}")
     about = {
@@ -303,32 +300,23 @@ def measure(args) -> dict:
     return {"about": about, "rows": rows, "errors": errors}
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat ablations", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=ABLATIONS, help=", ".join(ABLATIONS))
     parser.add_argument("--suite", default="scenes", choices=SUITES, metavar="SUITE", help="default: scenes")
-    parser.add_argument("--data", metavar="DIR", help="as for `uhr-bat evaluate`")
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
-    parser.add_argument("--prompt", metavar="NAME", help="one of the suite's prompts (default: its first)")
-    parser.add_argument("--limit", type=int, metavar="N", help="samples (default: all)")
+    add_suite_arguments(parser)
     parser.add_argument(
         "--output", type=Path, default=Path("ablations_out"), metavar="DIR", help="default: ablations_out"
     )
     args = parser.parse_args(arguments)
-    if args.data is None or os.path.exists(args.data):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folders
-    try:
-        require("evaluate", "matplotlib", "datasets")
-        check_files(None, args.model)
-        result = measure(args)
-        with whole_files(args.output) as built:
-            write_json(built / f"{args.name}.json", result)
-            (built / f"{args.name}.md").write_text(report(result), encoding="utf-8")
-            plot(result, built / f"{args.name}.png")
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    print(report(result))
+    stay_offline(args.data)
+    require("evaluate", "matplotlib", "datasets")
+    check_files(None, args.model)
+    result = measure(args)
+    text = report(result)
+    write_report(args.output, args.name, result, text, partial(plot, result))
+    print(text)
     print(f"Written: {args.output}/{args.name}.json, {args.name}.md, {args.name}.png")
     return 0
 

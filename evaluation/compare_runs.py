@@ -10,6 +10,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from ..common.commands import tells_errors
 from . import figures
 from .evaluate import scorers_of
 from .running import IMAGE, read_predictions
@@ -45,16 +46,13 @@ def compare(folders, names=None) -> str:
     return f"# {suite.title}: two runs\n\n{what}\n\n{figures.compare_table(rows, [str(one) for one in folders])}\n"
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat compare", description=__doc__.splitlines()[0])
     parser.add_argument("runs", type=Path, nargs=2, metavar="RUN", help="output folder of `uhr-bat evaluate`")
     parser.add_argument("--scorers", nargs="+", metavar="NAME", help="some of the suite's scores (default: all)")
     args = parser.parse_args(arguments)
-    try:
-        print(compare(args.runs, args.scorers))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    print(compare(args.runs, args.scorers))
     return 0
 
 

@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 from ..common.budgets import budgets
+from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.loading import ROOT, check_files, load_model
 from . import figures
@@ -61,17 +62,28 @@ def foreign_predictions(path, samples) -> dict:
     }  # fmt: skip
 
 
+def add_suite_arguments(parser):
+    """What a suite is loaded from, who is asked, and what."""
+    parser.add_argument("--data", metavar="DIR", help="file, folder or id of a data set on the Hub; none for scenes")
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    parser.add_argument("--prompt", metavar="NAME", help="one of the suite's prompts (default: its first)")
+    parser.add_argument("--limit", type=int, metavar="N", help="samples, evenly spaced (default: all)")
+
+
+def stay_offline(data):
+    """Nothing is looked for on the Hub where the data is none of its data sets."""
+    if data is None or os.path.exists(data):
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folders
+
+
 def parser():
     parser = argparse.ArgumentParser(prog="uhr-bat evaluate", description=__doc__.splitlines()[0])
     parser.add_argument("suite", metavar="SUITE", choices=SUITES, help=", ".join(SUITES))
-    parser.add_argument("--data", metavar="DIR", help="file, folder or id of a data set on the Hub; none for scenes")
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    add_suite_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", help="of the run (default: runs/SUITE)")
     parser.add_argument("--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all, as 146")
     parser.add_argument("--selector", help="which tokens stay (default: the model's)")
-    parser.add_argument("--prompt", metavar="NAME", help="one of the suite's prompts (default: its first)")
     parser.add_argument("--scorers", nargs="+", metavar="NAME", help="some of the suite's scores (default: all)")
-    parser.add_argument("--limit", type=int, metavar="N", help="samples, evenly spaced (default: all)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the suite's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images (default: 1)")
@@ -99,32 +111,28 @@ def ask_suite(args, suite, samples, prompt):
     return run(model.eval(), processor, suite, samples, settings, args.output, args.workers, args.retry)
 
 
+@tells_errors
 def main(arguments=None) -> int:
     args = parser().parse_args(arguments)
-    if args.data is None or os.path.exists(args.data):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folders
+    stay_offline(args.data)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     suite = SUITES[args.suite]
     args.output = args.output or Path("runs", suite.name)
-    try:
-        require("evaluate", "datasets")
-        scorers, prompt = scorers_of(suite, args.scorers), prompt_of(suite, args.prompt)
-        samples = suite.load(args.data, args.limit)
-        if args.predictions:
-            lines = foreign_predictions(args.predictions, samples)
-            settings = {"model": f"of {args.predictions}", "budgets": 0, "selector": "unknown", "prompt": "unknown"}
-            settings |= {"seed": "unknown", "limit": args.limit}
-        else:
-            lines = ask_suite(args, suite, samples, prompt)
-            settings = figures.read_settings(args.output)
-            if not process_state().is_main_process:
-                return 0
-        result = figures.evaluate(suite, samples, lines, scorers)
-        print(figures.write(suite, result, settings, args.output))
-        print(f"Written: {args.output}")
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    require("evaluate", "datasets")
+    scorers, prompt = scorers_of(suite, args.scorers), prompt_of(suite, args.prompt)
+    samples = suite.load(args.data, args.limit)
+    if args.predictions:
+        lines = foreign_predictions(args.predictions, samples)
+        settings = {"model": f"of {args.predictions}", "budgets": 0, "selector": "unknown", "prompt": "unknown"}
+        settings |= {"seed": "unknown", "limit": args.limit}
+    else:
+        lines = ask_suite(args, suite, samples, prompt)
+        settings = figures.read_settings(args.output)
+        if not process_state().is_main_process:
+            return 0
+    result = figures.evaluate(suite, samples, lines, scorers)
+    print(figures.write(suite, result, settings, args.output))
+    print(f"Written: {args.output}")
     return 0
 
 

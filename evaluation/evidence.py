@@ -14,6 +14,7 @@ import os
 import sys
 from collections import Counter, defaultdict
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import NamedTuple
@@ -23,8 +24,9 @@ import torch
 from tqdm import tqdm
 
 from ..common.budgets import counts_of_fraction
+from ..common.commands import tells_errors
 from ..common.extras import require
-from ..common.files import whole_files, write_json
+from ..common.files import write_report
 from ..common.loading import ROOT, check_files, load_model
 from ..common.prompts import expand_placeholder, write_prompt
 from ..common.tables import interval, percent, percent_interval, table
@@ -325,10 +327,7 @@ def plot(result, path):
 
 def write_results(result, folder):
     """The three files, each whole or not at all."""
-    with whole_files(folder) as built:
-        write_json(built / "evidence.json", result)
-        (built / "evidence.md").write_text(report(result), encoding="utf-8")
-        plot(result, built / "evidence.png")
+    write_report(folder, "evidence", result, report(result), partial(plot, result))
 
 
 _worker = {}
@@ -365,6 +364,7 @@ def evaluate(
     return records
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat evidence", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
@@ -375,29 +375,23 @@ def main(arguments=None) -> int:
         "--output", type=Path, default=Path("evidence_out"), metavar="DIR", help="default: evidence_out"
     )
     args = parser.parse_args(arguments)
-    try:
-        require("evaluate", "matplotlib")
-        check_files(None, args.model)
-        if args.scenes * args.seeds > len(TEST_SEEDS):
-            raise ValueError(
-                f"There are {len(TEST_SEEDS)} test scenes, but {args.scenes} x {args.seeds} are asked for."
-            )
-        seeds = TEST_SEEDS[: args.scenes * args.seeds]
-        # The harder scenes are laid out from the first set of seeds.
-        records = evaluate(args.model, seeds, workers=args.workers, stress_seeds=seeds[: args.scenes])
-        plain = records.pop(PLAIN)
-        result = summarise(plain) | {"stress": {name: summarise(hard) for name, hard in records.items()}}
-        result["about"] = {
-            "command": f"uhr-bat evidence --scenes {args.scenes} --seeds {args.seeds}",
-            "questions": sum(record["method"] == FULL for record in plain),
-            "scenes": len(seeds),
-            "seeds": args.seeds,
-            "fractions": FRACTIONS,
-        }
-        write_results(result, args.output)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    require("evaluate", "matplotlib")
+    check_files(None, args.model)
+    if args.scenes * args.seeds > len(TEST_SEEDS):
+        raise ValueError(f"There are {len(TEST_SEEDS)} test scenes, but {args.scenes} x {args.seeds} are asked for.")
+    seeds = TEST_SEEDS[: args.scenes * args.seeds]
+    # The harder scenes are laid out from the first set of seeds.
+    records = evaluate(args.model, seeds, workers=args.workers, stress_seeds=seeds[: args.scenes])
+    plain = records.pop(PLAIN)
+    result = summarise(plain) | {"stress": {name: summarise(hard) for name, hard in records.items()}}
+    result["about"] = {
+        "command": f"uhr-bat evidence --scenes {args.scenes} --seeds {args.seeds}",
+        "questions": sum(record["method"] == FULL for record in plain),
+        "scenes": len(seeds),
+        "seeds": args.seeds,
+        "fractions": FRACTIONS,
+    }
+    write_results(result, args.output)
     print(report(result))
     print(f"Written: {args.output}/evidence.json, evidence.md, evidence.png")
     return 0

@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
@@ -255,6 +256,7 @@ def plot(result: dict):
     return render(figure, WIDTH)
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat partitions", description=__doc__.splitlines()[0])
     parser.add_argument(
@@ -274,19 +276,15 @@ def main(arguments=None) -> int:
     add_segmenter_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
-    try:
-        if not 1 <= args.questions <= len(QUESTIONS):
-            raise ValueError(f"--questions must be 1 to {len(QUESTIONS)}. Got {args.questions}.")
-        if args.masks and args.checkpoint:
-            raise ValueError("--masks and --checkpoint are two ways to the same thing: give one of them.")
-        check_files(None, args.model)
-        if args.checkpoint:
-            check_job(job_from(args))
-        require("evaluate", "matplotlib")
-        compare(args)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    if not 1 <= args.questions <= len(QUESTIONS):
+        raise ValueError(f"--questions must be 1 to {len(QUESTIONS)}. Got {args.questions}.")
+    if args.masks and args.checkpoint:
+        raise ValueError("--masks and --checkpoint are two ways to the same thing: give one of them.")
+    check_files(None, args.model)
+    if args.checkpoint:
+        check_job(job_from(args))
+    require("evaluate", "matplotlib")
+    compare(args)
     return 0
 
 

@@ -12,24 +12,24 @@ Letters: N tokens of a scale.
 
 import argparse
 import math
-import os
 import sys
 from collections import defaultdict
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from ..common.budgets import counts_of_fraction
+from ..common.commands import tells_errors
 from ..common.extras import require
-from ..common.files import whole_files, write_json
-from ..common.loading import ROOT, check_files, load_model
+from ..common.files import write_report
+from ..common.loading import check_files, load_model
 from ..common.tables import interval, percent_interval, table
 from ..geometry_uhr_bat import letterbox, tokens_of_points
-from ..raster_files_uhr_bat import reason
 from .choices import CHOICES, PROPORTIONS, RULES, alone, choose
-from .evaluate import prompt_of
-from .running import compress, encode, groups_of
+from .evaluate import add_suite_arguments, prompt_of, stay_offline
+from .running import compress, encode, list_errors, measure_groups
 from .suites import SUITES
 
 FRACTIONS = (0.01, 0.02, 0.04)
@@ -144,7 +144,6 @@ def report(result) -> str:
         + [percent_interval(row["by_size"][name]["kept"]) for name in sizes]
         for row in rows
     ]
-    failed = [f"- {one['image']}: {one['error']}" for one in result["errors"]]
     return "\n\n".join([
         f"# Evidence recall at budget: {about['suite']}",
         f"{about['objects']} objects of {about['samples']} questions about {about['images']} images, by "
@@ -153,7 +152,7 @@ def report(result) -> str:
         "finest scale. By size: the side of a square of the box's area, in pixels of the finest scale, number of "
         "objects in brackets.",
         table(header, lines),
-        f"{len(failed)} images failed." + "".join(f"\n{line}" for line in failed),
+        list_errors(result["errors"]),
     ]) + "\n"  # fmt: skip
 
 
@@ -178,20 +177,18 @@ def plot(rows, path):
 
 
 def measure(args) -> dict:
-    from tqdm import tqdm
-
     suite = SUITES[args.suite]
     prompt = prompt_of(suite, args.prompt)
     samples = [sample for sample in suite.load(args.data, args.limit) if sample.boxes]
     if not samples:
         raise ValueError(f"No sample of {args.suite} has a box of an object.")
     processor, model = load_model(args.model)
-    records, errors = [], []
-    for group in tqdm(groups_of(samples), desc="Measuring", unit="image"):
-        try:
-            records += records_of(model.eval(), processor, suite, prompt, group, args.fractions, args.methods)
-        except (OSError, ValueError) as error:
-            errors.append({"image": group[0].pictures[0].key, "error": reason(error)})
+    model.eval()
+    records, errors = measure_groups(
+        samples,
+        lambda group: records_of(model, processor, suite, prompt, group, args.fractions, args.methods),
+        "Measuring",
+    )
     one = [row for row in records if (row["method"], row["fraction"]) == (args.methods[0], args.fractions[0])]
     about = {
         "suite": args.suite, "data": args.data, "model": str(args.model), "prompt": prompt, "samples": len(samples),
@@ -200,33 +197,24 @@ def measure(args) -> dict:
     return {"about": about, "rows": summarise(records), "errors": errors}
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat recall", description=__doc__.splitlines()[0])
     parser.add_argument(
         "suite", metavar="SUITE", choices=SUITES, help="one with boxes: scenes, lrs-vqa, pascal-voc, ..."
     )
-    parser.add_argument("--data", metavar="DIR", help="as for `uhr-bat evaluate`")
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    add_suite_arguments(parser)
     parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, metavar="X", help="of all tokens")
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="default: all")
-    parser.add_argument("--prompt", metavar="NAME", help="one of the suite's prompts (default: its first)")
-    parser.add_argument("--limit", type=int, metavar="N", help="samples (default: all)")
     parser.add_argument("--output", type=Path, default=Path("recall_out"), metavar="DIR", help="default: recall_out")
     args = parser.parse_args(arguments)
-    if args.data is None or os.path.exists(args.data):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folders
-    try:
-        require("evaluate", "matplotlib", "datasets")
-        check_files(None, args.model)
-        result = measure(args)
-        with whole_files(args.output) as built:
-            write_json(built / "recall.json", result)
-            (built / "recall.md").write_text(report(result), encoding="utf-8")
-            plot(result["rows"], built / "recall.png")
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
-    print(report(result))
+    stay_offline(args.data)
+    require("evaluate", "matplotlib", "datasets")
+    check_files(None, args.model)
+    result = measure(args)
+    text = report(result)
+    write_report(args.output, "recall", result, text, partial(plot, result["rows"]))
+    print(text)
     print(f"Written: {args.output}/recall.json, recall.md, recall.png")
     return 0
 

@@ -169,6 +169,25 @@ def groups_of(samples: Iterable[Sample]) -> list[list[Sample]]:
     return list(groups.values())
 
 
+def measure_groups(samples: Iterable[Sample], measure, description: str) -> tuple[list, list[dict]]:
+    """What `measure(group)` returns of the samples of every image, one after the other, and {"image", "error"} of those
+    that failed."""
+    from tqdm import tqdm
+
+    records, errors = [], []
+    for group in tqdm(groups_of(samples), desc=description, unit="image"):
+        try:
+            records += measure(group)
+        except (OSError, ValueError) as error:
+            errors.append({"image": group[0].pictures[0].key, "error": reason(error)})
+    return records, errors
+
+
+def list_errors(errors: list[dict]) -> str:
+    """How many images failed, and which."""
+    return f"{len(errors)} images failed." + "".join(f"\n- {one['image']}: {one['error']}" for one in errors)
+
+
 def encode(model, inputs) -> list:
     return model.encode_image(**inputs.to(model.device))
 

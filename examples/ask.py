@@ -15,6 +15,7 @@ from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import budgets
+from ..common.commands import tells_errors
 from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
 from ..scenes import painting
@@ -107,6 +108,7 @@ def print_seconds(seconds):
         print(f"{stage:>10} {taken:>8.2f}")
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat ask", description=__doc__.splitlines()[0])
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="file or URL (default: the made-up scene)")
@@ -119,17 +121,13 @@ def main(arguments=None) -> int:
     add_image_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
-    try:
-        if args.image is None:
-            args.image = str(painting.DEFAULT_PATH)
-            if not painting.DEFAULT_PATH.exists():
-                print(f"Painting the example scene, once: {args.image}", file=sys.stderr, flush=True)
-                painting.write()
-        check_files(args.image, args.model)
-        ask(args.image, args.question, args.model, args.budgets, args.max_new_tokens, image_options(args))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    if args.image is None:
+        args.image = str(painting.DEFAULT_PATH)
+        if not painting.DEFAULT_PATH.exists():
+            print(f"Painting the example scene, once: {args.image}", file=sys.stderr, flush=True)
+            painting.write()
+    check_files(args.image, args.model)
+    ask(args.image, args.question, args.model, args.budgets, args.max_new_tokens, image_options(args))
     return 0
 
 

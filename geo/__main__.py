@@ -14,6 +14,7 @@ import sys
 from pathlib import Path
 
 from ..common.budgets import budgets
+from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
@@ -93,6 +94,7 @@ def draw(args):
             print(path, flush=True)
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat evidence-map", description=__doc__.splitlines()[0])
     parser.add_argument("image", metavar="IMAGE", help="file or URL")
@@ -109,19 +111,15 @@ def main(arguments=None) -> int:
     add_image_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
-    try:
-        check_files(args.image, args.model)
-        wanted = {name: path for name in ENDINGS if (path := getattr(args, name))}
-        if not wanted:
-            raise ValueError("Nothing to write: give --geojson, --geopackage, --raster or --page a file.")
-        for name, path in wanted.items():
-            if path.suffix.lower() not in ENDINGS[name]:
-                raise ValueError(f"{path}: the file of --{name} ends in {' or '.join(ENDINGS[name])}.")
-        require("geo", "rasterio", "geopandas", "pyogrio")
-        draw(args)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    check_files(args.image, args.model)
+    wanted = {name: path for name in ENDINGS if (path := getattr(args, name))}
+    if not wanted:
+        raise ValueError("Nothing to write: give --geojson, --geopackage, --raster or --page a file.")
+    for name, path in wanted.items():
+        if path.suffix.lower() not in ENDINGS[name]:
+            raise ValueError(f"{path}: the file of --{name} ends in {' or '.join(ENDINGS[name])}.")
+    require("geo", "rasterio", "geopandas", "pyogrio")
+    draw(args)
     return 0
 
 

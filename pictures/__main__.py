@@ -13,6 +13,7 @@ from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import budgets
+from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, image_options
@@ -78,6 +79,7 @@ def draw(image_path, question, output, budgets, model_path, width, options):
         print(output / f"{name}.png", flush=True)
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat pictures", description=__doc__.splitlines()[0])
     parser.add_argument("image", metavar="IMAGE", help="file or URL")
@@ -97,15 +99,11 @@ def main(arguments=None) -> int:
     add_image_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
-    try:
-        check_files(args.image, args.model)
-        if args.width < 600:
-            raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")
-        require("pictures", "matplotlib", "sklearn")
-        draw(args.image, args.question, args.output, args.budgets, args.model, args.width, image_options(args))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    check_files(args.image, args.model)
+    if args.width < 600:
+        raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")
+    require("pictures", "matplotlib", "sklearn")
+    draw(args.image, args.question, args.output, args.budgets, args.model, args.width, image_options(args))
     return 0
 
 

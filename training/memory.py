@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ..budgets_uhr_bat import is_one_budget
+from ..common.commands import tells_errors
 from ..configuration_uhr_bat import UHRBatConfig
 from .collator import scale_budgets
 from .options import read_options
@@ -97,17 +98,14 @@ def _meta_model(config, options):
     return model
 
 
+@tells_errors
 def main(arguments=None) -> int:
     """Print what a recipe needs; its options are those of `uhr-bat train`."""
-    try:
-        # The recipe's own device may not be here: `bf16` is refused on a CPU that nobody asked for.
-        arguments = [*(sys.argv[1:] if arguments is None else arguments), "--use_cpu", "true"]
-        options, data, training = read_options(arguments, prog="uhr-bat train-memory")
-        config = UHRBatConfig.from_pretrained(options.model_name_or_path)
-        print(predict_memory(config, options, data, training))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    # The recipe's own device may not be here: `bf16` is refused on a CPU that nobody asked for.
+    arguments = [*(sys.argv[1:] if arguments is None else arguments), "--use_cpu", "true"]
+    options, data, training = read_options(arguments, prog="uhr-bat train-memory")
+    config = UHRBatConfig.from_pretrained(options.model_name_or_path)
+    print(predict_memory(config, options, data, training))
     return 0
 
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.loading import load_model
 from ..processing_uhr_bat import UHRBatProcessor
@@ -110,13 +111,10 @@ def train(options, data, training) -> UHRBatTrainer:
     return trainer
 
 
+@tells_errors
 def main(arguments=None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # the loader's workers are forked
-    try:
-        train(*read_options(arguments))
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    train(*read_options(arguments))
     return 0
 
 
