@@ -6,6 +6,8 @@ import copy
 
 import torch
 
+from ..export.build_tiny import BUDGETS
+from ..export.build_tiny import RULES as SHIPPED
 from ..geometry_uhr_bat import patch_centres
 from ..layers_uhr_bat import UHRBatScaleEmbedding
 from ..selectors_uhr_bat import diversity, similarity_merging, uniform
@@ -13,7 +15,7 @@ from ..token_compression_uhr_bat import cluster_regions, merge_tokens
 
 PAPER, TOP_K, DISTINCT, REFINED = "preserve-and-merge", "top-k per scale", "distinct", "distinct, refined"
 # Of each scale after the anchor, how many tokens the question looks at once more, and up to which decoder layer.
-REFINEMENT = {"refinement": [16, 48, 128], "refinement_layers": [1, 1, 2]}
+REFINEMENT = {name: SHIPPED[name] for name in ("refinement", "refinement_layers")}
 
 
 def _rules(selector, **changes):
@@ -22,7 +24,7 @@ def _rules(selector, **changes):
 
 
 # Proportions in which the scales share the tokens: the paper's, and such that leave more to the finest scale.
-PROPORTIONS, FINE_PROPORTIONS = (16, 24, 40, 66), (4, 8, 40, 94)
+PROPORTIONS, FINE_PROPORTIONS = (16, 24, 40, 66), tuple(BUDGETS)
 # Rules by which the model's own `compress` is each row, and the proportions; None is one budget for all scales.
 RULES = {
     PAPER: (_rules("preserve_and_merge"), PROPORTIONS),
@@ -33,7 +35,7 @@ RULES = {
     "distinct, budgets per scale": (_rules("distinct"), FINE_PROPORTIONS),
     "distinct, regions told of": (_rules("distinct", coverage=True), None),
     REFINED: (_rules("distinct", **REFINEMENT), None),
-    "distinct, refined, budgets per scale": (_rules("distinct", **REFINEMENT), FINE_PROPORTIONS),
+    "distinct, refined, budgets per scale": (_rules(**SHIPPED), FINE_PROPORTIONS),
     "CDPruner": (_rules("conditional_diversity"), PROPORTIONS),
     "VisionZip": (_rules("dominant_and_contextual"), PROPORTIONS),
 }

@@ -18,10 +18,10 @@ from uhr_bat.scenes import questions
 from uhr_bat.scenes.evidence import site_cells, site_tokens, tokens_at
 from uhr_bat.scenes.layout import OBJECTS, PAINTS, TEST_SEEDS, make_scene
 from uhr_bat.scenes.painting import paint
+from uhr_bat.training.collator import IGNORED
 from uhr_bat.training.tiny.encoding import all_tokens, encode_scenes
 from uhr_bat.training.tiny.exchange import exchange_tower
 from uhr_bat.training.tiny.finetune import Collator, GuidedTrainer, Questions, choose_tokens, prepare_decoder
-from uhr_bat.training.tiny.stages import IGNORED
 from uhr_bat.training.tiny.vision import HEADS, head_labels
 
 SCENES = 4

@@ -31,8 +31,9 @@ from ...outputs_uhr_bat import CACHE, UHRBatCompressionOutput
 from ...scenes.evidence import evidence_tokens, site_cells, site_tokens
 from ...scenes.layout import FINETUNING_SEED, make_scene
 from ...scenes.questions import draw_question
+from ..collator import IGNORED
 from .encoding import VISION, all_tokens, cached_features
-from .stages import IGNORED, make_parser, train
+from .stages import make_parser, train
 
 ANSWER_WEIGHT = 3.0  # of the language model's loss, beside those that say where to look
 NOISE = 0.25  # on visual tokens of length 1 (root mean square): without it, scenes are learnt by heart

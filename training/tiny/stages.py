@@ -6,8 +6,6 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
-IGNORED = -100  # a label that no loss counts
-
 
 def make_parser(verb, doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"uhr-bat {verb}", description=doc.splitlines()[0])

@@ -19,7 +19,8 @@ from ...common.loading import load_model, save_model
 from ...scenes.evidence import centres_of_tokens, points_of_tokens, tokens_at
 from ...scenes.layout import OBJECTS, PAINTS, SITES, TEST_SEEDS, WIDTH, make_scene
 from ...scenes.painting import paint
-from .stages import IGNORED, make_parser, train
+from ..collator import IGNORED
+from .stages import make_parser, train
 
 CROWDED = (100, 160)  # objects outside the sites: a token with an object in ten, instead of one in fifty
 HEADS = {"colour": len(PAINTS) + 1, "kind": len(OBJECTS) + 1, "site": len(SITES) + 1,
