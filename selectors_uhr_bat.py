@@ -13,7 +13,7 @@ Axes: N tokens, row by row and scale after scale; D width of a token; R regions;
 import torch
 import torch.nn.functional as F
 
-from .clustering_uhr_bat import BLOCK_ELEMENTS
+from .clustering_uhr_bat import block_length
 from .token_compression_uhr_bat import distinctiveness, select_tokens
 
 
@@ -125,8 +125,8 @@ def diversity(importance, regions, tokens, budget) -> torch.Tensor:
         [
             (rows @ unit.T).scatter(1, number[:, None], -torch.inf).amax(1)
             for rows, number in zip(
-                unit.split(max(1, BLOCK_ELEMENTS // len(unit))),
-                torch.arange(len(unit), device=unit.device).split(max(1, BLOCK_ELEMENTS // len(unit))),
+                unit.split(block_length(len(unit), unit.device)),
+                torch.arange(len(unit), device=unit.device).split(block_length(len(unit), unit.device)),
             )
         ]
     )
@@ -178,7 +178,7 @@ def similarity_merging(importance, regions, tokens, budget) -> torch.Tensor:
     while len(merged) > n:
         unit = F.normalize(merged, dim=1)
         sources, targets = unit[::2], unit[1::2]
-        rows = max(1, BLOCK_ELEMENTS // max(1, len(targets)))
+        rows = block_length(max(1, len(targets)), targets.device)
         best = [(block @ targets.T).max(1) for block in sources.split(rows)]
         similarity, partner = (torch.cat(parts) for parts in zip(*best))
         gone = _best(similarity, min(len(merged) - n, len(targets)))
@@ -208,7 +208,7 @@ def dominant_and_contextual(importance, regions, tokens, budget, *, contextual=1
     anchors = rest[stops]
     slots = _in_order(dominant.scatter(0, anchors, True))
     unit = _unit(tokens)
-    rows = max(1, BLOCK_ELEMENTS // num_contextual)
+    rows = block_length(num_contextual, tokens.device)
     nearest = torch.cat([(unit[block] @ unit[anchors].T).argmax(1) for block in rest.split(rows)])
     nearest[stops] = torch.arange(num_contextual, device=tokens.device)
     return slots.scatter(0, rest, slots[anchors[nearest]])

@@ -13,7 +13,7 @@ GPU too: `index_add_` there does not.
 import torch
 import torch.nn.functional as F
 
-from .clustering_uhr_bat import BLOCK_ELEMENTS, cluster_regions, grid_regions, runs_of, vote_labels, vote_regions
+from .clustering_uhr_bat import block_length, cluster_regions, grid_regions, runs_of, vote_labels, vote_regions
 
 # Types of devices that have no float64.
 WITHOUT_FLOAT64 = ("mps",)
@@ -78,7 +78,7 @@ def distinctiveness(tokens: torch.Tensor, regions: torch.Tensor) -> torch.Tensor
     order = regions.argsort(stable=True)
     starts, _ = runs_of(regions[order], len(labels))
     # In blocks of columns: a float32 copy of all tokens never exists.
-    columns = tokens.split(max(1, BLOCK_ELEMENTS // len(tokens)), dim=1)
+    columns = tokens.split(block_length(len(tokens), tokens.device), dim=1)
     norms = sum(block.float().square().sum(1) for block in columns).sqrt().clamp_min(1e-12)
     weights = norms[order].reciprocal()
     along, lengths = torch.zeros_like(norms), norms.new_zeros(len(labels))
@@ -249,7 +249,7 @@ def merge_tokens(tokens: torch.Tensor, slots: torch.Tensor, num_slots: int) -> t
     kept, starts = order[num_dropped:], starts - num_dropped
     rows = torch.arange(len(kept), device=kept.device)
     dtype = torch.promote_types(tokens.dtype, torch.float32)
-    columns = tokens.split(max(1, BLOCK_ELEMENTS // len(kept)), dim=1)
+    columns = tokens.split(block_length(len(kept), tokens.device), dim=1)
     merged = [F.embedding_bag(rows, c.index_select(0, kept).to(dtype), starts, mode="mean") for c in columns]
     return torch.cat(merged, dim=1).to(tokens.dtype)
 
