@@ -1,6 +1,6 @@
 """The 7B geometry on a GPU: seconds by stage and peak memory of both sides over budgets, beside the paper's Table 4.
 
-    uhr-bat bench-gpu [--device cuda] [--budgets 3000 5000 8000 12000] [--repetitions 3] [--output FILE.json]
+    uhr-bat bench-gpu [--device cuda] [--budgets 3000 5000 8000 12000] [--repetitions 3] [--compile] [--output FILE.json]
     uhr-bat bench-gpu --quick --device cpu      a tiny geometry: shows that it runs, and nothing else
 
 The weights are random and in bfloat16, so the answer means nothing; the image is the made-up scene of 8,500 x 8,500
@@ -9,6 +9,7 @@ float32), so the fraction of the visual tokens that are the same is reported, an
 """
 
 import argparse
+import gc
 import json
 import sys
 import tempfile
@@ -28,7 +29,18 @@ from .images import photograph
 from .measures import flops
 from .meters import peak_bytes, reset_peak
 from .run import stages_table
-from .sides import ANSWER_TOKENS, SIDES, TEXT_AFTER, TEXT_BEFORE, Meter, ask, build_model, prompt_ids, quick_config
+from .sides import (
+    ANSWER_TOKENS,
+    SIDES,
+    STAGES,
+    TEXT_AFTER,
+    TEXT_BEFORE,
+    Meter,
+    ask,
+    build_model,
+    prompt_ids,
+    quick_config,
+)
 
 # Table 4 of the paper: {kept tokens: (TFLOPs, total seconds, seconds of the generation)}, per sample, on the authors'
 # machine. The copy at hand has lost two decimal points: 5,000 tokens "27491" TFLOPs, 12,000 tokens "2279" seconds.
@@ -77,6 +89,22 @@ class Device:
         return torch.cuda.max_memory_allocated(self.device) if self.cuda else peak_bytes()
 
 
+class PeakMeter(Meter):
+    """Seconds of every stage, and the peak of the device's memory in it."""
+
+    def __init__(self, device):
+        gc.collect()  # what an earlier turn left in cycles is no part of this one's peak
+        device.reset_peak()
+        super().__init__(device.seconds)
+        self.device, self.peaks = device, {}
+
+    def __call__(self, stage):
+        super().__call__(stage)
+        self.peaks[stage] = self.device.peak_bytes()
+        self.device.reset_peak()
+        self.last = self.read()
+
+
 def model_on(device, quick):
     """Random weights of the 7B geometry in bfloat16, or of the quick one in float32, with answers of full length."""
     config = quick_config() if quick else UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
@@ -89,6 +117,33 @@ def model_on(device, quick):
         torch.set_default_dtype(torch.float32)
 
 
+# What passes between an image file and the first token of its answer, and between a second question and its own.
+FIRST_TOKEN = STAGES[:-1]
+SECOND_QUESTION = ("importance", "selection", "prefill")
+
+
+def compiled_decoding(model, repetitions) -> dict:
+    """Seconds of an answer of `ANSWER_TOKENS` after a text as long as a prompt with its image: with the cache that
+    `generate` takes by itself, and with `cache_implementation="static"`, for which the library compiles the step."""
+    ids = torch.randint(model.config.image_token_id, (1, 3000), generator=torch.manual_seed(0)).to(model.device)
+
+    def answer(num_tokens, **options):
+        options |= {"do_sample": False, "max_new_tokens": num_tokens, "attention_mask": torch.ones_like(ids)}
+        return model.generate(ids, **options)
+
+    device, seconds = Device(model.device), {}
+    for name, options in {"dynamic": {}, "static": {"cache_implementation": "static"}}.items():
+        taken = {1: [], ANSWER_TOKENS: []}
+        for turn in range(repetitions + 2):  # two that compile
+            for num_tokens, values in taken.items():
+                start = device.seconds()
+                answer(num_tokens, **options)
+                values += [device.seconds() - start] if turn > 1 else []
+        one, all_tokens = (spread(values)["median"] for values in taken.values())
+        seconds[name] = (all_tokens - one) / (ANSWER_TOKENS - 1)
+    return {"seconds_per_token": seconds, "ratio": seconds["dynamic"] / seconds["static"]}
+
+
 def measure(device, sides, path, repetitions) -> dict:
     """One budget, both sides in turns after a turn that warms up."""
     config = sides["ours"].model.config
@@ -96,11 +151,10 @@ def measure(device, sides, path, repetitions) -> dict:
     runs, peaks, results = {name: [] for name in sides}, {}, {}
     for turn in range(repetitions + 1):
         for name, side in sides.items():
-            device.reset_peak()
-            mark = Meter(device.seconds)
+            mark = PeakMeter(device)
             partition = results["ours"]["regions"] if name == "straightforward" else None
             results[name] = ask(side, path, ids, mark, partition=partition)
-            peaks[name] = device.peak_bytes()
+            peaks[name] = mark.peaks
             if turn:
                 runs[name].append(mark.stages)
     tolerance = BFLOAT16_TOLERANCE if sides["ours"].model.dtype == torch.bfloat16 else TOKEN_TOLERANCE
@@ -116,8 +170,13 @@ def measure(device, sides, path, repetitions) -> dict:
         "budgets": config.budgets,
         "stages": stages,
         "seconds": {name: spread([sum(run.values()) for run in runs[name]]) for name in sides},
+        **{
+            key: {name: spread([sum(run[stage] for stage in stages_of) for run in runs[name]]) for name in sides}
+            for key, stages_of in (("first_token", FIRST_TOKEN), ("second_question", SECOND_QUESTION))
+        },
         "generation": {name: spread([run["prefill"] + run["answer"] for run in runs[name]]) for name in sides},
-        "peak_bytes": peaks,
+        "peak_bytes": {name: max(of_stages.values()) for name, of_stages in peaks.items()},
+        "peak_bytes_of_stages": peaks["ours"],
         "tflops": {name: sum(counted[name].values()) / 1e12 for name in sides},
         "same_visual_tokens": same,
         "same_answer": results["ours"]["answer"] == results["straightforward"]["answer"],
@@ -129,18 +188,34 @@ def report(result) -> str:
     rows = []
     for total, entry in result["budgets"].items():
         ours, other = (
-            f"{entry['tflops'][name]:.0f} TFLOPs, {entry['seconds'][name]['median']:.2f} s "
-            f"({entry['generation'][name]['median']:.2f} s), {entry['peak_bytes'][name] / 1e9:.1f} GB"
+            f"{entry['tflops'][name]:.0f} TFLOPs, {entry['first_token'][name]['median']:.2f} s, "
+            f"{entry['seconds'][name]['median']:.2f} s ({entry['generation'][name]['median']:.2f} s), "
+            f"{entry['peak_bytes'][name] / 1e9:.1f} GB"
             for name in ("ours", "straightforward")
         )
         paper = PAPER_TABLE_4.get(int(total))
         paper = f"{paper[0]} TFLOPs, {paper[1]} s ({paper[2]} s)" if paper else "-"
-        rows.append([total, ours, other, f"{100 * entry['same_visual_tokens']:.1f} %", paper])
-    header = ["Kept tokens", "ours: total (generation)", "straightforward", "same tokens", "the paper's Table 4"]
+        second = f"{entry['second_question']['ours']['median']:.2f} s"
+        rows.append([total, ours, second, other, f"{100 * entry['same_visual_tokens']:.1f} %", paper])
+    header = [
+        "Kept tokens",
+        "ours: first token, total (generation)",
+        "a second question",
+        "straightforward",
+        "same tokens",
+    ]
+    header.append("the paper's Table 4")
     parts = [f"# {result['geometry']} on {result['device']}", table(header, rows)]
     parts.append("The paper's column is the paper's, on its own machine: it was not measured here.")
+    if "decoding" in result:
+        taken = result["decoding"]["seconds_per_token"]
+        parts.append(
+            f"A token of the answer takes {1000 * taken['dynamic']:.1f} ms, and {1000 * taken['static']:.1f} ms with "
+            f'`cache_implementation="static"` ({result["decoding"]["ratio"]:.2f}x), which compiles once.'
+        )
     for total, entry in result["budgets"].items():
-        parts += [f"## {total} tokens", stages_table(entry["stages"])]
+        peaks = ", ".join(f"{stage} {peak / 1e9:.1f}" for stage, peak in entry["peak_bytes_of_stages"].items())
+        parts += [f"## {total} tokens", stages_table(entry["stages"]), f"Peak of ours in GB: {peaks}."]
     return "\n\n".join(parts) + "\n"
 
 
@@ -149,6 +224,9 @@ def main(arguments=None) -> int:
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budgets", type=int, nargs="+", metavar="B", help="default: 3000 5000 8000 12000")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N")
+    parser.add_argument(
+        "--compile", action="store_true", help="the compiled step of the answer, too: half a minute more"
+    )
     parser.add_argument("--quick", action="store_true", help="a tiny geometry: the figures mean nothing")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
     args = parser.parse_args(arguments)
@@ -165,6 +243,8 @@ def main(arguments=None) -> int:
         for total in tqdm(args.budgets or ([76, 152] if args.quick else [3000, 5000, 8000, 12_000]), desc="budgets"):
             model.config.budgets = share_out(total, weights)
             result["budgets"][str(total)] = measure(device, sides, path, args.repetitions)
+    if args.compile:
+        result["decoding"] = compiled_decoding(model, args.repetitions)
     if args.output:
         with whole_files(args.output.parent) as built:
             write_json(built / args.output.name, result)
