@@ -36,7 +36,7 @@ WIDEST_FILTER = 3
 # Where such a part is so many times as wide as what is needed, it is resized here instead.
 OWN_PASS, COLUMNS_PER_BLOCK = 6, 64
 # Pillow resizes outside of Python's lock. More threads hold more strips and wait for the one that reads.
-NUM_THREADS = min(8, os.cpu_count() or 1)
+NUM_THREADS = min(4, os.cpu_count() or 1)
 
 
 def _run(pool, calls):

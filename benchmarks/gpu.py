@@ -1,6 +1,6 @@
 """The 7B geometry on a GPU: seconds by stage and peak memory of both sides over budgets, beside the paper's Table 4.
 
-    uhr-bat bench-gpu [--device cuda] [--budgets 3000 5000 8000 12000] [--repetitions 3] [--compile] [--output FILE.json]
+    uhr-bat bench-gpu [--device cuda] [--budgets 3000 5000 8000 12000] [--repetitions 3] [--compile] [--output DIR]
     uhr-bat bench-gpu --quick --device cpu      a tiny geometry: shows that it runs, and nothing else
 
 The weights are random and in bfloat16, so the answer means nothing; the image is the made-up scene of 8,500 x 8,500
@@ -228,7 +228,7 @@ def main(arguments=None) -> int:
         "--compile", action="store_true", help="the compiled step of the answer, too: half a minute more"
     )
     parser.add_argument("--quick", action="store_true", help="a tiny geometry: the figures mean nothing")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="write the figures as JSON")
+    parser.add_argument("--output", type=Path, metavar="DIR", help="write gpu.md and gpu.json there")
     args = parser.parse_args(arguments)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("There is no GPU here. --quick --device cpu shows that the script runs.")
@@ -246,8 +246,9 @@ def main(arguments=None) -> int:
     if args.compile:
         result["decoding"] = compiled_decoding(model, args.repetitions)
     if args.output:
-        with whole_files(args.output.parent) as built:
-            write_json(built / args.output.name, result)
+        with whole_files(args.output) as built:
+            write_json(built / "gpu.json", result)
+            (built / "gpu.md").write_text(report(result), encoding="utf-8")
     print(report(result))
     print(json.dumps(result))
     return 0

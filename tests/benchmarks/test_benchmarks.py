@@ -225,11 +225,11 @@ def test_a_meter_adds_up_by_stage():
 
 @pytest.mark.slow
 def test_the_table_for_a_gpu_runs_on_a_cpu(capsys, tmp_path):
-    output = tmp_path / "gpu.json"
-    assert gpu.main(["--quick", "--device", "cpu", "--repetitions", "1", "--output", str(output)]) == 0
+    assert gpu.main(["--quick", "--device", "cpu", "--repetitions", "1", "--output", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
-    assert result == json.loads(output.read_text()) and result["device"] == "CPU"
+    assert result == json.loads((tmp_path / "gpu.json").read_text()) and result["device"] == "CPU"
+    assert (tmp_path / "gpu.md").read_text() in printed
     assert all(entry["same_visual_tokens"] == 1 and entry["same_answer"] for entry in result["budgets"].values())
     assert "the paper's Table 4" in printed
 
