@@ -6,7 +6,7 @@ guessed from a name or a shape.
 """
 
 import os
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
@@ -33,6 +33,22 @@ def register_names():
 
 
 register_names()
+
+
+class TowerForm(NamedTuple):
+    """What tells vision towers apart: the norm before the first layer, and tokens that show no patch."""
+
+    first_norm: str | None
+    num_class_tokens: int
+
+
+# The towers and decoders that the model takes, by model type; SigLIP 2 of a fixed resolution is `siglip_vision_model` too.
+# All else is found in their own classes (`layers_uhr_bat.py`).
+VISION_TOWERS = {
+    "clip_vision_model": TowerForm("pre_layrnorm", 1),
+    "siglip_vision_model": TowerForm(None, 0),
+}
+DECODERS = ("qwen2", "qwen3", "llama")  # "qwen2" is Qwen2.5, too
 
 # Scales of section 4 and budgets of appendix A.
 PAPER_SCALES = (672, 1344, 2688, 4032)
@@ -189,6 +205,13 @@ class UHRBatConfig(PreTrainedConfig):
         self.refinement_layers = list(self.refinement_layers)
         super().__post_init__(**kwargs)
 
+    def validate_towers(self):
+        """The classes of the towers are ones that the model knows how to read."""
+        for name, known in (("vision_config", tuple(VISION_TOWERS)), ("text_config", DECODERS)):
+            model_type = getattr(self, name).model_type
+            if model_type not in known:
+                raise ValueError(f"`{name}` is of the model type {model_type!r}. Known here: {', '.join(known)}.")
+
     def validate_scales(self):
         """Scales are ascending multiples of the tile, and the tile a multiple of the patch."""
         check_scales(self.scales, self.tile_size, self.patch_size)
@@ -220,7 +243,8 @@ class UHRBatConfig(PreTrainedConfig):
             for layer in layers:
                 if not -num_layers <= layer < num_layers:
                     raise ValueError(f"`{name}` is {layer}, but the decoder has {num_layers} layers.")
-        if "sliding_attention" in self.text_config.layer_types:
+        # Llama has no such field: all of its layers see everything.
+        if "sliding_attention" in (getattr(self.text_config, "layer_types", None) or ()):
             raise ValueError("The importance pass needs full attention in every layer, not sliding windows.")
 
     def validate_refinement(self):
@@ -258,6 +282,17 @@ class UHRBatConfig(PreTrainedConfig):
     def patch_size(self) -> int:
         """Pixels a side of what one token shows."""
         return self.vision_config.patch_size
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head of the decoder. Not of every decoder is it the width by the number of heads."""
+        text = self.text_config
+        return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+
+    @property
+    def tower_form(self) -> TowerForm:
+        """What the vision tower has that others have not."""
+        return VISION_TOWERS[self.vision_config.model_type]
 
     @property
     def grids(self) -> list[tuple[int, int]]:

@@ -18,7 +18,7 @@ QUESTION_BLOCK = 64
 
 
 class UHRBatVisionTower(nn.Module):
-    """CLIP's vision model up to the layer that is read (`vision_feature_layer`), patch tokens only.
+    """CLIP's or SigLIP's vision model up to the layer that is read (`vision_feature_layer`), patch tokens only.
 
     Its own layers run one after the other: the list of all hidden states is never held, what follows the feature layer
     never runs, and threads share the tower. The model is one level down, as checkpoints of the LLaVA family have it
@@ -29,6 +29,7 @@ class UHRBatVisionTower(nn.Module):
     def __init__(self, config: UHRBatConfig):
         super().__init__()
         self.vision_model = AutoModel.from_config(config.vision_config)
+        self.form = config.tower_form
         layer = config.vision_feature_layer  # as an index of hidden states, of which the first enters the first layer
         self.num_layers = layer if layer > 0 else config.vision_config.num_hidden_layers + layer + 1
         self.register_load_state_dict_pre_hook(accept_flat_names)
@@ -43,7 +44,9 @@ class UHRBatVisionTower(nn.Module):
     @property
     def unread_layers(self) -> list[nn.Module]:
         """What stands behind the feature layer: part of the checkpoint, but no token comes through it."""
-        return [*self.vision_model.encoder.layers[self.num_layers :], self.vision_model.post_layernorm]
+        model = self.vision_model
+        pooling = [model.head] if hasattr(model, "head") else []  # SigLIP's, where its configuration asks for it
+        return [*model.encoder.layers[self.num_layers :], model.post_layernorm, *pooling]
 
     def freeze_unread_layers(self):
         """Without this, training on several devices waits for gradients that never come."""
@@ -53,18 +56,20 @@ class UHRBatVisionTower(nn.Module):
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """float[T, 3, tile, tile] -> float[T, P, C]"""
         model, unread = self.vision_model, self.unread_layers
-        hidden_states = model.pre_layrnorm(model.embeddings(tiles.to(model.dtype)))
+        hidden_states = model.embeddings(tiles.to(model.dtype))
+        if self.form.first_norm:
+            hidden_states = getattr(model, self.form.first_norm)(hidden_states)
         for layer in model.encoder.layers[: self.num_layers]:
             hidden_states = layer(hidden_states, attention_mask=None)
-        features = hidden_states[:, 1:]
+        features = hidden_states[:, self.form.num_class_tokens :]
         if self.training and any(parameter.requires_grad for layer in unread for parameter in layer.parameters()):
             # Somebody trains what no token comes through, as LoRA on "all-linear" does. Training on several devices
             # waits for a gradient of each parameter: one token goes on, for gradients of 0.
-            *layers, norm = unread
+            layers = self.vision_model.encoder.layers[self.num_layers :]
             token = hidden_states[:1, :1]
-            for layer in layers:
-                token = layer(token, attention_mask=None)
-            features = features + 0 * norm(token).sum()
+            for layer in unread:
+                token = layer(token, attention_mask=None) if layer in layers else layer(token)
+            features = features + 0 * token.sum()
         return features
 
 
@@ -140,7 +145,7 @@ def question_attention(attention, hidden_states, position_embeddings, question_s
     Only the rows of the question are computed, in blocks: no N x N matrix exists, whatever the attention kernel.
 
     Args:
-        attention: a Qwen2 attention module, called while its parameters are in place.
+        attention: the decoder's own attention module, called while its parameters are in place.
         hidden_states: float[1, M, D], its input.
         position_embeddings: (cos, sin), float[1, M, head] each.
         question_start: first row of the question, which runs to the end.
@@ -151,8 +156,10 @@ def question_attention(attention, hidden_states, position_embeddings, question_s
     _, M, _ = hidden_states.shape
     shape = (1, M, -1, attention.head_dim)
     cos, sin = position_embeddings
-    query = attention.q_proj(hidden_states).view(shape).transpose(1, 2)
-    key = attention.k_proj(hidden_states).view(shape).transpose(1, 2)
+    query, key = attention.q_proj(hidden_states).view(shape), attention.k_proj(hidden_states).view(shape)
+    if hasattr(attention, "q_norm"):  # Qwen3: each head is normalised
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key = query.transpose(1, 2), key.transpose(1, 2)
     query, key = apply_rotary_pos_emb(query, key, cos, sin)
     key = repeat_kv(key, attention.num_key_value_groups).transpose(2, 3)
 

@@ -59,7 +59,7 @@ class UHRBatPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CLIPEncoderLayer", "CLIPVisionEmbeddings", "Qwen2DecoderLayer", "UHRBatScaleEmbedding"]
+    _no_split_modules = ["UHRBatScaleEmbedding"]  # the towers bring their own
     _skip_keys_device_placement = ["past_key_values", "cache", "image_features", "mm_encoder_outputs"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -73,6 +73,11 @@ class UHRBatPreTrainedModel(PreTrainedModel):
         if isinstance(module, UHRBatScaleEmbedding):
             for parameter in module.parameters():
                 init.normal_(parameter, std=self.config.initializer_range)
+
+    def post_init(self):
+        super().post_init()
+        # What shards a model looks for each of these classes in it, and a tower names those of its text side, too.
+        self._no_split_modules = {type(module).__name__ for module in self.modules()} & set(self._no_split_modules)
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):

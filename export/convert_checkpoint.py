@@ -1,6 +1,7 @@
 """Trained weights into a complete model folder: code, configuration, tokenizer, processors, card, sharded safetensors.
 
     uhr-bat export --checkpoint DIR --output DIR [--help: all options]
+    uhr-bat export --start DIR --output DIR      a model to train, from one of the LLaVA family (`start_model.py`)
     python -m export.convert_checkpoint ...      the same, in a bare clone
 
 Reads a checkpoint of the released layout (`released_layout.py`) or of this project's own Trainer. Tensors pass through
@@ -29,12 +30,14 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from uhr_bat.common.extras import require
 from uhr_bat.common.files import whole_folder, write_json
+from uhr_bat.common.budgets import budgets as read_budgets
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
-from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
 from . import model_folder, released_layout
 from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
 from .model_card import read_provenance, write_model_card
+from .model_folder import meta_model
+from .start_model import read_start
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What weights may be, and integers of the same size, in which numbers that are not finite are comparable too.
@@ -106,12 +109,6 @@ def read_config(folder: Path, tensors: dict[str, TensorInfo], vision_heads: int 
         f"{path}: model type {settings.get('model_type')!r} is neither the released layout (a flat Qwen2 "
         f"configuration) nor this project's own ({UHRBatConfig.model_type!r})."
     )
-
-
-def meta_model(config: UHRBatConfig) -> UHRBatForConditionalGeneration:
-    """The model without its weights: names and shapes."""
-    with torch.device("meta"):
-        return UHRBatForConditionalGeneration(config)
 
 
 def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None) -> list[Entry]:
@@ -271,8 +268,8 @@ def check_weights(output: Path, source, plan: list[Entry]):
 
 
 def convert(
-    checkpoint: str,
-    output: str | Path,
+    checkpoint: str | None = None,
+    output: str | Path = "",
     max_shard_size: str = "5GB",
     dtype: str = "auto",
     merge_adapter: str | bool | None = None,
@@ -281,6 +278,10 @@ def convert(
     license: str | None = None,
     base_model: str | None = None,
     dry_run: bool = False,
+    start: str | None = None,
+    vision_tower: str | None = None,
+    scales: list[int] | None = None,
+    budgets: list[int] | int | None = None,
 ) -> Path:
     """Builds the model folder `output`. The arguments are those of the command line.
 
@@ -290,7 +291,11 @@ def convert(
     output = Path(os.path.abspath(output))
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise CheckpointError(f"{output}: is there and not an empty folder. Nothing is overwritten.")
-    adapter = None
+    if start and merge_adapter:
+        raise CheckpointError("--merge-adapter is for --checkpoint: merge an adapter of a start model into it first.")
+    if not start and (vision_tower or scales or budgets):
+        raise CheckpointError("--vision-tower, --scales and --budgets are for --start: a checkpoint states its own.")
+    adapter, checkpoint = None, start or checkpoint
     if merge_adapter:
         adapter = locate(checkpoint if merge_adapter is True else merge_adapter)
         settings = read_json(adapter / "adapter_config.json")
@@ -301,8 +306,13 @@ def convert(
     folder = locate(checkpoint)
 
     source = Checkpoint(folder)
-    config, notes, is_released = read_config(folder, source.tensors, vision_heads)
-    plan = make_plan(source, config, released_layout.rename if is_released else nest_tower, DTYPES[dtype])
+    if start:
+        options = {"scales": scales, "budgets": budgets}
+        config, notes, source, rename, is_released = read_start(folder, source, options, vision_tower, vision_heads)
+    else:
+        config, notes, is_released = read_config(folder, source.tensors, vision_heads)
+        rename = released_layout.rename if is_released else nest_tower
+    plan = make_plan(source, config, rename, DTYPES[dtype])
     kept = [entry for entry in plan if entry.name]
     numbers = Counter()
     for entry in kept:
@@ -349,12 +359,14 @@ def convert(
         write_model_card(
             building / "README.md",
             config,
-            origin=("the released layout" if is_released else "this project's Trainer") + " and LoRA" * bool(adapter),
+            origin=_origin(folder, start, is_released) + " and LoRA" * bool(adapter),
             repository=push_to_hub,
             num_parameters=numbers.total(),
             license=license,
             base_models=base_models,
-            limits=["The scale tables of this checkpoint are noise: they were never trained."] if untrained else [],
+            limits=["The scale tables of this checkpoint are noise: they were never trained."] * bool(untrained)
+            + ["**This model is a start: nothing in it was trained to read an image at several scales.**"]
+            * bool(start),
             has_tokenizer=has_tokenizer,
         )
         model_folder.write_code(building)
@@ -363,6 +375,15 @@ def convert(
     if push_to_hub:
         push(output, push_to_hub)
     return output
+
+
+def _origin(folder, start, is_released):
+    """What the weights were before, in words."""
+    if start:
+        return (
+            f"{'the layout of LongVA' if is_released else read_json(folder / 'config.json')['model_type']}, as a start"
+        )
+    return "the released layout" if is_released else "this project's Trainer"
 
 
 def push(folder: Path, repository: str):
@@ -396,7 +417,9 @@ def main(arguments=None):
         description="Trained weights into a complete, loadable model folder.",
     )
     add = parser.add_argument
-    add("--checkpoint", required=True, help="folder or Hub repository: released layout, or of this project's Trainer")
+    source = parser.add_mutually_exclusive_group(required=True).add_argument
+    source("--checkpoint", help="folder or Hub repository: released layout, or of this project's Trainer")
+    source("--start", help="folder or Hub repository of a LLaVA model or of LongVA: a model that is yet to be trained")
     add("--output", required=True, help="the model folder to make; must not be there, or be empty")
     add("--max-shard-size", default="5GB", help="of a safetensors file (default: 5GB)")
     add("--dtype", choices=DTYPES, default="auto", help="of the weights (default: auto, every tensor as it is)")
@@ -410,6 +433,9 @@ def main(arguments=None):
         "is the adapter and names its base model",
     )
     add("--vision-heads", type=int, help="attention heads of the vision tower, which the released layout lacks")
+    add("--vision-tower", metavar="DIR", help="CLIP's folder, where a start of LongVA's layout holds no tower")
+    add("--scales", type=lambda text: [*map(int, text.split(","))], help="of a start in px (default: 2,4,8,12 tiles)")
+    add("--budgets", type=read_budgets, help="of a start: one per scale, or one for all (default: the paper's)")
     add("--license", help="of the weights, for the model card (default: what the checkpoint's card says)")
     add("--base-model", metavar="REPO", help="for the model card (default: what the checkpoint says)")
     add("--dry-run", action="store_true", help="print what would become of every tensor, write nothing")

@@ -5,12 +5,13 @@ from pathlib import Path
 
 from huggingface_hub import ModelCardData
 from huggingface_hub.repocard import metadata_load
+from uhr_bat.budgets_uhr_bat import is_one_budget
 from uhr_bat.configuration_uhr_bat import QWEN2_7B, UHRBatConfig
 
 from .checkpoint_files import read_json
 
 
-CARD = '''---
+CARD = """---
 {front_matter}
 ---
 
@@ -21,12 +22,12 @@ image is read at {num_scales} scales, the question decides by its attention whic
 exactly its budget of tokens reaches the decoder: important ones as they are, the rest of a region merged into one.
 
 Paper: *UHR-BAT: Budget-Aware Token Compression Vision-Language model for Ultra-High-Resolution Remote Sensing*
-(ICML 2026, arXiv:2604.13565). This folder was exported from trained weights of {origin}.
+(ICML 2026, arXiv:2604.13565). This folder was exported from weights of {origin}.
 
 | Part | Here |
 |---|---|
-| vision tower | CLIP, {vision_layers} layers, width {vision_width}, tiles of {tile} px in patches of {patch} px |
-| decoder | Qwen2, {text_layers} layers, width {text_width}, {vocab_size} rows in the vocabulary |
+| vision tower | {vision_name}, {vision_layers} layers, width {vision_width}, tiles of {tile} px in patches of {patch} px |
+| decoder | {text_name}, {text_layers} layers, width {text_width}, {vocab_size} rows in the vocabulary |
 | weights | {num_parameters:,} parameters, {dtype} |
 
 ## Quick start
@@ -108,10 +109,17 @@ The code in this folder is under the Apache License 2.0, see `LICENSE`. The weig
   year={{2026}}
 }}
 ```
-'''
+"""
 
 TAGS = ["remote-sensing", "ultra-high-resolution", "token-compression", "visual-question-answering", "custom_code"]
 LONGVA = "lmms-lab/LongVA-7B"
+PARTS = {
+    "clip_vision_model": "CLIP",
+    "siglip_vision_model": "SigLIP",
+    "qwen2": "Qwen2",
+    "qwen3": "Qwen3",
+    "llama": "Llama",
+}
 
 
 def write_model_card(
@@ -139,7 +147,9 @@ def write_model_card(
     )
     tiles = [(scale // config.tile_size) ** 2 for scale in config.scales]
     tokens = [height * width for height, width in config.grids]
-    rows = zip(config.scales, tiles, tokens, config.budgets)
+    one_budget = is_one_budget(config.budgets)
+    budgets = ["of all scales"] * len(tiles) if one_budget else [f"{budget:,}" for budget in config.budgets]
+    rows = zip(config.scales, tiles, tokens, budgets)
     recorded = config.scale_embedding_form != "per_scale"
     budget_note = "" if recorded else (
         "\nThe released layout does not record budgets: these are the paper's (appendix A).\n"
@@ -149,6 +159,8 @@ def write_model_card(
         front_matter=data.to_yaml(),
         num_scales=len(config.scales),
         origin=origin,
+        vision_name=PARTS[vision.model_type],
+        text_name=PARTS[text.model_type],
         vision_layers=vision.num_hidden_layers,
         vision_width=vision.hidden_size,
         tile=config.tile_size,
@@ -164,10 +176,10 @@ def write_model_card(
             "\n\n**The checkpoint held no tokenizer, and neither does this folder. Before you use it, add the files\n"
             "of the one that it was trained with, with `<image>` as a special token.**"
         ),
-        budget_rows="\n".join(f"| {s} px | {t} | {n:,} | {b:,} |" for s, t, n, b in rows),
+        budget_rows="\n".join(f"| {s} px | {t} | {n:,} | {b} |" for s, t, n, b in rows),
         all_tiles=sum(tiles),
         all_tokens=f"{sum(tokens):,}",
-        all_budgets=f"{sum(config.budgets):,}",
+        all_budgets=f"{config.budgets if one_budget else sum(config.budgets):,}",
         budget_note=budget_note,
         finest=config.scales[-1],
         limits="".join(f"- {limit}\n" for limit in limits),

@@ -8,11 +8,13 @@ import argparse
 import shutil
 from pathlib import Path
 
+import torch
 from transformers import AddedToken, AutoTokenizer
 from uhr_bat.common.files import write_json
 from uhr_bat.common.loading import ROOT
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
+from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
 from .checkpoint_files import CheckpointError, read_json
 
@@ -44,6 +46,12 @@ PROCESSOR_AUTO_MAP = {
 }
 
 
+def meta_model(config: UHRBatConfig) -> UHRBatForConditionalGeneration:
+    """The model without its weights: names and shapes."""
+    with torch.device("meta"):
+        return UHRBatForConditionalGeneration(config)
+
+
 def write_code(output: Path):
     """The files that `trust_remote_code` runs, and their licence."""
     for path in [*sorted(ROOT.glob("*_uhr_bat.py")), ROOT / "LICENSE"]:
@@ -68,13 +76,15 @@ def write_processing(output: Path, source: Path, config: UHRBatConfig, is_releas
         ends = [tokenizer.get_vocab().get("<|im_end|>"), tokenizer.eos_token_id]
         print(f"tokenizer: {len(tokenizer)} entries, {IMAGE_TOKEN!r} is {config.image_token_index}")
 
-    kept, budgets = [], None
+    kept, budgets, template = [], None, None
     if not is_released:
-        kept = [name for name in (CHAT_TEMPLATE, "generation_config.json") if (source / name).is_file()]
+        kept = ["generation_config.json"] if (source / "generation_config.json").is_file() else []
+        template = read_chat_template(source)
         if (source / "processor_config.json").is_file():
             budgets = read_json(source / "processor_config.json").get("default_budgets")
     write_generation_config(output, config, ends)
-    shutil.copyfile(ROOT / CHAT_TEMPLATE, output / CHAT_TEMPLATE)
+    template = (ROOT / CHAT_TEMPLATE).read_text(encoding="utf-8") if template is None else template
+    (output / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
     for name in kept:
         shutil.copyfile(source / name, output / name)
     write_processor_configs(output, config, read_image_settings(source), budgets)
@@ -170,7 +180,7 @@ def write_processor_configs(output: Path, config: UHRBatConfig, image_settings=N
         {
             "processor_class": "UHRBatProcessor",
             "auto_map": {"AutoProcessor": PROCESSOR_AUTO_MAP["AutoProcessor"]},
-            "default_budgets": list(budgets or config.budgets),
+            "default_budgets": budgets or config.budgets,
         },
     )
 
@@ -180,6 +190,17 @@ def write_config(output: Path, config: UHRBatConfig):
     config.architectures = ["UHRBatForConditionalGeneration"]
     config.auto_map = AUTO_MAP
     config.save_pretrained(output)
+
+
+def read_chat_template(folder: Path) -> str | None:
+    """A folder's chat template: a file of its own, now or as older releases wrote it, or an entry of the tokenizer's."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / CHAT_TEMPLATE).read_text(encoding="utf-8")
+    for name in ("chat_template.json", "processor_config.json", "tokenizer_config.json"):
+        template = read_json(folder / name).get("chat_template") if (folder / name).is_file() else None
+        if isinstance(template, str):
+            return template
+    return None
 
 
 def read_image_settings(folder: Path) -> dict:

@@ -109,7 +109,7 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
         "tie_word_embeddings": tied,
     }
     window = released.get("max_position_embeddings", 32768)
-    budgets, budgets_note = _budgets(scales, vision_config["patch_size"], window)
+    budgets, budgets_note = paper_budgets(scales, vision_config["patch_size"], window)
     image_token = released.get("image_token_index", -200)
     config = UHRBatConfig(
         text_config=text_config,
@@ -174,7 +174,7 @@ def _vision_config(tensors, heads):
     return config, f"vision tower: {len(layers)} layers, width {width}, {note}"
 
 
-def _budgets(scales, patch_size, window):
+def paper_budgets(scales, patch_size, window) -> tuple[list[int], str]:
     """The paper's budget of each scale, that of the next coarser one of the paper for a scale between."""
     budgets = [
         max(budget for scale, budget in BUDGET_OF_SCALE.items() if scale <= max(side, PAPER_SCALES[0]))

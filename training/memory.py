@@ -74,7 +74,7 @@ def predict_memory(config: UHRBatConfig, options, data, training) -> Memory:
 
     text, vision, B = config.text_config, config.vision_config, training.per_device_train_batch_size
     L, D, F, R = text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size
-    K = text.num_key_value_heads * D // text.num_attention_heads
+    K = text.num_key_value_heads * config.head_width
     budgets = scale_budgets(config.budgets if data.budgets is None else data.budgets, data.budget_range[1])
     visual = budgets if is_one_budget(budgets) else sum(budgets)
     M = data.max_length or visual + TEXT_TOKENS

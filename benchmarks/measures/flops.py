@@ -49,22 +49,22 @@ def projector(config, N) -> int:
 def decoder(config, M, num_cached=0) -> int:
     """All layers, for M new tokens behind `num_cached` ones."""
     text = config.text_config
-    D, (query, key) = text.hidden_size, attention_widths(text)
+    D, (query, key) = text.hidden_size, attention_widths(config)
     layer = 2 * M * (2 * D * query + 2 * D * key + 3 * D * text.intermediate_size)
     layer += 4 * M * (num_cached + M) * query
     return text.num_hidden_layers * (layer)
 
 
-def attention_widths(text) -> tuple[int, int]:
+def attention_widths(config) -> tuple[int, int]:
     """Width of all heads together, of the queries and of the keys."""
-    head = text.hidden_size // text.num_attention_heads
-    return text.num_attention_heads * head, text.num_key_value_heads * head
+    text = config.text_config
+    return text.num_attention_heads * config.head_width, text.num_key_value_heads * config.head_width
 
 
 def question_rows(config, M, num_rows) -> int:
     """Ours at the importance layer: queries and keys of all rows, and the scores of the question's."""
     text = config.text_config
-    query, key = attention_widths(text)
+    query, key = attention_widths(config)
     return 2 * M * text.hidden_size * (query + key) + 2 * num_rows * M * query
 
 
