@@ -145,8 +145,8 @@ def _read_family(folder, settings):
         notes.append('its class token ("full") is not read: it shows no patch')
     if not VISION_TOWERS[vision.model_type].num_class_tokens and drops_first:
         notes.append('its first patch is read too, which "default" drops although it is no class token')
-    if hasattr(vision, "vision_use_head"):
-        vision.vision_use_head = False
+    if vision.model_type == "siglip_vision_model":
+        vision.vision_use_head = False  # older releases read this field too, but do not name it
     fields = {
         "vision_feature_layer": start.vision_feature_layer,
         "image_token_index": start.image_token_id,
