@@ -20,6 +20,7 @@ VERBS = {
     "build-tiny": ("export.build_tiny", "UHR-BAT-Tiny before it is trained, as a model folder"),
     "build-7b-config": ("export.model_folder", "the configuration files of the 7B model"),
     "train": ("training.sft", "fine-tune on your own images and questions, by a recipe"),
+    "train-engine": ("training.engines", "the file of an engine for several GPUs: ddp, zero2, zero3, fsdp2"),
     "train-memory": ("training.memory", "the GPU memory that a recipe needs, by a formula"),
     "train-vision": ("training.tiny.vision", "stage 1 of UHR-BAT-Tiny: the tower learns to read"),
     "train-finetune": ("training.tiny.finetune", "stages 2 to 4: the decoder learns where to look and to answer"),

@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
+from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..pictures.pages import kept_picture
 from .collator import as_image, as_parts
@@ -28,6 +29,29 @@ class UHRBatTrainer(Trainer):
     def __init__(self, *args, eval_max_new_tokens: int = 32, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_max_new_tokens = eval_max_new_tokens
+
+    def train(self, *args, **kwargs):
+        """As the library's. Raises `ValueError` where processes that share a model's weights would wait for each other."""
+        if self.shares_weights:
+            numbers = sorted({len(images) for images in self.train_dataset["images"]})
+            if len(numbers) != 1:
+                raise ValueError(
+                    f"FSDP2 and ZeRO-3 gather weights whenever a process calls a layer, so all have to call them as often; "
+                    f"the samples have {', '.join(map(str, numbers))} images. Give each the same number, or take the engine "
+                    "zero2 or ddp."
+                )
+        return super().train(*args, **kwargs)
+
+    @property
+    def shares_weights(self) -> bool:
+        """Whether a process holds a part of the weights only."""
+        return self.args.world_size > 1 and (self.is_fsdp_enabled or is_deepspeed_zero3_enabled())
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        """As the library's. Checkpoints of FSDP are in parts; a model that is asked for is whole."""
+        if self.is_fsdp_enabled and not _internal_call:
+            self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+        super().save_model(output_dir, _internal_call)
 
     def create_optimizer(self, *args, **kwargs):
         made = self.optimizer is None
@@ -55,7 +79,11 @@ class UHRBatTrainer(Trainer):
     def measure_accuracy(self, samples) -> float:
         """Share of the last turns that the model answers right. Processes share the samples."""
         model = self.accelerator.unwrap_model(self.model)
-        own = range(self.args.process_index, len(samples), self.args.world_size)
+        # Where weights are shared, each process answers as many, the last ones again where there are none left.
+        rounds, world = -(-len(samples) // self.args.world_size), self.args.world_size
+        own = [self.args.process_index + world * idx for idx in range(rounds)]
+        counted = iter([idx < len(samples) for idx in own])
+        own = [min(idx, len(samples) - 1) for idx in own]
         loader = DataLoader(
             Subset(samples, own),
             self.args.per_device_eval_batch_size,
@@ -66,10 +94,15 @@ class UHRBatTrainer(Trainer):
         for batch in tqdm(loader, desc="Answering", disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(batch["inputs"])
             with self.accelerator.autocast():
-                ids = model.generate(**inputs, do_sample=False, max_new_tokens=self.eval_max_new_tokens)
+                ids = model.generate(
+                    **inputs,
+                    do_sample=False,
+                    max_new_tokens=self.eval_max_new_tokens,
+                    synced_gpus=self.shares_weights,
+                )
             ids = ids[:, inputs["input_ids"].shape[1] :]
             answers = self.processing_class.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            right += sum(map(is_right, answers, batch["answers"]))
+            right += sum(next(counted) and is_right(*pair) for pair in zip(answers, batch["answers"]))
         return float(self.accelerator.reduce(right)) / len(samples)
 
 
