@@ -370,6 +370,27 @@ class RasterImage:
 
             yield read
 
+    @contextmanager
+    def parts(self):
+        """A function for a `with` block that reads boxes (top, left, bottom, right) in pixels of this image: (uint8[h, w,
+        3], bool[h, w] of those that are part of it; None of an image that is not `masked`). One thread reads all boxes of
+        a block. Raises `OSError` where the file turns out to be damaged."""
+        top, left, bottom, right = self._part
+        # 1 but for overviews, whose pixels may be no whole number of the file's.
+        steps = (bottom - top) / self.height, (right - left) / self.width
+        with self._dataset() as dataset:
+
+            def read(*box):
+                size = box[2] - box[0], box[3] - box[1]
+                if self._factor == 1:
+                    box = [edge + start for edge, start in zip(box, (top, left) * 2)]
+                else:
+                    box = [edge * step + start for edge, step, start in zip(box, steps * 2, (top, left) * 2)]
+                values, valid = self._read(dataset, box, size)
+                return self._to_rgb(values), valid
+
+            yield read
+
     def strips(self, num_rows: int) -> Iterator[Image.Image]:
         """As `masked_strips`, RGB alone: what is no part of the image has the letterbox's colour."""
         for strip, valid in self.masked_strips(num_rows):
