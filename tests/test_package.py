@@ -20,6 +20,7 @@ MODEL = (
     "raster_reading",
     "image_reading",
     "image_views",
+    "pyramid",
     "image_processing",
     "processing",
     "pipeline",
