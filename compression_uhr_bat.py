@@ -15,7 +15,7 @@ from .clustering_uhr_bat import cluster_regions, grid_regions, vote_regions
 from .geometry_uhr_bat import patch_centres
 from .outputs_uhr_bat import UHRBatImageFeatures
 from .selectors_uhr_bat import SELECTORS
-from .token_compression_uhr_bat import align_importance, merge_tokens
+from .token_compression_uhr_bat import align_at, merge_tokens
 
 
 @dataclass(frozen=True)
@@ -69,8 +69,8 @@ def look_up(importance, positions, grid, finer_positions, finer_grid) -> torch.T
     shown = on_grid(torch.ones_like(importance), positions, grid, fill=0)
     # Divide by the interpolated mask: the mean over those cells that show the image. Of chosen tokens alone: what shows
     # none of it is 0 / 0, which no mask takes out of a gradient.
-    aligned = align_importance(on_grid(importance, positions, grid, fill=0), finer_grid).flatten()[finer_positions]
-    return aligned / align_importance(shown, finer_grid).flatten()[finer_positions]
+    aligned = align_at(on_grid(importance, positions, grid, fill=0), finer_positions, finer_grid)
+    return aligned / align_at(shown, finer_positions, finer_grid)
 
 
 def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, rules: CompressionRules) -> torch.Tensor:
@@ -84,7 +84,7 @@ def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, r
         how = (rules.region_method, rules.kmeans_iterations, rules.coord_weight, rules.coord_frame)
         key = (scale_idx, num_regions, *how)
     if key not in image.partitions:
-        positions, grid = image.positions[scale_idx], config.grids[scale_idx]
+        positions, grid = image.positions[scale_idx], image.grids[scale_idx]
         if image.regions is not None:
             regions = vote_regions(image.regions[scale_idx][None], patch_size=1)
         elif rules.region_method == "none":
@@ -147,10 +147,10 @@ def compress_image(
         image: the encoded image.
         importance: float32[V_s] of every scale, what the question pays to its tokens.
         counts: int[S], exact visual tokens of every scale, or int[1], of all scales together.
-        config: the configuration, for its grids.
+        config: the configuration, for its tile.
         rules: which tokens stay.
     """
-    one_budget = len(counts) < len(config.grids)
+    one_budget = len(counts) < len(image.grids)
     with torch.no_grad():
         budgets = counts
         if one_budget:  # equal parts of it bound the number of regions, where each of them gets a token
@@ -169,7 +169,7 @@ def compress_image(
                 for *scale, budget in zip(importance, regions, image.tokens, counts)
             ]
     compressed = CompressedImage([], [], [], [])
-    for scale_idx, (grid, count) in enumerate(zip(config.grids, counts)):
+    for scale_idx, (grid, count) in enumerate(zip(image.grids, counts)):
         positions, tokens, slot = image.positions[scale_idx], image.tokens[scale_idx], slots[scale_idx]
         compressed.tokens.append(merge_tokens(tokens, slot, count) if count else tokens[:0])
         compressed.importance.append(on_grid(importance[scale_idx], positions, grid, fill=0))

@@ -188,6 +188,10 @@ class UHRBatConfig(PreTrainedConfig):
     # Whether tokens that show only the letterbox are left out. The released code lets them be chosen.
     mask_padding: bool = True
 
+    # Bytes of encoded tiles that an image keeps for further questions, where tiles are encoded when a question looks at
+    # them (`max_tiles`): 500 tiles of the 7B model in bfloat16.
+    tile_cache_bytes: int = 2**31
+
     # Pixels of the largest image that is read: 1 gigapixel decodes to 3 GB.
     max_image_pixels: int = 1_000_000_000
 

@@ -10,6 +10,7 @@ A position is the row-major index of a token on the grid of its scale. Sizes and
 Letters: H and W height and width of a grid in tokens, h and w height and width of an image in pixels, V some tokens.
 """
 
+import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -55,6 +56,18 @@ def pyramid_scales(side: int, anchor: int, tile_size: int) -> list[int]:
     if scales[-1] < side:
         scales.append(-(-side // tile_size) * tile_size)
     return scales
+
+
+def between_scales(scale: int, known: Sequence[int]) -> list[tuple[int, float]]:
+    """[(index, weight)] of the known scales, ascending, that what is learnt for a scale is taken from: linear in the
+    logarithm of the scale between two of them, the nearest one outside."""
+    if scale <= known[0] or scale >= known[-1]:
+        return [(0 if scale <= known[0] else len(known) - 1, 1.0)]
+    above = next(idx for idx, one in enumerate(known) if one >= scale)
+    if known[above] == scale:
+        return [(above, 1.0)]
+    part = math.log(scale / known[above - 1]) / math.log(known[above] / known[above - 1])
+    return [(above - 1, 1 - part), (above, part)]
 
 
 # Image and letterbox
@@ -246,6 +259,7 @@ __all__ = [
     "check_scales",
     "grids",
     "pyramid_scales",
+    "between_scales",
     "letterbox",
     "shown_lines",
     "shown_patches",

@@ -12,6 +12,7 @@ from transformers.activations import ACT2FN
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
 from .configuration_uhr_bat import UHRBatConfig
+from .geometry_uhr_bat import between_scales
 
 # Question rows of the importance pass that are scored at once: bounds the scores to heads x 64 x sequence.
 QUESTION_BLOCK = 64
@@ -98,15 +99,15 @@ class UHRBatScaleEmbedding(nn.Module):
 
     "factorized": one base table [1, g * g, D], interpolated bilinearly over the whole grid of the scale, plus a learned
     vector per scale. "per_scale": one table per scale with g at most `scale_embedding_grid`, interpolated over the grid
-    of one tile and repeated for every tile.
+    of one tile and repeated for every tile. A scale that has no vector or table of its own, as levels of a pyramid, takes
+    what lies between those of its neighbours (`between_scales`).
     """
 
     def __init__(self, config: UHRBatConfig):
         super().__init__()
         width = config.text_config.hidden_size
         self.patches_per_side = config.tile_size // config.patch_size
-        self.scales = config.scales
-        self.grids = config.grids
+        self.scales, self.patch_size = config.scales, config.patch_size
         self.per_scale = config.scale_embedding_form == "per_scale"
         if self.per_scale:
             sides = [min(height, config.scale_embedding_grid) for height, _ in config.grids]
@@ -117,26 +118,32 @@ class UHRBatScaleEmbedding(nn.Module):
             self.table = nn.Parameter(torch.zeros(1, config.scale_embedding_grid**2, width))
             self.scale_vectors = nn.Parameter(torch.zeros(len(config.scales), width))
 
-    def forward(self, scale_idx: int, positions: torch.Tensor) -> torch.Tensor:
-        """float32[V, D] for the places long[V] on the grid of one scale."""
-        rows, columns = positions // self.grids[scale_idx][1], positions % self.grids[scale_idx][1]
+    def forward(self, scale: int, positions: torch.Tensor) -> torch.Tensor:
+        """float32[V, D] for the places long[V] on the grid of a scale, its side in pixels."""
+        width = scale // self.patch_size
+        neighbours = between_scales(scale, self.scales)
         if self.per_scale:
-            table, extent = self.tables[str(self.scales[scale_idx])], self.patches_per_side
-            rows, columns = rows % extent, columns % extent
-        else:
-            table, extent = self.table, self.grids[scale_idx][0]
-        g = round(table.shape[1] ** 0.5)
-        # Sampling at the patch centres is F.interpolate(..., align_corners=False), for the wanted places alone.
-        # float32: bfloat16 coordinates are too coarse for 288 patches a side.
-        centres = (torch.stack((columns, rows), dim=-1).float() + 0.5) * 2 / extent - 1
-        embedding = F.grid_sample(
-            table.float().view(1, g, g, -1).permute(0, 3, 1, 2),
-            centres.view(1, 1, -1, 2),
-            padding_mode="border",
-            align_corners=False,
-        )
-        embedding = embedding[0, :, 0].T
-        return embedding if self.per_scale else embedding + self.scale_vectors[scale_idx].float()
+            p = self.patches_per_side
+            rows, columns = positions // width % p, positions % width % p
+            tables = [(self.tables[str(self.scales[idx])], weight) for idx, weight in neighbours]
+            return sum(weight * _at_places(table, rows, columns, p) for table, weight in tables)
+        vector = sum(weight * self.scale_vectors[idx].float() for idx, weight in neighbours)
+        return _at_places(self.table, positions // width, positions % width, width) + vector
+
+
+def _at_places(table, rows, columns, extent) -> torch.Tensor:
+    """float32[V, D]: a table [1, g * g, D], interpolated bilinearly to a grid of `extent` a side, at some of its places."""
+    g = round(table.shape[1] ** 0.5)
+    # Sampling at the patch centres is F.interpolate(..., align_corners=False), for the wanted places alone. float32:
+    # bfloat16 coordinates are too coarse for 288 patches a side.
+    centres = (torch.stack((columns, rows), dim=-1).float() + 0.5) * 2 / extent - 1
+    embedding = F.grid_sample(
+        table.float().view(1, g, g, -1).permute(0, 3, 1, 2),
+        centres.view(1, 1, -1, 2),
+        padding_mode="border",
+        align_corners=False,
+    )
+    return embedding[0, :, 0].T
 
 
 def question_attention(attention, hidden_states, position_embeddings, question_start) -> torch.Tensor:

@@ -10,6 +10,7 @@ Letters: T tiles, p patches a side of a tile. Sizes are (height, width).
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from copy import copy
 
 import numpy as np
 from PIL import Image
@@ -17,6 +18,7 @@ from PIL import Image
 from .geometry_uhr_bat import grids, letterbox, pyramid_scales, shown_lines
 from .image_reading_uhr_bat import PlainImage
 from .image_views_uhr_bat import PAD_COLOR, mark_shown, normalize_tiles, part_of_view, valid_patches
+from .zooming_uhr_bat import least_tokens, split_tiles
 
 # Side in pixels up to which a level's masks are known without its tiles being read, where the file has a mask: the
 # overview of this side is read for them, once.
@@ -58,14 +60,18 @@ class ImagePyramid:
         pad_color, resample: of the letterbox and the views, as in `image_to_tiles`.
         mask_padding: whether patches that show the letterbox alone, or pixels that a raster has no data for, are left out.
         arithmetic: (rescale_factor, mean, std) of `normalize_tiles`.
+        max_tiles: tiles that go through the vision tower for a question, those of the anchor included.
 
     Attributes:
-        image, scales, tile_size, patch_size: as above.
+        image, scales, tile_size, patch_size, max_tiles: as above.
         grids: (height, width) in tokens of every level.
+        num_chosen: int[L], tiles of every level that a question uses, exactly; None without `max_tiles`, as the next.
+        available: int[L], tokens of every level that these have at least, whichever they are. 0 of a level whose masks are
+            not known before its tiles are read.
         image_size: (height, width) of the image in pixels.
 
     Raises:
-        ValueError: no pixel of the image is valid.
+        ValueError: no pixel of the image is valid, or the anchor alone has more tiles.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class ImagePyramid:
         resample: int = Image.Resampling.BICUBIC,
         mask_padding: bool = True,
         arithmetic: tuple = (),
+        max_tiles: int | None = None,
     ):
         image = image.image if isinstance(image, PlainImage) else image
         self.image = _HeldImage(image) if isinstance(image, Image.Image) else image
@@ -92,10 +99,29 @@ class ImagePyramid:
         self._masked = mask_padding and self.image.masked
         self._lines = [shown_lines(self.image_size, grid) for grid in self.grids]
         self._lock = threading.Lock()
+        self.num_chosen = self.available = None
         # Of a masked image: bool[p, p] of tiles that were read; bool[H, W] of whole levels, once they are asked for.
         self._shown, self._shown_levels = {}, None
         if self._masked and not self.num_shown(0).any():
             raise ValueError(f"{self.image.filename}: none of its pixels is valid, so there is nothing to show.")
+        self._set_max_tiles(max_tiles)
+
+    def _set_max_tiles(self, max_tiles):
+        self.max_tiles = max_tiles
+        if max_tiles is not None:
+            shown = [self.num_shown(level_idx) for level_idx in range(len(self.scales))]
+            self.num_chosen = split_tiles([int((number > 0).sum()) for number in shown], max_tiles)
+            self.available = [
+                least_tokens(number, chosen) if self.is_known(level_idx) else 0
+                for level_idx, (number, chosen) in enumerate(zip(shown, self.num_chosen))
+            ]
+
+    def with_max_tiles(self, max_tiles: int) -> "ImagePyramid":
+        """The same image for questions that may use another number of tiles. Raises `ValueError` where the anchor alone
+        has more."""
+        changed = copy(self)
+        changed._set_max_tiles(max_tiles)
+        return changed
 
     @property
     def patches_per_side(self) -> int:
@@ -209,10 +235,6 @@ class ImagePyramid:
         side, grid = max(size), self.grids[level_idx]
         shown = valid_patches(valid, (height, width), (top, left), side, grid, *patches)
         return part, shown.reshape(p, last - first, p).transpose(1, 0, 2)
-
-    def to(self, *args, **kwargs) -> "ImagePyramid":
-        """Itself: it holds no tensor. A batch of inputs is moved as a whole."""
-        return self
 
     def __repr__(self):
         return f"ImagePyramid({self.image_size[0]} x {self.image_size[1]}, levels {self.scales})"
