@@ -16,7 +16,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelD
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .geometry_uhr_bat import check_scales, grids, shown_patches
-from .image_reading_uhr_bat import PlainImage, RasterImage, flatten_images, is_image, read_image
+from .image_reading_uhr_bat import ImageSource, PlainImage, RasterImage, flatten_images, is_image, read_image
 from .image_views_uhr_bat import PAD_COLOR, image_to_tiles, normalize_views
 from .pyramid_uhr_bat import ImagePyramid
 
@@ -255,8 +255,8 @@ class UHRBatImageProcessor(BaseImageProcessor):
         pixel_attention_mask = np.ones((len(sources), num_patches), np.int64)
         for image_idx, source in enumerate(sources):  # one decoded image at a time
             image = self.process_image(source, **kwargs)
-            size, masked = (image.height, image.width), isinstance(image, RasterImage) and image.masked
-            if isinstance(image, RasterImage):
+            size, masked = (image.height, image.width), isinstance(image, ImageSource) and image.masked
+            if isinstance(image, ImageSource):
                 image = image.for_scale(max(scales))
             shown = {scale: np.zeros(grid, bool) for scale, grid in zip(scales, grids(scales, patch_size))}
             tiles = image_to_tiles(image, scales, tile_size, pad_color, resample, shown=shown if masked else None)

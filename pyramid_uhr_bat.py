@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .geometry_uhr_bat import grids, letterbox, pyramid_scales, shown_lines
-from .image_reading_uhr_bat import PlainImage
+from .image_reading_uhr_bat import ImageSource, PlainImage
 from .image_views_uhr_bat import PAD_COLOR, mark_shown, normalize_tiles, part_of_view, valid_patches
 from .zooming_uhr_bat import least_tokens, split_tiles
 
@@ -25,16 +25,11 @@ from .zooming_uhr_bat import least_tokens, split_tiles
 MASK_SIDE = 4096
 
 
-class _HeldImage:
-    """An RGB image in memory, with what the pyramid asks of a [`RasterImage`]."""
-
-    masked = False
+class _HeldImage(ImageSource):
+    """An RGB image in memory."""
 
     def __init__(self, image: Image.Image):
-        self.image, self.height, self.width = image, image.height, image.width
-
-    def for_scale(self, side):
-        return self
+        self.image, self.height, self.width, self.filename = image, image.height, image.width, "image"
 
     @contextmanager
     def parts(self):
@@ -52,7 +47,7 @@ class ImagePyramid:
     Several threads may ask it at once. A file must stay as it is.
 
     Args:
-        image: 8-bit RGB in memory, or a raster (`read_image`, `open_image`).
+        image: 8-bit RGB in memory, or a raster or other source (`read_image`, `open_image`).
         scales: sides of the levels in pixels, ascending multiples of the tile; None: from `anchor` to the image's own
             resolution (`pyramid_scales`).
         anchor: side of the coarsest level, where `scales` is None.
