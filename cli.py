@@ -23,6 +23,7 @@ VERBS = {
     "train-memory": ("training.memory", "the GPU memory that a recipe needs, by a formula"),
     "train-vision": ("training.tiny.vision", "stage 1 of UHR-BAT-Tiny: the tower learns to read"),
     "train-finetune": ("training.tiny.finetune", "stages 2 to 4: the decoder learns where to look and to answer"),
+    "train-zoom": ("training.tiny.zooming", "the last stage: the decoder learns to look closer, down to native pixels"),
     "train-exchange": ("training.tiny.exchange", "another vision tower for a trained decoder"),
     "bench": ("benchmarks.run", "speed and memory against the straightforward implementation"),
     "bench-gpu": ("benchmarks.gpu", "the 7B geometry on a GPU"),

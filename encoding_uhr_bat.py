@@ -138,7 +138,7 @@ class UHRBatEncodingMixin:
         cache = TileCache(self.config.tile_cache_bytes, self.device)
         image = UHRBatPyramidFeatures(None, None, pyramid, cache)
         tile_idx = torch.from_numpy(np.flatnonzero(pyramid.num_shown(0)))
-        projected, positions = self._encode_tiles(image, 0, tile_idx)
+        projected, positions = self._encode_shown(image, 0, tile_idx)
         tokens = self._add_scale_embedding(projected, pyramid.scales[0], positions, 1)
         return replace(image, anchor_tokens=tokens, anchor_positions=positions)
 
@@ -151,17 +151,25 @@ class UHRBatEncodingMixin:
         Returns:
             (float[V, D] as they are clustered and merged, long[V] their positions, ascending): those that show the image.
         """
-        projected, positions = self._encode_tiles(image, level_idx, tile_idx)
+        projected, positions = self._encode_shown(image, level_idx, tile_idx)
         order = positions.argsort()
         projected, positions = projected[order], positions[order]
         times = self.config.scale_embedding_additions
         return self._add_scale_embedding(projected, image.scales[level_idx], positions, times), positions
 
-    def _encode_tiles(self, image, level_idx, tile_idx):
-        """(float[V, D] without a scale embedding, long[V] their positions), tile by tile."""
-        pyramid, wanted = image.pyramid, tile_idx.tolist()
-        found = image.cache.find(level_idx, wanted)
-        missing = [tile for tile in wanted if tile not in found]
+    def _encode_shown(self, image, level_idx, tile_idx):
+        """(float[V, D] without a scale embedding, long[V] their positions) of what shows the image, tile by tile."""
+        projected = self.encode_tiles(image, level_idx, tile_idx.tolist())
+        p, width = image.pyramid.patches_per_side, image.grids[level_idx][1]
+        shown = torch.from_numpy(image.pyramid.shown(level_idx, tile_idx.tolist())).flatten(1).to(projected.device)
+        return projected[shown], positions_of(tile_idx.to(projected.device), width, p)[shown]
+
+    def encode_tiles(self, image: UHRBatPyramidFeatures, level_idx: int, tile_idx: list[int]) -> torch.Tensor:
+        """float[T, P, D] of some tiles of a level, all their patches, without a scale embedding: read and encoded, or from
+        what the image keeps."""
+        pyramid, p = image.pyramid, image.pyramid.patches_per_side
+        found = image.cache.find(level_idx, tile_idx)
+        missing = [tile for tile in tile_idx if tile not in found]
         if missing:
             tiles = torch.from_numpy(pyramid.tiles(level_idx, missing)).to(image.cache.device)
             every = torch.arange(len(tiles), device=tiles.device)
@@ -170,12 +178,9 @@ class UHRBatEncodingMixin:
             if not torch.is_grad_enabled():  # what is kept for the next question has no gradient
                 # Copies: a row of a tensor would keep the whole of it.
                 image.cache.keep(level_idx, {tile: found[tile].clone() for tile in missing})
-        if not wanted:
-            return self.get_input_embeddings().weight.new_empty(0, self.config.text_config.hidden_size), tile_idx
-        projected = torch.stack([found[tile] for tile in wanted])
-        shown = torch.from_numpy(pyramid.shown(level_idx, wanted)).flatten(1).to(projected.device)
-        positions = positions_of(tile_idx.to(shown.device), pyramid.grids[level_idx][1], pyramid.patches_per_side)
-        return projected[shown], positions[shown]
+        if not tile_idx:
+            return self.get_input_embeddings().weight.new_empty(0, p * p, self.config.text_config.hidden_size)
+        return torch.stack([found[tile] for tile in tile_idx])
 
     # ---- Parts -----------------------------------------------------------------------------------------------------
 

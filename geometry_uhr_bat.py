@@ -10,7 +10,6 @@ A position is the row-major index of a token on the grid of its scale. Sizes and
 Letters: H and W height and width of a grid in tokens, h and w height and width of an image in pixels, V some tokens.
 """
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
@@ -58,16 +57,17 @@ def pyramid_scales(side: int, anchor: int, tile_size: int) -> list[int]:
     return scales
 
 
-def between_scales(scale: int, known: Sequence[int]) -> list[tuple[int, float]]:
-    """[(index, weight)] of the known scales, ascending, that what is learnt for a scale is taken from: linear in the
-    logarithm of the scale between two of them, the nearest one outside."""
-    if scale <= known[0] or scale >= known[-1]:
-        return [(0 if scale <= known[0] else len(known) - 1, 1.0)]
-    above = next(idx for idx, one in enumerate(known) if one >= scale)
-    if known[above] == scale:
-        return [(above, 1.0)]
-    part = math.log(scale / known[above - 1]) / math.log(known[above] / known[above - 1])
-    return [(above - 1, 1 - part), (above, part)]
+def scale_place(scale, known: Sequence[int]):
+    """Where a scale lies among known ones, ascending: i at the i-th of them, in between by its logarithm, and at the
+    nearest one outside. What is learnt per scale is interpolated there for levels that have none of their own.
+
+    Args:
+        scale: a side in pixels, or an array of them.
+
+    Returns:
+        float64 of the same shape, from 0 to len(known) - 1.
+    """
+    return np.interp(np.log(scale), np.log(known), np.arange(len(known)))
 
 
 # Image and letterbox
@@ -259,7 +259,7 @@ __all__ = [
     "check_scales",
     "grids",
     "pyramid_scales",
-    "between_scales",
+    "scale_place",
     "letterbox",
     "shown_lines",
     "shown_patches",

@@ -89,7 +89,7 @@ def one_scale_model(model, side):
     single = copy.deepcopy(model)
     config = single.config
     nearest = min(range(len(config.scales)), key=lambda scale: abs(config.scales[scale] - side))
-    config.scales, config.budgets = [side], [(side // config.patch_size) ** 2]
+    config.scales, config.native_scales, config.budgets = [side], [], [(side // config.patch_size) ** 2]
     embedding = UHRBatScaleEmbedding(config).to(model.device)
     embedding.load_state_dict(
         {

@@ -107,9 +107,9 @@ class ScenePicture(ImageSource):
 
     @contextmanager
     def parts(self):
-        yield lambda *box: (self.read(box, (self.width, self.height)), None)
+        yield lambda *box: (self.paint(box, (self.width, self.height)), None)
 
-    def read(self, box, size) -> np.ndarray:
+    def paint(self, box, size) -> np.ndarray:
         """uint8[h, w, 3] of a box (top, left, bottom, right) of the copy of a size (width, height)."""
         top, left, bottom, right = box
         if size[0] < self._base_width:
@@ -148,7 +148,7 @@ class _Copy(ImageSource):
 
     @contextmanager
     def parts(self):
-        yield lambda *box: (self.picture.read(box, (self.width, self.height)), None)
+        yield lambda *box: (self.picture.paint(box, (self.width, self.height)), None)
 
 
 def _put(canvas, thing, shapes, unit, corner):
