@@ -436,7 +436,7 @@ def main(arguments=None):
     fixed, _ = pooled_scenes(model, map(make_scene, fixed_seeds), kinds[1], start)
     pool_tokens = torch.cat([pool["tokens"].flatten(0, 1) for pools in kinds for pool in pools])
     rules = model.config
-    dataset = ZoomQuestions(native, fixed, rules, args.together, args.steps * args.batch_size * args.accumulation * 64)
+    dataset = ZoomQuestions(native, fixed, rules, args.together, args.steps * args.batch_size * args.accumulation)
     collator = ZoomCollator(processor, model.config, rules)
     train(
         ZoomTrainer, model, dataset, args, {"adam_beta2": 0.98},
