@@ -103,7 +103,7 @@ class UHRBatImportanceMixin:
         return self.look_closer(input_ids, image, anchor_importance, rules, inputs_embeds)[1]
 
     def look_closer(
-        self, input_ids, image, anchor_importance, rules, inputs_embeds=None
+        self, input_ids, image, anchor_importance, rules, inputs_embeds=None, *, grad=False
     ) -> tuple[UHRBatImageFeatures, list[torch.Tensor]]:
         """The tokens that a question has to choose from, and the importance of each (`refine_importance`).
 
@@ -113,6 +113,7 @@ class UHRBatImportanceMixin:
 
         Args:
             image: [`UHRBatImageFeatures`] or [`UHRBatPyramidFeatures`]; the rest as in `refine_importance`.
+            grad: whether tokens that are encoded here have gradients, though the importance may have none.
 
         Returns:
             (the encoded image as far as this question looks at it, list[S] of float32[V_s]).
@@ -124,7 +125,8 @@ class UHRBatImportanceMixin:
         values, positions = values[ascending], positions[ascending]
         if zooms:
             tile_idx = tile_of(positions, grids[0][1], image.pyramid.patches_per_side)[0].unique()
-            levels = [self.encode_level(image, 0, tile_idx)]
+            with torch.set_grad_enabled(grad or torch.is_grad_enabled()):
+                levels = [self.encode_level(image, 0, tile_idx)]
         else:
             levels = list(zip(image.tokens, image.positions))
         maps = [values.new_zeros(len(places)) for _, places in levels[:anchor_idx]]
@@ -133,7 +135,8 @@ class UHRBatImportanceMixin:
         for scale_idx in range(anchor_idx + 1, len(grids)):
             if zooms:
                 tile_idx = self._choose_tiles(image, scale_idx, tile_idx, values, positions, source_idx)
-                levels.append(self.encode_level(image, scale_idx, tile_idx))
+                with torch.set_grad_enabled(grad or torch.is_grad_enabled()):
+                    levels.append(self.encode_level(image, scale_idx, tile_idx))
             tokens, places = levels[scale_idx]
             prior = look_up(values, positions, grids[source_idx], places, grids[scale_idx])
             if zooms:  # tiles that were taken to make up the number may lie where nothing is known

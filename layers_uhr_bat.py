@@ -123,7 +123,7 @@ class UHRBatScaleEmbedding(nn.Module):
         """float32[V, D] for the places long[V] on the grid of a scale, its side in pixels; or of a scale for each place,
         long[V], in the factorized form."""
         width = scale // self.patch_size
-        place = scale_place(scale.cpu() if isinstance(scale, torch.Tensor) else scale, self.scales)
+        place = scale_place(scale.cpu().numpy() if isinstance(scale, torch.Tensor) else scale, self.scales)
         low, high, part = np.floor(place).astype(int), np.ceil(place).astype(int), place % 1
         if self.per_scale:
             p, weights = self.patches_per_side, ((low, 1 - part), (high, part))

@@ -162,7 +162,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
         placeholder = self.find_placeholders(input_ids, inputs_embeds) & visible
         images_per_prompt, token_counts = self._settle_counts(placeholder, image_features, images)
 
-        of_images = iter(zip(image_features, token_counts))
+        of_images, grad = iter(zip(image_features, token_counts)), torch.is_grad_enabled()
         compressed = []
         for row, num_images in enumerate(images_per_prompt):
             text = visible[row] & ~placeholder[row]
@@ -181,7 +181,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
                     ids = None if input_ids is None else input_ids[row][seen]
                     embeds = inputs_embeds[row][seen]
                     importance = self.estimate_importance(ids, image.anchor_tokens, embeds)
-                    image, importance = self.look_closer(ids, image, importance, rules, embeds)
+                    image, importance = self.look_closer(ids, image, importance, rules, embeds, grad=grad)
                 one = compress_image(image, importance, counts, self.config, rules)
                 tokens = one.tokens if self.token_mlp is None else [self.token_mlp(scale) for scale in one.tokens]
                 compressed.append(one._replace(tokens=tokens))

@@ -41,7 +41,7 @@ def test_scale_embedding_is_the_interpolated_table(form):
         assert side == (3 if form == "factorized" else min(height, 3))
         whole = F.interpolate(table.view(1, side, side, -1).permute(0, 3, 1, 2), size=size, mode="bilinear")
         whole = whole.repeat(1, 1, height // size[0], width // size[1])[0].permute(1, 2, 0).flatten(0, 1) + vector
-        torch.testing.assert_close(embedding(scale_idx, torch.arange(height * width)), whole)
+        torch.testing.assert_close(embedding(embedding.scales[scale_idx], torch.arange(height * width)), whole)
 
 
 # ---- Encoding ----
