@@ -11,6 +11,7 @@ VERBS = {
     "regions": ("regions.cache", "make SAM's label maps of many images, once"),
     "scene": ("scenes.painting", "paint a made-up scene"),
     "evidence": ("evaluation.evidence", "accuracy and evidence kept, against visual tokens"),
+    "evidence-native": ("evaluation.native", "the same for objects of a few native pixels, coarse to fine"),
     "evaluate": ("evaluation.evaluate", "a benchmark of the field: asked, scored, with its controls"),
     "compare": ("evaluation.compare_runs", "two runs of a benchmark, sample by sample"),
     "recall": ("evaluation.recall", "evidence recall at budget: which objects a choice of tokens keeps"),

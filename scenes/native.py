@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..raster_reading_uhr_bat import ImageSource
-from .layout import FINEST, WIDTH, Scene
+from .layout import NATIVE_WIDTHS, WIDTH, Scene, make_scene
 from .painting import RENDER_WIDTH, YARD, Painter, draw_land, draw_light, flood, in_light
 
 GRAIN_SIDE = 512  # pixels, after which the grain comes again
@@ -168,11 +168,12 @@ def _put(canvas, thing, shapes, unit, corner):
     canvas.paste(frame.resize(around.size, Image.BOX), box[:2])
 
 
+def native_scene(seed: int) -> Scene:
+    """The scene with native objects of a seed, for an image whose width is drawn too, log-uniformly from NATIVE_WIDTHS."""
+    low, high = np.log(NATIVE_WIDTHS)
+    return make_scene(seed, width=round(np.exp(np.random.default_rng([seed, 5]).uniform(low, high))))
+
+
 def picture_of(scene: Scene) -> ScenePicture:
     """The image of a scene with native objects, at the width that these were drawn for."""
     return ScenePicture(scene, scene.width)
-
-
-def fixed_pixels(thing_pixels: float, width: int) -> float:
-    """Size of an object in pixels of the finest fixed view, from that in pixels of an image of some width."""
-    return thing_pixels * FINEST / width

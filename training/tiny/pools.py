@@ -21,18 +21,12 @@ from ...common.files import whole_files
 from ...common.loading import load_model
 from ...geometry_uhr_bat import tile_of
 from ...scenes.evidence import tokens_at
-from ...scenes.layout import NATIVE_WIDTHS, PAD_SIDE, SITE_SIDE, make_scene
-from ...scenes.native import picture_of
+from ...scenes.layout import PAD_SIDE, SITE_SIDE, WIDTH, make_scene
+from ...scenes.native import native_scene, picture_of
 from ...scenes.painting import paint
 
 WHOLE = 64  # tiles of a level that is kept whole
 EVERY_TILE = 10**9  # as `max_tiles`: nobody asks, so nothing is chosen
-
-
-def native_scene(seed):
-    """The scene with native objects of a seed, in an image whose width is drawn too, log-uniformly."""
-    low, high = np.log(NATIVE_WIDTHS)
-    return make_scene(seed, width=round(np.exp(np.random.default_rng([seed, 5]).uniform(low, high))))
 
 
 def tiles_of_points(scene, points, grid, patches_per_side) -> list[int]:
@@ -52,7 +46,7 @@ def choose_pool(scene, pyramid, level_idx, num_tiles, rng) -> np.ndarray:
         """Points around some others, `copies` for each of them, in any order."""
         points = np.repeat(np.asarray(points, float).reshape(-1, 2), copies, axis=0)
         points += rng.uniform(-spread, spread, points.shape)
-        inside = (points > 0).all(1) & (points < (10000, scene.height)).all(1)
+        inside = (points > 0).all(1) & (points < (WIDTH, scene.height)).all(1)
         return rng.permutation(points[inside]).tolist()
 
     in_sites = [thing.centre for thing in scene.objects if thing.site is not None]

@@ -29,11 +29,12 @@ from ...geometry_uhr_bat import grids, positions_of
 from ...outputs_uhr_bat import UHRBatCompressionOutput
 from ...scenes.evidence import site_cells, tokens_at
 from ...scenes.layout import FINETUNING_SEED, WIDTH, make_scene
+from ...scenes.native import native_scene
 from ...scenes.questions import draw_question
 from ..collator import IGNORED
 from .encoding import VISION
 from .finetune import FRACTION_TOGETHER, NOISE, Collator, GuidedTrainer, look
-from .pools import make_pools, native_scene
+from .pools import make_pools
 from .stages import make_parser, train
 
 NATIVE_SEED = FINETUNING_SEED + 100_000  # of the first scene with native objects
