@@ -180,20 +180,18 @@ def _bicubic(side, scale, first, last) -> list[tuple[int, np.ndarray]]:
     stretch = max(ratio, 1.0)
     support, blocks = 2.0 * stretch, []
     for start in range(first, last, COLUMNS_PER_BLOCK):
-        columns = []
-        for column in range(start, min(start + COLUMNS_PER_BLOCK, last)):
-            centre = (column + 0.5) * ratio
-            low, high = max(0, int(centre - support + 0.5)), min(side, int(centre + support + 0.5))
-            x = np.abs((np.arange(low, high) - centre + 0.5) * (1.0 / stretch))
-            near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
-            weights = np.where(x < 1, near, np.where(x < 2, far, 0))
-            weights /= weights.cumsum()[-1]
-            columns.append((low, np.trunc(weights * 2**22 + np.copysign(0.5, weights))))
-        lowest = min(low for low, _ in columns)
-        block = np.zeros((len(columns), max(low + len(weights) for low, weights in columns) - lowest))
-        for row, (low, weights) in zip(block, columns):
-            row[low - lowest : low - lowest + len(weights)] = weights
-        blocks.append((lowest, block))
+        centre = (np.arange(start, min(start + COLUMNS_PER_BLOCK, last)) + 0.5) * ratio
+        low = (centre - support + 0.5).astype(np.int64).clip(0)
+        high = (centre + support + 0.5).astype(np.int64).clip(None, side)
+        pixels = low[:, None] + np.arange((high - low).max())
+        x = np.abs((pixels - centre[:, None] + 0.5) * (1.0 / stretch))
+        near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0)) * (pixels < high[:, None])
+        weights /= weights.cumsum(axis=1)[:, -1:]
+        weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)) * (pixels < high[:, None])
+        block = np.zeros((len(centre), int(pixels.max()) + 1 - low[0]))
+        np.put_along_axis(block, pixels - low[0], weights, axis=1)
+        blocks.append((int(low[0]), block[:, : high.max() - low[0]]))
     return blocks
 
 

@@ -7,6 +7,7 @@ has all tiles. Files are painted and encoded by processes of one thread; those t
 Letters: T tiles of a pool, P patches of a tile, D decoder width, L levels.
 """
 
+import time
 from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 from multiprocessing import get_context
@@ -102,18 +103,27 @@ def _make(seed, native, num_tiles, folder):
         save_file(pool, built / f"{seed}.safetensors")
 
 
-def make_pools(model_folder: Path, seeds, native: bool, num_tiles: int, folder: Path, workers: int) -> list[dict]:
-    """The pools of some scenes, read from their files, which are made where they are missing.
+def make_pools(
+    model_folder: Path, seeds, native: bool, num_tiles: int, folder: Path, workers: int, seconds: float | None = None
+) -> dict[int, dict]:
+    """{seed: pool} of some scenes, read from their files, which are made where they are missing.
 
     Args:
         native: whether the scenes have native objects.
         num_tiles: tiles of each level beyond the coarse ones.
+        seconds: after which no further file is begun; what is there then is what comes back.
     """
+    stop = None if seconds is None else time.monotonic() + seconds
     missing = [seed for seed in seeds if not (folder / f"{seed}.safetensors").exists()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         make = partial(_make, native=native, num_tiles=num_tiles, folder=folder)
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (model_folder,)) as pool:
-            for _ in tqdm(pool.map(make, missing), total=len(missing), desc=f"Making {folder.name}", unit="scene"):
-                pass
-    return [load_file(folder / f"{seed}.safetensors") for seed in seeds]
+            jobs = [pool.submit(make, seed) for seed in missing]
+            for job in tqdm(jobs, desc=f"Making {folder.name}", unit="scene"):
+                if stop is not None and time.monotonic() > stop:
+                    pool.shutdown(wait=True, cancel_futures=True)
+                    break
+                job.result()
+    paths = {seed: folder / f"{seed}.safetensors" for seed in seeds}
+    return {seed: load_file(path) for seed, path in paths.items() if path.exists()}

@@ -42,6 +42,7 @@ NATIVE_SCALES = [768, 1536, 3072, 6144, 12288, 24576]  # levels that get a scale
 QUESTIONS = 4  # about a scene
 NATIVE_SHARE = 2 / 3  # of the scenes of a step
 TILES_LOOKED_AT = 10  # of a level, whose tokens the question looks at
+WARMUP = 0.05  # of the training at most
 ANSWERED_FROM = (60, 220)  # visual tokens, drawn log-uniformly
 # How often an object that is needed is among the visual tokens of the finest level, the one before, and so on.
 EVIDENCE_SHOWN = (0.9, 0.7, 0.5, 0.3)
@@ -291,28 +292,29 @@ class ZoomCollator(Collator):
 class ZoomTrainer(GuidedTrainer):
     """Args:
     pool_tokens: bfloat16[V, D] of all pools, without a scale embedding.
-    minutes: of training; the rate has come down by then, whatever the number of steps.
+    stop: of `time.monotonic()`, when the training ends: the rate has come down by then, whatever the number of steps.
     """
 
-    def __init__(self, *args, pool_tokens, minutes=None, **kwargs):
+    def __init__(self, *args, pool_tokens, stop=None, **kwargs):
         super().__init__(*args, **kwargs)
-        self.pool_tokens, self.minutes, self.started = pool_tokens.to(self.args.device), minutes, None
-        if minutes is not None:
+        self.pool_tokens, self.stop, self.start = pool_tokens.to(self.args.device), stop, None
+        if stop is not None:
             self.add_callback(_StopInTime(self))
 
     def progress(self, step) -> float:
         """Part of the training that is over, 0 to 1, by steps or by time."""
         part = step / self.args.max_steps
-        if self.minutes is not None:
-            self.started = self.started or time.monotonic()
-            part = max(part, (time.monotonic() - self.started) / 60 / self.minutes)
+        if self.stop is not None:
+            self.start = self.start or time.monotonic()
+            part = max(part, (time.monotonic() - self.start) / max(1e-9, self.stop - self.start))
         return min(part, 1.0)
 
     def create_scheduler(self, num_training_steps, optimizer=None):
         warmup = max(1, self.args.get_warmup_steps(num_training_steps))
 
         def factor(step):
-            return min(1, (step + 1) / warmup) * (0.5 + 0.5 * float(np.cos(np.pi * self.progress(step))))
+            progress = self.progress(step)
+            return min(1, max((step + 1) / warmup, progress / WARMUP)) * (0.5 + 0.5 * float(np.cos(np.pi * progress)))
 
         self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
         return self.lr_scheduler
@@ -397,11 +399,11 @@ def add_native_scales(model, scales):
     embedding.scale_vectors = nn.Parameter(torch.cat((vectors, vectors[-1:].repeat(len(missing), 1))))
 
 
-def pooled_scenes(model, scenes, pools, start):
-    """[PooledScene], and the index after their last token."""
+def pooled_scenes(model, lay_out, pools, start):
+    """[PooledScene] of pools by their seed, and the index after their last token. `lay_out`: the scene of a seed."""
     pooled = []
-    for scene, pool in zip(scenes, pools):
-        pooled.append(PooledScene(scene, pool, start, model.config.patch_size))
+    for seed, pool in pools.items():
+        pooled.append(PooledScene(lay_out(seed), pool, start, model.config.patch_size))
         start += pool["tokens"].shape[0] * pool["tokens"].shape[1]
     return pooled, start
 
@@ -421,11 +423,15 @@ def main(arguments=None):
     native_seeds, fixed_seeds = (
         range(first, first + number) for first, number in ((NATIVE_SEED, args.native), (args.first_seed, args.fixed))
     )
+    start, seconds = time.monotonic(), None if args.minutes is None else 60 * args.minutes
     with PartialState().main_process_first():
-        kinds = [
-            make_pools(args.model, seeds, native, args.tiles, args.pools / name, args.workers)
-            for name, native, seeds in (("native", True, native_seeds), ("fixed", False, fixed_seeds))
-        ]
+        fixed, native = (
+            make_pools(args.model, seeds, is_native, args.tiles, args.pools / name, args.workers, limit)
+            for name, is_native, seeds, limit in (
+                ("fixed", False, fixed_seeds, seconds and seconds / 10),
+                ("native", True, native_seeds, seconds and seconds * 7 / 30),
+            )
+        )
     processor, model = load_model(args.model, torch.float32, device_map=None)
     # The losses need attention maps, which only eager attention returns.
     model.set_attn_implementation({"text_config": "eager"})
@@ -433,15 +439,15 @@ def main(arguments=None):
     for name in VISION:
         getattr(model.model, name).requires_grad_(False)
     model.model.scale_embedding.scale_vectors.requires_grad_(True)
-    native, start = pooled_scenes(model, map(native_scene, native_seeds), kinds[0], 0)
-    fixed, _ = pooled_scenes(model, map(make_scene, fixed_seeds), kinds[1], start)
-    pool_tokens = torch.cat([pool["tokens"].flatten(0, 1) for pools in kinds for pool in pools])
+    pool_tokens = torch.cat([pool["tokens"].flatten(0, 1) for pools in (native, fixed) for pool in pools.values()])
+    native, end = pooled_scenes(model, native_scene, native, 0)
+    fixed, _ = pooled_scenes(model, make_scene, fixed, end)
     rules = model.config
     dataset = ZoomQuestions(native, fixed, rules, args.together, args.steps * args.batch_size * args.accumulation)
     collator = ZoomCollator(processor, model.config, rules)
     train(
         ZoomTrainer, model, dataset, args, {"adam_beta2": 0.98},
-        data_collator=collator, pool_tokens=pool_tokens, minutes=args.minutes,
+        data_collator=collator, pool_tokens=pool_tokens, stop=seconds and start + seconds,
     )  # fmt: skip
     save_model(model, processor, args.output)
 
