@@ -52,7 +52,8 @@ class CompressedImage(NamedTuple):
 def on_grid(values, positions, grid, fill) -> torch.Tensor:
     """[V] -> [H, W], `fill` where no value belongs."""
     height, width = grid
-    return values.new_full((height * width,), fill).index_copy(0, positions, values).view(height, width)
+    # In place: at an image's own resolution a grid has millions of cells, and a copy of it takes its time.
+    return values.new_full((height * width,), fill).index_copy_(0, positions, values).view(height, width)
 
 
 def look_up(importance, positions, grid, finer_positions, finer_grid) -> torch.Tensor:
