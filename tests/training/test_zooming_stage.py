@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from uhr_bat.common.loading import ROOT, load_model
+from uhr_bat.export import build_tiny
 from uhr_bat.scenes.layout import make_scene
 from uhr_bat.scenes.questions import draw_question
 from uhr_bat.training.tiny import pools, zooming
@@ -56,11 +57,12 @@ def test_native_scales_start_from_what_deeper_levels_had(tiny):
     from copy import deepcopy
 
     model = deepcopy(tiny[1])
-    embedding, places = model.model.scale_embedding, torch.arange(40)
-    before = embedding(1000, places)
-    zooming.add_native_scales(model, [768, 1536])
-    torch.testing.assert_close(embedding(1000, places), before)
-    assert model.config.native_scales == [768, 1536] and len(embedding.scale_vectors) == 6
+    vectors = model.model.scale_embedding.scale_vectors.clone()
+    zooming.start_native_scales(model, [768, 1536])
+    found = model.model.scale_embedding.scale_vectors
+    assert model.config.native_scales == [768, 1536] and torch.equal(found[:4], vectors[:4])
+    assert torch.equal(found[4], vectors[3]) and torch.equal(found[5], vectors[3])
+    assert len(model.model.scale_embedding(2000, torch.arange(40))) == 40
 
 
 @pytest.mark.slow
@@ -82,4 +84,4 @@ def test_a_run_makes_a_model_that_loads(tmp_path):
     ]
     zooming.main(arguments)
     _, model = load_model(tmp_path / "out", device_map=None)
-    assert model.config.native_scales == zooming.NATIVE_SCALES
+    assert model.config.native_scales == build_tiny.NATIVE_SCALES

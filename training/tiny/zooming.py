@@ -1,7 +1,7 @@
 """The last stage: the decoder learns to look closer, level by level down to an image's own pixels, and to answer from there.
 
-    uhr-bat train-zoom --model runs/tiny --output runs/zoom --pools DIR [--native 600] [--fixed 400] [--steps 1500]
-                       [--minutes 5] [--workers 16]
+    uhr-bat train-zoom --model runs/tiny --output runs/zoom --fresh --pools DIR [--native 600] [--fixed 400]
+                       [--steps 1500] [--minutes 5] [--workers 16]
 
 Scenes with objects of a few native pixels, and ordinary ones, are encoded once, as pools of tiles (`pools.py`). A step
 asks four questions about each of some scenes of both kinds. For every level, the question looks at some of its tokens, as
@@ -25,6 +25,7 @@ from transformers import TrainerCallback
 
 from ...common.loading import load_model, save_model
 from ...common.prompts import expand_placeholder
+from ...export.build_tiny import NATIVE_SCALES
 from ...geometry_uhr_bat import grids, positions_of
 from ...outputs_uhr_bat import UHRBatCompressionOutput
 from ...scenes.evidence import site_cells, tokens_at
@@ -38,7 +39,6 @@ from .pools import make_pools
 from .stages import make_parser, train
 
 NATIVE_SEED = FINETUNING_SEED + 100_000  # of the first scene with native objects
-NATIVE_SCALES = [768, 1536, 3072, 6144, 12288, 24576]  # levels that get a scale vector of their own
 QUESTIONS = 4  # about a scene
 NATIVE_SHARE = 2 / 3  # of the scenes of a step
 TILES_LOOKED_AT = 10  # of a level, whose tokens the question looks at
@@ -389,14 +389,13 @@ class _StopInTime(TrainerCallback):
 
 
 @torch.no_grad()
-def add_native_scales(model, scales):
-    """Give a model scale vectors for deeper levels, each of them at first what the level takes without one."""
+def start_native_scales(model, scales=NATIVE_SCALES):
+    """Give deeper levels scale vectors of their own, which start as that of the finest scale, what they had without."""
     embedding, config = model.model.scale_embedding, model.config
-    missing = [scale for scale in scales if scale > embedding.scales[-1]]
-    vectors = embedding.scale_vectors
-    config.native_scales = [*config.native_scales, *missing]
-    embedding.scales = [*embedding.scales, *missing]
-    embedding.scale_vectors = nn.Parameter(torch.cat((vectors, vectors[-1:].repeat(len(missing), 1))))
+    vectors = embedding.scale_vectors[: len(config.scales)]
+    config.native_scales = list(scales)
+    embedding.scales = [*config.scales, *scales]
+    embedding.scale_vectors = nn.Parameter(torch.cat((vectors, vectors[-1:].repeat(len(scales), 1))))
 
 
 def pooled_scenes(model, lay_out, pools, start):
@@ -411,6 +410,7 @@ def pooled_scenes(model, lay_out, pools, start):
 def main(arguments=None):
     parser = make_parser("train-zoom", __doc__, steps=1500, batch_size=18, learning_rate=3e-4)
     parser.add_argument("--pools", type=Path, required=True, metavar="DIR", help="keeps the encoded scenes")
+    parser.add_argument("--fresh", action="store_true", help="levels beyond the scales are untrained: prepare them")
     parser.add_argument("--native", type=int, default=600, help="scenes with native objects")
     parser.add_argument("--fixed", type=int, default=400, help="ordinary scenes")
     parser.add_argument("--first-seed", type=int, default=FINETUNING_SEED + 9000, help="of the ordinary scenes")
@@ -435,7 +435,8 @@ def main(arguments=None):
     processor, model = load_model(args.model, torch.float32, device_map=None)
     # The losses need attention maps, which only eager attention returns.
     model.set_attn_implementation({"text_config": "eager"})
-    add_native_scales(model, NATIVE_SCALES)
+    if args.fresh:
+        start_native_scales(model)
     for name in VISION:
         getattr(model.model, name).requires_grad_(False)
     model.model.scale_embedding.scale_vectors.requires_grad_(True)
