@@ -96,7 +96,7 @@ class ImagePyramid:
         self._lock = threading.Lock()
         self.num_chosen = self.available = None
         # Of a masked image: bool[p, p] of tiles that were read; bool[H, W] of whole levels, once they are asked for.
-        self._shown, self._shown_levels = {}, None
+        self._shown, self._shown_levels, self._num_shown = {}, None, {}
         if self._masked and not self.num_shown(0).any():
             raise ValueError(f"{self.image.filename}: none of its pixels is valid, so there is nothing to show.")
         self._set_max_tiles(max_tiles)
@@ -135,6 +135,11 @@ class ImagePyramid:
     def num_shown(self, level_idx: int) -> np.ndarray:
         """long[tiles of the level]: patches of every tile that show the image; of a level whose masks are not known
         (`is_known`), those that lie on it, valid or not."""
+        if level_idx not in self._num_shown:
+            self._num_shown[level_idx] = self._count_shown(level_idx)
+        return self._num_shown[level_idx]
+
+    def _count_shown(self, level_idx):
         p = self.patches_per_side
         if self._masked and self.is_known(level_idx):
             shown = self._known_levels()[level_idx]
