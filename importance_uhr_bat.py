@@ -125,6 +125,7 @@ class UHRBatImportanceMixin:
         values, positions = values[ascending], positions[ascending]
         if zooms:
             tile_idx = tile_of(positions, grids[0][1], image.pyramid.patches_per_side)[0].unique()
+            covered = tile_idx, grids[0]
             with torch.set_grad_enabled(grad or torch.is_grad_enabled()):
                 levels = [self.encode_level(image, 0, tile_idx)]
         else:
@@ -134,7 +135,9 @@ class UHRBatImportanceMixin:
         source_idx = anchor_idx
         for scale_idx in range(anchor_idx + 1, len(grids)):
             if zooms:
-                tile_idx = self._choose_tiles(image, scale_idx, tile_idx, values, positions, source_idx)
+                tile_idx = self._choose_tiles(image, scale_idx, covered, values, positions, source_idx)
+                if len(tile_idx):  # a level may get none, where there are few in all
+                    covered = tile_idx, grids[scale_idx]
                 with torch.set_grad_enabled(grad or torch.is_grad_enabled()):
                     levels.append(self.encode_level(image, scale_idx, tile_idx))
             tokens, places = levels[scale_idx]
@@ -166,12 +169,13 @@ class UHRBatImportanceMixin:
             )
         return image, maps
 
-    def _choose_tiles(self, image, level_idx, tile_idx, values, positions, source_idx) -> torch.Tensor:
-        """long[T], ascending: tiles of a level that the question looks at, among those that lie on tiles `tile_idx` of the
-        level before, by their importance `values` at `positions` of level `source_idx`."""
+    def _choose_tiles(self, image, level_idx, covered, values, positions, source_idx) -> torch.Tensor:
+        """long[T], ascending: tiles of a level that the question looks at, among those that lie on the tiles `covered`,
+        (long[T], grid), of a level before, by their importance `values` at `positions` of level `source_idx`."""
         pyramid, p = image.pyramid, image.pyramid.patches_per_side
         grid, num_shown = image.grids[level_idx], pyramid.num_shown(level_idx)
-        candidates = overlapping_tiles(tile_idx, image.grids[level_idx - 1][1] // p, grid[1] // p)
+        tile_idx, coarser_grid = covered
+        candidates = overlapping_tiles(tile_idx, coarser_grid[1] // p, grid[1] // p)
         candidates = candidates[torch.from_numpy(num_shown[candidates.cpu().numpy()] > 0).to(candidates.device)]
         places = positions_of(candidates, grid[1], p)
         found = look_up(values.detach(), positions, image.grids[source_idx], places.flatten(), grid)

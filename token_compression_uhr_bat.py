@@ -70,7 +70,7 @@ def align_at(importance: torch.Tensor, positions: torch.Tensor, grid: tuple[int,
     maps = _to_float64(importance)
     places = torch.stack((positions % grid[1], positions // grid[1]), dim=-1).to(maps)
     centres = (places + 0.5) * 2 / places.new_tensor(grid[::-1]) - 1
-    aligned = F.grid_sample(maps[None, None], centres.view(1, 1, -1, 2), padding_mode="border", align_corners=False)
+    aligned = F.grid_sample(maps[None, None], centres[None, None], padding_mode="border", align_corners=False)
     return aligned.view(-1).to(importance)
 
 

@@ -58,11 +58,11 @@ def least_tokens(num_shown: np.ndarray, num_tiles: int) -> int:
 
 
 def overlapping_tiles(tile_idx: torch.Tensor, width: int, finer_width: int) -> torch.Tensor:
-    """long[T'], ascending: the tiles of the next level that lie on some tiles of this one, at least with a part.
+    """long[T'], ascending: the tiles of a finer level that lie on some tiles of this one, at least with a part.
 
     Args:
         tile_idx: long[T], of a level that is `width` tiles wide.
-        finer_width: width of the next level in tiles.
+        finer_width: width of the finer level in tiles.
     """
     reach = -(-finer_width // width) + 1  # a tile overlaps no more of them in a row
     steps = torch.arange(reach, device=tile_idx.device)

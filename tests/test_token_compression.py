@@ -47,6 +47,16 @@ def test_importance_is_interpolated_between_the_centres_of_the_anchor_tokens(siz
     torch.testing.assert_close(align_importance(anchor, grid), expected, rtol=1e-6, atol=1e-7)
 
 
+@pytest.mark.parametrize("grid", [(2, 2), (8, 8), (50, 70)])
+@pytest.mark.parametrize("number", [0, 3, 40])
+def test_few_places_of_a_large_grid_have_the_importance_of_the_whole(grid, number):
+    generator = torch.Generator().manual_seed(1)
+    anchor = torch.rand((4, 5), generator=generator)
+    places = torch.randint(grid[0] * grid[1], (number,), generator=generator)
+    expected = align_importance(anchor, grid).flatten()[places]
+    torch.testing.assert_close(align_at(anchor, places, grid), expected, rtol=1e-6, atol=1e-7)
+
+
 def test_aligned_importance_has_the_hand_computed_values():
     aligned = align_importance(torch.tensor([[0.0, 4.0], [8.0, 12.0]]), (2, 4))
     assert aligned.tolist() == [[0, 1, 3, 4], [8, 9, 11, 12]]

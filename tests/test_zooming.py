@@ -117,6 +117,16 @@ def test_levels_down_to_the_images_own_resolution_share_one_budget(image):
     assert output.shape == (1, ids.shape[1] + 2)
 
 
+@pytest.mark.parametrize("max_tiles", [1, 2, 3])
+def test_levels_that_get_no_tile_are_passed_over(image, max_tiles):
+    model = small_model(**NATIVE)
+    features = features_of(model, image, max_tiles, scales=None)
+    ids = prompt(5, "image", 6, num_tokens=2)
+    compressed = model.compress(input_ids=ids, image_features=[features], token_counts=[[2]])
+    seen = [int((importance > 0).any()) for importance in compressed.importance[0]]
+    assert seen == [1, 0, int(max_tiles == 3), int(max_tiles > 1)]
+
+
 def test_a_second_question_finds_the_tiles_of_the_first_and_a_full_cache_changes_nothing(image):
     model, ids = small_model(**NATIVE), prompt(5, "image", 6, num_tokens=9)
     features = features_of(model, image, 12, scales=None)
