@@ -12,7 +12,7 @@ from recorder import Recorder
 from torch.overrides import TorchFunctionMode
 
 import uhr_bat.token_compression_uhr_bat as token_compression
-from uhr_bat.token_compression_uhr_bat import align_importance, merge_tokens, select_tokens
+from uhr_bat.token_compression_uhr_bat import align_at, align_importance, merge_tokens, select_tokens
 
 
 RULES = [(threshold, coverage) for threshold in ("ge", "gt") for coverage in (False, True)]
