@@ -270,7 +270,13 @@ class UHRBatConfig(PreTrainedConfig):
 
     def validate_numbers(self):
         """Counts are positive; the image token has a row in the embedding table."""
-        names = ("vision_chunk_size", "kmeans_iterations", "scale_embedding_grid", "max_image_pixels", "tile_cache_bytes")
+        names = (
+            "vision_chunk_size",
+            "kmeans_iterations",
+            "scale_embedding_grid",
+            "max_image_pixels",
+            "tile_cache_bytes",
+        )
         for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")

@@ -510,4 +510,13 @@ def flatten_images(images: Any) -> list:
     return [images]
 
 
-__all__ = ["ImageSource", "PlainImage", "RasterImage", "flatten_images", "is_image", "read_image", "resize_image", "to_rgb"]
+__all__ = [
+    "ImageSource",
+    "PlainImage",
+    "RasterImage",
+    "flatten_images",
+    "is_image",
+    "read_image",
+    "resize_image",
+    "to_rgb",
+]

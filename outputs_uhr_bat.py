@@ -6,6 +6,7 @@ B prompts.
 
 import threading
 from collections import OrderedDict
+from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
@@ -186,9 +187,44 @@ def has_images(pixel_values=None, image_pyramids=None, image_features=None, **ot
     return any(images is not None and len(images) > 0 for images in (pixel_values, image_pyramids, image_features))
 
 
+def on_grid(values, positions, grid, fill) -> torch.Tensor:
+    """[V] -> [H, W], `fill` where no value belongs."""
+    height, width = grid
+    return values.new_full((height * width,), fill).index_copy(0, positions, values).view(height, width)
+
+
+class TokenMaps(Sequence):
+    """Numbers of the tokens of every scale on its whole grid, each map made when it is asked for: at an image's own
+    resolution a grid has millions of cells, few of which have a token.
+
+    Args:
+        values: [V_s] for every scale.
+        positions: long[V_s] for every scale, their places on the grid.
+        grids: (height, width) of every scale.
+        fill: where there is no token.
+        flat: whether a map is [N], not [H, W].
+    """
+
+    def __init__(self, values, positions, grids, fill, flat=False):
+        self.values, self.positions, self.grids = list(values), list(positions), list(grids)
+        self.fill, self.flat = fill, flat
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, scale_idx):
+        if isinstance(scale_idx, slice):
+            return [self[idx] for idx in range(*scale_idx.indices(len(self)))]
+        made = on_grid(self.values[scale_idx], self.positions[scale_idx], self.grids[scale_idx], self.fill)
+        return made.flatten() if self.flat else made
+
+    def __repr__(self):
+        return f"TokenMaps(grids {self.grids})"
+
+
 @dataclass
 class UHRBatCompressionOutput(ModelOutput):
-    """What `compress` returns: lists over images, and over scales inside.
+    """What `compress` returns: lists over images, and over scales inside ([`TokenMaps`] where entries are whole grids).
 
     Attributes:
         pooler_output: float[n, D] per image, the visual tokens that replace its placeholders: `tokens`, scale after
@@ -206,9 +242,9 @@ class UHRBatCompressionOutput(ModelOutput):
 
     pooler_output: list[torch.Tensor] | None = None
     tokens: list[list[torch.Tensor]] | None = None
-    importance: list[list[torch.Tensor]] | None = None
-    regions: list[list[torch.Tensor]] | None = None
-    slots: list[list[torch.Tensor]] | None = None
+    importance: list[Sequence[torch.Tensor]] | None = None
+    regions: list[Sequence[torch.Tensor]] | None = None
+    slots: list[Sequence[torch.Tensor]] | None = None
     images_per_prompt: list[int] | None = None
     scales: list[list[int]] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None

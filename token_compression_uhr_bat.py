@@ -17,8 +17,6 @@ from .clustering_uhr_bat import block_length, cluster_regions, grid_regions, run
 
 # Types of devices that have no float64.
 WITHOUT_FLOAT64 = ("mps",)
-# Fewer places of a grid than one in so many are looked up one by one.
-FEW = 16
 
 
 def _to_float64(tensor):
@@ -53,25 +51,6 @@ def align_importance(anchor_importance: torch.Tensor, grid: tuple[int, int]) -> 
     maps = _to_float64(anchor_importance).reshape(-1, 1, h, w)
     aligned = F.interpolate(maps, size=tuple(grid), mode="bilinear", align_corners=False)
     return aligned.to(anchor_importance.dtype).to(anchor_importance.device).reshape(*leading, *grid)
-
-
-def align_at(importance: torch.Tensor, positions: torch.Tensor, grid: tuple[int, int]) -> torch.Tensor:
-    """`align_importance` at some places of the finer grid, which is not made where it is large and they are few.
-
-    Args:
-        importance: float[h, w].
-        positions: long[V], on `grid`.
-
-    Returns:
-        float[V] in the dtype of the map.
-    """
-    if len(positions) * FEW > grid[0] * grid[1]:
-        return align_importance(importance, grid).flatten()[positions]
-    maps = _to_float64(importance)
-    places = torch.stack((positions % grid[1], positions // grid[1]), dim=-1).to(maps)
-    centres = (places + 0.5) * 2 / places.new_tensor(grid[::-1]) - 1
-    aligned = F.grid_sample(maps[None, None], centres[None, None], padding_mode="border", align_corners=False)
-    return aligned.view(-1).to(importance)
 
 
 @torch.no_grad()
@@ -277,7 +256,6 @@ def merge_tokens(tokens: torch.Tensor, slots: torch.Tensor, num_slots: int) -> t
 
 __all__ = [
     "align_importance",
-    "align_at",
     "cluster_regions",
     "grid_regions",
     "vote_labels",

@@ -12,7 +12,7 @@ from recorder import Recorder
 from torch.overrides import TorchFunctionMode
 
 import uhr_bat.token_compression_uhr_bat as token_compression
-from uhr_bat.token_compression_uhr_bat import align_at, align_importance, merge_tokens, select_tokens
+from uhr_bat.token_compression_uhr_bat import align_importance, merge_tokens, select_tokens
 
 
 RULES = [(threshold, coverage) for threshold in ("ge", "gt") for coverage in (False, True)]
@@ -45,16 +45,6 @@ def test_importance_is_interpolated_between_the_centres_of_the_anchor_tokens(siz
     anchor = torch.rand(size, generator=torch.Generator().manual_seed(0))
     expected = torch.tensor(align_oracle(anchor.tolist(), grid))
     torch.testing.assert_close(align_importance(anchor, grid), expected, rtol=1e-6, atol=1e-7)
-
-
-@pytest.mark.parametrize("grid", [(2, 2), (8, 8), (50, 70)])
-@pytest.mark.parametrize("number", [0, 3, 40])
-def test_few_places_of_a_large_grid_have_the_importance_of_the_whole(grid, number):
-    generator = torch.Generator().manual_seed(1)
-    anchor = torch.rand((4, 5), generator=generator)
-    places = torch.randint(grid[0] * grid[1], (number,), generator=generator)
-    expected = align_importance(anchor, grid).flatten()[places]
-    torch.testing.assert_close(align_at(anchor, places, grid), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_aligned_importance_has_the_hand_computed_values():
