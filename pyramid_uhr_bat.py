@@ -114,6 +114,8 @@ class ImagePyramid:
     def with_max_tiles(self, max_tiles: int) -> "ImagePyramid":
         """The same image for questions that may use another number of tiles. Raises `ValueError` where the anchor alone
         has more."""
+        if max_tiles == self.max_tiles:
+            return self
         changed = copy(self)
         changed._set_max_tiles(max_tiles)
         return changed
