@@ -6,16 +6,22 @@ means (eq. 10). It knows no model: the rules come as arguments, the image as fea
 Axes: S scales, N tokens of a scale, V of them that show the image, H and W height and width of a grid, D decoder width.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
+from itertools import product
 from typing import NamedTuple
 
 import torch
 
 from .clustering_uhr_bat import cluster_regions, grid_regions, vote_regions
 from .geometry_uhr_bat import patch_centres
-from .outputs_uhr_bat import UHRBatImageFeatures
+from .outputs_uhr_bat import TokenMaps, UHRBatImageFeatures, on_grid
 from .selectors_uhr_bat import SELECTORS
-from .token_compression_uhr_bat import align_importance, merge_tokens
+from .token_compression_uhr_bat import WITHOUT_FLOAT64, align_importance, merge_tokens
+
+
+# Fewer places of a grid than one in so many are looked up one by one.
+FEW = 16
 
 
 @dataclass(frozen=True)
@@ -41,18 +47,12 @@ class CompressionRules:
 
 
 class CompressedImage(NamedTuple):
-    """One image after the compression, each list[S]; see [`UHRBatCompressionOutput`] for the entries."""
+    """One image after the compression, each of S entries; see [`UHRBatCompressionOutput`] for them."""
 
     tokens: list[torch.Tensor]
-    importance: list[torch.Tensor]
-    regions: list[torch.Tensor]
-    slots: list[torch.Tensor]
-
-
-def on_grid(values, positions, grid, fill) -> torch.Tensor:
-    """[V] -> [H, W], `fill` where no value belongs."""
-    height, width = grid
-    return values.new_full((height * width,), fill).index_copy(0, positions, values).view(height, width)
+    importance: Sequence[torch.Tensor]
+    regions: Sequence[torch.Tensor]
+    slots: Sequence[torch.Tensor]
 
 
 def look_up(importance, positions, grid, finer_positions, finer_grid) -> torch.Tensor:
@@ -60,17 +60,40 @@ def look_up(importance, positions, grid, finer_positions, finer_grid) -> torch.T
 
     Args:
         importance: float[V], of the coarser scale's tokens.
-        positions: long[V], their places on its grid.
+        positions: long[V], their places on its grid, ascending.
         finer_positions: long[V'], places on `finer_grid`.
 
     Returns:
         float[V']
     """
+    if len(finer_positions) * FEW < finer_grid[0] * finer_grid[1]:
+        return _look_up_few(importance, positions, grid, finer_positions, finer_grid)
     shown = on_grid(torch.ones_like(importance), positions, grid, fill=0)
     # Divide by the interpolated mask: the mean over those cells that show the image. Of chosen tokens alone: what shows
     # none of it is 0 / 0, which no mask takes out of a gradient.
     aligned = align_importance(on_grid(importance, positions, grid, fill=0), finer_grid).flatten()[finer_positions]
     return aligned / align_importance(shown, finer_grid).flatten()[finer_positions]
+
+
+def _look_up_few(importance, positions, grid, finer_positions, finer_grid):
+    """`look_up` without either grid, which at an image's own resolution has millions of cells: the four neighbours of each
+    place are found among the tokens that there are."""
+    precise = torch.float32 if importance.device.type in WITHOUT_FLOAT64 else torch.float64
+    corners = []
+    for idx, length, finer_length in zip(
+        (finer_positions // finer_grid[1], finer_positions % finer_grid[1]), grid, finer_grid
+    ):
+        place = ((idx.to(precise) + 0.5) * length / finer_length - 0.5).clamp(0, length - 1)
+        low = place.long()
+        part = place - low
+        corners.append(((low, 1 - part), ((low + 1).clamp(max=length - 1), part)))
+    values, total, mass = importance.to(precise), 0, 0
+    for (row, down), (column, across) in product(*corners):
+        wanted = row * grid[1] + column
+        found = torch.searchsorted(positions, wanted).clamp(max=len(positions) - 1)
+        weight = torch.where(positions[found] == wanted, down * across, 0)
+        total, mass = total + weight * values[found], mass + weight
+    return (total / mass).to(importance)
 
 
 def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, rules: CompressionRules) -> torch.Tensor:
@@ -84,7 +107,7 @@ def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, r
         how = (rules.region_method, rules.kmeans_iterations, rules.coord_weight, rules.coord_frame)
         key = (scale_idx, num_regions, *how)
     if key not in image.partitions:
-        positions, grid = image.positions[scale_idx], config.grids[scale_idx]
+        positions, grid = image.positions[scale_idx], image.grids[scale_idx]
         if image.regions is not None:
             regions = vote_regions(image.regions[scale_idx][None], patch_size=1)
         elif rules.region_method == "none":
@@ -147,10 +170,10 @@ def compress_image(
         image: the encoded image.
         importance: float32[V_s] of every scale, what the question pays to its tokens.
         counts: int[S], exact visual tokens of every scale, or int[1], of all scales together.
-        config: the configuration, for its grids.
+        config: the configuration, for its tile.
         rules: which tokens stay.
     """
-    one_budget = len(counts) < len(config.grids)
+    one_budget = len(counts) < len(image.grids)
     with torch.no_grad():
         budgets = counts
         if one_budget:  # equal parts of it bound the number of regions, where each of them gets a token
@@ -168,11 +191,14 @@ def compress_image(
                 choose_tokens(*scale, budget, rules) if budget else torch.full_like(scale[1], -1)
                 for *scale, budget in zip(importance, regions, image.tokens, counts)
             ]
-    compressed = CompressedImage([], [], [], [])
-    for scale_idx, (grid, count) in enumerate(zip(config.grids, counts)):
-        positions, tokens, slot = image.positions[scale_idx], image.tokens[scale_idx], slots[scale_idx]
-        compressed.tokens.append(merge_tokens(tokens, slot, count) if count else tokens[:0])
-        compressed.importance.append(on_grid(importance[scale_idx], positions, grid, fill=0))
-        compressed.regions.append(on_grid(regions[scale_idx], positions, grid, fill=-1).flatten())
-        compressed.slots.append(on_grid(slot, positions, grid, fill=-1).flatten())
-    return compressed
+    tokens = [
+        merge_tokens(tokens, slot, count) if count else tokens[:0]
+        for tokens, slot, count in zip(image.tokens, slots, counts)
+    ]
+    places = image.positions, image.grids
+    return CompressedImage(
+        tokens,
+        TokenMaps(importance, *places, fill=0),
+        TokenMaps(regions, *places, fill=-1, flat=True),
+        TokenMaps(slots, *places, fill=-1, flat=True),
+    )

@@ -178,6 +178,9 @@ class UHRBatConfig(PreTrainedConfig):
     # "factorized": one base table interpolated over the whole scale plus a vector per scale (eq. 5).
     # "per_scale": the released form, one table per scale, interpolated over one tile and repeated for every tile.
     scale_embedding_form: Literal["factorized", "per_scale"] = "factorized"
+    # Sides of deeper levels (`native`) that have a scale vector of their own, beyond the scales: a level takes what lies
+    # between its neighbours. None: deeper levels take the vector of the finest scale. Of "factorized" only.
+    native_scales: list[int] | tuple[int, ...] = ()
     # Side of the base table: the grid that CLIP was trained on, 336 / 14. Released tables are capped at 64.
     scale_embedding_grid: int = 24
     # How often the embedding is added to the tokens that are clustered, merged and read by the decoder. The pass that
@@ -187,6 +190,10 @@ class UHRBatConfig(PreTrainedConfig):
     token_mlp: bool = False
     # Whether tokens that show only the letterbox are left out. The released code lets them be chosen.
     mask_padding: bool = True
+
+    # Bytes of encoded tiles that an image keeps for further questions, where tiles are encoded when a question looks at
+    # them (`max_tiles`): 500 tiles of the 7B model in bfloat16.
+    tile_cache_bytes: int = 2**31
 
     # Pixels of the largest image that is read: 1 gigapixel decodes to 3 GB.
     max_image_pixels: int = 1_000_000_000
@@ -199,6 +206,7 @@ class UHRBatConfig(PreTrainedConfig):
         self.text_config = _sub_config(self.text_config, "qwen2", QWEN2_7B)
         # JSON has no tuples: lists here keep a config equal to its own copy that was saved and loaded.
         self.scales = list(self.scales)
+        self.native_scales = list(self.native_scales)
         if not is_one_budget(self.budgets):
             self.budgets = list(self.budgets)
         self.refinement = list(self.refinement)
@@ -213,8 +221,10 @@ class UHRBatConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is of the model type {model_type!r}. Known here: {', '.join(known)}.")
 
     def validate_scales(self):
-        """Scales are ascending multiples of the tile, and the tile a multiple of the patch."""
-        check_scales(self.scales, self.tile_size, self.patch_size)
+        """Scales, those of deeper levels too, are ascending multiples of the tile, and the tile a multiple of the patch."""
+        check_scales([*self.scales, *self.native_scales], self.tile_size, self.patch_size)
+        if self.native_scales and self.scale_embedding_form != "factorized":
+            raise ValueError("`native_scales` have vectors, which the scale embedding 'per_scale' has not.")
 
     def validate_budgets(self):
         """One budget per scale, ascending, and together they leave room for text in the context window."""
@@ -260,7 +270,14 @@ class UHRBatConfig(PreTrainedConfig):
 
     def validate_numbers(self):
         """Counts are positive; the image token has a row in the embedding table."""
-        for name in ("vision_chunk_size", "kmeans_iterations", "scale_embedding_grid", "max_image_pixels"):
+        names = (
+            "vision_chunk_size",
+            "kmeans_iterations",
+            "scale_embedding_grid",
+            "max_image_pixels",
+            "tile_cache_bytes",
+        )
+        for name in names:
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
         if self.num_regions is not None and self.num_regions < 1:

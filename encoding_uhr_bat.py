@@ -8,12 +8,21 @@ that show the image and not the letterbox, D decoder width. Tokens of a scale st
 unless "tile by tile" is said.
 """
 
+from dataclasses import replace
+
+import numpy as np
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
 
-from .geometry_uhr_bat import tile_of
-from .outputs_uhr_bat import UHRBatImageFeatures, accept_region_labels, has_images
+from .geometry_uhr_bat import positions_of, tile_of
+from .outputs_uhr_bat import (
+    TileCache,
+    UHRBatImageFeatures,
+    UHRBatPyramidFeatures,
+    accept_region_labels,
+    has_images,
+)
 
 
 def first_identical_tile(tiles) -> torch.Tensor:
@@ -31,20 +40,26 @@ class UHRBatEncodingMixin:
     """For a model with a `vision_tower`, a `multi_modal_projector`, a `scale_embedding` and text embeddings."""
 
     @accept_region_labels
-    def encode_image(self, pixel_values, pixel_attention_mask=None, regions=None) -> list[UHRBatImageFeatures]:
-        """Every tile through the vision tower once, the projector and the scale embedding (sections 3.2 and 3.3).
+    def encode_image(
+        self, pixel_values=None, pixel_attention_mask=None, regions=None, image_pyramids=None
+    ) -> list[UHRBatImageFeatures] | list[UHRBatPyramidFeatures]:
+        """Every tile through the vision tower once, the projector and the scale embedding (sections 3.2 and 3.3); of a
+        pyramid the anchor's, and those of other levels when a question looks at them.
 
         Args:
             pixel_values, pixel_attention_mask, regions: see [`UHRBatImageInputs`]. A scale without a patch that shows
                 the image is left out; the coarsest of the others is the anchor.
+            image_pyramids: instead of the three.
 
         Returns:
-            One [`UHRBatImageFeatures`] per image, to be passed to `generate`, `compress` or `forward` as
-            `image_features`, with any number of questions.
+            One [`UHRBatImageFeatures`] per image, or [`UHRBatPyramidFeatures`] per pyramid, to be passed to `generate`,
+            `compress` or `forward` as `image_features`, with any number of questions.
 
         Raises:
             ValueError: a shape that does not fit the configuration, or an image that shows nothing.
         """
+        if has_images(image_pyramids=image_pyramids):
+            return [self._open_pyramid(pyramid) for pyramid in image_pyramids]
         if not has_images(pixel_values):
             return []
         self._check_image_inputs(pixel_values, pixel_attention_mask, regions)
@@ -89,22 +104,85 @@ class UHRBatEncodingMixin:
                 continue
             tile_idx, patch_idx = tile_of(places, config.grids[scale_idx][1], p)
             encoded_idx, copy_idx = first_identical_tile(tiles)[tile_idx].unique(return_inverse=True)
-            projected = self._project_tiles(tiles, encoded_idx, desc=f"Encoding {config.scales[scale_idx]} px")
+            scale = config.scales[scale_idx]
+            projected = self._project_tiles(tiles, encoded_idx, desc=f"Encoding {scale} px")
             projected = projected.flatten(0, 1)[(copy_idx * p**2 + patch_idx).to(projected.device)]
             places = positions[scale_idx] = places.to(projected.device)
-            tokens.append(self._add_scale_embedding(projected, scale_idx, places, config.scale_embedding_additions))
+            tokens.append(self._add_scale_embedding(projected, scale, places, config.scale_embedding_additions))
             if anchor_tokens is None:
                 # The pass reads the anchor tile by tile, as the tower emits it and the released weights were trained.
                 order = (tile_idx * p**2 + patch_idx).argsort().to(projected.device)
                 anchor_positions = places[order]
-                anchor_tokens = self._add_scale_embedding(projected[order], scale_idx, anchor_positions, 1)
+                anchor_tokens = self._add_scale_embedding(projected[order], scale, anchor_positions, 1)
 
         device = anchor_tokens.device
         positions = [places.to(device) for places in positions]
         tokens = [scale.to(anchor_tokens) for scale in tokens]
         if regions is not None:
             regions = [one.to(device)[places] for one, places in zip(regions.split(sizes), positions)]
-        return UHRBatImageFeatures(anchor_tokens, anchor_positions, tokens, positions, regions)
+        return UHRBatImageFeatures(
+            anchor_tokens, anchor_positions, tokens, positions, config.scales, config.grids, regions
+        )
+
+    # ---- Pyramids --------------------------------------------------------------------------------------------------
+
+    def _open_pyramid(self, pyramid) -> UHRBatPyramidFeatures:
+        if pyramid.max_tiles is None:
+            raise ValueError(f"{pyramid} does not say how many tiles a question may use: pass `max_tiles`.")
+        tiles = (pyramid.tile_size, pyramid.patch_size)
+        if tiles != (self.config.tile_size, self.config.patch_size):
+            raise ValueError(
+                f"{pyramid} has tiles of {tiles[0]} px with patches of {tiles[1]} px, but the model's have "
+                f"{self.config.tile_size} and {self.config.patch_size} px."
+            )
+        cache = TileCache(self.config.tile_cache_bytes, self.device)
+        image = UHRBatPyramidFeatures(None, None, pyramid, cache)
+        tile_idx = torch.from_numpy(np.flatnonzero(pyramid.num_shown(0)))
+        projected, positions = self._encode_shown(image, 0, tile_idx)
+        tokens = self._add_scale_embedding(projected, pyramid.scales[0], positions, 1)
+        return replace(image, anchor_tokens=tokens, anchor_positions=positions)
+
+    def encode_level(self, image: UHRBatPyramidFeatures, level_idx: int, tile_idx) -> tuple[torch.Tensor, torch.Tensor]:
+        """The tokens of some tiles of a level, read and encoded unless the image keeps them from an earlier question.
+
+        Args:
+            tile_idx: long[T], ascending.
+
+        Returns:
+            (float[V, D] as they are clustered and merged, long[V] their positions, ascending): those that show the image.
+        """
+        projected, positions = self._encode_shown(image, level_idx, tile_idx)
+        order = positions.argsort()
+        projected, positions = projected[order], positions[order]
+        times = self.config.scale_embedding_additions
+        return self._add_scale_embedding(projected, image.scales[level_idx], positions, times), positions
+
+    def _encode_shown(self, image, level_idx, tile_idx):
+        """(float[V, D] without a scale embedding, long[V] their positions) of what shows the image, tile by tile."""
+        projected = self.encode_tiles(image, level_idx, tile_idx.tolist())
+        p, width = image.pyramid.patches_per_side, image.grids[level_idx][1]
+        shown = torch.from_numpy(image.pyramid.shown(level_idx, tile_idx.tolist())).flatten(1).to(projected.device)
+        return projected[shown], positions_of(tile_idx.to(projected.device), width, p)[shown]
+
+    def encode_tiles(self, image: UHRBatPyramidFeatures, level_idx: int, tile_idx: list[int]) -> torch.Tensor:
+        """float[T, P, D] of some tiles of a level, all their patches, without a scale embedding: read and encoded, or from
+        what the image keeps."""
+        pyramid, p = image.pyramid, image.pyramid.patches_per_side
+        found = image.cache.find(level_idx, tile_idx)
+        missing = [tile for tile in tile_idx if tile not in found]
+        if missing:
+            tiles = torch.from_numpy(pyramid.tiles(level_idx, missing)).to(image.cache.device)
+            every = torch.arange(len(tiles), device=tiles.device)
+            projected = self._project_tiles(tiles, every, desc=f"Encoding {pyramid.scales[level_idx]} px")
+            found |= dict(zip(missing, projected))
+            if not torch.is_grad_enabled():  # what is kept for the next question has no gradient
+                # Copies: a row of a tensor would keep the whole of it.
+                image.cache.keep(level_idx, {tile: found[tile].clone() for tile in missing})
+        if not tile_idx:
+            return self.get_input_embeddings().weight.new_empty(0, p * p, self.config.text_config.hidden_size)
+        return torch.stack([found[tile] for tile in tile_idx])
+
+    # ---- Parts -----------------------------------------------------------------------------------------------------
 
     def _project_tiles(self, tiles, encoded_idx, desc) -> torch.Tensor:
         """float[T', P, D] of the chosen tiles, through the tower in chunks; only a chunk's activations are held."""
@@ -112,13 +190,13 @@ class UHRBatEncodingMixin:
         bar = logging.tqdm(chunks, desc=desc, unit="chunk", delay=1, leave=False, disable=self.training)
         return torch.cat([self.multi_modal_projector(self.vision_tower(tiles[chunk])) for chunk in bar])
 
-    def _add_scale_embedding(self, tokens, scale_idx, positions, times) -> torch.Tensor:
+    def _add_scale_embedding(self, tokens, scale, positions, times) -> torch.Tensor:
         """float[V, D] plus `times` the embedding of their places, in blocks of a chunk of tiles."""
         if times == 0:
             return tokens
         block = self.config.vision_chunk_size * (self.config.tile_size // self.config.patch_size) ** 2
         blocks = [
-            rows + times * self.scale_embedding(scale_idx, places).to(rows)
+            rows + times * self.scale_embedding(scale, places).to(rows)
             for rows, places in zip(tokens.split(block), positions.split(block))
         ]
         return torch.cat(blocks)

@@ -48,7 +48,7 @@ class UHRBatGenerationMixin(GenerationMixin):
             kwargs[CACHE] = kwargs.pop("cache")
         inputs, kwargs = translate_released_call(self.config, inputs, kwargs)
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
-        if has_images(images.get("pixel_values"), images.get("image_features")):
+        if has_images(**images):
             attention_mask, inputs_embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
             prompt = inputs if inputs_embeds is None else inputs_embeds
             if attention_mask is None:

@@ -39,6 +39,37 @@ def grids(scales: Sequence[int], patch_size: int) -> list[tuple[int, int]]:
     return [(scale // patch_size, scale // patch_size) for scale in scales]
 
 
+def pyramid_scales(side: int, anchor: int, tile_size: int) -> list[int]:
+    """Sides in pixels of the levels of an image from the anchor to its own resolution, each twice as large as the one
+    before.
+
+    The last level is the square that the image stands in, at its own resolution to within a tile; the last but one may
+    be hardly smaller. An image that is no larger than the anchor has that alone.
+
+        side 1000, anchor 64, tile 32  ->  64, 128, 256, 512, 1024
+        side 1030, anchor 64, tile 32  ->  64, 128, 256, 512, 1024, 1056
+    """
+    scales = [anchor]
+    while 2 * scales[-1] < side:
+        scales.append(2 * scales[-1])
+    if scales[-1] < side:
+        scales.append(-(-side // tile_size) * tile_size)
+    return scales
+
+
+def scale_place(scale, known: Sequence[int]):
+    """Where a scale lies among known ones, ascending: i at the i-th of them, in between by its logarithm, and at the
+    nearest one outside. What is learnt per scale is interpolated there for levels that have none of their own.
+
+    Args:
+        scale: a side in pixels, or an array of them.
+
+    Returns:
+        float64 of the same shape, from 0 to len(known) - 1.
+    """
+    return np.interp(np.log(scale), np.log(known), np.arange(len(known)))
+
+
 # Image and letterbox
 
 
@@ -56,6 +87,18 @@ def _margins(image_size):
     return side, ((top, image_size[0]), (left, image_size[1]))
 
 
+def shown_lines(image_size: tuple[int, int], grid: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """(bool[H], bool[W]): rows and columns of patches that show any part of an image; `shown_patches` without the
+    grid, which is large at the image's own resolution."""
+    side, margins = _margins(image_size)
+    shown = []
+    for (start, length), num_patches in zip(margins, grid):
+        # Patch i covers [i * side / num_patches, (i + 1) * side / num_patches) of the square.
+        edges = np.arange(num_patches + 1, dtype=np.int64) * side
+        shown.append((edges[1:] > start * num_patches) & (edges[:-1] < (start + length) * num_patches))
+    return tuple(shown)
+
+
 def shown_patches(image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndarray:
     """Which patches of a scale show the image, in exact integers, as an attention mask is read.
 
@@ -66,13 +109,8 @@ def shown_patches(image_size: tuple[int, int], grid: tuple[int, int]) -> np.ndar
     Returns:
         bool[H, W], True where a patch shows any part of a pixel, False where it shows the letterbox alone.
     """
-    side, margins = _margins(image_size)
-    shown = []
-    for (start, length), num_patches in zip(margins, grid):
-        # Patch i covers [i * side / num_patches, (i + 1) * side / num_patches) of the square.
-        edges = np.arange(num_patches + 1, dtype=np.int64) * side
-        shown.append((edges[1:] > start * num_patches) & (edges[:-1] < (start + length) * num_patches))
-    return shown[0][:, None] & shown[1]
+    rows, columns = shown_lines(image_size, grid)
+    return rows[:, None] & columns
 
 
 # Pixels and tokens
@@ -183,6 +221,21 @@ def tile_of(positions, width: int, patches_per_side: int) -> tuple:
     return rows // p * (width // p) + columns // p, rows % p * p + columns % p
 
 
+def positions_of(tile_idx: torch.Tensor, width: int, patches_per_side: int) -> torch.Tensor:
+    """The tokens of tiles: the inverse of `tile_of`.
+
+    Args:
+        tile_idx: long[T], row-major on a grid that is `width` tokens wide.
+
+    Returns:
+        long[T, P], row by row within each tile.
+    """
+    p = patches_per_side
+    patch_idx = torch.arange(p * p, device=tile_idx.device)
+    rows, columns = tile_idx // (width // p) * p, tile_idx % (width // p) * p
+    return (rows[:, None] + patch_idx // p) * width + columns[:, None] + patch_idx % p
+
+
 def patch_centres(
     positions: torch.Tensor, grid: tuple[int, int], extent: tuple[int, int] | None = None
 ) -> torch.Tensor:
@@ -205,12 +258,16 @@ def patch_centres(
 __all__ = [
     "check_scales",
     "grids",
+    "pyramid_scales",
+    "scale_place",
     "letterbox",
+    "shown_lines",
     "shown_patches",
     "pixel_tokens",
     "tokens_of_points",
     "token_box",
     "token_corners",
     "tile_of",
+    "positions_of",
     "patch_centres",
 ]

@@ -16,8 +16,9 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelD
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .geometry_uhr_bat import check_scales, grids, shown_patches
-from .image_reading_uhr_bat import PlainImage, RasterImage, flatten_images, is_image, read_image
+from .image_reading_uhr_bat import ImageSource, PlainImage, RasterImage, flatten_images, is_image, read_image
 from .image_views_uhr_bat import PAD_COLOR, image_to_tiles, normalize_views
+from .pyramid_uhr_bat import ImagePyramid
 
 
 class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
@@ -41,6 +42,12 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
         Part of a raster: (top, left, bottom, right) in pixels or (west, south, east, north, crs).
     overviews (`str`):
         "auto", or "off" where views must be bit-equal to those of the full resolution.
+    max_tiles (`int`):
+        Tiles that go through the vision tower for a question, the anchor's included: the rest are read and encoded where
+        the question looks. By default every tile of every scale is.
+    native (`bool`):
+        With `max_tiles`: levels from the anchor down to the image's own resolution, each twice as large as the one
+        before, instead of `scales`.
     """
 
     scales: list[int] | tuple[int, ...] | None
@@ -52,6 +59,8 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
     value_range: Any
     window: Any
     overviews: str | None
+    max_tiles: int | None
+    native: bool | None
 
 
 class UHRBatImageProcessor(BaseImageProcessor):
@@ -62,6 +71,8 @@ class UHRBatImageProcessor(BaseImageProcessor):
     - `pixel_attention_mask` int64[I, N]: scales ascending, each in raster order over its whole grid; 1 where the patch
       shows any pixel of the image, 0 where it shows the letterbox alone. int64 as `attention_mask` is, which every
       collator and gather handles; it is 300 times smaller than the pixels.
+
+    With `max_tiles` it returns `image_pyramids` instead, a list of I [`ImagePyramid`]: nothing is resized yet.
 
     Images: PIL, NumPy or torch, paths, URLs, base64, bytes, files, datasets of rasterio (see `read_image`), what
     `open_image` returns, alone, in lists or in nested lists, which are flattened. EXIF orientation is applied to what is
@@ -99,6 +110,8 @@ class UHRBatImageProcessor(BaseImageProcessor):
     value_range = None
     window = None
     overviews = None
+    max_tiles = None
+    native = None
 
     def __init__(self, **kwargs: Unpack[UHRBatImageProcessorKwargs]):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # None is the class's default
@@ -190,6 +203,10 @@ class UHRBatImageProcessor(BaseImageProcessor):
         for name in ("image_mean", "image_std"):
             if np.size(kwargs[name]) not in (1, 3):
                 raise ValueError(f"`{name}` is one number or three, for RGB. Got {np.size(kwargs[name])}.")
+        if kwargs["native"] and kwargs["max_tiles"] is None:
+            raise ValueError(
+                "`native` levels are encoded where the question looks, so many tiles: pass `max_tiles` with it."
+            )
         if not kwargs["do_resize"]:
             raise ValueError("`do_resize=False` cannot be: every scale is a resized view of the image.")
         if kwargs["data_format"] not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
@@ -210,24 +227,36 @@ class UHRBatImageProcessor(BaseImageProcessor):
         do_normalize: bool,
         image_mean,
         image_std,
+        max_tiles: int | None = None,
+        native: bool | None = None,
         return_tensors=None,
         **kwargs,
     ) -> BatchFeature:
         sources = flatten_images(images)
         tile_size = crop_size.height
-        num_tiles = sum((scale // tile_size) ** 2 for scale in scales)
-        num_patches = sum(height * width for height, width in grids(scales, patch_size))
-        pixel_values = np.empty((len(sources), num_tiles, 3, tile_size, tile_size), np.float32)
-        pixel_attention_mask = np.ones((len(sources), num_patches), np.int64)
         arithmetic = (
             rescale_factor if do_rescale else None,
             image_mean if do_normalize else None,
             image_std if do_normalize else None,
         )
+        if max_tiles is not None:
+            pyramids = [
+                ImagePyramid(
+                    self.process_image(source, **kwargs), None if native else scales, anchor=scales[0],
+                    tile_size=tile_size, patch_size=patch_size, pad_color=pad_color, resample=resample,
+                    mask_padding=mask_padding, arithmetic=arithmetic, max_tiles=max_tiles,
+                )
+                for source in sources
+            ]  # fmt: skip
+            return BatchFeature(data={"image_pyramids": pyramids})
+        num_tiles = sum((scale // tile_size) ** 2 for scale in scales)
+        num_patches = sum(height * width for height, width in grids(scales, patch_size))
+        pixel_values = np.empty((len(sources), num_tiles, 3, tile_size, tile_size), np.float32)
+        pixel_attention_mask = np.ones((len(sources), num_patches), np.int64)
         for image_idx, source in enumerate(sources):  # one decoded image at a time
             image = self.process_image(source, **kwargs)
-            size, masked = (image.height, image.width), isinstance(image, RasterImage) and image.masked
-            if isinstance(image, RasterImage):
+            size, masked = (image.height, image.width), isinstance(image, ImageSource) and image.masked
+            if isinstance(image, ImageSource):
                 image = image.for_scale(max(scales))
             shown = {scale: np.zeros(grid, bool) for scale, grid in zip(scales, grids(scales, patch_size))}
             tiles = image_to_tiles(image, scales, tile_size, pad_color, resample, shown=shown if masked else None)

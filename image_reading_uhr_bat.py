@@ -21,7 +21,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image
 
 from .raster_files_uhr_bat import GDAL_NAME, driver_of, import_rasterio, is_dataset, is_raster, reason
-from .raster_reading_uhr_bat import RasterImage
+from .raster_reading_uhr_bat import ImageSource, RasterImage
 
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
 # 1,000,000 x 1 pixels.
@@ -257,7 +257,7 @@ class _Reader(NamedTuple):
                 f"`{self.of_rasters[0]}` is for files and open datasets, and this image is in memory or open already "
                 f"({type(source).__name__}). Pass its path, or the option to `open_image`."
             )
-        if isinstance(source, RasterImage):
+        if isinstance(source, ImageSource):
             return _Opened(source.filename, (source.height, source.width), lambda: source)
         if isinstance(source, Image.Image):
             return self.open_image(source)
@@ -446,8 +446,9 @@ def resize_image(
 
 
 def is_image(source: Any) -> bool:
-    """Whether it is an image already, not where one is: PIL, NumPy or torch, or what `open_image` returns."""
-    return isinstance(source, (RasterImage, PlainImage)) or is_valid_image(source)
+    """Whether it is an image already, not where one is: PIL, NumPy or torch, what `open_image` returns, or any other
+    [`ImageSource`]."""
+    return isinstance(source, (ImageSource, PlainImage)) or is_valid_image(source)
 
 
 def read_image(
@@ -475,7 +476,7 @@ def read_image(
             - a NumPy array or a torch tensor [h, w], [h, w, C] or [C, h, w] with 1, 3 or 4 channels, the fourth of
               which is dropped. Values: 8 bits; bool; 16 bits, scaled by their full range; other integers that are in
               0..255; floats in [0, 1];
-            - what `open_image` returns.
+            - what `open_image` returns, or any other [`ImageSource`].
         max_image_pixels: pixels of the largest image, or part of a raster, that is read.
         bands, value_range, window, overviews: how a raster is read, see [`RasterImage`]. With any of the first three a
             picture is read as a raster too.
@@ -509,4 +510,13 @@ def flatten_images(images: Any) -> list:
     return [images]
 
 
-__all__ = ["PlainImage", "RasterImage", "flatten_images", "is_image", "read_image", "resize_image", "to_rgb"]
+__all__ = [
+    "ImageSource",
+    "PlainImage",
+    "RasterImage",
+    "flatten_images",
+    "is_image",
+    "read_image",
+    "resize_image",
+    "to_rgb",
+]

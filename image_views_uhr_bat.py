@@ -10,7 +10,7 @@ Letters: T tiles of a scale. Sizes are (height, width).
 
 import math
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -91,20 +91,36 @@ def mark_shown(shown: Iterable[np.ndarray], valid: np.ndarray | None, size, corn
         corner: (row, column) of the first of them in the square.
         side: of the square in pixels.
     """
-    h, w = size
-    # Valid pixels to the left of each edge between columns.
-    counts = np.broadcast_to(np.arange(w + 1), (h, w + 1))
-    if valid is not None:
-        counts = np.zeros((h, w + 1), np.int32)
-        valid.cumsum(axis=1, out=counts[:, 1:])
     for patches in shown:
         H, W = patches.shape
-        edges = np.arange(W + 1) * side
-        lows, highs = edges[:-1] // W - corner[1], -(-edges[1:] // W) - corner[1]
-        in_columns = counts[:, highs.clip(0, w)] > counts[:, lows.clip(0, w)]
-        for row in range(corner[0] * H // side, -(-(corner[0] + h) * H // side)):
-            low, high = row * side // H - corner[0], -(-(row + 1) * side // H) - corner[0]
-            patches[row] |= in_columns[max(low, 0) : high].any(axis=0)
+        rows = corner[0] * H // side, -(-(corner[0] + size[0]) * H // side)
+        patches[slice(*rows)] |= valid_patches(valid, size, corner, side, (H, W), rows, (0, W))
+
+
+def valid_patches(valid: np.ndarray | None, size, corner, side: int, grid, rows, columns) -> np.ndarray:
+    """Which patches of a part of a scale show any valid pixel.
+
+    Args:
+        valid, size, corner, side: as in `mark_shown`.
+        grid: (height, width) of the scale in tokens, over the letterboxed square.
+        rows, columns: (first, last + 1) of the patches.
+
+    Returns:
+        bool[rows, columns]
+    """
+    edges = []
+    for length, start, num_patches, (first, last) in zip(size, corner, grid, (rows, columns)):
+        idx = np.arange(first, last, dtype=np.int64)
+        low, high = idx * side // num_patches - start, -(-(idx + 1) * side // num_patches) - start
+        edges.append((low.clip(0, length), high.clip(0, length)))
+    (top, bottom), (left, right) = edges
+    if valid is None:
+        return (bottom > top)[:, None] & (right > left)
+    # Valid pixels above and to the left of each corner between pixels.
+    counts = np.zeros((size[0] + 1, size[1] + 1), np.int32)
+    valid.cumsum(axis=0, dtype=np.int32, out=counts[1:, 1:]).cumsum(axis=1, out=counts[1:, 1:])
+    in_rows = counts[bottom] - counts[top]
+    return in_rows[:, right] > in_rows[:, left]
 
 
 # Bands: the rows that go out
@@ -164,20 +180,18 @@ def _bicubic(side, scale, first, last) -> list[tuple[int, np.ndarray]]:
     stretch = max(ratio, 1.0)
     support, blocks = 2.0 * stretch, []
     for start in range(first, last, COLUMNS_PER_BLOCK):
-        columns = []
-        for column in range(start, min(start + COLUMNS_PER_BLOCK, last)):
-            centre = (column + 0.5) * ratio
-            low, high = max(0, int(centre - support + 0.5)), min(side, int(centre + support + 0.5))
-            x = np.abs((np.arange(low, high) - centre + 0.5) * (1.0 / stretch))
-            near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
-            weights = np.where(x < 1, near, np.where(x < 2, far, 0))
-            weights /= weights.cumsum()[-1]
-            columns.append((low, np.trunc(weights * 2**22 + np.copysign(0.5, weights))))
-        lowest = min(low for low, _ in columns)
-        block = np.zeros((len(columns), max(low + len(weights) for low, weights in columns) - lowest))
-        for row, (low, weights) in zip(block, columns):
-            row[low - lowest : low - lowest + len(weights)] = weights
-        blocks.append((lowest, block))
+        centre = (np.arange(start, min(start + COLUMNS_PER_BLOCK, last)) + 0.5) * ratio
+        low = (centre - support + 0.5).astype(np.int64).clip(0)
+        high = (centre + support + 0.5).astype(np.int64).clip(None, side)
+        pixels = low[:, None] + np.arange((high - low).max())
+        x = np.abs((pixels - centre[:, None] + 0.5) * (1.0 / stretch))
+        near, far = (1.5 * x - 2.5) * x * x + 1, (((x - 5) * x + 8) * x - 4) * -0.5
+        weights = np.where(x < 1, near, np.where(x < 2, far, 0)) * (pixels < high[:, None])
+        weights /= weights.cumsum(axis=1)[:, -1:]
+        weights = np.trunc(weights * 2**22 + np.copysign(0.5, weights)) * (pixels < high[:, None])
+        block = np.zeros((len(centre), int(pixels.max()) + 1 - low[0]))
+        np.put_along_axis(block, pixels - low[0], weights, axis=1)
+        blocks.append((int(low[0]), block[:, : high.max() - low[0]]))
     return blocks
 
 
@@ -264,6 +278,87 @@ class _View:
         box = 0, band.square[0] - band.window[0], self.tile_size, band.square[1] - band.window[0]
         for channel, pixels in enumerate(columns.resize((self.tile_size, len(rows)), self.resample, box).split()):
             self.tiles[tiles, column, channel, rows_in_tile] = pixels
+
+
+# A part of a view by itself
+
+
+class _Part(NamedTuple):
+    """Pixels (first, last + 1) of the view along one axis, and how they come from pixels `window` of the square: by
+    Pillow as a band, or where that is much wider than what is needed, by weights."""
+
+    view: tuple[int, int]
+    window: tuple[int, int]
+    band: _Band | None
+    weights: list | None
+
+    @classmethod
+    def of(cls, side, scale, first, last, resample):
+        num_parts = math.gcd(side, scale)
+        band = _band(side, scale, first * num_parts // scale, -(-last * num_parts // scale))
+        needed = math.ceil((last - first) * side / scale) + 2 * _reach(side, scale)
+        if resample != Image.Resampling.BICUBIC or np.diff(band.square) <= OWN_PASS * needed:
+            return cls((first, last), band.window, band, None)
+        weights = _bicubic(side, scale, first, last)
+        low, high = min(low for low, _ in weights), max(low + block.shape[1] for low, block in weights)
+        return cls((first, last), (low, high), None, weights)
+
+    def resize(self, pixels: Image.Image, resample, axis) -> Image.Image:
+        """An image that has `window` along one axis (0: width, 1: height), resized along it."""
+        if self.weights:
+            turned = pixels if axis == 0 else pixels.transpose(Image.Transpose.TRANSPOSE)
+            resized = _resize_columns(turned, self.window[0], self.weights)
+            return resized if axis == 0 else resized.transpose(Image.Transpose.TRANSPOSE)
+        size, box, (start, stop) = list(pixels.size), [0, 0, *pixels.size], self.band.square
+        size[axis] = self.band.view[1] - self.band.view[0]
+        box[axis], box[axis + 2] = start - self.window[0], stop - self.window[0]
+        cut = [0, 0, *size]
+        cut[axis], cut[axis + 2] = (edge - self.band.view[0] for edge in self.view)
+        return pixels.resize(size, resample, box).crop(cut)
+
+
+def part_of_view(
+    read: Callable,
+    image_size: tuple[int, int],
+    scale: int,
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    pad_color: Sequence[int] = PAD_COLOR,
+    resample: int = Image.Resampling.BICUBIC,
+) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
+    """A part of the view of a scale, bit-equal to the same part of the whole view, from the pixels that it needs.
+
+    Args:
+        read: (top, left, bottom, right) in pixels of the image -> (uint8[h, w, 3] or RGB image, bool[h, w] of those that
+            are part of it; None for all, of any box or of none). Asked for boxes from top to bottom.
+        image_size: (height, width) of the image.
+        scale: side of the view in pixels.
+        rows, columns: (first, last + 1) of the part in the view.
+        pad_color, resample: as in `image_to_tiles`.
+
+    Returns:
+        (uint8[rows, columns, 3]; which of the pixels that were read are part of the image, bool[h, w] or None; where in the
+        square these are: row and column of the first one, height and width).
+    """
+    side, top, left = letterbox(image_size)
+    down, across = (_Part.of(side, scale, *span, resample) for span in (rows, columns))
+    low, high = max(down.window[0], top), min(down.window[1], top + image_size[0])
+    first, last = max(across.window[0], left), min(across.window[1], left + image_size[1])
+    height, width = down.window[1] - down.window[0], across.window[1] - across.window[0]
+    narrowed = Image.new("RGB", (columns[1] - columns[0], height), tuple(pad_color))
+    masks, step = [], max(1, STREAMED_STRIP_PIXELS // width)
+    for row in range(low, high, step) if last > first else ():
+        stop = min(row + step, high)
+        pixels, valid = read(row - top, first - left, stop - top, last - left)
+        strip = Image.new("RGB", (width, stop - row), tuple(pad_color))
+        pixels = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+        strip.paste(pixels, (first - across.window[0], 0), None if valid is None else Image.fromarray(valid))
+        narrowed.paste(across.resize(strip, resample, 0), (0, row - down.window[0]))
+        masks.append(valid)
+    part = np.asarray(down.resize(narrowed, resample, 1))
+    box = low, first, max(high - low, 0), max(last - first, 0)
+    valid = None if not masks or masks[0] is None else np.concatenate(masks)
+    return part, valid, box
 
 
 # Tiles
@@ -381,4 +476,12 @@ def normalize_views(tiles: dict[int, np.ndarray], arithmetic: tuple, out: np.nda
             _run(pool, [(normalize_tiles, tile, *arithmetic, part) for tile, part in pairs])
 
 
-__all__ = ["PAD_COLOR", "image_to_tiles", "mark_shown", "normalize_tiles", "normalize_views"]
+__all__ = [
+    "PAD_COLOR",
+    "image_to_tiles",
+    "mark_shown",
+    "normalize_tiles",
+    "normalize_views",
+    "part_of_view",
+    "valid_patches",
+]

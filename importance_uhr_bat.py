@@ -7,11 +7,14 @@ import torch
 from transformers.masking_utils import create_causal_mask
 
 from .compression_uhr_bat import look_up
+from .geometry_uhr_bat import positions_of, tile_of
 from .layers_uhr_bat import question_attention
+from .outputs_uhr_bat import UHRBatImageFeatures, UHRBatPyramidFeatures
+from .zooming_uhr_bat import best_tiles, overlapping_tiles
 
 
 class UHRBatImportanceMixin:
-    """For a model with a `language_model`, text embeddings and `find_placeholders`."""
+    """For a model with a `language_model`, text embeddings, `find_placeholders` and `encode_level`."""
 
     def estimate_importance(
         self, input_ids, anchor_tokens, inputs_embeds=None, *, layer=None, question_tokens=None
@@ -97,29 +100,84 @@ class UHRBatImportanceMixin:
         Returns:
             list[S] of float32[V_s]. With a refinement these are densities, 1 on average: scales can be compared.
         """
-        grids, anchor_idx = self.config.grids, image.anchor_idx
+        return self.look_closer(input_ids, image, anchor_importance, rules, inputs_embeds)[1]
+
+    def look_closer(
+        self, input_ids, image, anchor_importance, rules, inputs_embeds=None, *, grad=False
+    ) -> tuple[UHRBatImageFeatures, list[torch.Tensor]]:
+        """The tokens that a question has to choose from, and the importance of each (`refine_importance`).
+
+        Of an image that is encoded whole these are all of it. Of a pyramid, what is important at a level decides which
+        tiles of the next one are read and encoded (`zooming_uhr_bat.py`); the deeper levels, more than the configuration
+        has scales, are refined as its finest scale is.
+
+        Args:
+            image: [`UHRBatImageFeatures`] or [`UHRBatPyramidFeatures`]; the rest as in `refine_importance`.
+            grad: whether tokens that are encoded here have gradients, though the importance may have none.
+
+        Returns:
+            (the encoded image as far as this question looks at it, list[S] of float32[V_s]).
+        """
+        grids, anchor_idx = image.grids, image.anchor_idx
+        zooms = isinstance(image, UHRBatPyramidFeatures)
         values, positions = anchor_importance, image.anchor_positions
         ascending = positions.argsort()
         values, positions = values[ascending], positions[ascending]
-        maps = [values.new_zeros(size) for size in image.available[:anchor_idx]]
+        if zooms:
+            tile_idx = tile_of(positions, grids[0][1], image.pyramid.patches_per_side)[0].unique()
+            covered = tile_idx, grids[0]
+            with torch.set_grad_enabled(grad or torch.is_grad_enabled()):
+                levels = [self.encode_level(image, 0, tile_idx)]
+        else:
+            levels = list(zip(image.tokens, image.positions))
+        maps = [values.new_zeros(len(places)) for _, places in levels[:anchor_idx]]
         maps.append(values / values.mean() if rules.refinement else values)
         source_idx = anchor_idx
         for scale_idx in range(anchor_idx + 1, len(grids)):
-            places = image.positions[scale_idx]
+            if zooms:
+                tile_idx = self._choose_tiles(image, scale_idx, covered, values, positions, source_idx)
+                if len(tile_idx):  # a level may get none, where there are few in all
+                    covered = tile_idx, grids[scale_idx]
+                with torch.set_grad_enabled(grad or torch.is_grad_enabled()):
+                    levels.append(self.encode_level(image, scale_idx, tile_idx))
+            tokens, places = levels[scale_idx]
             prior = look_up(values, positions, grids[source_idx], places, grids[scale_idx])
+            if zooms:  # tiles that were taken to make up the number may lie where nothing is known
+                prior = prior.nan_to_num(0)
             if rules.refinement and len(places):
+                # Deeper levels than the configuration has scales are read as its finest one.
+                step = min(scale_idx, len(rules.refinement)) - 1
+                last = step == len(rules.refinement) - 1
                 prior = prior / prior.sum()
-                n = min(rules.refinement[scale_idx - 1], len(places))
+                n = min(rules.refinement[step], len(places))
                 chosen = prior.argsort(descending=True, stable=True)[:n].sort().values
                 attention = self.estimate_importance(
                     input_ids,
-                    image.tokens[scale_idx][chosen],
+                    tokens[chosen],
                     inputs_embeds,
-                    layer=rules.refinement_layers[scale_idx - 1] if rules.refinement_layers else None,
-                    question_tokens="last" if scale_idx == len(grids) - 1 else None,
+                    layer=rules.refinement_layers[step] if rules.refinement_layers else None,
+                    question_tokens="last" if last else None,
                 )
                 prior = prior.index_add(0, chosen, attention / attention.sum())
                 values, positions, source_idx = prior / prior.sum(), places, scale_idx
                 prior = values * len(places)
             maps.append(prior)
-        return maps
+        if zooms:
+            tokens, positions = map(list, zip(*levels))
+            image = UHRBatImageFeatures(
+                image.anchor_tokens, image.anchor_positions, tokens, positions, image.scales, image.grids
+            )
+        return image, maps
+
+    def _choose_tiles(self, image, level_idx, covered, values, positions, source_idx) -> torch.Tensor:
+        """long[T], ascending: tiles of a level that the question looks at, among those that lie on the tiles `covered`,
+        (long[T], grid), of a level before, by their importance `values` at `positions` of level `source_idx`."""
+        pyramid, p = image.pyramid, image.pyramid.patches_per_side
+        grid, num_shown = image.grids[level_idx], pyramid.num_shown(level_idx)
+        tile_idx, coarser_grid = covered
+        candidates = overlapping_tiles(tile_idx, coarser_grid[1] // p, grid[1] // p)
+        candidates = candidates[torch.from_numpy(num_shown[candidates.cpu().numpy()] > 0).to(candidates.device)]
+        places = positions_of(candidates, grid[1], p)
+        found = look_up(values.detach(), positions, image.grids[source_idx], places.flatten(), grid)
+        scores = found.view(places.shape).nan_to_num(0).sum(1)
+        return best_tiles(scores, candidates, pyramid.num_chosen[level_idx], num_shown)

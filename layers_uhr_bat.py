@@ -4,6 +4,7 @@ Axes: T tiles, P patches of a tile, C width of the tower, V tokens of a scale th
 tokens of a sequence.
 """
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -12,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
 
 from .configuration_uhr_bat import UHRBatConfig
+from .geometry_uhr_bat import scale_place
 
 # Question rows of the importance pass that are scored at once: bounds the scores to heads x 64 x sequence.
 QUESTION_BLOCK = 64
@@ -98,15 +100,15 @@ class UHRBatScaleEmbedding(nn.Module):
 
     "factorized": one base table [1, g * g, D], interpolated bilinearly over the whole grid of the scale, plus a learned
     vector per scale. "per_scale": one table per scale with g at most `scale_embedding_grid`, interpolated over the grid
-    of one tile and repeated for every tile.
+    of one tile and repeated for every tile. A scale that has no vector or table of its own, as levels of a pyramid, takes
+    what lies between those of its neighbours (`scale_place`).
     """
 
     def __init__(self, config: UHRBatConfig):
         super().__init__()
         width = config.text_config.hidden_size
         self.patches_per_side = config.tile_size // config.patch_size
-        self.scales = config.scales
-        self.grids = config.grids
+        self.scales, self.patch_size = [*config.scales, *config.native_scales], config.patch_size
         self.per_scale = config.scale_embedding_form == "per_scale"
         if self.per_scale:
             sides = [min(height, config.scale_embedding_grid) for height, _ in config.grids]
@@ -115,28 +117,41 @@ class UHRBatScaleEmbedding(nn.Module):
             )
         else:
             self.table = nn.Parameter(torch.zeros(1, config.scale_embedding_grid**2, width))
-            self.scale_vectors = nn.Parameter(torch.zeros(len(config.scales), width))
+            self.scale_vectors = nn.Parameter(torch.zeros(len(self.scales), width))
 
-    def forward(self, scale_idx: int, positions: torch.Tensor) -> torch.Tensor:
-        """float32[V, D] for the places long[V] on the grid of one scale."""
-        rows, columns = positions // self.grids[scale_idx][1], positions % self.grids[scale_idx][1]
+    def forward(self, scale: int | torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        """float32[V, D] for the places long[V] on the grid of a scale, its side in pixels; or of a scale for each place,
+        long[V], in the factorized form."""
+        width = scale // self.patch_size
+        place = scale_place(scale.cpu().numpy() if isinstance(scale, torch.Tensor) else scale, self.scales)
+        low, high, part = np.floor(place).astype(int), np.ceil(place).astype(int), place % 1
         if self.per_scale:
-            table, extent = self.tables[str(self.scales[scale_idx])], self.patches_per_side
-            rows, columns = rows % extent, columns % extent
-        else:
-            table, extent = self.table, self.grids[scale_idx][0]
-        g = round(table.shape[1] ** 0.5)
-        # Sampling at the patch centres is F.interpolate(..., align_corners=False), for the wanted places alone.
-        # float32: bfloat16 coordinates are too coarse for 288 patches a side.
-        centres = (torch.stack((columns, rows), dim=-1).float() + 0.5) * 2 / extent - 1
-        embedding = F.grid_sample(
-            table.float().view(1, g, g, -1).permute(0, 3, 1, 2),
-            centres.view(1, 1, -1, 2),
-            padding_mode="border",
-            align_corners=False,
-        )
-        embedding = embedding[0, :, 0].T
-        return embedding if self.per_scale else embedding + self.scale_vectors[scale_idx].float()
+            p, weights = self.patches_per_side, ((low, 1 - part), (high, part))
+            places = positions // width % p, positions % width % p, p
+            tables = [(self.tables[str(self.scales[idx])], weight) for idx, weight in weights if weight]
+            return sum(weight * _at_places(table, *places) for table, weight in tables)
+        vectors, device = self.scale_vectors.float(), positions.device
+        part = torch.as_tensor(part, dtype=torch.float32, device=device)[..., None]
+        vector = (1 - part) * vectors[torch.as_tensor(low, device=device)]
+        vector = vector + part * vectors[torch.as_tensor(high, device=device)]
+        return _at_places(self.table, positions // width, positions % width, width) + vector
+
+
+def _at_places(table, rows, columns, extent) -> torch.Tensor:
+    """float32[V, D]: a table [1, g * g, D], interpolated bilinearly to a grid of `extent` a side (an integer, or long[V]), at
+    some of its places."""
+    g = round(table.shape[1] ** 0.5)
+    # Sampling at the patch centres is F.interpolate(..., align_corners=False), for the wanted places alone. float32:
+    # bfloat16 coordinates are too coarse for 288 patches a side.
+    extent = extent[:, None] if isinstance(extent, torch.Tensor) else extent
+    centres = (torch.stack((columns, rows), dim=-1).float() + 0.5) * 2 / extent - 1
+    embedding = F.grid_sample(
+        table.float().view(1, g, g, -1).permute(0, 3, 1, 2),
+        centres.view(1, 1, -1, 2),
+        padding_mode="border",
+        align_corners=False,
+    )
+    return embedding[0, :, 0].T
 
 
 def question_attention(attention, hidden_states, position_embeddings, question_start) -> torch.Tensor:

@@ -39,6 +39,7 @@ from .outputs_uhr_bat import (
     UHRBatImageFeatures,
     UHRBatImageInputs,
     UHRBatModelOutputWithPast,
+    UHRBatPyramidFeatures,
     accept_past_key_values,
     accept_region_labels,
     has_images,
@@ -152,7 +153,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
         rules = CompressionRules.of(self.config, rules)
         image_features = images.get("image_features")
         if image_features is None:
-            encoded = ("pixel_values", "pixel_attention_mask", "regions")
+            encoded = ("pixel_values", "pixel_attention_mask", "regions", "image_pyramids")
             image_features = self.encode_image(**{name: images.get(name) for name in encoded})
 
         visible = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
@@ -161,7 +162,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
         placeholder = self.find_placeholders(input_ids, inputs_embeds) & visible
         images_per_prompt, token_counts = self._settle_counts(placeholder, image_features, images)
 
-        of_images = iter(zip(image_features, token_counts))
+        of_images, grad = iter(zip(image_features, token_counts)), torch.is_grad_enabled()
         compressed = []
         for row, num_images in enumerate(images_per_prompt):
             text = visible[row] & ~placeholder[row]
@@ -180,14 +181,15 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
                     ids = None if input_ids is None else input_ids[row][seen]
                     embeds = inputs_embeds[row][seen]
                     importance = self.estimate_importance(ids, image.anchor_tokens, embeds)
-                    importance = self.refine_importance(ids, image, importance, rules, embeds)
+                    image, importance = self.look_closer(ids, image, importance, rules, embeds, grad=grad)
                 one = compress_image(image, importance, counts, self.config, rules)
                 tokens = one.tokens if self.token_mlp is None else [self.token_mlp(scale) for scale in one.tokens]
                 compressed.append(one._replace(tokens=tokens))
 
         tokens, importance, regions, slots = map(list, zip(*compressed)) if compressed else ([], [], [], [])
         visual_tokens = [torch.cat(scales) for scales in tokens]
-        return UHRBatCompressionOutput(visual_tokens, tokens, importance, regions, slots, images_per_prompt)
+        scales = [list(image.scales) for image in image_features]
+        return UHRBatCompressionOutput(visual_tokens, tokens, importance, regions, slots, images_per_prompt, scales)
 
     def find_placeholders(self, input_ids, inputs_embeds) -> torch.Tensor:
         """bool[..., M]: image tokens, from ids or, where there are none, from the embeddings."""
@@ -267,7 +269,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
             inputs_embeds = self.get_input_embeddings()(input_ids)
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         compressed = (mm_encoder_outputs or {}).get("image")
-        if has_images(images.get("pixel_values"), images.get("image_features")):
+        if has_images(**images):
             if compressed is not None:
                 raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")
             compressed = self.compress(input_ids, attention_mask, inputs_embeds, answer_mask, **images)
@@ -313,9 +315,11 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
 
     @torch.no_grad()
     @accept_region_labels
-    def encode_image(self, pixel_values, pixel_attention_mask=None, regions=None) -> list[UHRBatImageFeatures]:
+    def encode_image(
+        self, pixel_values=None, pixel_attention_mask=None, regions=None, image_pyramids=None
+    ) -> list[UHRBatImageFeatures] | list[UHRBatPyramidFeatures]:
         """See [`UHRBatModel.encode_image`]. Without gradients: training goes through `forward`."""
-        return self.model.encode_image(pixel_values, pixel_attention_mask, regions)
+        return self.model.encode_image(pixel_values, pixel_attention_mask, regions, image_pyramids)
 
     def estimate_importance(self, input_ids, anchor_tokens, inputs_embeds=None) -> torch.Tensor:
         """See [`UHRBatModel.estimate_importance`]."""
@@ -354,6 +358,7 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
         images_per_prompt=None,
         answer_mask=None,
         cache=None,
+        image_pyramids=None,
         **kwargs,
     ) -> UHRBatCausalLMOutputWithPast:
         """Scores of the next token, and the loss where `labels` long[B, M] are given (-100 and images are ignored).
@@ -374,6 +379,7 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
             "pixel_values": pixel_values,
             "pixel_attention_mask": pixel_attention_mask,
             "regions": regions,
+            "image_pyramids": image_pyramids,
             "image_features": image_features,
             "budgets": budgets,
             "token_counts": token_counts,

@@ -4,8 +4,11 @@ Axes: I images, S scales, N tokens of a scale, V of them that show the image and
 B prompts.
 """
 
-from dataclasses import dataclass, field, fields
-from typing import TypedDict
+import threading
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, TypedDict
 
 import torch
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
@@ -34,6 +37,8 @@ class UHRBatImageFeatures:
         anchor_positions: long[V_1], place of each anchor token on the anchor grid.
         tokens: float[V_s, D] for every scale, as they are clustered and merged.
         positions: long[V_s] for every scale, place of each token on the grid of its scale, ascending.
+        scales: sides of the views in pixels: those of the configuration, or levels of the image's own.
+        grids: (height, width) in tokens of every scale.
         regions: long[V_s] for every scale where regions were handed in (0 = background), else None.
         partitions: long[V_s] by (scale index, number of regions): partitions that were computed so far.
     """
@@ -42,6 +47,8 @@ class UHRBatImageFeatures:
     anchor_positions: torch.Tensor
     tokens: list[torch.Tensor]
     positions: list[torch.Tensor]
+    scales: list[int]
+    grids: list[tuple[int, int]]
     regions: list[torch.Tensor] | None = None
     partitions: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
 
@@ -63,9 +70,82 @@ class UHRBatImageFeatures:
                 return [move(one) for one in value]
             if isinstance(value, dict):
                 return {key: move(one) for key, one in value.items()}
-            return None if value is None else value.to(device, non_blocking=non_blocking)
+            return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
 
         return UHRBatImageFeatures(**{one.name: move(getattr(self, one.name)) for one in fields(self)})
+
+
+class TileCache:
+    """Encoded tiles of one image on one device, the least recently used of which go where they take more than `limit`
+    bytes. Threads share it."""
+
+    def __init__(self, limit: int, device):
+        self.limit, self.device, self.size = limit, device, 0
+        self._tiles, self._lock = OrderedDict(), threading.Lock()
+
+    def find(self, level_idx: int, tile_idx: list[int]) -> dict[int, torch.Tensor]:
+        """{tile: float[P, D]} of those tiles of a level that are there."""
+        with self._lock:
+            found = {tile: self._tiles[level_idx, tile] for tile in tile_idx if (level_idx, tile) in self._tiles}
+            for tile in found:
+                self._tiles.move_to_end((level_idx, tile))
+        return found
+
+    def keep(self, level_idx: int, tiles: dict[int, torch.Tensor]):
+        """Add tiles {tile: float[P, D]} of a level."""
+        with self._lock:
+            for tile, tokens in tiles.items():
+                if (level_idx, tile) not in self._tiles:
+                    self._tiles[level_idx, tile] = tokens
+                    self.size += tokens.nbytes
+            while self.size > self.limit and self._tiles:
+                self.size -= self._tiles.popitem(last=False)[1].nbytes
+
+    def __len__(self):
+        return len(self._tiles)
+
+
+@dataclass
+class UHRBatPyramidFeatures:
+    """An image that is encoded as far as no question is needed: its anchor. The tiles of finer levels are read and encoded
+    when a question looks at them, and kept for the next one. Ask any number of questions, from several threads too.
+
+    Attributes:
+        anchor_tokens, anchor_positions: as in [`UHRBatImageFeatures`].
+        pyramid: the [`ImagePyramid`], with the number of tiles that a question may use.
+        cache: tiles that were encoded so far, before the scale embedding.
+    """
+
+    anchor_tokens: torch.Tensor
+    anchor_positions: torch.Tensor
+    pyramid: Any
+    cache: TileCache
+
+    anchor_idx = 0
+
+    @property
+    def scales(self) -> list[int]:
+        """Sides of the levels in pixels."""
+        return self.pyramid.scales
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(height, width) in tokens of every level."""
+        return self.pyramid.grids
+
+    @property
+    def available(self) -> list[int]:
+        """int[S], tokens of every level that there will be at least, whichever tiles a question looks at."""
+        return self.pyramid.available
+
+    def with_max_tiles(self, max_tiles: int) -> "UHRBatPyramidFeatures":
+        """The same encoded image, and the same cache, for questions that may use another number of tiles."""
+        return replace(self, pyramid=self.pyramid.with_max_tiles(max_tiles))
+
+    def to(self, device, non_blocking=False) -> "UHRBatPyramidFeatures":
+        """The same on another device, with an empty cache of its own."""
+        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.anchor_tokens, self.anchor_positions))
+        return UHRBatPyramidFeatures(*moved, self.pyramid, TileCache(self.cache.limit, device))
 
 
 class UHRBatImageInputs(TypedDict, total=False):
@@ -76,7 +156,10 @@ class UHRBatImageInputs(TypedDict, total=False):
         pixel_attention_mask: bool or int[I, N], 1 where a patch shows the image and not only the letterbox; the patches
             of all scales, ascending scales, each row by row over its grid. None: all show the image.
         regions: long[I, N] in the same order, the region of each token, 0 = background. None: tokens are clustered.
-        image_features: list of I [`UHRBatImageFeatures`], what `encode_image` returned, instead of the three above.
+        image_pyramids: list of I [`ImagePyramid`], whose tiles are read and encoded where the question looks, instead of
+            the three above.
+        image_features: list of I [`UHRBatImageFeatures`] or [`UHRBatPyramidFeatures`], what `encode_image` returned,
+            instead of the four above.
         budgets: int[S], visual tokens that each scale may spend in one prompt, shared by its images. None: those of the
             configuration. (A tensor of two dimensions is `token_counts` under its old name.)
         token_counts: long[I, S], exact visual tokens per image and scale, as the processor counts them.
@@ -86,7 +169,8 @@ class UHRBatImageInputs(TypedDict, total=False):
     pixel_values: torch.Tensor | None
     pixel_attention_mask: torch.Tensor | None
     regions: torch.Tensor | None
-    image_features: list[UHRBatImageFeatures] | None
+    image_pyramids: list | None
+    image_features: list[UHRBatImageFeatures | UHRBatPyramidFeatures] | None
     budgets: list[int] | torch.Tensor | None
     token_counts: torch.Tensor | None
     images_per_prompt: torch.Tensor | None
@@ -97,14 +181,50 @@ IMAGE_INPUTS = tuple(UHRBatImageInputs.__annotations__)
 accept_region_labels = deprecate_kwarg("region_labels", new_name="regions", version="6.0.0")
 
 
-def has_images(pixel_values=None, image_features=None) -> bool:
-    """Whether a batch brings an image: an empty list or tensor of images is a batch of text."""
-    return any(images is not None and len(images) > 0 for images in (pixel_values, image_features))
+def has_images(pixel_values=None, image_pyramids=None, image_features=None, **others) -> bool:
+    """Whether a batch brings an image, by the names of [`UHRBatImageInputs`]: an empty list or tensor of images is a batch
+    of text."""
+    return any(images is not None and len(images) > 0 for images in (pixel_values, image_pyramids, image_features))
+
+
+def on_grid(values, positions, grid, fill) -> torch.Tensor:
+    """[V] -> [H, W], `fill` where no value belongs."""
+    height, width = grid
+    return values.new_full((height * width,), fill).index_copy(0, positions, values).view(height, width)
+
+
+class TokenMaps(Sequence):
+    """Numbers of the tokens of every scale on its whole grid, each map made when it is asked for: at an image's own
+    resolution a grid has millions of cells, few of which have a token.
+
+    Args:
+        values: [V_s] for every scale.
+        positions: long[V_s] for every scale, their places on the grid.
+        grids: (height, width) of every scale.
+        fill: where there is no token.
+        flat: whether a map is [N], not [H, W].
+    """
+
+    def __init__(self, values, positions, grids, fill, flat=False):
+        self.values, self.positions, self.grids = list(values), list(positions), list(grids)
+        self.fill, self.flat = fill, flat
+
+    def __len__(self):
+        return len(self.values)
+
+    def __getitem__(self, scale_idx):
+        if isinstance(scale_idx, slice):
+            return [self[idx] for idx in range(*scale_idx.indices(len(self)))]
+        made = on_grid(self.values[scale_idx], self.positions[scale_idx], self.grids[scale_idx], self.fill)
+        return made.flatten() if self.flat else made
+
+    def __repr__(self):
+        return f"TokenMaps(grids {self.grids})"
 
 
 @dataclass
 class UHRBatCompressionOutput(ModelOutput):
-    """What `compress` returns: lists over images, and over scales inside.
+    """What `compress` returns: lists over images, and over scales inside ([`TokenMaps`] where entries are whole grids).
 
     Attributes:
         pooler_output: float[n, D] per image, the visual tokens that replace its placeholders: `tokens`, scale after
@@ -115,16 +235,18 @@ class UHRBatCompressionOutput(ModelOutput):
         slots: long[N] per image and scale, the place in `tokens` that each token went to, several tokens in one place
             were averaged; -1 for those that were dropped.
         images_per_prompt: number of images in each prompt of the batch.
+        scales: sides of the views in pixels, per image.
         hidden_states, attentions: None. The library's image outputs have these names; here the states of the vision
             tower are never held for all tiles at once, unless `get_image_features` is called.
     """
 
     pooler_output: list[torch.Tensor] | None = None
     tokens: list[list[torch.Tensor]] | None = None
-    importance: list[list[torch.Tensor]] | None = None
-    regions: list[list[torch.Tensor]] | None = None
-    slots: list[list[torch.Tensor]] | None = None
+    importance: list[Sequence[torch.Tensor]] | None = None
+    regions: list[Sequence[torch.Tensor]] | None = None
+    slots: list[Sequence[torch.Tensor]] | None = None
     images_per_prompt: list[int] | None = None
+    scales: list[list[int]] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 

@@ -50,7 +50,7 @@ class UHRBatProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = UHRBatProcessorKwargs
-    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "image_features"]
+    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "image_features", "image_pyramids"]
 
     def __init__(
         self,
@@ -91,11 +91,14 @@ class UHRBatProcessor(ProcessorMixin):
                 as theirs would be, and the features are handed on to the model. They may repeat, as the same image does
                 that is asked about in several prompts.
             budgets: int[S], visual tokens that each scale may spend in one prompt; one number for all scales together.
+            max_tiles: tiles that may go through the vision tower for one prompt, shared by its images: tiles of finer
+                scales are then read and encoded where the question looks. With `native` the scales are levels down to
+                the image's own resolution; a list of default budgets then counts as their sum.
 
         Returns:
             input_ids, attention_mask: long[B, M], every placeholder repeated once per visual token;
             pixel_values: float[I, T, 3, tile, tile]; pixel_attention_mask: [I, N], 1 where a patch shows the image; or
-            image_features, as they came;
+            image_features, as they came; or with `max_tiles` image_pyramids: list[I] of [`ImagePyramid`];
             token_counts: long[I, S], exact number of visual tokens per image and scale; [I, 1] for one budget;
             images_per_prompt: long[B].
 
@@ -169,16 +172,30 @@ class UHRBatProcessor(ProcessorMixin):
     def _process_images(self, images, budgets=None, images_per_prompt=None, **kwargs):
         """Adds the exact number of visual tokens per image and scale to what the image processor returns."""
         images = flatten_images(images)
+        scales = kwargs.get("scales") or self.image_processor.scales
+        if images_per_prompt is None:
+            images_per_prompt = [1] * len(images)
         if all(map(_is_encoded, images)):
-            scales = self.image_processor.scales
+            images = _share_tiles(images, kwargs.get("max_tiles"), images_per_prompt)
             inputs, available = {"image_features": images}, [image.available for image in images]
         else:
             inputs = self.image_processor(images, **kwargs)
-            scales = kwargs.get("scales") or self.image_processor.scales
-            available = self._count_shown(np.asarray(inputs["pixel_attention_mask"]), scales)
-        budgets = self.default_budgets if budgets is None else budgets
-        if images_per_prompt is None:
-            images_per_prompt = [1] * len(images)
+            if "image_pyramids" in inputs:
+                max_tiles = kwargs.get("max_tiles") or self.image_processor.max_tiles
+                images = _share_tiles(inputs["image_pyramids"], max_tiles, images_per_prompt)
+                inputs, available = {"image_pyramids": images}, [image.available for image in images]
+            else:
+                available = self._count_shown(np.asarray(inputs["pixel_attention_mask"]), scales)
+        own_levels = any(list(getattr(image, "scales", scales)) != list(scales) for image in images)
+        if budgets is None:
+            budgets = self.default_budgets
+            if own_levels and not is_one_budget(budgets):
+                budgets = sum(budgets)
+        if own_levels and not is_one_budget(budgets):
+            raise ValueError(
+                f"`budgets` {list(budgets)} are for the scales {list(scales)}, but images have levels of their own "
+                "(`native`): give one number for all levels."
+            )
         counts = count_tokens(budgets, scales, images_per_prompt, available)
         inputs["token_counts"], inputs["images_per_prompt"] = np.array(counts), np.array(images_per_prompt)
         return inputs, [self.image_token * sum(count) for count in counts]
@@ -221,6 +238,18 @@ class UHRBatProcessor(ProcessorMixin):
     @property
     def model_input_names(self):
         return [*super().model_input_names, "token_counts", "images_per_prompt"]
+
+
+def _share_tiles(images, max_tiles, images_per_prompt):
+    """Pyramids, or what they were encoded to, each with its share of the tiles of its prompt; images that are encoded whole
+    as they are."""
+    if max_tiles is None:
+        return images
+    shares = [share for number in images_per_prompt for (share,) in split_budgets(max_tiles, ["all"], number) if number]
+    return [
+        image.with_max_tiles(share) if hasattr(image, "with_max_tiles") else image
+        for image, share in zip(images, shares)
+    ]
 
 
 def _is_encoded(image) -> bool:

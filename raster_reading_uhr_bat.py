@@ -57,7 +57,37 @@ def _stretch(values, low, high):
 # The image
 
 
-class RasterImage:
+class ImageSource:
+    """An image that is read part by part and never held whole: what the views and the pyramid ask of it. A raster, or a
+    class of your own that makes pixels when they are asked for.
+
+    Attributes:
+        height, width: in pixels.
+        filename: what errors call it.
+        masked: whether some of its pixels may be no part of the image.
+    """
+
+    masked = False
+
+    def for_scale(self, side: int) -> "ImageSource":
+        """The image to make views of at most `side` pixels from: itself, or a smaller copy that has at least so many."""
+        return self
+
+    def parts(self):
+        """A context manager that gives a function: (top, left, bottom, right) in pixels of this image -> (uint8[h, w, 3],
+        bool[h, w] of those that are part of it; None of an image that is not `masked`)."""
+        raise NotImplementedError
+
+    def masked_strips(self, num_rows: int) -> Iterator[tuple[Image.Image, np.ndarray | None]]:
+        """The image from top to bottom in strips of `num_rows` rows, the last one of what is left: RGB, and which of its
+        pixels are part of the image, bool[h, w], or None where all are."""
+        with self.parts() as read:
+            for start in range(0, self.height, num_rows):
+                pixels, valid = read(start, 0, min(start + num_rows, self.height), self.width)
+                yield Image.fromarray(pixels), valid
+
+
+class RasterImage(ImageSource):
     """A raster that is read from top to bottom, some rows at a time, and never held whole.
 
     What the views ask of it is `height`, `width`, `masked` and `masked_strips`; errors name `filename`. It is read again
@@ -367,6 +397,27 @@ class RasterImage:
             def read(*box):
                 with self._dataset() as dataset:
                     return self._read(dataset, *box)
+
+            yield read
+
+    @contextmanager
+    def parts(self):
+        """A function for a `with` block that reads boxes (top, left, bottom, right) in pixels of this image: (uint8[h, w,
+        3], bool[h, w] of those that are part of it; None of an image that is not `masked`). One thread reads all boxes of
+        a block. Raises `OSError` where the file turns out to be damaged."""
+        top, left, bottom, right = self._part
+        # 1 but for overviews, whose pixels may be no whole number of the file's.
+        steps = (bottom - top) / self.height, (right - left) / self.width
+        with self._dataset() as dataset:
+
+            def read(*box):
+                size = box[2] - box[0], box[3] - box[1]
+                if self._factor == 1:
+                    box = [edge + start for edge, start in zip(box, (top, left) * 2)]
+                else:
+                    box = [edge * step + start for edge, step, start in zip(box, steps * 2, (top, left) * 2)]
+                values, valid = self._read(dataset, box, size)
+                return self._to_rgb(values), valid
 
             yield read
 

@@ -124,15 +124,15 @@ class Straightforward:
         by_tile = by_tile.transpose(1, 2).flatten()
         shown = torch.isin(by_tile, places[0])
         anchor, anchor_places = anchor[shown], by_tile[shown]
-        anchor = anchor + scale_embedding(0, anchor_places).to(anchor)
+        anchor = anchor + scale_embedding(self.config.scales[0], anchor_places).to(anchor)
         # ... and the selection encodes them once more.
         tokens = []
-        for scale_idx, encoded in enumerate(self._encode(tiles)):
+        for scale_idx, (scale, encoded) in enumerate(zip(self.config.scales, self._encode(tiles))):
             height, width = self.config.grids[scale_idx]
             raster = encoded.view(height // p, width // p, p, p, -1).transpose(1, 2).reshape(height * width, -1)
             raster = raster[places[scale_idx]]
             for _ in range(self.config.scale_embedding_additions):
-                raster = raster + scale_embedding(scale_idx, places[scale_idx]).to(raster)
+                raster = raster + scale_embedding(scale, places[scale_idx]).to(raster)
             tokens.append(raster)
         return anchor, anchor_places, tokens, places
 

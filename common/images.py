@@ -61,6 +61,23 @@ def add_image_arguments(parser: ArgumentParser):
     )
 
 
+def add_tile_arguments(parser: ArgumentParser):
+    """The options of looking closer where the question looks."""
+    group = parser.add_argument_group("how much of the image is encoded")
+    group.add_argument(
+        "--max-tiles", type=int, metavar="N",
+        help="tiles that go through the vision tower, those where the question looks (default: all of every scale)",
+    )  # fmt: skip
+    group.add_argument(
+        "--native", action="store_true", help="with --max-tiles: down to the image's own resolution, level by level"
+    )
+
+
+def tile_options(args: Namespace) -> dict:
+    """What `add_tile_arguments` read, as the processor takes it."""
+    return {"max_tiles": args.max_tiles, "native": args.native or None}
+
+
 def image_options(args: Namespace) -> dict:
     """What `add_image_arguments` read, as `open_image` takes it."""
     return {name: getattr(args, name) for name in ("bands", "value_range", "window", "max_image_pixels")}

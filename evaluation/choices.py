@@ -43,7 +43,16 @@ RULES = {
 BLIND = {"DivPrune": diversity, "ToMe": similarity_merging, "uniform": uniform}
 CHOICES = (*BLIND, "k-means merge")
 DOWNSAMPLING = "downsampling"
-ROWS = (*RULES, *CHOICES, DOWNSAMPLING)
+# By the rules of REFINED, but of the tiles behind the anchor's only the quarter is encoded where the question looks.
+ZOOMED, ENCODED_SHARE = "distinct, refined, a quarter of the tiles", 1 / 4
+ROWS = (*RULES, ZOOMED, *CHOICES, DOWNSAMPLING)
+
+
+def encode_share(model, processor, image):
+    """The image, encoded where a question looks, a share of its tiles behind the anchor's."""
+    (pyramid,) = processor.image_processor(image, max_tiles=10**6)["image_pyramids"]
+    anchor, *finer = [int((pyramid.num_shown(idx) > 0).sum()) for idx in range(len(pyramid.scales))]
+    return model.encode_image(image_pyramids=[pyramid.with_max_tiles(anchor + round(ENCODED_SHARE * sum(finer)))])[0]
 
 
 def choose(method, model, features, counts) -> list[torch.Tensor]:
@@ -89,7 +98,7 @@ def one_scale_model(model, side):
     single = copy.deepcopy(model)
     config = single.config
     nearest = min(range(len(config.scales)), key=lambda scale: abs(config.scales[scale] - side))
-    config.scales, config.budgets = [side], [(side // config.patch_size) ** 2]
+    config.scales, config.native_scales, config.budgets = [side], [], [(side // config.patch_size) ** 2]
     embedding = UHRBatScaleEmbedding(config).to(model.device)
     embedding.load_state_dict(
         {

@@ -45,8 +45,10 @@ from .choices import (
     ROWS,
     RULES,
     TOP_K,
+    ZOOMED,
     Downsampling,
     choose,
+    encode_share,
     gather,
     keeps,
 )
@@ -137,20 +139,23 @@ def choices_without_a_question(model, image, features, fraction, methods, downsa
     return chosen
 
 
-def answers_from_a_fraction(model, processor, question, features, fraction, methods, blind, evidence) -> list[Answer]:
+def answers_from_a_fraction(
+    model, processor, question, features, fraction, methods, blind, evidence, zoomed=None
+) -> list[Answer]:
     """From what each method chooses of a fraction of the tokens.
 
     Args:
+        zoomed: the image for the row ZOOMED, from `encode_share`.
         blind: what `choices_without_a_question` returned.
         evidence: of every object that has to be seen, its (scale, position).
     """
     prompt = write_prompt(processor, question.text).to(model.device)
     visual, kept = [], []
     for method in methods:
-        if method in RULES:
-            rules, proportions = RULES[method]
+        if method in RULES or method == ZOOMED:
+            rules, proportions = RULES[REFINED if method == ZOOMED else method]
             counts = counts_of_fraction(fraction, features.available, proportions)
-            images = {"image_features": [features], "token_counts": torch.tensor([counts])}
+            images = {"image_features": [zoomed if method == ZOOMED else features], "token_counts": [counts]}
             compressed = model.compress(**prompt, **images, rules=rules)
             tokens = compressed.pooler_output[0]
             slots = [slot[positions] for slot, positions in zip(compressed.slots[0], features.positions)]
@@ -169,6 +174,7 @@ def ask_scene(model, processor, downsampling, scene, fractions, methods, control
     if specks:
         add_specks(image, specks, np.random.default_rng([scene.seed, 4]))
     (features,) = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
+    zoomed = encode_share(model, processor, image) if ZOOMED in methods else None
     blind = {one: choices_without_a_question(model, image, features, one, methods, downsampling) for one in fractions}
     records = []
     for kind in questions.KINDS:
@@ -178,7 +184,9 @@ def ask_scene(model, processor, downsampling, scene, fractions, methods, control
         evidence = evidence_of(scene, question, model.config.grids)
         answers = answers_without_a_choice(model, processor, question, features, control)
         for one in fractions:
-            answers += answers_from_a_fraction(model, processor, question, features, one, methods, blind[one], evidence)
+            answers += answers_from_a_fraction(
+                model, processor, question, features, one, methods, blind[one], evidence, zoomed
+            )
         for one in answers:
             records.append({
                 "scene": scene.seed, "kind": kind, "method": one.method, "fraction": one.fraction,
@@ -267,7 +275,7 @@ def report(result) -> str:
         "finest scales (questions that need an object only). Differences of accuracy are paired by question. Scales "
         "share the tokens 16:24:40:66, or 4:8:40:94 (distinct with budgets per scale; refined, that is UHR-BAT-Tiny's "
         "default), or compete for them (top-k with one budget, distinct, distinct with its regions told of, distinct "
-        "and refined).",
+        "and refined, from all tiles or from a quarter of those behind the anchor's, chosen by the question).",
         table(
             ["tokens", "method", "mean number", "accuracy", "kept", *[f"minus {name}" for name in BASELINES.values()]],
             [
@@ -311,7 +319,9 @@ def plot(result, path):
                 continue
             x = [100 * row["fraction"] for row in rows]
             mean, low, high = 100 * np.array([row[name] for row in rows]).T
-            style = {"linestyle": "-", "marker": "o"} if method in RULES else {"linestyle": "--", "marker": "x"}
+            style = (
+                {"linestyle": "-", "marker": "o"} if method in (*RULES, ZOOMED) else {"linestyle": "--", "marker": "x"}
+            )
             axes.errorbar(x, mean, (mean - low, high - mean), label=method, capsize=2, color=colours[method], **style)
         if name == "accuracy":
             for method, style in (FULL, "-"), (TEXT_ONLY, ":"):

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import ImageDraw
 
 from ..common.commands import tells_errors
 from ..common.extras import require
@@ -62,7 +63,7 @@ def plant_ships(image, num_ships: int, seed: int = 0) -> np.ndarray:
     """Paint ships, 2 to 4 pixels of the finest scale long, at random places into it; float[num_ships, 2] their centres,
     (row, column) in pixels, no two nearer than three ships' length."""
     rng = np.random.default_rng(seed)
-    painter = painting.Painter(image, rng)
+    painter = painting.Painter(ImageDraw.Draw(image), rng, image.width / layout.WIDTH)
     colours, bottom = list(layout.PAINTS.values()), layout.WIDTH * image.height / image.width
     places = []
     for _ in range(30 * num_ships):

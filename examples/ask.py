@@ -2,6 +2,7 @@
 
     uhr-bat ask [IMAGE] [QUESTION] [--model DIR] [--budgets 16,24,40,66] [--max-new-tokens 64]
                 [--bands 4,3,2] [--value-range 0,2047] [--window 0,0,4096,4096] [--max-pixels N]
+                [--max-tiles N [--native]]
 
 Without an image it asks about the made-up scene, which is painted into the working folder when it is missing.
 """
@@ -16,7 +17,7 @@ from pathlib import Path
 from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import budgets
 from ..common.commands import tells_errors
-from ..common.images import add_image_arguments, image_options
+from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
 from ..scenes import painting
 
@@ -49,7 +50,7 @@ def token_bar(total):
     return TokenBar()
 
 
-def ask(image_path, question, model_path, budgets, max_new_tokens, options):
+def ask(image_path, question, model_path, budgets, max_new_tokens, options, tiles):
     """Run every stage by itself and print the answer and what it cost."""
     seconds = {}
     with timed(seconds, "load"):
@@ -66,7 +67,7 @@ def ask(image_path, question, model_path, budgets, max_new_tokens, options):
 
     with timed(seconds, "preprocess"):
         image_inputs = processor.image_processor(
-            image, max_image_pixels=options["max_image_pixels"], return_tensors="pt"
+            image, max_image_pixels=options["max_image_pixels"], return_tensors="pt", **tiles
         )
         image_inputs = image_inputs.to(model.device)
     with torch.inference_mode():
@@ -88,18 +89,25 @@ def ask(image_path, question, model_path, budgets, max_new_tokens, options):
             )
     spent = [len(tokens) for tokens in compressed.tokens[0]]
     print(f"\nQuestion: {question}\nAnswer: {answer_text(processor, inputs['input_ids'], output)}\n")
-    print_tokens(model.config, features[0].available, budgets or model.config.budgets, spent)
+    counts = inputs["token_counts"][0].tolist()
+    seen = [int((importance > 0).sum()) for importance in compressed.importance[0]]
+    print_tokens(features[0], seen, budgets or model.config.budgets, counts, spent)
     print_seconds(seconds)
 
 
-def print_tokens(config, available, budgets, spent):
-    """Table of the visual tokens of every scale; `available` are those that show more than the letterbox."""
-    row = "{:>9} {:>9} {:>11} {:>8} {:>8}".format
+def print_tokens(image, seen, budgets, counts, spent):
+    """Table of the visual tokens of every scale. `seen`: those that the question had to choose from; `counts`: those that
+    were promised, of every scale or of all."""
+    row = "{:>9} {:>11} {:>11} {:>8} {:>8}".format
     print(row("scale", "grid", "tokens seen", "budget", "spent"))
-    per_scale = [""] * len(spent) if is_one_budget(budgets) else budgets
-    for scale, (height, width), *counts in zip(config.scales, config.grids, available, per_scale, spent):
-        print(row(f"{scale} px", f"{height} x {width}", *counts))
-    print(row("all", "", sum(available), budgets if is_one_budget(budgets) else sum(budgets), sum(spent)))
+    one = is_one_budget(budgets) or len(counts) < len(spent)
+    per_scale = [""] * len(spent) if one else budgets
+    for scale, (height, width), *numbers in zip(image.scales, image.grids, seen, per_scale, spent):
+        print(row(f"{scale} px", f"{height} x {width}", *numbers))
+    total = budgets if is_one_budget(budgets) else sum(budgets)
+    print(row("all", "", sum(seen), total, sum(spent)))
+    if pyramid := getattr(image, "pyramid", None):
+        print(f"Tiles encoded: {sum(pyramid.num_chosen)} of {sum(map(pyramid.num_tiles, range(len(image.scales)))):,}")
 
 
 def print_seconds(seconds):
@@ -119,6 +127,7 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     add_image_arguments(parser)
+    add_tile_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     if args.image is None:
@@ -127,7 +136,15 @@ def main(arguments=None) -> int:
             print(f"Painting the example scene, once: {args.image}", file=sys.stderr, flush=True)
             painting.write()
     check_files(args.image, args.model)
-    ask(args.image, args.question, args.model, args.budgets, args.max_new_tokens, image_options(args))
+    ask(
+        args.image,
+        args.question,
+        args.model,
+        args.budgets,
+        args.max_new_tokens,
+        image_options(args),
+        tile_options(args),
+    )
     return 0
 
 

@@ -24,6 +24,8 @@ CONTEXT_WINDOW = 4096
 BUDGETS = [4, 8, 40, 94]  # 4 % of the 3,648 tokens, most of them where objects of few pixels show
 # The rule that answers most questions about validation scenes (training/README.md).
 RULES = {"selector": "distinct", "refinement": [16, 48, 128], "refinement_layers": [1, 1, 2]}
+# Levels of large images that have a scale vector of their own: up to 24,576 px, twice as large each time.
+NATIVE_SCALES = [768 * 2**depth for depth in range(6)]
 VOCAB_SIZE = 1024
 # Where training starts: about 1/sqrt(192), one over the root of the width.
 INITIALIZER_RANGE = 0.06
@@ -145,6 +147,7 @@ def tiny_config(tokenizer):
         num_regions=4,
         coord_weight=8.0,
         **RULES,
+        native_scales=NATIVE_SCALES,
         image_token_index=image,
         importance_layer=1,
         scale_embedding_grid=8,

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..common.budgets import budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
-from ..common.images import add_image_arguments, image_options
+from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
 from ..raster_reading_uhr_bat import RasterImage
 from . import Georeference, check_vectors, evidence_frame, read_georeference, write_page, write_raster, write_vectors
@@ -30,15 +30,15 @@ ENDINGS = {
 }
 
 
-def ask(processor, model, image, question, budgets, max_new_tokens, max_image_pixels=None):
-    """(what `compress` returned, the answer) for one image."""
+def ask(processor, model, image, question, budgets, max_new_tokens, **options):
+    """(what `compress` returned, the answer) for one image; `options` are those of the image processor."""
     import torch
 
     from ..common.prompts import answer_text, prompt_text
 
     print("Encoding ...", file=sys.stderr, flush=True)
     with torch.inference_mode():
-        image_inputs = processor.image_processor(image, max_image_pixels=max_image_pixels, return_tensors="pt")
+        image_inputs = processor.image_processor(image, return_tensors="pt", **options)
         image_inputs = image_inputs.to(model.device)
         inputs = processor(
             text=prompt_text(processor, question),
@@ -68,20 +68,20 @@ def draw(args):
     georeference = Georeference(image.transform, image.crs) if is_raster else read_georeference(args.image)
     for path in filter(None, (args.geojson, args.geopackage)):
         check_vectors(path, georeference.crs)
-    options = args.budgets, args.max_new_tokens, args.max_image_pixels
-    compressed, answer = ask(processor, model, image, args.question, *options)
+    options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}
+    compressed, answer = ask(processor, model, image, args.question, args.budgets, args.max_new_tokens, **options)
 
     about = {"image": Path(args.image).name, "question": args.question, "answer": answer}
     if args.model.resolve() == ROOT:
         about["note"] = WEIGHTS_NOTE
-    seen = (image.height, image.width), model.config.scales
+    seen = (image.height, image.width), compressed.scales[0]
     frame = evidence_frame(compressed, *seen, transform=georeference.transform, crs=georeference.crs)
     pixel_frame = evidence_frame(compressed, *seen)
     writers = {
         "geojson": lambda path: write_vectors(frame, path, about, georeference.words),
         "geopackage": lambda path: write_vectors(frame, path, about, georeference.words),
         "raster": lambda path: write_raster(path, compressed, *seen, about, georeference),
-        "page": lambda path: write_page(path, compressed, pixel_frame, image, model.config.scales, about, georeference),
+        "page": lambda path: write_page(path, compressed, pixel_frame, image, seen[1], about, georeference),
     }
     print(f"Question: {args.question}\nAnswer: {answer}")
     if "note" in about:
@@ -109,6 +109,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     add_image_arguments(parser)
+    add_tile_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     check_files(args.image, args.model)

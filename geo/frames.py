@@ -36,7 +36,7 @@ def evidence_frame(
     Args:
         compressed: what `model.compress` returned.
         image_size: (height, width) in pixels of the image that the model saw.
-        scales: sides of the views in pixels, `model.config.scales`.
+        scales: sides of the views in pixels, `compressed.scales[image_idx]`.
         transform: from pixels to coordinates (`token_corners`), as rasterio's. None: geometry in pixels (column, row).
         crs: of these coordinates, anything that geopandas takes.
         image_idx: which image of the batch.

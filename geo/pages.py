@@ -45,7 +45,7 @@ def write_page(
         compressed: what `model.compress` returned.
         frame: of `evidence_frame` in pixels of the image, without a transform.
         image: that the model saw, as `processor.image_processor.fetch_images` returns it.
-        scales: sides of the views in pixels, `model.config.scales`.
+        scales: sides of the views in pixels, `compressed.scales[image_idx]`.
         about: texts, shown as they are: `question`, `answer`, `image` (its name), and perhaps `note`, which stands
             below the answer.
         georeference: of the image, for the coordinates of places.

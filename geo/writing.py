@@ -101,7 +101,7 @@ def write_raster(
         path: written whole or not at all.
         compressed: what `model.compress` returned.
         image_size: (height, width) in pixels of the image that the model saw.
-        scales: sides of the views in pixels, `model.config.scales`.
+        scales: sides of the views in pixels, `compressed.scales[image_idx]`.
         about: name -> text, as question and answer: tags of the file.
         georeference: of the image.
         image_idx: which image of the batch.

@@ -3,7 +3,7 @@
     uhr-bat pictures IMAGE "QUESTION" [--output DIR] [--budgets 32,64,128,256 ...] [--model DIR]
 
 Writes attention.png, regions.png, kept.png (the first budget), budgets.png (all of them), pruning.png (85, 95 and
-97.5 % fewer tokens at every scale) and tsne.png.
+97.5 % fewer tokens at every scale) and, without --max-tiles, tsne.png.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from ..common.budgets import budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
-from ..common.images import add_image_arguments, image_options
+from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, check_files, load_model
 from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
 
@@ -34,7 +34,7 @@ def budget_name(budgets):
     return f"{sum(budgets):,} tokens ({', '.join(map(str, budgets))})"
 
 
-def draw(image_path, question, output, budgets, model_path, width, options):
+def draw(image_path, question, output, budgets, model_path, width, options, tiles):
     """Write the pictures into `output`, and print their names."""
     print("Loading ...", file=sys.stderr, flush=True)
     import torch
@@ -49,15 +49,19 @@ def draw(image_path, question, output, budgets, model_path, width, options):
     inputs = write_prompt(processor, question).to(model.device)
     with torch.inference_mode():
         limit = options["max_image_pixels"]
-        image_inputs = processor.image_processor(image, max_image_pixels=limit, return_tensors="pt")
+        image_inputs = processor.image_processor(image, max_image_pixels=limit, return_tensors="pt", **tiles)
         features = model.encode_image(**image_inputs.to(model.device))
-        seen = [len(tokens) for tokens in features[0].tokens]
+        seen = features[0].available
+        if tiles["native"]:  # levels of its own, which share one budget
+            budgets, seen = [one if is_one_budget(one) else sum(one) for one in budgets], [sum(seen)]
         chosen = {
             budget_name(budget): model.compress(**inputs, image_features=features, budgets=budget) for budget in budgets
         }
         pruned = {
             f"Prune {percent:g} %": model.compress(
-                **inputs, image_features=features, budgets=pruned_budgets(seen, percent)
+                **inputs,
+                image_features=features,
+                budgets=sum(pruned_budgets(seen, percent)) if tiles["native"] else pruned_budgets(seen, percent),
             )
             for percent in PRUNING
         }
@@ -71,8 +75,9 @@ def draw(image_path, question, output, budgets, model_path, width, options):
         "pruning": lambda: budgets_picture(
             pruned, image, question, title="What is left as ever more tokens are pruned", width=width
         ),
-        "tsne": lambda: tsne_picture(first, features[0].tokens[-1], width=width),
     }
+    if tiles["max_tiles"] is None:  # of tokens that are all there, whatever the question
+        drawings["tsne"] = lambda: tsne_picture(first, features[0].tokens[-1], width=width)
     for name, drawing in drawings.items():
         with whole_files(output) as built:
             drawing().save(built / f"{name}.png")
@@ -97,13 +102,23 @@ def main(arguments=None) -> int:
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--width", type=int, default=1400, metavar="PX", help="width of the pictures (default: 1400)")
     add_image_arguments(parser)
+    add_tile_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     check_files(args.image, args.model)
     if args.width < 600:
         raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")
     require("pictures", "matplotlib", "sklearn")
-    draw(args.image, args.question, args.output, args.budgets, args.model, args.width, image_options(args))
+    draw(
+        args.image,
+        args.question,
+        args.output,
+        args.budgets,
+        args.model,
+        args.width,
+        image_options(args),
+        tile_options(args),
+    )
     return 0
 
 

@@ -65,15 +65,16 @@ def draw_attention(
 
 def draw_regions(image: Image.Image, regions, grid: tuple[int, int], image_size=None) -> Image.Image:
     """Regions long[N] as tints, with lines between them where tokens are large; tokens that are a region of their own
-    stay grey."""
+    stay grey, and what was not encoded is dark."""
     regions = np.asarray(regions)
     sizes = np.bincount(regions[regions >= 0], minlength=1)
     tints = np.array([parse_colour(colour) for colour in PALETTE])[np.arange(len(sizes)) % len(PALETTE)]
-    tokens = _tokens_of_pixels(image, grid, image_size)
-    own, labels = (sizes == 1)[regions][tokens], regions[tokens]
+    labels = regions[_tokens_of_pixels(image, grid, image_size)]
+    own, unseen = (sizes == 1)[labels.clip(0)], labels < 0
 
     grey = np.asarray(image.convert("L"), np.float64)[..., None]
     drawn = np.where(own[..., None], grey, 0.5 * grey + 0.5 * tints[labels])
+    drawn = np.where(unseen[..., None], DROPPED_BRIGHTNESS * grey, drawn)
     line = np.zeros(labels.shape, bool)
     line[:, 1:] |= labels[:, 1:] != labels[:, :-1]
     line[1:] |= labels[1:] != labels[:-1]

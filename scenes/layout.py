@@ -10,7 +10,7 @@ boxes (x, y, width, height), as in Pillow.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import numpy as np
@@ -35,6 +35,13 @@ MOST_OBJECTS = 4  # in one site
 OBJECTS_OUTSIDE = (20, 40)
 # Side of a square of the object's area, in pixels of the finest scale, and how often each range is drawn.
 OBJECT_SIZES = {(1.5, 2.5): 0.1, (2.5, 4.5): 0.3, (4.5, 8.0): 0.6}
+# The same of scenes with native objects, in pixels of the image itself.
+NATIVE_SIZES = {(2.0, 3.0): 0.15, (3.0, 4.5): 0.25, (4.5, 8.0): 0.6}
+NATIVE_WIDTHS = (4000, 16000)  # px, of images with such objects
+# Native objects stand on pads, as cars in a car park do: what can be seen of them from afar. As many in every site,
+# whatever stands on them, so that pads give no answer away.
+PAD_SIDE = 70  # units: 2.7 px of the finest scale
+PADS_PER_SITE, EMPTY_PADS_OUTSIDE = 5, 10
 
 
 @dataclass(frozen=True)
@@ -83,11 +90,23 @@ class Object:
 
 
 @dataclass(frozen=True)
+class Pad:
+    """A light square of PAD_SIDE units around `centre`, turned by `angle` (radians), with one object on it or none."""
+
+    centre: tuple[float, float]
+    angle: float
+
+
+@dataclass(frozen=True)
 class Scene:
+    """`width`: pixels of the image whose own pixels the sizes of objects are drawn in; None: those of the finest scale."""
+
     seed: int
     aspect: float
     sites: tuple[Site, ...]
     objects: tuple[Object, ...]
+    pads: tuple[Pad, ...] = ()
+    width: int | None = None
 
     @property
     def height(self) -> float:
@@ -109,11 +128,19 @@ class Scene:
         return np.stack(((points[..., 1] + top) / WIDTH, points[..., 0] / WIDTH), axis=-1)
 
 
-def make_scene(seed: int, aspect: float | None = None, objects_outside: tuple[int, int] = OBJECTS_OUTSIDE) -> Scene:
+def make_scene(
+    seed: int,
+    aspect: float | None = None,
+    objects_outside: tuple[int, int] = OBJECTS_OUTSIDE,
+    width: int | None = None,
+) -> Scene:
     """Lay out a scene: sites apart from each other and inside one quadrant each, objects inside and outside them.
 
-    `objects_outside`: fewest and most objects that stand in no site; fewer where there is no room.
+    Args:
+        objects_outside: fewest and most objects that stand in no site; fewer where there is no room.
+        width: of an image in pixels: objects then are 2 to 8 of these large, whatever the width, and stand on pads.
     """
+    sizes, pixels = (OBJECT_SIZES, FINEST) if width is None else (NATIVE_SIZES, width)
     rng = np.random.default_rng(seed)
     aspect = ASPECTS[rng.integers(len(ASPECTS))] if aspect is None else aspect
     height, radius = WIDTH / aspect, SITE_SIDE * 0.6
@@ -135,11 +162,11 @@ def make_scene(seed: int, aspect: float | None = None, objects_outside: tuple[in
     )
 
     def draw(centre, site):
-        ranges = list(OBJECT_SIZES)
-        low, high = ranges[rng.choice(len(ranges), p=list(OBJECT_SIZES.values()))]
+        ranges = list(sizes)
+        low, high = ranges[rng.choice(len(ranges), p=list(sizes.values()))]
         return Object(
             OBJECTS[rng.integers(len(OBJECTS))], list(PAINTS)[rng.integers(len(PAINTS))], tuple(map(float, centre)),
-            rng.uniform(0, 2 * math.pi), rng.uniform(low, high) * WIDTH / FINEST, site,
+            rng.uniform(0, 2 * math.pi), rng.uniform(low, high) * WIDTH / pixels, site,
         )  # fmt: skip
 
     objects = []
@@ -156,4 +183,33 @@ def make_scene(seed: int, aspect: float | None = None, objects_outside: tuple[in
         free = all(math.dist(place, other.centre) > SITE_SIDE / 3 for other in objects)
         if len(objects) < most and far and free:
             objects.append(draw(place, None))
-    return Scene(seed, aspect, sites, tuple(objects))
+    if width is None:
+        return Scene(seed, aspect, sites, tuple(objects))
+    return Scene(seed, aspect, sites, *_put_on_pads(rng, height, sites, objects), width)
+
+
+def _put_on_pads(rng, height, sites, objects) -> tuple[tuple[Object, ...], tuple[Pad, ...]]:
+    """The objects, moved off the middle of the pads on which they stand now, and all pads, empty ones among them."""
+
+    def pad(centre):
+        return Pad(tuple(map(float, centre)), rng.uniform(0, math.pi))
+
+    def is_free(place, reach):
+        return all(math.dist(place, one.centre) > reach for one in pads)
+
+    pads = [pad(thing.centre) for thing in objects]
+    for index, site in enumerate(sites):
+        missing = PADS_PER_SITE - sum(thing.site == index for thing in objects)
+        while missing:
+            place = site.placed((rng.integers(3, size=2) + rng.uniform(0.4, 0.6, 2)) * SITE_SIDE / 3 - SITE_SIDE / 2)
+            if is_free(place, SITE_SIDE / 6):
+                pads.append(pad(place))
+                missing -= 1
+    for place in rng.uniform((200, 200), (WIDTH - 200, height - 200), (EMPTY_PADS_OUTSIDE, 2)):
+        if is_free(place, SITE_SIDE / 3) and all(math.dist(place, site.centre) > SITE_SIDE for site in sites):
+            pads.append(pad(place))
+    moved = []
+    for thing in objects:
+        room = max(PAD_SIDE / 2 - thing.size, 0)
+        moved.append(replace(thing, centre=tuple(map(float, rng.uniform(-room, room, 2) + thing.centre))))
+    return tuple(moved), tuple(pads)

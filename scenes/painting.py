@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from ..common.files import whole_files
-from .layout import FINEST, PAINTS, SITE_SIDE, WIDTH, Scene, make_scene
+from .layout import FINEST, PAD_SIDE, PAINTS, SITE_SIDE, WIDTH, Scene, make_scene
 
 DEFAULT_PATH = Path("made_up_scene.jpg")  # in the working folder
 DEFAULT_SIZE = (10000, 8000)
@@ -24,6 +24,8 @@ CELL = 72  # units: side of a tree, and of a cell of the smooth noise
 FIELDS = [(118, 134, 74), (92, 117, 62), (146, 146, 88), (164, 150, 108), (133, 113, 84), (78, 104, 58)]
 ROOFS = [(158, 92, 74), (172, 110, 88), (140, 138, 134), (188, 186, 180), (120, 110, 102), (208, 205, 198)]
 CONCRETE, ASPHALT, YARD, TREE, SHADOW = (182, 178, 168), (110, 110, 112), (134, 132, 108), (60, 84, 48), (44, 50, 44)
+GRAIN = 2.5  # standard deviation, of 255
+PAD = (224, 150, 110)  # of no site, and of no object
 SEA = [(0, (16, 46, 76)), (90, (30, 78, 104)), (122, (74, 134, 134)), (126, (196, 208, 200)), (132, (206, 190, 150))]
 
 
@@ -50,11 +52,18 @@ def split(rng, box, smallest):
 
 
 class Painter:
-    """Draws shapes given in units, in the frame that `origin` and `angle` place on the canvas."""
+    """Draws shapes given in units, in the frame that `origin` and `angle` place on the canvas.
 
-    def __init__(self, canvas, rng):
-        self.draw, self.rng, self.unit = ImageDraw.Draw(canvas), rng, canvas.width / WIDTH
+    Args:
+        draw: Pillow's `ImageDraw`, or what has its polygon, line and ellipse.
+        rng: numpy.random.Generator.
+        unit: pixels of the canvas.
+    """
+
+    def __init__(self, draw, rng, unit):
+        self.draw, self.rng, self.unit = draw, rng, unit
         self.origin, self.angle = (0, 0), 0.0
+        self.shadow_step = max(1, round(1 / unit))  # a pixel
 
     def place(self, points, shift=0):
         (x, y), sine, cosine = self.origin, math.sin(self.angle), math.cos(self.angle)
@@ -69,8 +78,7 @@ class Painter:
 
     def polygon(self, points, colour, height=0):
         """A flat shape, or one that throws a shadow as long as it is high."""
-        step = max(1, round(1 / self.unit))  # a pixel
-        for shift in range(height // step * step, -1, -step):
+        for shift in range(height // self.shadow_step * self.shadow_step, -1, -self.shadow_step):
             self.draw.polygon(self.place(points, shift), fill=SHADOW if shift else colour)
 
     def box(self, box, colour, inset=0, height=0):
@@ -180,6 +188,10 @@ class Painter:
         for x, y, radius in (-80, -520, 90), (480, -200, 100), (-520, 60, 80), (60, 520, 90), (500, 520, 80):
             self.disc(x, y, radius, (238, 222, 172))
 
+    def pad(self, pad):
+        self.origin, self.angle = pad.centre, pad.angle
+        self.box((-PAD_SIDE / 2, -PAD_SIDE / 2, PAD_SIDE, PAD_SIDE), self.vary(PAD))
+
     def object(self, thing):
         """A shape with an area of about size squared, of one colour but for a small dark part."""
         self.origin, self.angle, s = thing.centre, thing.angle, thing.size
@@ -201,16 +213,14 @@ class Painter:
             self.disc(0, 0, 0.17 * s, dark)
 
 
-def render(scene: Scene, size=DEFAULT_SIZE) -> Image.Image:
-    """The scene as an RGB image; the same scene and size give the same pixels."""
-    rng = np.random.default_rng([scene.seed, 1])
-    soft = (WIDTH // CELL, max(round(scene.height) // CELL, 1))  # what is smooth is made small, at any size
+def soft_size(scene) -> tuple[int, int]:
+    """(width, height) of what is smooth: it is made small, at any size."""
+    return WIDTH // CELL, max(round(scene.height) // CELL, 1)
 
-    def enlarge(field):
-        return Image.fromarray(np.float32(128 + field)).resize(size, Image.BICUBIC).convert("L")
 
-    canvas = Image.new("RGB", size, YARD)
-    painter = Painter(canvas, rng)
+def draw_land(painter, scene) -> np.ndarray:
+    """Fields, trees, towns and roads; float[h, w] of `soft_size`: where the sea lies, below a level that SEA has."""
+    rng, soft = painter.rng, soft_size(scene)
     painter.fields(scene.height)
     x, y = np.meshgrid(np.linspace(-0.5, 0.5, soft[0]), np.linspace(-0.5, 0.5, soft[1]))
     turn, distance = rng.uniform(0, 2 * math.pi), rng.uniform(0.05, 0.6)
@@ -227,21 +237,49 @@ def render(scene: Scene, size=DEFAULT_SIZE) -> Image.Image:
         t = np.linspace(0, 1, 40)[:, None]
         curve = (1 - t) ** 3 * ends[0] + 3 * t * (1 - t) ** 2 * ends[1] + 3 * t**2 * (1 - t) * ends[2] + t**3 * ends[3]
         painter.road([tuple(point) for point in curve], 44)
+    return shore
 
-    levels, (stops, colours) = enlarge(shore), zip(*SEA)
+
+def flood(canvas, levels):
+    """The sea and its shore over the land, from the grey levels of `draw_land`."""
+    stops, colours = zip(*SEA)
     bands = [levels.point(np.interp(range(256), stops, band).astype(int).tolist()) for band in zip(*colours)]
     canvas.paste(Image.merge("RGB", bands), mask=levels.point(lambda level: 255 * (level < 138)))
+
+
+def draw_light(rng, scene) -> np.ndarray:
+    """float[h, w] of `soft_size`: uneven light."""
+    return 9 * fractal(rng, soft_size(scene), 12, 5)
+
+
+def in_light(pixels, light, grain) -> np.ndarray:
+    """uint8[h, w, 3] of pixels under uneven light [h, w], in haze, with grain float[h, w]."""
+    lit = pixels * (np.asarray(light, np.float32) / 145)[..., None]
+    lit += 12 + GRAIN * grain[..., None]
+    return lit.clip(0, 255).astype(np.uint8)
+
+
+def render(scene: Scene, size=DEFAULT_SIZE) -> Image.Image:
+    """The scene as an RGB image; the same scene and size give the same pixels."""
+    rng = np.random.default_rng([scene.seed, 1])
+
+    def enlarge(field):
+        return Image.fromarray(np.float32(128 + field)).resize(size, Image.BICUBIC).convert("L")
+
+    canvas = Image.new("RGB", size, YARD)
+    painter = Painter(ImageDraw.Draw(canvas), rng, canvas.width / WIDTH)
+    flood(canvas, enlarge(draw_land(painter, scene)))
     for site in scene.sites:
         painter.site(site)
     for thing in scene.objects:
         painter.object(thing)
 
-    light = enlarge(9 * fractal(rng, soft, 12, 5))
+    light = enlarge(draw_light(rng, scene))
     for top in range(0, size[1], 512):  # uneven light, haze and grain; at once they would take a gigabyte
         band = (0, top, size[0], min(top + 512, size[1]))
-        pixels = np.asarray(canvas.crop(band)) * (np.asarray(light.crop(band), np.float32) / 145)[..., None]
-        pixels += 12 + 2.5 * rng.standard_normal(pixels.shape[:2], np.float32)[..., None]
-        canvas.paste(Image.fromarray(pixels.clip(0, 255).astype(np.uint8)), band)
+        pixels = np.asarray(canvas.crop(band))
+        pixels = in_light(pixels, light.crop(band), rng.standard_normal(pixels.shape[:2], np.float32))
+        canvas.paste(Image.fromarray(pixels), band)
     return canvas
 
 

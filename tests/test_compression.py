@@ -82,6 +82,18 @@ def test_importance_is_looked_up_where_the_image_is_and_nowhere_else():
     torch.testing.assert_close(found, whole.flatten()[:8])
 
 
+@pytest.mark.parametrize("number", [0, 3, 40])
+def test_few_places_of_a_large_grid_are_looked_up_as_the_whole_grid_is(number):
+    generator = torch.Generator().manual_seed(1)
+    positions = torch.tensor([0, 1, 4, 5, 6, 9, 17])  # of a grid of 4 x 5
+    importance = torch.rand(len(positions), generator=generator)
+    every = torch.arange(50 * 70)
+    places = torch.randint(len(every), (number,), generator=generator)
+    expected = look_up(importance, positions, (4, 5), every, (50, 70))[places]
+    found = look_up(importance, positions, (4, 5), places, (50, 70))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7, equal_nan=True)
+
+
 def test_the_gradient_of_what_is_looked_up_is_finite_where_cells_show_none_of_the_image():
     importance = torch.rand(8, requires_grad=True)  # the middle half of a 4 x 4 grid
     look_up(importance, torch.arange(4, 12), (4, 4), torch.arange(16, 48), (8, 8)).sum().backward()

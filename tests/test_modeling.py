@@ -41,7 +41,7 @@ def test_scale_embedding_is_the_interpolated_table(form):
         assert side == (3 if form == "factorized" else min(height, 3))
         whole = F.interpolate(table.view(1, side, side, -1).permute(0, 3, 1, 2), size=size, mode="bilinear")
         whole = whole.repeat(1, 1, height // size[0], width // size[1])[0].permute(1, 2, 0).flatten(0, 1) + vector
-        torch.testing.assert_close(embedding(scale_idx, torch.arange(height * width)), whole)
+        torch.testing.assert_close(embedding(embedding.scales[scale_idx], torch.arange(height * width)), whole)
 
 
 # ---- Encoding ----
@@ -89,7 +89,7 @@ def test_tokens_stand_row_by_row_over_the_whole_scale():
             -2
         ][:, 1:]
         tokens = model.model.multi_modal_projector(states).view(3, 3, 2, 2, -1).transpose(1, 2).reshape(36, -1)
-        tokens = tokens + model.model.scale_embedding(2, torch.arange(36))
+        tokens = tokens + model.model.scale_embedding(24, torch.arange(36))
     torch.testing.assert_close(features.tokens[2], tokens)
     assert torch.equal(features.positions[2], torch.arange(36))
 
@@ -98,7 +98,7 @@ def test_tokens_stand_row_by_row_over_the_whole_scale():
 def test_the_pass_reads_the_scale_embedding_once_however_often_the_tokens_have_it(additions):
     model = small_model(scale_embedding_additions=additions)
     features = model.encode_image(random_pixels())[0]
-    embedding = model.model.scale_embedding(0, torch.arange(4))
+    embedding = model.model.scale_embedding(8, torch.arange(4))
     torch.testing.assert_close(features.anchor_tokens + (additions - 1) * embedding, features.tokens[0])
 
 

@@ -14,12 +14,14 @@ from uhr_bat.common.loading import ROOT
 # The order of floors: a file or folder uses only what stands above it. Files that are still to come are in the list.
 MODEL = (
     "geometry",
+    "zooming",
     "budgets",
     "configuration",
     "raster_files",
     "raster_reading",
     "image_reading",
     "image_views",
+    "pyramid",
     "image_processing",
     "processing",
     "pipeline",

@@ -237,3 +237,31 @@ def test_loading_by_its_own_class_asks_nobody_whether_to_trust_the_folder(model_
     monkeypatch.setattr("builtins.input", lambda text: asked.append(text) or "n")
     assert UHRBatProcessor.from_pretrained(model_folder).image_token_id == 1023
     assert not asked
+
+
+# Looking closer: tiles are read and encoded where the question looks
+
+
+def test_with_a_limit_of_tiles_the_images_stay_unread_and_the_tokens_are_promised(processor):
+    inputs = processor(text="<image>\nHow many?", images=image(), max_tiles=7, return_tensors="pt")
+    (pyramid,) = inputs["image_pyramids"]
+    assert "pixel_values" not in inputs and pyramid.num_chosen == [1, 3, 3]
+    # 3 tiles of the finest scale have 12 tokens to show, of its budget of 16.
+    assert inputs["token_counts"].tolist() == [[4, 8, 12]] and count_placeholders(processor, inputs) == [24]
+
+
+def test_native_levels_share_one_budget(processor):
+    inputs = processor(text="<image>", images=image(300, 200), max_tiles=30, native=True, return_tensors="pt")
+    assert inputs["image_pyramids"][0].scales == [28, 56, 112, 224, 308] and inputs["token_counts"].tolist() == [[28]]
+    with pytest.raises(ValueError, match="levels of their own .`native`.: give one number for all levels"):
+        processor(text="<image>", images=image(300, 200), max_tiles=30, native=True, budgets=[4, 8, 16])
+    with pytest.raises(ValueError, match="`native` levels are encoded where the question looks"):
+        processor(text="<image>", images=image(300, 200), native=True)
+
+
+def test_images_of_a_prompt_share_its_tiles(processor):
+    inputs = processor(text=["<image> <image>", "<image>"], images=[image(seed=seed) for seed in range(3)], max_tiles=9)
+    assert [pyramid.max_tiles for pyramid in inputs["image_pyramids"]] == [5, 4, 9]
+    message = "`max_tiles` is 3, but the 4 tiles of the anchor are always encoded, and count"
+    with pytest.raises(ValueError, match=message):
+        processor(text="<image>", images=image(), scales=[56, 84], budgets=[4, 8], max_tiles=3)

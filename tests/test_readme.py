@@ -25,7 +25,7 @@ def folder(model_folder, tmp_path, monkeypatch):
 
 
 def test_the_blocks_run_one_after_the_other(folder, capsys):
-    assert len(BLOCKS) == 4
+    assert len(BLOCKS) == 5
     names = {
         "image": Image.open(folder / "my_image.tif"),
         "prompt": "<image>\nHow many ships?",

@@ -8,6 +8,7 @@ MEASURES = {
     for function in (
         flops.flop_counts,
         flops.refined,
+        flops.zoomed,
         flops.padding,
         compression.synchronisations,
         compression.selection,

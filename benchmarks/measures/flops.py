@@ -15,6 +15,7 @@ from ...compression_uhr_bat import CompressionRules
 from ...configuration_uhr_bat import UHRBatConfig
 from ...geometry_uhr_bat import shown_patches
 from ...modeling_uhr_bat import UHRBatForConditionalGeneration
+from ...zooming_uhr_bat import split_tiles
 from ...evaluation.choices import REFINEMENT
 from .. import meters
 from ..compare import Row, expect
@@ -126,6 +127,21 @@ def question_flops(config, text_before, text_after, num_answer_tokens) -> dict[s
     }
 
 
+def zoomed_stages(config, max_tiles, text_before, text_after, candidates=(), layers=()) -> dict[str, int]:
+    """{stage: FLOPs} of ours up to the visual tokens, where a question looks at `max_tiles` tiles of the fixed scales; of a
+    square image. `candidates`, `layers`: of the refinement of every scale after the anchor, none by default."""
+    P = (config.tile_size // config.patch_size) ** 2
+    chosen = split_tiles([(scale // config.tile_size) ** 2 for scale in config.scales], max_tiles)
+    num_rows = text_after if config.question_tokens == "all" else 1
+    passes = [min(number, tiles * P) for number, tiles in zip(candidates, chosen[1:])]
+    return {
+        "encode": vision_tower(config, sum(chosen), up_to_features=True) + projector(config, sum(chosen) * P),
+        "importance": weighing(config, chosen[0] * P, config.importance_layer, num_rows, text_before + text_after),
+        "refinement": refinement(config, passes, layers, text_before, text_after),
+        "regions": kmeans(config, [tiles * P for tiles in chosen]),
+    }
+
+
 # Measures
 
 
@@ -191,6 +207,49 @@ def refined(sizes) -> list[Row]:
             )
         )
     return rows
+
+
+def zoomed(sizes) -> list[Row]:
+    """The first question where a quarter of the tiles behind the anchor's is encoded, or an eighth, against the
+    straightforward implementation, by a formula that is held against a counter."""
+    check_zoomed(sizes)
+    config = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
+    tiles = [(scale // config.tile_size) ** 2 for scale in config.scales]
+    counted = question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
+    straightforward = sum(counted["straightforward"].values())
+    rest = counted["ours"]["prefill"] + counted["ours"]["answer"]
+    rows = []
+    for part in (4, 8):
+        max_tiles = tiles[0] + sum(tiles[1:]) // part
+        for name, refined in (("the anchor's importance alone", ((), ())), ("refined importance", REFINEMENT_7B)):
+            stages = zoomed_stages(config, max_tiles, TEXT_BEFORE, TEXT_AFTER, *refined)
+            total = sum(stages.values()) + rest
+            rows.append(
+                Row(
+                    f"FLOPs of the first question, 7B, {max_tiles} of {sum(tiles)} tiles, {name}",
+                    ">= 3x fewer",
+                    f"{straightforward / total:.2f}x ({total / 1e12:.0f} against {straightforward / 1e12:.0f} TFLOPs)",
+                    straightforward >= 3 * total,
+                    {"ratio": straightforward / total, "tflops": {key: one / 1e12 for key, one in stages.items()}},
+                )
+            )
+    return rows
+
+
+def check_zoomed(sizes):
+    """Everything up to the visual tokens on the small geometry, with refinement and without."""
+    side = side_of("ours", "quick")
+    config, model = side.model.config, side.model.model
+    image, ids, max_tiles = side.read(photograph(sizes.folder, (400, 400))), prompt_ids(config), 50
+    for candidates, layers in (((), ()), ((40, 90, 60), (1, 0, 2))):
+        rules = {"refinement": list(candidates), "refinement_layers": list(layers)}
+        pyramids = side.processor(image, max_tiles=max_tiles)
+        with torch.no_grad(), meters.FlopMeter() as meter:
+            features = model.encode_image(**pyramids)
+            model.compress(input_ids=ids, image_features=features, budgets=config.budgets, rules=rules)
+            counted = meter.get_total_flops()
+        formula = sum(zoomed_stages(config, max_tiles, TEXT_BEFORE, TEXT_AFTER, candidates, layers).values())
+        expect(counted == formula, f"zoomed: the counter says {counted}, the formula {formula}.")
 
 
 def check_formula(sizes):

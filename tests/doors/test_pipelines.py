@@ -104,6 +104,21 @@ def test_budgets_of_one_call_reach_the_processor(pipe, images):
     assert counted[0].tolist() == [[4, 8, 12, 16]]
 
 
+def test_a_limit_of_tiles_reaches_the_tower(pipe, images):
+    encoded = []
+    tower = pipe.model.model.vision_tower
+    handle = tower.register_forward_pre_hook(lambda module, args: encoded.append(len(args[0])))
+    try:
+        pipe(
+            text=chat(images[0], question=QUESTIONS[0]),
+            processor_kwargs={"max_tiles": 30, "native": True},
+            **NEW_TEXT,
+        )
+    finally:
+        handle.remove()
+    assert 4 <= sum(encoded) <= 30
+
+
 @pytest.mark.slow
 def test_half_precision_answers(model_folder, images):
     pipe = pipeline("image-text-to-text", model=str(model_folder), trust_remote_code=True, dtype=torch.bfloat16)

@@ -63,6 +63,8 @@ def cached_features(model, image_processor, seeds, path, workers=1):
             stored[f"{seed}.anchor_positions"],
             [stored[f"{seed}.tokens.{scale}"] for scale in range(num_scales)],
             [stored[f"{seed}.positions.{scale}"] for scale in range(num_scales)],
+            model.config.scales,
+            model.config.grids,
         )
         for seed in seeds
     ]

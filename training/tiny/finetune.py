@@ -297,34 +297,51 @@ class GuidedTrainer(Trainer):
             starts: of every question, the index of its first visual token among the K.
             targets: of every question, from `Questions.targets`, and its words.
         """
-        layers = {
-            "look_at_sites": config.importance_layer,
-            "look_at_words": -3,
-            "then_at_sites": -2,
-            "read_evidence": -1,
-        }
-        maps = {name: attentions[layer].float().mean(1) for name, layer in layers.items()}
-        losses = {name: [] for name in layers}
-        for row, (ids, labels, wanted) in enumerate(zip(inputs["input_ids"], inputs["labels"], targets)):
-            in_sequence, stop = [], starts[row]
+        stops, in_sequence = [], []
+        for row, wanted in enumerate(targets):
+            stop, places = starts[row], []
             for slot in slots[row]:
-                in_sequence.append(torch.where(slot >= 0, slot + stop, -1))
+                places.append(torch.where(slot >= 0, slot + stop, -1))
                 stop += int(slot.max()) + 1
-            cached = attentions[0].shape[-1] - len(ids)
-            end = int((labels != IGNORED).nonzero()[0])  # of the question
-            words = torch.isin(ids[:end], wanted["words"]).nonzero()[:, 0] + cached
-            sites, evidence = (
-                sorted({found for scale, token in wanted[name] if (found := int(in_sequence[scale][token])) >= 0})
+            stops.append(stop)
+            in_sequence.append({
+                name: sorted({found for scale, token in wanted[name] if (found := int(places[scale][token])) >= 0})
                 for name in ("sites", "evidence")
-            )
-            losses["look_at_words"].append(maps["look_at_words"][row, end - 1, words].sum())
-            if sites:
-                weights = maps["look_at_sites"][row, stop - cached : end].mean(0)
-                losses["look_at_sites"].append(weights[sites].sum() / weights[starts[row] : stop].sum())
-                losses["then_at_sites"].append(maps["then_at_sites"][row, end - 1, sites].sum())
-            if evidence:
-                losses["read_evidence"].append(maps["read_evidence"][row, end - 1, evidence].sum())
-        return {name: -torch.stack(paid).clamp_min(1e-6).log().mean() for name, paid in losses.items() if paid}
+            } | {"words": wanted["words"]})  # fmt: skip
+        return look(config, attentions, inputs, starts, stops, in_sequence)
+
+
+def look(config, attentions, inputs, starts, stops, in_sequence) -> dict[str, torch.Tensor]:
+    """The losses that say what to look at, by name (see `GuidedTrainer`).
+
+    Args:
+        attentions, inputs, starts: as in `GuidedTrainer.look`.
+        stops: of every question, the index after its last visual token among the K.
+        in_sequence: of every question, indices among the K of visual tokens of its `sites` and of its `evidence`, and ids
+            of the `words` that it asks about.
+    """
+    layers = {
+        "look_at_sites": config.importance_layer,
+        "look_at_words": -3,
+        "then_at_sites": -2,
+        "read_evidence": -1,
+    }
+    maps = {name: attentions[layer].float().mean(1) for name, layer in layers.items()}
+    losses = {name: [] for name in layers}
+    for row, (ids, labels, wanted) in enumerate(zip(inputs["input_ids"], inputs["labels"], in_sequence)):
+        start, stop = starts[row], stops[row]
+        cached = attentions[0].shape[-1] - len(ids)
+        end = int((labels != IGNORED).nonzero()[0])  # of the question
+        words = torch.isin(ids[:end], wanted["words"].to(ids.device)).nonzero()[:, 0] + cached
+        sites, evidence = wanted["sites"], wanted["evidence"]
+        losses["look_at_words"].append(maps["look_at_words"][row, end - 1, words].sum())
+        if sites:
+            weights = maps["look_at_sites"][row, stop - cached : end].mean(0)
+            losses["look_at_sites"].append(weights[sites].sum() / weights[start:stop].sum())
+            losses["then_at_sites"].append(maps["then_at_sites"][row, end - 1, sites].sum())
+        if evidence:
+            losses["read_evidence"].append(maps["read_evidence"][row, end - 1, evidence].sum())
+    return {name: -torch.stack(paid).clamp_min(1e-6).log().mean() for name, paid in losses.items() if paid}
 
 
 @torch.no_grad()

@@ -1,0 +1,457 @@
+"""The last stage: the decoder learns to look closer, level by level down to an image's own pixels, and to answer from there.
+
+    uhr-bat train-zoom --model runs/tiny --output runs/zoom --fresh --pools DIR [--native 600] [--fixed 400]
+                       [--steps 1500] [--minutes 5] [--workers 16]
+
+Scenes with objects of a few native pixels, and ordinary ones, are encoded once, as pools of tiles (`pools.py`). A step
+asks four questions about each of some scenes of both kinds. For every level, the question looks at some of its tokens, as
+`look_closer` has it do: the divergence of its attention from those that show what it needs is a loss. It is answered from
+visual tokens of all levels that no question chose: the evidence, most of the time, and others. The losses of the earlier
+stages that say what to read stay (`finetune.py`), as do sixteen questions about all tokens of an ordinary scene.
+
+Letters: V tokens, Q questions, L levels.
+"""
+
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from accelerate import PartialState
+from torch import nn
+from torch.optim.lr_scheduler import LambdaLR
+from torch.utils.data import Dataset
+from transformers import TrainerCallback
+
+from ...common.loading import load_model, save_model
+from ...common.prompts import expand_placeholder
+from ...export.build_tiny import NATIVE_SCALES
+from ...geometry_uhr_bat import grids, positions_of
+from ...outputs_uhr_bat import UHRBatCompressionOutput
+from ...scenes.evidence import site_cells, tokens_at
+from ...scenes.layout import FINETUNING_SEED, WIDTH, make_scene
+from ...scenes.native import native_scene
+from ...scenes.questions import draw_question
+from ..collator import IGNORED
+from .encoding import VISION
+from .finetune import FRACTION_TOGETHER, NOISE, Collator, GuidedTrainer, look
+from .pools import make_pools
+from .stages import make_parser, train
+
+NATIVE_SEED = FINETUNING_SEED + 100_000  # of the first scene with native objects
+QUESTIONS = 4  # about a scene
+NATIVE_SHARE = 2 / 3  # of the scenes of a step
+TILES_LOOKED_AT = 10  # of a level, whose tokens the question looks at
+WARMUP = 0.05  # of the training at most
+ANSWERED_FROM = (60, 220)  # visual tokens, drawn log-uniformly
+# How often an object that is needed is among the visual tokens of the finest level, the one before, and so on.
+EVIDENCE_SHOWN = (0.9, 0.7, 0.5, 0.3)
+
+
+# ---- Questions -------------------------------------------------------------------------------------------------------
+
+
+class PooledScene:
+    """A scene and which of its tokens a pool has, by their index in one tensor of the tokens of all pools.
+
+    Args:
+        start: index of the pool's first token.
+    """
+
+    def __init__(self, scene, pool, start, patch_size):
+        self.scene, self.scales = scene, pool["scales"].tolist()
+        self.grids = grids(self.scales, patch_size)
+        p = round(pool["tokens"].shape[1] ** 0.5)
+        self.indices, self.positions, self.tiles = [], [], []
+        for level_idx, grid in enumerate(self.grids):
+            rows = (pool["level"] == level_idx).nonzero()[:, 0]
+            shown = pool["shown"][rows].flatten()
+            positions = positions_of(pool["tile"][rows], grid[1], p).flatten()
+            indices = (start + rows[:, None] * p * p + torch.arange(p * p)).flatten()
+            self.indices.append(indices[shown].numpy())
+            self.positions.append(positions[shown].numpy())
+            self.tiles.append(rows.repeat_interleave(p * p)[shown].numpy())
+        self.inside = [self._sites_of(level_idx) for level_idx in range(len(self.grids))]
+
+    def _sites_of(self, level_idx):
+        """long[V]: the site in which the centre of each token lies, -1 for none."""
+        rows, columns = np.divmod(self.positions[level_idx], self.grids[level_idx][1])
+        centres = np.stack((columns, rows), axis=-1) + 0.5
+        points = centres / self.grids[level_idx][1] * WIDTH - (0, (WIDTH - self.scene.height) / 2)
+        sites = np.full(len(points), -1)
+        for index, site in enumerate(self.scene.sites):
+            sites[site.contains(points)] = index
+        return sites
+
+    def find(self, level_idx, points) -> np.ndarray:
+        """long[found]: places among the pool's tokens of a level of those that show points; what it lacks is left out."""
+        wanted = tokens_at(self.scene, points, self.grids[level_idx])
+        return np.flatnonzero(np.isin(self.positions[level_idx], wanted))
+
+
+def points_of(scene, question) -> list[tuple[float, float]]:
+    """What a question has to see: the objects; pads of the site where there is none; the middle of a site that it asks for
+    the place of."""
+    if question.kind == "quadrant":
+        return [scene.sites[index].centre for index in question.sites]
+    if question.objects:
+        return [thing.centre for thing in question.objects]
+    sites = [scene.sites[index] for index in question.sites]
+    return [pad.centre for pad in scene.pads if any(site.contains(pad.centre) for site in sites)]
+
+
+def draw_look(pooled, question, level_idx, num_tokens, rng):
+    """What a question looks at of a level, and where it should.
+
+    Returns:
+        (long[V] places among the pool's tokens of the level, ascending positions; float[V] of sum 1), or None where the
+        pool has nothing of what is needed.
+    """
+    tiles, sites = pooled.tiles[level_idx], pooled.inside[level_idx]
+    wanted = pooled.find(level_idx, points_of(pooled.scene, question))
+    if not len(wanted):
+        wanted = np.flatnonzero(np.isin(sites, question.sites))
+    if not len(wanted):
+        return None
+    groups = tiles[wanted], tiles[np.isin(sites, question.sites)], tiles
+    shuffled = [rng.permutation(np.unique(group)) for group in groups]
+    # Tiles of what is needed first, most of them; then half of the rest from the site, half from anywhere.
+    chosen = list(shuffled[0][: max(1, TILES_LOOKED_AT - 3)])
+    for group, share in ((shuffled[1], 0.5), (shuffled[2], 1)):
+        others = [tile for tile in group if tile not in chosen]
+        chosen += others[: round(share * (TILES_LOOKED_AT - len(chosen)))]
+    candidates = np.flatnonzero(np.isin(tiles, chosen))
+    needed = np.intersect1d(wanted, candidates)
+    order = np.concatenate((needed, rng.permutation(np.setdiff1d(candidates, needed))))
+    places = np.sort(order[: max(num_tokens, len(needed))])
+    places = places[pooled.positions[level_idx][places].argsort()]
+    portion = np.isin(places, needed)
+    return places, portion / portion.sum()
+
+
+def draw_answered_from(pooled, question, num_tokens, rng):
+    """[(level, place)] of the visual tokens that a question is answered from, by level and position, and which of them show
+    its evidence, bool[V]."""
+    points, num_levels = points_of(pooled.scene, question), len(pooled.grids)
+    chosen, evidence = set(), set()
+    for point in points:
+        for depth, share in enumerate(EVIDENCE_SHOWN[: num_levels - 1]):
+            level_idx = num_levels - 1 - depth
+            found = {(level_idx, int(place)) for place in pooled.find(level_idx, [point])}
+            if question.kind == "quadrant" or depth < 2:
+                evidence |= found
+            if rng.random() < share:
+                chosen |= found
+    sites = [pooled.scene.sites[index] for index in question.sites]
+    pads = [pad.centre for pad in pooled.scene.pads if any(site.contains(pad.centre) for site in sites)]
+    for level_idx in range(num_levels):
+        near = np.isin(pooled.inside[level_idx], question.sites)
+        # Of coarse levels the site, of finer ones what stands out in it and some of its ground.
+        chosen |= {(level_idx, int(place)) for place in rng.permutation(near.nonzero()[0])[:6]}
+        if rng.random() < 0.5:
+            chosen |= {(level_idx, int(place)) for place in pooled.find(level_idx, pads)}
+        chosen |= {(level_idx, int(place)) for place in rng.permutation(len(near))[: num_tokens // (2 * num_levels)]}
+    kept = rng.permutation(np.array([one for one in chosen if one not in evidence], int).reshape(-1, 2))
+    shown = [one for one in chosen if one in evidence]
+    kept = shown + [tuple(one) for one in kept[: max(0, num_tokens - len(shown))].tolist()]
+    kept.sort(key=lambda one: (one[0], pooled.positions[one[0]][one[1]]))
+    return kept, [one in evidence for one in kept]
+
+
+class ZoomQuestions(Dataset):
+    """Questions about native and ordinary scenes in turn, other ones each time that a scene comes round again."""
+
+    def __init__(self, native, fixed, rules, num_together, length):
+        self.native, self.fixed, self.rules, self.num_together = native, fixed, rules, num_together
+        self.length = length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        rng = np.random.default_rng([index, 8])
+        scenes = self.native if rng.random() < NATIVE_SHARE else self.fixed
+        pooled = scenes[rng.integers(len(scenes))]
+        questions = [draw_question(pooled.scene, rng) for _ in range(QUESTIONS)]
+        item = {"index": index, "pooled": pooled, "asked": [self._ask(pooled, question, rng) for question in questions]}
+        if scenes is self.fixed:
+            item["together"] = [draw_question(pooled.scene, rng) for _ in range(self.num_together)]
+        return item
+
+    def _ask(self, pooled, question, rng):
+        anchor = site_cells(pooled.scene, question.sites, pooled.grids[0])[pooled.positions[0]]
+        looks = [(0, np.arange(len(anchor)), anchor / anchor.sum())]  # in the pool's order, which is tile by tile
+        for level_idx in range(1, len(pooled.grids)):
+            step = min(level_idx, len(self.rules.refinement)) - 1
+            drawn = draw_look(pooled, question, level_idx, self.rules.refinement[step], rng)
+            if drawn is not None:
+                looks.append((level_idx, *drawn))
+        num_tokens = round(np.exp(rng.uniform(*np.log(ANSWERED_FROM))))
+        return {"question": question, "looks": looks, "read": draw_answered_from(pooled, question, num_tokens, rng)}
+
+
+class ZoomCollator(Collator):
+    """Questions about pooled scenes -> inputs of `ZoomTrainer.compute_loss`. Visual tokens are named by their index in the
+    tensor of all pools, their level's side and their position."""
+
+    def __init__(self, processor, config, rules):
+        super().__init__(processor, config.grids, None, True)
+        self.config, self.rules = config, rules
+
+    def __call__(self, items):
+        asked = [(item["pooled"], one) for item in items for one in item["asked"]]
+        inputs = {"looks": self.collate_looks(asked), "answers": self.collate_answers(asked)}
+        if together := next((item for item in items if "together" in item), None):
+            inputs["together"] = self.collate_all(together)
+        return inputs
+
+    def _named(self, pooled, level_idx, places):
+        """long[V, 3]: index, side of the level, position."""
+        indices, positions = pooled.indices[level_idx][places], pooled.positions[level_idx][places]
+        return np.stack((indices, np.full_like(indices, pooled.scales[level_idx]), positions), axis=-1)
+
+    def collate_looks(self, asked):
+        rows, tokens, portions, readers, layers, anchors = [], [], [], [], [], []
+        for pooled, one in asked:
+            before, after, labels = self.write(one["question"])
+            after = after[: int((labels != IGNORED).nonzero()[0])]  # up to the answer
+            for level_idx, places, portion in one["looks"]:
+                start = expand_placeholder(before, self.processor.image_token_id, len(places))
+                ids = torch.cat((start, after))
+                rows.append((ids, torch.full_like(ids, IGNORED)))
+                tokens.append(self._named(pooled, level_idx, places))
+                portions.append(portion)
+                step = min(level_idx, len(self.rules.refinement)) - 1
+                # The finest scale, and what is deeper, is read by the last token alone.
+                last = level_idx > 0 and step == len(self.rules.refinement) - 1
+                readers.append((len(ids) - 1 if last else len(start), len(ids)))
+                layers.append(self.config.importance_layer if level_idx == 0 else self.rules.refinement_layers[step])
+                anchors.append(level_idx == 0)
+        padded = self.pad(rows)
+        padded.pop("labels")
+        return padded | {
+            "tokens": torch.from_numpy(np.concatenate(tokens)),
+            "portions": torch.from_numpy(np.concatenate(portions)).float(),
+            "readers": torch.tensor(readers),
+            "layers": torch.tensor(layers),
+            "anchors": torch.tensor(anchors),
+        }
+
+    def collate_answers(self, asked):
+        rows, tokens, in_sequence, spans = [], [], [], []
+        for pooled, one in asked:
+            before, after, labels = self.write(one["question"])
+            read, shows = one["read"]
+            start = expand_placeholder(before, self.processor.image_token_id, len(read))
+            rows.append((torch.cat((start, after)), torch.cat((torch.full_like(start, IGNORED), labels))))
+            tokens += [self._named(pooled, level_idx, np.array([place])) for level_idx, place in read]
+            first = len(before) - 1
+            inside = [pooled.inside[level_idx][place] in one["question"].sites for level_idx, place in read]
+            in_sequence.append(self.with_words(one["question"], {
+                "sites": [first + number for number, within in enumerate(inside) if within],
+                "evidence": [first + number for number, shown in enumerate(shows) if shown],
+            }))  # fmt: skip
+            spans.append((first, first + len(read)))
+        return {
+            **self.pad(rows),
+            "tokens": torch.from_numpy(np.concatenate(tokens)),
+            "in_sequence": in_sequence,
+            "spans": spans,
+        }
+
+    def collate_all(self, item):
+        """An ordinary scene's tokens of every scale, and the questions that are asked about them together."""
+        pooled, rng = item["pooled"], np.random.default_rng([item["index"], 9])
+        order = [positions.argsort() for positions in pooled.positions]
+        named = [torch.from_numpy(self._named(pooled, idx, places)) for idx, places in enumerate(order)]
+        targets = []
+        for question in item["together"]:
+            wanted = {"sites": [], "evidence": []}
+            points, finest = points_of(pooled.scene, question), len(pooled.grids) - 2
+            for level_idx, grid in enumerate(pooled.grids):
+                near = pooled.positions[level_idx][np.isin(pooled.inside[level_idx], question.sites)]
+                wanted["sites"] += [(level_idx, int(position)) for position in near]
+                if question.kind == "quadrant" or (level_idx >= finest and question.objects):
+                    wanted["evidence"] += [(level_idx, token) for token in tokens_at(pooled.scene, points, grid)]
+            targets.append(self.with_words(question, wanted))
+        written = [self.write(question) for question in item["together"]]
+        return {
+            "named": named,
+            "sites": sorted({token for target in targets for token in target["sites"]}),
+            "fraction": float(np.exp(rng.uniform(*np.log(FRACTION_TOGETHER)))),
+            "index": item["index"],
+            "before": written[0][0],
+            "targets": targets,
+            **self.pad([(after, labels) for _, after, labels in written]),
+        }
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+class ZoomTrainer(GuidedTrainer):
+    """Args:
+    pool_tokens: bfloat16[V, D] of all pools, without a scale embedding.
+    stop: of `time.monotonic()`, when the training ends: the rate has come down by then, whatever the number of steps.
+    """
+
+    def __init__(self, *args, pool_tokens, stop=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.pool_tokens, self.stop, self.start = pool_tokens.to(self.args.device), stop, None
+        if stop is not None:
+            self.add_callback(_StopInTime(self))
+
+    def progress(self, step) -> float:
+        """Part of the training that is over, 0 to 1, by steps or by time."""
+        part = step / self.args.max_steps
+        if self.stop is not None:
+            self.start = self.start or time.monotonic()
+            part = max(part, (time.monotonic() - self.start) / max(1e-9, self.stop - self.start))
+        return min(part, 1.0)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        warmup = max(1, self.args.get_warmup_steps(num_training_steps))
+
+        def factor(step):
+            progress = self.progress(step)
+            return min(1, max((step + 1) / warmup, progress / WARMUP)) * (0.5 + 0.5 * float(np.cos(np.pi * progress)))
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+    def visual(self, model, named) -> torch.Tensor:
+        """float[V, D] of tokens long[V, 3] (`ZoomCollator`), with their scale embedding and noise."""
+        index, scale, position = named.to(self.pool_tokens.device).unbind(1)
+        tokens = self.pool_tokens[index].float()
+        tokens = tokens + model.model.scale_embedding(scale, position)
+        return tokens + NOISE * torch.randn_like(tokens)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inner = self.accelerator.unwrap_model(model)
+        loss = self.loss_of_looks(inner, **inputs["looks"]) + self.loss_of_answers(model, inner, **inputs["answers"])
+        if together := inputs.get("together"):
+            loss = loss + self.loss_of_all(inner, **together)
+        return (loss, None) if return_outputs else loss
+
+    def loss_of_looks(self, inner, input_ids, attention_mask, tokens, portions, readers, layers, anchors):
+        """Mean divergence of what questions pay to the tokens of the anchor, and of every finer level, from what they
+        need (eq. 2 at the layers of the refinement)."""
+        embeds = inner.get_input_embeddings()(input_ids)
+        placeholder = input_ids == inner.config.image_token_id
+        embeds = embeds.masked_scatter(placeholder[..., None], self.visual(inner, tokens).to(embeds))
+        outputs = inner.model.language_model(
+            inputs_embeds=embeds, attention_mask=attention_mask, output_attentions=True
+        )
+        maps = torch.stack([attention.float().mean(1) for attention in outputs.attentions])
+        maps = maps[layers, torch.arange(len(layers), device=layers.device)]
+        place = torch.arange(input_ids.shape[1], device=readers.device)
+        reads = (place >= readers[:, :1]) & (place < readers[:, 1:])
+        paid = torch.einsum("rq,rqk->rk", reads.float(), maps)[placeholder]
+        row = placeholder.nonzero()[:, 0]
+        totals = paid.new_zeros(len(input_ids)).index_add(0, row, paid)
+        found = (paid / totals[row]).clamp_min(1e-9)
+        each = portions * (portions.clamp_min(1e-9).log() - found.log())
+        each = paid.new_zeros(len(input_ids)).index_add(0, row, each)
+        divergences = {"divergence": each[anchors].mean(), "refined": each[~anchors].mean()}
+        for name, part in divergences.items():
+            self.parts[name].append(float(part.detach()))
+        return sum(divergences.values())
+
+    def loss_of_answers(self, model, inner, tokens, in_sequence, spans, **inputs):
+        """Loss of questions that are each answered from tokens of all levels."""
+        visual = self.visual(inner, tokens).split([stop - start for start, stop in spans])
+        images = UHRBatCompressionOutput(pooler_output=list(visual), images_per_prompt=[1] * len(visual))
+        outputs = model(**inputs, mm_encoder_outputs={"image": images}, output_attentions=True)
+        starts, stops = zip(*spans)
+        return self.total(outputs.loss, look(inner.config, outputs.attentions, inputs, starts, stops, in_sequence))
+
+    def loss_of_all(self, inner, named, sites, fraction, index, before, **inputs):
+        """Loss of questions about one ordinary scene that share its tokens, or a fraction of them and all of the sites."""
+        generator, chosen, slots = torch.Generator().manual_seed(index), [], []
+        for level_idx, (tokens, grid) in enumerate(zip(named, inner.config.grids)):
+            positions = tokens[:, 2].cpu()
+            needed = torch.isin(positions, torch.tensor([token for at, token in sites if at == level_idx]).long())
+            order = torch.rand(len(positions), generator=generator).masked_fill(needed, -1).argsort()
+            kept = order[: max(round(fraction * len(positions)), int(needed.sum()))].sort().values
+            chosen.append(self.visual(inner, tokens[kept.to(tokens.device)]))
+            slots.append(torch.full((grid[0] * grid[1],), -1).index_copy(0, positions[kept], torch.arange(len(kept))))
+        image = UHRBatCompressionOutput([torch.cat(chosen)], [chosen], slots=[slots], images_per_prompt=[1])
+        start = expand_placeholder(before, inner.config.image_token_id, len(image.pooler_output[0]))
+        return self.loss_together(inner, start[None], image, **inputs)
+
+
+class _StopInTime(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or self.trainer.progress(state.global_step) >= 1
+
+
+@torch.no_grad()
+def start_native_scales(model, scales=NATIVE_SCALES):
+    """Give deeper levels scale vectors of their own, which start as that of the finest scale, what they had without."""
+    embedding, config = model.model.scale_embedding, model.config
+    vectors = embedding.scale_vectors[: len(config.scales)]
+    config.native_scales = list(scales)
+    embedding.scales = [*config.scales, *scales]
+    embedding.scale_vectors = nn.Parameter(torch.cat((vectors, vectors[-1:].repeat(len(scales), 1))))
+
+
+def pooled_scenes(model, lay_out, pools, start):
+    """[PooledScene] of pools by their seed, and the index after their last token. `lay_out`: the scene of a seed."""
+    pooled = []
+    for seed, pool in pools.items():
+        pooled.append(PooledScene(lay_out(seed), pool, start, model.config.patch_size))
+        start += pool["tokens"].shape[0] * pool["tokens"].shape[1]
+    return pooled, start
+
+
+def main(arguments=None):
+    parser = make_parser("train-zoom", __doc__, steps=1500, batch_size=18, learning_rate=3e-4)
+    parser.add_argument("--pools", type=Path, required=True, metavar="DIR", help="keeps the encoded scenes")
+    parser.add_argument("--fresh", action="store_true", help="levels beyond the scales are untrained: prepare them")
+    parser.add_argument("--native", type=int, default=600, help="scenes with native objects")
+    parser.add_argument("--fixed", type=int, default=400, help="ordinary scenes")
+    parser.add_argument("--first-seed", type=int, default=FINETUNING_SEED + 9000, help="of the ordinary scenes")
+    parser.add_argument("--tiles", type=int, default=40, help="tiles of every finer level in a pool")
+    parser.add_argument("--together", type=int, default=16, metavar="N", help="questions about a whole ordinary scene")
+    parser.add_argument(
+        "--minutes", type=float, help="of training, after the scenes are encoded; or --steps, if sooner"
+    )
+    args = parser.parse_args(arguments)
+    native_seeds, fixed_seeds = (
+        range(first, first + number) for first, number in ((NATIVE_SEED, args.native), (args.first_seed, args.fixed))
+    )
+    start, seconds = time.monotonic(), None if args.minutes is None else 60 * args.minutes
+    with PartialState().main_process_first():
+        fixed, native = (
+            make_pools(args.model, seeds, is_native, args.tiles, args.pools / name, args.workers, limit)
+            for name, is_native, seeds, limit in (
+                ("fixed", False, fixed_seeds, seconds and seconds / 10),
+                ("native", True, native_seeds, seconds and seconds * 7 / 30),
+            )
+        )
+    processor, model = load_model(args.model, torch.float32, device_map=None)
+    # The losses need attention maps, which only eager attention returns.
+    model.set_attn_implementation({"text_config": "eager"})
+    if args.fresh:
+        start_native_scales(model)
+    for name in VISION:
+        getattr(model.model, name).requires_grad_(False)
+    model.model.scale_embedding.scale_vectors.requires_grad_(True)
+    pool_tokens = torch.cat([pool["tokens"].flatten(0, 1) for pools in (native, fixed) for pool in pools.values()])
+    native, end = pooled_scenes(model, native_scene, native, 0)
+    fixed, _ = pooled_scenes(model, make_scene, fixed, end)
+    rules = model.config
+    dataset = ZoomQuestions(native, fixed, rules, args.together, args.steps * args.batch_size * args.accumulation)
+    collator = ZoomCollator(processor, model.config, rules)
+    train(
+        ZoomTrainer, model, dataset, args, {"adam_beta2": 0.98},
+        data_collator=collator, pool_tokens=pool_tokens, stop=seconds and start + seconds,
+    )  # fmt: skip
+    save_model(model, processor, args.output)
+
+
+if __name__ == "__main__":
+    main()
