@@ -24,6 +24,7 @@ VERBS = {
     "train-vision": ("training.tiny.vision", "stage 1 of UHR-BAT-Tiny: the tower learns to read"),
     "train-finetune": ("training.tiny.finetune", "stages 2 to 4: the decoder learns where to look and to answer"),
     "train-exchange": ("training.tiny.exchange", "another vision tower for a trained decoder"),
+    "serve": ("serving.serve", "a server with OpenAI's API: many users, evidence in the answer"),
     "bench": ("benchmarks.run", "speed and memory against the straightforward implementation"),
     "bench-gpu": ("benchmarks.gpu", "the 7B geometry on a GPU"),
 }

@@ -5,6 +5,7 @@ Letters: I images, S scales, M tokens of a prompt with its images, D decoder wid
 """
 
 import hashlib
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,10 +90,12 @@ class Front:
         processor, model: of `load_model`.
         model_key: names the model, as `fingerprint` does.
         cache: its limit holds for images and selections together.
+        workers: threads that compute at a time; others wait. Decoded pictures are large.
     """
 
-    def __init__(self, processor, model, model_key: str, cache: ContentCache):
+    def __init__(self, processor, model, model_key: str, cache: ContentCache, workers: int = 2):
         self.processor, self.model, self.model_key, self.cache = processor, model, model_key, cache
+        self._work = threading.BoundedSemaphore(workers)
 
     def encode(self, source: ImageSource, **options) -> EncodedImage:
         """The encoded image, from the cache where the same file was read in the same way before.
@@ -105,9 +108,12 @@ class Front:
         """
         options = {name: value for name, value in options.items() if value is not None}
         key = ("image", self.model_key, source.digest, repr(sorted(options.items())))
-        return self.cache.get(key, lambda: self._encode(key, source, options))
+        return self.cache.get(key, lambda: self._compute(self._encode, key, source, options))
 
-    @torch.inference_mode()
+    def _compute(self, step, *args):
+        with self._work, torch.inference_mode():
+            return step(*args)
+
     def _encode(self, key, source, options):
         image = self.processor.image_processor.process_image(source.content, **options)
         limit = {"max_image_pixels": options["max_image_pixels"]} if "max_image_pixels" in options else {}
@@ -128,9 +134,8 @@ class Front:
             ValueError: counts or budgets that do not fit, or a prompt over the context window.
         """
         key = ("selection", self.model_key, prompt, repr(budgets), *(image.key for image in images))
-        return self.cache.get(key, lambda: self._select(prompt, images, budgets))
+        return self.cache.get(key, lambda: self._compute(self._select, prompt, images, budgets))
 
-    @torch.inference_mode()
     def _select(self, prompt, images, budgets):
         device = self.model.device
         features = [self._to(image.features, device) for image in images]
