@@ -26,6 +26,7 @@ VERBS = {
     "train-exchange": ("training.tiny.exchange", "another vision tower for a trained decoder"),
     "serve": ("serving.serve", "a server with OpenAI's API: many users, evidence in the answer"),
     "bench": ("benchmarks.run", "speed and memory against the straightforward implementation"),
+    "bench-serve": ("benchmarks.serving", "many users at a time against a loop and against transformers serve"),
     "bench-gpu": ("benchmarks.gpu", "the 7B geometry on a GPU"),
 }
 

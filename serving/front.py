@@ -93,7 +93,7 @@ class Front:
         workers: threads that compute at a time; others wait. Decoded pictures are large.
     """
 
-    def __init__(self, processor, model, model_key: str, cache: ContentCache, workers: int = 2):
+    def __init__(self, processor, model, model_key: str, cache: ContentCache, workers: int):
         self.processor, self.model, self.model_key, self.cache = processor, model, model_key, cache
         self._work = threading.BoundedSemaphore(workers)
 

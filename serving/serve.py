@@ -15,6 +15,8 @@ from ..common.extras import require
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
 
 BACKENDS = ("transformers", "vllm")
+# Threads that read, encode and compress at a time.
+WORKERS = 2
 
 
 def pair(text: str) -> tuple:
@@ -75,6 +77,8 @@ def parser() -> argparse.ArgumentParser:
 def build(args):
     """The application of the options: model, cache, decoder and routes."""
     require("serve", "fastapi", "prometheus_client", "httpx")
+    import torch
+
     from .app import Service, make_app
     from .cache import ContentCache
     from .decoding import decoder_folder
@@ -86,6 +90,8 @@ def build(args):
     if folder is not None and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: there is no such folder to allow.")
     processor, model = load_model(args.model)
+    # The front's threads share the cores; more threads than cores wait for each other.
+    torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
     model_key = fingerprint(args.model)
     if args.backend == "vllm":
         from .vllm_decoder import VLLMDecoder
@@ -95,7 +101,7 @@ def build(args):
         from .transformers_decoder import TransformersDecoder
 
         decoder = TransformersDecoder(model, args.max_batch)
-    front = Front(processor, model, model_key, ContentCache(args.cache_bytes))
+    front = Front(processor, model, model_key, ContentCache(args.cache_bytes), WORKERS)
     rules = SourceRules(args.max_image_bytes, folder and folder.resolve(), frozenset(args.allow_private_hosts))
     service = Service(Engine(front, decoder, args.max_requests), args.name, rules, args.max_pixels)
     return make_app(service, args.max_requests)

@@ -25,7 +25,7 @@ def loaded():
 
 @pytest.fixture
 def front(loaded):
-    return Front(*loaded, "tiny", ContentCache(2**30))
+    return Front(*loaded, "tiny", ContentCache(2**30), workers=2)
 
 
 def test_the_decoder_answers_embeddings_as_the_model_answers_images(front):
@@ -51,7 +51,7 @@ def test_what_differs_is_chosen_anew(front, change):
 
     assert select() is not select(**change)
     # As it would be without a cache.
-    fresh = Front(front.processor, front.model, "tiny", ContentCache(0))
+    fresh = Front(front.processor, front.model, "tiny", ContentCache(0), workers=2)
     again = fresh.select(
         change.get("prompt", SHIPS), [fresh.encode(source(change.get("seed", 0)))], change.get("budgets")
     )
