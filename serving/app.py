@@ -9,10 +9,10 @@ from contextlib import aclosing, asynccontextmanager
 from uuid import uuid4
 
 from fastapi import FastAPI, Request, Response
-from fastapi.exceptions import HTTPException
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
+from starlette.exceptions import HTTPException
 
 from .chat import ChatRequest
 from .decoding import Sampling

@@ -1,9 +1,10 @@
-"""The decoder by transformers: requests that wait are decoded together, by one `generate` of padded embeddings.
+"""The decoder by transformers: answers are decoded together, by one `generate` of padded embeddings.
 
-transformers' own continuous batching takes token ids alone, so a batch here is filled when it starts: what comes while
-it runs waits for its end. A row that is finished or no longer wanted ends by itself.
+transformers' own continuous batching takes token ids alone. Here what comes while a batch runs joins it after `SLICE`
+steps at most: the batch stops, and goes on with the newcomers from what its answers have so far. A row that is finished
+or no longer wanted ends by itself.
 
-Letters: B requests of a batch, M tokens of the longest prompt, D decoder width.
+Letters: B requests of a batch, M tokens of the longest prompt, D decoder width, V size of the vocabulary.
 """
 
 import asyncio
@@ -13,10 +14,21 @@ from collections import deque
 
 import torch
 import torch.nn.functional as F
-from transformers import StoppingCriteria, StoppingCriteriaList
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
 from transformers.generation import BaseStreamer
 
 from .decoding import Sampling, end_ids
+
+# Steps after which a batch stops for requests that wait. Its prompts are read anew then, which costs as much as some
+# steps; most answers are shorter.
+SLICE = 32
 
 
 class _Job:
@@ -25,11 +37,14 @@ class _Job:
     def __init__(self, embeds, sampling):
         self.embeds, self.sampling = embeds, sampling
         self.loop, self.arrived = asyncio.get_running_loop(), asyncio.Queue()
-        self.num_tokens, self.done = 0, False
-        # What one call of `generate` has for all of its rows.
-        self.draws = sampling._replace(max_new_tokens=0)
-        if sampling.temperature == 0:
-            self.draws = Sampling(0)
+        self.ids, self.done = [], False
+        self.generator = None
+        if sampling.temperature > 0:
+            self.generator = torch.Generator()
+            self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
+            self.warp = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+            if sampling.top_p < 1:
+                self.warp.append(TopPLogitsWarper(sampling.top_p))
 
     def put(self, ids: list[int] | Exception | None):
         """Tokens, the error that ended the batch, or None at the end."""
@@ -38,28 +53,50 @@ class _Job:
         except RuntimeError:  # the server is closing: nobody waits any more
             self.done = True
 
+    def end(self, error: Exception | None = None):
+        self.done = True
+        self.put(error)
+
 
 class _Rows(BaseStreamer, StoppingCriteria):
-    """Hands every job its tokens, step by step, and tells `generate` which rows are finished."""
+    """The jobs of one `generate`: hands them their tokens, and says which rows are to stop."""
 
-    def __init__(self, jobs, end_ids):
-        self.jobs, self.end_ids, self.begun = jobs, end_ids, False
+    def __init__(self, jobs, end_ids, is_awaited):
+        self.jobs, self.end_ids, self.is_awaited = jobs, end_ids, is_awaited
+        self.num_steps = -1  # the streamer's first call brings the prompts
 
     def put(self, value):
-        if not self.begun:  # the first call brings the prompts
-            self.begun = True
+        self.num_steps += 1
+        if self.num_steps == 0:
             return
         for job, token in zip(self.jobs, value.tolist()):
             if not job.done:
-                job.num_tokens += 1
+                job.ids.append(token)
                 job.put([token])
-                job.done = token in self.end_ids or job.num_tokens >= job.sampling.max_new_tokens
+                if token in self.end_ids or len(job.ids) >= job.sampling.max_new_tokens:
+                    job.end()
 
     def end(self):
         pass
 
     def __call__(self, input_ids, scores, **kwargs):
-        return torch.tensor([job.done for job in self.jobs], device=input_ids.device)
+        stopped = self.num_steps >= SLICE and self.is_awaited()
+        return torch.tensor([stopped or job.done for job in self.jobs], device=input_ids.device)
+
+
+class _Draw(LogitsProcessor):
+    """float[B, V] of the next token: a row that is drawn has one token left, whatever else is in the batch."""
+
+    def __init__(self, jobs):
+        self.jobs = jobs
+
+    def __call__(self, input_ids, scores):
+        for row, job in enumerate(self.jobs):
+            if job.generator is not None:
+                probabilities = job.warp(input_ids[row : row + 1], scores[row : row + 1]).softmax(-1).cpu()
+                token = torch.multinomial(probabilities[0], 1, generator=job.generator)
+                scores[row] = torch.full_like(scores[row], -torch.inf).index_fill(0, token.to(scores.device), 0)
+        return scores
 
 
 class TransformersDecoder:
@@ -68,10 +105,15 @@ class TransformersDecoder:
     def __init__(self, model, max_batch: int):
         self.model, self.max_batch = model, max_batch
         self.end_ids = end_ids(model)
-        self.running = 0
+        self._jobs: list[_Job] = []
         self._arriving: queue.Queue[_Job | None] = queue.Queue()
+        self._waiting: deque[_Job] = deque()
         self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
         self._thread.start()
+
+    @property
+    def running(self) -> int:
+        return sum(not job.done for job in self._jobs)
 
     @property
     def is_alive(self) -> bool:
@@ -94,64 +136,44 @@ class TransformersDecoder:
         await asyncio.to_thread(self._thread.join)
 
     def _work(self):
-        waiting: deque[_Job | None] = deque()
         while True:
-            if not waiting:
-                waiting.append(self._arriving.get())
-            while not self._arriving.empty():
-                waiting.append(self._arriving.get())
-            if None in waiting:
-                for job in filter(None, waiting):
-                    job.put(RuntimeError("The server is closing."))
-                return
-            jobs = next_batch(waiting, self.max_batch)
-            self.running = len(jobs)
+            while not self._arriving.empty() or not self._waiting:
+                job = self._arriving.get()
+                if job is None:
+                    for one in self._waiting:
+                        one.end(RuntimeError("The server is closing."))
+                    return
+                self._waiting.append(job)
+            jobs = [self._waiting.popleft() for _ in range(min(self.max_batch, len(self._waiting)))]
+            self._jobs = [job for job in jobs if not job.done]
             try:
-                self._run(jobs)
-                end = None
-            except Exception as error:  # the others of the server go on
-                end = error
-            self.running = 0
-            for job in jobs:
-                job.put(end)
+                if self._jobs:
+                    self._run(self._jobs)
+            except Exception as error:  # that of these requests: others go on
+                for job in self._jobs:
+                    job.end(error)
+            self._waiting += [job for job in self._jobs if not job.done]
+            self._jobs = []
 
     @torch.inference_mode()
     def _run(self, jobs):
-        """One `generate` of all of them, padded on the left."""
-        M = max(len(job.embeds) for job in jobs)
-        device, sampling = self.model.device, jobs[0].sampling
-        embeds = torch.stack([F.pad(job.embeds, (0, 0, M - len(job.embeds), 0)) for job in jobs]).to(device)
-        mask = torch.stack(
-            [F.pad(torch.ones(len(job.embeds), dtype=torch.long), (M - len(job.embeds), 0)) for job in jobs]
-        )
-        draws = {"do_sample": False}
-        if sampling.temperature > 0:
-            draws = {"do_sample": True, "temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0}
-            if sampling.seed is not None:
-                torch.manual_seed(sampling.seed)
-        rows = _Rows(jobs, self.end_ids)
+        """One `generate` of all of them, from what they have so far, padded on the left."""
+        device, embed = self.model.device, self.model.get_input_embeddings()
+        prompts = [job.embeds.to(device) for job in jobs]
+        prompts = [
+            torch.cat((prompt, embed(torch.tensor(job.ids, dtype=torch.long, device=device))))
+            for prompt, job in zip(prompts, jobs)
+        ]
+        M = max(map(len, prompts))
+        pads = [M - len(prompt) for prompt in prompts]
+        mask = torch.tensor([[0] * pad + [1] * (M - pad) for pad in pads], device=device)
+        rows = _Rows(jobs, self.end_ids, lambda: bool(self._waiting) or not self._arriving.empty())
         self.model.generate(
-            inputs_embeds=embeds,
-            attention_mask=mask.to(device),
-            max_new_tokens=max(job.sampling.max_new_tokens for job in jobs),
+            inputs_embeds=torch.stack([F.pad(prompt, (0, 0, pad, 0)) for prompt, pad in zip(prompts, pads)]),
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max(job.sampling.max_new_tokens - len(job.ids) for job in jobs),
             streamer=rows,
             stopping_criteria=StoppingCriteriaList([rows]),
-            **draws,
+            logits_processor=LogitsProcessorList([_Draw(jobs)]),
         )
-
-
-def next_batch(waiting: deque[_Job], max_batch: int) -> list[_Job]:
-    """The job that waits longest and those that may share its call, taken out of `waiting`; none that nobody wants.
-
-    One draw is repeatable only by itself: a job with a seed shares its call with none.
-    """
-    while waiting and waiting[0].done:
-        waiting.popleft()
-    if not waiting:
-        return []
-    draws = waiting[0].draws
-    alike = [job for job in waiting if job.draws == draws and not job.done]
-    jobs = alike[: 1 if draws.seed is not None else max_batch]
-    for job in jobs:
-        waiting.remove(job)
-    return jobs
