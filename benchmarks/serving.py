@@ -51,7 +51,7 @@ LOOP_IMAGES = 4
 GROWTH_PERCENT = 5.0
 SOAK_USERS = 16
 # Of the cache in a soak: what a few of its images take, so that images come and go.
-SOAK_CACHE_BYTES = 16 * 2**20
+SOAK_CACHE_BYTES = 10 * 2**20
 LOOP, LOOP_ONCE = "loop over generate", "the same, each image encoded once"
 TRANSFORMERS = "transformers serve"
 
@@ -238,9 +238,9 @@ def compare(args) -> int:
 
 def soak(args) -> int:
     """Requests of many kinds for a while: nothing fails, memory does not grow, answers are those of the loop."""
-    num_scenes = 4 * SOAK_USERS
+    num_scenes = 8 if args.quick else 4 * SOAK_USERS
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        scenes = [Scene(seed, 512, QUESTIONS) for seed in tqdm(range(num_scenes), desc="scenes")]
+        scenes = [Scene(seed, 256 if args.quick else 512, QUESTIONS) for seed in tqdm(range(num_scenes), desc="scenes")]
         loop = stack.enter_context(one_process())
         expected = {}
         for scene in tqdm(scenes, desc="one by one"):

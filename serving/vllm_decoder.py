@@ -12,7 +12,6 @@ from uuid import uuid4
 
 import torch
 
-from ..common.extras import require
 from .decoding import Sampling, end_ids
 
 # Of a GPU's memory; the rest is for the towers, and for the decoder's layers that the importance pass reads.
@@ -31,16 +30,18 @@ class VLLMDecoder:
         options: other arguments of vLLM's `AsyncEngineArgs`, as {"tensor_parallel_size": 2}.
 
     Raises:
-        ImportError: vLLM is missing; says what to install.
+        ImportError: vLLM is missing; says where its environment is explained.
     """
 
     def __init__(self, model, folder: Path, max_batch: int, options: Mapping[str, Any] | None = None):
-        require("vllm", "vllm")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_CACHE_GB))
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        from vllm.engine.arg_utils import AsyncEngineArgs
-        from vllm.v1.engine.async_llm import AsyncLLM
+        try:
+            from vllm.engine.arg_utils import AsyncEngineArgs
+            from vllm.v1.engine.async_llm import AsyncLLM
+        except ImportError as error:
+            raise ImportError(f"{error}. vLLM takes an environment of its own: serving/README.md says how.") from error
 
         self.end_ids = end_ids(model)
         self.running = 0

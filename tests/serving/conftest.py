@@ -4,7 +4,9 @@ import json
 import shutil
 import threading
 import time
+from collections.abc import Callable
 from importlib.util import find_spec
+from typing import NamedTuple
 
 import pytest
 
@@ -29,12 +31,19 @@ def open_folder(tmp_path_factory):
     return tmp_path_factory.mktemp("open")
 
 
+class Served(NamedTuple):
+    """Where a server listens, and `resident()` bytes of its processes."""
+
+    address: str
+    resident: Callable[[], int]
+
+
 @pytest.fixture(
     scope="session",
     params=["transformers", pytest.param("vllm", marks=[pytest.mark.vllm, pytest.mark.slow])],
 )
-def address(request, endless_folder, open_folder, tmp_path_factory):
-    """Of a server of the model `endless`: on a thread by transformers, by its command and in processes by vLLM."""
+def served(request, endless_folder, open_folder, tmp_path_factory):
+    """A server of the model `endless`: on a thread by transformers, by its command and in processes by vLLM."""
     options = [
         "--allow-local-files",
         str(open_folder),
@@ -51,16 +60,22 @@ def address(request, endless_folder, open_folder, tmp_path_factory):
         yield from on_a_thread(endless_folder, options)
 
 
+@pytest.fixture
+def address(served):
+    return served.address
+
+
 def by_command(backend, folder, options, log_folder):
-    from uhr_bat.benchmarks.servers import server
+    from uhr_bat.benchmarks.servers import resident_of, server
 
     command = ["-m", "uhr_bat", "serve", str(folder), "--backend", backend, *options]
-    with server(command, log_folder / "log") as (address, _):
-        yield address
+    with server(command, log_folder / "log") as (address, process):
+        yield Served(address, lambda: resident_of(process))
 
 
 def on_a_thread(folder, options):
     import uvicorn
+    from uhr_bat.benchmarks.meters import reset_peak
     from uhr_bat.benchmarks.servers import free_port
     from uhr_bat.serving import serve
 
@@ -72,6 +87,6 @@ def on_a_thread(folder, options):
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
-    yield f"http://127.0.0.1:{port}"
+    yield Served(f"http://127.0.0.1:{port}", reset_peak)
     server.should_exit = True
     thread.join()

@@ -24,8 +24,8 @@ NUM_TOKENS = 8
 
 
 @pytest.fixture(scope="module")
-def client(address):
-    with openai.OpenAI(base_url=f"{address}/v1", api_key="none", max_retries=0) as client:
+def client(served):
+    with openai.OpenAI(base_url=f"{served.address}/v1", api_key="none", max_retries=0) as client:
         yield client
 
 
@@ -312,3 +312,25 @@ def test_slow_clients_hold_nobody_up(client, address):
         for connection in slow:
             connection.close()
     until(lambda: metric(address, "uhr_bat_active_requests") == 0)
+
+
+@pytest.mark.slow
+def test_memory_returns_after_what_was_refused_or_left(client, served):
+    def storm():
+        for case in ("a huge image", "a bomb", "a book", "a torn image", "a path"):
+            images, fields, *_ = HOSTILE[case]
+            for _ in range(5):
+                with pytest.raises(openai.APIStatusError):
+                    ask(client, *images, **fields)
+        for _ in range(4):
+            stream = ask(client, picture(), stream=True, max_tokens=3000)
+            next(iter(stream))
+            stream.close()
+        until(lambda: metric(served.address, "uhr_bat_active_requests") == 0)
+
+    storm()
+    before = served.resident()
+    for _ in range(3):
+        storm()
+    # A request of these brings 2 MB, and the bomb would be 400 MB or more.
+    assert served.resident() - before < 20 * 2**20
