@@ -45,8 +45,9 @@ QUESTIONS, IMAGE_SIDE = 8, 2048
 MAX_TOKENS = 32
 # What the goal of the issue is: so many times the questions a second of the loop, with the most users.
 GOAL = 4.0
-# Images that a loop is timed on: its pace does not depend on the number of users.
-LOOP_IMAGES = 4
+# Images that a loop is timed on, whose pace does not depend on the number of users, and questions of every user to
+# `transformers serve`, which encodes the image for each.
+LOOP_IMAGES, TRANSFORMERS_QUESTIONS = 4, 2
 # Growth of memory from the first fifth of a soak to its end that is allowed, in percent.
 GROWTH_PERCENT = 5.0
 SOAK_USERS = 16
@@ -138,13 +139,15 @@ class Sides:
 
     def ask_server(self, side, scenes):
         address, name = self.servers[side]
-        settings = {}
+        settings, num_questions = {}, QUESTIONS
         if side == TRANSFORMERS:
+            num_questions = TRANSFORMERS_QUESTIONS
             settings["generation_config"] = json.dumps({"do_sample": False, "max_new_tokens": MAX_TOKENS})
         users = []
         for scene in scenes:
             url = scene.url()
-            users.append([request_body(name, url, question, MAX_TOKENS, **settings) for question in scene.questions])
+            questions = scene.questions[:num_questions]
+            users.append([request_body(name, url, question, MAX_TOKENS, **settings) for question in questions])
         return ask_at_once(address, users)
 
     def functions(self, scenes):
@@ -159,7 +162,7 @@ class Sides:
 def check_answers(side: str, answers: list[list[Answer]], reference: list[list[Answer]]):
     """Raises `Disagreement` where a side does not answer as the loop does."""
     for of_user, expected in zip(answers, reference, strict=True):
-        for one, other in zip(of_user, expected, strict=True):
+        for one, other in zip(of_user, expected):  # not every side is asked all
             expect(one.ok, f"{side}: {one.text}")
             expect(one.text == other.text, f"{side} answers {one.text!r}, the loop {other.text!r}.")
 

@@ -8,6 +8,8 @@ from .refusals import Refusal
 RECEIVE_SECONDS = 60
 # Seconds for a client to take a part of the answer.
 SEND_SECONDS = 60
+# Requests of the greatest size whose bytes may be held at a time, by many small ones or few large ones.
+HELD_REQUESTS = 4
 
 
 class Limits:
@@ -22,49 +24,51 @@ class Limits:
 
     def __init__(self, app, max_bytes: int, max_requests: int, on_refusal=lambda status: None):
         self.app, self.max_bytes, self.max_requests, self.on_refusal = app, max_bytes, max_requests, on_refusal
-        self.active = 0
+        self.active = self.held_bytes = 0
 
     async def __call__(self, scope, receive, send):
         if scope["type"] != "http" or scope["method"] != "POST":
             await self.app(scope, receive, send)
             return
-        if self.active >= self.max_requests:
-            refusal = Refusal(
-                f"{self.max_requests} requests are being worked on, which is the most of this server. Try again.",
-                status=429,
-                code="rate_limit_exceeded",
-            )
-            await self.refuse(refusal, send)
-            return
-        self.active += 1
+        body = bytearray()
         try:
-            try:
-                body = await self.read(scope, receive)
-            except Refusal as refusal:
-                await self.refuse(refusal, send)
-                return
-            if body is not None:
-                await self.app(scope, hand_over(body, receive), sent_in_time(send))
+            # A request takes a place when it has arrived: who sends slowly holds its bytes and nobody's place.
+            self.check_places()
+            if await self.read(scope, receive, body):
+                self.check_places()
+                self.active += 1
+                try:
+                    await self.app(scope, hand_over(bytes(body), receive), sent_in_time(send))
+                finally:
+                    self.active -= 1
+        except Refusal as refusal:
+            await self.refuse(refusal, send)
         finally:
-            self.active -= 1
+            self.held_bytes -= len(body)
 
-    async def read(self, scope, receive) -> bytes | None:
-        """The body; None where the client went."""
-        headers = dict(scope["headers"])
-        stated = headers.get(b"content-length", b"0")
+    def check_places(self):
+        if self.active >= self.max_requests:
+            raise busy(f"{self.max_requests} requests are being worked on, which is the most of this server.")
+
+    async def read(self, scope, receive, body: bytearray) -> bool:
+        """Appends what arrives to `body`; whether all of it did, and the client did not go."""
+        stated = dict(scope["headers"]).get(b"content-length", b"0")
         if stated.isdigit():
             self.check_size(int(stated))
-        body = bytearray()
         try:
             async with asyncio.timeout(RECEIVE_SECONDS):
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        return None
-                    body += message.get("body", b"")
-                    self.check_size(len(body))
+                        return False
+                    part = message.get("body", b"")
+                    self.check_size(len(body) + len(part))
+                    if self.held_bytes + len(part) > HELD_REQUESTS * self.max_bytes:
+                        raise busy("The server holds as many bytes of requests as it may.")
+                    body += part
+                    self.held_bytes += len(part)
                     if not message.get("more_body", False):
-                        return bytes(body)
+                        return True
         except TimeoutError:
             raise Refusal(
                 f"The request did not arrive within {RECEIVE_SECONDS} seconds.", status=408, code="timeout"
@@ -85,6 +89,10 @@ class Limits:
         # The rest of the body is not read: the connection ends with the answer.
         response = JSONResponse(refusal.body(), refusal.status, headers={"Connection": "close"})
         await response({"type": "http"}, None, send)
+
+
+def busy(why: str) -> Refusal:
+    return Refusal(f"{why} Try again.", status=429, code="rate_limit_exceeded")
 
 
 def hand_over(body, receive):

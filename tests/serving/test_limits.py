@@ -96,6 +96,25 @@ def test_more_requests_than_there_is_room_for_are_refused_and_counted():
     assert [client.status for client in clients] == [200, 200, 429] and refused == [429]
 
 
+def test_who_sends_slowly_holds_bytes_and_nobodys_place():
+    async def at_once():
+        app, slow = guard(max_requests=1), [Client(b"123456789", waits=True) for _ in range(4)]
+        tasks = [asyncio.create_task(app(SCOPE, one.receive, one.send)) for one in slow]
+        await asyncio.sleep(0)
+        quick, large = Client(b"1"), Client(b"12345")
+        await app(SCOPE, quick.receive, quick.send)
+        await app(SCOPE, large.receive, large.send)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        return app, quick, large
+
+    app, quick, large = asyncio.run(at_once())
+    assert quick.status == 200  # 37 of 40 bytes are held
+    assert large.status == 429 and "as many bytes" in large.reason
+    assert app.held_bytes == app.active == 0
+
+
 def test_a_client_that_takes_nothing_is_given_up(monkeypatch):
     monkeypatch.setattr(limits, "SEND_SECONDS", 0.01)
     client, app = Client(b"1"), guard()
