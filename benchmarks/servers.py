@@ -137,9 +137,19 @@ async def _ask(client, body) -> Answer:
     return Answer(text, seconds if first is None else first, seconds)
 
 
-def resident_of(process: subprocess.Popen) -> int:
-    """Resident bytes of a process and of all that it started; what they share counts once (PSS)."""
+def family(process: subprocess.Popen) -> list:
+    """A process and all that it started."""
     import psutil
 
     root = psutil.Process(process.pid)
-    return sum(one.memory_full_info().pss for one in (root, *root.children(recursive=True)))
+    return [root, *root.children(recursive=True)]
+
+
+def worked_by(process: subprocess.Popen) -> float:
+    """The processor's seconds of a process and of all that it started."""
+    return sum(sum(one.cpu_times()[:2]) for one in family(process))
+
+
+def resident_of(process: subprocess.Popen) -> int:
+    """Resident bytes of a process and of all that it started; what they share counts once (PSS)."""
+    return sum(one.memory_full_info().pss for one in family(process))

@@ -38,7 +38,7 @@ from ..scenes.questions import draw_question
 from ..serving.serve import BACKENDS
 from .compare import Disagreement, expect, spread
 from .run import machine
-from .servers import Answer, ask_at_once, request_body, resident_of, server
+from .servers import Answer, ask_at_once, request_body, resident_of, server, worked_by
 from .sides import one_process
 
 QUESTIONS, IMAGE_SIDE = 8, 2048
@@ -86,12 +86,15 @@ class Scene:
 _loaded = []  # processor and model of this process
 
 
-def ask_in_a_loop(folder: str, content: bytes, questions: list[str], encode_once: bool, threads: int) -> list[Answer]:
-    """What a script does: a call of `generate` for each question."""
+def ask_in_a_loop(
+    folder: str, content: bytes, questions: list[str], encode_once: bool, threads: int
+) -> tuple[list[Answer], float]:
+    """What a script does: a call of `generate` for each question; and the processor's seconds of all."""
     torch.set_num_threads(threads)
     if not _loaded:
         _loaded.extend(load_model(folder))
     processor, model = _loaded
+    worked = time.process_time()
     answers, begun, features = [], time.perf_counter(), None
     for question in questions:
         image = Image.open(BytesIO(content))
@@ -106,7 +109,7 @@ def ask_in_a_loop(folder: str, content: bytes, questions: list[str], encode_once
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         seconds, begun = time.perf_counter() - begun, time.perf_counter()
         answers.append(Answer(text, seconds, seconds))
-    return answers
+    return answers, time.process_time() - worked
 
 
 # ---- Turns -----------------------------------------------------------------------------------------------------------
@@ -121,24 +124,25 @@ class Sides:
         name = "bench"
         own = ["-m", "uhr_bat", "serve", str(args.model), "--name", name, "--backend", args.backend]
         self.own = f"uhr-bat serve ({args.backend})"
-        self.servers = {self.own: (stack.enter_context(server(own, folder / "own.log"))[0], name)}
+        self.servers = {self.own: (*stack.enter_context(server(own, folder / "own.log")), name)}
         if not args.without_transformers_serve:
             command = ["-m", "transformers.cli.transformers", "serve", str(args.model), "--trust-remote-code"]
-            address, _ = stack.enter_context(server(command, folder / "transformers.log"))
-            self.servers[TRANSFORMERS] = (address, str(args.model))
+            started = stack.enter_context(server(command, folder / "transformers.log"))
+            self.servers[TRANSFORMERS] = (*started, str(args.model))
 
     def ask_loop(self, scenes, encode_once):
+        """(answers, seconds, the processor's seconds)"""
         begun = time.perf_counter()
-        answers = [
-            self.loop.submit(
-                ask_in_a_loop, str(self.args.model), scene.content, scene.questions, encode_once, self.args.loop_threads
-            ).result()
+        options = encode_once, self.args.loop_threads
+        done = [
+            self.loop.submit(ask_in_a_loop, str(self.args.model), scene.content, scene.questions, *options).result()
             for scene in scenes
         ]
-        return answers, time.perf_counter() - begun
+        return [answers for answers, _ in done], time.perf_counter() - begun, sum(worked for _, worked in done)
 
     def ask_server(self, side, scenes):
-        address, name = self.servers[side]
+        """(answers, seconds, the processor's seconds of the server)"""
+        address, process, name = self.servers[side]
         settings, num_questions = {}, QUESTIONS
         if side == TRANSFORMERS:
             num_questions = TRANSFORMERS_QUESTIONS
@@ -148,7 +152,9 @@ class Sides:
             url = scene.url()
             questions = scene.questions[:num_questions]
             users.append([request_body(name, url, question, MAX_TOKENS, **settings) for question in questions])
-        return ask_at_once(address, users)
+        worked = worked_by(process)
+        answers, seconds = ask_at_once(address, users)
+        return answers, seconds, worked_by(process) - worked
 
     def functions(self, scenes):
         """{side: function of no arguments}"""
@@ -168,22 +174,25 @@ def check_answers(side: str, answers: list[list[Answer]], reference: list[list[A
 
 
 def measure(sides: Sides, scenes: list[Scene], repetitions: int) -> dict:
-    """{side: {"per_second", "first_seconds": spread, "ratio": to the loop, turn by turn}} of one number of users."""
+    """{side: {"per_second", "first_seconds", "processor_seconds" of a question: spread, "ratio": of the questions a
+    second to the loop's, turn by turn}} of one number of users."""
     functions = sides.functions(scenes)
-    rates, firsts = {side: [] for side in functions}, {side: [] for side in functions}
-    reference, _ = sides.ask_loop(scenes, encode_once=True)
+    rates, firsts, work = ({side: [] for side in functions} for _ in range(3))
+    reference, *_ = sides.ask_loop(scenes, encode_once=True)
     for turn in tqdm(range(repetitions + 1), desc="turns", leave=False):  # the first one warms up
         for side, function in functions.items():
-            answers, seconds = function()
+            answers, seconds, worked = function()
             check_answers(side, answers, reference[: len(answers)])
             if turn:
                 flat = [answer for of_user in answers for answer in of_user]
                 rates[side].append(len(flat) / seconds)
+                work[side].append(worked / len(flat))
                 firsts[side] += [answer.first_seconds for answer in flat]
     return {
         side: {
             "per_second": spread(rates[side]),
             "first_seconds": spread(firsts[side]),
+            "processor_seconds": spread(work[side]),
             "ratio": spread([rate / loop for rate, loop in zip(rates[side], rates[LOOP])]),
         }
         for side in functions
@@ -195,11 +204,13 @@ def rows(results: dict[int, dict]) -> Iterator[list[str]]:
         for side, found in sides.items():
             first = "-" if side in (LOOP, LOOP_ONCE) else f"{found['first_seconds']['median']:.2f}"
             ratio = "{median:.2f}x ({min:.2f} to {max:.2f})".format(**found["ratio"])
-            yield [users, side, f"{found['per_second']['median']:.2f}", first, ratio]
+            work = f"{found['processor_seconds']['median']:.3f}"
+            yield [users, side, f"{found['per_second']['median']:.2f}", first, ratio, work]
 
 
 def report(result: dict) -> str:
     header = ["Users", "Side", "questions a second", "seconds to the first token, median", "of the loop's questions"]
+    header.append("processor's seconds of a question")
     note = (
         f"Written by `{result['command']}`. {QUESTIONS} questions for each user about an image of its own of "
         f"{IMAGE_SIDE} x {IMAGE_SIDE} px, which every request brings along; the same answers. Ratios: median (minimum to "
@@ -247,7 +258,7 @@ def soak(args) -> int:
         loop = stack.enter_context(one_process())
         expected = {}
         for scene in tqdm(scenes, desc="one by one"):
-            answers = loop.submit(
+            answers, _ = loop.submit(
                 ask_in_a_loop, str(args.model), scene.content, scene.questions, True, args.loop_threads
             ).result()
             expected |= {(scene, question): answer.text for question, answer in zip(scene.questions, answers)}

@@ -15,6 +15,9 @@ MAX_IMAGES = 16
 LETTERS_PER_TOKEN = 32
 
 
+Number = Annotated[float, Field(allow_inf_nan=False)]
+
+
 class _Strict(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
 
@@ -37,7 +40,6 @@ class Image(_Strict):
 class Message(_Strict):
     role: Literal["system", "user", "assistant"]
     content: str | list[Annotated[Text | Image, Field(discriminator="type")]]
-    name: str | None = None
 
 
 class StreamOptions(_Strict):
@@ -51,8 +53,8 @@ class ChatRequest(_Strict):
     messages: Annotated[list[Message], Field(min_length=1)]
     max_tokens: Annotated[int, Field(ge=1)] | None = None
     max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
-    temperature: Annotated[float, Field(ge=0, le=2, allow_inf_nan=False)] | None = None
-    top_p: Annotated[float, Field(gt=0, le=1, allow_inf_nan=False)] | None = None
+    temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
+    top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
     stop: str | Annotated[list[str], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
@@ -62,8 +64,8 @@ class ChatRequest(_Strict):
 
     budgets: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] | None = None
     bands: Annotated[list[int | str], Field(max_length=3)] | None = None
-    value_range: Literal["dtype", "percentile"] | list[float] | list[list[float]] | None = None
-    window: Annotated[list[int | float | str], Field(min_length=4, max_length=5)] | None = None
+    value_range: Literal["dtype", "percentile"] | list[Number] | list[list[Number]] | None = None
+    window: Annotated[list[int | Number | str], Field(min_length=4, max_length=5)] | None = None
     evidence: bool = False
 
     @property

@@ -61,9 +61,10 @@ class SourceRules:
         if scheme in ("http", "https"):
             try:
                 async with asyncio.timeout(FETCH_SECONDS):
-                    return ImageSource.of_bytes(await self.fetch(url), shown(url))
+                    content = await self.fetch(url)
             except TimeoutError:
                 raise refused(url, f"it did not arrive within {FETCH_SECONDS} seconds") from None
+            return await asyncio.to_thread(ImageSource.of_bytes, content, shown(url))
         if scheme == "file" or url.startswith("/"):
             return await asyncio.to_thread(self.open_path, url)
         raise refused(url, "it must be a data: URL in base64, an https: URL or, where the server allows it, a path")

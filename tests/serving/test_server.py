@@ -249,7 +249,12 @@ def test_what_cannot_be_done_is_refused_with_a_reason(client, case):
         assert error.keys() == {"message", "type", "param", "code"} and len(error["message"]) < 2000
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[]", b'{"model": "endless"}', b"[" * 10**5, b"\xff\xfe", b"null"])
+ENDLESS = b'{"model": "endless", "messages": [{"role": "user", "content": "a"}], "window": [0, 0, 1e999, 5]}'
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"model": "endless"}', b"[" * 10**5, b"\xff\xfe", b"null", ENDLESS], ids=range(8)
+)
 def test_what_is_no_request_is_refused(address, body):
     response = httpx.post(f"{address}/v1/chat/completions", content=body)
     assert response.status_code == 400 and response.json()["error"]["message"]
