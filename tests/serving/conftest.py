@@ -12,7 +12,6 @@ import pytest
 
 # Every answer is as long as it may be: no token of the vocabulary that the model says ends it.
 NO_END = 1019
-MAX_IMAGE_BYTES = 10**6
 
 
 @pytest.fixture(scope="session")

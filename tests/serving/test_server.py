@@ -14,7 +14,6 @@ import numpy as np
 import openai
 import pytest
 from asking import data_uri, picture
-from conftest import MAX_IMAGE_BYTES
 from PIL import Image
 from uhr_bat.common.loading import load_model
 from uhr_bat.common.prompts import prompt_text
@@ -214,7 +213,7 @@ def bomb():
 
 
 HOSTILE = {
-    "a huge image": (["data:image/png;base64," + "A" * 2 * MAX_IMAGE_BYTES], {}, 413, "over the limit"),
+    "a huge image": (["data:image/png;base64," + "A" * 2_000_000], {}, 413, "over the limit"),
     "a bomb": ([bomb()], {}, 400, "400000000 pixels are over the limit"),
     "no image": (["data:image/png;base64,AAAA"], {}, 400, "not an image"),
     "a torn image": ([data_uri(picture(size=(99, 99)))[:9000]], {}, 400, ""),
