@@ -43,14 +43,7 @@ class Served(NamedTuple):
 )
 def served(request, endless_folder, open_folder, tmp_path_factory):
     """A server of the model `endless`: on a thread by transformers, by its command and in processes by vLLM."""
-    options = [
-        "--allow-local-files",
-        str(open_folder),
-        "--max-image-bytes",
-        str(MAX_IMAGE_BYTES),
-        "--max-requests",
-        "8",
-    ]
+    options = ["--allow-local-files", str(open_folder), "--max-image-bytes", "1000000", "--max-requests", "8"]
     if request.param == "vllm":
         if find_spec("vllm") is None:
             pytest.skip("vLLM is not installed: `python run.py test` has an environment for it")
