@@ -27,7 +27,9 @@ VERBS = {
     "train-finetune": ("training.tiny.finetune", "stages 2 to 4: the decoder learns where to look and to answer"),
     "train-zoom": ("training.tiny.zooming", "the last stage: the decoder learns to look closer, down to native pixels"),
     "train-exchange": ("training.tiny.exchange", "another vision tower for a trained decoder"),
+    "serve": ("serving.serve", "a server with OpenAI's API: many users, evidence in the answer"),
     "bench": ("benchmarks.run", "speed and memory against the straightforward implementation"),
+    "bench-serve": ("benchmarks.serving", "many users at a time against a loop and against transformers serve"),
     "bench-gpu": ("benchmarks.gpu", "the 7B geometry on a GPU"),
 }
 

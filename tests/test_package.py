@@ -37,7 +37,9 @@ MODEL = (
     "generation",
     "modeling",
 )
-ROOMS = ("common", "export", "scenes", "regions", "pictures", "geo", "training", "evaluation", "benchmarks", "examples")
+ROOMS = (
+    "common", "export", "scenes", "regions", "pictures", "geo", "training", "evaluation", "serving", "benchmarks", "examples",
+)  # fmt: skip
 TOP = ("__init__", "cli", "__main__", "run")  # above the rooms; nothing uses them
 FLOORS = (*(f"{name}_uhr_bat" for name in MODEL), *ROOMS, *TOP)
 

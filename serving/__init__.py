@@ -1,0 +1,1 @@
+"""A server for many users: images encoded once, questions compressed as they come, the decoder's steps shared by all."""

@@ -1,0 +1,297 @@
+"""The server's HTTP: OpenAI's chat completions, its list of models, health and metrics."""
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing, asynccontextmanager
+from uuid import uuid4
+
+from fastapi import FastAPI, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from prometheus_client import CONTENT_TYPE_LATEST
+from pydantic import ValidationError
+from starlette.exceptions import HTTPException
+
+from .chat import ChatRequest
+from .decoding import Sampling
+from .engine import Engine
+from .evidence import evidence_of
+from .limits import Limits
+from .metrics import Metrics
+from .refusals import Refusal
+from .sources import SourceRules
+
+logger = logging.getLogger(__name__)
+
+# What is sent to nobody: the client went.
+GONE = Response(status_code=499)
+FAILED = Refusal("The server failed; its log says why.", 500)
+# Tokens of an answer where a request does not say how many.
+DEFAULT_TOKENS = 256
+# A request's bytes beside those of an image, in base64.
+TEXT_BYTES = 2**20
+
+
+class _Stream(StreamingResponse):
+    """Events whose source is closed as soon as the client goes, not when memory is cleared."""
+
+    async def stream_response(self, send):
+        async with aclosing(self.body_iterator):
+            await super().stream_response(send)
+
+
+class _Asked:
+    """A request that was checked and whose images are compressed: what is left is to decode."""
+
+    def __init__(self, engine, request, images, selection, sampling):
+        self.engine, self.request, self.images, self.selection = engine, request, images, selection
+        self.sampling = sampling
+        self.num_tokens, self.finish_reason = 0, None
+
+    async def pieces(self) -> AsyncIterator[str]:
+        """Texts of the answer; `num_tokens` and `finish_reason` are known at its end."""
+        answer = self.engine.answer(self.selection, self.sampling, self.request.stop_words)
+        async with aclosing(answer) as pieces:
+            async for piece in pieces:
+                self.num_tokens, self.finish_reason = piece.num_tokens, piece.finish_reason
+                if piece.text:
+                    yield piece.text
+
+    async def evidence(self) -> dict:
+        """{"evidence": ...} if it was asked for."""
+        if not self.request.evidence:
+            return {}
+        scales = self.engine.front.model.config.scales
+        return {"evidence": await asyncio.to_thread(evidence_of, self.selection, self.images, scales)}
+
+    @property
+    def usage(self) -> dict:
+        prompt, answer = len(self.selection.embeds), self.num_tokens
+        return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
+
+
+class Service:
+    """What the routes call.
+
+    Args:
+        engine: front and decoder.
+        name: of the model, as requests name it.
+        sources: what images a request may name.
+        max_image_pixels: of the largest image.
+    """
+
+    def __init__(self, engine: Engine, name: str, sources: SourceRules, max_image_pixels: int):
+        self.engine, self.name, self.sources, self.max_image_pixels = engine, name, sources, max_image_pixels
+        self.metrics = Metrics(engine)
+        self.started = int(time.time())
+
+    async def parse(self, body: bytes) -> ChatRequest:
+        try:
+            request = await asyncio.to_thread(ChatRequest.model_validate_json, body)
+        except ValidationError as error:
+            first = error.errors(include_url=False, include_input=False)[0]
+            place = ".".join(map(str, first["loc"])) or None
+            raise Refusal(f"{place or 'The request'}: {first['msg']}.", param=place) from None
+        if request.model != self.name:
+            raise Refusal(
+                f"There is no model {request.model[:100]!r} here. This is {self.name!r}.",
+                status=404,
+                param="model",
+                code="model_not_found",
+            )
+        return request
+
+    async def ask(self, request: ChatRequest) -> _Asked:
+        """All that can refuse a request happens here, before its answer begins.
+
+        Raises:
+            Refusal: what of it cannot be done, and why.
+        """
+        engine, processor = self.engine, self.engine.front.processor
+        urls, prompt = request.image_urls(), await asyncio.to_thread(request.prompt, processor)
+        try:
+            # Of a prompt that is too long no image is read.
+            num_tokens = len(await asyncio.to_thread(processor.tokenizer.encode, prompt))
+            if num_tokens >= engine.window:
+                raise Refusal(
+                    f"The text alone has {num_tokens} tokens, but the context window holds {engine.window}.",
+                    param="messages",
+                    code="context_length_exceeded",
+                )
+            images = []
+            for url in urls:
+                source = await self.sources.read(url)
+                options = request.reader_options | {"max_image_pixels": self.max_image_pixels}
+                images.append(await engine.encode(source, **options))
+            selection = await engine.select(prompt, images, request.budgets)
+        except MemoryError:
+            raise Refusal("An image takes more memory than the server has.", 413, code="image_too_large") from None
+        except (OSError, ValueError, ImportError) as error:
+            raise Refusal(str(error), param="messages", code="invalid_request") from error
+        wanted = request.max_completion_tokens or request.max_tokens
+        room = engine.window - len(selection.embeds)
+        sampling = Sampling(
+            wanted or max(1, min(DEFAULT_TOKENS, room)), request.temperature or 0.0, request.top_p or 1.0, request.seed
+        )
+        engine.check_room(selection, sampling.max_new_tokens)
+        return _Asked(engine, request, images, selection, sampling)
+
+    @asynccontextmanager
+    async def watched(self):
+        """Counts a request and its seconds; yields what is to be called when its first piece is there."""
+        begun = time.perf_counter()
+        self.metrics.active.inc()
+        first = []
+
+        def came():
+            if not first:
+                first.append(True)
+                self.metrics.first_seconds.observe(time.perf_counter() - begun)
+
+        try:
+            yield came
+            self.metrics.seconds.observe(time.perf_counter() - begun)
+        finally:
+            self.metrics.active.dec()
+
+    def count(self, asked):
+        self.metrics.requests.labels("200").inc()
+        self.metrics.tokens.labels("prompt").inc(len(asked.selection.embeds))
+        self.metrics.tokens.labels("answer").inc(asked.num_tokens)
+
+    async def whole(self, request: ChatRequest) -> dict:
+        """The answer in one piece."""
+        async with self.watched() as came:
+            asked, text = await self.ask(request), ""
+            async for piece in asked.pieces():
+                came()
+                text += piece
+            evidence = await asked.evidence()
+        self.count(asked)
+        choice = {
+            "index": 0,
+            "message": {"role": "assistant", "content": text},
+            "logprobs": None,
+            "finish_reason": asked.finish_reason,
+        }
+        return {**self.heading("chat.completion"), "choices": [choice], "usage": asked.usage, **evidence}
+
+    async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
+        """The answer as server-sent events. Whatever refuses the request does so before the first of them."""
+        heading = self.heading("chat.completion.chunk")
+
+        def event(delta, finish_reason=None, **fields):
+            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+            return sse({**heading, "choices": [choice], **fields})
+
+        async with self.watched() as came:
+            asked = await self.ask(request)
+            yield event({"role": "assistant", "content": ""})
+            async with aclosing(asked.pieces()) as pieces:
+                async for piece in pieces:
+                    came()
+                    yield event({"content": piece})
+            yield event({}, asked.finish_reason, **await asked.evidence())
+        if request.stream_options and request.stream_options.include_usage:
+            yield sse({**heading, "choices": [], "usage": asked.usage})
+        self.count(asked)
+        yield "data: [DONE]\n\n"
+
+    def heading(self, kind) -> dict:
+        return {"id": f"chatcmpl-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.name}
+
+
+def sse(value) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+async def after(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
+    """Events behind the first one; an error becomes the last of them."""
+    async with aclosing(events):
+        yield first
+        try:
+            async for event in events:
+                yield event
+        except Exception:
+            logger.exception("An answer failed on its way.")
+            yield sse(FAILED.body())
+
+
+async def unless_gone(request: Request, work):
+    """What `work` returns; it is cancelled where the client goes, and then None is returned."""
+
+    async def gone():
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.ensure_future(work), asyncio.ensure_future(gone())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        return tasks[0].result() if tasks[0].done() else None
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+def make_app(service: Service, max_requests: int) -> FastAPI:
+    """The application; it closes the engine when the server stops."""
+    engine, metrics = service.engine, service.metrics
+
+    @asynccontextmanager
+    async def lifespan(app):
+        yield
+        await engine.close()
+
+    app = FastAPI(title="UHR-BAT", docs_url=None, redoc_url=None, lifespan=lifespan)
+    max_bytes = service.sources.max_bytes * 4 // 3 + TEXT_BYTES
+    app.add_middleware(
+        Limits,
+        max_bytes=max_bytes,
+        max_requests=max_requests,
+        on_refusal=lambda status: metrics.requests.labels(str(status)).inc(),
+    )
+
+    @app.exception_handler(Refusal)
+    async def refuse(request, refusal):
+        metrics.requests.labels(str(refusal.status)).inc()
+        return JSONResponse(refusal.body(), refusal.status)
+
+    @app.exception_handler(HTTPException)
+    async def no_such_route(request, error):
+        return JSONResponse(Refusal(str(error.detail), error.status_code).body(), error.status_code)
+
+    @app.exception_handler(Exception)
+    async def fail(request, error):
+        metrics.requests.labels("500").inc()
+        return JSONResponse(FAILED.body(), 500)
+
+    schema = {"application/json": {"schema": ChatRequest.model_json_schema()}}
+
+    @app.post("/v1/chat/completions", openapi_extra={"requestBody": {"content": schema, "required": True}})
+    async def chat(request: Request):
+        asked_for = await service.parse(await request.body())
+        if asked_for.stream:
+            events = service.stream(asked_for)
+            first = await unless_gone(request, anext(events))
+            return GONE if first is None else _Stream(after(first, events), media_type="text/event-stream")
+        answer = await unless_gone(request, service.whole(asked_for))
+        return GONE if answer is None else JSONResponse(answer)
+
+    @app.get("/v1/models")
+    async def models():
+        model = {"id": service.name, "object": "model", "created": service.started, "owned_by": "uhr-bat"}
+        return {"object": "list", "data": [model]}
+
+    @app.get("/health")
+    async def health():
+        alive = engine.decoder.is_alive
+        return JSONResponse({"status": "ok" if alive else "the decoder has stopped"}, 200 if alive else 503)
+
+    @app.get("/metrics")
+    async def page():
+        return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
+
+    return app

@@ -1,0 +1,82 @@
+"""How an answer is decoded, whatever decodes it, and the decoder as a plain model folder."""
+
+import os
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import NamedTuple, Protocol
+
+import torch
+
+from ..common.files import whole_folder
+
+
+class Sampling(NamedTuple):
+    """Which tokens an answer may have.
+
+    Attributes:
+        max_new_tokens: at most so many.
+        temperature: 0 takes the best token every time.
+        top_p: of the probability that is drawn from.
+        seed: of the draws; None draws anew every time.
+    """
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+class Decoder(Protocol):
+    """What both backends are. `end_ids` are the tokens that end an answer; `running` answers are on their
+    way, unless it has stopped (`is_alive`)."""
+
+    end_ids: frozenset[int]
+    running: int
+    is_alive: bool
+
+    def decode(self, embeds: torch.Tensor, sampling: Sampling) -> AsyncIterator[list[int]]:
+        """Tokens of the answer to float[M, D] as they come, the one that ends it included. Closing the iterator ends
+        the work."""
+
+    async def close(self):
+        """Ends what is on its way."""
+
+
+def end_ids(model) -> frozenset[int]:
+    """Tokens that end an answer, of the generation's configuration."""
+    ids = model.generation_config.eos_token_id
+    return frozenset(ids if isinstance(ids, list) else [ids])
+
+
+def decoder_folder(model, model_key: str, cache_home: Path | None = None) -> Path:
+    """The folder of a model's decoder alone, in its own class (as Qwen2ForCausalLM), written where it is missing.
+
+    Args:
+        model: UHRBatForConditionalGeneration with its weights as they are trained, none of them quantized.
+        model_key: names the model's content, and the folder.
+        cache_home: where such folders lie; None: `$XDG_CACHE_HOME/uhr-bat/decoders`, in `~/.cache` if that is not set.
+
+    Raises:
+        ValueError: the weights are quantized.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    if getattr(model, "hf_quantizer", None) is not None:
+        raise ValueError(
+            "The decoder of quantized weights cannot be written out. Serve them with --backend transformers."
+        )
+    if cache_home is None:
+        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhr-bat/decoders"
+    folder = cache_home / f"{model_key[:32]}-{str(model.dtype).removeprefix('torch.')}"
+    if (folder / "config.json").is_file():  # a folder that is there is whole
+        return folder
+    with torch.device("meta"):  # no memory: the weights are those that the model has
+        decoder = AutoModelForCausalLM.from_config(model.config.text_config)
+    setattr(decoder, decoder.base_model_prefix, model.model.language_model)
+    decoder.set_output_embeddings(model.lm_head)
+    decoder.config.dtype = model.dtype
+    settings = model.generation_config
+    decoder.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id)
+    with whole_folder(folder) as built:
+        decoder.save_pretrained(built)
+    return folder

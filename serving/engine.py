@@ -1,0 +1,97 @@
+"""From a question to the text of its answer, for many at once: the front on threads, the decoder beside it."""
+
+import asyncio
+from collections.abc import AsyncIterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import aclosing
+from functools import partial
+from typing import NamedTuple
+
+from tokenizers.decoders import DecodeStream
+
+from .decoding import Decoder, Sampling
+from .front import Front, Selection
+from .refusals import Refusal
+
+
+class Piece(NamedTuple):
+    """A part of an answer.
+
+    Attributes:
+        text: what came since the last piece.
+        num_tokens: of the answer so far.
+        finish_reason: "stop" or "length" with the last piece, else None.
+    """
+
+    text: str
+    num_tokens: int
+    finish_reason: str | None = None
+
+
+class Engine:
+    """Front and decoder, shared by all requests of one event loop.
+
+    Args:
+        front, decoder: of the same model.
+        max_requests: that are worked on at a time; each may wait on a thread for what another one computes.
+    """
+
+    def __init__(self, front: Front, decoder: Decoder, max_requests: int):
+        self.front, self.decoder, self.max_requests = front, decoder, max_requests
+        self.window = front.model.config.text_config.max_position_embeddings
+        self._threads = ThreadPoolExecutor(max_requests, thread_name_prefix="front")
+
+    async def encode(self, source, **options):
+        """See `Front.encode`."""
+        return await self._call(self.front.encode, source, **options)
+
+    async def select(self, prompt, images, budgets=None) -> Selection:
+        """See `Front.select`."""
+        return await self._call(self.front.select, prompt, images, budgets)
+
+    async def _call(self, function, *args, **kwargs):
+        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+    def check_room(self, selection: Selection, max_new_tokens: int):
+        """Raises `Refusal` where prompt and answer are more than the context window holds."""
+        num_tokens = len(selection.embeds)
+        if num_tokens + max_new_tokens > self.window:
+            raise Refusal(
+                f"The prompt has {num_tokens} tokens with its images and the answer may have {max_new_tokens}, but the "
+                f"context window holds {self.window}. Shorten the text, lower the budgets or `max_tokens`.",
+                code="context_length_exceeded",
+            )
+
+    async def answer(self, selection: Selection, sampling: Sampling, stop: Sequence[str] = ()) -> AsyncIterator[Piece]:
+        """The answer as it comes; its texts together are what `decode` of the processor gives for all of its tokens, up
+        to the first of the words `stop`. Closing the iterator ends the work."""
+        tokenizer = self.front.processor.tokenizer
+        stream, ids, text, sent = DecodeStream(skip_special_tokens=True), [], "", 0
+        held = max(map(len, stop), default=1) - 1  # letters that may be the beginning of such a word
+        async with aclosing(self.decoder.decode(selection.embeds, sampling)) as tokens:
+            async for new in tokens:
+                for token in new:
+                    text += stream.step(tokenizer.backend_tokenizer, token) or ""
+                ids += new
+                found = find_stop(text, stop, sent)
+                if found is not None:
+                    yield Piece(text[sent:found], len(ids), "stop")
+                    return
+                if len(text) - held > sent:
+                    yield Piece(text[sent : len(text) - held], len(ids))
+                    sent = len(text) - held
+        # What is left of a letter whose bytes did not all come.
+        text += tokenizer.decode(ids, skip_special_tokens=True)[len(text) :]
+        found = find_stop(text, stop, sent)
+        reason = "stop" if found is not None or ids and ids[-1] in self.decoder.end_ids else "length"
+        yield Piece(text[sent:found], len(ids), reason)
+
+    async def close(self):
+        await self.decoder.close()
+        self._threads.shutdown(cancel_futures=True)
+
+
+def find_stop(text: str, stop: Sequence[str], sent: int) -> int | None:
+    """Where the first of the words begins, behind what was sent; None if there is none."""
+    found = [place for word in stop if (place := text.find(word, sent)) >= 0]
+    return min(found, default=None)

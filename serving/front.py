@@ -1,0 +1,173 @@
+"""What stands before the decoder: an image is encoded once, a question chooses its visual tokens, the decoder is handed
+embeddings.
+
+Letters: I images, S scales, M tokens of a prompt with its images, D decoder width. Sizes are (height, width).
+"""
+
+import hashlib
+import threading
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..geo import Georeference
+from ..outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
+from .cache import ContentCache
+
+# Files of a model folder that decide what is computed.
+MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.py")
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 of a model folder's code, configuration and weights."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in MODEL_FILES for path in Path(folder).glob(pattern)):
+        with open(path, "rb") as file:
+            digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class ImageSource:
+    """An image that nothing was read of yet.
+
+    Attributes:
+        name: in errors.
+        content: bytes of the file, or the path of a raster.
+        digest: SHA-256 of the file.
+    """
+
+    name: str
+    content: bytes | str
+    digest: str
+
+    @classmethod
+    def of_bytes(cls, content: bytes, name="image") -> "ImageSource":
+        return cls(name, content, hashlib.sha256(content).hexdigest())
+
+    @classmethod
+    def of_file(cls, path: Path) -> "ImageSource":
+        with open(path, "rb") as file:
+            return cls(Path(path).name, str(path), hashlib.file_digest(file, "sha256").hexdigest())
+
+
+@dataclass(frozen=True)
+class EncodedImage:
+    """An image as the model knows it, whatever it is asked.
+
+    Attributes:
+        key: names the file's bytes, how it was read, and the model.
+        features: in the CPU's memory, which holds many where a GPU's holds few.
+        image_size: (height, width) in pixels of the image that the model saw.
+        georeference: of that image.
+    """
+
+    key: tuple
+    features: UHRBatImageFeatures
+    image_size: tuple[int, int]
+    georeference: Georeference
+
+
+@dataclass(frozen=True)
+class Selection:
+    """A prompt whose images have become visual tokens.
+
+    Attributes:
+        embeds: float[M, D], what the decoder reads.
+        compressed: what `compress` returned, less the tokens themselves, for pictures and evidence; None without images.
+    """
+
+    embeds: torch.Tensor
+    compressed: UHRBatCompressionOutput | None
+
+
+class Front:
+    """Processor and model, with a cache of encoded images and of selections. Safe to share among threads.
+
+    Args:
+        processor, model: of `load_model`.
+        model_key: names the model, as `fingerprint` does.
+        cache: its limit holds for images and selections together.
+        workers: threads that compute at a time; others wait. Decoded pictures are large.
+    """
+
+    def __init__(self, processor, model, model_key: str, cache: ContentCache, workers: int):
+        self.processor, self.model, self.model_key, self.cache = processor, model, model_key, cache
+        self._work = threading.BoundedSemaphore(workers)
+
+    def encode(self, source: ImageSource, **options) -> EncodedImage:
+        """The encoded image, from the cache where the same file was read in the same way before.
+
+        Args:
+            options: `bands`, `value_range`, `window`, `overviews`, `max_image_pixels`, as of `read_image`.
+
+        Raises:
+            What `read_image` raises.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        key = ("image", self.model_key, source.digest, repr(sorted(options.items())))
+        return self.cache.get(key, lambda: self._compute(self._encode, key, source, options))
+
+    def _compute(self, step, *args):
+        with self._work, torch.inference_mode():
+            return step(*args)
+
+    def _encode(self, key, source, options):
+        image = self.processor.image_processor.process_image(source.content, **options)
+        limit = {"max_image_pixels": options["max_image_pixels"]} if "max_image_pixels" in options else {}
+        inputs = self.processor.image_processor(image, **limit, return_tensors="pt").to(self.model.device)
+        (features,) = self.model.encode_image(**inputs)
+        place = Georeference(getattr(image, "transform", None), getattr(image, "crs", None))
+        return EncodedImage(key, self._to(features, "cpu"), (image.height, image.width), place)
+
+    def select(self, prompt: str, images: list[EncodedImage], budgets: list[int] | int | None = None) -> Selection:
+        """The question's visual tokens in its prompt, from the cache where the same was asked of the same images.
+
+        Args:
+            prompt: text with one placeholder per image (`prompt_text`).
+            images: in the order of the text; none for text alone.
+            budgets: int[S] or one number; None for those of the model.
+
+        Raises:
+            ValueError: counts or budgets that do not fit, or a prompt over the context window.
+        """
+        key = ("selection", self.model_key, prompt, repr(budgets), *(image.key for image in images))
+        return self.cache.get(key, lambda: self._compute(self._select, prompt, images, budgets))
+
+    def _select(self, prompt, images, budgets):
+        device = self.model.device
+        features = [self._to(image.features, device) for image in images]
+        # Without images there is nothing to spend a budget on.
+        options = {"image_features": features, "budgets": budgets} if images else {}
+        inputs = self.processor(text=prompt, **options, return_tensors="pt").to(device)
+        embeds = self.model.get_input_embeddings()(inputs["input_ids"])
+        if not images:
+            return Selection(embeds[0].cpu(), None)
+        compressed = self.model.compress(**inputs)
+        for image, seen in zip(images, features):  # regions that were computed on another device
+            for name, regions in seen.partitions.items():
+                image.features.partitions.setdefault(name, regions.cpu())
+        visual_tokens = torch.cat(compressed.pooler_output).to(embeds)
+        mask = self.model.model.get_placeholder_mask(
+            inputs["input_ids"], embeds, visual_tokens, compressed.tokens_per_prompt
+        )
+        embeds = embeds.masked_scatter(mask, visual_tokens)
+        kept = UHRBatCompressionOutput(
+            importance=_to_cpu(compressed.importance),
+            regions=_to_cpu(compressed.regions),
+            slots=_to_cpu(compressed.slots),
+            images_per_prompt=compressed.images_per_prompt,
+        )
+        return Selection(embeds[0].cpu(), kept)
+
+    @staticmethod
+    def _to(features, device):
+        """The same features where they are there already: what they learn of their regions is kept with them."""
+        here = features.anchor_tokens.device.type == torch.device(device).type
+        return features if here else features.to(device)
+
+
+def _to_cpu(images: list[list[Any]]) -> list[list[torch.Tensor]]:
+    return [[scale.cpu() for scale in scales] for scales in images]

@@ -1,0 +1,130 @@
+"""A server with OpenAI's API: many users at a time, images encoded once, evidence in the answer.
+
+uhr-bat serve [MODEL] [--backend vllm] [--host 127.0.0.1] [--port 8000] [--cache-bytes 4294967296]
+              [--allow-local-files FOLDER] [--max-batch 16]
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from ..common.commands import tells_errors
+from ..common.extras import require
+from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
+
+BACKENDS = ("transformers", "vllm")
+# Threads that read, encode and compress at a time.
+WORKERS = 2
+
+
+def pair(text: str) -> tuple:
+    """("tensor_parallel_size", 2) from "tensor_parallel_size=2"; what is no JSON is text."""
+    name, equals, value = text.partition("=")
+    if not equals:
+        raise ValueError(text)
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="uhr-bat serve", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "model", nargs="?", type=Path, default=ROOT, metavar="MODEL", help="model folder (default: UHR-BAT-Tiny)"
+    )
+    parser.add_argument("--name", metavar="NAME", help="as requests name the model (default: the folder's name)")
+    parser.add_argument(
+        "--backend", choices=BACKENDS, default=BACKENDS[0],
+        help="what decodes: vllm lets requests join at any step, transformers when the batch before is done "
+        "(default: transformers)",
+    )  # fmt: skip
+    parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
+    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    group = parser.add_argument_group("how much at a time")
+    group.add_argument("--max-batch", type=int, default=16, metavar="N", help="answers that are decoded (default: 16)")
+    group.add_argument(
+        "--max-requests", type=int, default=64, metavar="N", help="requests; more get a 429 (default: 64)"
+    )
+    group.add_argument(
+        "--cache-bytes", type=int, default=4 * 2**30, metavar="N",
+        help="of encoded images and selections that are kept (default: 4 GiB)",
+    )  # fmt: skip
+    group.add_argument(
+        "--vllm", type=pair, action="append", default=[], metavar="NAME=VALUE",
+        help="another argument of vLLM's AsyncEngineArgs, as tensor_parallel_size=2; may be repeated",
+    )  # fmt: skip
+    group = parser.add_argument_group("what a request may name")
+    group.add_argument(
+        "--allow-local-files", type=Path, metavar="FOLDER", help="paths below this folder (default: no paths)"
+    )
+    group.add_argument(
+        "--allow-private-hosts", nargs="+", default=[], metavar="HOST[:PORT]",
+        help="hosts that may have private addresses and be asked without TLS (default: none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-image-bytes", type=int, default=128 * 2**20, metavar="N",
+        help="of an image file that is not read where it lies (default: 128 MiB)",
+    )  # fmt: skip
+    group.add_argument(
+        "--max-pixels", type=int, default=2**28, metavar="N", help="of the largest image (default: 2**28)"
+    )
+    return parser
+
+
+def build(args):
+    """The application of the options: model, cache, decoder and routes."""
+    require("serve", "fastapi", "prometheus_client", "httpx")
+    import torch
+
+    from .app import Service, make_app
+    from .cache import ContentCache
+    from .decoding import decoder_folder
+    from .engine import Engine
+    from .front import Front, fingerprint
+    from .sources import SourceRules
+
+    folder = args.allow_local_files
+    if folder is not None and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: there is no such folder to allow.")
+    processor, model = load_model(args.model)
+    # The front's threads share the cores; more threads than cores wait for each other.
+    torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
+    model_key = fingerprint(args.model)
+    if args.backend == "vllm":
+        from .vllm_decoder import VLLMDecoder
+
+        decoder = VLLMDecoder(model, decoder_folder(model, model_key), args.max_batch, dict(args.vllm))
+    else:
+        from .transformers_decoder import TransformersDecoder
+
+        decoder = TransformersDecoder(model, args.max_batch)
+    front = Front(processor, model, model_key, ContentCache(args.cache_bytes), WORKERS)
+    rules = SourceRules(args.max_image_bytes, folder and folder.resolve(), frozenset(args.allow_private_hosts))
+    service = Service(Engine(front, decoder, args.max_requests), args.name, rules, args.max_pixels)
+    return make_app(service, args.max_requests)
+
+
+@tells_errors
+def main(arguments=None) -> int:
+    args = parser().parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    check_files(None, args.model)
+    args.name = args.name or ("uhr-bat-tiny" if args.model.resolve() == ROOT else args.model.resolve().name)
+    if args.vllm and args.backend != "vllm":
+        raise ValueError("--vllm is for --backend vllm.")
+    require("serve", "uvicorn")
+    import uvicorn
+
+    if args.model.resolve() == ROOT:
+        print(WEIGHTS_NOTE, file=sys.stderr)
+    app = build(args)
+    print(f"{args.name}: http://{args.host}:{args.port}/v1, decoded by {args.backend}", file=sys.stderr, flush=True)
+    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

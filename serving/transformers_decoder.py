@@ -1,0 +1,179 @@
+"""The decoder by transformers: answers are decoded together, by one `generate` of padded embeddings.
+
+transformers' own continuous batching takes token ids alone. Here what comes while a batch runs joins it after `SLICE`
+steps at most: the batch stops, and goes on with the newcomers from what its answers have so far. A row that is finished
+or no longer wanted ends by itself.
+
+Letters: B requests of a batch, M tokens of the longest prompt, D decoder width, V size of the vocabulary.
+"""
+
+import asyncio
+import queue
+import threading
+from collections import deque
+
+import torch
+import torch.nn.functional as F
+from transformers import (
+    LogitsProcessor,
+    LogitsProcessorList,
+    StoppingCriteria,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+    TopPLogitsWarper,
+)
+from transformers.generation import BaseStreamer
+
+from .decoding import Sampling, end_ids
+
+# Steps after which a batch stops for requests that wait. Its prompts are read anew then, which costs as much as some
+# steps; most answers are shorter.
+SLICE = 32
+
+
+class _Job:
+    """A request on its way; its tokens go to a queue of the event loop that waits for them."""
+
+    def __init__(self, embeds, sampling):
+        self.embeds, self.sampling = embeds, sampling
+        self.loop, self.arrived = asyncio.get_running_loop(), asyncio.Queue()
+        self.ids, self.done = [], False
+        self.generator = None
+        if sampling.temperature > 0:
+            self.generator = torch.Generator()
+            self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
+            self.warp = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+            if sampling.top_p < 1:
+                self.warp.append(TopPLogitsWarper(sampling.top_p))
+
+    def put(self, ids: list[int] | Exception | None):
+        """Tokens, the error that ended the batch, or None at the end."""
+        try:
+            self.loop.call_soon_threadsafe(self.arrived.put_nowait, ids)
+        except RuntimeError:  # the server is closing: nobody waits any more
+            self.done = True
+
+    def end(self, error: Exception | None = None):
+        self.done = True
+        self.put(error)
+
+
+class _Rows(BaseStreamer, StoppingCriteria):
+    """The jobs of one `generate`: hands them their tokens, and says which rows are to stop."""
+
+    def __init__(self, jobs, end_ids, is_awaited):
+        self.jobs, self.end_ids, self.is_awaited = jobs, end_ids, is_awaited
+        self.num_steps = -1  # the streamer's first call brings the prompts
+
+    def put(self, value):
+        self.num_steps += 1
+        if self.num_steps == 0:
+            return
+        for job, token in zip(self.jobs, value.tolist()):
+            if not job.done:
+                job.ids.append(token)
+                job.put([token])
+                if token in self.end_ids or len(job.ids) >= job.sampling.max_new_tokens:
+                    job.end()
+
+    def end(self):
+        pass
+
+    def __call__(self, input_ids, scores, **kwargs):
+        stopped = self.num_steps >= SLICE and self.is_awaited()
+        return torch.tensor([stopped or job.done for job in self.jobs], device=input_ids.device)
+
+
+class _Draw(LogitsProcessor):
+    """float[B, V] of the next token: a row that is drawn has one token left, whatever else is in the batch."""
+
+    def __init__(self, jobs):
+        self.jobs = jobs
+
+    def __call__(self, input_ids, scores):
+        for row, job in enumerate(self.jobs):
+            if job.generator is not None:
+                probabilities = job.warp(input_ids[row : row + 1], scores[row : row + 1]).softmax(-1).cpu()
+                token = torch.multinomial(probabilities[0], 1, generator=job.generator)
+                scores[row] = torch.full_like(scores[row], -torch.inf).index_fill(0, token.to(scores.device), 0)
+        return scores
+
+
+class TransformersDecoder:
+    """Answers by `generate`, at most `max_batch` at a time, on a thread of its own."""
+
+    def __init__(self, model, max_batch: int):
+        self.model, self.max_batch = model, max_batch
+        self.end_ids = end_ids(model)
+        self._jobs: list[_Job] = []
+        self._arriving: queue.Queue[_Job | None] = queue.Queue()
+        self._waiting: deque[_Job] = deque()
+        self._thread = threading.Thread(target=self._work, name="decoder", daemon=True)
+        self._thread.start()
+
+    @property
+    def running(self) -> int:
+        return sum(not job.done for job in self._jobs)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    async def decode(self, embeds, sampling: Sampling):
+        """See `Decoder`."""
+        job = _Job(embeds, sampling)
+        self._arriving.put(job)
+        try:
+            while (ids := await job.arrived.get()) is not None:
+                if isinstance(ids, Exception):
+                    raise ids
+                yield ids
+        finally:
+            job.done = True
+
+    async def close(self):
+        self._arriving.put(None)
+        await asyncio.to_thread(self._thread.join)
+
+    def _work(self):
+        while True:
+            while not self._arriving.empty() or not self._waiting:
+                job = self._arriving.get()
+                if job is None:
+                    for one in self._waiting:
+                        one.end(RuntimeError("The server is closing."))
+                    return
+                self._waiting.append(job)
+            jobs = [self._waiting.popleft() for _ in range(min(self.max_batch, len(self._waiting)))]
+            self._jobs = [job for job in jobs if not job.done]
+            try:
+                if self._jobs:
+                    self._run(self._jobs)
+            except Exception as error:  # that of these requests: others go on
+                for job in self._jobs:
+                    job.end(error)
+            self._waiting += [job for job in self._jobs if not job.done]
+            self._jobs = []
+
+    @torch.inference_mode()
+    def _run(self, jobs):
+        """One `generate` of all of them, from what they have so far, padded on the left."""
+        device, embed = self.model.device, self.model.get_input_embeddings()
+        prompts = [job.embeds.to(device) for job in jobs]
+        prompts = [
+            torch.cat((prompt, embed(torch.tensor(job.ids, dtype=torch.long, device=device))))
+            for prompt, job in zip(prompts, jobs)
+        ]
+        M = max(map(len, prompts))
+        pads = [M - len(prompt) for prompt in prompts]
+        mask = torch.tensor([[0] * pad + [1] * (M - pad) for pad in pads], device=device)
+        rows = _Rows(jobs, self.end_ids, lambda: bool(self._waiting) or not self._arriving.empty())
+        self.model.generate(
+            inputs_embeds=torch.stack([F.pad(prompt, (0, 0, pad, 0)) for prompt, pad in zip(prompts, pads)]),
+            attention_mask=mask,
+            do_sample=False,
+            max_new_tokens=max(job.sampling.max_new_tokens - len(job.ids) for job in jobs),
+            streamer=rows,
+            stopping_criteria=StoppingCriteriaList([rows]),
+            logits_processor=LogitsProcessorList([_Draw(jobs)]),
+        )

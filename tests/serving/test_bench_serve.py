@@ -1,0 +1,37 @@
+"""The benchmark of serving runs, its sides answer the same, and a soak leaves nothing behind. No time is asserted."""
+
+import json
+
+import pytest
+from uhr_bat.benchmarks import serving
+from uhr_bat.benchmarks.servers import Answer
+
+
+def test_a_side_that_answers_otherwise_or_fails_is_found():
+    reference = [[Answer("two", 0.1, 0.2)]]
+    serving.check_answers("ours", [[Answer("two", 0.3, 0.4)]], reference)
+    for answer in (Answer("three", 0.1, 0.2), Answer("500", 0.0, 0.0, ok=False)):
+        with pytest.raises(serving.Disagreement, match=f"ours.*{answer.text}"):
+            serving.check_answers("ours", [[answer]], reference)
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_all_sides_answer_the_same(tmp_path, capsys):
+    pytest.importorskip("vllm")
+    options = ["--backend", "vllm", "--users", "1,3", "--repetitions", "1", "--without-transformers-serve", "--quick"]
+    assert serving.main([*options, "--output", str(tmp_path)]) == 0
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["users"]["3"].keys() == {serving.LOOP, serving.LOOP_ONCE, "uhr-bat serve (vllm)"}
+    assert {path.name for path in tmp_path.iterdir()} == {"serving_vllm.json", "serving_vllm.md"}
+    assert "| 3 | uhr-bat serve (vllm) |" in (tmp_path / "serving_vllm.md").read_text()
+
+
+@pytest.mark.vllm
+@pytest.mark.slow
+def test_many_requests_leave_no_error_and_no_memory_behind(capsys):
+    pytest.importorskip("vllm")
+    code = serving.main(["--backend", "vllm", "--soak", "192", "--quick"])
+    result = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert result["requests"] == 192 and result["wrong"] == 0
+    assert code == int(result["growth_percent"] > serving.GROWTH_PERCENT)

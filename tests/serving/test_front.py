@@ -1,0 +1,72 @@
+"""What stands before the decoder: encoded once, chosen for every question."""
+
+import io
+
+import pytest
+import torch
+from asking import PROMPT, picture
+from uhr_bat.common.loading import load_model
+from uhr_bat.serving.cache import ContentCache
+from uhr_bat.serving.front import Front, ImageSource, fingerprint
+
+SHIPS, TRUCKS = PROMPT.format("How many ships are there?"), PROMPT.format("What colour is the truck at the road?")
+
+
+def source(seed=0):
+    file = io.BytesIO()
+    picture(seed).save(file, "PNG")
+    return ImageSource.of_bytes(file.getvalue())
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    return load_model()
+
+
+@pytest.fixture
+def front(loaded):
+    return Front(*loaded, "tiny", ContentCache(2**30), workers=2)
+
+
+def test_the_decoder_answers_embeddings_as_the_model_answers_images(front):
+    inputs = front.processor(text=SHIPS, images=picture(), return_tensors="pt")
+    options = {"do_sample": False, "max_new_tokens": 6}
+    expected = front.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
+    embeds = front.select(SHIPS, [front.encode(source())]).embeds[None]
+    assert torch.equal(front.model.generate(inputs_embeds=embeds, **options)[0], expected)
+
+
+def test_a_second_question_costs_no_encoding_and_has_a_selection_of_its_own(front):
+    first = front.select(SHIPS, [front.encode(source())])
+    second = front.select(TRUCKS, [front.encode(source())])
+    assert front.cache.made == {"image": 1, "selection": 2}
+    assert any(not torch.equal(*slots) for slots in zip(first.compressed.slots[0], second.compressed.slots[0]))
+    assert front.select(SHIPS, [front.encode(source())]) is first
+
+
+@pytest.mark.parametrize("change", [{"budgets": [2, 4, 8, 16]}, {"prompt": TRUCKS}, {"seed": 1}])
+def test_what_differs_is_chosen_anew(front, change):
+    def select(prompt=SHIPS, seed=0, budgets=None):
+        return front.select(prompt, [front.encode(source(seed))], budgets)
+
+    assert select() is not select(**change)
+    # As it would be without a cache.
+    fresh = Front(front.processor, front.model, "tiny", ContentCache(0), workers=2)
+    again = fresh.select(
+        change.get("prompt", SHIPS), [fresh.encode(source(change.get("seed", 0)))], change.get("budgets")
+    )
+    assert torch.equal(again.embeds, select(**change).embeds)
+
+
+def test_an_image_that_is_read_in_another_way_is_another_one(front):
+    pytest.importorskip("rasterio")
+    keys = {front.encode(source(), **options).key for options in ({}, {"window": (0, 0, 20, 80)}, {"bands": [3, 2, 1]})}
+    assert len(keys) == 3
+
+
+def test_a_model_folder_is_known_by_its_content(tmp_path):
+    (tmp_path / "config.json").write_text("{}")
+    before = fingerprint(tmp_path)
+    assert fingerprint(tmp_path) == before
+    (tmp_path / "model.safetensors").write_bytes(b"weights")
+    assert fingerprint(tmp_path) != before

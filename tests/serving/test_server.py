@@ -1,0 +1,340 @@
+"""The server as OpenAI's client meets it, and what strangers may do to it."""
+
+import base64
+import io
+import json
+import re
+import socket
+import time
+from concurrent.futures import ThreadPoolExecutor
+from urllib.parse import urlsplit
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from asking import data_uri, picture
+from PIL import Image
+from uhr_bat.common.loading import load_model
+from uhr_bat.common.prompts import prompt_text
+
+SHIPS, TRUCKS = "How many ships are there?", "What colour is the truck at the road?"
+NUM_TOKENS = 8
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    with openai.OpenAI(base_url=f"{served.address}/v1", api_key="none", max_retries=0) as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def loaded(endless_folder):
+    return load_model(endless_folder)
+
+
+def messages(*images, question=SHIPS):
+    urls = [image if isinstance(image, str) else data_uri(image) for image in images]
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+    return [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
+
+
+def ask(client, *images, question=SHIPS, **fields):
+    fields = {"max_tokens": NUM_TOKENS} | fields
+    return client.chat.completions.create(model="endless", messages=messages(*images, question=question), **fields)
+
+
+def expected(loaded, *images, question=SHIPS, num_tokens=NUM_TOKENS, **options):
+    """The answer without a server, and the number of tokens of its prompt."""
+    processor, model = loaded
+    text = prompt_text(processor, question, len(images))
+    inputs = processor(text=text, images=list(images) or None, return_tensors="pt", **options)
+    length = inputs["input_ids"].shape[1]
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=num_tokens)
+    return processor.decode(output[0, length:], skip_special_tokens=True), length
+
+
+def metric(address, name):
+    page = httpx.get(f"{address}/metrics").text
+    found = re.search(rf"^{re.escape(name)} (\S+)$", page, re.M)
+    return float(found[1]) if found else 0.0
+
+
+# Answers
+
+
+@pytest.mark.parametrize("images", [(), (picture(),), (picture(1), picture(2))], ids=["text", "one", "two"])
+def test_an_answer_is_what_generate_gives(client, loaded, images):
+    answer = ask(client, *images)
+    text, length = expected(loaded, *images)
+    assert answer.choices[0].message.content == text
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (length, NUM_TOKENS)
+
+
+def test_a_stream_is_the_same_answer_in_parts(client, loaded):
+    chunks = list(ask(client, picture(), stream=True, stream_options={"include_usage": True}))
+    parts = [chunk.choices[0].delta.content for chunk in chunks if chunk.choices]
+    assert "".join(filter(None, parts)) == expected(loaded, picture())[0]
+    assert len(list(filter(None, parts))) > 1
+    assert chunks[-2].choices[0].finish_reason == "length" and chunks[-1].usage.completion_tokens == NUM_TOKENS
+
+
+def test_budgets_and_how_the_image_is_read_are_fields_of_a_request(client, loaded):
+    fields = {"budgets": [2, 4, 8, 16], "window": [0, 0, 16, 80], "bands": [3, 2, 1]}
+    answer = ask(client, picture(), extra_body=fields)
+    image = loaded[0].image_processor.process_image(png(picture()), window=(0, 0, 16, 80), bands=[3, 2, 1])
+    text, length = expected(loaded, image, budgets=[2, 4, 8, 16])
+    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, length)
+
+
+def png(image):
+    file = io.BytesIO()
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def test_an_answer_ends_before_a_word_that_stops_it(client, loaded):
+    text, _ = expected(loaded, picture(3))
+    word = text[len(text) // 2 :][:2]
+    for stream in (False, True):
+        answer = ask(client, picture(3), stop=[word, "never said"], stream=stream)
+        if stream:
+            parts = list(answer)
+            said = "".join(part.choices[0].delta.content or "" for part in parts)
+            reason = parts[-1].choices[0].finish_reason
+        else:
+            said, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+        assert (said, reason) == (text[: text.find(word)], "stop")
+
+
+def test_draws_with_a_seed_are_repeated_whoever_else_asks(client):
+    def draw(seed):
+        return ask(client, question="Hello", temperature=2, seed=seed, max_tokens=40).choices[0].message.content
+
+    with ThreadPoolExecutor(8) as users:
+        first, again, *others = users.map(draw, (3, 3, 4, 5, 6, 7, 8, 9))
+    assert first == again == draw(3)
+    assert {first} != set(others)
+
+
+def test_users_who_ask_at_once_are_answered_as_one_by_one(client, loaded):
+    asked = [(seed % 3, question, 3 + seed) for seed in range(4) for question in (SHIPS, TRUCKS)]
+
+    def answer(seed, question, num_tokens):
+        return ask(client, picture(seed), question=question, max_tokens=num_tokens).choices[0].message.content
+
+    with ThreadPoolExecutor(8) as users:
+        answers = list(users.map(lambda one: answer(*one), asked))
+    for (seed, question, num_tokens), text in zip(asked, answers):
+        assert text == expected(loaded, picture(seed), question=question, num_tokens=num_tokens)[0]
+
+
+def test_an_image_is_encoded_once_for_all_who_ask(client, address):
+    before = metric(address, 'uhr_bat_made_total{kind="image"}')
+    with ThreadPoolExecutor(4) as users:
+        list(users.map(lambda question: ask(client, picture(9), question=question), [SHIPS, TRUCKS] * 2))
+    ask(client, picture(9), question="And now?")
+    assert metric(address, 'uhr_bat_made_total{kind="image"}') == before + 1
+
+
+def test_a_conversation_goes_on(client, loaded):
+    turns = [*messages(picture()), {"role": "assistant", "content": "two"}, {"role": "user", "content": TRUCKS}]
+    answer = client.chat.completions.create(model="endless", messages=turns, max_tokens=NUM_TOKENS)
+    processor, model = loaded
+    parts = [{"type": "image"}, {"type": "text", "text": SHIPS}]
+    text = processor.apply_chat_template([{"role": "user", "content": parts}, *turns[1:]], add_generation_prompt=True)
+    inputs = processor(text=text, images=picture(), return_tensors="pt")
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=NUM_TOKENS)
+    answered = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer.choices[0].message.content == answered
+
+
+# Evidence
+
+
+def test_evidence_is_what_compress_kept(client, loaded):
+    from uhr_bat.geometry_uhr_bat import token_box
+
+    (image,) = ask(client, picture(), extra_body={"evidence": True}).evidence
+    processor, model = loaded
+    compressed = model.compress(**processor(text=prompt_text(processor, SHIPS), images=picture(), return_tensors="pt"))
+    assert image["image_size"] == [20, 160] and image["geojson"] is None
+    assert len(image["tokens"]) == len(compressed.pooler_output[0])
+    for scale, slots, importance in zip(model.config.scales, compressed.slots[0], compressed.importance[0]):
+        tokens = [token for token in image["tokens"] if token["scale"] == scale]
+        for token in tokens:
+            positions = (slots == token["slot"]).nonzero()[:, 0]
+            assert token["boxes"] == token_box(positions, (20, 160), tuple(importance.shape)).tolist()
+            assert token["score"] == pytest.approx(importance.flatten()[positions].mean().item(), rel=1e-4)
+
+
+def test_evidence_of_a_georeferenced_image_is_geojson_too(client, open_folder):
+    rasterio = pytest.importorskip("rasterio")
+    pytest.importorskip("geopandas")
+    path = open_folder / "scene.tif"
+    profile = {"driver": "GTiff", "width": 60, "height": 40, "count": 3, "dtype": "uint8", "crs": "EPSG:32654"}
+    with rasterio.open(path, "w", **profile, transform=rasterio.Affine(2, 0, 380000, 0, -2, 3950000)) as raster:
+        raster.write(np.random.default_rng(0).integers(0, 256, (3, 40, 60), dtype=np.uint8))
+    chunks = list(ask(client, str(path), stream=True, extra_body={"evidence": True}))
+    (image,) = chunks[-1].evidence
+    assert image["geojson"]["type"] == "FeatureCollection"
+    assert len(image["geojson"]["features"]) == len(image["tokens"])
+    ((longitude, latitude), *_) = image["geojson"]["features"][0]["geometry"]["coordinates"][0]
+    assert 139 < longitude < 140 and 35 < latitude < 36
+
+
+# Other routes
+
+
+def test_the_model_is_listed_and_the_server_is_healthy(client, address):
+    assert [model.id for model in client.models.list()] == ["endless"]
+    assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+
+
+def test_metrics_count_what_was_asked(client, address):
+    names = ['uhr_bat_requests_total{status="200"}', 'uhr_bat_tokens_total{kind="answer"}', "uhr_bat_seconds_count"]
+    before = [metric(address, name) for name in names]
+    ask(client, picture())
+    ask(client, picture(), stream=True).close()
+    assert [metric(address, name) for name in names[:1]] >= [before[0] + 1]
+    assert metric(address, names[1]) >= before[1] + NUM_TOKENS and metric(address, names[2]) >= before[2] + 1
+    assert metric(address, "uhr_bat_cache_bytes") > 0
+
+
+# What strangers may not do
+
+
+def bomb():
+    """400 megapixels in a file of 50 KB."""
+    file = io.BytesIO()
+    Image.new("1", (20000, 20000)).save(file, "PNG")
+    return "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+
+
+HOSTILE = {
+    "a huge image": (["data:image/png;base64," + "A" * 2_000_000], {}, 413, "over the limit"),
+    "a bomb": ([bomb()], {}, 400, "400000000 pixels are over the limit"),
+    "no image": (["data:image/png;base64,AAAA"], {}, 400, "not an image"),
+    "a torn image": ([data_uri(picture(size=(99, 99)))[:9000]], {}, 400, ""),
+    "10,000 tokens": ([], {"question": "ship " * 10_000}, 400, "context window holds 4096"),
+    "a book": ([], {"question": "ship " * 100_000}, 400, "500000 letters"),
+    "an image token": ([], {"question": "<image> what?"}, 400, "image_url"),
+    "a path": (["/etc/passwd"], {}, 403, "no such file"),
+    "a path from the folder": (["file:///etc/../etc/passwd"], {}, 403, "no such file"),
+    "this machine": (["https://127.0.0.1/"], {}, 400, "not public"),
+    "a cloud's keys": (["http://169.254.169.254/latest"], {}, 400, "only https:"),
+    "GDAL's names": (["/vsicurl/http://127.0.0.1/a.tif"], {}, 403, "no such file"),
+    "17 images": ([picture()] * 17, {}, 400, "17 images are more than the 16"),
+    "two answers": ([], {"n": 2}, 400, "n: "),
+    "fewer than no tokens": ([], {"max_tokens": -1}, 400, "max_tokens: "),
+    "too many tokens": ([], {"max_tokens": 10**6}, 400, "the answer may have 1000000"),
+    "no number": ([], {"temperature": "hot"}, 400, "temperature: "),
+    "budgets of nothing": ([picture()], {"extra_body": {"budgets": [0, 0, 0, 0]}}, 400, ""),
+    "budgets of other scales": ([picture()], {"extra_body": {"budgets": [1, 2]}}, 400, "2"),
+    "a window elsewhere": ([picture()], {"extra_body": {"window": [500, 500, 600, 600]}}, 400, ""),
+    "an unknown field": ([], {"extra_body": {"logit_bias": {"1": 2}}}, 400, "logit_bias"),
+}
+
+
+@pytest.mark.parametrize("case", HOSTILE)
+def test_what_cannot_be_done_is_refused_with_a_reason(client, case):
+    images, fields, status, reason = HOSTILE[case]
+    for stream in (False, True):
+        with pytest.raises(openai.APIStatusError) as refused:
+            ask(client, *images, stream=stream, **fields)
+        error = refused.value.response.json()["error"]
+        assert refused.value.status_code == status and reason in error["message"], error
+        assert error.keys() == {"message", "type", "param", "code"} and len(error["message"]) < 2000
+
+
+ENDLESS = b'{"model": "endless", "messages": [{"role": "user", "content": "a"}], "window": [0, 0, 1e999, 5]}'
+
+
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[]", b'{"model": "endless"}', b"[" * 10**5, b"\xff\xfe", b"null", ENDLESS], ids=range(8)
+)
+def test_what_is_no_request_is_refused(address, body):
+    response = httpx.post(f"{address}/v1/chat/completions", content=body)
+    assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_another_model_and_another_route_are_not_found(client, address):
+    with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-4' here. This is 'endless'"):
+        client.chat.completions.create(model="gpt-4", messages=messages())
+    assert httpx.get(f"{address}/v1/files").json()["error"]["message"] == "Not Found"
+    assert httpx.get(f"{address}/v1/chat/completions").status_code == 405
+
+
+def until(condition):
+    """Waits for at most ten seconds."""
+    end = time.monotonic() + 10
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.02)
+
+
+def test_a_stream_that_is_left_ends_its_work(client, address):
+    stream = ask(client, picture(), stream=True, max_tokens=3000)
+    assert next(part.choices[0].delta.content for part in stream if part.choices[0].delta.content)
+    assert metric(address, "uhr_bat_decoding_requests") == 1
+    stream.close()
+    until(lambda: metric(address, "uhr_bat_decoding_requests") == 0 == metric(address, "uhr_bat_active_requests"))
+
+
+def test_a_client_that_goes_before_its_answer_ends_its_work(address, client):
+    impatient = client.with_options(timeout=0.5)
+    with pytest.raises(openai.APITimeoutError):
+        ask(impatient, picture(), max_tokens=3000)
+    until(lambda: metric(address, "uhr_bat_decoding_requests") == 0 == metric(address, "uhr_bat_active_requests"))
+
+
+def test_more_requests_than_there_is_room_for_are_told_so_and_nobody_else(client, address):
+    streams = [ask(client, picture(), stream=True, max_tokens=3000) for _ in range(8)]
+    with pytest.raises(openai.RateLimitError, match="8 requests are being worked on"):
+        ask(client)
+    assert httpx.get(f"{address}/health").status_code == 200
+    for stream in streams:
+        stream.close()
+    until(lambda: metric(address, "uhr_bat_active_requests") == 0)
+    assert ask(client).choices[0].message.content
+
+
+def test_slow_clients_hold_nobody_up(client, address):
+    """Some send a request byte by byte, some never read their answer."""
+    place = urlsplit(address)
+    body = json.dumps({"model": "endless", "messages": messages(), "stream": True, "max_tokens": 2000}).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    slow = [socket.create_connection((place.hostname, place.port)) for _ in range(4)]
+    try:
+        for connection in slow[:2]:
+            connection.sendall(head + body[:10])
+        for connection in slow[2:]:
+            connection.sendall(head + body)
+        assert ask(client, picture()).choices[0].message.content
+    finally:
+        for connection in slow:
+            connection.close()
+    until(lambda: metric(address, "uhr_bat_active_requests") == 0)
+
+
+@pytest.mark.slow
+def test_memory_returns_after_what_was_refused_or_left(client, served):
+    def storm():
+        for case in ("a huge image", "a bomb", "a book", "a torn image", "a path"):
+            images, fields, *_ = HOSTILE[case]
+            for _ in range(5):
+                with pytest.raises(openai.APIStatusError):
+                    ask(client, *images, **fields)
+        for _ in range(4):
+            stream = ask(client, picture(), stream=True, max_tokens=3000)
+            next(iter(stream))
+            stream.close()
+        until(lambda: metric(served.address, "uhr_bat_active_requests") == 0)
+
+    storm()
+    before = served.resident()
+    for _ in range(3):
+        storm()
+    # A request of these brings 2 MB, and the bomb would be 400 MB or more.
+    assert served.resident() - before < 20 * 2**20
