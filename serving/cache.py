@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from ..outputs_uhr_bat import TokenMaps
+
 
 def count_bytes(value: Any) -> int:
     """Bytes of all tensors in dataclasses, lists, tuples and dictionaries, memory that several of them share once."""
@@ -21,6 +23,8 @@ def count_bytes(value: Any) -> int:
             left += list(one.values())
         elif isinstance(one, (list, tuple)):
             left += one
+        elif isinstance(one, TokenMaps):
+            left += [one.values, one.positions]
         elif is_dataclass(one):
             left += [getattr(one, field.name) for field in fields(one)]
     return sum(storages.values())

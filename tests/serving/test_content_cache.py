@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from uhr_bat.outputs_uhr_bat import UHRBatImageFeatures
+from uhr_bat.outputs_uhr_bat import TokenMaps, UHRBatImageFeatures
 from uhr_bat.serving.cache import ContentCache, count_bytes
 
 KIB = 256  # numbers of 4 bytes
@@ -21,7 +21,8 @@ def never():
 def test_memory_that_tensors_share_is_counted_once():
     whole = numbers(4)
     assert count_bytes([whole, {"a": (whole[:10], numbers())}, "text", None]) == 5 * 1024
-    image = UHRBatImageFeatures(numbers(), numbers(), [numbers(), numbers()], [numbers()])
+    image = UHRBatImageFeatures(numbers(), numbers(), [numbers(), numbers()], [numbers()], [8], [(2, 2)])
+    assert count_bytes(TokenMaps([numbers()], [numbers()], [(2, 2)], 0)) == 2 * 1024
     assert count_bytes(image) == 5 * 1024
 
 
