@@ -25,6 +25,7 @@ VERBS = {
     "train-finetune": ("training.tiny.finetune", "stages 2 to 4: the decoder learns where to look and to answer"),
     "train-exchange": ("training.tiny.exchange", "another vision tower for a trained decoder"),
     "serve": ("serving.serve", "a server with OpenAI's API: many users, evidence in the answer"),
+    "demo": ("serving.demo", "a page to open an image, ask and see what the answer was read from"),
     "batch": ("serving.batch", "ask a thousand images, on one machine or a cluster"),
     "bench": ("benchmarks.run", "speed and memory against the straightforward implementation"),
     "bench-serve": ("benchmarks.serving", "many users at a time against a loop and against transformers serve"),
