@@ -83,7 +83,7 @@ def _read_items(path, asset) -> list[BatchImage]:
 
     try:
         items = list(pystac.ItemCollection.from_file(str(path)))
-    except (pystac.STACError, AttributeError, KeyError, TypeError, ValueError) as error:
+    except Exception as error:  # JSON of any other kind fails it in any way
         raise ValueError(f"{path}: this is no STAC item collection ({error}).") from error
     found = []
     for item in items:

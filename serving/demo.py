@@ -1,9 +1,10 @@
 """A page to open an image, ask about it and see what the answer was read from.
 
-    uhr-bat demo [MODEL] [--host 127.0.0.1] [--port 7860] [--folder DIR] [--max-new-tokens 64] [--share]
+    uhr-bat demo [MODEL] [--host 127.0.0.1] [--port 7860] [--allow-local-files FOLDER]
+        [--max-new-tokens 64] [--share]
 
 Works without the internet. Users of other machines may drop images, and name public https: addresses; paths only below
---folder.
+the folder that is allowed.
 """
 
 import argparse
@@ -25,8 +26,10 @@ PORT = 7860
 THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 # Encoded images and selections that are kept.
 CACHE_BYTES = 4 * 2**30
+# Threads that encode and compress at a time.
+WORKERS = 2
 # Of an image file that is dropped, or fetched for a user of another machine.
-MAX_FILE_BYTES = 4 * 2**30
+MAX_FILE_BYTES = 2 * 2**30
 # Where the map and its pictures are served, below the page.
 SHOWN = "shown"
 QUESTION = "What colour is the plane at the runway?"
@@ -98,8 +101,8 @@ NOTHING = '<p class="empty">Drop an image, give a path or an address, or take a 
 # ---- What users name -------------------------------------------------------------------------------------------------
 
 
-def read_options(**texts: str) -> dict:
-    """The options of a raster as `read_image` takes them, from what was typed; nothing typed is left out.
+def read_options(**texts: str | None) -> dict:
+    """The options of a raster as `read_image` takes them, from what was typed; what was not is left out.
 
     Raises:
         ValueError: an option is written in another way.
@@ -107,7 +110,7 @@ def read_options(**texts: str) -> dict:
     options = {}
     for name, text in texts.items():
         label, parse, example = READING[name]
-        if text.strip():
+        if text and text.strip():  # a field that was never shown has None
             try:
                 options[name] = parse(text.strip())
             except ValueError as error:
@@ -228,7 +231,9 @@ def build_page(desk, rules, note: str):
                     scene_button = gr.Button("Made-up scene", scale=3, min_width=150)
                 with gr.Accordion("How a raster is read", open=False):
                     reading = [
-                        gr.Textbox(label=label, placeholder=example, info="Before it is opened; empty: as the file says")
+                        gr.Textbox(
+                            label=label, placeholder=example, info="Before it is opened; empty: as the file says"
+                        )
                         for label, _, example in READING.values()
                     ]
                 status = gr.HTML(elem_id="status")
@@ -315,7 +320,7 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
 
     processor, loaded = load_model(model)
     note = WEIGHTS_NOTE if model.resolve() == ROOT else ""
-    desk = Desk(Front(processor, loaded, fingerprint(model), ContentCache(CACHE_BYTES)), max_new_tokens, note)
+    desk = Desk(Front(processor, loaded, fingerprint(model), ContentCache(CACHE_BYTES), WORKERS), max_new_tokens, note)
     strangers = share or host not in THIS_MACHINE
     rules = SourceRules(MAX_FILE_BYTES, folder and folder.resolve()) if strangers else None
     page = build_page(desk, rules, note)
@@ -347,17 +352,23 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat demo", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default=ROOT, metavar="MODEL", help="default: UHR-BAT-Tiny")
-    parser.add_argument("--host", default=THIS_MACHINE[0], help="0.0.0.0 for users of other machines (default: 127.0.0.1)")
+    parser.add_argument(
+        "--host", default=THIS_MACHINE[0], help="0.0.0.0 for users of other machines (default: 127.0.0.1)"
+    )
     parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}")
-    parser.add_argument("--folder", type=Path, metavar="DIR", help="users of other machines may name images below it")
+    parser.add_argument(
+        "--allow-local-files", type=Path, metavar="FOLDER",
+        help="users of other machines may name paths below it (default: no paths)",
+    )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--share", action="store_true", help="a public address by gradio's tunnel, from the internet")
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     check_files(None, args.model)
-    if args.folder is not None and not args.folder.is_dir():
-        raise FileNotFoundError(f"{args.folder}: there is no such folder.")
-    serve(args.model, args.host, args.port, args.folder, args.max_new_tokens, args.share)
+    folder = args.allow_local_files
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder.")
+    serve(args.model, args.host, args.port, folder, args.max_new_tokens, args.share)
     return 0
 
 
