@@ -348,8 +348,7 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
     return page
 
 
-@tells_errors
-def main(arguments=None) -> int:
+def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="uhr-bat demo", description=__doc__.splitlines()[0])
     parser.add_argument("model", nargs="?", type=Path, default=ROOT, metavar="MODEL", help="default: UHR-BAT-Tiny")
     parser.add_argument(
@@ -362,7 +361,12 @@ def main(arguments=None) -> int:
     )  # fmt: skip
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--share", action="store_true", help="a public address by gradio's tunnel, from the internet")
-    args = parser.parse_args(arguments)
+    return parser
+
+
+@tells_errors
+def main(arguments=None) -> int:
+    args = parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     check_files(None, args.model)
     folder = args.allow_local_files
