@@ -41,7 +41,7 @@ READING = {
     "window": ("Window", images.window, "top,left,bottom,right in pixels"),
 }
 STYLE = """
-#map iframe { width: 100%; height: max(30rem, calc(100dvh - 13.5rem)); border: 1px solid var(--border-color-primary);
+#map iframe { width: 100%; height: max(30rem, calc(100dvh - 17.5rem)); border: 1px solid var(--border-color-primary);
   border-radius: var(--radius-lg); background: #14181d; display: block; }
 #map .empty { height: max(16rem, calc(100dvh - 9rem)); display: grid; place-content: center; padding: 1rem; margin: 0;
   text-align: center; border: 2px dashed var(--border-color-primary); border-radius: var(--radius-lg); }

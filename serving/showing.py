@@ -59,6 +59,7 @@ class OpenImage:
     Attributes:
         title: its name.
         picture: what `read_image` gave.
+        overview: JPEG of all of it.
         georeference: where it lies.
         encoded: for the model.
         seconds: that the encoding took, now or when it was done.
@@ -67,6 +68,7 @@ class OpenImage:
 
     title: str
     picture: Any
+    overview: bytes
     georeference: Georeference
     encoded: EncodedImage
     seconds: float
@@ -139,7 +141,9 @@ class Desk:
         seconds = self._seconds.setdefault(encoded.key, seconds)
         is_raster = isinstance(picture, RasterImage)
         georeference = Georeference(picture.transform, picture.crs) if is_raster else Georeference()
-        return self.images.put(OpenImage(source.name, picture, georeference, encoded, seconds, before))
+        return self.images.put(
+            OpenImage(source.name, picture, overview_jpeg(picture), georeference, encoded, seconds, before)
+        )
 
     def budget_range(self, image_name: str) -> tuple[int, int]:
         """(visual tokens that the model spends on an image by itself, most that it can)."""
@@ -216,7 +220,7 @@ class Desk:
 
     def overview(self, image_name: str) -> bytes:
         """A JPEG of the whole image."""
-        return overview_jpeg(self._picture(image_name))
+        return self.images.get(image_name).overview
 
     def detail(self, image_name: str, box: tuple[int, int, int, int], side: int) -> bytes:
         """A JPEG of a box (top, left, bottom, right) in pixels, with the longer side at most `side` pixels.
@@ -224,14 +228,11 @@ class Desk:
         Raises:
             ValueError: the box is no part of the image.
         """
-        picture = self._picture(image_name)
+        picture = self.images.get(image_name).picture
         top, left, bottom, right = box
         if not (0 <= top < bottom <= picture.height and 0 <= left < right <= picture.width) or side < 1:
             raise ValueError(f"{list(box)} in {side} px is no part of {picture.height} x {picture.width} pixels.")
         return overview_jpeg(picture, min(side, DETAIL_SIDE), box)
-
-    def _picture(self, image_name):
-        return self.images.get(image_name).picture
 
     def geojson(self, name: str) -> bytes:
         """What was kept to answer, as `uhr-bat evidence-map` writes it."""
