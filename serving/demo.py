@@ -30,10 +30,11 @@ CACHE_BYTES = 4 * 2**30
 WORKERS = 2
 # Of an image file that is dropped, or fetched for a user of another machine.
 MAX_FILE_BYTES = 2 * 2**30
+# Pixels of the largest image of a user of another machine, as of the server's.
+MAX_PIXELS = 2**28
 # Where the map and its pictures are served, below the page.
 SHOWN = "shown"
 QUESTION = "What colour is the plane at the runway?"
-GONE = "The image is no longer held: open it again."
 # How the options of a raster are written.
 READING = {
     "bands": ("Bands", images.bands, "4,3,2 or red,nir,blue"),
@@ -170,18 +171,22 @@ def build_page(desk, rules, note: str):
     import gradio as gr
 
     from .refusals import Refusal
+    from .showing import Gone
 
-    failures = (OSError, ValueError, ImportError, MemoryError, Refusal)
+    limits = {"max_image_pixels": MAX_PIXELS} if rules is not None else {}
+    failures = (OSError, ValueError, ImportError, MemoryError, Refusal, Gone)
 
     def opened(source, texts):
-        """What changes when an image is opened: its name, status, map, budget, answer, and an empty place to drop."""
-        name = desk.open(source, **read_options(**dict(zip(READING, texts))))
+        """What changes when an image is opened: its name, status, map, budget, answer, an empty place to drop, and
+        whether there was a question."""
+        name = desk.open(source, **read_options(**dict(zip(READING, texts))), **limits)
         usual, most = desk.budget_range(name)
         slider = gr.update(maximum=most, value=usual, interactive=True)
-        return name, tell_image(desk.images.get(name)), show(name), slider, "", None
+        return name, tell_image(desk.images.get(name)), show(name), slider, "", None, False
 
     def failed(error):
-        return None, tell_error(error), NOTHING, gr.update(), "", None
+        """The image before stays."""
+        return gr.skip(), tell_error(error), gr.skip(), gr.skip(), gr.skip(), None, gr.skip()
 
     def open_path(text, *texts):
         try:
@@ -210,8 +215,6 @@ def build_page(desk, rules, note: str):
                 raise ValueError("There is no image yet: open one, then ask.")
             answer_name = desk.ask(name, question, int(num_tokens))
             return tell_answer(answer_name, desk.answers.get(answer_name), note), show(answer_name), True
-        except KeyError:
-            return tell_error(ValueError(GONE)), gr.skip(), False
         except failures as error:
             return tell_error(error), gr.skip(), False
 
@@ -245,7 +248,7 @@ def build_page(desk, rules, note: str):
                 answer = gr.HTML(elem_id="answer")
                 shown = gr.HTML(NOTHING, elem_id="map")
         private = {"api_visibility": "private"}
-        on_open = [image_name, status, shown, budget, answer, upload]
+        on_open = [image_name, status, shown, budget, answer, upload, asked]
         upload.upload(open_upload, [upload, *reading], on_open, **private)
         gr.on([open_button.click, path.submit], open_path, [path, *reading], on_open, **private)
         scene_button.click(open_scene, question, [*on_open, question], **private)
@@ -262,24 +265,28 @@ def routes(desk) -> list:
     from starlette.responses import Response
     from starlette.routing import Route
 
+    from .showing import Gone
+
     def part(request):
-        box = tuple(int(number) for number in request.query_params["box"].split(","))
+        *box, side = (
+            int(number) for name in ("box", "side") for number in request.query_params.get(name, "").split(",")
+        )
         if len(box) != 4:
             raise ValueError(f"A box has 4 numbers. Got {len(box)}.")
-        return desk.detail(request.path_params["name"], box, int(request.query_params["side"]))
+        return desk.detail(request.path_params["name"], tuple(box), side)
 
     def of_name(make):
         return lambda request: make(request.path_params["name"])
 
     def page(name):
-        return desk.page(name, f"/{SHOWN}/{{}}").encode()
+        return desk.page(name, "{}").encode()
 
     def route(path, make, kind):
         async def answer(request):
             try:
                 content = await run_in_threadpool(make, request)
-            except KeyError:
-                return Response(GONE, 404)
+            except Gone as error:
+                return Response(str(error), 404)
             except (OSError, ValueError, ImportError) as error:
                 return Response(str(error), 400)
             # Nothing changes under a name. It is one user's.

@@ -31,6 +31,10 @@ TEXT_TOKENS = 512
 DETAIL_SIDE = 4096
 
 
+class Gone(LookupError):
+    """Nothing is kept under a name, or no longer."""
+
+
 class Recent:
     """The last values that were put or asked for, by names that are made up for them. Safe to share among threads."""
 
@@ -46,8 +50,10 @@ class Recent:
         return name
 
     def get(self, name: str):
-        """Raises `KeyError` for what was never put or is no longer kept."""
+        """Raises `Gone` for what was never put or is no longer kept."""
         with self._lock:
+            if name not in self._values:
+                raise Gone("The image is no longer held: open it again.")
             self._values.move_to_end(name)
             return self._values[name]
 
@@ -170,7 +176,7 @@ class Desk:
         """Asks about an image that is open; the name under which the answer is kept.
 
         Raises:
-            KeyError: the image is no longer kept.
+            Gone: the image is no longer kept.
             ValueError: no question, or one that does not fit the context window.
         """
         image, processor, model = self.images.get(image_name), self.front.processor, self.front.model
@@ -193,20 +199,20 @@ class Desk:
         answer = Answer(image_name, image, question.strip(), text, spent, selection.compressed, seconds)
         return self.answers.put(answer)
 
-    # What is drawn. Each takes a name, and raises `KeyError` where nothing is kept under it.
+    # What is drawn. Each takes a name, and raises `Gone` where nothing is kept under it.
 
     def page(self, name: str, address: str) -> str:
         """The map with an answer, or with an image before any question.
 
         Args:
             name: of an answer or an image.
-            address: where `overview.jpg` and `detail.jpg` of an image are served, with its name to be filled in as {}.
+            address: from the map to the folder of an image's `overview.jpg` and `detail.jpg`, with its name as {}.
         """
         scales, answer = self.config.scales, None
         try:
             answer = self.answers.get(name)
             image_name, image = answer.image_name, answer.image
-        except KeyError:
+        except Gone:
             image_name, image = name, self.images.get(name)
         height, width = image.size
         place = address.format(image_name)

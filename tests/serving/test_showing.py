@@ -14,7 +14,7 @@ from uhr_bat.common.prompts import answer_text, prompt_text
 from uhr_bat.scenes import painting
 from uhr_bat.serving.cache import ContentCache
 from uhr_bat.serving.front import Front, ImageSource
-from uhr_bat.serving.showing import Desk, Recent
+from uhr_bat.serving.showing import Desk, Gone, Recent
 
 QUESTION = "What colour is the plane at the runway?"
 SIZE = (260, 300)  # height, width
@@ -127,6 +127,6 @@ def test_the_last_values_are_kept_by_names_that_nobody_guesses():
     first, second = recent.put("a"), recent.put("b")
     assert recent.get(first) == "a" and len(first) > 20
     third = recent.put("c")
-    with pytest.raises(KeyError):
+    with pytest.raises(Gone):
         recent.get(second)
     assert {recent.get(first), recent.get(third)} == {"a", "c"}
