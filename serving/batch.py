@@ -103,8 +103,10 @@ class Worker:
         return [dict.fromkeys(COLUMNS) | about | one for one in rows]
 
     def answer_all(self, image, rows):
+        import torch
+
         inputs = self.cut(image)
-        with self.at_work:
+        with self.at_work, torch.inference_mode():
             start = time.perf_counter()
             features = self.model.encode_image(**inputs.to(self.model.device))
             rows[0]["encoding_seconds"] = time.perf_counter() - start
