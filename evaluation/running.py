@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from ..common.files import whole_files, write_json
 from ..common.prompts import prompt_text
+from ..common.runs import Line, check_same_settings, whole_lines
 from ..raster_files_uhr_bat import reason
 from .samples import Sample
 from .suites import Suite
@@ -204,11 +205,7 @@ def read_predictions(folder: Path) -> dict[tuple[str, str], dict]:
     """{(sample, view): line} of all files of a run; a last line that was torn by a killed process is left out."""
     found = {}
     for path in sorted(folder.glob("predictions*.jsonl")):
-        for line in path.read_text(encoding="utf-8").split("\n"):
-            try:
-                record = json.loads(line)
-            except json.JSONDecodeError:
-                continue
+        for record in whole_lines(path):
             key = record["id"], record["view"]
             if key not in found or found[key]["error"] is not None:  # it may have been asked again
                 found[key] = record
@@ -218,29 +215,8 @@ def read_predictions(folder: Path) -> dict[tuple[str, str], dict]:
 def check_settings(folder: Path, settings: Settings):
     """Raises `ValueError` where the folder holds a run with other settings, and names them."""
     path = folder / SETTINGS
-    if not path.is_file():
-        return
-    old, new = json.loads(path.read_text(encoding="utf-8")), json.loads(json.dumps(asdict(settings)))
-    for name, value in new.items():
-        if old.get(name) != value:
-            raise ValueError(
-                f"{folder} holds a run with {name} {old.get(name)!r}, but {value!r} is asked for. Give another "
-                "--output."
-            )
-
-
-class Line:
-    """A file to which lines are appended whole; what a killed process left of a line is ended first."""
-
-    def __init__(self, path: Path):
-        torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        self.file = open(path, "a", encoding="utf-8")
-        if torn:
-            self.file.write("\n")
-
-    def write(self, record: dict):
-        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
-        self.file.flush()
+    if path.is_file():
+        check_same_settings(folder, json.loads(path.read_text(encoding="utf-8")), asdict(settings))
 
 
 def ask_group(model, processor, suite, group, cut, blank, done, settings) -> Iterator[dict]:

@@ -7,13 +7,16 @@ it.
 
 from .frames import evidence_frame
 from .georeference import Georeference, read_georeference
-from .pages import write_page
+from .pages import Served, overview_jpeg, page_html, write_page
 from .writing import check_vectors, write_raster, write_vectors
 
 __all__ = [
     "Georeference",
+    "Served",
     "check_vectors",
     "evidence_frame",
+    "overview_jpeg",
+    "page_html",
     "read_georeference",
     "write_page",
     "write_raster",

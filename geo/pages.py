@@ -8,6 +8,7 @@ import base64
 import io
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image
@@ -27,8 +28,28 @@ JPEG_QUALITY = 82
 ATTENTION_COLOUR = "#ffd400"
 
 
-def write_page(
-    path: Path,
+class Served(NamedTuple):
+    """What a server has of the image beside its page.
+
+    Attributes:
+        overview: URL of the whole image, `PAGE_SIDE` pixels at most.
+        overview_width: its width in pixels.
+        detail: URL of a part of the image, to which the page adds `?box=top,left,bottom,right&side=pixels`.
+    """
+
+    overview: str
+    overview_width: int
+    detail: str
+
+
+def write_page(path: Path, *args, **kwargs):
+    """The page of `page_html` as a file, whole or not at all."""
+    html = page_html(*args, **kwargs)
+    with whole_files(Path(path).parent) as built:
+        (built / Path(path).name).write_text(html, encoding="utf-8")
+
+
+def page_html(
     compressed,
     frame,
     image,
@@ -37,41 +58,49 @@ def write_page(
     georeference: Georeference = PLAIN,
     *,
     image_idx: int = 0,
-):
-    """The page, whole or not at all.
+    served: Served | None = None,
+) -> str:
+    """The page.
 
     Args:
-        path: of the HTML file.
-        compressed: what `model.compress` returned.
-        frame: of `evidence_frame` in pixels of the image, without a transform.
+        compressed: what `model.compress` returned; None for the image alone, before any question.
+        frame: of `evidence_frame` in pixels of the image, without a transform; None for the image alone.
         image: that the model saw, as `processor.image_processor.fetch_images` returns it.
         scales: sides of the views in pixels, `compressed.scales[image_idx]`.
         about: texts, shown as they are: `question`, `answer`, `image` (its name), and perhaps `note`, which stands
             below the answer.
         georeference: of the image, for the coordinates of places.
         image_idx: which image of the batch.
+        served: where the page is a part of another one that says question and answer, and a server has the image: it is
+            then shown at its full resolution. None for a page that holds everything.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
     side, top, left = letterbox((image.height, image.width))
-    maps = zip(scales, compressed.importance[image_idx], compressed.regions[image_idx])
+    maps = [] if compressed is None else zip(scales, compressed.importance[image_idx], compressed.regions[image_idx])
     environment = Environment(
         loader=PackageLoader(__package__, "."), autoescape=True, undefined=StrictUndefined, trim_blocks=True
     )
-    html = environment.get_template("page.html.jinja").render(
+    return environment.get_template("page.html.jinja").render(
         about=about,
         width=image.width,
         height=image.height,
         square=(-left, -top, side),
-        picture=_data_uri(screen_image(image, PAGE_SIDE), "JPEG", quality=JPEG_QUALITY),
-        attention=[(scale, _data_uri(_heat(shown_importance(*values)), "PNG")) for scale, *values in maps],
-        colours={scale: PALETTE[scale_idx % len(PALETTE)] for scale_idx, scale in enumerate(scales)},
-        tokens=_tokens(frame, georeference),
+        picture=served.overview if served else _data_uri(overview_jpeg(image), "jpeg"),
+        attention=[(scale, _data_uri(_png(_heat(shown_importance(*values))), "png")) for scale, *values in maps],
+        colours={} if compressed is None else {scale: PALETTE[idx % len(PALETTE)] for idx, scale in enumerate(scales)},
+        tokens=[] if frame is None else _tokens(frame, georeference),
         transform=None if georeference.transform is None else tuple(georeference.transform)[:6],
         crs=georeference.words if georeference.crs is None else crs_name(georeference.crs),
+        served=served,
     )
-    with whole_files(Path(path).parent) as built:
-        (built / Path(path).name).write_text(html, encoding="utf-8")
+
+
+def overview_jpeg(image, longest: int = PAGE_SIDE, box=None) -> bytes:
+    """A JPEG of an image, or of a box (top, left, bottom, right) of it, with the longer side at most `longest` pixels."""
+    file = io.BytesIO()
+    screen_image(image, longest, box).save(file, "JPEG", quality=JPEG_QUALITY)
+    return file.getvalue()
 
 
 def _heat(importance) -> Image.Image:
@@ -85,10 +114,14 @@ def _heat(importance) -> Image.Image:
     return Image.fromarray(pixels)
 
 
-def _data_uri(image, image_format, **options):
+def _png(image) -> bytes:
     file = io.BytesIO()
-    image.save(file, image_format, **options)
-    return f"data:image/{image_format.lower()};base64,{base64.b64encode(file.getvalue()).decode()}"
+    image.save(file, "PNG")
+    return file.getvalue()
+
+
+def _data_uri(content: bytes, kind: str) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(content).decode()}"
 
 
 def _tokens(frame, georeference) -> list[dict]:

@@ -11,7 +11,7 @@ import rasterio
 from affine import Affine
 from made_up import ABOUT, GRIDS, ROTATED, SCALES, compression
 from PIL import Image
-from uhr_bat.geo import Georeference, evidence_frame, write_page
+from uhr_bat.geo import Georeference, Served, evidence_frame, page_html, write_page
 from uhr_bat.geo.pages import PAGE_SIDE
 
 PLAIN = Georeference()
@@ -144,3 +144,32 @@ def test_a_token_is_placed_in_degrees_or_in_what_the_image_has(tmp_path, georefe
         tmp_path, Image.new("RGB", (24, 24)), georeference, slots=slots, regions=[[0] * 4, [-1] * 16, [-1] * 36]
     )
     assert [row["data-place"] for row in page.elements["tr"] if "data-rank" in row] == [words]
+
+
+# Within another page
+
+
+def elements(html, tmp_path):
+    (tmp_path / "served.html").write_text(html, encoding="utf-8")
+    return Page(tmp_path / "served.html")
+
+
+def test_a_served_page_names_where_its_image_is_and_leaves_the_answer_to_the_page_around_it(tmp_path):
+    image = Image.new("RGB", (70, 45))
+    result, frame, alone = page_of(tmp_path, image)
+    served = Served("/a/overview.jpg", 70, "/a/detail.jpg")
+    page = elements(page_html(result, frame, image, SCALES, ABOUT, served=served), tmp_path)
+    overview, detail, *heats = page.elements["image"]
+    assert overview["href"] == "/a/overview.jpg" and "href" not in detail
+    assert [heat["href"] for heat in heats] == [heat["href"] for heat in alone.elements["image"][1:]]
+    assert "/a/detail.jpg?box=" in page.html and "detail" not in alone.html
+    assert "header" in alone.elements and "header" not in page.elements
+    assert [path.get("d") for path in page.elements["path"]] == [path.get("d") for path in alone.elements["path"]]
+
+
+def test_before_any_question_a_served_page_shows_the_image_alone(tmp_path):
+    served = Served("/a/overview.jpg", 70, "/a/detail.jpg")
+    html = page_html(None, None, Image.new("RGB", (70, 45)), SCALES, {"image": "a.tif"}, served=served)
+    page = elements(html, tmp_path)
+    assert len(page.elements["image"]) == 2 and "tr" not in page.elements and "input" not in page.elements
+    assert not [path for path in page.elements["path"] if "data-rank" in path]

@@ -1,0 +1,38 @@
+"""Runs that go on where they were stopped: a file of lines, one for each thing that is done, and settings that are the same
+for the whole run."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class Line:
+    """A file to which lines are appended whole; what a killed process left of a line is ended first."""
+
+    def __init__(self, path: Path):
+        torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        self.file = open(path, "a", encoding="utf-8")
+        if torn:
+            self.file.write("\n")
+
+    def write(self, record: dict):
+        self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
+        self.file.flush()
+
+
+def whole_lines(path: Path) -> Iterator[dict]:
+    """The records of a file that `Line` wrote; one that was torn by a killed process is left out."""
+    for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            yield json.loads(line)
+        except json.JSONDecodeError:
+            continue
+
+
+def check_same_settings(place: Path, old: dict, new: dict):
+    """Raises `ValueError` where a run at `place` had other settings, and names the first one that differs."""
+    for name, value in json.loads(json.dumps(new)).items():
+        if old.get(name) != value:
+            raise ValueError(
+                f"{place} holds a run with {name} {old.get(name)!r}, but {value!r} is asked for. Give another --output."
+            )

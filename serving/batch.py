@@ -1,0 +1,329 @@
+"""Ask a thousand images, on one machine or a cluster.
+
+    uhr-bat batch --images DIR|LIST|ITEMS.json --questions FILE --output results.parquet [--model DIR] [--address ADDRESS]
+        [--workers N] [--gpus 1] [--asset NAME] [--budgets 16,24,40,66] [--max-new-tokens 64] [--batch-size 8]
+
+Every image is read and encoded once for all its questions. Answers are kept as they come, and the same command goes on
+where it was stopped; what failed is a row that says so, and is asked again by the next run. The results are written
+whole at the end.
+"""
+
+import argparse
+import json
+import logging
+import os
+import sys
+import threading
+import time
+from contextlib import nullcontext
+from pathlib import Path
+
+from ..common.budgets import budgets
+from ..common.commands import tells_errors
+from ..common.extras import require
+from ..common.files import whole_files
+from ..common.images import add_image_arguments, image_options
+from ..common.loading import ROOT, check_files, load_model
+from ..common.runs import Line, check_same_settings, whole_lines
+from ..raster_files_uhr_bat import reason
+from .batch_inputs import BatchImage, plan, read_images, read_questions
+
+# Entry of the results' metadata that says what they were asked with.
+SETTINGS = b"uhr_bat"
+# Images that a worker has at hand: one is read and cut while the model works on the other.
+AT_ONCE = 2
+# Without a GPU: cores of a worker, whose matrix products use all of them.
+CORES_PER_WORKER = 4
+COLUMNS = {
+    "image": "string",
+    "item": "string",
+    "question": "string",
+    "answer": "string",
+    "error": "string",
+    "visual_tokens": "int64",
+    "seconds": "float64",
+    "encoding_seconds": "float64",
+    "model": "string",
+}
+# An image is given up when the processes that had it died so often, as they do where there is too little memory for it.
+MAX_ATTEMPTS = 3
+# Seconds before an image is begun again: what a neighbour answered reaches Ray first.
+PAUSE = 1
+LOST = "The processes that had this image died: there may be too little memory for it."
+
+
+# ---- Answers ---------------------------------------------------------------------------------------------------------
+
+
+class Attempts:
+    """How often each image was begun; it outlives the workers, which Ray starts again, with what they had, for ever."""
+
+    def __init__(self):
+        self.numbers = {}
+
+    def number(self, image: str) -> int:
+        return self.numbers.get(image, 0)
+
+    def begin(self, image: str) -> int:
+        self.numbers[image] = self.number(image) + 1
+        return self.numbers[image]
+
+
+class Worker:
+    """One model, which is handed image after image with its questions. Two threads call it at a time: one reads and cuts
+    its image while the other one's is answered.
+
+    Args:
+        settings: `model`, `budgets`, `max_new_tokens`, and `reading`, the options of `read_image`.
+        batch_size: questions that are answered at once.
+        attempts: handle of the `Attempts` of all workers.
+    """
+
+    def __init__(self, settings: dict, batch_size: int, attempts):
+        self.settings, self.batch_size, self.attempts = settings, batch_size, attempts
+        self.processor, self.model = load_model(Path(settings["model"]))
+        self.at_work = threading.RLock()
+
+    def __call__(self, row: dict) -> list[dict]:
+        """The rows of the results (`COLUMNS`) of {"image", "item", "questions"}."""
+        import ray
+
+        rows = [{"question": question} for question in row["questions"]]
+        begun = ray.get(self.attempts.number.remote(row["image"]))
+        # What was begun before may have ended its process, and would end its neighbour's work again.
+        with self.at_work if begun else nullcontext():
+            time.sleep(PAUSE if begun else 0)
+            try:
+                if ray.get(self.attempts.begin.remote(row["image"])) > MAX_ATTEMPTS:
+                    raise MemoryError(LOST)
+                self.answer_all(row["image"], rows)
+            except Exception as error:  # an image can fail in any way; the other ones are still to come
+                rows = [{"question": question, "error": reason(error)} for question in row["questions"]]
+        about = {"image": row["image"], "item": row["item"], "model": self.settings["model"]}
+        return [dict.fromkeys(COLUMNS) | about | one for one in rows]
+
+    def answer_all(self, image, rows):
+        import torch
+
+        inputs = self.cut(image)
+        with self.at_work, torch.inference_mode():
+            start = time.perf_counter()
+            features = self.model.encode_image(**inputs.to(self.model.device))
+            rows[0]["encoding_seconds"] = time.perf_counter() - start
+            for first in range(0, len(rows), self.batch_size):
+                self.answer(rows[first : first + self.batch_size], features)
+
+    def cut(self, image):
+        options = {name: value for name, value in self.settings["reading"].items() if value is not None}
+        limit = {name: value for name, value in options.items() if name == "max_image_pixels"}
+        opened = self.processor.image_processor.process_image(image, **options)
+        return self.processor.image_processor(opened, **limit, return_tensors="pt")
+
+    def answer(self, rows, features):
+        """Adds the answers to rows with questions about the same encoded image."""
+        from ..evaluation.running import answers
+
+        start = time.perf_counter()
+        options = {name: self.settings[name] for name in ("budgets", "max_new_tokens")}
+        try:
+            said = answers(
+                self.model, self.processor, [row["question"] for row in rows], [features] * len(rows), **options
+            )
+        except Exception as error:
+            if len(rows) == 1:
+                rows[0]["error"] = reason(error)
+            else:  # by itself, a question fails alone
+                for row in rows:
+                    self.answer([row], features)
+            return
+        seconds = (time.perf_counter() - start) / len(rows)
+        for row, (text, spent) in zip(rows, said):
+            row |= {"answer": text, "visual_tokens": spent, "seconds": seconds}
+
+
+def share_machines(workers: int | None, gpus: float | None, resources: dict) -> dict:
+    """How many workers there are, and the cores and GPUs of each, from what Ray says it has.
+
+    Args:
+        workers: None for one per GPU, else one per `CORES_PER_WORKER` cores.
+        gpus: of a worker, 0.5 for two on one; None for 1 where there are any.
+
+    Raises:
+        ValueError: more is asked for than there is.
+    """
+    cores, there = int(resources.get("CPU", 1)), resources.get("GPU", 0)
+    gpus = min(1, there) if gpus is None else gpus
+    if workers is None:
+        workers = int(there / gpus) if gpus else max(1, cores // CORES_PER_WORKER)
+    if not 1 <= workers <= cores or workers * gpus > there:
+        raise ValueError(
+            f"{workers} workers of a core or more and {gpus:g} GPUs each do not fit {cores} cores and {there:g} GPUs. Give "
+            f"other --workers or --gpus."
+        )
+    return {"workers": workers, "num_cpus": cores // workers if not gpus else 1, "num_gpus": gpus}
+
+
+def ask(work: list[tuple[BatchImage, list[str]]], settings: dict, batch_size=8, workers=None, gpus=None, address=None):
+    """Rows of the results as they come, in any order, from workers on all machines of a Ray cluster.
+
+    Args:
+        work: images with their questions.
+        settings, batch_size: see `Worker`.
+        workers, gpus: see `share_machines`.
+        address: of a cluster's head, "auto" for the one that this machine belongs to; None for this machine alone.
+    """
+    import ray
+
+    ray.init(address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    try:
+        share = share_machines(workers, gpus, ray.cluster_resources())
+        context = ray.data.DataContext.get_current()
+        context.enable_progress_bars = False
+        context.print_on_execution_start = False
+        logging.getLogger("ray.data").setLevel(logging.ERROR)
+        attempts = ray.remote(num_cpus=0)(Attempts).remote()
+        rows = [{"image": image.source, "item": image.item, "questions": questions} for image, questions in work]
+        # A block is an image: what a worker loses, and what is handed out, is one image.
+        answered = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
+            Worker,
+            fn_constructor_args=(settings, batch_size, attempts),
+            compute=ray.data.ActorPoolStrategy(
+                size=share.pop("workers"),
+                max_tasks_in_flight_per_actor=AT_ONCE,
+                max_concurrent_calls_per_actor=AT_ONCE,
+                enable_true_multi_threading=True,
+            ),
+            **share,
+        )
+        yield from answered.iter_rows()
+    except ray.exceptions.RayError as error:
+        raise OSError(f"Ray's workers failed: {str(error).strip().splitlines()[-1]}") from error
+    finally:
+        ray.shutdown()
+
+
+# ---- Results ---------------------------------------------------------------------------------------------------------
+
+
+def read_results(path: Path, settings: dict) -> list[dict]:
+    """Rows that an earlier run left in its results, or in its lines where it was stopped; the newest of equals is last.
+
+    Raises:
+        ValueError: it was asked with other settings.
+    """
+    import pyarrow.parquet as pq
+
+    rows = []
+    if path.is_file():
+        table = pq.read_table(path)
+        check_same_settings(path, json.loads((table.schema.metadata or {}).get(SETTINGS, b"{}")), settings)
+        rows += table.to_pylist()
+    if lines_path(path).is_file():
+        kept, *lines = whole_lines(lines_path(path))
+        check_same_settings(lines_path(path), kept, settings)
+        rows += lines
+    return rows
+
+
+def lines_path(path: Path) -> Path:
+    """Of the answers of a run that goes on: a line of settings, then a line a row."""
+    return path.with_name(f"{path.name}.lines.jsonl")
+
+
+def write_results(path: Path, rows: list[dict], settings: dict):
+    """The parquet file, whole or not at all."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    metadata = {SETTINGS: json.dumps(settings).encode()}
+    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()], metadata)
+    with whole_files(path.parent) as built:
+        pq.write_table(pa.Table.from_pylist(rows, schema), built / path.name)
+
+
+def run(work: list[tuple[BatchImage, list[str]]], output: Path, settings: dict, **options) -> list[dict]:
+    """Asks what is not answered yet, and writes the results in the order of the work; the rows.
+
+    Args:
+        work: images with their questions.
+        output: parquet file. What an earlier run with the same settings left there stays.
+        settings, options: see `ask`.
+    """
+    from tqdm import tqdm
+
+    found = {(row["image"], row["question"]): row for row in read_results(output, settings)}
+    done = {key for key, row in found.items() if row["error"] is None}
+    left = [(image, [one for one in questions if (image.source, one) not in done]) for image, questions in work]
+    left = [(image, questions) for image, questions in left if questions]
+    if left:
+        output.parent.mkdir(parents=True, exist_ok=True)
+        is_new = not lines_path(output).exists()
+        lines = Line(lines_path(output))
+        if is_new:
+            lines.write(settings)
+        with tqdm(total=sum(len(questions) for _, questions in left), desc="Asking", unit="answer") as bar:
+            for row in ask(left, settings, **options):
+                lines.write(row)
+                found[row["image"], row["question"]] = row
+                bar.update()
+    order = [(image.source, question) for image, questions in work for question in questions]
+    rows = [found[key] for key in dict.fromkeys([*order, *found])]
+    write_results(output, rows, settings)
+    lines_path(output).unlink(missing_ok=True)
+    return rows
+
+
+@tells_errors
+def main(arguments=None) -> int:
+    parser = argparse.ArgumentParser(prog="uhr-bat batch", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--images", type=Path, required=True, metavar="PATH",
+        help="a folder, a text file with a path or URL a line, or a STAC item collection (.json)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--questions", type=Path, required=True, metavar="FILE",
+        help=".txt, .json, .jsonl or .csv: of all images, or each with the name of its image",
+    )  # fmt: skip
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="results, a .parquet file")
+    parser.add_argument("--asset", metavar="NAME", help="of every STAC item (default: visual, else the first raster)")
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    parser.add_argument(
+        "--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
+    )
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--batch-size", type=int, default=8, metavar="N", help="questions answered at once (default: 8)"
+    )
+    parser.add_argument("--address", help="of a Ray cluster, or auto (default: this machine alone)")
+    parser.add_argument(
+        "--workers", type=int, metavar="N", help=f"models (default: one per GPU, else per {CORES_PER_WORKER} cores)"
+    )
+    parser.add_argument("--gpus", type=float, metavar="G", help="of a worker, as 0.5 (default: 1 where there are any)")
+    add_image_arguments(parser)
+    args = parser.parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers nothing
+    if args.output.suffix != ".parquet":
+        raise ValueError(f"{args.output}: the results are a .parquet file.")
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is at least 1. Got {args.batch_size}.")
+    check_files(None, args.model)
+    require("batch", "ray.data")
+    settings = {
+        "model": str(args.model.resolve()),
+        "budgets": args.budgets,
+        "max_new_tokens": args.max_new_tokens,
+        "reading": image_options(args),
+    }
+    work = plan(read_images(args.images, args.asset), read_questions(args.questions))
+    options = {name: getattr(args, name) for name in ("batch_size", "workers", "gpus", "address")}
+    rows = run(work, args.output, settings, **options)
+    failed = [row for row in rows if row["error"] is not None]
+    print(f"{len(rows) - len(failed):,} answers about {len({row['image'] for row in rows}):,} images: {args.output}")
+    if failed:
+        print(f"{len(failed):,} failed, as {failed[0]['image']}: {failed[0]['error']}", file=sys.stderr)
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

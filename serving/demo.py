@@ -1,0 +1,387 @@
+"""A page to open an image, ask about it and see what the answer was read from.
+
+    uhr-bat demo [MODEL] [--host 127.0.0.1] [--port 7860] [--allow-local-files FOLDER]
+        [--max-new-tokens 64] [--share]
+
+Works without the internet. Users of other machines may drop images, and name public https: addresses; paths only below
+the folder that is allowed.
+"""
+
+import argparse
+import html
+import os
+import secrets
+import sys
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from ..common import images
+from ..common.commands import tells_errors
+from ..common.extras import require
+from ..common.images import is_file_name
+from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
+from ..scenes import painting
+
+PORT = 7860
+THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
+# Encoded images and selections that are kept.
+CACHE_BYTES = 4 * 2**30
+# Threads that encode and compress at a time.
+WORKERS = 2
+# Of an image file that is dropped, or fetched for a user of another machine.
+MAX_FILE_BYTES = 2 * 2**30
+# Pixels of the largest image of a user of another machine, as of the server's.
+MAX_PIXELS = 2**28
+# Where the map and its pictures are served, below the page.
+SHOWN = "shown"
+QUESTION = "What colour is the plane at the runway?"
+# How the options of a raster are written.
+READING = {
+    "bands": ("Bands", images.bands, "4,3,2 or red,nir,blue"),
+    "value_range": ("Value range", images.value_range, "0,2047, dtype or percentile"),
+    "window": ("Window", images.window, "top,left,bottom,right in pixels"),
+}
+STYLE = """
+#map iframe { width: 100%; height: max(30rem, calc(100dvh - 17.5rem)); border: 1px solid var(--border-color-primary);
+  border-radius: var(--radius-lg); background: #14181d; display: block; }
+#map .empty { height: max(16rem, calc(100dvh - 9rem)); display: grid; place-content: center; padding: 1rem; margin: 0;
+  text-align: center; border: 2px dashed var(--border-color-primary); border-radius: var(--radius-lg); }
+#status p, #answer p { margin: .2rem 0; overflow-wrap: anywhere; }
+#answer .text { font-size: 1.5rem; font-weight: 650; white-space: pre-wrap; }
+#answer a { display: inline-block; padding: .35rem 1rem .35rem 0; text-decoration: underline; }
+.error { border-left: 4px solid #c62828; padding-left: .6rem; font-weight: 600; }
+@media (max-width: 760px) { #map iframe { height: 44rem; max-height: 95dvh; } #map .empty { height: 10rem; } }
+"""
+
+
+# ---- Texts -----------------------------------------------------------------------------------------------------------
+
+
+def tell(text: str) -> str:
+    return f'<p role="status">{html.escape(text)}</p>'
+
+
+def tell_error(error: Exception) -> str:
+    return f'<p role="alert" class="error">{html.escape(str(error))}</p>'
+
+
+def tell_image(image) -> str:
+    """What is said of an image that was opened."""
+    height, width = image.size
+    crs = f", {image.georeference.crs}" if image.georeference.crs else ""
+    encoded = f"It was encoded before, in {image.seconds:.2f} s." if image.encoded_before else (
+        f"Encoded in {image.seconds:.2f} s, once for all questions."
+    )  # fmt: skip
+    return tell(f"{image.title}: {width:,} × {height:,} px{crs}. {encoded}")
+
+
+def tell_answer(name: str, answer, note: str) -> str:
+    """The answer, what it cost, and what can be had of it."""
+    choosing, decoding = answer.seconds
+    cost = (
+        f"Answered in {choosing + decoding:.2f} s from {answer.num_tokens:,} of "
+        f"{sum(answer.image.encoded.features.available):,} visual tokens: {choosing:.2f} s to choose them, "
+        f"{decoding:.2f} s to read them. The image was not encoded again."
+    )
+    files = {"GeoJSON of the kept tokens": "kept.geojson", "PNG of what was kept": "kept.png"}
+    links = [f'<a href="{SHOWN}/{name}/{file}" download>{text}</a>' for text, file in files.items()]
+    return (
+        f'<div role="status"><p class="text">{html.escape(answer.text or "(no answer)")}</p>'
+        f"<p>{cost} {html.escape(note)}</p></div><p>{' '.join(links)}</p>"
+    )
+
+
+def show(name: str) -> str:
+    """The map of an image or an answer."""
+    return f'<iframe src="{SHOWN}/{name}.html" title="Map of the image and of the tokens that were kept"></iframe>'
+
+
+NOTHING = '<p class="empty">Drop an image, give a path or an address, or take a made-up scene.</p>'
+
+
+# ---- What users name -------------------------------------------------------------------------------------------------
+
+
+def read_options(**texts: str | None) -> dict:
+    """The options of a raster as `read_image` takes them, from what was typed; what was not is left out.
+
+    Raises:
+        ValueError: an option is written in another way.
+    """
+    options = {}
+    for name, text in texts.items():
+        label, parse, example = READING[name]
+        if text and text.strip():  # a field that was never shown has None
+            try:
+                options[name] = parse(text.strip())
+            except ValueError as error:
+                raise ValueError(f"{label} is written as {example}. Got {text!r}.") from error
+    return options
+
+
+def name_image(text: str, rules):
+    """The image that somebody names.
+
+    Args:
+        text: a path of this machine, a URL or a name of GDAL's.
+        rules: `SourceRules` for somebody at another machine; None for whoever sits at this one, and may open anything.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        Refusal: somebody at another machine may not open it.
+    """
+    import asyncio
+
+    from .front import ImageSource
+
+    if not text.strip():
+        raise ValueError("There is no path or address.")
+    if rules is not None:
+        return asyncio.run(rules.read(text.strip()))
+    if not is_file_name(text.strip()):
+        # What lies elsewhere may have changed since it was last opened: it is encoded anew.
+        return ImageSource(urlsplit(text).path.rpartition("/")[2] or text, text.strip(), secrets.token_hex())
+    path = Path(text.strip()).expanduser()
+    check_files(str(path), ROOT)
+    return ImageSource.of_file(path)
+
+
+def receive_image(path: str, rules):
+    """The image that somebody dropped, as `name_image`: of a stranger's, nothing that it names is opened."""
+    from dataclasses import replace
+
+    from .front import ImageSource
+
+    if rules is None:
+        return ImageSource.of_file(Path(path))
+    return replace(rules, folder=Path(path).parent.resolve()).open_path(path)
+
+
+# ---- The page --------------------------------------------------------------------------------------------------------
+
+
+def build_page(desk, rules, note: str):
+    """The page as gradio's Blocks.
+
+    Args:
+        desk: `Desk`.
+        rules: see `name_image`.
+        note: about the weights, "" for none.
+    """
+    import gradio as gr
+
+    from .refusals import Refusal
+    from .showing import Gone
+
+    limits = {"max_image_pixels": MAX_PIXELS} if rules is not None else {}
+    failures = (OSError, ValueError, ImportError, MemoryError, Refusal, Gone)
+
+    def opened(source, texts):
+        """What changes when an image is opened: its name, status, map, budget, answer, an empty place to drop, and
+        whether there was a question."""
+        name = desk.open(source, **read_options(**dict(zip(READING, texts))), **limits)
+        usual, most = desk.budget_range(name)
+        slider = gr.update(maximum=most, value=usual, interactive=True)
+        return name, tell_image(desk.images.get(name)), show(name), slider, "", None, False
+
+    def failed(error):
+        """The image before stays."""
+        return gr.skip(), tell_error(error), gr.skip(), gr.skip(), gr.skip(), None, gr.skip()
+
+    def open_path(text, *texts):
+        try:
+            return opened(name_image(text, rules), texts)
+        except failures as error:
+            return failed(error)
+
+    def open_upload(path, *texts):
+        try:
+            return opened(receive_image(path, rules), texts)
+        except failures as error:
+            return failed(error)
+
+    def open_scene(question):
+        try:
+            if not painting.DEFAULT_PATH.exists():
+                painting.write()
+            return *opened(name_image(str(painting.DEFAULT_PATH), None), ()), question or QUESTION
+        except failures as error:
+            return *failed(error), question
+
+    def ask(name, question, num_tokens):
+        """Answer and map."""
+        try:
+            if name is None:
+                raise ValueError("There is no image yet: open one, then ask.")
+            answer_name = desk.ask(name, question, int(num_tokens))
+            return tell_answer(answer_name, desk.answers.get(answer_name), note), show(answer_name), True
+        except failures as error:
+            return tell_error(error), gr.skip(), False
+
+    def ask_again(asked, *args):
+        """With another budget, once there was a question."""
+        return ask(*args) if asked else (gr.skip(), gr.skip(), False)
+
+    with gr.Blocks(title="UHR-BAT", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
+        gr.Markdown("# UHR-BAT\nAsk about a large image, and see which of its tokens the answer was read from.")
+        image_name, asked = gr.State(None), gr.State(False)
+        with gr.Row():
+            with gr.Column(scale=1, min_width=300):
+                upload = gr.File(label="Image: drop it here, or click to choose", height=160)
+                path = gr.Textbox(label="Or its path or address", placeholder="/data/scene.tif, https://...")
+                with gr.Row():
+                    open_button = gr.Button("Open", scale=2, min_width=80)
+                    scene_button = gr.Button("Made-up scene", scale=3, min_width=150)
+                with gr.Accordion("How a raster is read", open=False):
+                    reading = [
+                        gr.Textbox(
+                            label=label, placeholder=example, info="Before it is opened; empty: as the file says"
+                        )
+                        for label, _, example in READING.values()
+                    ]
+                status = gr.HTML(elem_id="status")
+                question = gr.Textbox(label="Question", placeholder=QUESTION, lines=1, max_lines=1, submit_btn=False)
+                ask_button = gr.Button("Ask", variant="primary")
+                usual = desk.config.budgets if isinstance(desk.config.budgets, int) else sum(desk.config.budgets)
+                budget = gr.Slider(1, usual, usual, step=1, label="Budget (visual tokens)", interactive=True)
+            with gr.Column(scale=3, min_width=320):
+                answer = gr.HTML(elem_id="answer")
+                shown = gr.HTML(NOTHING, elem_id="map")
+        private = {"api_visibility": "private"}
+        on_open = [image_name, status, shown, budget, answer, upload, asked]
+        upload.upload(open_upload, [upload, *reading], on_open, **private)
+        gr.on([open_button.click, path.submit], open_path, [path, *reading], on_open, **private)
+        scene_button.click(open_scene, question, [*on_open, question], **private)
+        about = [image_name, question, budget]
+        gr.on([ask_button.click, question.submit], ask, about, [answer, shown, asked], **private)
+        options = {"trigger_mode": "always_last", "show_progress": "hidden"} | private
+        budget.input(ask_again, [asked, *about], [answer, shown, asked], **options)
+    return page
+
+
+def routes(desk) -> list:
+    """What the map asks for: itself, its pictures and the files of an answer."""
+    from starlette.concurrency import run_in_threadpool
+    from starlette.responses import Response
+    from starlette.routing import Route
+
+    from .showing import Gone
+
+    def part(request):
+        *box, side = (
+            int(number) for name in ("box", "side") for number in request.query_params.get(name, "").split(",")
+        )
+        if len(box) != 4:
+            raise ValueError(f"A box has 4 numbers. Got {len(box)}.")
+        return desk.detail(request.path_params["name"], tuple(box), side)
+
+    def of_name(make):
+        return lambda request: make(request.path_params["name"])
+
+    def page(name):
+        return desk.page(name, "{}").encode()
+
+    def route(path, make, kind):
+        async def answer(request):
+            try:
+                content = await run_in_threadpool(make, request)
+            except Gone as error:
+                return Response(str(error), 404)
+            except (OSError, ValueError, ImportError) as error:
+                return Response(str(error), 400)
+            # Nothing changes under a name. It is one user's.
+            return Response(content, media_type=kind, headers={"Cache-Control": "private, max-age=86400"})
+
+        return Route(f"/{SHOWN}/{{name}}{path}", answer)
+
+    return [
+        route("/overview.jpg", of_name(desk.overview), "image/jpeg"),
+        route("/detail.jpg", part, "image/jpeg"),
+        route("/kept.geojson", of_name(desk.geojson), "application/geo+json"),
+        route("/kept.png", of_name(desk.kept_png), "image/png"),
+        route(".html", of_name(page), "text/html"),
+    ]
+
+
+def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tokens=64, share=False, wait=True):
+    """Loads the model and serves the page.
+
+    Args:
+        model, folder, max_new_tokens: see `main`.
+        host, port: where the page is served.
+        share: by gradio's tunnel too, which needs the internet.
+        wait: until the page is stopped; False returns at once.
+
+    Returns:
+        gradio's Blocks, which `close()` stops.
+    """
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"  # read by gradio when it is imported
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    require("demo", "gradio", "geopandas", "pyogrio", "matplotlib")
+    import gradio as gr
+
+    from .cache import ContentCache
+    from .front import Front, fingerprint
+    from .showing import Desk
+    from .sources import SourceRules
+
+    processor, loaded = load_model(model)
+    note = WEIGHTS_NOTE if model.resolve() == ROOT else ""
+    desk = Desk(Front(processor, loaded, fingerprint(model), ContentCache(CACHE_BYTES), WORKERS), max_new_tokens, note)
+    strangers = share or host not in THIS_MACHINE
+    rules = SourceRules(MAX_FILE_BYTES, folder and folder.resolve()) if strangers else None
+    page = build_page(desk, rules, note)
+    # Letters of the reader's own machine: gradio's are fetched from elsewhere. A blue on which white is read.
+    theme = gr.themes.Default(
+        primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
+    page.launch(
+        server_name=host,
+        server_port=port,
+        share=share,
+        prevent_thread_lock=True,
+        show_error=True,
+        footer_links=[],
+        quiet=True,
+        ssr_mode=False,
+        max_file_size=MAX_FILE_BYTES,
+        theme=theme,
+        css=STYLE,
+        app_kwargs={"routes": routes(desk)},
+    )
+    print(f"The page is at {page.share_url or page.local_url}", flush=True)
+    if wait:
+        page.block_thread()
+    return page
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="uhr-bat demo", description=__doc__.splitlines()[0])
+    parser.add_argument("model", nargs="?", type=Path, default=ROOT, metavar="MODEL", help="default: UHR-BAT-Tiny")
+    parser.add_argument(
+        "--host", default=THIS_MACHINE[0], help="0.0.0.0 for users of other machines (default: 127.0.0.1)"
+    )
+    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}")
+    parser.add_argument(
+        "--allow-local-files", type=Path, metavar="FOLDER",
+        help="users of other machines may name paths below it (default: no paths)",
+    )  # fmt: skip
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument("--share", action="store_true", help="a public address by gradio's tunnel, from the internet")
+    return parser
+
+
+@tells_errors
+def main(arguments=None) -> int:
+    args = parser().parse_args(arguments)
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    check_files(None, args.model)
+    folder = args.allow_local_files
+    if folder is not None and not folder.is_dir():
+        raise FileNotFoundError(f"{folder}: there is no such folder.")
+    serve(args.model, args.host, args.port, folder, args.max_new_tokens, args.share)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

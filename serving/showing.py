@@ -1,0 +1,267 @@
+"""Images that are looked at, and the questions about them: what a page shows, without the page.
+
+An image is encoded when it is opened, and kept for its questions. Whatever is handed out has a name that nobody can guess,
+so users of one server do not see each other's images.
+"""
+
+import secrets
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..budgets_uhr_bat import apportion, is_one_budget
+from ..common.prompts import answer_text, prompt_text
+from ..geo import Georeference, Served, evidence_frame, overview_jpeg, page_html, write_vectors
+from ..geo.pages import PAGE_SIDE
+from ..outputs_uhr_bat import UHRBatCompressionOutput
+from ..raster_reading_uhr_bat import RasterImage
+from .front import EncodedImage, Front, ImageSource
+
+# Opened images that are kept, 800 MB each at most (what is larger is read from its file), and answers about them.
+MAX_IMAGES, MAX_ANSWERS = 4, 64
+# Tokens of the context window that are left for the text of a question.
+TEXT_TOKENS = 512
+# Longest side in pixels of a part of an image that is handed out: a screen's.
+DETAIL_SIDE = 4096
+
+
+class Gone(LookupError):
+    """Nothing is kept under a name, or no longer."""
+
+
+class Recent:
+    """The last values that were put or asked for, by names that are made up for them. Safe to share among threads."""
+
+    def __init__(self, max_values: int):
+        self.max_values, self._values, self._lock = max_values, OrderedDict(), threading.Lock()
+
+    def put(self, value) -> str:
+        name = secrets.token_urlsafe(16)
+        with self._lock:
+            self._values[name] = value
+            while len(self._values) > self.max_values:
+                self._values.popitem(last=False)
+        return name
+
+    def get(self, name: str):
+        """Raises `Gone` for what was never put or is no longer kept."""
+        with self._lock:
+            if name not in self._values:
+                raise Gone("The image is no longer held: open it again.")
+            self._values.move_to_end(name)
+            return self._values[name]
+
+
+@dataclass(frozen=True)
+class OpenImage:
+    """An image that was opened and encoded.
+
+    Attributes:
+        title: its name.
+        picture: what `read_image` gave.
+        overview: JPEG of all of it.
+        georeference: where it lies.
+        encoded: for the model.
+        seconds: that the encoding took, now or when it was done.
+        encoded_before: whether it was done for an earlier opening of the same file.
+    """
+
+    title: str
+    picture: Any
+    overview: bytes
+    georeference: Georeference
+    encoded: EncodedImage
+    seconds: float
+    encoded_before: bool
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.encoded.image_size
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer, and what it was read from.
+
+    Attributes:
+        image_name: of the `OpenImage`, which the answer keeps.
+        num_tokens: visual tokens.
+        seconds: of the compression and the decoder.
+    """
+
+    image_name: str
+    image: OpenImage
+    question: str
+    text: str
+    num_tokens: int
+    compressed: UHRBatCompressionOutput
+    seconds: tuple[float, float]
+
+    @property
+    def about(self) -> dict[str, str]:
+        return {"image": self.image.title, "question": self.question, "answer": self.text}
+
+
+class Desk:
+    """What users of a page have before them. Safe to share among threads.
+
+    Args:
+        front: processor, model and cache.
+        max_new_tokens: of an answer.
+        note: stands beside every answer that is written to a file; "" for none.
+    """
+
+    def __init__(self, front: Front, max_new_tokens: int = 64, note: str = ""):
+        self.front, self.max_new_tokens, self.note = front, max_new_tokens, note
+        self.images, self.answers = Recent(MAX_IMAGES), Recent(MAX_ANSWERS)
+        self._seconds = {}  # of every encoding, by the key of the encoded image
+
+    @property
+    def config(self):
+        return self.front.model.config
+
+    def open(self, source: ImageSource, **options) -> str:
+        """Opens and encodes an image; the name under which it is kept.
+
+        Args:
+            options: `bands`, `value_range`, `window`, `max_image_pixels`, as of `read_image`.
+
+        Raises:
+            What `read_image` raises.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        picture = self.front.processor.image_processor.process_image(source.content, **options)
+        limit = {name: value for name, value in options.items() if name == "max_image_pixels"}
+        # The front is handed the opened image: it is read and checked once. How it was read is part of what names it.
+        opened = ImageSource(source.name, picture, f"{source.digest} {sorted(options.items())}")
+        start = time.perf_counter()
+        encoded = self.front.encode(opened, **limit)
+        seconds = time.perf_counter() - start
+        before = encoded.key in self._seconds
+        seconds = self._seconds.setdefault(encoded.key, seconds)
+        is_raster = isinstance(picture, RasterImage)
+        georeference = Georeference(picture.transform, picture.crs) if is_raster else Georeference()
+        return self.images.put(
+            OpenImage(source.name, picture, overview_jpeg(picture), georeference, encoded, seconds, before)
+        )
+
+    def budget_range(self, image_name: str) -> tuple[int, int]:
+        """(visual tokens that the model spends on an image by itself, most that it can)."""
+        available = self.images.get(image_name).encoded.features.available
+        budgets = self.config.budgets
+        if is_one_budget(budgets):
+            usual, most = min(budgets, sum(available)), sum(available)
+        else:
+            usual = sum(map(min, budgets, available))
+            most = sum(number for budget, number in zip(budgets, available) if budget)
+        return usual, max(usual, min(most, self.front.processor.tokenizer.model_max_length - TEXT_TOKENS))
+
+    def share(self, image_name: str, num_tokens: int) -> list[int] | int:
+        """Budgets whose sum is `num_tokens`, in the proportions of the model's own."""
+        budgets = self.config.budgets
+        if is_one_budget(budgets):
+            return num_tokens
+        shares = apportion(num_tokens, budgets, self.images.get(image_name).encoded.features.available)
+        spending = iter(sorted(filter(None, shares)))  # of equals, the remainder goes to the finer scale
+        return [next(spending) if share else 0 for share in shares]
+
+    @torch.inference_mode()
+    def ask(self, image_name: str, question: str, num_tokens: int) -> str:
+        """Asks about an image that is open; the name under which the answer is kept.
+
+        Raises:
+            Gone: the image is no longer kept.
+            ValueError: no question, or one that does not fit the context window.
+        """
+        image, processor, model = self.images.get(image_name), self.front.processor, self.front.model
+        if not question.strip():
+            raise ValueError("There is no question.")
+        start = time.perf_counter()
+        budgets = self.share(image_name, num_tokens)
+        selection = self.front.select(prompt_text(processor, question.strip()), [image.encoded], budgets)
+        compressed_at = time.perf_counter()
+        embeds = selection.embeds[None].to(model.device)
+        output = model.generate(
+            inputs_embeds=embeds,
+            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device),
+            do_sample=False,
+            max_new_tokens=self.max_new_tokens,
+        )
+        text = answer_text(processor, output[:, :0], output)
+        seconds = compressed_at - start, time.perf_counter() - compressed_at
+        spent = sum(int(slots.max()) + 1 for slots in selection.compressed.slots[0])
+        answer = Answer(image_name, image, question.strip(), text, spent, selection.compressed, seconds)
+        return self.answers.put(answer)
+
+    # What is drawn. Each takes a name, and raises `Gone` where nothing is kept under it.
+
+    def page(self, name: str, address: str) -> str:
+        """The map with an answer, or with an image before any question.
+
+        Args:
+            name: of an answer or an image.
+            address: from the map to the folder of an image's `overview.jpg` and `detail.jpg`, with its name as {}.
+        """
+        scales, answer = self.config.scales, None
+        try:
+            answer = self.answers.get(name)
+            image_name, image = answer.image_name, answer.image
+        except Gone:
+            image_name, image = name, self.images.get(name)
+        height, width = image.size
+        place = address.format(image_name)
+        overview_width = round(width * min(1, PAGE_SIDE / max(height, width)))
+        served = Served(f"{place}/overview.jpg", overview_width, f"{place}/detail.jpg")
+        seen, georeference = (image.picture, scales), image.georeference
+        if answer is None:
+            return page_html(None, None, *seen, {"image": image.title}, georeference, served=served)
+        frame = evidence_frame(answer.compressed, image.size, scales)
+        return page_html(answer.compressed, frame, *seen, answer.about, georeference, served=served)
+
+    def overview(self, image_name: str) -> bytes:
+        """A JPEG of the whole image."""
+        return self.images.get(image_name).overview
+
+    def detail(self, image_name: str, box: tuple[int, int, int, int], side: int) -> bytes:
+        """A JPEG of a box (top, left, bottom, right) in pixels, with the longer side at most `side` pixels.
+
+        Raises:
+            ValueError: the box is no part of the image.
+        """
+        picture = self.images.get(image_name).picture
+        top, left, bottom, right = box
+        if not (0 <= top < bottom <= picture.height and 0 <= left < right <= picture.width) or side < 1:
+            raise ValueError(f"{list(box)} in {side} px is no part of {picture.height} x {picture.width} pixels.")
+        return overview_jpeg(picture, min(side, DETAIL_SIDE), box)
+
+    def geojson(self, name: str) -> bytes:
+        """What was kept to answer, as `uhr-bat evidence-map` writes it."""
+        answer = self.answers.get(name)
+        place = answer.image.georeference
+        about = answer.about | ({"note": self.note} if self.note else {})
+        frame = evidence_frame(
+            answer.compressed, answer.image.size, self.config.scales, transform=place.transform, crs=place.crs
+        )
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "kept.geojson")
+            write_vectors(frame, path, about, place.words)
+            return path.read_bytes()
+
+    def kept_png(self, name: str) -> bytes:
+        """What was kept to answer, as `uhr-bat pictures` draws it."""
+        from ..common.extras import require
+
+        require("pictures", "matplotlib")
+        from ..pictures import kept_picture
+
+        answer = self.answers.get(name)
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder, "kept.png")
+            kept_picture(answer.compressed, answer.image.picture, answer.question).save(path)
+            return path.read_bytes()

@@ -1,0 +1,113 @@
+"""A batch goes on where it was stopped, asks again what failed, and writes its results whole; who works is made up here."""
+
+import pyarrow.parquet as pq
+import pytest
+from uhr_bat.serving import batch
+from uhr_bat.serving.batch import COLUMNS, lines_path, run, share_machines
+from uhr_bat.serving.batch_inputs import BatchImage
+
+SETTINGS = {"model": "/tiny", "budgets": [2, 4, 8, 16], "max_new_tokens": 4, "reading": {"bands": None}}
+IMAGES = [BatchImage(f"/data/{name}.tif", item) for name, item in (("a", ""), ("b", "S2B"), ("c", ""))]
+WORK = [(image, ["How many?", "What colour?"]) for image in IMAGES]
+
+
+class Workers:
+    """Stands for `batch.ask`: answers in reverse order, fails at images, and stops after some rows."""
+
+    def __init__(self, monkeypatch):
+        self.asked, self.failing, self.stop_after = [], (), None
+        monkeypatch.setattr(batch, "ask", self.ask)
+
+    def ask(self, work, settings, **options):
+        for number, (image, question) in enumerate((one, text) for one, texts in work[::-1] for text in texts):
+            if number == self.stop_after:
+                raise KeyboardInterrupt
+            self.asked.append((image.source, question))
+            row = dict.fromkeys(COLUMNS) | {"image": image.source, "item": image.item, "question": question}
+            failed = image.source in self.failing
+            yield row | (
+                {"error": "OSError: torn"} if failed else {"answer": f"{len(self.asked)}", "visual_tokens": 30}
+            )
+
+
+@pytest.fixture
+def workers(monkeypatch):
+    return Workers(monkeypatch)
+
+
+def keys(rows):
+    return [(row["image"], row["question"]) for row in rows]
+
+
+EXPECTED = [(image.source, question) for image, questions in WORK for question in questions]
+
+
+def test_results_are_in_the_order_of_the_work_and_say_what_they_were_asked_with(tmp_path, workers):
+    rows = run(WORK, tmp_path / "new/results.parquet", SETTINGS)
+    table = pq.read_table(tmp_path / "new/results.parquet")
+    assert table.to_pylist() == rows and keys(rows) == EXPECTED and table.column_names == list(COLUMNS)
+    assert [row["item"] for row in rows] == ["", "", "S2B", "S2B", "", ""]
+    assert b'"budgets": [2, 4, 8, 16]' in table.schema.metadata[b"uhr_bat"]
+    assert list((tmp_path / "new").iterdir()) == [tmp_path / "new/results.parquet"]
+
+
+def test_a_stopped_run_goes_on_where_it_was(tmp_path, workers):
+    output = tmp_path / "results.parquet"
+    workers.stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(WORK, output, SETTINGS)
+    assert not output.exists()
+    with open(lines_path(output), "a") as file:
+        file.write('{"image": "/data/a.t')  # what a killed process leaves
+    workers.stop_after = None
+    rows = run(WORK, output, SETTINGS)
+    assert keys(rows) == EXPECTED and sorted(workers.asked) == sorted(EXPECTED)  # nothing twice
+    assert not lines_path(output).exists()
+    assert run(WORK, output, SETTINGS) == rows and len(workers.asked) == len(EXPECTED)
+
+
+def test_what_failed_is_a_row_and_is_asked_again_by_the_next_run(tmp_path, workers):
+    output, workers.failing = tmp_path / "results.parquet", ("/data/b.tif",)
+    failed = [row for row in run(WORK, output, SETTINGS) if row["error"] is not None]
+    assert keys(failed) == EXPECTED[2:4] and {row["answer"] for row in failed} == {None}
+    workers.failing, workers.asked = (), []
+    assert all(row["error"] is None for row in run(WORK, output, SETTINGS))
+    assert workers.asked == EXPECTED[2:4]
+
+
+def test_new_questions_are_added_to_what_was_answered(tmp_path, workers):
+    output = tmp_path / "results.parquet"
+    first = run(WORK[:2], output, SETTINGS)
+    workers.asked = []
+    rows = run([(IMAGES[2], ["How many?"]), (IMAGES[0], ["What colour?", "Where?"])], output, SETTINGS)
+    assert sorted(workers.asked) == [("/data/a.tif", "Where?"), ("/data/c.tif", "How many?")]
+    assert [row for row in rows if row in first] and len(rows) == len(first) + 2
+
+
+def test_answers_of_other_settings_are_not_mixed(tmp_path, workers):
+    output = tmp_path / "results.parquet"
+    run(WORK, output, SETTINGS)
+    with pytest.raises(ValueError, match=r"budgets \[2, 4, 8, 16\], but 14 is asked for. Give another --output"):
+        run(WORK, output, SETTINGS | {"budgets": 14})
+
+
+@pytest.mark.parametrize(
+    "workers, gpus, resources, expected",
+    [
+        (None, None, {"CPU": 2.0}, (1, 2, 0)),
+        (None, None, {"CPU": 64.0}, (16, 4, 0)),
+        (2, None, {"CPU": 2.0}, (2, 1, 0)),
+        (None, None, {"CPU": 64.0, "GPU": 8.0}, (8, 1, 1)),
+        (None, 0.5, {"CPU": 64.0, "GPU": 8.0}, (16, 1, 0.5)),
+        (3, 2, {"CPU": 64.0, "GPU": 8.0}, (3, 1, 2)),
+        (4, 0, {"CPU": 64.0, "GPU": 8.0}, (4, 16, 0)),
+    ],
+)
+def test_machines_are_shared_among_workers(workers, gpus, resources, expected):
+    assert tuple(share_machines(workers, gpus, resources).values()) == expected
+
+
+@pytest.mark.parametrize("workers, gpus", [(3, None), (0, None), (1, 1)])
+def test_more_workers_than_there_is_room_for_are_refused(workers, gpus):
+    with pytest.raises(ValueError, match=f"^{workers} workers .* do not fit 2 cores and 0 GPUs"):
+        share_machines(workers, gpus, {"CPU": 2.0})

@@ -1,0 +1,80 @@
+"""What a batch is made of: images and questions from files of every kind, and errors that name what is wrong in them."""
+
+import pytest
+from images import raises
+from uhr_bat.serving.batch_inputs import BatchImage, plan, read_images, read_questions
+
+A, B, C = BatchImage("/data/a.tif"), BatchImage("/data/b.tif", "S2B"), BatchImage("https://host/deep/c.tif", "S2C")
+
+
+def write(path, text):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_a_folder_is_searched_for_images_with_all_below_it(tmp_path):
+    for name in ("b.PNG", "a.tif", "deep/er/c.jp2", "notes.txt", "a.tif.aux.xml"):
+        write(tmp_path / name, "")
+    found = [image.source for image in read_images(tmp_path)]
+    assert found == [str(tmp_path / name) for name in ("a.tif", "b.PNG", "deep/er/c.jp2")]
+
+
+def test_a_list_names_paths_beside_it_and_addresses_each_once(tmp_path):
+    write(tmp_path / "in/a.tif", "")
+    lines = f"# scenes\nin/a.tif\n\n{tmp_path}/in/a.tif\nhttps://host/c.tif\ns3://bucket/d.tif\n"
+    found = [image.source for image in read_images(write(tmp_path / "list.txt", lines))]
+    assert found == [str(tmp_path / "in/a.tif"), "https://host/c.tif", "s3://bucket/d.tif"]
+
+
+def test_images_that_are_not_there_are_an_error(tmp_path):
+    with raises(FileNotFoundError, f"{tmp_path / 'none'}: there is no such folder or file of images."):
+        read_images(tmp_path / "none")
+    with pytest.raises(FileNotFoundError, match="names gone.tif: there is no such file below"):
+        read_images(write(tmp_path / "list.txt", "gone.tif\n"))
+    with pytest.raises(ValueError, match="there is no image in it"):
+        read_images(write(tmp_path / "list.txt", "# nothing\n"))
+
+
+@pytest.mark.parametrize(
+    "name, text",
+    [
+        ("q.txt", "How many?\n\n What colour? \n"),
+        ("q.json", '["How many?", {"question": "What colour?"}]'),
+        ("q.jsonl", '{"question": "How many?"}\n{"question": "What colour?", "image": ""}\n'),
+        ("q.csv", "image,question\n,How many?\n,What colour?\n"),
+    ],
+)
+def test_questions_of_every_kind_of_file(tmp_path, name, text):
+    assert read_questions(write(tmp_path / name, text)) == [(None, "How many?"), (None, "What colour?")]
+
+
+@pytest.mark.parametrize(
+    "name, text, message",
+    [
+        ("q.xml", "", r"questions are \.txt, \.json, \.jsonl or \.csv"),
+        ("q.txt", "\n", "there is no question in it"),
+        ("q.csv", "image,text\na.tif,How many?\n", "row 1: there is no question in"),
+        ("q.jsonl", '{"question": "How many?"}\n{"question": 3}\n', "row 2: there is no question in"),
+        ("q.jsonl", '{"question": "How many?"}\n{"ques\n', "line 2: this is no JSON"),
+    ],
+)
+def test_questions_that_are_none_are_an_error_that_says_where(tmp_path, name, text, message):
+    with pytest.raises(ValueError, match=message):
+        read_questions(write(tmp_path / name, text))
+
+
+def test_a_question_is_about_all_images_or_the_one_that_it_names():
+    questions = [("b.tif", "How many?"), (None, "What colour?"), ("S2C", "How many?"), ("/data/b.tif", "How many?")]
+    assert plan([A, B, C], questions) == [
+        (A, ["What colour?"]),
+        (B, ["How many?", "What colour?"]),
+        (C, ["What colour?", "How many?"]),
+    ]
+    assert plan([A, B], [("a.tif", "How many?")]) == [(A, ["How many?"])]
+
+
+@pytest.mark.parametrize("name, number", [("d.tif", 0), ("a.tif", 2)])
+def test_a_question_about_no_image_or_several_is_an_error(name, number):
+    with pytest.raises(ValueError, match=f"{name!r}, which is the name of {number} of the 3 images: 'How many"):
+        plan([A, BatchImage("/other/a.tif"), B], [(name, "How many?")])
