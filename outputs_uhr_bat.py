@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, TypedDict
 
 import torch
+import torch.utils._pytree as pytree
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 
@@ -220,6 +221,18 @@ class TokenMaps(Sequence):
 
     def __repr__(self):
         return f"TokenMaps(grids {self.grids})"
+
+
+# What `torch.export` and `torch.compile` take apart.
+pytree.register_pytree_node(
+    TokenMaps,
+    lambda maps: ([maps.values, maps.positions], (maps.grids, maps.fill, maps.flat)),
+    lambda parts, rest: TokenMaps(*parts, *rest),
+    flatten_with_keys_fn=lambda maps: (
+        [(pytree.GetAttrKey(name), getattr(maps, name)) for name in ("values", "positions")],
+        (maps.grids, maps.fill, maps.flat),
+    ),
+)
 
 
 @dataclass
