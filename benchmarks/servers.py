@@ -40,32 +40,32 @@ def free_port() -> int:
 
 
 @contextmanager
-def server(command: Sequence[str], log: Path):
+def server(command: Sequence[str], log: Path, cwd: Path | None = None, **environment: str):
     """The address of a server for a `with` block, from when it is healthy; yields (address, process).
 
     Args:
         command: of this Python; a port is added.
         log: file for what it prints.
+        cwd: the folder that it works in; this one if not given.
+        environment: variables beside those of this process.
 
     Raises:
         RuntimeError: it does not come up; with the end of its log.
     """
-    import httpx
-
     port = free_port()
     address = f"http://127.0.0.1:{port}"
-    environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
     with open(log, "wb") as file:
         process = subprocess.Popen(
             [sys.executable, *command, "--port", str(port)],
-            env=environment,
+            cwd=cwd,
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **environment},
             stdin=subprocess.DEVNULL,
             stdout=file,
             stderr=subprocess.STDOUT,
         )
         try:
             end = time.monotonic() + START_SECONDS
-            while not healthy(httpx, address):
+            while not is_healthy(address):
                 if process.poll() is not None or time.monotonic() > end:
                     raise RuntimeError(f"The server does not start. Its last words: {log.read_text()[-2000:]}")
                 time.sleep(0.2)
@@ -79,7 +79,10 @@ def server(command: Sequence[str], log: Path):
                 process.wait()
 
 
-def healthy(httpx, address) -> bool:
+def is_healthy(address: str) -> bool:
+    """Whether a server is ready."""
+    import httpx
+
     try:
         return httpx.get(f"{address}/health", timeout=5, trust_env=False).status_code == 200
     except httpx.HTTPError:

@@ -1,14 +1,7 @@
 """`transformers serve` on a copy of the root's files, asked over loopback as an OpenAI server is."""
 
 import json
-import os
-import signal
-import socket
-import subprocess
-import sys
-import time
 from importlib.util import find_spec
-from urllib.error import URLError
 from urllib.request import ProxyHandler, Request, build_opener
 
 import pytest
@@ -16,10 +9,17 @@ import transformers
 from asking import GENERATION, data_uri, picture
 from packaging.version import Version
 from transformers import AutoModelForMultimodalLM, AutoProcessor
+from uhr_bat.benchmarks import servers
 
 
 # The command line of older releases imports requests, which 5.23 does without.
-NEEDED = ["fastapi", "uvicorn", "openai", *["requests"] * (Version(transformers.__version__) < Version("5.18"))]
+NEEDED = [
+    "fastapi",
+    "httpx",
+    "uvicorn",
+    "openai",
+    *["requests"] * (Version(transformers.__version__) < Version("5.18")),
+]
 MISSING = [name for name in NEEDED if find_spec(name) is None]
 pytestmark = [
     pytest.mark.slow,
@@ -35,47 +35,11 @@ OPENER = build_opener(ProxyHandler({}))
 def server(model_folder, tmp_path_factory):
     """Address of a server that has loaded the model. It is stopped in any case."""
     folder = tmp_path_factory.mktemp("serve")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    options = ["--trust-remote-code", "--host", "127.0.0.1", "--port", str(port), "--device", "cpu"]
-    environment = {
-        **os.environ,
-        "HF_HUB_OFFLINE": "1",
-        "HF_HOME": str(folder / "home"),
-        "HF_MODULES_CACHE": str(folder / "modules"),
-    }
-    with open(folder / "log", "w+", encoding="utf-8") as log:
-        process = subprocess.Popen(
-            [sys.executable, "-m", "transformers.cli.transformers", "serve", str(model_folder), *options],
-            cwd=folder,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=log,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            address = f"http://127.0.0.1:{port}"
-            for _ in range(360):
-                if process.poll() is not None or is_healthy(address):
-                    break
-                time.sleep(0.5)
-            assert process.poll() is None and is_healthy(address), (folder / "log").read_text(encoding="utf-8")
-            yield address
-        finally:
-            process.send_signal(signal.SIGINT)
-            try:
-                process.wait(20)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-
-
-def is_healthy(address):
-    try:
-        return OPENER.open(f"{address}/health", timeout=10).status == 200
-    except (URLError, OSError):
-        return False
+    command = ["-m", "transformers.cli.transformers", "serve", str(model_folder)]
+    options = ["--trust-remote-code", "--host", "127.0.0.1", "--device", "cpu"]
+    homes = {"HF_HOME": str(folder / "home"), "HF_MODULES_CACHE": str(folder / "modules")}
+    with servers.server([*command, *options], folder / "log", cwd=folder, **homes) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
