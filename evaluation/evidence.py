@@ -354,6 +354,12 @@ def _ask(seed, objects_outside=OBJECTS_OUTSIDE, **settings):
     return ask_scene(scene=scene, rng=np.random.default_rng([seed, 3]), **{**_worker, **settings})
 
 
+def scene_workers(start_worker, folder, settings, workers) -> ProcessPoolExecutor:
+    """Processes that ask about scenes, each begun by `start_worker(folder, threads, settings)`; several have a thread each."""
+    start = (folder, 1 if workers > 1 else torch.get_num_threads(), settings)
+    return ProcessPoolExecutor(workers, get_context("spawn"), start_worker, start)
+
+
 def evaluate(
     folder, seeds, fractions=FRACTIONS, methods=ROWS, workers=1, control_scenes=CONTROL_SCENES, stress_seeds=()
 ) -> dict[str, list[dict]]:
@@ -366,8 +372,7 @@ def evaluate(
         hard |= {"fractions": STRESS_FRACTIONS, "methods": STRESS_ROWS}
         jobs += [(name, seed, hard) for seed in stress_seeds]
     records = {name: [] for name, _, _ in jobs}
-    start = (folder, 1 if workers > 1 else torch.get_num_threads(), settings)
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) as pool:
+    with scene_workers(_start_worker, folder, settings, workers) as pool:
         running = [(name, pool.submit(_ask, seed, **changes)) for name, seed, changes in jobs]
         for name, job in tqdm(running, desc="Asking", unit="scene"):
             records[name] += job.result()

@@ -12,9 +12,7 @@ import argparse
 import os
 import sys
 from collections import defaultdict
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
-from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +31,7 @@ from ..scenes.evidence import evidence_of
 from ..scenes.layout import FINEST, NATIVE_WIDTHS, TEST_SEEDS
 from ..scenes.native import native_scene, picture_of
 from .choices import PAPER, PROPORTIONS, REFINED, RULES
-from .evidence import FULL, answer
+from .evidence import FULL, answer, scene_workers
 
 ZOOM = "coarse to fine"
 # Row: rules, the proportions in which fixed scales share a budget (None: they compete), whether levels are the image's own.
@@ -206,13 +204,8 @@ def _ask(seed):
 
 def evaluate(folder, seeds, fractions=FRACTIONS, rows=ROWS, tiles=TILES, workers=1) -> list[dict]:
     """Records of all questions about the scenes of `seeds`; several workers are processes of one thread each."""
-    start = (
-        folder,
-        1 if workers > 1 else torch.get_num_threads(),
-        {"fractions": fractions, "rows": rows, "tiles": tiles},
-    )
-    records = []
-    with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) as pool:
+    settings, records = {"fractions": fractions, "rows": rows, "tiles": tiles}, []
+    with scene_workers(_start_worker, folder, settings, workers) as pool:
         for found in tqdm(pool.map(_ask, seeds), total=len(seeds), desc="Asking", unit="scene"):
             records += found
     return records
