@@ -79,13 +79,13 @@ class UHRBatTrainer(Trainer):
     def measure_accuracy(self, samples) -> float:
         """Share of the last turns that the model answers right. Processes share the samples."""
         model = self.accelerator.unwrap_model(self.model)
-        # Where weights are shared, each process answers as many, the last ones again where there are none left.
-        rounds, world = -(-len(samples) // self.args.world_size), self.args.world_size
-        own = [self.args.process_index + world * idx for idx in range(rounds)]
-        counted = iter([idx < len(samples) for idx in own])
-        own = [min(idx, len(samples) - 1) for idx in own]
+        # Where weights are shared, each process has to answer as many: where there is none left, the last one again, which
+        # does not count.
+        number, world = len(samples), self.args.world_size
+        own = range(self.args.process_index, world * -(-number // world), world)
+        counted = iter([idx < number for idx in own])
         loader = DataLoader(
-            Subset(samples, own),
+            Subset(samples, [min(idx, number - 1) for idx in own]),
             self.args.per_device_eval_batch_size,
             num_workers=self.args.dataloader_num_workers,
             collate_fn=self.data_collator.ask,
@@ -103,7 +103,7 @@ class UHRBatTrainer(Trainer):
             ids = ids[:, inputs["input_ids"].shape[1] :]
             answers = self.processing_class.tokenizer.batch_decode(ids, skip_special_tokens=True)
             right += sum(next(counted) and is_right(*pair) for pair in zip(answers, batch["answers"]))
-        return float(self.accelerator.reduce(right)) / len(samples)
+        return float(self.accelerator.reduce(right)) / number
 
 
 class KeptPictures(TrainerCallback):
