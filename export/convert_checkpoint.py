@@ -307,8 +307,9 @@ def convert(
 
     source = Checkpoint(folder)
     if start:
-        options = {"scales": scales, "budgets": budgets}
-        config, notes, source, rename, is_released = read_start(folder, source, options, vision_tower, vision_heads)
+        config, notes, source, rename, is_released = read_start(
+            folder, source, scales, budgets, vision_tower, vision_heads
+        )
     else:
         config, notes, is_released = read_config(folder, source.tensors, vision_heads)
         rename = released_layout.rename if is_released else nest_tower

@@ -71,46 +71,46 @@ class Zeros:
         return torch.zeros(info.shape, dtype=info.dtype)
 
 
-def read_start(folder: Path, checkpoint: Checkpoint, options: dict, vision_tower=None, vision_heads=None) -> Start:
+def read_start(
+    folder: Path, checkpoint: Checkpoint, scales=None, budgets=None, vision_tower=None, vision_heads=None
+) -> Start:
     """A start model, whatever its layout.
 
     Args:
         folder, checkpoint: the start model's.
-        options: fields of the configuration that the command gave: `scales`, `budgets`.
-        vision_tower: folder of a CLIP or SigLIP model, where the checkpoint holds no tower.
+        scales, budgets: of the configuration; None for `TILES_A_SIDE` and the paper's.
+        vision_tower: folder of a CLIP model, where a checkpoint of LongVA's layout holds no tower.
         vision_heads: attention heads of the tower, where only its tensors say what it is.
 
     Raises:
         CheckpointError: another layout, or a part that the model does not take.
     """
     settings = read_json(folder / "config.json")
-    sources, notes = [checkpoint], []
-    if released_layout.is_released_config(settings):
-        tower = None if vision_tower is None else _tower_beside(vision_tower)
-        if tower:
-            vision_config, beside = tower
-            sources.append(beside)
-            vision_heads = vision_config.num_attention_heads
-        released, notes = released_layout.make_config(settings, TensorsOf(*sources).tensors, vision_heads)
-        if tower is None:
-            vision_config = released.vision_config
+    present, rename, vision_config = checkpoint, rename_family, None
+    is_released = released_layout.is_released_config(settings)
+    if is_released:
+        rename = released_layout.rename
+        if vision_tower is not None:
+            vision_config, beside = _tower_beside(vision_tower)
+            present, vision_heads = TensorsOf(checkpoint, beside), vision_config.num_attention_heads
+        released, notes = released_layout.make_config(settings, present.tensors, vision_heads)
+        vision_config = vision_config or released.vision_config
         fields = {
             "vision_feature_layer": released.vision_feature_layer,
             "image_token_index": released.image_token_index,
             "tie_word_embeddings": released.tie_word_embeddings,
             "text_config": released.text_config,
         }
-        rename = released_layout.rename
     else:
         if vision_tower is not None:
             raise CheckpointError("--vision-tower is for the layout of LongVA: here the checkpoint holds its tower.")
         vision_config, fields, notes = _read_family(folder, settings)
-        rename = rename_family
-    config = _make_config(vision_config, fields, options, notes)
-    new = _new_parts(config, {rename(name) for name in TensorsOf(*sources).tensors}, _dtype_of(checkpoint))
+    config = _make_config(vision_config, fields, scales, budgets, notes)
+    new = _new_parts(config, {rename(name) for name in present.tensors}, _dtype_of(checkpoint))
     notes.append(f"new, zero at the start: {', '.join(new.tensors)}")
-    tensors, is_released = TensorsOf(*sources, new), rename is released_layout.rename
-    return Start(config, notes, tensors, lambda name: name if name in new.tensors else rename(name), is_released)
+    return Start(
+        config, notes, TensorsOf(present, new), lambda name: name if name in new.tensors else rename(name), is_released
+    )
 
 
 def rename_family(name: str) -> str | None:
@@ -192,13 +192,12 @@ class _Renamed:
         return self._checkpoint.read(self._old[name])
 
 
-def _make_config(vision, fields, options, notes) -> UHRBatConfig:
+def _make_config(vision, fields, scales, budgets, notes) -> UHRBatConfig:
     """New settings of the paper; `selector="distinct"` keeps tokens in the order in which the start model reads them."""
     tile, patch = vision.image_size, vision.patch_size
     if tile % patch:
         raise CheckpointError(f"The tower's image of {tile} px is no multiple of its patch of {patch} px.")
-    scales = options.get("scales") or [tile * number for number in TILES_A_SIDE]
-    budgets = options.get("budgets")
+    scales = scales or [tile * number for number in TILES_A_SIDE]
     if budgets is None:
         window = fields["text_config"].max_position_embeddings
         budgets, note = released_layout.paper_budgets(scales, patch, window)
