@@ -8,13 +8,14 @@ it.
 from .frames import evidence_frame
 from .georeference import Georeference, read_georeference
 from .pages import Served, overview_jpeg, page_html, write_page
-from .writing import check_vectors, write_raster, write_vectors
+from .writing import check_vectors, geojson_bytes, write_raster, write_vectors
 
 __all__ = [
     "Georeference",
     "Served",
     "check_vectors",
     "evidence_frame",
+    "geojson_bytes",
     "overview_jpeg",
     "page_html",
     "read_georeference",

@@ -1,6 +1,7 @@
 """Files of what was kept: polygons as GeoJSON or GeoPackage, importance as a GeoTIFF."""
 
 import json
+import tempfile
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -79,6 +80,14 @@ def write_vectors(frame, path: Path, about: dict[str, str], words: str = ""):
     with whole_files(path.parent) as built, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'crs' was not provided")  # `words` says it
         pyogrio.write_dataframe(frame, built / path.name, layer=LAYER, **options)
+
+
+def geojson_bytes(frame, about: dict[str, str], words: str = "") -> bytes:
+    """The file that `write_vectors` makes of a frame as GeoJSON, which raises the same."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "evidence.geojson")
+        write_vectors(frame, path, about, words)
+        return path.read_bytes()
 
 
 def write_raster(

@@ -115,9 +115,7 @@ class Worker:
 
     def cut(self, image):
         options = {name: value for name, value in self.settings["reading"].items() if value is not None}
-        limit = {name: value for name, value in options.items() if name == "max_image_pixels"}
-        opened = self.processor.image_processor.process_image(image, **options)
-        return self.processor.image_processor(opened, **limit, return_tensors="pt")
+        return self.processor.image_processor(image, **options, return_tensors="pt")
 
     def answer(self, rows, features):
         """Adds the answers to rows with questions about the same encoded image."""

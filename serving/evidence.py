@@ -4,12 +4,10 @@ Letters: S scales, N tokens of a scale.
 """
 
 import json
-import tempfile
-from pathlib import Path
 
 import numpy as np
 
-from ..geo import evidence_frame, write_vectors
+from ..geo import evidence_frame, geojson_bytes
 from ..geometry_uhr_bat import token_box
 from .front import EncodedImage, Selection
 
@@ -59,7 +57,4 @@ def _geojson(compressed, image_idx, image, scales):
     frame = evidence_frame(
         compressed, image.image_size, scales, transform=place.transform, crs=place.crs, image_idx=image_idx
     )
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder, "evidence.geojson")
-        write_vectors(frame, path, {})
-        return json.loads(path.read_text(encoding="utf-8"))
+    return json.loads(geojson_bytes(frame, {}))

@@ -30,7 +30,7 @@ def fingerprint(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class ImageSource:
+class UnreadImage:
     """An image that nothing was read of yet.
 
     Attributes:
@@ -44,11 +44,11 @@ class ImageSource:
     digest: str
 
     @classmethod
-    def of_bytes(cls, content: bytes, name="image") -> "ImageSource":
+    def of_bytes(cls, content: bytes, name="image") -> "UnreadImage":
         return cls(name, content, hashlib.sha256(content).hexdigest())
 
     @classmethod
-    def of_file(cls, path: Path) -> "ImageSource":
+    def of_file(cls, path: Path) -> "UnreadImage":
         with open(path, "rb") as file:
             return cls(Path(path).name, str(path), hashlib.file_digest(file, "sha256").hexdigest())
 
@@ -97,7 +97,7 @@ class Front:
         self.processor, self.model, self.model_key, self.cache = processor, model, model_key, cache
         self._work = threading.BoundedSemaphore(workers)
 
-    def encode(self, source: ImageSource, **options) -> EncodedImage:
+    def encode(self, source: UnreadImage, **options) -> EncodedImage:
         """The encoded image, from the cache where the same file was read in the same way before.
 
         Args:

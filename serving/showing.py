@@ -17,11 +17,11 @@ import torch
 
 from ..budgets_uhr_bat import apportion, is_one_budget
 from ..common.prompts import answer_text, prompt_text
-from ..geo import Georeference, Served, evidence_frame, overview_jpeg, page_html, write_vectors
+from ..geo import Georeference, Served, evidence_frame, geojson_bytes, overview_jpeg, page_html
 from ..geo.pages import PAGE_SIDE
 from ..outputs_uhr_bat import UHRBatCompressionOutput
 from ..raster_reading_uhr_bat import RasterImage
-from .front import EncodedImage, Front, ImageSource
+from .front import EncodedImage, Front, UnreadImage
 
 # Opened images that are kept, 800 MB each at most (what is larger is read from its file), and answers about them.
 MAX_IMAGES, MAX_ANSWERS = 4, 64
@@ -126,7 +126,7 @@ class Desk:
     def config(self):
         return self.front.model.config
 
-    def open(self, source: ImageSource, **options) -> str:
+    def open(self, source: UnreadImage, **options) -> str:
         """Opens and encodes an image; the name under which it is kept.
 
         Args:
@@ -139,7 +139,7 @@ class Desk:
         picture = self.front.processor.image_processor.process_image(source.content, **options)
         limit = {name: value for name, value in options.items() if name == "max_image_pixels"}
         # The front is handed the opened image: it is read and checked once. How it was read is part of what names it.
-        opened = ImageSource(source.name, picture, f"{source.digest} {sorted(options.items())}")
+        opened = UnreadImage(source.name, picture, f"{source.digest} {sorted(options.items())}")
         start = time.perf_counter()
         encoded = self.front.encode(opened, **limit)
         seconds = time.perf_counter() - start
@@ -248,10 +248,7 @@ class Desk:
         frame = evidence_frame(
             answer.compressed, answer.image.size, self.config.scales, transform=place.transform, crs=place.crs
         )
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder, "kept.geojson")
-            write_vectors(frame, path, about, place.words)
-            return path.read_bytes()
+        return geojson_bytes(frame, about, place.words)
 
     def kept_png(self, name: str) -> bytes:
         """What was kept to answer, as `uhr-bat pictures` draws it."""

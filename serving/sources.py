@@ -24,7 +24,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit, urlunsplit
 
 from ..raster_files_uhr_bat import is_raster
-from .front import ImageSource
+from .front import UnreadImage
 from .refusals import Refusal
 
 # Redirects of a URL that are followed.
@@ -49,7 +49,7 @@ class SourceRules:
     folder: Path | None = None
     private_hosts: frozenset[str] = frozenset()
 
-    async def read(self, url: str) -> ImageSource:
+    async def read(self, url: str) -> UnreadImage:
         """The image that a request names.
 
         Raises:
@@ -64,20 +64,20 @@ class SourceRules:
                     content = await self.fetch(url)
             except TimeoutError:
                 raise refused(url, f"it did not arrive within {FETCH_SECONDS} seconds") from None
-            return await asyncio.to_thread(ImageSource.of_bytes, content, shown(url))
+            return await asyncio.to_thread(UnreadImage.of_bytes, content, shown(url))
         if scheme == "file" or url.startswith("/"):
             return await asyncio.to_thread(self.open_path, url)
         raise refused(url, "it must be a data: URL in base64, an https: URL or, where the server allows it, a path")
 
     # Base64
 
-    def decode(self, url: str) -> ImageSource:
+    def decode(self, url: str) -> UnreadImage:
         header, comma, payload = url.partition(",")
         if not comma or not header.endswith(";base64"):
             raise refused(url, "a data: URL is data:image/...;base64,...")
         self.check_size(len(payload) * 3 // 4, "image")
         try:
-            return ImageSource.of_bytes(base64.b64decode(payload, validate=True))
+            return UnreadImage.of_bytes(base64.b64decode(payload, validate=True))
         except (binascii.Error, ValueError) as error:
             raise refused(url, f"it is not base64 ({error})") from error
 
@@ -145,7 +145,7 @@ class SourceRules:
 
     # Paths
 
-    def open_path(self, url: str) -> ImageSource:
+    def open_path(self, url: str) -> UnreadImage:
         if self.folder is None:
             raise refused(url, "this server opens no paths (--allow-local-files FOLDER)", status=403)
         parts = urlsplit(url) if url.startswith("file:") else None
@@ -160,12 +160,12 @@ class SourceRules:
             with open(path, "rb") as file:
                 facts = os.fstat(file.fileno())
                 if is_raster(file.read(16)):
-                    return ImageSource(
+                    return UnreadImage(
                         path.name, str(path), digest_of(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
                     )
                 self.check_size(facts.st_size, path.name)
                 file.seek(0)
-                return ImageSource.of_bytes(file.read(self.max_bytes), path.name)
+                return UnreadImage.of_bytes(file.read(self.max_bytes), path.name)
         except (OSError, ValueError, RuntimeError):  # no such file, a name with a null, a circle of links
             raise refused(url, "there is no such file in the folder that this server opens", status=403) from None
 

@@ -7,7 +7,7 @@ import torch
 from asking import PROMPT, picture
 from uhr_bat.common.loading import load_model
 from uhr_bat.serving.cache import ContentCache
-from uhr_bat.serving.front import Front, ImageSource, fingerprint
+from uhr_bat.serving.front import Front, UnreadImage, fingerprint
 
 SHIPS, TRUCKS = PROMPT.format("How many ships are there?"), PROMPT.format("What colour is the truck at the road?")
 
@@ -15,7 +15,7 @@ SHIPS, TRUCKS = PROMPT.format("How many ships are there?"), PROMPT.format("What 
 def source(seed=0):
     file = io.BytesIO()
     picture(seed).save(file, "PNG")
-    return ImageSource.of_bytes(file.getvalue())
+    return UnreadImage.of_bytes(file.getvalue())
 
 
 @pytest.fixture(scope="module")
