@@ -86,7 +86,7 @@ def test_overlays_run_tests_that_exist():
 def test_ci_runs_the_readmes_test_command():
     script = ROOT / ".ci/run"
     assert os.access(script, os.X_OK)
-    assert script.read_text().splitlines()[-1].startswith("exec python3 run.py test")
+    assert script.read_text().splitlines()[-1] == "exec python3 run.py test"
 
 
 def test_every_command_of_the_readme_exists():
