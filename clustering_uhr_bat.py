@@ -45,6 +45,14 @@ def _embed(features, norms, coords):
     return torch.cat([features.float() / norms[:, None], coords], dim=1)
 
 
+def _first_largest(scores):
+    """Column of the first largest value of every row: long[n]. NumPy's search is 5 to 10 times PyTorch's on a CPU, where
+    that one takes a fifth of the product's time."""
+    if scores.device.type == "cpu":
+        return torch.from_numpy(scores.numpy().argmax(axis=1))
+    return scores.argmax(dim=1)
+
+
 def _nearest_centre(features, norms, coords, centres, embedding=None):
     """Nearest centre of every token, the first of equals (eq. 14): long[N]. `embedding`: `_embed`, where it is kept."""
     num_rows = block_length(max(centres.shape), features.device)
@@ -54,7 +62,7 @@ def _nearest_centre(features, norms, coords, centres, embedding=None):
     parts = (features, norms, coords) if embedding is None else (embedding,)
     for *block, out in zip(*(tensor.split(num_rows) for tensor in (*parts, regions))):
         rows = _embed(*block) if embedding is None else block[0]
-        torch.argmax(torch.addmm(offset, rows, centres.T), dim=1, out=out)
+        out.copy_(_first_largest(torch.addmm(offset, rows, centres.T)))
     return regions
 
 
@@ -147,7 +155,7 @@ def _kmeans_pca(features, norms, coords, num_regions, num_iterations, generator)
         score = torch.addmm(offset, torch.cat([along[rows], coords[rows]], dim=1), near.T)
         slack = across[rows, None] * centres_across + 1e-5  # rounding in float32
         possible = score + slack >= (score - slack).amax(dim=1, keepdim=True)
-        regions[rows] = score.argmax(dim=1)
+        regions[rows] = _first_largest(score)
         open_rows = possible.sum(dim=1) > 1
         columns, rows = possible[open_rows].any(dim=0).nonzero()[:, 0], rows[open_rows]
         if len(rows):

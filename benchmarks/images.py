@@ -3,6 +3,7 @@
 import struct
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ..scenes import painting
@@ -45,6 +46,28 @@ def tiled_tiff(folder: Path, size, num_drawn=8, num_overviews=0) -> str:
                     repeated.paste(reduced, (place % times * reduced.width, place // times * reduced.height))
                 reduced = repeated
             _write_page(file, page_size, reduced, is_overview=level > 0, is_last=level == num_overviews)
+    return str(path)
+
+
+def compressed_tiff(folder: Path, side: int) -> str:
+    """A square tiled JPEG GeoTIFF with overviews, as archives have them: the scene again and again; its path. rasterio."""
+    import rasterio
+    from rasterio.enums import Resampling
+
+    path, drawn = folder / f"{side}_jpeg.tif", painting.example((min(side, DRAWN_SIDE), min(side, DRAWN_SIDE)))
+    rows = np.asarray(drawn).transpose(2, 0, 1)
+    repeated = np.concatenate([rows] * -(-side // rows.shape[2]), axis=2)[:, :, :side]
+    profile = {"driver": "GTiff", "width": side, "height": side, "count": 3, "dtype": "uint8", "tiled": True}
+    profile |= {"blockxsize": TIFF_TILE, "blockysize": TIFF_TILE, "compress": "jpeg", "photometric": "ycbcr"}
+    profile |= {"crs": "EPSG:32650", "transform": rasterio.Affine(0.5, 0, 400_000, 0, -0.5, 4_400_000)}
+    with rasterio.Env(GDAL_TIFF_OVR_BLOCKSIZE=TIFF_TILE, GDAL_NUM_THREADS="ALL_CPUS"):
+        with rasterio.open(path, "w", **profile) as file:
+            for top in range(0, side, TIFF_TILE):
+                height = min(TIFF_TILE, side - top)
+                block = repeated[:, np.arange(top, top + height) % rows.shape[1]]
+                file.write(block, window=rasterio.windows.Window(0, top, side, height))
+        with rasterio.open(path, "r+") as file:
+            file.build_overviews([2**level for level in range(1, 12) if side >> level >= 256], Resampling.average)
     return str(path)
 
 

@@ -22,5 +22,6 @@ MEASURES = {
         preprocessing.strips,
         end_to_end.encoding_memory,
         end_to_end.end_to_end,
+        end_to_end.native_levels,
     )
 }

@@ -99,7 +99,7 @@ def selection(sizes) -> list[Row]:
 def kmeans(sizes) -> list[Row]:
     """k-means as wide as the scaled model, from the same initial centres."""
     rows = []
-    for N, R, goal in ((2304, 80, 3.0), (SECOND, 600, 1.4)):
+    for N, R, goal in ((2304, 80, 2.0), (SECOND, 600, 1.4)):
         N, R, D = (N // 16, R // 16, 32) if sizes.quick else (N, R, 256)
         problem = random_features(N, D, 2 * R), grid_coords(N), R
         functions = {

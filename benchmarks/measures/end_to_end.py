@@ -1,16 +1,23 @@
 """Whole questions: what encoding holds, and seconds and memory from the file to the answer."""
 
+import os
 import statistics
 import weakref
+from functools import partial
+from importlib.util import find_spec
 
 import torch
 from tqdm import tqdm
 
+from ...common.loading import load_model
+from ...common.prompts import prompt_text
 from .. import meters, sides
-from ..compare import CLOCK, Row, check_question, ratios, show_ratio
-from ..images import photograph
+from ..compare import CLOCK, NO_RASTERIO, Row, alternate, check_question, ratios, show_ratio
+from ..images import compressed_tiff, photograph
 
 GIGABYTE = 1e9
+# Tiles that a question about the pyramid of a raster may encode.
+MAX_TILES = 128
 
 
 def encoding_memory(sizes) -> list[Row]:
@@ -98,3 +105,33 @@ def run_question(name, geometry, path, partition) -> tuple[dict[str, float], dic
     mark = sides.Meter(CLOCK)
     result = sides.ask(side, path, sides.prompt_ids(side.model.config), mark, partition=partition)
     return mark.stages, result
+
+
+def native_levels(sizes) -> list[Row]:
+    """A question that looks closer, down to the pixels of a raster, by UHR-BAT-Tiny: a large file against a small one."""
+    small, large = (300, 1200) if sizes.quick else (4000, 30_000)
+    what = f"A JPEG GeoTIFF of {large:,} x {large:,} px with overviews, file to answer, at most {MAX_TILES} tiles"
+    goals = {f"{what}: against {small:,} x {small:,} px, processor's time": "<= 1.5x", f"{what}: bytes read": "<= 10 %"}
+    if find_spec("rasterio") is None:
+        return [Row(name, goal, NO_RASTERIO) for name, goal in goals.items()]
+    paths = {"ours": compressed_tiff(sizes.folder, small), "straightforward": compressed_tiff(sizes.folder, large)}
+    processor, model = load_model(dtype=torch.float32, device_map=None)
+    functions = {side: partial(look_closer, processor, model, path) for side, path in paths.items()}
+    seconds, read = alternate(functions, sizes.repetitions, "native levels")
+    ratio, size = ratios(seconds), os.path.getsize(paths["straightforward"])
+    fraction = read["straightforward"] / size
+    numbers = {"ratio": ratio, "seconds": {small: seconds["ours"], large: seconds["straightforward"]}}
+    numbers |= {"read_bytes": read["straightforward"], "file_bytes": size}
+    results = [show_ratio(ratio), f"{100 * fraction:.1f} % of {size / 1e6:.0f} MB"]
+    met = ratio["median"] <= 1.5, fraction <= 0.1
+    return [Row(*goal, *row, numbers) for goal, row in zip(goals.items(), zip(results, met))]
+
+
+@torch.no_grad()
+def look_closer(processor, model, path) -> int:
+    """Ask a question of 8 tokens about a file; the bytes that were asked of files meanwhile."""
+    before = meters.read_bytes()
+    text = prompt_text(processor, "What colour is the plane at the runway?")
+    inputs = processor(text=text, images=path, max_tiles=MAX_TILES, native=True, return_tensors="pt")
+    model.generate(**inputs, do_sample=False, min_new_tokens=8, max_new_tokens=8)
+    return meters.read_bytes() - before

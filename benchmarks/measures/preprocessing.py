@@ -12,7 +12,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import meters, sides
-from ..compare import CLOCK, Row, alternate, expect, ratios, show_ratio
+from ..compare import CLOCK, NO_RASTERIO, Row, alternate, expect, ratios, show_ratio
 from ..images import photograph, tiled_tiff
 
 GIGABYTE = 1e9
@@ -23,7 +23,6 @@ SIDES = ("ours", "straightforward")
 NUM_OVERVIEWS = 6
 # Over what a raster of 1.2 gigapixels needs.
 LIMIT = 2_000_000_000
-NO_RASTERIO = 'not measured: it needs rasterio, pip install "uhr-bat[geo]"'
 
 
 def preprocessing(sizes) -> list[Row]:
