@@ -1,7 +1,8 @@
 """Ask a thousand images, on one machine or a cluster.
 
     uhr-bat batch --images DIR|LIST|ITEMS.json --questions FILE --output results.parquet [--model DIR] [--address ADDRESS]
-        [--workers N] [--gpus 1] [--asset NAME] [--budgets 16,24,40,66] [--max-new-tokens 64] [--batch-size 8]
+        [--workers N] [--gpus 1] [--asset NAME] [--budgets 16,24,40,66] [--max-tiles 128 --native] [--max-new-tokens 64]
+        [--batch-size 8]
 
 Every image is read and encoded once for all its questions. Answers are kept as they come, and the same command goes on
 where it was stopped; what failed is a row that says so, and is asked again by the next run. The results are written
@@ -22,7 +23,7 @@ from ..common.budgets import budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
-from ..common.images import add_image_arguments, image_options
+from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, check_files, load_model
 from ..common.runs import Line, check_same_settings, whole_lines
 from ..raster_files_uhr_bat import reason
@@ -74,7 +75,7 @@ class Worker:
     its image while the other one's is answered.
 
     Args:
-        settings: `model`, `budgets`, `max_new_tokens`, and `reading`, the options of `read_image`.
+        settings: `model`, `budgets`, `max_new_tokens`, and `reading`, the options of the image processor.
         batch_size: questions that are answered at once.
         attempts: handle of the `Attempts` of all workers.
     """
@@ -298,6 +299,7 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--gpus", type=float, metavar="G", help="of a worker, as 0.5 (default: 1 where there are any)")
     add_image_arguments(parser)
+    add_tile_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers nothing
@@ -311,7 +313,7 @@ def main(arguments=None) -> int:
         "model": str(args.model.resolve()),
         "budgets": args.budgets,
         "max_new_tokens": args.max_new_tokens,
-        "reading": image_options(args),
+        "reading": image_options(args) | tile_options(args),
     }
     work = plan(read_images(args.images, args.asset), read_questions(args.questions))
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "gpus", "address")}

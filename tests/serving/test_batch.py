@@ -2,6 +2,8 @@
 
 import pyarrow.parquet as pq
 import pytest
+from uhr_bat.common.loading import ROOT
+from uhr_bat.scenes import painting
 from uhr_bat.serving import batch
 from uhr_bat.serving.batch import COLUMNS, lines_path, run, share_machines
 from uhr_bat.serving.batch_inputs import BatchImage
@@ -73,6 +75,18 @@ def test_what_failed_is_a_row_and_is_asked_again_by_the_next_run(tmp_path, worke
     workers.failing, workers.asked = (), []
     assert all(row["error"] is None for row in run(WORK, output, SETTINGS))
     assert workers.asked == EXPECTED[2:4]
+
+
+@pytest.mark.weights
+def test_a_worker_looks_closer_where_it_is_told_to(tmp_path):
+    painting.write(tmp_path / "scene.png", (700, 500))
+    reading = {"bands": None, "max_tiles": 24, "native": True}
+    settings = {"model": ROOT, "budgets": 40, "max_new_tokens": 2, "reading": reading}
+    worker, rows = batch.Worker(settings, 2, None), [{"question": "How many ships?"} for _ in range(3)]
+    (features,) = worker.model.encode_image(**worker.cut(tmp_path / "scene.png"))
+    assert features.scales == [64, 128, 256, 512, 704] and features.pyramid.max_tiles == 24
+    worker.answer_all(tmp_path / "scene.png", rows)
+    assert [row["visual_tokens"] for row in rows] == [40] * 3 and len({row["answer"] for row in rows}) == 1
 
 
 def test_new_questions_are_added_to_what_was_answered(tmp_path, workers):
