@@ -39,11 +39,12 @@ OVERLAY_TESTS = [
     "tests/test_threads.py",
 ]
 
-# What vLLM and no other release decodes has a lane of its own.
-PINNED_TESTS = ["tests", "-m", "not vllm"]
+# What vLLM and no other release decodes has a lane of its own, and so have engines that train in several processes.
+PINNED_TESTS = ["tests", "--ignore=tests/cluster", "-m", "not vllm"]
 VLLM_TESTS = ["tests/serving", "-m", "vllm"]
 # A page in a browser and a batch on Ray take minutes, and a Pillow that constraints.txt is ahead of.
 EXTRAS_TESTS = ["tests/serving_extras"]
+CLUSTER_TESTS = ["tests/cluster"]
 # What requirements.txt brings today, be it newer than constraints.txt, is tested at every door of the library.
 NEWEST_TESTS = ["tests/doors", "tests/test_generation.py", "tests/test_released_api.py", "tests/test_threads.py"]
 
@@ -142,6 +143,7 @@ def run_tests(lane, arguments, overlay=None):
     environment = dict(os.environ)
     if overlay:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
+        environment["PATH"] = os.pathsep.join([str(overlay / "bin"), os.environ["PATH"]])
     print(f"\nTests: {lane}", flush=True)
     # Two processes, a file of tests each: what a file sets up is set up once.
     workers = ["-n", "2", "--dist", "loadfile"]
@@ -186,6 +188,7 @@ LANES = {
     **{f"transformers-{version}": partial(run_older_tests, version, OVERLAYS[version]) for version in OVERLAYS},
     "vllm": partial(run_other_tests, "vllm", "serving/vllm_cpu.txt", VLLM_TESTS),
     "demo-and-batch": partial(run_other_tests, "demo-and-batch", "serving/demo_and_batch.txt", EXTRAS_TESTS),
+    "cluster": partial(run_other_tests, "cluster", "tests/cluster/deepspeed.txt", CLUSTER_TESTS),
 }
 
 

@@ -80,6 +80,7 @@ def test_overlays_reach_from_the_oldest_supported_release_to_the_pinned_one():
 
 def test_overlays_run_tests_that_exist():
     named = [*run.OVERLAY_TESTS, *run.NEWEST_TESTS, run.PINNED_TESTS[0], run.VLLM_TESTS[0], *run.EXTRAS_TESTS]
+    named += run.CLUSTER_TESTS
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 

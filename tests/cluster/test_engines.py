@@ -25,7 +25,10 @@ from uhr_bat.training.options import read_options
 from uhr_bat.training.trainer import UHRBatTrainer
 
 TESTS = Path(__file__).resolve().parents[1]
-needs_deepspeed = pytest.mark.skipif(find_spec("deepspeed") is None, reason="DeepSpeed is not installed")
+needs_deepspeed = pytest.mark.skipif(
+    find_spec("deepspeed") is None or not all(map(shutil.which, ("ninja", "g++"))),
+    reason="it takes DeepSpeed, ninja and a C++ compiler: deepspeed.txt",
+)
 SHARDED = ["fsdp2", pytest.param("zero2", marks=needs_deepspeed), pytest.param("zero3", marks=needs_deepspeed)]
 STEPS = 4
 
