@@ -185,7 +185,7 @@ class UHRBatProcessor(ProcessorMixin):
                 images = _share_tiles(inputs["image_pyramids"], max_tiles, images_per_prompt)
                 inputs, available = {"image_pyramids": images}, [image.available for image in images]
             else:
-                available = self._count_shown(np.asarray(inputs["pixel_attention_mask"]), scales)
+                available = self.count_shown(inputs["pixel_attention_mask"], scales)
         own_levels = any(list(getattr(image, "scales", scales)) != list(scales) for image in images)
         if budgets is None:
             budgets = self.default_budgets
@@ -200,8 +200,9 @@ class UHRBatProcessor(ProcessorMixin):
         inputs["token_counts"], inputs["images_per_prompt"] = np.array(counts), np.array(images_per_prompt)
         return inputs, [self.image_token * sum(count) for count in counts]
 
-    def _count_shown(self, masks, scales) -> list[list[int]]:
+    def count_shown(self, pixel_attention_mask, scales=None) -> list[list[int]]:
         """int[I][S], tokens of every scale that show the image, from masks [I, N] of all scales."""
+        masks, scales = np.asarray(pixel_attention_mask), scales or self.image_processor.scales
         ends = np.cumsum([(scale // self.image_processor.patch_size) ** 2 for scale in scales])[:-1]
         return [[int(mask.sum()) for mask in np.split(row, ends)] for row in masks]
 

@@ -9,7 +9,7 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
-from ..budgets_uhr_bat import is_one_budget
+from ..budgets_uhr_bat import count_tokens, is_one_budget
 from ..regions.cache import read_labels
 
 logger = logging.get_logger(__name__)
@@ -59,6 +59,8 @@ class UHRBatDataCollator:
             raise ValueError(f"`padding_side` is 'left' or 'right'. Got {padding_side!r}.")
         if bad_images not in ("error", "skip"):
             raise ValueError(f"`bad_images` is 'error' or 'skip'. Got {bad_images!r}.")
+        if (image_options or {}).get("max_tiles") or processor.image_processor.max_tiles:
+            raise ValueError("Batches hold whole images: `max_tiles` looks closer at one question at a time, leave it out.")
         self.processor = processor
         self.budgets = processor.default_budgets if budgets is None else budgets
         self.budget_range = budget_range
@@ -67,7 +69,7 @@ class UHRBatDataCollator:
         self.bad_images = bad_images
         # Of each worker a number of its own: two that add to one number may lose one.
         self._skipped = torch.zeros(MAX_WORKERS, dtype=torch.long).share_memory_()
-        self._last_good = None
+        self._last_good = self._last_cut = None
 
     @property
     def num_skipped(self) -> int:
@@ -150,10 +152,21 @@ class UHRBatDataCollator:
         images = [as_image(image) for image in sample.get("images") or []]
         if not images:
             return {}
-        inputs = self.processor(
-            images=images, images_per_prompt=[len(images)], budgets=budgets, return_tensors="pt", **self.image_options
-        )
-        return {**inputs}
+        inputs = self.cut_once(images)
+        scales = self.image_options.get("scales") or self.processor.image_processor.scales
+        available = self.processor.count_shown(inputs["pixel_attention_mask"], scales)
+        counts = count_tokens(budgets, scales, [len(images)], available)
+        return {**inputs, "token_counts": torch.tensor(counts), "images_per_prompt": torch.tensor([len(images)])}
+
+    def cut_once(self, images) -> dict[str, torch.Tensor]:
+        """`cut`, unless the sample before showed the same images."""
+        if self._last_cut is None or not same_images(self._last_cut[0], images):
+            self._last_cut = images, self.cut(images)
+        return self._last_cut[1]
+
+    def cut(self, images) -> dict[str, torch.Tensor]:
+        """What the image processor returns."""
+        return {**self.processor.image_processor(images, return_tensors="pt", **self.image_options)}
 
     def read_regions(self, sample, num_images) -> dict[str, torch.Tensor]:
         """`regions` long[I, N] of a sample with label maps, else {}."""
@@ -217,6 +230,13 @@ def as_image(image):
     if not isinstance(image, dict):
         return image
     return image["path"] if image.get("bytes") is None else image["bytes"]
+
+
+def same_images(first: list, second: list) -> bool:
+    """Whether two lists hold the same files, bytes or objects."""
+    return len(first) == len(second) and all(
+        one is other or type(one) is type(other) in (str, bytes) and one == other for one, other in zip(first, second)
+    )
 
 
 def join_images(rows: list[dict]) -> dict[str, torch.Tensor]:

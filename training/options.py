@@ -84,11 +84,16 @@ class DataOptions:
 
 @dataclass
 class UHRBatTrainingArguments(TrainingArguments):
-    """TrainingArguments with a second learning rate, and with columns left for the collator to read."""
+    """TrainingArguments with a second learning rate, with batches by image, and with columns left for the collator to read."""
 
     remove_unused_columns: bool = HfArg(default=False, help="The collator reads columns that no model does.")
     visual_learning_rate: float | None = HfArg(
         default=None, help="Of what stands before the decoder; learning_rate if not given."
+    )
+    group_by_image: bool = HfArg(
+        default=False,
+        help="Questions about an image follow one another, so that it is read and encoded once for those of a batch; for all "
+        "of them where nothing before the decoder is trained.",
     )
 
 

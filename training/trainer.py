@@ -1,8 +1,11 @@
 """The library's Trainer with a second learning rate, with answers to held-out questions, and with pictures."""
 
+import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
@@ -10,6 +13,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..pictures.pages import kept_picture
 from .collator import as_image, as_parts
+from .grouping import EncodedImages, GroupedByImage
 from .parts import is_visual
 
 
@@ -18,10 +22,28 @@ def is_right(answer: str, expected: str) -> bool:
     return answer.strip().rstrip(".").casefold() == expected.strip().rstrip(".").casefold()
 
 
+@contextmanager
+def tells_what_was_not_written(folder):
+    """Raises `OSError` with the folder, the room on its disk and what to do, for whatever error PyTorch, safetensors or the
+    system has where a file cannot be written to its end."""
+    try:
+        yield
+    except (OSError, RuntimeError, SafetensorError) as error:
+        if str(folder) in str(error):  # told already
+            raise
+        room = next(one for one in (Path(folder).absolute(), *Path(folder).absolute().parents) if one.exists())
+        raise OSError(
+            f"{folder}: it cannot be written to its end ({error}). {shutil.disk_usage(room).free / 1e6:,.0f} MB are free there. "
+            "Make room (`save_total_limit` keeps fewer checkpoints), and give the same command again: it goes on from the last "
+            "whole checkpoint."
+        ) from error
+
+
 class UHRBatTrainer(Trainer):
     """Trainer for [`UHRBatDataCollator`], with [`UHRBatTrainingArguments`].
 
-    `visual_learning_rate` is the rate of what stands before the decoder. An evaluation answers the last turn of every
+    `visual_learning_rate` is the rate of what stands before the decoder. With `group_by_image` an image is encoded once for
+    the questions about it ([`EncodedImages`]). An evaluation answers the last turn of every
     held-out sample too, with at most `eval_max_new_tokens` tokens, greedily: `eval_accuracy` is the share of answers that
     are right (`is_right`).
     """
@@ -29,10 +51,16 @@ class UHRBatTrainer(Trainer):
     def __init__(self, *args, eval_max_new_tokens: int = 32, **kwargs):
         super().__init__(*args, **kwargs)
         self.eval_max_new_tokens = eval_max_new_tokens
+        self.encoded = None
 
     def train(self, *args, **kwargs):
         """As the library's. Raises `ValueError` where processes that share a model's weights would wait for each other."""
         if self.shares_weights:
+            if self.args.group_by_image:
+                raise ValueError(
+                    "FSDP2 and ZeRO-3 gather weights whenever a process calls a layer, so all have to call them as often; "
+                    "with `group_by_image` each encodes as many images as its batch has. Take the engine zero2 or ddp."
+                )
             numbers = sorted({len(images) for images in self.train_dataset["images"]})
             if len(numbers) != 1:
                 raise ValueError(
@@ -51,7 +79,32 @@ class UHRBatTrainer(Trainer):
         """As the library's. Checkpoints of FSDP are in parts; a model that is asked for is whole."""
         if self.is_fsdp_enabled and not _internal_call:
             self.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
-        super().save_model(output_dir, _internal_call)
+        with tells_what_was_not_written(output_dir or self.args.output_dir):
+            super().save_model(output_dir, _internal_call)
+
+    def _save_checkpoint(self, model, trial):
+        """As the library's. A checkpoint that cannot be written to its end is removed."""
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        try:
+            with tells_what_was_not_written(folder):
+                super()._save_checkpoint(model, trial)
+        except OSError:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+
+    def _get_train_sampler(self, train_dataset=None):
+        if not self.args.group_by_image:
+            return super()._get_train_sampler(train_dataset)
+        samples = self.train_dataset if train_dataset is None else train_dataset
+        return GroupedByImage(samples["images"], self.args.data_seed or self.args.seed)
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if self.args.group_by_image and "pixel_values" in inputs:
+            if self.encoded is None:
+                whole = self.accelerator.unwrap_model(model)
+                self.encoded = EncodedImages(getattr(whole, "get_base_model", lambda: whole)().model)
+            inputs = self.encoded(inputs)
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
         made = self.optimizer is None

@@ -1,6 +1,6 @@
 """Every measure of the benchmark: a function each, from `Sizes` to the rows that came out."""
 
-from . import compression, end_to_end, flops, preprocessing
+from . import compression, end_to_end, flops, preprocessing, training
 
 # In the order of the table that `uhr-bat bench` prints.
 MEASURES = {
@@ -23,5 +23,7 @@ MEASURES = {
         end_to_end.encoding_memory,
         end_to_end.end_to_end,
         end_to_end.native_levels,
+        training.training_throughput,
+        training.training_memory,
     )
 }

@@ -1,0 +1,78 @@
+"""Questions about the same image, one after another: it is then read, cut and encoded once for all of them.
+
+Letters: I images of a batch.
+"""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch.utils.data import Sampler
+
+from .parts import is_visual
+
+IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "regions")
+
+
+def image_key(images: Sequence) -> tuple:
+    """What tells the images of a sample from those of another: paths, or the bytes of files in the table."""
+    return tuple((one["path"], one["bytes"]) if isinstance(one, dict) else one for one in images or [])
+
+
+class GroupedByImage(Sampler[int]):
+    """Samples in random order, those about the same images one after another.
+
+    The order follows from `seed` and the epoch alone, so that processes agree and a run goes on where it was.
+
+    Args:
+        images: of every sample, as `load_samples` gives them.
+        seed: of the order.
+    """
+
+    def __init__(self, images: Sequence, seed: int):
+        groups = {}
+        for idx, one in enumerate(images):
+            # A sample of text alone is a group of its own.
+            groups.setdefault(image_key(one) or idx, []).append(idx)
+        self.groups, self.seed, self.epoch = list(groups.values()), seed, 0
+
+    def set_epoch(self, epoch: int):
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return sum(map(len, self.groups))
+
+    def __iter__(self) -> Iterator[int]:
+        generator = torch.Generator().manual_seed(self.seed + self.epoch)
+        for group_idx in torch.randperm(len(self.groups), generator=generator).tolist():
+            group = self.groups[group_idx]
+            yield from (group[idx] for idx in torch.randperm(len(group), generator=generator).tolist())
+
+
+class EncodedImages:
+    """The images of a batch, encoded once each.
+
+    Where nothing before the decoder is trained they are the same in the next batch, too: those of the last one are kept.
+    """
+
+    def __init__(self, model):
+        self.model = model
+        trained = any(weight.requires_grad and is_visual(name) for name, weight in model.named_parameters())
+        self.grad, self.known = trained, []
+
+    def __call__(self, inputs: dict) -> dict:
+        """The inputs of a batch with `image_features`, some of them the same object, in place of `pixel_values` and what
+        belongs to these."""
+        images = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
+        known, used = list(self.known), []
+        for row in zip(*images.values()):
+            found = next((one for one in known if all(map(torch.equal, one[0], row))), None)
+            if found is None:
+                with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
+                    (features,) = self.model.encode_image(**{name: one[None] for name, one in zip(images, row)})
+                found = row, features
+                known.append(found)
+            used.append(found)
+        if not self.grad:
+            self.known = [one for one in known if any(one is other for other in used)]
+        rest = {name: value for name, value in inputs.items() if name not in images}
+        return {**rest, "image_features": [features for _, features in used]}
