@@ -6,6 +6,7 @@ guessed from a name or a shape.
 """
 
 import os
+from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict
@@ -49,6 +50,51 @@ VISION_TOWERS = {
     "siglip_vision_model": TowerForm(None, 0),
 }
 DECODERS = ("qwen2", "qwen3", "llama")  # "qwen2" is Qwen2.5, too
+
+
+@dataclass(frozen=True)
+class RegionFocus:
+    """The system of LRS-VQA (arXiv 2503.07588): a module that says where to look, and how it is obeyed (its Algorithm 1).
+
+    Attributes:
+        layers: decoder layers that the module's own begin as; attention is read at the last. The release has
+            [0, 1, 5, 11, 14] for 28 layers.
+        alpha_select: share of a level's tokens whose tiles of the next level are read.
+        alpha_keep: share of the last level's tokens that the decoder gets.
+        n_max: tiles of a level that are encoded at most, N_max: where more are asked for, the descent ends before it. 80 is
+            the paper's for Qwen2, 40 for Vicuna; the released code never reads it. None: no limit.
+        max_levels: levels that are looked at; the released code stops at 2. None: down to the image's own resolution.
+        separator_token_id: of the token between thumbnail and level, ":" of the tokenizers of Qwen2.
+        newline_votes: as the released code: the newline at the end of each row counts among the tokens, is always chosen, and
+            pulls the last tile of its row.
+        mask_mode: "additive": what was not encoded is not there. "upstream", as the released code: it is, as zeros, and takes
+            its share of the attention when that is read.
+    """
+
+    layers: tuple[int, ...]
+    alpha_select: float = 0.25
+    alpha_keep: float = 0.25
+    n_max: int | None = 80
+    max_levels: int | None = None
+    separator_token_id: int = 25
+    newline_votes: bool = False
+    mask_mode: Literal["additive", "upstream"] = "additive"
+
+    def check(self, num_layers: int, vocab_size: int):
+        """Raises `ValueError` for what cannot be."""
+        if not self.layers or any(not 0 <= layer < num_layers for layer in self.layers):
+            raise ValueError(f"`layers` names decoder layers, 0 to {num_layers - 1}. Got {list(self.layers)}.")
+        for name in ("alpha_select", "alpha_keep"):
+            if not 0 < getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` is a share above 0, 1 at most. Got {getattr(self, name)}.")
+        for name in ("n_max", "max_levels"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise ValueError(f"`{name}` must be at least 1, or None for no limit. Got {getattr(self, name)}.")
+        if not 0 <= self.separator_token_id < vocab_size:
+            raise ValueError(f"`separator_token_id` is {self.separator_token_id}, but there are {vocab_size} tokens.")
+        if self.mask_mode not in ("additive", "upstream"):
+            raise ValueError(f"`mask_mode` is 'additive' or 'upstream'. Got {self.mask_mode!r}.")
+
 
 # Scales of section 4 and budgets of appendix A.
 PAPER_SCALES = (672, 1344, 2688, 4032)
@@ -149,6 +195,12 @@ class UHRBatConfig(PreTrainedConfig):
     coord_weight: float = 0.05
     # Coordinates over the whole scale (eq. 13) or, as the released code has them, inside each tile.
     coord_frame: Literal["scale", "tile"] = "scale"
+
+    # Fields of [`RegionFocus`], of a model that has the second system of the paper's comparison, LRS-VQA's; None: no such
+    # module, and no weights of one.
+    region_focus: dict | None = None
+    # Whose attention eq. 2 reads at the anchor: the decoder's, or that of the region focus module, which has fewer layers.
+    importance_source: Literal["decoder", "region_focus"] = "decoder"
 
     # The rule that decides which tokens stay. "preserve_and_merge" is the paper's (eq. 8-12); "distinct" ranks tokens
     # by importance times what differs from their region; the others are published reducers, for comparison.
@@ -257,6 +309,15 @@ class UHRBatConfig(PreTrainedConfig):
         if "sliding_attention" in (getattr(self.text_config, "layer_types", None) or ()):
             raise ValueError("The importance pass needs full attention in every layer, not sliding windows.")
 
+    def validate_region_focus(self):
+        """The module's layers are the decoder's; importance is read from a module that is there."""
+        if self.region_focus is not None:
+            if unknown := sorted(set(self.region_focus) - {one.name for one in fields(RegionFocus)}):
+                raise ValueError(f"`region_focus` has no {', '.join(unknown)}.")
+            self.focus.check(self.text_config.num_hidden_layers, self.text_config.vocab_size)
+        elif self.importance_source == "region_focus":
+            raise ValueError("`importance_source` is 'region_focus', but there is no `region_focus`.")
+
     def validate_refinement(self):
         """One number of candidates per scale after the anchor, and a layer for each of them; or none at all."""
         for name, allowed in (("refinement", len(self.scales) - 1), ("refinement_layers", len(self.refinement))):
@@ -310,6 +371,11 @@ class UHRBatConfig(PreTrainedConfig):
     def tower_form(self) -> TowerForm:
         """What the vision tower has that others have not."""
         return VISION_TOWERS[self.vision_config.model_type]
+
+    @property
+    def focus(self) -> RegionFocus:
+        """`region_focus`, with its defaults."""
+        return RegionFocus(**{**self.region_focus, "layers": tuple(self.region_focus["layers"])})
 
     @property
     def grids(self) -> list[tuple[int, int]]:

@@ -15,6 +15,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
 
+from .dynamic_pyramid_uhr_bat import DynamicPyramid
 from .geometry_uhr_bat import positions_of, tile_of
 from .outputs_uhr_bat import (
     TileCache,
@@ -59,7 +60,10 @@ class UHRBatEncodingMixin:
             ValueError: a shape that does not fit the configuration, or an image that shows nothing.
         """
         if has_images(image_pyramids=image_pyramids):
-            return [self._open_pyramid(pyramid) for pyramid in image_pyramids]
+            return [
+                self.open_dynamic(pyramid) if isinstance(pyramid, DynamicPyramid) else self._open_pyramid(pyramid)
+                for pyramid in image_pyramids
+            ]
         if not has_images(pixel_values):
             return []
         self._check_image_inputs(pixel_values, pixel_attention_mask, regions)
@@ -167,7 +171,7 @@ class UHRBatEncodingMixin:
     def encode_tiles(self, image: UHRBatPyramidFeatures, level_idx: int, tile_idx: list[int]) -> torch.Tensor:
         """float[T, P, D] of some tiles of a level, all their patches, without a scale embedding: read and encoded, or from
         what the image keeps."""
-        pyramid, p = image.pyramid, image.pyramid.patches_per_side
+        pyramid, p = image.pyramid, image.pyramid.tile_size // image.pyramid.patch_size
         found = image.cache.find(level_idx, tile_idx)
         missing = [tile for tile in tile_idx if tile not in found]
         if missing:

@@ -15,6 +15,7 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
+from .dynamic_pyramid_uhr_bat import DynamicPyramid
 from .geometry_uhr_bat import check_scales, grids, shown_patches
 from .image_reading_uhr_bat import ImageSource, PlainImage, RasterImage, flatten_images, is_image, read_image
 from .image_views_uhr_bat import PAD_COLOR, image_to_tiles, normalize_views
@@ -48,6 +49,8 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
     native (`bool`):
         With `max_tiles`: levels from the anchor down to the image's own resolution, each twice as large as the one
         before, instead of `scales`.
+    dynamic_pyramid (`bool`):
+        The pyramid of LRS-VQA's system instead, for a model with a `region_focus`.
     """
 
     scales: list[int] | tuple[int, ...] | None
@@ -61,6 +64,7 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
     overviews: str | None
     max_tiles: int | None
     native: bool | None
+    dynamic_pyramid: bool | None
 
 
 class UHRBatImageProcessor(BaseImageProcessor):
@@ -72,7 +76,8 @@ class UHRBatImageProcessor(BaseImageProcessor):
       shows any pixel of the image, 0 where it shows the letterbox alone. int64 as `attention_mask` is, which every
       collator and gather handles; it is 300 times smaller than the pixels.
 
-    With `max_tiles` it returns `image_pyramids` instead, a list of I [`ImagePyramid`]: nothing is resized yet.
+    With `max_tiles` it returns `image_pyramids` instead, a list of I [`ImagePyramid`], with
+    `dynamic_pyramid` of I [`DynamicPyramid`]: nothing is resized yet.
 
     Images: PIL, NumPy or torch, paths, URLs, base64, bytes, files, datasets of rasterio (see `read_image`), what
     `open_image` returns, alone, in lists or in nested lists, which are flattened. EXIF orientation is applied to what is
@@ -112,6 +117,7 @@ class UHRBatImageProcessor(BaseImageProcessor):
     overviews = None
     max_tiles = None
     native = None
+    dynamic_pyramid = None
 
     def __init__(self, **kwargs: Unpack[UHRBatImageProcessorKwargs]):
         kwargs = {name: value for name, value in kwargs.items() if value is not None}  # None is the class's default
@@ -207,6 +213,11 @@ class UHRBatImageProcessor(BaseImageProcessor):
             raise ValueError(
                 "`native` levels are encoded where the question looks, so many tiles: pass `max_tiles` with it."
             )
+        if kwargs["dynamic_pyramid"] and (kwargs["native"] or kwargs["max_tiles"] is not None):
+            raise ValueError(
+                "`dynamic_pyramid` is another way of looking closer than `max_tiles` and `native`, with limits of the "
+                "configuration (`region_focus`): pass one or the other."
+            )
         if not kwargs["do_resize"]:
             raise ValueError("`do_resize=False` cannot be: every scale is a resized view of the image.")
         if kwargs["data_format"] not in (None, ChannelDimension.FIRST, ChannelDimension.FIRST.value):
@@ -229,6 +240,7 @@ class UHRBatImageProcessor(BaseImageProcessor):
         image_std,
         max_tiles: int | None = None,
         native: bool | None = None,
+        dynamic_pyramid: bool | None = None,
         return_tensors=None,
         **kwargs,
     ) -> BatchFeature:
@@ -239,6 +251,15 @@ class UHRBatImageProcessor(BaseImageProcessor):
             image_mean if do_normalize else None,
             image_std if do_normalize else None,
         )
+        if dynamic_pyramid:
+            pyramids = [
+                DynamicPyramid(
+                    self.process_image(source, **kwargs), tile_size=tile_size, patch_size=patch_size,
+                    pad_color=pad_color, resample=resample, arithmetic=arithmetic,
+                )
+                for source in sources
+            ]  # fmt: skip
+            return BatchFeature(data={"image_pyramids": pyramids})
         if max_tiles is not None:
             pyramids = [
                 ImagePyramid(

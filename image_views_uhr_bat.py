@@ -341,9 +341,29 @@ def part_of_view(
         square these are: row and column of the first one, height and width).
     """
     side, top, left = letterbox(image_size)
-    down, across = (_Part.of(side, scale, *span, resample) for span in (rows, columns))
-    low, high = max(down.window[0], top), min(down.window[1], top + image_size[0])
-    first, last = max(across.window[0], left), min(across.window[1], left + image_size[1])
+    return _part_of(read, image_size, (side, side), (top, left), (scale, scale), rows, columns, pad_color, resample)
+
+
+def part_of_resized(
+    read: Callable,
+    image_size: tuple[int, int],
+    size: tuple[int, int],
+    rows: tuple[int, int],
+    columns: tuple[int, int],
+    pad_color: Sequence[int] = PAD_COLOR,
+    resample: int = Image.Resampling.BICUBIC,
+) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
+    """The same of an image that is resized to `size` (height, width), without a letterbox."""
+    return _part_of(read, image_size, image_size, (0, 0), size, rows, columns, pad_color, resample)
+
+
+def _part_of(read, image_size, canvas, place, view, rows, columns, pad_color, resample):
+    """A part of a canvas (height, width), where an image lies at a place (top, left), that is resized to a view."""
+    (top, left), (height, width) = place, image_size
+    down = _Part.of(canvas[0], view[0], *rows, resample)
+    across = _Part.of(canvas[1], view[1], *columns, resample)
+    low, high = max(down.window[0], top), min(down.window[1], top + height)
+    first, last = max(across.window[0], left), min(across.window[1], left + width)
     height, width = down.window[1] - down.window[0], across.window[1] - across.window[0]
     narrowed = Image.new("RGB", (columns[1] - columns[0], height), tuple(pad_color))
     masks, step = [], max(1, STREAMED_STRIP_PIXELS // width)
@@ -482,6 +502,7 @@ __all__ = [
     "mark_shown",
     "normalize_tiles",
     "normalize_views",
+    "part_of_resized",
     "part_of_view",
     "valid_patches",
 ]

@@ -22,7 +22,8 @@ class UHRBatImportanceMixin:
         """Eq. 2: attention that the question pays to the anchor tokens at the importance layer.
 
         One pass over the text before the image, the anchor tokens and the text after it, through the decoder's own
-        layers up to the importance layer, where it stops. Differentiable, so that it can be trained.
+        layers up to the importance layer, where it stops, or through those of the region focus module
+        (`importance_source`). Differentiable, so that it can be trained.
 
         Args:
             input_ids: long[M], a prompt with one image, its placeholders in one run.
@@ -56,8 +57,11 @@ class UHRBatImportanceMixin:
         position_embeddings = decoder.rotary_emb(sequence, position_ids)
         # By position: the names of these arguments differ between releases.
         causal_mask = create_causal_mask(decoder.config, sequence, None, None)
-        last_layer = self.config.importance_layer if layer is None else layer
-        layers = decoder.layers[: last_layer % len(decoder.layers) + 1]
+        if layer is None and self.config.importance_source == "region_focus":
+            layers = self.region_focus.layers
+        else:
+            last_layer = self.config.importance_layer if layer is None else layer
+            layers = decoder.layers[: last_layer % len(decoder.layers) + 1]
         for decoder_layer in layers[:-1]:
             sequence = decoder_layer(
                 sequence,

@@ -168,15 +168,9 @@ def question_attention(attention, hidden_states, position_embeddings, question_s
     Returns:
         float32[M]
     """
-    _, M, _ = hidden_states.shape
-    shape = (1, M, -1, attention.head_dim)
-    cos, sin = position_embeddings
-    query, key = attention.q_proj(hidden_states).view(shape), attention.k_proj(hidden_states).view(shape)
-    if hasattr(attention, "q_norm"):  # Qwen3: each head is normalised
-        query, key = attention.q_norm(query), attention.k_norm(key)
-    query, key = query.transpose(1, 2), key.transpose(1, 2)
-    query, key = apply_rotary_pos_emb(query, key, cos, sin)
-    key = repeat_kv(key, attention.num_key_value_groups).transpose(2, 3)
+    M = hidden_states.shape[1]
+    query, key = queries_and_keys(attention, hidden_states, position_embeddings)
+    key = key.transpose(2, 3)
 
     position = torch.arange(M, device=hidden_states.device)
     total = 0
@@ -185,6 +179,23 @@ def question_attention(attention, hidden_states, position_embeddings, question_s
         scores = scores.masked_fill(position > rows[:, None], float("-inf"))
         total = total + F.softmax(scores, dim=-1, dtype=torch.float32).mean(1).sum((0, 1))
     return total / (M - question_start)
+
+
+def queries_and_keys(attention, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
+    """What a decoder's own attention module compares: float[1, heads, M, head] each, keys repeated for their queries."""
+    shape = (1, hidden_states.shape[1], -1, attention.head_dim)
+    query, key = attention.q_proj(hidden_states).view(shape), attention.k_proj(hidden_states).view(shape)
+    if hasattr(attention, "q_norm"):  # Qwen3: each head is normalised
+        query, key = attention.q_norm(query), attention.k_norm(key)
+    query, key = apply_rotary_pos_emb(query.transpose(1, 2), key.transpose(1, 2), *position_embeddings)
+    return query, repeat_kv(key, attention.num_key_value_groups)
+
+
+def last_token_logits(attention, hidden_states, position_embeddings) -> torch.Tensor:
+    """float[heads, M], scaled products of the last token's queries with the keys of every position, before the softmax;
+    the arguments are those of `question_attention`."""
+    query, key = queries_and_keys(attention, hidden_states, position_embeddings)
+    return (query[0, :, -1:] @ key[0].transpose(1, 2))[:, 0] * attention.scaling
 
 
 def call_reader(attention: nn.Module, args, kwargs):

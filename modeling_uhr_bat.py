@@ -19,7 +19,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple, torch_compilable_check
 
-from .budgets_uhr_bat import settle_counts
+from .budgets_uhr_bat import is_one_budget, settle_counts, split_budgets
 from .compression_uhr_bat import CompressionRules, compress_image
 from .configuration_uhr_bat import UHRBatConfig, refuse_own_folder
 from .encoding_uhr_bat import UHRBatEncodingMixin
@@ -36,6 +36,7 @@ from .outputs_uhr_bat import (
     IMAGE_INPUTS,
     UHRBatCausalLMOutputWithPast,
     UHRBatCompressionOutput,
+    UHRBatDynamicFeatures,
     UHRBatImageFeatures,
     UHRBatImageInputs,
     UHRBatModelOutputWithPast,
@@ -45,6 +46,7 @@ from .outputs_uhr_bat import (
     has_images,
 )
 from .pipeline_uhr_bat import UHRBatPipeline  # saved beside the model, which names it
+from .region_focus_uhr_bat import UHRBatRegionFocusMixin, UHRBatRegionFocusModule
 from .released_api_uhr_bat import (
     RELEASED_ARGUMENTS,
     KeywordsStoppingCriteria,
@@ -98,7 +100,7 @@ class UHRBatPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
-class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedModel):
+class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusMixin, UHRBatPreTrainedModel):
     """Vision tower, projector, scale embedding, compression and decoder, without a language modelling head."""
 
     def __init__(self, config: UHRBatConfig):
@@ -109,6 +111,10 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
         self.scale_embedding = UHRBatScaleEmbedding(config)
         self.token_mlp = UHRBatMultiModalProjector(width, width, activation) if config.token_mlp else None
         self.language_model = AutoModel.from_config(config.text_config)
+        self.region_focus = self.image_newline = None
+        if config.region_focus is not None:
+            self.region_focus = UHRBatRegionFocusModule(config, self.language_model)
+            self.image_newline = nn.Parameter(torch.zeros(width))
         for layer in self.language_model.layers:
             layer.self_attn.register_forward_pre_hook(call_reader, with_kwargs=True)
         self.post_init()
@@ -160,6 +166,8 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
         if attention_mask is not None:
             visible = attention_mask[:, -inputs_embeds.shape[1] :].to(visible.device).bool()
         placeholder = self.find_placeholders(input_ids, inputs_embeds) & visible
+        if any(isinstance(image, UHRBatDynamicFeatures) for image in image_features):
+            return self._focus(inputs_embeds, visible, placeholder, answer_mask, image_features, images)
         images_per_prompt, token_counts = self._settle_counts(placeholder, image_features, images)
 
         of_images, grad = iter(zip(image_features, token_counts)), torch.is_grad_enabled()
@@ -171,12 +179,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
             # A prompt that is not expanded yet holds one placeholder per image.
             sizes = [1] * num_images if len(spots) == num_images else [sum(counts) for _, counts in group]
             for (image, counts), run in zip(group, spots.split(sizes)):
-                # Importance is estimated per image, on the prompt without the other images.
-                seen = text.index_fill(0, run, True)
-                if answer_mask is not None:
-                    answered = answer_mask[row].to(text.device).index_fill(0, spots, False)
-                    answered[: run[-1] + 1] = False
-                    seen = seen & (answered.cumsum(0) == 0)
+                seen = _seen(text, spots, run, None if answer_mask is None else answer_mask[row])
                 with torch.no_grad():
                     ids = None if input_ids is None else input_ids[row][seen]
                     embeds = inputs_embeds[row][seen]
@@ -190,6 +193,36 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
         visual_tokens = [torch.cat(scales) for scales in tokens]
         scales = [list(image.scales) for image in image_features]
         return UHRBatCompressionOutput(visual_tokens, tokens, importance, regions, slots, images_per_prompt, scales)
+
+    def _focus(
+        self, inputs_embeds, visible, placeholder, answer_mask, image_features, images
+    ) -> UHRBatCompressionOutput:
+        """`compress` by Algorithm 1 of LRS-VQA, of prompts that hold one placeholder per image: how many visual tokens there
+        will be is known when it has looked."""
+        numbers, budget = placeholder.sum(1).tolist(), images.get("budgets")
+        if not all(isinstance(image, UHRBatDynamicFeatures) for image in image_features):
+            raise ValueError("Images of a batch are dynamic pyramids, all of them or none.")
+        if sum(numbers) != len(image_features):
+            raise ValueError(
+                f"{sum(numbers)} placeholders came with {len(image_features)} dynamic pyramids: a prompt holds one for each."
+            )
+        budget = budget.tolist() if isinstance(budget, torch.Tensor) else budget
+        if budget is not None and not is_one_budget(budget):
+            raise ValueError(f"The budget of a dynamic pyramid is one number. Got {budget}.")
+        shares = [None] * len(image_features)
+        if budget is not None:
+            shares = [share for number in numbers if number for (share,) in split_budgets(budget, ["all"], number)]
+        prompts = []
+        for row in range(len(placeholder)):
+            spots = placeholder[row].nonzero()[:, 0]
+            for spot in spots:
+                text = visible[row] & ~placeholder[row]
+                seen = _seen(text, spots, spot[None], None if answer_mask is None else answer_mask[row])
+                place = int(seen[:spot].sum())
+                embeds = inputs_embeds[row][seen]
+                prompts.append((embeds[:place], embeds[place + 1 :]))
+        with torch.no_grad():
+            return self.focus_images(prompts, image_features, numbers, shares)
 
     def find_placeholders(self, input_ids, inputs_embeds) -> torch.Tensor:
         """bool[..., M]: image tokens, from ids or, where there are none, from the embeddings."""
@@ -286,6 +319,17 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatPreTrainedMo
             **kwargs,
         )
         return UHRBatModelOutputWithPast(**outputs, image_outputs=compressed)
+
+
+def _seen(text, spots, run, answer_mask) -> torch.Tensor:
+    """bool[M]: what an image's importance is estimated on: its prompt `text` bool[M] and its own places `run`, of all `spots`
+    of images, without the other images, and up to the first answer after it."""
+    seen = text.index_fill(0, run, True)
+    if answer_mask is not None:
+        answered = answer_mask.to(text.device).index_fill(0, spots, False)
+        answered[: run[-1] + 1] = False
+        seen = seen & (answered.cumsum(0) == 0)
+    return seen
 
 
 class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixin):

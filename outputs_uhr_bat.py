@@ -149,6 +149,37 @@ class UHRBatPyramidFeatures:
         return UHRBatPyramidFeatures(*moved, self.pyramid, TileCache(self.cache.limit, device))
 
 
+@dataclass
+class UHRBatDynamicFeatures:
+    """An image as the region focus module descends it: its thumbnail is encoded, tiles of its levels are when a question
+    looks at them, and kept for the next one. Threads may share it.
+
+    Attributes:
+        thumbnail: float[P, D].
+        pyramid: the [`DynamicPyramid`].
+        cache: tiles that were encoded so far.
+    """
+
+    thumbnail: torch.Tensor
+    pyramid: Any
+    cache: TileCache
+
+    @property
+    def scales(self) -> list[int]:
+        """Long side of the thumbnail and of every level in pixels."""
+        return self.pyramid.scales
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(height, width) in tokens of the thumbnail and of every level."""
+        return self.pyramid.grids
+
+    def to(self, device, non_blocking=False) -> "UHRBatDynamicFeatures":
+        """The same on another device, with an empty cache of its own."""
+        thumbnail = self.thumbnail.to(device, non_blocking=non_blocking)
+        return UHRBatDynamicFeatures(thumbnail, self.pyramid, TileCache(self.cache.limit, device))
+
+
 class UHRBatImageInputs(TypedDict, total=False):
     """The arguments that bring the images of a batch of prompts into the model; the one list of them.
 

@@ -12,6 +12,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 
 from .budgets_uhr_bat import count_tokens, is_one_budget, split_budgets
 from .configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig, refuse_own_folder
+from .dynamic_pyramid_uhr_bat import DynamicPyramid
 from .geometry_uhr_bat import grids, shown_patches
 from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs
 from .image_reading_uhr_bat import flatten_images
@@ -94,6 +95,9 @@ class UHRBatProcessor(ProcessorMixin):
             max_tiles: tiles that may go through the vision tower for one prompt, shared by its images: tiles of finer
                 scales are then read and encoded where the question looks. With `native` the scales are levels down to
                 the image's own resolution; a list of default budgets then counts as their sum.
+            dynamic_pyramid: read the images as LRS-VQA's system does, where the model has a `region_focus`: how many visual
+                tokens there are is then known when the model has looked, and every prompt keeps one placeholder per image.
+                One number of `budgets` is the most that a prompt may spend.
 
         Returns:
             input_ids, attention_mask: long[B, M], every placeholder repeated once per visual token;
@@ -175,6 +179,8 @@ class UHRBatProcessor(ProcessorMixin):
         scales = kwargs.get("scales") or self.image_processor.scales
         if images_per_prompt is None:
             images_per_prompt = [1] * len(images)
+        if kwargs.get("dynamic_pyramid") or any(map(_is_dynamic, images)):
+            return self._process_dynamic(images, budgets, images_per_prompt, kwargs)
         if all(map(_is_encoded, images)):
             images = _share_tiles(images, kwargs.get("max_tiles"), images_per_prompt)
             inputs, available = {"image_features": images}, [image.available for image in images]
@@ -199,6 +205,21 @@ class UHRBatProcessor(ProcessorMixin):
         counts = count_tokens(budgets, scales, images_per_prompt, available)
         inputs["token_counts"], inputs["images_per_prompt"] = np.array(counts), np.array(images_per_prompt)
         return inputs, [self.image_token * sum(count) for count in counts]
+
+    def _process_dynamic(self, images, budgets, images_per_prompt, kwargs):
+        """Dynamic pyramids, whose visual tokens are counted when the model has looked: the text keeps a placeholder each."""
+        if all(map(_is_encoded, images)):
+            inputs = {"image_features": images}
+        else:
+            inputs = {**self.image_processor(images, **kwargs)}
+        if budgets is not None and not is_one_budget(budgets):
+            raise ValueError(
+                f"The budget of a dynamic pyramid is one number for all of its levels. Got {list(budgets)}."
+            )
+        if budgets is not None:
+            inputs["budgets"] = np.array(budgets)
+        inputs["images_per_prompt"] = np.array(images_per_prompt)
+        return inputs, [self.image_token] * len(images)
 
     def count_shown(self, pixel_attention_mask, scales=None) -> list[list[int]]:
         """int[I][S], tokens of every scale that show the image, from masks [I, N] of all scales."""
@@ -255,7 +276,12 @@ def _share_tiles(images, max_tiles, images_per_prompt):
 
 def _is_encoded(image) -> bool:
     """Whether an image is what `encode_image` returned. The model's file is not imported here to ask for its class."""
-    return hasattr(image, "anchor_tokens")
+    return hasattr(image, "anchor_tokens") or isinstance(getattr(image, "pyramid", None), DynamicPyramid)
+
+
+def _is_dynamic(image) -> bool:
+    """Whether it is a dynamic pyramid, or what that was encoded to."""
+    return isinstance(getattr(image, "pyramid", image), DynamicPyramid)
 
 
 __all__ = ["UHRBatProcessor"]

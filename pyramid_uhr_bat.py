@@ -25,7 +25,7 @@ from .zooming_uhr_bat import least_tokens, split_tiles
 MASK_SIDE = 4096
 
 
-class _HeldImage(ImageSource):
+class HeldImage(ImageSource):
     """An RGB image in memory."""
 
     def __init__(self, image: Image.Image):
@@ -84,7 +84,7 @@ class ImagePyramid:
         max_tiles: int | None = None,
     ):
         image = image.image if isinstance(image, PlainImage) else image
-        self.image = _HeldImage(image) if isinstance(image, Image.Image) else image
+        self.image = HeldImage(image) if isinstance(image, Image.Image) else image
         self.image_size = self.image.height, self.image.width
         self.scales = list(scales or pyramid_scales(max(self.image_size), anchor, tile_size))
         self.tile_size, self.patch_size = tile_size, patch_size
@@ -251,4 +251,4 @@ def _runs(tile_idx: np.ndarray, width: int) -> Iterator[tuple[int, int, int]]:
         yield row, first, first + int(stop - start)
 
 
-__all__ = ["ImagePyramid"]
+__all__ = ["HeldImage", "ImagePyramid"]

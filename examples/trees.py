@@ -4,8 +4,8 @@
     python -m uhr_bat.examples.trees --data deepforest/data --output trees
     uhr-bat train --config tiny_laptop --train_data trees/train.json --eval_data trees/test.json --output_dir runs/trees
 
-The pictures (NEON, in the package deepforest, MIT) are cut into parts; every part is asked about in which half of it more
-trees stand. Parts of one picture are learnt from, those of the others are asked about.
+The pictures (NEON, in the package deepforest, MIT) are cut into parts; every part is asked about whether trees are few or many.
+Those of the left half of one picture are learnt from, those of its right half and of the other pictures are asked about.
 """
 
 import argparse
@@ -20,39 +20,33 @@ from ..evaluation.suites import SUITES
 LEARNT = "2019_YELL_2_528000_4978000_image_crop2"
 # Of a part, and from one to the next.
 SIDE, STEP = 256, 128
-# So many of a part's trees more stand in the half that is the answer; parts where it is less clear are not asked about.
-CLEARLY = 0.2
-# Answers by the place of the first half and that of the second, x or y.
-HALVES = {"Are there more trees on the left or on the right?": (0, "left", "right")}
-HALVES["Are there more trees at the top or at the bottom?"] = (1, "top", "bottom")
+# Trees of a part from which on they are many, about the median of what is learnt from. Parts with about as many are not asked
+# about: the boxes are not that sure.
+MANY, ABOUT = 8, range(6, 10)
+QUESTION = "Are there few trees or many?"
 
 
-def centres(boxes, left, top):
-    """(x, y) in 0..1 of the centres of boxes (left, top, right, bottom) that lie in a part of a picture."""
-    found = (((x1 + x2) / 2 - left, (y1 + y2) / 2 - top) for x1, y1, x2, y2 in boxes)
-    return [(x / SIDE, y / SIDE) for x, y in found if 0 <= x < SIDE and 0 <= y < SIDE]
+def count_trees(boxes, left, top) -> int:
+    """Boxes (left, top, right, bottom) whose centre lies in a part of a picture."""
+    centres = (((x1 + x2) / 2 - left, (y1 + y2) / 2 - top) for x1, y1, x2, y2 in boxes)
+    return sum(0 <= x < SIDE and 0 <= y < SIDE for x, y in centres)
 
 
-def questions(trees) -> list[tuple[str, str]]:
-    """(question, answer) about a part with trees at such places."""
-    asked = []
-    for question, (axis, first, second) in HALVES.items():
-        more = sum(1 if tree[axis] < 0.5 else -1 for tree in trees)
-        if abs(more) > CLEARLY * len(trees):
-            asked.append((question, first if more > 0 else second))
-    return asked
-
-
-def rows_of(sample, folder, name) -> list[dict]:
-    """Rows of training data about all parts of a picture, whose files are written."""
+def rows_of(sample, folder, name) -> dict[str, list[dict]]:
+    """Rows of the files of training data about the parts of a picture, whose own files are written."""
     picture = Image.open(sample.pictures[0].source).convert("RGB")
-    rows = []
+    rows = {"train.json": [], "test.json": []}
     for top in range(0, picture.height - SIDE + 1, STEP):
         for left in range(0, picture.width - SIDE + 1, STEP):
-            path = folder / f"{name}_{top}_{left}.png"
-            picture.crop((left, top, left + SIDE, top + SIDE)).save(path)
-            asked = questions(centres(sample.boxes, left, top))
-            rows += [{"image": path.name, "question": question, "answer": answer} for question, answer in asked]
+            number = count_trees(sample.boxes, left, top)
+            is_learnt = name == LEARNT and left + SIDE <= picture.width // 2
+            if number not in ABOUT and (is_learnt or name != LEARNT or left >= picture.width // 2):
+                path = folder / f"{name}_{top}_{left}.png"
+                picture.crop((left, top, left + SIDE, top + SIDE)).save(path)
+                answer = "many" if number >= MANY else "few"
+                rows["train.json" if is_learnt else "test.json"].append(
+                    {"image": path.name, "question": QUESTION, "answer": answer}
+                )
     return rows
 
 
@@ -66,7 +60,8 @@ def main():
         for sample in SUITES["pascal-voc"].load(str(args.data)):
             name, _, kind = sample.id.rpartition("/")
             if kind == "Tree":
-                files["train.json" if name == LEARNT else "test.json"] += rows_of(sample, built, name)
+                for file, rows in rows_of(sample, built, name).items():
+                    files[file] += rows
         for name, rows in files.items():
             (built / name).write_text(json.dumps(rows, indent=1), encoding="utf-8")
             print(f"{args.output / name}: {len(rows)} questions about {len({row['image'] for row in rows})} parts")

@@ -28,7 +28,17 @@ RENAMES = {
     "model.multiscale_token_mlp.2.": "model.token_mlp.linear_2.",
     "multiscale_token_mlp.0.": "model.token_mlp.linear_1.",
     "multiscale_token_mlp.2.": "model.token_mlp.linear_2.",
+    # Of LRS-VQA's checkpoints, whose projector holds the region focus module.
+    "model.mm_projector.mlp_projector.0.": "model.multi_modal_projector.linear_1.",
+    "model.mm_projector.mlp_projector.2.": "model.multi_modal_projector.linear_2.",
+    "model.mm_projector.token_pruner.": "model.region_focus.",
+    "model.image_newline": "model.image_newline",
 }
+# What the type of LRS-VQA's projector ends with, and layers that its paper names where a config does not: the module's first one
+# begins as the layer before the first of them.
+PRUNER, PRUNER_LAYERS = "pruner", [1, 5, 11, 14]
+# Id of ":", the separator, and the most tiles of a level, N_max, by the decoder's family.
+SEPARATORS, MAX_TILES = {"qwen2": 25, "llama": 29901}, {"qwen2": 80, "llama": 40}
 
 # Parts that the released code makes and never uses, and buffers that are computed.
 DROPPED_PREFIXES = ("text_to_vision_proj.", "tile_pos_residuals.")
@@ -86,9 +96,11 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
     missing = [name for name in TEXT_SIZES if name not in released]
     if missing:
         raise CheckpointError(f"The released config lacks {missing}.")
+    family = "llama" if "llama" in released.get("model_type", "") else "qwen2"
+    region_focus = _region_focus(released, tensors, family)
     expected = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch"}
     for name, value in expected.items():
-        if released.get(name, value) != value:
+        if released.get(name, value) != value and not (region_focus and name == "mm_projector_type"):
             raise CheckpointError(f"The released config has `{name}` {released[name]!r}; only {value!r} is supported.")
     scales = released.get("multiscale_target_sizes", list(PAPER_SCALES))
     anchor = released.get("multiscale_base_attention_size", 672)
@@ -104,7 +116,7 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
     # The released code switches rope scaling off, whatever its config says.
     rope_theta = released.get("rope_parameters", released).get("rope_theta", 10000.0)
     text_config |= {
-        "model_type": "qwen2",
+        "model_type": family,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
         "tie_word_embeddings": tied,
     }
@@ -115,6 +127,7 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
         text_config=text_config,
         vision_config=vision_config,
         tie_word_embeddings=tied,
+        region_focus=region_focus,
         scales=scales,
         budgets=budgets,
         # -200 is no row of the vocabulary. The last row is never read: visual tokens take its place.
@@ -136,6 +149,24 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
         mask_padding=False,
     )
     return config, [heads_note, budgets_note]
+
+
+def _region_focus(released, tensors, family) -> dict | None:
+    """`region_focus` of the configuration, where the checkpoint is one of LRS-VQA's."""
+    start = "model.mm_projector.token_pruner.layers."
+    numbers = {name.removeprefix(start).partition(".")[0] for name in tensors if name.startswith(start)}
+    if not numbers:
+        return None
+    kind = released.get("mm_projector_type", "")
+    if not (kind.startswith("mlp2x_gelu") and kind.endswith(PRUNER)):
+        raise CheckpointError(f"The released config has `mm_projector_type` {kind!r}, but there is a token pruner.")
+    layers = released.get("llm_layer_list", PRUNER_LAYERS)
+    layers = [max(layers[0] - 1, 0), *layers]
+    if numbers != set(map(str, range(len(layers)))):
+        raise CheckpointError(
+            f"The token pruner has layers {', '.join(sorted(numbers))}, but `llm_layer_list` {layers[1:]} asks for {len(layers)}."
+        )
+    return {"layers": layers, "n_max": MAX_TILES[family], "separator_token_id": SEPARATORS[family]}
 
 
 def _vision_config(tensors, heads):

@@ -1,7 +1,7 @@
 """Models to start from: a vision-language model of the LLaVA family becomes a UHR-BAT whose new parts are not trained.
 
-The layouts are transformers' own (LLaVA, LLaVA-NeXT, LLaVA-OneVision) and the released one of LongVA without the parts of
-UHR-BAT. Only facts of these layouts stand here; the weights go through `convert_checkpoint.py`, like any others.
+The layouts are transformers' own (LLaVA, LLaVA-NeXT, LLaVA-OneVision), the released one of LongVA without the parts of
+UHR-BAT, and that of LRS-VQA, with its region focus module. Only facts of these layouts stand here; the weights go through `convert_checkpoint.py`, like any others.
 
 What is new begins as nothing: the scale embedding as zeros, and so do biases that a projector lacks. The decoder then
 reads the tokens of a tile as those that the start model made of it.
@@ -100,7 +100,12 @@ def read_start(
             "image_token_index": released.image_token_index,
             "tie_word_embeddings": released.tie_word_embeddings,
             "text_config": released.text_config,
+            "region_focus": released.region_focus,
         }
+        if (
+            released.region_focus is None
+        ):  # LongVA's mark at the end of a row of tiles has no place among compressed tokens
+            rename = drop_newline
     else:
         if vision_tower is not None:
             raise CheckpointError("--vision-tower is for the layout of LongVA: here the checkpoint holds its tower.")
@@ -111,6 +116,11 @@ def read_start(
     return Start(
         config, notes, TensorsOf(present, new), lambda name: name if name in new.tensors else rename(name), is_released
     )
+
+
+def drop_newline(name: str) -> str | None:
+    """The released layout's name here, without the newline."""
+    return None if DROPPED.match(name) else released_layout.rename(name)
 
 
 def rename_family(name: str) -> str | None:

@@ -60,7 +60,9 @@ class UHRBatDataCollator:
         if bad_images not in ("error", "skip"):
             raise ValueError(f"`bad_images` is 'error' or 'skip'. Got {bad_images!r}.")
         if (image_options or {}).get("max_tiles") or processor.image_processor.max_tiles:
-            raise ValueError("Batches hold whole images: `max_tiles` looks closer at one question at a time, leave it out.")
+            raise ValueError(
+                "Batches hold whole images: `max_tiles` looks closer at one question at a time, leave it out."
+            )
         self.processor = processor
         self.budgets = processor.default_budgets if budgets is None else budgets
         self.budget_range = budget_range

@@ -25,7 +25,9 @@ def data(tmp_path_factory):
         for question in QUESTIONS
         for row in make_rows(folder, 4)
     ]
-    return write_rows(folder / "train.json", [*rows, {"image": None, "question": "What is a pier?", "answer": "A place."}])
+    return write_rows(
+        folder / "train.json", [*rows, {"image": None, "question": "What is a pier?", "answer": "A place."}]
+    )
 
 
 def test_an_order_is_random_whole_and_keeps_images_together(data, small_folder):

@@ -1,0 +1,297 @@
+"""UHR-BAT region focus: the system of LRS-VQA (arXiv 2503.07588) as a mode, by its paper's Algorithm 1.
+
+A Region Focus Module, a few decoder layers of its own, says which tokens of a level the question looks at. Their tiles of the
+next level of a dynamic pyramid are read and encoded in place of this level, and so on, until the image's own resolution
+is reached or more than N_max tiles are asked for; there the tokens that the question looks at are kept:
+
+    thumbnail ":" level 1, all of it      question   ->  RFM  ->  a quarter of the tokens  ->  their tiles of level 2
+    thumbnail ":" those tiles of level 2  question   ->  RFM  ->  a quarter of the tokens  ->  ...
+    thumbnail ":" what was kept           question   ->  decoder
+
+Letters: p tokens a side of a tile after pooling, n tokens of a level with the newlines at the end of their rows, D decoder
+width, M tokens of a sequence. A place is row * (W + 1) + column on a level's grid of H rows and W columns, column W a newline.
+"""
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from transformers.masking_utils import create_causal_mask
+
+from .configuration_uhr_bat import UHRBatConfig
+from .dynamic_pyramid_uhr_bat import POOLING
+from .layers_uhr_bat import call_reader, last_token_logits
+from .outputs_uhr_bat import TileCache, TokenMaps, UHRBatCompressionOutput, UHRBatDynamicFeatures
+
+
+class UHRBatRegionFocusModule(nn.Module):
+    """Decoder layers of the decoder's own class. The question's attention is read at the last one: only its norm, queries and
+    keys, and of the final norm nothing, are used; they are part of the released checkpoints."""
+
+    def __init__(self, config: UHRBatConfig, decoder: nn.Module):
+        super().__init__()
+        text, layer = config.text_config, type(decoder.layers[0])
+        self.layers = nn.ModuleList(layer(text, layer_idx) for layer_idx in range(len(config.focus.layers)))
+        self.norm = type(decoder.norm)(text.hidden_size, eps=text.rms_norm_eps)
+        for one in self.layers:
+            one.self_attn.register_forward_pre_hook(call_reader, with_kwargs=True)
+        last = self.layers[-1]
+        for unread in (
+            self.norm,
+            last.mlp,
+            last.post_attention_layernorm,
+            last.self_attn.v_proj,
+            last.self_attn.o_proj,
+        ):
+            unread.requires_grad_(False)
+
+    def start_from(self, decoder: nn.Module, layers):
+        """Copy the decoder's layers of these numbers, and its final norm."""
+        for own, layer_idx in zip(self.layers, layers):
+            own.load_state_dict(decoder.layers[layer_idx].state_dict())
+        self.norm.load_state_dict(decoder.norm.state_dict())
+
+
+@dataclass(frozen=True)
+class LevelTokens:
+    """What is there of a level.
+
+    Attributes:
+        tokens: float[n, D], row by row.
+        places: long[n], ascending.
+        is_newline: bool[n].
+    """
+
+    tokens: torch.Tensor
+    places: torch.Tensor
+    is_newline: torch.Tensor
+
+
+def next_tiles(places: torch.Tensor, level, finer) -> torch.Tensor:
+    """long[T], ascending: the tiles of the next finer level where the middle of some tokens lies, a newline's the last of its
+    row."""
+    rows, columns = places // (level.grid[1] + 1), places % (level.grid[1] + 1)
+    columns = columns.clamp(max=level.grid[1] - 1)
+    found = []
+    for idx, axis in ((rows, 0), (columns, 1)):
+        middle = (2 * idx + 1) * finer.grid[axis] // (2 * level.grid[axis])  # in tokens of the finer level
+        per_tile = -(-finer.grid[axis] // finer.tiles[axis])
+        found.append((middle // per_tile).clamp(max=finer.tiles[axis] - 1))
+    return (found[0] * finer.tiles[1] + found[1]).unique()
+
+
+class UHRBatRegionFocusMixin:
+    """For a model with a `region_focus`, an `image_newline`, a `language_model`, text embeddings and `encode_tiles`."""
+
+    def open_dynamic(self, pyramid) -> UHRBatDynamicFeatures:
+        """The thumbnail of a [`DynamicPyramid`], encoded; tiles of its levels are when a question looks at them."""
+        if self.config.region_focus is None:
+            raise ValueError(
+                "A dynamic pyramid is read by a region focus module: `region_focus` of the configuration is None."
+            )
+        sides = (pyramid.tile_size, pyramid.patch_size)
+        if sides != (self.config.tile_size, self.config.patch_size):
+            raise ValueError(
+                f"{pyramid} has tiles of {sides[0]} px with patches of {sides[1]} px, but the model's have "
+                f"{self.config.tile_size} and {self.config.patch_size} px."
+            )
+        image = UHRBatDynamicFeatures(None, pyramid, TileCache(self.config.tile_cache_bytes, self.device))
+        return replace(image, thumbnail=self.encode_tiles(image, 0, [0])[0])
+
+    def read_logits(self, layers, sequence, read_at, position_ids=None, attention_mask=None) -> list[torch.Tensor]:
+        """What the last token's queries and all keys give before the softmax, at some of a stack of decoder layers.
+
+        Args:
+            layers: of the decoder, or of the region focus module.
+            sequence: float[1, M, D].
+            read_at: ascending indices of layers.
+            position_ids: long[1, M]; counted where not given.
+            attention_mask: long[1, M], 0 where there is nothing.
+
+        Returns:
+            float[heads, M] for every layer of `read_at`.
+        """
+        decoder, found = self.language_model, []
+        if position_ids is None:
+            position_ids = torch.arange(sequence.shape[1], device=sequence.device)[None]
+        position_embeddings = decoder.rotary_emb(sequence, position_ids)
+        causal_mask = create_causal_mask(decoder.config, sequence, attention_mask, None)
+        for layer_idx, layer in enumerate(layers[: read_at[-1] + 1]):
+            hidden_states, options = sequence, {}
+            if layer_idx in read_at:
+
+                def read(attention, layer=layer, hidden_states=hidden_states):
+                    normed = layer.input_layernorm(hidden_states)
+                    found.append(last_token_logits(attention, normed, position_embeddings))
+
+                options["read_attention"] = read
+            if layer_idx == read_at[-1]:  # what it puts out is not needed: a single row
+                layer(
+                    sequence[:, :1],
+                    position_ids=position_ids[:, :1],
+                    position_embeddings=tuple(part[:, :1] for part in position_embeddings),
+                    **options,
+                )
+            else:
+                sequence = layer(
+                    sequence,
+                    attention_mask=causal_mask,
+                    position_ids=position_ids,
+                    position_embeddings=position_embeddings,
+                    **options,
+                )
+        return found
+
+    def level_tokens(self, image: UHRBatDynamicFeatures, level_idx: int, tile_idx: list[int]) -> LevelTokens:
+        """Some tiles of a level, ascending, encoded and pooled; each row that has any of them ends with a newline, with
+        `newline_votes` every row of the level."""
+        level = image.pyramid.levels[level_idx - 1]
+        (H, W), device = level.grid, image.thumbnail.device
+        tiles = self.encode_tiles(image, level_idx, tile_idx)
+        side = round(tiles.shape[1] ** 0.5)
+        pooled = F.interpolate(
+            tiles.transpose(1, 2).unflatten(2, (side, side)),
+            size=(side // POOLING,) * 2,
+            mode="bilinear",
+            align_corners=False,
+        )
+        p, where = side // POOLING, torch.tensor(tile_idx, device=device)
+        steps = torch.arange(p, device=device)
+        rows = (where // level.tiles[1] * p)[:, None, None] + steps[:, None]
+        columns = (where % level.tiles[1] * p)[:, None, None] + steps
+        rows, columns = (idx.expand(-1, p, p).flatten() for idx in (rows, columns))
+        inside = (rows < H) & (columns < W)
+        rows, places = rows[inside], (rows * (W + 1) + columns)[inside]
+        tokens = pooled.permute(0, 2, 3, 1).flatten(0, 2)[inside]
+        ends = torch.arange(H, device=device) if self.config.focus.newline_votes else rows.unique()
+        places = torch.cat((places, ends * (W + 1) + W))
+        tokens = torch.cat((tokens, self.image_newline.to(tokens).expand(len(ends), -1)))
+        order = places.argsort()
+        return LevelTokens(tokens[order], places[order], places[order] % (W + 1) == W)
+
+    def focus_scores(self, before, after, level, found: LevelTokens) -> torch.Tensor:
+        """float32[n]: how much the last token of the prompt looks at each token of a level, among these, mean over heads.
+
+        Args:
+            before, after: float[.., D], the prompt up to the level, thumbnail and separator included, and from it on.
+        """
+        num_places, places = level.num_tokens, found.places
+        layers = self.region_focus.layers
+        if self.config.focus.mask_mode == "upstream":
+            local = before.new_zeros(num_places, before.shape[1]).index_copy(0, places, found.tokens.to(before))
+            there = torch.zeros(num_places, dtype=torch.long, device=places.device).index_fill(0, places, 1)
+            mask = F.pad(there, (len(before), len(after)), value=1)[None]
+            sequence = torch.cat((before, local, after))[None]
+            (logits,) = self.read_logits(layers, sequence, [len(layers) - 1], attention_mask=mask)
+            logits = logits[:, len(before) : len(before) + num_places].float() + (1 - there)
+            return logits.softmax(-1).mean(0)[places]
+        # What is not there has left its place: positions are those of the whole level.
+        start = torch.arange(len(before), device=places.device)
+        stop = len(before) + num_places + torch.arange(len(after), device=places.device)
+        position_ids = torch.cat((start, len(before) + places, stop))[None]
+        sequence = torch.cat((before, found.tokens.to(before), after))[None]
+        (logits,) = self.read_logits(layers, sequence, [len(layers) - 1], position_ids)
+        return logits[:, len(before) : len(before) + len(places)].float().softmax(-1).mean(0)
+
+    def focus_image(self, before, after, image: UHRBatDynamicFeatures, budget: int | None = None):
+        """Algorithm 1 for one image of a prompt.
+
+        Args:
+            before, after: float[.., D], the prompt before the image and after it.
+            budget: visual tokens that the image may take, thumbnail, separator and newlines included; `alpha_keep` of the last
+                level's tokens if None.
+
+        Returns:
+            ([float[.., D]] of the thumbnail with the separator and of every level, [float32[V]] importance and [long[V]]
+            positions of every level's tokens that were looked at, [long[N]] slots).
+
+        Raises:
+            ValueError: a budget that does not hold thumbnail, separator, a token and its newline.
+        """
+        focus, pyramid = self.config.focus, image.pyramid
+        separator = torch.tensor([focus.separator_token_id], device=image.thumbnail.device)
+        head, levels = image.thumbnail, pyramid.levels[: focus.max_levels]
+        if levels:
+            head = torch.cat((head, self.get_input_embeddings()(separator).to(head)))
+        room = None if budget is None else budget - len(head)
+        if room is not None and room < (2 if levels else 0):
+            raise ValueError(
+                f"The budget of {budget} visual tokens is too small: the thumbnail and the separator take {len(head)}"
+                + (", and a token with its newline 2." if levels else ".")
+            )
+        tokens, maps, places = [head], [], []
+        tile_idx = list(range(int(np.prod(levels[0].tiles)))) if levels else []
+        for level_idx, level in enumerate(levels, 1):
+            found = self.level_tokens(image, level_idx, tile_idx)
+            start = torch.cat((before, head.to(before)))
+            scores = self.focus_scores(start, after, level, found)
+            voting = torch.ones_like(found.is_newline) if focus.newline_votes else ~found.is_newline
+            order = scores.masked_fill(~voting, -1).argsort(descending=True, stable=True)[: int(voting.sum())]
+            cells = ~found.is_newline
+            rows, columns = found.places // (level.grid[1] + 1), found.places % (level.grid[1] + 1)
+            places.append((rows * level.grid[1] + columns)[cells])
+            maps.append(scores[cells])
+            if level_idx < len(levels):
+                chosen = order[: max(1, int(focus.alpha_select * len(order)))]
+                if focus.newline_votes:
+                    chosen = torch.cat((chosen, found.is_newline.nonzero()[:, 0]))
+                tile_idx = next_tiles(found.places[chosen], level, levels[level_idx]).tolist()
+                if focus.n_max is None or len(tile_idx) <= focus.n_max:
+                    tokens.append(found.tokens[:0])
+                    continue
+            kept = self._keep(found, order, rows, room)
+            tokens.append(found.tokens[kept])
+            break
+        slots = [torch.arange(len(image.thumbnail), device=head.device)]
+        for idx, (height, width) in enumerate(pyramid.grids[1:]):
+            slots.append(torch.full((height * width,), -1, device=head.device))
+            if idx + 2 == len(tokens):  # the level whose tokens are kept
+                cells = kept[~found.is_newline[kept]]
+                where = (rows * width + found.places % (width + 1))[cells]
+                slots[-1][where] = torch.arange(len(kept), device=head.device)[~found.is_newline[kept]]
+        return tokens, maps, places, slots
+
+    def _keep(self, found, order, rows, room) -> torch.Tensor:
+        """long[n'], ascending: the tokens of a level that the decoder gets, with the newlines of their rows."""
+        focus = self.config.focus
+        number = max(1, int(focus.alpha_keep * len(order)))
+        if room is not None:
+            # The k best tokens and their newlines, as many as there is room for.
+            first = torch.zeros(len(order), dtype=torch.long, device=order.device)
+            seen = set()
+            for rank, row in enumerate(rows[order].tolist()):
+                first[rank] = row not in seen
+                seen.add(row)
+            ends = int(found.is_newline.sum()) if focus.newline_votes else first.cumsum(0)
+            number = int((torch.arange(1, len(order) + 1, device=order.device) + ends <= room).sum())
+            if not number:
+                raise ValueError(
+                    f"The budget leaves {room} visual tokens, but the newlines of the level take {int(ends)}."
+                )
+        best = order[:number]
+        ends = found.is_newline if focus.newline_votes else found.is_newline & torch.isin(rows, rows[best])
+        return torch.cat((best[~found.is_newline[best]], ends.nonzero()[:, 0])).sort().values
+
+    def focus_images(self, prompts, image_features, images_per_prompt, budget) -> UHRBatCompressionOutput:
+        """What `compress` returns, by Algorithm 1.
+
+        Args:
+            prompts: (before, after) of every image, float[.., D] each.
+            image_features: [`UHRBatDynamicFeatures`] of every image.
+            images_per_prompt: int[B].
+            budget: of every image, or None.
+        """
+        tokens, importance, slots = [], [], []
+        for (before, after), image, one in zip(prompts, image_features, budget):
+            levels, maps, places, of_levels = self.focus_image(before, after, image, one)
+            p = image.grids[0][0] * image.grids[0][1]
+            everything = torch.arange(p, device=levels[0].device)
+            maps = [levels[0].new_zeros(p, dtype=torch.float32), *maps]
+            tokens.append(levels)
+            importance.append(TokenMaps(maps, [everything, *places], image.grids[: len(maps)], 0))
+            slots.append(of_levels)
+        visual_tokens = [torch.cat(levels) for levels in tokens]
+        scales = [list(image.scales) for image in image_features]
+        return UHRBatCompressionOutput(visual_tokens, tokens, importance, None, slots, images_per_prompt, scales)
