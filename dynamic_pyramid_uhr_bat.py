@@ -154,4 +154,10 @@ class DynamicPyramid:
         return f"DynamicPyramid({self.image_size[0]} x {self.image_size[1]}, levels of {sizes or 'nothing but the thumbnail'})"
 
 
-__all__ = ["DynamicLevel", "DynamicPyramid", "dynamic_levels", "level_ratios"]
+def is_dynamic(pyramid) -> bool:
+    """Whether it is a [`DynamicPyramid`]: by its looks, as a processor and a model that are loaded as remote code may have two
+    classes of this name."""
+    return hasattr(pyramid, "levels")
+
+
+__all__ = ["DynamicLevel", "DynamicPyramid", "dynamic_levels", "is_dynamic", "level_ratios"]

@@ -15,7 +15,7 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
 
-from .dynamic_pyramid_uhr_bat import DynamicPyramid
+from .dynamic_pyramid_uhr_bat import is_dynamic
 from .geometry_uhr_bat import positions_of, tile_of
 from .outputs_uhr_bat import (
     TileCache,
@@ -61,7 +61,7 @@ class UHRBatEncodingMixin:
         """
         if has_images(image_pyramids=image_pyramids):
             return [
-                self.open_dynamic(pyramid) if isinstance(pyramid, DynamicPyramid) else self._open_pyramid(pyramid)
+                self.open_dynamic(pyramid) if is_dynamic(pyramid) else self._open_pyramid(pyramid)
                 for pyramid in image_pyramids
             ]
         if not has_images(pixel_values):

@@ -22,6 +22,7 @@ from transformers.utils import can_return_tuple, torch_compilable_check
 from .budgets_uhr_bat import is_one_budget, settle_counts, split_budgets
 from .compression_uhr_bat import CompressionRules, compress_image
 from .configuration_uhr_bat import UHRBatConfig, refuse_own_folder
+from .dynamic_pyramid_uhr_bat import is_dynamic
 from .encoding_uhr_bat import UHRBatEncodingMixin
 from .generation_uhr_bat import UHRBatGenerationMixin
 from .importance_uhr_bat import UHRBatImportanceMixin
@@ -36,7 +37,6 @@ from .outputs_uhr_bat import (
     IMAGE_INPUTS,
     UHRBatCausalLMOutputWithPast,
     UHRBatCompressionOutput,
-    UHRBatDynamicFeatures,
     UHRBatImageFeatures,
     UHRBatImageInputs,
     UHRBatModelOutputWithPast,
@@ -166,7 +166,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusM
         if attention_mask is not None:
             visible = attention_mask[:, -inputs_embeds.shape[1] :].to(visible.device).bool()
         placeholder = self.find_placeholders(input_ids, inputs_embeds) & visible
-        if any(isinstance(image, UHRBatDynamicFeatures) for image in image_features):
+        if any(is_dynamic(getattr(image, "pyramid", None)) for image in image_features):
             return self._focus(inputs_embeds, visible, placeholder, answer_mask, image_features, images)
         images_per_prompt, token_counts = self._settle_counts(placeholder, image_features, images)
 
@@ -200,7 +200,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusM
         """`compress` by Algorithm 1 of LRS-VQA, of prompts that hold one placeholder per image: how many visual tokens there
         will be is known when it has looked."""
         numbers, budget = placeholder.sum(1).tolist(), images.get("budgets")
-        if not all(isinstance(image, UHRBatDynamicFeatures) for image in image_features):
+        if not all(is_dynamic(getattr(image, "pyramid", None)) for image in image_features):
             raise ValueError("Images of a batch are dynamic pyramids, all of them or none.")
         if sum(numbers) != len(image_features):
             raise ValueError(

@@ -12,7 +12,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 
 from .budgets_uhr_bat import count_tokens, is_one_budget, split_budgets
 from .configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig, refuse_own_folder
-from .dynamic_pyramid_uhr_bat import DynamicPyramid
+from .dynamic_pyramid_uhr_bat import is_dynamic
 from .geometry_uhr_bat import grids, shown_patches
 from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs
 from .image_reading_uhr_bat import flatten_images
@@ -179,7 +179,7 @@ class UHRBatProcessor(ProcessorMixin):
         scales = kwargs.get("scales") or self.image_processor.scales
         if images_per_prompt is None:
             images_per_prompt = [1] * len(images)
-        if kwargs.get("dynamic_pyramid") or any(map(_is_dynamic, images)):
+        if kwargs.get("dynamic_pyramid") or any(is_dynamic(getattr(image, "pyramid", image)) for image in images):
             return self._process_dynamic(images, budgets, images_per_prompt, kwargs)
         if all(map(_is_encoded, images)):
             images = _share_tiles(images, kwargs.get("max_tiles"), images_per_prompt)
@@ -276,12 +276,7 @@ def _share_tiles(images, max_tiles, images_per_prompt):
 
 def _is_encoded(image) -> bool:
     """Whether an image is what `encode_image` returned. The model's file is not imported here to ask for its class."""
-    return hasattr(image, "anchor_tokens") or isinstance(getattr(image, "pyramid", None), DynamicPyramid)
-
-
-def _is_dynamic(image) -> bool:
-    """Whether it is a dynamic pyramid, or what that was encoded to."""
-    return isinstance(getattr(image, "pyramid", image), DynamicPyramid)
+    return hasattr(image, "anchor_tokens") or is_dynamic(getattr(image, "pyramid", None))
 
 
 __all__ = ["UHRBatProcessor"]

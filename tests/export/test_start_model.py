@@ -213,6 +213,60 @@ def test_longva_without_our_parts_is_a_start(beside, tmp_path):
     assert torch.equal(tower, released_tensors()[f"{VISION}encoder.layers.2.mlp.fc1.weight"])
 
 
+def lrs_vqa_tensors():
+    """LRS-VQA's layout: projector and region focus module under one name, a newline, none of UHR-BAT's parts."""
+    released = {name: tensor for name, tensor in released_tensors().items() if "scale" not in name}
+    tensors = {name.replace("mm_projector.", "mm_projector.mlp_projector."): tensor for name, tensor in released.items()}
+    for name, tensor in released_tensors(seed=1).items():
+        if name.startswith(("model.layers.", "model.norm.")):
+            tensors[name.replace("model.", "model.mm_projector.token_pruner.", 1)] = tensor
+    return tensors | {"model.image_newline": torch.linspace(0, 1, 32)}
+
+
+def lrs_vqa_config(**changes):
+    plain = {name: value for name, value in released_config().items() if "scale" not in name}
+    return plain | {"mm_projector_type": "mlp2x_gelu_after_distillpruner", "llm_layer_list": [1]} | changes
+
+
+@torch.no_grad()
+def test_lrs_vqas_checkpoint_is_a_start_that_looks_with_its_own_module(tmp_path):
+    tensors = lrs_vqa_tensors()
+    start = write_released(tmp_path / "start", tensors, lrs_vqa_config())
+    output = convert(start=start, output=tmp_path / "out", scales=[28, 56], budgets=[2, 4])
+    model, processor = load_clean(output), AutoProcessor.from_pretrained(output, trust_remote_code=True)
+    assert model.config.region_focus == {"layers": [0, 1], "n_max": 80, "separator_token_id": 25}
+    weights = model.state_dict()
+    for there, here in (
+        ("model.mm_projector.token_pruner.", "model.region_focus."),
+        ("model.mm_projector.mlp_projector.0.", "model.multi_modal_projector.linear_1."),
+        ("model.mm_projector.mlp_projector.2.", "model.multi_modal_projector.linear_2."),
+        ("model.image_newline", "model.image_newline"),
+    ):
+        named = [name for name in tensors if name.startswith(there)]
+        assert named and all(torch.equal(weights[name.replace(there, here)], tensors[name]) for name in named)
+    inputs = processor(
+        text="<image> What is here?", images=Image.effect_noise((200, 160), 60).convert("RGB"), dynamic_pyramid=True,
+        return_tensors="pt",
+    )  # fmt: skip
+    seen = model.compress(**inputs)
+    assert len(seen.tokens[0]) == 4 and len(seen.tokens[0][-1])  # a thumbnail and three levels
+    assert model.generate(**inputs, max_new_tokens=3, do_sample=False).shape[1] > inputs["input_ids"].shape[1]
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"llm_layer_list": [1, 1]}, "has layers 0, 1, but `llm_layer_list`"),
+        ({"mm_projector_type": "mlp2x_gelu"}, "'mlp2x_gelu', but there is a token pruner"),
+    ],
+)
+def test_a_module_that_its_config_does_not_describe_is_refused(changes, message, tmp_path):
+    start = write_released(tmp_path / "start", lrs_vqa_tensors(), lrs_vqa_config(**changes))
+    with pytest.raises(CheckpointError, match=message):
+        convert(start=start, output=tmp_path / "out", scales=[28, 56], budgets=[2, 4])
+    assert nothing_was_made(tmp_path / "out")
+
+
 def test_what_cannot_be_a_start_is_refused_by_name(tmp_path):
     start = write_start(tmp_path / "start", start_model("clip-qwen2"))
     path = start / "config.json"
