@@ -26,6 +26,7 @@ VERBS = {
     "train-vision": ("training.tiny.vision", "stage 1 of UHR-BAT-Tiny: the tower learns to read"),
     "train-finetune": ("training.tiny.finetune", "stages 2 to 4: the decoder learns where to look and to answer"),
     "train-zoom": ("training.tiny.zooming", "the last stage: the decoder learns to look closer, down to native pixels"),
+    "train-focus": ("training.tiny.focusing", "LRS-VQA's system on UHR-BAT-Tiny: its module learns where to look"),
     "train-exchange": ("training.tiny.exchange", "another vision tower for a trained decoder"),
     "serve": ("serving.serve", "a server with OpenAI's API: many users, evidence in the answer"),
     "demo": ("serving.demo", "a page to open an image, ask and see what the answer was read from"),

@@ -1,10 +1,10 @@
 """Objects of a few native pixels in images of 4,000 to 16,000 px: fixed scales against levels down to the image's own pixels.
 
-    uhr-bat evidence-native [--model DIR] [--scenes 60] [--tiles 128] [--output DIR]
+    uhr-bat evidence-native [--model DIR] [--focus DIR] [--scenes 60] [--tiles 128] [--output DIR]
 
 Questions about made-up scenes that nothing was trained on (`scenes/native.py`), each answered from all tokens of the fixed
 scales, and from so many of them by the paper's rule and by ours, and of an image's own levels by ours, encoded where the
-question looks. Writes native.json, native.md and native.png. Intervals are 95 % of a bootstrap over scenes, differences
+question looks; with `--focus`, by LRS-VQA's system too, a model that has its module (`uhr-bat train-focus`). Writes native.json, native.md and native.png. Intervals are 95 % of a bootstrap over scenes, differences
 are paired by question.
 """
 
@@ -33,7 +33,7 @@ from ..scenes.native import native_scene, picture_of
 from .choices import PAPER, PROPORTIONS, REFINED, RULES
 from .evidence import FULL, answer, scene_workers
 
-ZOOM = "coarse to fine"
+ZOOM, FOCUS = "coarse to fine", "LRS-VQA's mode"
 # Row: rules, the proportions in which fixed scales share a budget (None: they compete), whether levels are the image's own.
 ROWS = {
     PAPER: (RULES[PAPER][0], PROPORTIONS, False),
@@ -46,12 +46,14 @@ FRACTIONS, TILES = (0.01, 0.02, 0.04), 128
 
 
 @torch.no_grad()
-def ask_scene(model, processor, scene, fractions, rows, tiles, rng) -> list[dict]:
+def ask_scene(model, processor, scene, fractions, rows, tiles, rng, focus=None) -> list[dict]:
     """One record per question and row: kind, method, fraction, tokens, right, kept, pixels (of the image) and fixed (pixels
-    of the finest fixed scale) of the smallest object that has to be seen."""
+    of the finest fixed scale) of the smallest object that has to be seen. `focus`: (processor, model) of `FOCUS`, or None."""
     picture = picture_of(scene)
     (whole,) = model.encode_image(**processor.image_processor(picture, return_tensors="pt").to(model.device))
     (zoomed,) = model.encode_image(**processor.image_processor(picture, max_tiles=tiles, native=True))
+    if focus:
+        (descended,) = focus[1].encode_image(**focus[0].image_processor(picture, dynamic_pyramid=True))
     records = []
     for kind in questions.KINDS:
         question = questions.make_question(scene, kind, rng=rng)
@@ -69,6 +71,12 @@ def ask_scene(model, processor, scene, fractions, rows, tiles, rng) -> list[dict
                 chosen.append((method, compressed.pooler_output[0], _shows(compressed.slots[0], evidence)))
             answers = answer(model, processor, prompt, [tokens for _, tokens, _ in chosen])
             said += [(name, fraction, len(one), text, kept) for (name, one, kept), text in zip(chosen, answers)]
+            if focus:
+                seen = write_prompt(focus[0], question.text).to(model.device)
+                compressed = focus[1].compress(**seen, image_features=[descended], budgets=sum(counts))
+                (tokens,), evidence = compressed.pooler_output, evidence_of(scene, question, descended.grids, False)
+                (text,) = answer(focus[1], focus[0], seen, [tokens])
+                said.append((FOCUS, fraction, len(tokens), text, _shows(compressed.slots[0], evidence)))
         fixed = question.pixels  # `Object.pixels` are those of the finest fixed scale
         for method, fraction, number, text, kept in said:
             records.append({
@@ -143,7 +151,8 @@ def report(result) -> str:
         "# Objects of a few native pixels",
         f"{about['questions']} questions about {about['scenes']} made-up scenes that nothing was trained on, images of "
         f"{NATIVE_WIDTHS[0]:,} to {NATIVE_WIDTHS[1]:,} px with objects of 2 to 8 of their pixels. Made by "
-        f"`{about['command']}`. Coarse to fine: at most {about['tiles']} tiles of an image's own levels. Tokens are parts of "
+        f"`{about['command']}`. Coarse to fine: at most {about['tiles']} tiles of an image's own levels. LRS-VQA's mode: at "
+        "most as many tokens as the other rows, thumbnail, separator and newlines included. Tokens are parts of "
         "all those of the fixed scales. Percent, with 95 % intervals of a bootstrap over scenes; differences are paired by "
         "question with all tokens of the fixed scales. Kept: every object that the question needs has a token at one of the "
         "two finest scales or levels.",
@@ -195,16 +204,17 @@ _worker = {}
 def _start_worker(folder, num_threads, settings):
     torch.set_num_threads(num_threads)
     processor, model = load_model(folder, torch.float32)
-    _worker.update(model=model, processor=processor, **settings)
+    focus = settings["focus"] and load_model(settings["focus"], torch.float32)
+    _worker.update(model=model, processor=processor, **{**settings, "focus": focus})
 
 
 def _ask(seed):
     return ask_scene(scene=native_scene(seed), rng=np.random.default_rng([seed, 3]), **_worker)
 
 
-def evaluate(folder, seeds, fractions=FRACTIONS, rows=ROWS, tiles=TILES, workers=1) -> list[dict]:
+def evaluate(folder, seeds, fractions=FRACTIONS, rows=ROWS, tiles=TILES, workers=1, focus=None) -> list[dict]:
     """Records of all questions about the scenes of `seeds`; several workers are processes of one thread each."""
-    settings, records = {"fractions": fractions, "rows": rows, "tiles": tiles}, []
+    settings, records = {"fractions": fractions, "rows": rows, "tiles": tiles, "focus": focus}, []
     with scene_workers(_start_worker, folder, settings, workers) as pool:
         for found in tqdm(pool.map(_ask, seeds), total=len(seeds), desc="Asking", unit="scene"):
             records += found
@@ -215,6 +225,9 @@ def evaluate(folder, seeds, fractions=FRACTIONS, rows=ROWS, tiles=TILES, workers
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat evidence-native", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    parser.add_argument(
+        "--focus", type=Path, metavar="DIR", help="model folder with a region focus module: LRS-VQA's mode"
+    )
     parser.add_argument("--scenes", type=int, default=60, help="with up to six questions each")
     parser.add_argument("--tiles", type=int, default=TILES, help="that may be encoded for a question")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
@@ -222,12 +235,14 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     require("evaluate", "matplotlib")
     check_files(None, args.model)
+    if args.focus:
+        check_files(None, args.focus)
     if not 1 <= args.scenes <= len(TEST_SEEDS):
         raise ValueError(f"There are {len(TEST_SEEDS)} test scenes, but {args.scenes} are asked for.")
-    records = evaluate(args.model, TEST_SEEDS[: args.scenes], tiles=args.tiles, workers=args.workers)
+    records = evaluate(args.model, TEST_SEEDS[: args.scenes], tiles=args.tiles, workers=args.workers, focus=args.focus)
     result = summarise(records)
     result["about"] = {
-        "command": f"uhr-bat evidence-native --scenes {args.scenes} --tiles {args.tiles}",
+        "command": f"uhr-bat evidence-native{' --focus DIR' * bool(args.focus)} --scenes {args.scenes} --tiles {args.tiles}",
         "questions": sum(record["method"] == FULL for record in records),
         "scenes": args.scenes,
         "tiles": args.tiles,

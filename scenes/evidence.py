@@ -11,11 +11,12 @@ from .layout import SITE_SIDE, WIDTH
 SITE_SAMPLES = 24  # points a side, by which the portion of a site in a cell is measured
 
 
-def tokens_at(scene, points, grid) -> list[int]:
-    """The tokens of a grid that show points of a scene."""
+def tokens_at(scene, points, grid, letterboxed=True) -> list[int]:
+    """The tokens of a grid that show points of a scene; of a grid over the image alone where it is not `letterboxed`."""
     if not points:
         return []
-    rows, columns = (scene.to_square(points) * grid).astype(int).T
+    places = scene.to_square(points) if letterboxed else scene.to_image(points)
+    rows, columns = (places * grid).astype(int).clip(0, np.subtract(grid, 1)).T
     return (rows * grid[1] + columns).tolist()
 
 
@@ -52,10 +53,10 @@ def site_tokens(scene, sites, grids) -> list[tuple[int, int]]:
     return found
 
 
-def evidence_of(scene, question, grids) -> list[list[tuple[int, int]]]:
+def evidence_of(scene, question, grids, letterboxed=True) -> list[list[tuple[int, int]]]:
     """For every object that a question needs, its (scale, position) at the two finest scales."""
     points, finest = [thing.centre for thing in question.objects], range(len(grids))[-2:]
-    by_scale = [[(scale, token) for token in tokens_at(scene, points, grids[scale])] for scale in finest]
+    by_scale = [[(scale, token) for token in tokens_at(scene, points, grids[scale], letterboxed)] for scale in finest]
     return [list(one) for one in zip(*by_scale)]
 
 

@@ -20,7 +20,7 @@ from ...evaluation.choices import REFINEMENT
 from .. import meters
 from ..compare import Row, expect
 from ..images import photograph
-from ..sides import ANSWER_TOKENS, SIDES, TEXT_AFTER, TEXT_BEFORE, Meter, ask, prompt_ids, side_of
+from ..sides import ANSWER_TOKENS, SIDES, TEXT_AFTER, TEXT_BEFORE, Meter, ask, build_model, prompt_ids, side_of
 
 # What the question would look at once more at 7B, tokens of each scale after the anchor, up to which decoder layer.
 REFINEMENT_7B = ((144, 384, 768), (21, 21, 21))
@@ -74,6 +74,11 @@ def weighing(config, num_tokens, layer, num_rows, num_text) -> int:
     num_layers, M = config.text_config.num_hidden_layers, num_text + num_tokens
     whole = (layer % num_layers * decoder(config, M) + decoder(config, 1)) // num_layers
     return whole + question_rows(config, M, num_rows)
+
+
+def reading_layer(config) -> int:
+    """Layer at which the question's attention to the anchor is read, of the decoder or of the region focus module."""
+    return len(config.focus.layers) - 1 if config.importance_source == "region_focus" else config.importance_layer
 
 
 def refinement(config, candidates, layers, text_before, text_after) -> int:
@@ -136,7 +141,7 @@ def zoomed_stages(config, max_tiles, text_before, text_after, candidates=(), lay
     passes = [min(number, tiles * P) for number, tiles in zip(candidates, chosen[1:])]
     return {
         "encode": vision_tower(config, sum(chosen), up_to_features=True) + projector(config, sum(chosen) * P),
-        "importance": weighing(config, chosen[0] * P, config.importance_layer, num_rows, text_before + text_after),
+        "importance": weighing(config, chosen[0] * P, reading_layer(config), num_rows, text_before + text_after),
         "refinement": refinement(config, passes, layers, text_before, text_after),
         "regions": kmeans(config, [tiles * P for tiles in chosen]),
     }
@@ -221,8 +226,12 @@ def zoomed(sizes) -> list[Row]:
     rows = []
     for part in (4, 8):
         max_tiles = tiles[0] + sum(tiles[1:]) // part
-        for name, refined in (("the anchor's importance alone", ((), ())), ("refined importance", REFINEMENT_7B)):
-            stages = zoomed_stages(config, max_tiles, TEXT_BEFORE, TEXT_AFTER, *refined)
+        for name, one, refined in (
+            ("the anchor's importance alone", config, ((), ())),
+            ("refined importance", config, REFINEMENT_7B),
+            ("importance by a region focus module", focused(config), ((), ())),
+        ):
+            stages = zoomed_stages(one, max_tiles, TEXT_BEFORE, TEXT_AFTER, *refined)
             total = sum(stages.values()) + rest
             rows.append(
                 Row(
@@ -236,12 +245,24 @@ def zoomed(sizes) -> list[Row]:
     return rows
 
 
+def focused(config):
+    """The configuration with a region focus module of as many layers as LRS-VQA's, which importance is read from."""
+    layers = [layer for layer in (0, 1, 5, 11, 14) if layer < config.text_config.num_hidden_layers]
+    changes = {"region_focus": {"layers": layers}, "importance_source": "region_focus"}
+    return UHRBatConfig.from_dict({**config.to_dict(), **changes})
+
+
 def check_zoomed(sizes):
-    """Everything up to the visual tokens on the small geometry, with refinement and without."""
+    """Everything up to the visual tokens on the small geometry, with refinement and without, and by a module."""
     side = side_of("ours", "quick")
-    config, model = side.model.config, side.model.model
-    image, ids, max_tiles = side.read(photograph(sizes.folder, (400, 400))), prompt_ids(config), 50
-    for candidates, layers in (((), ()), ((40, 90, 60), (1, 0, 2))):
+    image, ids, max_tiles = side.read(photograph(sizes.folder, (400, 400))), prompt_ids(side.model.config), 50
+    of_module = build_model(focused(side.model.config)).model
+    for model, candidates, layers in (
+        (side.model.model, (), ()),
+        (side.model.model, (40, 90, 60), (1, 0, 2)),
+        (of_module, (), ()),
+    ):
+        config = model.config
         rules = {"refinement": list(candidates), "refinement_layers": list(layers)}
         pyramids = side.processor(image, max_tiles=max_tiles)
         with torch.no_grad(), meters.FlopMeter() as meter:

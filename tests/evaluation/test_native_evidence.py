@@ -28,10 +28,12 @@ def test_differences_are_paired_and_told_by_the_size_of_the_object():
 def test_one_scene_is_asked_in_every_row_from_as_many_tokens():
     processor, model = load_model(device_map=None)
     scene = make_scene(11, 1.0, width=1600)
-    records = native.ask_scene(model, processor, scene, (0.04,), native.ROWS, 60, np.random.default_rng(0))
+    focus = load_model(device_map=None, region_focus={"layers": [0, 2]})
+    records = native.ask_scene(model, processor, scene, (0.04,), native.ROWS, 60, np.random.default_rng(0), focus)
     methods = {one["method"] for one in records}
-    assert methods == {native.FULL, *native.ROWS}
-    assert {one["tokens"] for one in records if one["method"] != native.FULL} == {146}
+    assert methods == {native.FULL, native.FOCUS, *native.ROWS}
+    assert {one["tokens"] for one in records if one["method"] in native.ROWS} == {146}
+    assert all(17 < one["tokens"] <= 146 for one in records if one["method"] == native.FOCUS)
     result = native.summarise(records) | {
         "about": {"questions": 1, "scenes": 1, "command": "", "tiles": 60, "fractions": (0.04,)}
     }

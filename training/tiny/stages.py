@@ -43,7 +43,7 @@ def train(trainer_class, model, dataset, args, options=None, **kwargs):
         warmup_steps=min(100, args.steps // 10),
         weight_decay=0.01,
         max_grad_norm=1.0,
-        bf16=computes_bfloat16(),
+        **{"bf16": computes_bfloat16()} | (options or {}),
         use_cpu=not torch.cuda.is_available(),
         seed=args.seed,
         logging_steps=20,
@@ -52,7 +52,6 @@ def train(trainer_class, model, dataset, args, options=None, **kwargs):
         dataloader_num_workers=args.workers,
         remove_unused_columns=False,
         report_to=[],
-        **(options or {}),
     )
     trainer = trainer_class(model=model, args=training_arguments, train_dataset=dataset, **kwargs)
     trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
