@@ -132,8 +132,9 @@ class UHRBatScaleEmbedding(nn.Module):
             return sum(weight * _at_places(table, *places) for table, weight in tables)
         vectors, device = self.scale_vectors.float(), positions.device
         part = torch.as_tensor(part, dtype=torch.float32, device=device)[..., None]
-        vector = (1 - part) * vectors[torch.as_tensor(low, device=device)]
-        vector = vector + part * vectors[torch.as_tensor(high, device=device)]
+        if isinstance(scale, torch.Tensor):
+            low, high = (torch.as_tensor(idx, device=device) for idx in (low, high))
+        vector = (1 - part) * vectors[low] + part * vectors[high]
         return _at_places(self.table, positions // width, positions % width, width) + vector
 
 

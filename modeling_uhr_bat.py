@@ -46,6 +46,7 @@ from .outputs_uhr_bat import (
     has_images,
 )
 from .pipeline_uhr_bat import UHRBatPipeline  # saved beside the model, which names it
+from .planning_uhr_bat import UHRBatPlanningMixin
 from .region_focus_uhr_bat import UHRBatRegionFocusMixin, UHRBatRegionFocusModule
 from .released_api_uhr_bat import (
     RELEASED_ARGUMENTS,
@@ -332,7 +333,7 @@ def _seen(text, spots, run, answer_mask) -> torch.Tensor:
     return seen
 
 
-class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixin):
+class UHRBatForConditionalGeneration(UHRBatPlanningMixin, UHRBatPreTrainedModel, UHRBatGenerationMixin):
     """UHR-BAT with a language modelling head: `generate` answers questions about images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}

@@ -24,12 +24,12 @@ HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revi
 
 class UHRBatImagesKwargs(UHRBatImageProcessorKwargs, total=False):
     """
-    budgets (`list[int]` or `int`): visual tokens that each scale, or all scales together, may spend in one prompt,
-        shared by its images.
+    budgets (`list[int]`, `int` or `str`): visual tokens that each scale, or all scales together, may spend in one
+        prompt, shared by its images; or a limit, "24GiB" or "5s".
     images_per_prompt (`list[int]`): filled in by the processor, which sees text and images together.
     """
 
-    budgets: list[int] | int | None
+    budgets: list[int] | int | str | None
     images_per_prompt: list[int] | None
 
 
@@ -69,6 +69,7 @@ class UHRBatProcessor(ProcessorMixin):
             split_budgets(default_budgets, image_processor.scales)
         budgets = PAPER_BUDGETS if default_budgets is None else default_budgets
         self.default_budgets = budgets if is_one_budget(budgets) else list(budgets)
+        self.planner = None  # a model's, for budgets that are limits: `model.planner()`
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -91,7 +92,9 @@ class UHRBatProcessor(ProcessorMixin):
             image_features: what `model.encode_image` returned, one per image, instead of images: the prompt is expanded
                 as theirs would be, and the features are handed on to the model. They may repeat, as the same image does
                 that is asked about in several prompts.
-            budgets: int[S], visual tokens that each scale may spend in one prompt; one number for all scales together.
+            budgets: int[S], visual tokens that each scale may spend in one prompt; one number for all scales together. Or
+                a limit, "24GiB" of memory or "5s" from the tiles to the answer, for the largest budgets that stay below
+                it: of one image, and once `processor.planner = model.planner()` has said what the model takes.
             max_tiles: tiles that may go through the vision tower for one prompt, shared by its images: tiles of finer
                 scales are then read and encoded where the question looks. With `native` the scales are levels down to
                 the image's own resolution; a list of default budgets then counts as their sum.
@@ -192,6 +195,8 @@ class UHRBatProcessor(ProcessorMixin):
                 inputs, available = {"image_pyramids": images}, [image.available for image in images]
             else:
                 available = self.count_shown(inputs["pixel_attention_mask"], scales)
+        if isinstance(budgets, str):
+            budgets = self._budgets_within(budgets, available, inputs)
         own_levels = any(list(getattr(image, "scales", scales)) != list(scales) for image in images)
         if budgets is None:
             budgets = self.default_budgets
@@ -205,6 +210,22 @@ class UHRBatProcessor(ProcessorMixin):
         counts = count_tokens(budgets, scales, images_per_prompt, available)
         inputs["token_counts"], inputs["images_per_prompt"] = np.array(counts), np.array(images_per_prompt)
         return inputs, [self.image_token * sum(count) for count in counts]
+
+    def _budgets_within(self, limit, available, inputs) -> list[int] | int:
+        """The largest budgets that stay below a limit, of one image that is cut or encoded."""
+        if self.planner is None:
+            raise ValueError(
+                f"`budgets={limit!r}` needs the numbers of a model: set `processor.planner = model.planner()` first."
+            )
+        if len(available) != 1:
+            raise ValueError(f"`budgets={limit!r}` is the limit of one image. Got {len(available)} images.")
+        if "image_pyramids" in inputs or hasattr(inputs.get("image_features", [None])[0], "pyramid"):
+            raise ValueError(
+                f"`budgets={limit!r}` is for images whose tiles are all encoded. With `max_tiles`, ask "
+                "`model.plan(image_size, limit, max_tiles=...)` and pass its `budgets`."
+            )
+        mask = inputs.get("pixel_attention_mask")
+        return self.planner.budgets_within(limit, available[0], None if mask is None else np.asarray(mask)[0])
 
     def _process_dynamic(self, images, budgets, images_per_prompt, kwargs):
         """Dynamic pyramids, whose visual tokens are counted when the model has looked: the text keeps a placeholder each."""

@@ -17,15 +17,13 @@ from transformers.utils import logging
 from ..common.prompts import expand_placeholder
 from ..compression_uhr_bat import CompressionRules, compress_image, partition
 from ..configuration_uhr_bat import UHRBatConfig
+from ..costs_uhr_bat import ANSWER_TOKENS, TEXT_AFTER, TEXT_BEFORE
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..modeling_uhr_bat import UHRBatForConditionalGeneration
 from ..outputs_uhr_bat import UHRBatCompressionOutput
 from .straightforward import Straightforward
 
 STAGES = ("read", "preprocess", "encode", "importance", "regions", "selection", "prefill", "answer")
-# Text tokens of the prompt before and after the image: the chat template with a question of a dozen words.
-TEXT_BEFORE, TEXT_AFTER = 14, 24
-ANSWER_TOKENS = 64
 
 
 # Models

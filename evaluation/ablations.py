@@ -2,7 +2,7 @@
 
     uhr-bat ablations NAME [--suite scenes] [--data DIR] [--model DIR] [--limit 60] [--output DIR]
 
-NAME is one of table-4 (tokens, FLOPs, seconds), figure-3-clusters, figure-3-tokens, table-5 (tokens and image
+NAME is one of table-4 (tokens, FLOPs, memory, seconds; for the 7B model by formula), figure-3-clusters, figure-3-tokens, table-5 (tokens and image
 resolution), table-6, which is figure 4 (the budget of one scale, 0 and decreasing ones too), table-7 (k), table-8
 (regions), keep-rules. Every row is asked the same questions; accuracy has 95 % of a bootstrap over images, differences
 from the first row are paired. Writes NAME.json, NAME.md and NAME.png.
@@ -16,7 +16,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 
@@ -28,16 +28,20 @@ from ..common.budgets import counts_of_fraction
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.files import write_report
-from ..common.loading import check_files, load_model
+from ..common.loading import ROOT, check_files, load_model
 from ..common.tables import interval, percent_interval, table
+from ..configuration_uhr_bat import UHRBatConfig
+from ..costs_uhr_bat import ANSWER_TOKENS
 from ..image_reading_uhr_bat import resize_image
+from ..modeling_uhr_bat import UHRBatForConditionalGeneration
 from .choices import PAPER, PROPORTIONS, RULES
 from .evaluate import add_suite_arguments, prompt_of, stay_offline
-from .running import answers, encode, list_errors, measure_groups
+from .running import answers, compress, encode, generate_text, list_errors, measure_groups
 from .suites import SUITES
 
 PAPER_TOKENS = 131_328
 PAPER_RULE = RULES[PAPER][0]
+TABLE_4 = (4, 5, 6, 8, 10, 11, 12)  # thousands of kept tokens
 
 
 @dataclass(frozen=True)
@@ -135,7 +139,7 @@ def default_budgets(config) -> list[int]:
 
 # Name: (rows of a configuration, what the axis of the plot says).
 ABLATIONS = {
-    "table-4": (lambda config: tokens_rows(config, (4, 5, 6, 8, 10, 11, 12)), "kept tokens of 131, thousands"),
+    "table-4": (lambda config: tokens_rows(config, TABLE_4), "kept tokens of 131, thousands"),
     "figure-3-clusters": (lambda config: clusters_rows(config, (10, 20, 50, 120, 240)), "k"),
     "figure-3-tokens": (lambda config: tokens_rows(config, (3, 4, 5, 6, 8, 10)), "kept tokens of 131, thousands"),
     "table-5": (resolution_rows, "kept tokens of 131, thousands"),
@@ -172,16 +176,21 @@ def records_of(model, processor, suite, prompt, group, rows) -> list[dict]:
         for row in rows:
             features, encoding = encoded[row.resolution]
             counts = row.counts(features.available)
-            ((text, spent),), seconds = timed(
-                lambda sample=sample, row=row, features=features, counts=counts: answers(
-                    model, processor, [suite.prompts[prompt](sample)], [[features]], rules=row.rules, counts=[counts],
-                    max_new_tokens=suite.max_new_tokens,
+            features.partitions.clear()  # every question pays for its regions
+            question = model, processor, [suite.prompts[prompt](sample)], [[features]]
+            rules = {"rules": row.rules, "counts": [counts]}
+            (inputs, seen, (spent,)), compressing = timed(
+                lambda question=question, rules=rules: compress(*question, **rules)
+            )
+            (text,), generating = timed(
+                lambda inputs=inputs, seen=seen: generate_text(
+                    model, processor, inputs, seen, max_new_tokens=suite.max_new_tokens
                 )
-            )  # fmt: skip
+            )
             records.append({
                 "row": row.name, "sample": sample.id, "image": sample.pictures[0].key, "section": sample.section,
-                "right": suite.scorers[0].score(sample, text), "tokens": spent, "seconds": encoding + seconds,
-                "answer_seconds": seconds,
+                "right": suite.scorers[0].score(sample, text), "tokens": spent,
+                "seconds": {"encode": encoding, "compress": compressing, "generate": generating},
             })  # fmt: skip
     return records
 
@@ -223,8 +232,9 @@ def summarise(records, rows) -> list[dict]:
                 name: float(np.mean([record["right"] for record in asked if record["section"] == name]))
                 for name in sections
             },
-            "seconds": float(np.mean([record["seconds"] for record in asked])),
-            "answer_seconds": float(np.mean([record["answer_seconds"] for record in asked])),
+            "seconds": {
+                stage: float(np.mean([record["seconds"][stage] for record in asked])) for stage in asked[0]["seconds"]
+            },
         })  # fmt: skip
     return found
 
@@ -235,23 +245,54 @@ def summarise(records, rows) -> list[dict]:
 def report(result) -> str:
     rows, about = result["rows"], result["about"]
     sections = list(rows[0]["sections"])
-    header = ["row", "tokens", "GFLOPs", "accuracy", "minus the first", *sections, "total (s)", "answer (s)"]
+    header = ["row", "tokens", "GFLOPs", "accuracy", "minus the first", *sections]
+    header += [f"{stage} (s)" for stage in rows[0]["seconds"]]
     lines = [
         [row["name"], f"{row['tokens']:.0f}", f"{row['flops'] / 1e9:.3g}", percent_interval(row["accuracy"])]
         + [percent_interval(row["minus_first"], signed=True)]
         + [f"{100 * row['sections'][name]:.1f}" for name in sections]
-        + [f"{row['seconds']:.3f}", f"{row['answer_seconds']:.3f}"]
+        + [f"{seconds:.3f}" for seconds in row["seconds"].values()]
         for row in rows
     ]
     return "\n\n".join([
         f"# {about['name']}: {about['suite']}, {about['model']}",
         f"{rows[0]['samples']} questions about {about['images']} images, scored by {about['scorer']}. Percent, with "
         "95 % intervals of a bootstrap over images; differences are paired by question. GFLOPs of one question from "
-        "the tiles to the answer, by torch's counter. Total: encoding and answer; answer: importance, selection and "
-        "decoding.",
+        "the tiles to the answer, by torch's counter. Compress: importance, regions and selection.",
         table(header, lines),
+        *([prices_table(result["prices"])] if "prices" in result else []),
         list_errors(result["errors"]),
     ]) + "\n"  # fmt: skip
+
+
+def prices(config, thousands, dtype) -> list[dict]:
+    """Table 4 by formula: a question about a square image with `ANSWER_TOKENS` of answer, for a model without weights."""
+    with torch.device("meta"):
+        planner = UHRBatForConditionalGeneration(config).to(dtype).planner("cpu")
+    found = []
+    for number in thousands:
+        question = planner.plan((max(config.scales),) * 2, seconds=False).question
+        counts = fraction_of(number)(question.available)
+        plan = planner.plan_question(replace(question, budgets=counts), seconds=False)
+        found.append({
+            "kept": sum(counts), "total": sum(question.available), "flops": sum(plan.flops.values()),
+            "bytes": sum(plan.memory["encode"].values()), "weights": planner.weights,
+        })  # fmt: skip
+    return found
+
+
+def prices_table(of_models) -> str:
+    header = ["model", "kept tokens", "of", "TFLOPs", "memory (GB)", "weights of it (GB)"]
+    cells = [
+        [name, f"{row['kept']:,}", f"{row['total']:,}", f"{row['flops'] / 1e12:.4g}", f"{row['bytes'] / 1e9:.3g}"]
+        + [f"{row['weights'] / 1e9:.3g}"]
+        for name, rows in of_models.items()
+        for row in rows
+    ]
+    note = (
+        f"By formula (`uhr-bat plan`): a square image from its tiles to {ANSWER_TOKENS} tokens of answer, and the peak."
+    )
+    return f"{note}\n\n{table(header, cells)}"
 
 
 def plot(result, path):
@@ -297,7 +338,16 @@ def measure(args) -> dict:
         "prompt": prompt, "scorer": suite.scorers[0].name, "images": len({record["image"] for record in records}),
     }  # fmt: skip
     rows = [row | {"flops": flops[row["name"]]} for row in summarise(records, rows)]
-    return {"about": about, "rows": rows, "errors": errors}
+    result = {"about": about, "rows": rows, "errors": errors}
+    if args.name == "table-4":
+        big = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
+        result["prices"] = {
+            "7B, bfloat16": prices(big, TABLE_4, torch.bfloat16),
+            f"{args.model.resolve().name}, {str(model.dtype).removeprefix('torch.')}": prices(
+                model.config, TABLE_4, model.dtype
+            ),
+        }
+    return result
 
 
 @tells_errors

@@ -102,12 +102,18 @@ def answers(
         generation: other arguments of `generate`; the best token every time unless they say otherwise.
     """
     inputs, seen, spent = compress(model, processor, questions, features, budgets, rules, counts)
-    options = {"do_sample": False, "max_new_tokens": max_new_tokens} | generation
-    output = model.generate(**inputs, **seen, **options)
+    said = generate_text(model, processor, inputs, seen, max_new_tokens=max_new_tokens, **generation)
+    return list(zip(said, spent))
+
+
+def generate_text(model, processor, inputs, seen, **generation) -> list[str]:
+    """What the model says to prompts that `compress` returned."""
+    output = model.generate(**inputs, **seen, **{"do_sample": False} | generation)
     said = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [(text.strip(), number) for text, number in zip(said, spent)]
+    return [text.strip() for text in said]
 
 
+@torch.no_grad()
 def compress(model, processor, questions, features, budgets=None, rules=None, counts=None):
     """Prompts with their images compressed.
 

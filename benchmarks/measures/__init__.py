@@ -1,6 +1,6 @@
 """Every measure of the benchmark: a function each, from `Sizes` to the rows that came out."""
 
-from . import compression, end_to_end, flops, preprocessing, training
+from . import compression, end_to_end, flops, planning, preprocessing, training
 
 # In the order of the table that `uhr-bat bench` prints.
 MEASURES = {
@@ -10,6 +10,8 @@ MEASURES = {
         flops.refined,
         flops.zoomed,
         flops.padding,
+        planning.planned_memory,
+        planning.walked,
         compression.synchronisations,
         compression.selection,
         compression.kmeans,

@@ -1,21 +1,18 @@
-"""FLOPs of one question by formula, stage by stage, for both sides: the 7B model fits no counter's machine.
+"""FLOPs of one question by formula (`costs_uhr_bat.py`), for both sides: the 7B model fits no counter's machine.
 
 The formula is held against a counter: over a whole question on a small geometry of the same form, and over the 7B towers
-on the meta device. As torch counts: a multiplication and an addition are two, attention is the
-whole square, element-wise work is nothing. Averages and sums of the k-means and of the merging are nothing, too.
-
-Letters: T tiles, P patches of a tile, N tokens, M tokens of a sequence, D width, R regions.
+on the meta device.
 """
 
 import torch
 from PIL import Image
 
+from ... import costs_uhr_bat as costs
 from ...common.loading import ROOT
 from ...compression_uhr_bat import CompressionRules
 from ...configuration_uhr_bat import UHRBatConfig
 from ...geometry_uhr_bat import shown_patches
 from ...modeling_uhr_bat import UHRBatForConditionalGeneration
-from ...zooming_uhr_bat import split_tiles
 from ...evaluation.choices import REFINEMENT
 from .. import meters
 from ..compare import Row, expect
@@ -25,109 +22,34 @@ from ..sides import ANSWER_TOKENS, SIDES, TEXT_AFTER, TEXT_BEFORE, Meter, ask, b
 # What the question would look at once more at 7B, tokens of each scale after the anchor, up to which decoder layer.
 REFINEMENT_7B = ((144, 384, 768), (21, 21, 21))
 
-# The formula
 
-
-def vision_tower(config, num_tiles, up_to_features=False) -> int:
-    """All layers of the tower; ours ends at the one that the features are read from."""
-    vision = config.vision_config
-    D, P = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2
-    num_layers, patches = vision.num_hidden_layers, 2 * P * 3 * vision.patch_size**2 * D
-
-    def layer(M):
-        return 2 * M * 4 * D**2 + 2 * M * 2 * D * vision.intermediate_size + 4 * M**2 * D
-
-    if up_to_features:
-        num_layers = config.vision_feature_layer % (num_layers + 1)
-    return num_tiles * (patches + num_layers * layer(P + 1))
-
-
-def projector(config, N) -> int:
-    C, D = config.vision_config.hidden_size, config.text_config.hidden_size
-    return 2 * N * (C * D + D * D)
-
-
-def decoder(config, M, num_cached=0) -> int:
-    """All layers, for M new tokens behind `num_cached` ones."""
-    text = config.text_config
-    D, (query, key) = text.hidden_size, attention_widths(config)
-    layer = 2 * M * (2 * D * query + 2 * D * key + 3 * D * text.intermediate_size)
-    layer += 4 * M * (num_cached + M) * query
-    return text.num_hidden_layers * (layer)
-
-
-def attention_widths(config) -> tuple[int, int]:
-    """Width of all heads together, of the queries and of the keys."""
-    text = config.text_config
-    return text.num_attention_heads * config.head_width, text.num_key_value_heads * config.head_width
-
-
-def question_rows(config, M, num_rows) -> int:
-    """Ours at the importance layer: queries and keys of all rows, and the scores of the question's."""
-    text = config.text_config
-    query, key = attention_widths(config)
-    return 2 * M * text.hidden_size * (query + key) + 2 * num_rows * M * query
-
-
-def weighing(config, num_tokens, layer, num_rows, num_text) -> int:
-    """Ours: the question weighs tokens of the image, in a pass up to a layer that reads one row more than it scores."""
-    num_layers, M = config.text_config.num_hidden_layers, num_text + num_tokens
-    whole = (layer % num_layers * decoder(config, M) + decoder(config, 1)) // num_layers
-    return whole + question_rows(config, M, num_rows)
-
-
-def reading_layer(config) -> int:
-    """Layer at which the question's attention to the anchor is read, of the decoder or of the region focus module."""
-    return len(config.focus.layers) - 1 if config.importance_source == "region_focus" else config.importance_layer
-
-
-def refinement(config, candidates, layers, text_before, text_after) -> int:
-    """The passes that refine the importance; at the finest scale the last token asks alone."""
-    rows = [text_after] * (len(candidates) - 1) + [1]
-    passes = zip(candidates, layers, rows)
-    return sum(weighing(config, number, layer, asking, text_before + text_after) for number, layer, asking in passes)
-
-
-def kmeans(config, sizes) -> int:
-    """Distances of every token to every centre, in all iterations."""
-    width = config.text_config.hidden_size + 2
-    counts = [config.num_regions or budget for budget in config.budgets]
-    return sum(config.kmeans_iterations * 2 * N * width * R for N, R in zip(sizes, counts) if N > R)
-
-
-def head(config, M) -> int:
-    return 2 * M * config.text_config.hidden_size * config.text_config.vocab_size
+def square_question(config, text_before, text_after, num_answer_tokens) -> costs.Question:
+    """About a square image, so that every token shows it."""
+    text = {"text_before": text_before, "text_after": text_after, "num_answer_tokens": num_answer_tokens}
+    return costs.question_of(config, (max(config.scales),) * 2, **text)
 
 
 def question_flops(config, text_before, text_after, num_answer_tokens) -> dict[str, dict[str, int]]:
-    """{"ours" and "straightforward": {stage: FLOPs}} of one question about one image.
+    """{"ours" and "straightforward": {stage: FLOPs}} of one question about one square image; without a refinement.
 
     Args:
-        config: geometry and budgets; a square image, so that every token shows it.
+        config: geometry and budgets.
         text_before, text_after: text tokens of the prompt, before and after the image.
         num_answer_tokens: tokens that are generated.
     """
-    sizes = [height * width for height, width in config.grids]
-    M = text_before + sizes[0] + text_after
-    num_rows = text_after if config.question_tokens == "all" else 1
-    prompt = text_before + sum(map(min, zip(config.budgets, sizes))) + text_after
-
-    project = projector(config, sum(sizes))
-    tiles = [(scale // config.tile_size) ** 2 for scale in config.scales]
-    steps = sum(decoder(config, 1, prompt + step) + head(config, 1) for step in range(num_answer_tokens - 1))
-    same = {"regions": kmeans(config, sizes), "answer": steps}
+    question = square_question(config, text_before, text_after, num_answer_tokens)
+    ours = costs.question_flops(config, question)
+    ours.pop("refinement", None)
+    sizes, num_tiles = question.available, sum(question.tiles)
+    of_all_tiles = costs.vision_tower(config, num_tiles) + costs.projector(config, sum(sizes))
     return {
-        "ours": {
-            "encode": vision_tower(config, sum(tiles), up_to_features=True) + project,
-            "importance": weighing(config, sizes[0], config.importance_layer, num_rows, text_before + text_after),
-            "prefill": decoder(config, prompt) + head(config, 1),
-            **same,
-        },
+        "ours": ours,
         "straightforward": {
-            "encode": 2 * (vision_tower(config, sum(tiles)) + project),
-            "importance": decoder(config, M),
-            "prefill": decoder(config, prompt) + head(config, prompt),
-            **same,
+            "encode": 2 * of_all_tiles,
+            "importance": costs.decoder(config, question.num_text + sizes[0]),
+            "prefill": costs.decoder(config, question.prompt) + costs.head(config, question.prompt),
+            "regions": ours["regions"],
+            "answer": ours["answer"],
         },
     }
 
@@ -135,16 +57,12 @@ def question_flops(config, text_before, text_after, num_answer_tokens) -> dict[s
 def zoomed_stages(config, max_tiles, text_before, text_after, candidates=(), layers=()) -> dict[str, int]:
     """{stage: FLOPs} of ours up to the visual tokens, where a question looks at `max_tiles` tiles of the fixed scales; of a
     square image. `candidates`, `layers`: of the refinement of every scale after the anchor, none by default."""
-    P = (config.tile_size // config.patch_size) ** 2
-    chosen = split_tiles([(scale // config.tile_size) ** 2 for scale in config.scales], max_tiles)
-    num_rows = text_after if config.question_tokens == "all" else 1
-    passes = [min(number, tiles * P) for number, tiles in zip(candidates, chosen[1:])]
-    return {
-        "encode": vision_tower(config, sum(chosen), up_to_features=True) + projector(config, sum(chosen) * P),
-        "importance": weighing(config, chosen[0] * P, reading_layer(config), num_rows, text_before + text_after),
-        "refinement": refinement(config, passes, layers, text_before, text_after),
-        "regions": kmeans(config, [tiles * P for tiles in chosen]),
-    }
+    rules = {"refinement": list(candidates), "refinement_layers": list(layers)}
+    config = UHRBatConfig.from_dict({**config.to_dict(), **rules})
+    text = {"text_before": text_before, "text_after": text_after}
+    question = costs.question_of(config, (max(config.scales),) * 2, max_tiles=max_tiles, **text)
+    flops = costs.question_flops(config, question)
+    return {stage: number for stage, number in flops.items() if stage not in ("prefill", "answer")}
 
 
 # Measures
@@ -190,7 +108,7 @@ def refined(sizes) -> list[Row]:
         with meters.FlopMeter() as meter:
             model.refine_importance(ids, image, importance, rules)
             counted = meter.get_total_flops()
-    formula = refinement(config, rules.refinement, rules.refinement_layers, TEXT_BEFORE, TEXT_AFTER)
+    formula = costs.refinement(config, rules.refinement, rules.refinement_layers, TEXT_BEFORE, TEXT_AFTER)
     expect(counted == formula, f"refinement: the counter says {counted}, the formula {formula}.")
 
     rows = []
@@ -201,7 +119,7 @@ def refined(sizes) -> list[Row]:
         config = UHRBatConfig.from_pretrained(folder)
         stages = question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)["ours"]
         again = sum(stages.values()) - stages["encode"] - stages["regions"]
-        price = refinement(config, candidates, layers, TEXT_BEFORE, TEXT_AFTER)
+        price = costs.refinement(config, candidates, layers, TEXT_BEFORE, TEXT_AFTER)
         rows.append(
             Row(
                 f"FLOPs of the refined importance, {name}, {', '.join(map(str, candidates))} tokens",
@@ -298,7 +216,7 @@ def check_towers(config, expected):
             counted = [meter.get_total_flops()]
             model.lm_head(model.model.language_model(inputs_embeds=prompt).last_hidden_state)
             counted.append(meter.get_total_flops() - counted[0])
-    formula = [vision_tower(config, 2), expected["prefill"]]
+    formula = [costs.vision_tower(config, 2), expected["prefill"]]
     expect(counted == formula, f"7B on the meta device: the counter says {counted}, the formula {formula}.")
 
 

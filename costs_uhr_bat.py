@@ -1,0 +1,331 @@
+"""UHR-BAT costs: FLOPs and bytes of one question about one image by formula, stage by stage, before an image is read.
+
+FLOPs as torch counts them: a multiplication and an addition are two, attention is the whole square, element-wise work
+is nothing; averages and sums of the k-means and of the merging are nothing, too. `benchmarks` holds both formulas
+against counters: FLOPs to the last one, bytes against measured peaks.
+
+Letters: S scales, T tiles, P patches of a tile, N tokens, M tokens of a sequence, C width of the tower, D width of the
+decoder, F width of an MLP, R regions, b bytes of a value.
+"""
+
+from dataclasses import dataclass
+
+from .budgets_uhr_bat import count_tokens, is_one_budget
+from .clustering_uhr_bat import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, PCA_WIDTH
+from .geometry_uhr_bat import shown_patches
+from .zooming_uhr_bat import split_tiles
+
+# Text tokens of a prompt before and after the image (the chat template with a question of a dozen words), and those of
+# an answer, where nobody says how many.
+TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS = 14, 24, 64
+# Bytes of a pixel as Pillow holds an RGB image: a fourth one fills the word.
+PILLOW_PIXEL = 4
+
+
+@dataclass(frozen=True)
+class Question:
+    """All of a question about an image that its price depends on.
+
+    Attributes:
+        num_pixels: of the image; 0 where it is cut into tiles already.
+        tiles: int[S], tiles that pass the vision tower; all 0 where the image is encoded already.
+        available: int[S], tokens that show the image, of these tiles.
+        budgets: int[S], visual tokens that each scale may spend, or one number for all.
+        text_before, text_after: text tokens before and after the image.
+        num_answer_tokens: tokens that are generated.
+        max_tiles: see [`UHRBatImageProcessor`]; None where every tile is encoded.
+    """
+
+    num_pixels: int
+    tiles: list[int]
+    available: list[int]
+    budgets: list[int] | int
+    text_before: int = TEXT_BEFORE
+    text_after: int = TEXT_AFTER
+    num_answer_tokens: int = ANSWER_TOKENS
+    max_tiles: int | None = None
+
+    @property
+    def counts(self) -> list[int]:
+        """int[S], or int[1] for one budget: the visual tokens that are spent."""
+        return count_tokens(self.budgets, range(len(self.available)), [1], [self.available])[0]
+
+    @property
+    def num_text(self) -> int:
+        return self.text_before + self.text_after
+
+    @property
+    def prompt(self) -> int:
+        """Tokens of the prompt with its image."""
+        return self.num_text + sum(self.counts)
+
+    @property
+    def anchor_idx(self) -> int:
+        return next(scale_idx for scale_idx, number in enumerate(self.available) if number)
+
+
+def tiles_of(shown, patches_per_side: int) -> int:
+    """Tiles of a scale that show any of the image, from bool[H, W] patches that do."""
+    H, W = shown.shape
+    p = patches_per_side
+    return int(shown.reshape(H // p, p, W // p, p).any(axis=(1, 3)).sum())
+
+
+def question_of(config, image_size: tuple[int, int], budgets=None, max_tiles=None, **text) -> Question:
+    """The question about an image of (height, width) pixels: where the letterbox lies follows from its size.
+
+    Args:
+        budgets: int[S] or one number; None for those of the configuration.
+        max_tiles: tiles of the configuration's scales that are encoded where the question looks; None for all.
+        text: other values for the rest of [`Question`].
+    """
+    full = [(height * width, config.tile_size // config.patch_size) for height, width in config.grids]
+    tiles, available = [N // p**2 for N, p in full], [N for N, _ in full]
+    if config.mask_padding:
+        shown = [shown_patches(image_size, grid) for grid in config.grids]
+        available = [int(patches.sum()) for patches in shown]
+        tiles = [tiles_of(patches, p) for patches, (_, p) in zip(shown, full)]
+    if max_tiles is not None:
+        tiles = split_tiles(tiles, max_tiles)
+        available = [min(N, number * p**2) for N, number, (_, p) in zip(available, tiles, full)]
+    budgets = config.budgets if budgets is None else budgets
+    return Question(image_size[0] * image_size[1], tiles, available, budgets, max_tiles=max_tiles, **text)
+
+
+# ---- FLOPs -----------------------------------------------------------------------------------------------------------
+
+
+def tower_layer_flops(config, num_tiles) -> int:
+    vision = config.vision_config
+    C, M = vision.hidden_size, (vision.image_size // vision.patch_size) ** 2 + config.tower_form.num_class_tokens
+    return num_tiles * (2 * M * 4 * C**2 + 2 * M * 2 * C * vision.intermediate_size + 4 * M**2 * C)
+
+
+def vision_tower(config, num_tiles, up_to_features=False) -> int:
+    """All layers of the tower; ours ends at the one that the features are read from."""
+    vision = config.vision_config
+    num_layers = vision.num_hidden_layers
+    patches = 2 * (vision.image_size // vision.patch_size) ** 2 * 3 * vision.patch_size**2 * vision.hidden_size
+    if up_to_features:
+        num_layers = config.vision_feature_layer % (num_layers + 1)
+    return num_tiles * patches + num_layers * tower_layer_flops(config, num_tiles)
+
+
+def projector(config, N) -> int:
+    C, D = config.vision_config.hidden_size, config.text_config.hidden_size
+    return 2 * N * (C * D + D * D)
+
+
+def attention_widths(config) -> tuple[int, int]:
+    """Width of all heads together, of the queries and of the keys."""
+    text = config.text_config
+    return text.num_attention_heads * config.head_width, text.num_key_value_heads * config.head_width
+
+
+def decoder_layer_flops(config, M, num_cached=0) -> int:
+    text = config.text_config
+    D, (query, key) = text.hidden_size, attention_widths(config)
+    products = 2 * M * (2 * D * query + 2 * D * key + 3 * D * text.intermediate_size)
+    return products + 4 * M * (num_cached + M) * query
+
+
+def decoder(config, M, num_cached=0) -> int:
+    """All layers, for M new tokens behind `num_cached` ones."""
+    return config.text_config.num_hidden_layers * decoder_layer_flops(config, M, num_cached)
+
+
+def head(config, M) -> int:
+    return 2 * M * config.text_config.hidden_size * config.text_config.vocab_size
+
+
+def question_rows(config, M, num_rows) -> int:
+    """At the importance layer: queries and keys of all rows, and the scores of the question's."""
+    query, key = attention_widths(config)
+    return 2 * M * config.text_config.hidden_size * (query + key) + 2 * num_rows * M * query
+
+
+def weighing(config, num_tokens, layer, num_rows, num_text) -> int:
+    """The question weighs tokens of the image, in a pass up to a layer that reads one row more than it scores."""
+    num_layers, M = config.text_config.num_hidden_layers, num_text + num_tokens
+    whole = layer % num_layers * decoder_layer_flops(config, M) + decoder_layer_flops(config, 1)
+    return whole + question_rows(config, M, num_rows)
+
+
+def reading_layer(config) -> int:
+    """Layer at which the question's attention to the anchor is read, of the decoder or of the region focus module."""
+    return len(config.focus.layers) - 1 if config.importance_source == "region_focus" else config.importance_layer
+
+
+def refinement(config, candidates, layers, text_before, text_after) -> int:
+    """The passes that refine the importance; at the finest scale the last token asks alone."""
+    rows = [text_after] * (len(candidates) - 1) + [1]
+    passes = zip(candidates, layers, rows)
+    return sum(weighing(config, number, layer, asking, text_before + text_after) for number, layer, asking in passes)
+
+
+def candidates_of(config, question) -> tuple[list[int], list[int]]:
+    """(tokens, decoder layer) of every pass that refines the importance: scales after the anchor."""
+    numbers = [min(pair) for pair in zip(config.refinement, question.available[1:])][question.anchor_idx :]
+    layers = config.refinement_layers or [config.importance_layer] * len(config.refinement)
+    return numbers, layers[question.anchor_idx :]
+
+
+def region_counts(config, question) -> list[int]:
+    """int[S], regions that the tokens of every scale are clustered into, 0 where nothing is clustered."""
+    counts = question.counts
+    if is_one_budget(question.budgets):  # equal parts bound the number of regions, as in `compress_image`
+        share = max(1, counts[0] // sum(map(bool, question.available)))
+        counts = [share if number else 0 for number in question.available]
+    if config.region_method in ("grid", "none"):
+        return [0] * len(counts)
+    if config.region_method == "birch":
+        raise ValueError('What region_method="birch" costs depends on the image. Plan with "kmeans".')
+    regions = [config.num_regions or count for count in counts]
+    if config.coverage:
+        regions = [min(pair) for pair in zip(regions, counts)]
+    limits = zip(regions, counts, question.available)
+    return [R if count and R < N else 0 for R, count, N in limits]
+
+
+def kmeans(config, sizes, regions) -> int:
+    """Distances of every token to every centre, in all iterations. Of "kmeans_pca" the products on its axes: how many of
+    the last assignment are needed depends on the image."""
+    D, projection = config.text_config.hidden_size, 0
+    if config.region_method == "kmeans_pca" and D > PCA_WIDTH:
+        projection = sum(2 * N * D * PCA_WIDTH for N, R in zip(sizes, regions) if R)
+        D = PCA_WIDTH
+    return projection + sum(config.kmeans_iterations * 2 * N * (D + 2) * R for N, R in zip(sizes, regions))
+
+
+def question_flops(config, question: Question) -> dict[str, int]:
+    """{stage: FLOPs} of a question: "encode", "importance", "regions", "prefill", "answer"; "refinement" where there is
+    one."""
+    P = (config.tile_size // config.patch_size) ** 2
+    num_tiles, before, after = sum(question.tiles), question.text_before, question.text_after
+    num_rows = after if config.question_tokens == "all" else 1
+    anchor, steps = question.available[question.anchor_idx], range(question.num_answer_tokens - 1)
+    flops = {
+        "encode": vision_tower(config, num_tiles, up_to_features=True) + projector(config, num_tiles * P),
+        "importance": weighing(config, anchor, reading_layer(config), num_rows, question.num_text),
+        "refinement": 0,
+        "regions": kmeans(config, question.available, region_counts(config, question)),
+        "prefill": decoder(config, question.prompt) + head(config, 1),
+        "answer": sum(decoder(config, 1, question.prompt + step) + head(config, 1) for step in steps),
+    }
+    if config.refinement:
+        flops["refinement"] = refinement(config, *candidates_of(config, question), before, after)
+    return {stage: number for stage, number in flops.items() if number or stage != "refinement"}
+
+
+# ---- Bytes -----------------------------------------------------------------------------------------------------------
+
+
+def tower_chunk(config, num_tiles, b) -> int:
+    """A chunk of tiles in the tower, at its widest: where patches are embedded, or in a layer's MLP.
+
+    Before patches are embedded, a CPU's convolution pads the three colours to 16, beside the chunk and its copy. A layer
+    has the residual and the normed states, and three tensors as wide as the MLP.
+    """
+    vision, num_tiles = config.vision_config, min(num_tiles, config.vision_chunk_size)
+    M = (vision.image_size // vision.patch_size) ** 2 + config.tower_form.num_class_tokens
+    pixels = 4 * num_tiles * config.tile_size**2
+    layer = b * num_tiles * M * (2 * vision.hidden_size + 3 * vision.intermediate_size)
+    return max(22 * pixels, 3 * pixels + layer)
+
+
+def decoder_pass(config, M, b) -> int:
+    """A layer of the decoder while its MLP runs: sequence, residual and normed states, and the MLP's three products."""
+    return b * M * 3 * (config.text_config.hidden_size + config.text_config.intermediate_size)
+
+
+def key_value_cache(config, M, b) -> int:
+    return 2 * b * M * config.text_config.num_hidden_layers * attention_widths(config)[1]
+
+
+def kmeans_blocks(config, N, R, on_gpu) -> int:
+    """Three blocks in float32, three sets of centres, and order and labels of the tokens."""
+    if not R:
+        return 0
+    width = min(config.text_config.hidden_size, PCA_WIDTH if config.region_method == "kmeans_pca" else 2**30) + 2
+    block = min(GPU_BLOCK_ELEMENTS if on_gpu else BLOCK_ELEMENTS, N * max(width, R))
+    held = N * width if config.region_method == "kmeans_pca" else 0
+    return 4 * (3 * block + 3 * R * width + held) + 48 * N
+
+
+def tokens_at_work(config, N, num_tiles, b) -> tuple[int, int]:
+    """Bytes of the tokens of a scale while they are made: (beside a chunk in the tower, when the scale embedding is added).
+
+    First what the projector gave out of all tiles so far. Then the tokens, the blocks that have got their embedding, and
+    these in one piece, beside a block of embeddings in float32, twice.
+    """
+    D, P = config.text_config.hidden_size, (config.tile_size // config.patch_size) ** 2
+    projected = b * num_tiles * P * D
+    block = min(config.vision_chunk_size * P, N)
+    return projected, max(2 * projected, 3 * b * N * D + 8 * block * D)
+
+
+def question_bytes(config, question: Question, weights: int, b: int, on_gpu: bool) -> dict[str, dict[str, int]]:
+    """{stage: {term: bytes}} of the device that the model is on; the peak is the greatest sum of a stage.
+
+    What stays is in every stage: the weights, the pixel values that the caller holds, and, once they are there, the tokens
+    of all scales (encode once, ask many). On a CPU, the image and its tiles are in the same memory.
+
+    Args:
+        weights: bytes of the model's parameters and buffers, as they are in memory.
+        b: bytes of a value of the tokens: 4 for float32, 2 for bfloat16.
+        on_gpu: whether clustering takes the blocks of a GPU.
+    """
+    D = config.text_config.hidden_size
+    P, encoded = (config.tile_size // config.patch_size) ** 2, not any(question.tiles)
+    num_tiles = 0 if encoded else sum(height * width // P for height, width in config.grids)
+    if question.max_tiles is not None:  # read level by level, when they are asked for
+        num_tiles = max(question.tiles)
+    held = {"weights": weights, "pixel values": 4 * 3 * num_tiles * config.tile_size**2}
+    stages = {}
+    if question.num_pixels and not on_gpu:
+        stages["preprocess"] = {
+            **held, "image": PILLOW_PIXEL * question.num_pixels, "tiles of 8 bits": held["pixel values"] // 4
+        }  # fmt: skip
+
+    anchor = b * D * question.available[question.anchor_idx]
+    of_scales = [b * D * N for N in question.available]
+    if not encoded:
+        peaks = []
+        for scale_idx, (N, T) in enumerate(zip(question.available, question.tiles)):
+            before = sum(of_scales[:scale_idx]) + (anchor if scale_idx > question.anchor_idx else 0)
+            projected, added = tokens_at_work(config, N, T, b)
+            chunk = tower_chunk(config, T, b)
+            peaks.append({"tokens of all scales": before + projected, "tower's chunk": chunk})
+            peaks.append({"tokens of all scales": before + added, "tower's chunk": 0})
+        stages["encode"] = held | max(peaks, key=lambda terms: sum(terms.values()))
+
+    # Positions, regions and their copies: a few whole numbers for a token.
+    held = held | {"tokens of all scales": sum(of_scales) + anchor + 32 * sum(question.available)}
+    passes = [question.available[question.anchor_idx], *candidates_of(config, question)[0]]
+    M = question.num_text + max(passes)
+    scores = 10 * config.text_config.num_attention_heads * min(64, question.text_after) * M
+    stages["importance"] = held | {"importance pass": decoder_pass(config, M, b) + scores}
+    regions = region_counts(config, question)
+    blocks = [kmeans_blocks(config, N, R, on_gpu) for N, R in zip(question.available, regions)]
+    stages["regions"] = held | {"k-means blocks": max(blocks)}
+    joined = sum(of_scales) if is_one_budget(question.budgets) else 0
+    stages["selection"] = held | {"tokens of all scales in one": joined, "visual tokens": b * D * sum(question.counts)}
+    # Visual tokens, the embedded prompt, and the prompt with both.
+    visual = {"visual tokens": 3 * b * D * question.prompt}
+    cache = key_value_cache(config, question.prompt, b)
+    stages["prefill"] = held | visual | {"KV cache": cache, "prefill": decoder_pass(config, question.prompt, b)}
+    # Keys and values of a layer are copied when a token is added.
+    grown = key_value_cache(config, question.prompt + question.num_answer_tokens, b)
+    grown += grown // config.text_config.num_hidden_layers
+    stages["answer"] = held | visual | {"KV cache": grown, "scores": 8 * config.text_config.vocab_size}
+    return stages
+
+
+def host_bytes(config, question: Question) -> int:
+    """What the machine beside a GPU holds at once: the image, where Pillow reads it whole, its tiles of 8 bits and its
+    pixel values. A raster is streamed: then without the image."""
+    values = 3 * sum(scale**2 for scale in config.scales)
+    return PILLOW_PIXEL * question.num_pixels + values + 4 * values
+
+
+__all__ = ["Question", "question_bytes", "question_flops", "question_of"]

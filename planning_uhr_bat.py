@@ -1,0 +1,282 @@
+"""UHR-BAT planning: what a question about an image will cost, and the largest budgets that stay below a limit.
+
+FLOPs and memory are formulas (`costs_uhr_bat.py`); seconds are these FLOPs at the rates of a device (`rates_uhr_bat.py`).
+
+Letters: S scales.
+"""
+
+import re
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+
+from .budgets_uhr_bat import apportion, is_one_budget
+from .configuration_uhr_bat import UHRBatConfig
+from .costs_uhr_bat import (
+    Question,
+    candidates_of,
+    host_bytes,
+    question_bytes,
+    question_flops,
+    question_of,
+    reading_layer,
+    tiles_of,
+)
+from .rates_uhr_bat import Rates, rates_of
+
+# In the order in which they run.
+STAGES = (
+    "preprocess", "encode", "importance", "refinement", "regions", "selection", "prefill", "answer",
+)  # fmt: skip
+UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "s": 1}
+LIMIT = re.compile(rf"\s*(\d+\.?\d*|\.\d+)\s*({'|'.join(UNITS)})\s*")
+
+
+def parse_limit(text: str) -> tuple[float, str]:
+    """(bytes, "memory") from "24GiB" or "24 GB", (5.0, "seconds") from "5s".
+
+    Raises:
+        ValueError: anything else.
+    """
+    match = LIMIT.fullmatch(text)
+    if match is None or not float(match[1]):
+        raise ValueError(f'A limit is memory, as "24GiB", or a time, as "5s". Got {text!r}.')
+    return float(match[1]) * UNITS[match[2]], "seconds" if match[2] == "s" else "memory"
+
+
+def show_bytes(number) -> str:
+    return f"{number / 2**30:.2f} GiB" if number >= 2**29 else f"{number / 2**20:.0f} MiB"
+
+
+@dataclass(frozen=True)
+class UHRBatPlan:
+    """What a question about an image costs.
+
+    Attributes:
+        question: sizes of the image, the prompt and the answer, with the `budgets`.
+        flops: {stage: FLOPs}.
+        memory: {stage: {term: bytes}} of the device that the model is on.
+        host: bytes of the machine beside a GPU; 0 where the model is on a CPU.
+        seconds: {stage: seconds}, or None where the device was not measured.
+    """
+
+    question: Question
+    flops: dict[str, int]
+    memory: dict[str, dict[str, int]]
+    host: int
+    seconds: dict[str, float] | None
+
+    @property
+    def budgets(self) -> list[int] | int:
+        """As the processor takes them."""
+        return self.question.budgets
+
+    @property
+    def peak_stage(self) -> str:
+        """The stage that takes the most memory."""
+        return max(self.memory, key=lambda stage: sum(self.memory[stage].values()))
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.memory[self.peak_stage].values())
+
+    @property
+    def total_seconds(self) -> float:
+        return sum(self.seconds.values())
+
+    def __str__(self):
+        question, stages = (
+            self.question,
+            [name for name in STAGES if name in {**(self.seconds or {}), **self.flops, **self.memory}],
+        )
+        spent = f"{sum(question.counts):,} of {sum(question.available):,} visual tokens"
+        lines = [f"budgets {self.budgets}: {spent}; {sum(question.tiles)} tiles pass the tower", ""]
+        row = "{:>12} {:>10} {:>10} {:>12}".format
+        lines.append(row("stage", "TFLOPs", "seconds", "memory"))
+        for stage in stages:
+            lines.append(
+                row(
+                    stage,
+                    f"{self.flops[stage] / 1e12:.4g}" if stage in self.flops else "",
+                    f"{self.seconds[stage]:.2f}" if self.seconds and stage in self.seconds else "",
+                    show_bytes(sum(self.memory[stage].values())) if stage in self.memory else "",
+                )
+            )
+        total = f"{self.total_seconds:.2f}" if self.seconds else "?"
+        lines += [row("all", f"{sum(self.flops.values()) / 1e12:.4g}", total, show_bytes(self.peak_bytes)), ""]
+        terms = sorted(self.memory[self.peak_stage].items(), key=lambda term: -term[1])
+        terms = ", ".join(f"{name} {show_bytes(number)}" for name, number in terms if number)
+        lines.append(f"Peak of memory, in {self.peak_stage}: {terms}.")
+        if self.host:
+            lines.append(f"Beside the GPU, the machine holds {show_bytes(self.host)} of image and tiles.")
+        return "\n".join(lines)
+
+
+@dataclass
+class UHRBatPlanner:
+    """All of a model that its plans need: cheap to keep, to copy and to hand to a processor.
+
+    Attributes:
+        config: geometry, budgets and rules.
+        weights: bytes of the model in memory.
+        device: that the model runs on.
+        dtype: of its tokens.
+    """
+
+    config: UHRBatConfig
+    weights: int
+    device: torch.device
+    dtype: torch.dtype
+
+    def plan(
+        self, image_size: tuple[int, int], budgets=None, *, max_tiles: int | None = None, seconds: bool = True, **text
+    ) -> UHRBatPlan:
+        """What a question about an image of (height, width) pixels costs.
+
+        Args:
+            budgets: int[S] or one number, visual tokens; None for the configuration's. Or a limit, "24GiB" or "5s", for
+                the largest budgets, in the configuration's proportions, that stay below it.
+            max_tiles: tiles that are encoded where the question looks; None for all of every scale.
+            seconds: whether seconds are predicted; the first time, the device is measured, which takes some itself.
+            text: `text_before`, `text_after` and `num_answer_tokens`, see [`Question`].
+
+        Raises:
+            ValueError: a limit that the smallest budgets exceed; it names the term that is too large and what would fit.
+        """
+        limit = budgets if isinstance(budgets, str) else None
+        question = question_of(self.config, image_size, None if limit else budgets, max_tiles, **text)
+        return self.plan_question(question, limit, seconds=seconds)
+
+    def plan_question(self, question: Question, limit: str | None = None, *, seconds: bool = True) -> UHRBatPlan:
+        """As `plan`, of a question whose sizes are known; its budgets give way to those of a limit."""
+        if limit is None:
+            return self._price(question, rates_of(self.config, self.device, self.dtype) if seconds else None)
+        most, kind = parse_limit(limit)
+        rates = rates_of(self.config, self.device, self.dtype) if seconds or kind == "seconds" else None
+
+        def fits(total) -> bool:
+            plan = self._price(self.spend(question, total), rates)
+            return (plan.total_seconds if kind == "seconds" else plan.peak_bytes) <= most
+
+        window = self.config.text_config.max_position_embeddings - question.num_text - question.num_answer_tokens
+        low, high = sum(map(bool, question.available)), min(sum(question.available), window)
+        if not fits(low):
+            raise ValueError(self._refusal(self._price(self.spend(question, low), rates), limit, kind))
+        while low < high:
+            middle = (low + high + 1) // 2
+            low, high = (middle, high) if fits(middle) else (low, middle - 1)
+        return self._price(self.spend(question, low), rates)
+
+    def budgets_within(self, limit: str, available: list[int], mask=None) -> list[int] | int:
+        """The largest budgets that stay below a limit for an image that is cut already, or encoded.
+
+        Args:
+            limit: "24GiB", or "5s" from the tiles to the whole answer.
+            available: int[S], tokens that show the image.
+            mask: [N], 1 where a patch of any scale shows the image; None where the image is encoded.
+        """
+        grids, tiles = self.config.grids, [0] * len(available)
+        if mask is not None:
+            p = self.config.tile_size // self.config.patch_size
+            parts = np.split(mask, np.cumsum([height * width for height, width in grids])[:-1])
+            tiles = [tiles_of(part.reshape(grid).astype(bool), p) for part, grid in zip(parts, grids)]
+        question = Question(0, tiles, available, self.config.budgets)
+        return self.plan_question(question, limit, seconds=False).budgets
+
+    def spend(self, question: Question, total: int) -> Question:
+        """The question with `total` visual tokens, in the proportions of the configuration's budgets."""
+        if is_one_budget(self.config.budgets):
+            return replace(question, budgets=total)
+        budgets = self.config.budgets
+        least = [int(bool(number)) for number in question.available]
+        rest = [number - one for number, one in zip(question.available, least)]
+        shares = apportion(total - sum(least), budgets, rest)
+        return replace(question, budgets=_ascending([max(1, sum(pair)) for pair in zip(least, shares)]))
+
+    def _price(self, question, rates) -> UHRBatPlan:
+        on_gpu = self.device.type != "cpu"
+        b = torch.empty((), dtype=self.dtype).element_size()
+        flops = question_flops(self.config, question)
+        memory = question_bytes(self.config, question, self.weights, b, on_gpu)
+        host = host_bytes(self.config, question) if on_gpu and question.num_pixels else 0
+        return UHRBatPlan(question, flops, memory, host, rates and self._seconds(question, flops, rates))
+
+    def _seconds(self, question, flops, rates: Rates) -> dict[str, float]:
+        text, seconds = self.config.text_config, {}
+        if question.num_pixels:
+            views = sum(scale**2 for scale in self.config.scales)
+            seconds["preprocess"] = question.num_pixels * rates.pixel + views * rates.view_pixel
+        # A pass of the decoder takes the way of its weights, too; the head is as many layers as it has weights.
+        layer = 2 * text.hidden_size * (text.num_attention_heads + text.num_key_value_heads) * self.config.head_width
+        layer += 3 * text.hidden_size * text.intermediate_size
+        num_layers = text.num_hidden_layers
+        with_head = num_layers + text.hidden_size * text.vocab_size / layer
+        depth = reading_layer(self.config) % num_layers + 1
+        passes = {"importance": depth, "prefill": with_head}
+        passes["refinement"] = sum(at % num_layers + 1 for at in candidates_of(self.config, question)[1])
+        for stage, number in flops.items():
+            if stage == "encode":
+                seconds[stage] = number * rates.tower
+            elif stage == "regions":
+                seconds[stage] = number * rates.kmeans
+            elif stage == "answer":
+                seconds[stage] = (question.num_answer_tokens - 1) * with_head * rates.decoder_layer
+            else:
+                seconds[stage] = number * rates.decoder + passes[stage] * rates.decoder_layer
+        return seconds
+
+    def _refusal(self, least: UHRBatPlan, limit, kind) -> str:
+        """Why not even the smallest budgets stay below a limit, and what would."""
+        budgets = f"Not even budgets of {least.budgets} stay below {limit}"
+        if kind == "seconds":
+            stage = max(least.seconds, key=least.seconds.get)
+            advice = f'"{least.total_seconds * 1.01:.2g}s" would fit; so may fewer scales, or a faster device'
+            if stage in ("preprocess", "encode"):
+                advice += (
+                    "; a second question about an encoded image (`image_features`) takes neither of its first stages"
+                )
+            return (
+                f"{budgets}: they take {least.total_seconds:.2f} s on {self.device.type}, of which {stage} "
+                f"{least.seconds[stage]:.2f} s. {advice}."
+            )
+        terms = least.memory[least.peak_stage]
+        term = max(terms, key=terms.get)
+        advice = f'"{least.peak_bytes / 2**30 + 0.005:.2f}GiB" would fit'
+        if term == "weights" and self.dtype == torch.float32:
+            advice += f", and so may weights in bfloat16, {show_bytes(self.weights // 2)}"
+        elif term == "weights":
+            advice += f", and so may weights in 4 bits, about {show_bytes(self.weights // 4)}"
+        elif term == "tower's chunk":
+            advice += ", and so may a smaller `vision_chunk_size`"
+        return (
+            f"{budgets}: they take {show_bytes(least.peak_bytes)} in {least.peak_stage}, of which {term} "
+            f"{show_bytes(terms[term])}. {advice}."
+        )
+
+
+def _ascending(budgets) -> list[int]:
+    """Budgets that never decrease, as rounding may have left them; what is asked beyond the tokens is not spent."""
+    return [max(budgets[: place + 1]) for place in range(len(budgets))]
+
+
+class UHRBatPlanningMixin:
+    """For a model: what it costs, asked of the model itself."""
+
+    def planner(self, device=None) -> UHRBatPlanner:
+        """All of this model that plans need; `processor.planner = model.planner()` lets the processor take limits.
+
+        Args:
+            device: that the plans are for; None for the model's own.
+        """
+        tensors = {id(one): one for one in (*self.parameters(), *self.buffers())}.values()
+        weights = sum(one.numel() * one.element_size() for one in tensors)
+        device = torch.device(self.device if device is None else device)
+        return UHRBatPlanner(self.config, weights, device, self.get_input_embeddings().weight.dtype)
+
+    def plan(self, image_size: tuple[int, int], budgets=None, **options) -> UHRBatPlan:
+        """See [`UHRBatPlanner.plan`]."""
+        return self.planner().plan(image_size, budgets, **options)
+
+
+__all__ = ["UHRBatPlan", "UHRBatPlanner"]

@@ -1,0 +1,176 @@
+"""UHR-BAT rates: how fast a device is, measured once in a few seconds and kept in a file, for predictions of time.
+
+It is measured with layers of the model's own widths and random weights, so that a plan needs no weights. The file lies in
+the user's cache folder (`XDG_CACHE_HOME`, else ~/.cache), and says what it holds for: device, threads, releases, widths.
+
+Letters: M tokens of a sequence, C width of the tower, D width of the decoder, R regions.
+"""
+
+import copy
+import hashlib
+import json
+import os
+import platform
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+from PIL import Image
+from transformers import AutoModel
+
+from .clustering_uhr_bat import cluster_regions
+from .costs_uhr_bat import decoder_layer_flops, tower_layer_flops
+from .image_views_uhr_bat import image_to_tiles, normalize_views
+
+# A probe is made larger until it takes so many seconds.
+PROBE_SECONDS = 0.2
+# Tokens that are read, sides of images in pixels, tokens and regions that are clustered, in probes.
+PROBE_TOKENS, PROBE_SIDES, PROBE_KMEANS = (256, 1024, 4096), (256, 2048), (4096, 256)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a device takes, in seconds.
+
+    Attributes:
+        tower, decoder, kmeans: of a FLOP in the vision tower, in the decoder where it reads a prompt, in the clustering.
+        decoder_layer: of one layer of the decoder that reads one token: its weights' way to the processor.
+        pixel, view_pixel: of a pixel of the image that is resized, and of a pixel of its views.
+    """
+
+    tower: float
+    decoder: float
+    decoder_layer: float
+    kmeans: float
+    pixel: float
+    view_pixel: float
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor()
+
+
+def rates_file(config, device: torch.device, dtype: torch.dtype) -> tuple[Path, dict]:
+    """(the file that keeps the rates of a device, what they hold for)."""
+    vision, text = config.vision_config, config.text_config
+    key = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"{device.type} {_cpu_name()}",
+        "threads": torch.get_num_threads(),
+        "dtype": str(dtype).removeprefix("torch."),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "tower": [vision.model_type, vision.hidden_size, vision.intermediate_size, config.tile_size, config.patch_size],
+        "decoder": [text.model_type, text.hidden_size, text.intermediate_size],
+        "scales": config.scales,
+    }
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhr_bat"
+    return cache / f"rates-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json", key
+
+
+def known_rates(config, device: torch.device, dtype: torch.dtype) -> Rates | None:
+    """The rates that were kept for a device, or None, where there are none or their file cannot be read."""
+    path, key = rates_file(config, device, dtype)
+    try:
+        kept = json.loads(path.read_text(encoding="utf-8"))
+        return Rates(**kept["rates"]) if kept["of"] == key else None
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def rates_of(config, device: torch.device, dtype: torch.dtype) -> Rates:
+    """The rates that were kept for a device, or new ones, which then are kept."""
+    rates = known_rates(config, device, dtype)
+    if rates is None:
+        rates = measure_rates(config, device, dtype)
+        path, key = rates_file(config, device, dtype)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
+            json.dump({"of": key, "rates": vars(rates)}, file, indent=2)
+        os.replace(file.name, path)
+    return rates
+
+
+@torch.inference_mode()
+def measure_rates(config, device: torch.device, dtype: torch.dtype) -> Rates:
+    """Rates of a device, with one and with two layers of the model's towers."""
+    vision, text = config.vision_config, copy.deepcopy(config.text_config)
+    text.vocab_size = 8  # no embedding table is needed
+    text.pad_token_id = text.eos_token_id = None
+
+    def clocked(call) -> float:
+        """Seconds of a call: the least of two, after one that warms up."""
+        taken = []
+        for _ in range(3):
+            start = time.perf_counter()
+            call()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+            taken.append(time.perf_counter() - start)
+        return min(taken[1:])
+
+    def per_layer(part, run, sizes) -> tuple[int, float]:
+        """(size, seconds of a layer): what two layers take beside one, at the first size that takes long enough."""
+        models = [_layers(part, number, device, dtype) for number in (1, 2)]
+        for size in sizes:
+            one, two = (clocked(lambda model=model: run(model, size)) for model in models)
+            if two >= PROBE_SECONDS:
+                break
+        return size, max(two - one, two / 8)  # a busy machine may take as long for one as for two
+
+    def see(model, size):
+        return model(torch.zeros(size, 3, config.tile_size, config.tile_size, device=device, dtype=dtype))
+
+    def read(model, size):
+        return model(inputs_embeds=torch.zeros(1, size, text.hidden_size, device=device, dtype=dtype))
+
+    chunk = config.vision_chunk_size
+    tiles, tower = per_layer(vision, see, [size for size in (1, 4, 16, 64) if size < chunk] + [chunk])
+    _, one_token = per_layer(text, read, [1])
+    tokens, decoder = per_layer(text, read, PROBE_TOKENS)
+    return Rates(
+        tower / tower_layer_flops(config, tiles),
+        max(decoder - one_token, decoder / 8) / decoder_layer_flops(config, tokens),
+        one_token,
+        _kmeans_rate(config.text_config.hidden_size, device, dtype, clocked),
+        *_pixel_rates(config, clocked),
+    )
+
+
+def _layers(part, number, device, dtype):
+    """A tower with so many layers, in place of what `part` says."""
+    part = copy.deepcopy(part)
+    part.num_hidden_layers = number
+    if getattr(part, "layer_types", None):  # not every decoder has this field
+        part.layer_types = part.layer_types[:number]
+    with device:
+        return AutoModel.from_config(part, dtype=dtype).eval()
+
+
+def _kmeans_rate(D, device, dtype, clocked) -> float:
+    (N, R), generator = PROBE_KMEANS, torch.Generator().manual_seed(0)
+    features = torch.randn(N, D, generator=generator).to(device, dtype)
+    coords = torch.rand(N, 2, generator=generator).to(device)
+    return clocked(lambda: cluster_regions(features, coords, R, num_iterations=2)) / (2 * 2 * N * (D + 2) * R)
+
+
+def _pixel_rates(config, clocked) -> tuple[float, float]:
+    """Seconds of a pixel of the image, and of one of its views: from what a small and a large image take."""
+    num_view_pixels = sum(scale**2 for scale in config.scales)
+    shape = num_view_pixels // config.tile_size**2, 3, config.tile_size, config.tile_size
+
+    def cut(image):
+        tiles = image_to_tiles(image, config.scales, config.tile_size)
+        normalize_views(tiles, (1 / 255, [0.5] * 3, [0.25] * 3), out=np.empty(shape, np.float32))
+
+    images = [Image.effect_noise((side, side), 64).convert("RGB") for side in PROBE_SIDES]
+    small, large = (clocked(lambda image=image: cut(image)) for image in images)
+    pixel = max(large - small, large / 8) / (PROBE_SIDES[1] ** 2 - PROBE_SIDES[0] ** 2)
+    return pixel, max(small - pixel * PROBE_SIDES[0] ** 2, small / 8) / num_view_pixels

@@ -1,0 +1,140 @@
+"""Plans: what they say follows from sizes alone, limits are used to the last token, and what is refused says why."""
+
+import json
+import re
+
+import pytest
+import torch
+from PIL import Image
+from small import small_config, small_model
+from uhr_bat import rates_uhr_bat as rates
+from uhr_bat.common.loading import load_model
+from uhr_bat.examples import plan as command
+from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
+from uhr_bat.planning_uhr_bat import parse_limit
+from uhr_bat.rates_uhr_bat import Rates, known_rates, rates_of
+
+SLOW = Rates(tower=1e-9, decoder=1e-9, decoder_layer=1e-4, kmeans=1e-9, pixel=1e-8, view_pixel=1e-8)
+SIZE = (300, 400)
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    """A folder of its own for rates that are kept, and rates that nobody measures."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    measured = []
+    monkeypatch.setattr(rates, "measure_rates", lambda *device: measured.append(device) or SLOW)
+    return measured
+
+
+def bigger_model():
+    """With enough tokens for budgets to matter, and no weights."""
+    text = small_config().text_config.to_dict() | {"max_position_embeddings": 8192}
+    with torch.device("meta"):
+        config = small_config(scales=[64, 128, 256], budgets=[20, 60, 120], text_config=text)
+        return UHRBatForConditionalGeneration(config)
+
+
+@pytest.mark.parametrize(
+    "text, limit",
+    [("24GiB", (24 * 2**30, "memory")), (" 1.5 GB ", (1.5e9, "memory")), ("5s", (5.0, "seconds")), (".5s", (0.5, "seconds"))],
+)
+def test_a_limit_is_memory_or_time(text, limit):
+    assert parse_limit(text) == limit
+
+
+@pytest.mark.parametrize("text", ["", "24", "GiB", "-1GiB", "5 minutes", "0s", "1e3s"])
+def test_what_is_no_limit_is_refused_with_an_example(text):
+    with pytest.raises(ValueError, match='as "24GiB", or a time, as "5s"'):
+        parse_limit(text)
+
+
+def test_a_plan_says_budgets_tiles_flops_memory_and_seconds_before_there_is_an_image():
+    plan = bigger_model().planner("cpu").plan(SIZE)
+    assert plan.budgets == [20, 60, 120] and plan.question.counts == [20, 60, 120]
+    assert set(plan.flops) == {"encode", "importance", "regions", "prefill", "answer"}
+    assert plan.peak_bytes == sum(plan.memory[plan.peak_stage].values())
+    assert plan.total_seconds == pytest.approx(sum(plan.seconds.values()))
+    printed = str(plan)
+    for shown in ("budgets [20, 60, 120]", "200 of", "encode", "Peak of memory, in"):
+        assert shown in printed
+
+
+@pytest.mark.parametrize("unit, kind", [("MiB", "peak_bytes"), ("s", "total_seconds")])
+def test_a_limit_is_used_to_the_last_token(unit, kind):
+    planner = bigger_model().planner("cpu")
+    small, large = (planner.plan(SIZE, budgets) for budgets in ([1, 1, 1], [256, 1024, 3000]))
+    scale = 2**20 if unit == "MiB" else 1
+    limit = (getattr(small, kind) + getattr(large, kind)) / 2
+    plan = planner.plan(SIZE, f"{limit / scale:.6f}{unit}")
+    assert getattr(plan, kind) <= limit * 1.000001
+    more = planner.plan_question(planner.spend(plan.question, sum(plan.question.counts) + 1))
+    assert getattr(more, kind) > limit * 0.999999
+    assert plan.budgets == sorted(plan.budgets)
+
+
+def test_a_limit_that_nothing_fits_names_the_term_and_what_would_fit():
+    planner = bigger_model().planner("cpu")
+    with pytest.raises(ValueError, match=r"Not even budgets of \[1, 1, 1\] stay below 0.1MiB.* of which .*MiB.* would fit") as told:
+        planner.plan(SIZE, "0.1MiB")
+    fitting = re.search(r'"([\d.]+GiB)" would fit', str(told.value))[1]
+    assert planner.plan(SIZE, fitting).budgets == [1, 1, 1] or planner.plan(SIZE, fitting).question.counts
+    with pytest.raises(ValueError, match=r"they take .* s on cpu, of which \w+ .* s\. \".*s\" would fit"):
+        planner.plan(SIZE, "0.0000001s")
+
+
+def test_fewer_tiles_cost_less_and_are_known_before():
+    planner = bigger_model().planner("cpu")
+    whole, some = planner.plan(SIZE), planner.plan(SIZE, max_tiles=200)
+    assert sum(some.question.tiles) == 200 < sum(whole.question.tiles)
+    assert some.flops["encode"] == whole.flops["encode"] * 200 // sum(whole.question.tiles)
+    assert some.peak_bytes < whole.peak_bytes
+    with pytest.raises(ValueError, match="`max_tiles` is 3, but the"):
+        planner.plan(SIZE, max_tiles=3)
+
+
+def test_rates_are_measured_once_and_kept_whole(cache):
+    config, cpu = small_config(), torch.device("cpu")
+    assert known_rates(config, cpu, torch.float32) is None
+    assert rates_of(config, cpu, torch.float32) == rates_of(config, cpu, torch.float32) == SLOW and len(cache) == 1
+    rates_of(config, cpu, torch.bfloat16)
+    assert len(cache) == 2
+    path, _ = rates.rates_file(config, cpu, torch.float32)
+    for content in ("", "{", '{"of": {}}', json.dumps({"of": rates.rates_file(config, cpu, torch.float32)[1], "rates": {}})):
+        path.write_text(content)  # whatever a killed process or another release left
+        assert rates_of(config, cpu, torch.float32) == SLOW
+    assert len(cache) == 6 and len(list(path.parent.iterdir())) == 2
+
+
+def test_the_processor_takes_a_limit_once_it_knows_the_model():
+    processor, model = load_model(device_map=None)
+    image, text = Image.new("RGB", (400, 300), "green"), "<image> What colour?"
+    with pytest.raises(ValueError, match=r"set `processor.planner = model.planner\(\)` first"):
+        processor(text=text, images=image, budgets="24GiB")
+    processor.planner = model.planner()
+    inputs = processor(text=text, images=image, budgets="24GiB", return_tensors="pt")
+    assert inputs["token_counts"].sum() > 1000  # all that the context window holds
+    encoded = model.encode_image(**processor.image_processor(image, return_tensors="pt"))
+    again = processor(text=text, image_features=encoded, budgets="24GiB", return_tensors="pt")
+    assert again["token_counts"].sum() >= inputs["token_counts"].sum()
+    with pytest.raises(ValueError, match="of which weights"):
+        processor(text=text, images=image, budgets="1MiB")
+    with pytest.raises(ValueError, match="Got 2 images"):
+        processor(text="<image><image> Which?", images=[image, image], budgets="24GiB")
+    with pytest.raises(ValueError, match="all encoded"):
+        processor(text=text, images=image, budgets="24GiB", max_tiles=60)
+
+
+def test_the_command_plans_by_the_configuration_alone(capsys):
+    assert command.main(["--image-size", "30000x20000", "--tokens", "120"]) == 0
+    printed = capsys.readouterr()
+    assert "30,000 x 20,000 px" in printed.out and "120 of" in printed.out
+    assert command.main(["--image-size", "800x600", "--memory", "1MiB"]) == 2
+    assert "of which weights" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        command.main(["--image-size", "800"])
+
+
+def test_a_model_plans_itself():
+    model = small_model()
+    assert model.plan((24, 24), seconds=False).budgets == list(model.config.budgets)
