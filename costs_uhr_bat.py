@@ -220,22 +220,25 @@ def question_flops(config, question: Question) -> dict[str, int]:
 # ---- Bytes -----------------------------------------------------------------------------------------------------------
 
 
-def tower_chunk(config, num_tiles, b) -> int:
+def tower_chunk(config, num_tiles, b, on_gpu) -> int:
     """A chunk of tiles in the tower, at its widest: where patches are embedded, or in a layer's MLP.
 
     Before patches are embedded, a CPU's convolution pads the three colours to 16, beside the chunk and its copy. A layer
-    has the residual and the normed states, and three tensors as wide as the MLP.
+    has the residual and the normed states, and three tensors as wide as the MLP; a CPU's heap keeps the room of queries,
+    keys, values and output, which the layer has given back.
     """
     vision, num_tiles = config.vision_config, min(num_tiles, config.vision_chunk_size)
     M = (vision.image_size // vision.patch_size) ** 2 + config.tower_form.num_class_tokens
     pixels = 4 * num_tiles * config.tile_size**2
-    layer = b * num_tiles * M * (2 * vision.hidden_size + 3 * vision.intermediate_size)
+    layer = b * num_tiles * M * ((2 if on_gpu else 6) * vision.hidden_size + 3 * vision.intermediate_size)
     return max(22 * pixels, 3 * pixels + layer)
 
 
-def decoder_pass(config, M, b) -> int:
-    """A layer of the decoder while its MLP runs: sequence, residual and normed states, and the MLP's three products."""
-    return b * M * 3 * (config.text_config.hidden_size + config.text_config.intermediate_size)
+def decoder_pass(config, M, b, on_gpu) -> int:
+    """A layer of the decoder while its MLP runs: sequence, residual and normed states, and the MLP's three products; and in
+    a CPU's heap the room of the attention's queries, before and after they are turned, keys, values and output."""
+    query, key = (0, 0) if on_gpu else attention_widths(config)
+    return b * M * (3 * (config.text_config.hidden_size + config.text_config.intermediate_size) + 4 * query + 2 * key)
 
 
 def key_value_cache(config, M, b) -> int:
@@ -294,7 +297,7 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
         for scale_idx, (N, T) in enumerate(zip(question.available, question.tiles)):
             before = sum(of_scales[:scale_idx]) + (anchor if scale_idx > question.anchor_idx else 0)
             projected, added = tokens_at_work(config, N, T, b)
-            chunk = tower_chunk(config, T, b)
+            chunk = tower_chunk(config, T, b, on_gpu)
             peaks.append({"tokens of all scales": before + projected, "tower's chunk": chunk})
             peaks.append({"tokens of all scales": before + added, "tower's chunk": 0})
         stages["encode"] = held | max(peaks, key=lambda terms: sum(terms.values()))
@@ -304,7 +307,7 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
     passes = [question.available[question.anchor_idx], *candidates_of(config, question)[0]]
     M = question.num_text + max(passes)
     scores = 10 * config.text_config.num_attention_heads * min(64, question.text_after) * M
-    stages["importance"] = held | {"importance pass": decoder_pass(config, M, b) + scores}
+    stages["importance"] = held | {"importance pass": decoder_pass(config, M, b, on_gpu) + scores}
     regions = region_counts(config, question)
     blocks = [kmeans_blocks(config, N, R, on_gpu) for N, R in zip(question.available, regions)]
     stages["regions"] = held | {"k-means blocks": max(blocks)}
@@ -313,7 +316,7 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
     # Visual tokens, the embedded prompt, and the prompt with both.
     visual = {"visual tokens": 3 * b * D * question.prompt}
     cache = key_value_cache(config, question.prompt, b)
-    stages["prefill"] = held | visual | {"KV cache": cache, "prefill": decoder_pass(config, question.prompt, b)}
+    stages["prefill"] = held | visual | {"KV cache": cache, "prefill": decoder_pass(config, question.prompt, b, on_gpu)}
     # Keys and values of a layer are copied when a token is added.
     grown = key_value_cache(config, question.prompt + question.num_answer_tokens, b)
     grown += grown // config.text_config.num_hidden_layers

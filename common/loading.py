@@ -12,6 +12,12 @@ WEIGHTS_NOTE = (
 )
 
 
+def model_name(folder) -> str:
+    """What a model folder is called in reports: a clone or an installed package may lie anywhere."""
+    folder = Path(folder)
+    return "UHR-BAT-Tiny" if folder.resolve() == ROOT else folder.resolve().name
+
+
 def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config=None, **changes):
     """Processor and model of a folder, of the classes of this package.
 

@@ -28,7 +28,7 @@ from ..common.budgets import counts_of_fraction
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.files import write_report
-from ..common.loading import ROOT, check_files, load_model
+from ..common.loading import ROOT, check_files, load_model, model_name
 from ..common.tables import interval, percent_interval, table
 from ..configuration_uhr_bat import UHRBatConfig
 from ..costs_uhr_bat import ANSWER_TOKENS
@@ -334,7 +334,7 @@ def measure(args) -> dict:
     if not records:
         raise ValueError(f"No image could be asked about. The first failure: {errors[0]['error']}")
     about = {
-        "name": args.name, "axis": axis, "suite": args.suite, "data": args.data, "model": str(args.model),
+        "name": args.name, "axis": axis, "suite": args.suite, "data": args.data, "model": model_name(args.model),
         "prompt": prompt, "scorer": suite.scorers[0].name, "images": len({record["image"] for record in records}),
     }  # fmt: skip
     rows = [row | {"flops": flops[row["name"]]} for row in summarise(records, rows)]
@@ -343,7 +343,7 @@ def measure(args) -> dict:
         big = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
         result["prices"] = {
             "7B, bfloat16": prices(big, TABLE_4, torch.bfloat16),
-            f"{args.model.resolve().name}, {str(model.dtype).removeprefix('torch.')}": prices(
+            f"{model_name(args.model)}, {str(model.dtype).removeprefix('torch.')}": prices(
                 model.config, TABLE_4, model.dtype
             ),
         }

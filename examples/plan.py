@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from ..common.commands import tells_errors
-from ..common.loading import ROOT, check_files
+from ..common.loading import ROOT, check_files, model_name
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -67,7 +67,7 @@ def plan(args) -> str:
         one = planner.plan(args.image_size, limit, max_tiles=args.max_tiles, seconds=here)
     height, width = args.image_size
     dtype = str(planner.dtype).removeprefix("torch.")
-    return f"{args.model.name or args.model}, {width:,} x {height:,} px, {dtype} on {planner.device.type}\n{one}"
+    return f"{model_name(args.model)}, {width:,} x {height:,} px, {dtype} on {planner.device.type}\n{one}"
 
 
 @tells_errors

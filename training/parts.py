@@ -71,14 +71,31 @@ def quantization(options):
         return None
     if not options.use_peft:
         raise ValueError("`load_in_4bit`: weights of four bits cannot be trained, only an adapter (`use_peft: true`).")
-    require("qlora", "bitsandbytes")
     import torch
+
+    return quantize_decoder(4, torch.bfloat16)
+
+
+def quantize_decoder(bits: int, compute_dtype):
+    """`quantization_config` for `from_pretrained`: the decoder's linear layers in 8 or 4 bits (NF4), nothing before them and not
+    the head. The importance pass reads the same layers, and calls them as the decoder does.
+
+    Args:
+        compute_dtype: of the products of four bits.
+
+    Raises:
+        ImportError: bitsandbytes is missing.
+    """
+    require("qlora", "bitsandbytes")
     from transformers import BitsAndBytesConfig
 
+    left = {"llm_int8_skip_modules": [*(f"model.{part}" for part in VISUAL_PARTS), "lm_head"]}
+    if bits == 8:
+        return BitsAndBytesConfig(load_in_8bit=True, **left)
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
-        bnb_4bit_compute_dtype=torch.bfloat16,
-        llm_int8_skip_modules=[*(f"model.{part}" for part in VISUAL_PARTS), "lm_head"],
+        bnb_4bit_compute_dtype=compute_dtype,
+        **left,
     )

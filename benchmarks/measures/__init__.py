@@ -1,6 +1,6 @@
 """Every measure of the benchmark: a function each, from `Sizes` to the rows that came out."""
 
-from . import compression, end_to_end, flops, planning, preprocessing, training
+from . import compression, end_to_end, flops, planning, preprocessing, quantized, training
 
 # In the order of the table that `uhr-bat bench` prints.
 MEASURES = {
@@ -25,7 +25,10 @@ MEASURES = {
         end_to_end.encoding_memory,
         end_to_end.end_to_end,
         end_to_end.native_levels,
+        end_to_end.start_up,
+        end_to_end.many_questions,
         training.training_throughput,
         training.training_memory,
+        quantized.quantized,
     )
 }

@@ -2,6 +2,8 @@
 
 import os
 import statistics
+import subprocess
+import sys
 import weakref
 from functools import partial
 from importlib.util import find_spec
@@ -16,6 +18,9 @@ from ..compare import CLOCK, NO_RASTERIO, Row, alternate, check_question, ratios
 from ..images import compressed_tiff, photograph
 
 GIGABYTE = 1e9
+# What a question needs of the libraries, and the same with the model: each in a process of its own.
+LIBRARIES = "import torch, transformers.modeling_utils, transformers.processing_utils"
+LOADED = "from uhr_bat import load_model; load_model()"
 # Tiles that a question about the pyramid of a raster may encode.
 MAX_TILES = 128
 
@@ -135,3 +140,56 @@ def look_closer(processor, model, path) -> int:
     inputs = processor(text=text, images=path, max_tiles=MAX_TILES, native=True, return_tensors="pt")
     model.generate(**inputs, do_sample=False, min_new_tokens=8, max_new_tokens=8)
     return meters.read_bytes() - before
+
+
+def many_questions(sizes) -> list[Row]:
+    """What a question costs UHR-BAT-Tiny by how many are asked about an image, in processor's seconds of one thread: the
+    first from the file, others about the encoded image, alone and eight at a time."""
+    number, size = (8, 300) if sizes.quick else (96, 4000)
+    path = photograph(sizes.folder, (size, size))
+    processor, model = load_model(dtype=torch.float32, device_map=None)
+    asked = [f"How many ships are at the pier in part {idx} of the scene?" for idx in range(number)]
+
+    @torch.no_grad()
+    def ask(questions, **image):
+        texts = [prompt_text(processor, question) for question in questions]
+        inputs = processor(text=texts, padding=True, return_tensors="pt", **image)
+        return model.generate(**inputs, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+
+    @torch.no_grad()
+    def encoded():
+        return model.encode_image(**processor.image_processor(path, return_tensors="pt"))
+
+    features = encoded()
+    functions = {
+        "first": lambda: ask(asked[:1], images=path),
+        "second": lambda: ask(asked[1:2], image_features=features),
+        "all": lambda: [ask(asked[at : at + 8], image_features=features * 8) for at in range(0, number, 8)],
+    }
+    seconds, _ = alternate(functions, sizes.repetitions, "many questions")
+    first, second, every = (statistics.median(seconds[name]) for name in ("first", "second", "all"))
+    every /= number
+    result = f"{first:.2f} s, {second:.3f} s, {every:.3f} s: 1, 1/{first / second:.0f}, 1/{first / every:.0f}"
+    name = f"UHR-BAT-Tiny, {size:,} px: the first question, the second, each of {number} eight at a time"
+    return [Row(name, "", result, None, {"seconds": seconds})]
+
+
+def start_up(sizes) -> list[Row]:
+    """Processor's seconds from a fresh process to UHR-BAT-Tiny loaded, against those of the libraries' imports alone."""
+
+    def process(code) -> float:
+        before = os.times()
+        subprocess.run([sys.executable, "-c", code], check=True, stderr=subprocess.DEVNULL, cwd=sizes.folder)
+        after = os.times()
+        return after.children_user + after.children_system - before.children_user - before.children_system
+
+    seconds = {"ours": [], "straightforward": []}
+    process(LOADED)  # what lies in the system's cache from then on
+    for _ in range(sizes.repetitions):
+        seconds["ours"].append(process(LIBRARIES))
+        seconds["straightforward"].append(process(LOADED))
+    ratio, loaded = ratios(seconds), statistics.median(seconds["straightforward"])
+    numbers = {"ratio": ratio, "libraries": seconds["ours"], "loaded": seconds["straightforward"]}
+    result = f"{show_ratio(ratio)}, {loaded:.2f} s"
+    name = "Start-up: UHR-BAT-Tiny loaded, against the imports of torch and transformers alone"
+    return [Row(name, "<= 1.25x", result, ratio["median"] <= 1.25, numbers)]

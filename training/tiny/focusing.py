@@ -1,12 +1,13 @@
 """LRS-VQA's system on UHR-BAT-Tiny: the region focus module learns from the decoder where to look, and the decoder to answer
 from what the module finds.
 
-    uhr-bat train-focus --model . --output runs/focus [--steps 250] [--native 0.5]
+    uhr-bat train-focus --model . --output runs/taught --freeze-decoder --steps 400
+    uhr-bat train-focus --model runs/taught --output runs/focus --steps 400
 
-The module begins as the decoder's own layers (`--layers`). A step takes some scenes, ordinary ones and ones with objects of a
+The module begins as the decoder's own layers (`--layers`), or as that of the model. A step takes some scenes, ordinary ones and ones with objects of a
 few native pixels, and asks four questions about each. From thumbnail and first level the module's attention is drawn to the
-decoder's (distillation, eq. 4-6 of arXiv 2503.07588); the decoder answers from what Algorithm 1 keeps. Tower and projector
-stay as they are.
+decoder's (distillation, eq. 4-6 of arXiv 2503.07588); the decoder learns to answer from what Algorithm 1 keeps, unless it is frozen.
+Tower and projector stay as they are.
 
 Letters: H heads, n tokens of an image in the sequence.
 """
@@ -18,6 +19,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from ...common.loading import load_model, save_model
+from ...configuration_uhr_bat import UHRBatConfig
 from ...common.prompts import expand_placeholder, write_prompt
 from ...outputs_uhr_bat import UHRBatCompressionOutput
 from ...scenes.evidence import site_cells
@@ -136,7 +138,8 @@ class FocusTrainer(Trainer):
                 ids, before, after = sight.prompt(question.text)
                 pairs, is_level = sight.logits(before, after)
                 losses += [distillation_loss(*pair, is_level) / len(pairs) for pair in pairs]
-                losses.append(self.loss_of_answer(model, inner, sight, ids, before, after, question.answer))
+                if inner.lm_head.weight.requires_grad:
+                    losses.append(self.loss_of_answer(model, inner, sight, ids, before, after, question.answer))
         loss = torch.stack(losses).sum() / sum(len(questions) for _, _, questions in inputs["scenes"])
         return (loss, None) if return_outputs else loss
 
@@ -193,17 +196,24 @@ def show(measured) -> str:
 def main(arguments=None):
     parser = make_parser("train-focus", __doc__, steps=250, batch_size=2, learning_rate=3e-4)
     parser.add_argument(
-        "--layers", type=int, nargs="+", default=[0, 2], help="of the decoder, which the module's begin as"
+        "--layers", type=int, nargs="+", default=[0, 2], help="of the decoder, which those of a new module begin as"
     )
+    parser.add_argument("--freeze-decoder", action="store_true", help="the module alone learns")
     parser.add_argument("--native", type=float, default=0.5, help="share of scenes with objects of a few native pixels")
     parser.add_argument("--measured", type=int, default=100, help="validation scenes that agreement is measured on")
     args = parser.parse_args(arguments)
-    focus = {"layers": args.layers, "separator_token_id": 0}
-    processor, model = load_model(args.model, torch.float32, None, region_focus=focus)
-    model.config.region_focus["separator_token_id"] = processor.tokenizer.convert_tokens_to_ids(":")
-    model.model.region_focus.start_from(model.model.language_model, args.layers)
-    torch.nn.init.zeros_(model.model.image_newline)
-    for name in (*VISION, "scale_embedding"):
+    if UHRBatConfig.from_pretrained(args.model).region_focus is None:
+        processor, model = load_model(args.model, torch.float32, None, region_focus={"layers": args.layers})
+        model.config.region_focus["separator_token_id"] = processor.tokenizer.convert_tokens_to_ids(":")
+        model.model.region_focus.start_from(model.model.language_model, args.layers)
+        torch.nn.init.zeros_(model.model.image_newline)
+    else:
+        processor, model = load_model(args.model, torch.float32, None)
+    if args.freeze_decoder:
+        model.model.language_model.requires_grad_(False)
+        model.lm_head.requires_grad_(False)
+        model.model.image_newline.requires_grad_(False)
+    for name in VISION:
         getattr(model.model, name).requires_grad_(False)
     print(f"Before: {show(measure(model.eval(), processor, args.measured))}", flush=True)
     dataset = FocusScenes(args.steps * args.batch_size * args.accumulation, args.native, args.seed)
