@@ -18,6 +18,8 @@ from .zooming_uhr_bat import split_tiles
 # Text tokens of a prompt before and after the image (the chat template with a question of a dozen words), and those of
 # an answer, where nobody says how many.
 TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS = 14, 24, 64
+# Bytes of a weight in NF4: 4 bits, and a scale of 8 bits for 64 weights.
+NF4_BYTES = 0.516
 # Bytes of a pixel as Pillow holds an RGB image: a fourth one fills the word.
 PILLOW_PIXEL = 4
 
@@ -122,11 +124,14 @@ def attention_widths(config) -> tuple[int, int]:
     return text.num_attention_heads * config.head_width, text.num_key_value_heads * config.head_width
 
 
+def layer_weights(config) -> int:
+    """Weights of the linear layers of one layer of the decoder."""
+    D, (query, key) = config.text_config.hidden_size, attention_widths(config)
+    return 2 * D * (query + key) + 3 * D * config.text_config.intermediate_size
+
+
 def decoder_layer_flops(config, M, num_cached=0) -> int:
-    text = config.text_config
-    D, (query, key) = text.hidden_size, attention_widths(config)
-    products = 2 * M * (2 * D * query + 2 * D * key + 3 * D * text.intermediate_size)
-    return products + 4 * M * (num_cached + M) * query
+    return 2 * M * layer_weights(config) + 4 * M * (num_cached + M) * attention_widths(config)[0]
 
 
 def decoder(config, M, num_cached=0) -> int:

@@ -15,8 +15,10 @@ from .budgets_uhr_bat import apportion, is_one_budget
 from .configuration_uhr_bat import UHRBatConfig
 from .costs_uhr_bat import (
     Question,
+    NF4_BYTES,
     candidates_of,
     host_bytes,
+    layer_weights,
     question_bytes,
     question_flops,
     question_of,
@@ -208,8 +210,7 @@ class UHRBatPlanner:
             views = sum(scale**2 for scale in self.config.scales)
             seconds["preprocess"] = question.num_pixels * rates.pixel + views * rates.view_pixel
         # A pass of the decoder takes the way of its weights, too; the head is as many layers as it has weights.
-        layer = 2 * text.hidden_size * (text.num_attention_heads + text.num_key_value_heads) * self.config.head_width
-        layer += 3 * text.hidden_size * text.intermediate_size
+        layer = layer_weights(self.config)
         num_layers = text.num_hidden_layers
         with_head = num_layers + text.hidden_size * text.vocab_size / layer
         depth = reading_layer(self.config) % num_layers + 1
@@ -246,7 +247,9 @@ class UHRBatPlanner:
         if term == "weights" and self.dtype == torch.float32:
             advice += f", and so may weights in bfloat16, {show_bytes(self.weights // 2)}"
         elif term == "weights":
-            advice += f", and so may weights in 4 bits, about {show_bytes(self.weights // 4)}"
+            linear = self.config.text_config.num_hidden_layers * layer_weights(self.config)
+            size = torch.empty((), dtype=self.dtype).element_size()
+            advice += f", and so may weights in 4 bits, about {show_bytes(self.weights - linear * (size - NF4_BYTES))}"
         elif term == "tower's chunk":
             advice += ", and so may a smaller `vision_chunk_size`"
         return (

@@ -16,6 +16,7 @@ from .dynamic_pyramid_uhr_bat import is_dynamic
 from .geometry_uhr_bat import grids, shown_patches
 from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs
 from .image_reading_uhr_bat import flatten_images
+from .pyramid_uhr_bat import ImagePyramid, UnreadImage
 
 
 # What says where on the Hub a file lies.
@@ -261,22 +262,33 @@ class UHRBatProcessor(ProcessorMixin):
         """
         if image_sizes is None:
             return MultiModalData()
-        processor = self.image_processor
-        available = [
-            [
-                int(shown_patches(tuple(size), grid).sum()) if processor.mask_padding else grid[0] * grid[1]
-                for grid in grids(processor.scales, processor.patch_size)
-            ]
-            for size in image_sizes
-        ]
+        processor, tile_size = self.image_processor, self.image_processor.crop_size["height"]
         if images_per_prompt is None:
-            images_per_prompt = [1] * len(available)
-        budgets = kwargs.get("budgets") or self.default_budgets
+            images_per_prompt = [1] * len(image_sizes)
+        budgets, max_tiles = kwargs.get("budgets") or self.default_budgets, kwargs.get("max_tiles")
+        if max_tiles is None:
+            available = [
+                [
+                    int(shown_patches(tuple(size), grid).sum()) if processor.mask_padding else grid[0] * grid[1]
+                    for grid in grids(processor.scales, processor.patch_size)
+                ]
+                for size in image_sizes
+            ]
+            num_tiles = [sum((scale // tile_size) ** 2 for scale in processor.scales)] * len(image_sizes)
+        else:
+            scales, native = processor.scales, kwargs.get("native")
+            pyramids = [
+                ImagePyramid(
+                    UnreadImage(*size), None if native else scales, anchor=scales[0], tile_size=tile_size,
+                    patch_size=processor.patch_size, mask_padding=processor.mask_padding, max_tiles=max_tiles,
+                )
+                for size in image_sizes
+            ]  # fmt: skip
+            pyramids = _share_tiles(pyramids, max_tiles, images_per_prompt)
+            available, num_tiles = zip(*((one.available, sum(one.num_chosen)) for one in pyramids))
+            budgets = sum(budgets) if native and not is_one_budget(budgets) else budgets
         counts = count_tokens(budgets, processor.scales, images_per_prompt, available)
-        num_tiles = sum((scale // processor.crop_size["height"]) ** 2 for scale in processor.scales)
-        return MultiModalData(
-            num_image_tokens=[sum(count) for count in counts], num_image_patches=[num_tiles] * len(counts)
-        )
+        return MultiModalData(num_image_tokens=[sum(count) for count in counts], num_image_patches=list(num_tiles))
 
     @property
     def model_input_names(self):

@@ -41,6 +41,13 @@ class HeldImage(ImageSource):
         yield read
 
 
+class UnreadImage(ImageSource):
+    """An image of which the size alone is known."""
+
+    def __init__(self, height: int, width: int):
+        self.height, self.width, self.filename = height, width, "image"
+
+
 class ImagePyramid:
     """The levels of one image, coarse to fine; see the file.
 
@@ -251,4 +258,4 @@ def _runs(tile_idx: np.ndarray, width: int) -> Iterator[tuple[int, int, int]]:
         yield row, first, first + int(stop - start)
 
 
-__all__ = ["HeldImage", "ImagePyramid"]
+__all__ = ["HeldImage", "ImagePyramid", "UnreadImage"]

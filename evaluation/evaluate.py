@@ -1,6 +1,7 @@
 """Ask a model the questions of a benchmark, and score its answers.
 
-    uhr-bat evaluate SUITE --data DIR --model DIR [--budgets 16,24,40,66] [--selector NAME] [--output DIR]
+    uhr-bat evaluate SUITE --data DIR --model DIR [--budgets 16,24,40,66] [--max-tiles 128 --native]
+                             [--selector NAME] [--output DIR]
     accelerate launch --multi_gpu -m uhr_bat evaluate SUITE ...     the same lines, sooner; torchrun does as well
 
 Writes into the output folder: settings.json, predictions.jsonl (a line an answer), figures.json and figures.md. What is
@@ -12,9 +13,11 @@ import os
 import sys
 from pathlib import Path
 
-from ..common.budgets import budgets
+from ..budgets_uhr_bat import is_one_budget
+from ..common.budgets import budgets as read_budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
+from ..common.images import add_tile_arguments, tile_options
 from ..common.loading import ROOT, check_files, load_model
 from . import figures
 from .running import IMAGE, Settings, process_state, run, versions
@@ -81,12 +84,15 @@ def parser():
     parser.add_argument("suite", metavar="SUITE", choices=SUITES, help=", ".join(SUITES))
     add_suite_arguments(parser)
     parser.add_argument("--output", type=Path, metavar="DIR", help="of the run (default: runs/SUITE)")
-    parser.add_argument("--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all, as 146")
+    parser.add_argument(
+        "--budgets", type=read_budgets, help="visual tokens per scale, as 16,24,40,66, or of all, as 146"
+    )
     parser.add_argument("--selector", help="which tokens stay (default: the model's)")
     parser.add_argument("--scorers", nargs="+", metavar="NAME", help="some of the suite's scores (default: all)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the suite's)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images (default: 1)")
+    add_tile_arguments(parser)
     parser.add_argument("--retry", action="store_true", help="ask again what failed")
     parser.add_argument(
         "--predictions", type=Path, metavar="FILE", help="score these answers (JSON, JSONL), ask nothing"
@@ -102,11 +108,14 @@ def ask_suite(args, suite, samples, prompt):
     # Each process has the whole model on its own device.
     device_map = "auto" if state.num_processes == 1 else {"": state.device}
     processor, model = load_model(args.model, device_map=device_map, **changes)
+    budgets = processor.default_budgets if args.budgets is None else args.budgets
+    if args.native and args.budgets is None and not is_one_budget(budgets):
+        budgets = sum(budgets)  # levels of an image's own share one budget
     settings = Settings(
         suite=suite.name, data=args.data, model=str(args.model), prompt=prompt,
-        budgets=processor.default_budgets if args.budgets is None else args.budgets, selector=model.config.selector,
+        budgets=budgets, selector=model.config.selector,
         seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
-        versions=versions(),
+        versions=versions(), **tile_options(args),
     )  # fmt: skip
     return run(model.eval(), processor, suite, samples, settings, args.output, args.workers, args.retry)
 

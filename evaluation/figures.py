@@ -167,6 +167,8 @@ def report(suite: Suite, result: dict, settings: dict) -> str:
         f"# {suite.title}: {result['samples']} samples, {result['images']} images",
         f"Model {settings['model']}, {spent} visual tokens at most, selector {settings['selector']}, prompt "
         f"{settings['prompt']}, seed {settings['seed']}"
+        + (f", at most {settings['max_tiles']} tiles" if settings.get("max_tiles") else "")
+        + (" of levels down to each image's own resolution" if settings.get("native") else "")
         + (f"; a part of the suite, {settings['limit']} samples" if settings["limit"] else "")
         + ". Percent, with 95 % intervals of a bootstrap over images. Micro is the mean over samples, macro the mean "
         "of the groups' means. Failed samples and refusals count as wrong.",

@@ -41,6 +41,7 @@ class Settings:
         seed: of everything that draws.
         max_new_tokens: of an answer.
         limit: of samples, None for all.
+        max_tiles, native: see [`UHRBatImageProcessor`].
         versions: of what computed.
     """
 
@@ -54,11 +55,20 @@ class Settings:
     max_new_tokens: int
     limit: int | None
     versions: dict[str, str]
+    max_tiles: int | None = None
+    native: bool | None = None
 
     @property
     def of_a_line(self) -> dict:
         """What every line repeats, so that it can be read by itself."""
-        return {name: getattr(self, name) for name in ("prompt", "budgets", "selector", "seed", "versions")}
+        return {
+            name: getattr(self, name) for name in ("prompt", "budgets", "selector", "seed", "versions")
+        } | self.tiles
+
+    @property
+    def tiles(self) -> dict:
+        """How much of an image is encoded, where that is not all of it."""
+        return {} if self.max_tiles is None else {"max_tiles": self.max_tiles, "native": self.native}
 
 
 def versions() -> dict[str, str]:
@@ -90,7 +100,17 @@ def process_state():
 
 @torch.no_grad()
 def answers(
-    model, processor, questions, features, *, budgets=None, rules=None, counts=None, max_new_tokens=16, **generation
+    model,
+    processor,
+    questions,
+    features,
+    *,
+    budgets=None,
+    rules=None,
+    counts=None,
+    max_tiles=None,
+    max_new_tokens=16,
+    **generation,
 ) -> list[tuple[str, int]]:
     """Answers to a batch of questions about encoded images, and the visual tokens that each took.
 
@@ -98,10 +118,10 @@ def answers(
         questions: texts, without or with placeholders for their images.
         features: for every question the list of what `encode_image` returned for its images; empty for text alone.
         budgets: int[S] or one number; None for those of the model.
-        rules, counts: see `compress`.
+        rules, counts, max_tiles: see `compress`.
         generation: other arguments of `generate`; the best token every time unless they say otherwise.
     """
-    inputs, seen, spent = compress(model, processor, questions, features, budgets, rules, counts)
+    inputs, seen, spent = compress(model, processor, questions, features, budgets, rules, counts, max_tiles)
     said = generate_text(model, processor, inputs, seen, max_new_tokens=max_new_tokens, **generation)
     return list(zip(said, spent))
 
@@ -114,13 +134,14 @@ def generate_text(model, processor, inputs, seen, **generation) -> list[str]:
 
 
 @torch.no_grad()
-def compress(model, processor, questions, features, budgets=None, rules=None, counts=None):
+def compress(model, processor, questions, features, budgets=None, rules=None, counts=None, max_tiles=None):
     """Prompts with their images compressed.
 
     Args:
         questions, features, budgets: see `answers`.
         rules: see the model's `compress`.
         counts: int[I][S], exact visual tokens of every image instead of budgets: of any order, which budgets are not.
+        max_tiles: that the pyramids of a prompt share; None for what each has.
 
     Returns:
         (input_ids and attention_mask long[B, M] with a placeholder per visual token, padded on the left; what a call of
@@ -130,7 +151,12 @@ def compress(model, processor, questions, features, budgets=None, rules=None, co
     images = [image for of_question in features for image in of_question]
     if counts is None:
         inputs = processor(
-            text=texts, image_features=images or None, budgets=budgets, padding=True, return_tensors="pt"
+            text=texts,
+            image_features=images or None,
+            budgets=budgets,
+            max_tiles=max_tiles,
+            padding=True,
+            return_tensors="pt",
         )
     else:
         inputs = processor.tokenizer(texts, padding=True, return_tensors="pt")
@@ -149,10 +175,11 @@ def compress(model, processor, questions, features, budgets=None, rules=None, co
 
 
 class Cut(Dataset):
-    """The images of every group of samples, read and cut into tiles, or the reason why that failed."""
+    """The images of every group of samples, read and cut into tiles, or the reason why that failed. `options`: of the image
+    processor."""
 
-    def __init__(self, suite: Suite, image_processor, groups: list[list[Sample]]):
-        self.suite, self.image_processor, self.groups = suite, image_processor, groups
+    def __init__(self, suite: Suite, image_processor, groups: list[list[Sample]], options=None):
+        self.suite, self.image_processor, self.groups, self.options = suite, image_processor, groups, options or {}
 
     def __len__(self):
         return len(self.groups)
@@ -163,7 +190,7 @@ class Cut(Dataset):
             return index, None
         try:
             images = [self.suite.open(picture) for picture in pictures]
-            return index, self.image_processor(images, return_tensors="pt")
+            return index, self.image_processor(images, return_tensors="pt", **self.options)
         except Exception as error:  # an image can fail in any way; the other ones are still to come
             return index, reason(error)
 
@@ -249,7 +276,7 @@ def ask_group(model, processor, suite, group, cut, blank, done, settings) -> Ite
                 try:
                     ((said, spent),) = answers(
                         model, processor, [ask(sample)], [features[view]],
-                        budgets=settings.budgets, max_new_tokens=settings.max_new_tokens,
+                        budgets=settings.budgets, max_tiles=settings.max_tiles, max_new_tokens=settings.max_new_tokens,
                     )  # fmt: skip
                 except Exception as one:
                     error = reason(one)
@@ -300,8 +327,10 @@ def run(
         image_processor = processor.image_processor
         blank = blank_image(model.config, image_processor.pad_color)
         blank = encode(model, image_processor(blank, return_tensors="pt"))
+        if settings.tiles:
+            workers = 0  # tiles are read when a question looks at them, by the process that asks
         loader = DataLoader(
-            Cut(suite, image_processor, mine),
+            Cut(suite, image_processor, mine, settings.tiles),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=1 if workers else None,

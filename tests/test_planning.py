@@ -37,7 +37,12 @@ def bigger_model():
 
 @pytest.mark.parametrize(
     "text, limit",
-    [("24GiB", (24 * 2**30, "memory")), (" 1.5 GB ", (1.5e9, "memory")), ("5s", (5.0, "seconds")), (".5s", (0.5, "seconds"))],
+    [
+        ("24GiB", (24 * 2**30, "memory")),
+        (" 1.5 GB ", (1.5e9, "memory")),
+        ("5s", (5.0, "seconds")),
+        (".5s", (0.5, "seconds")),
+    ],
 )
 def test_a_limit_is_memory_or_time(text, limit):
     assert parse_limit(text) == limit
@@ -75,7 +80,9 @@ def test_a_limit_is_used_to_the_last_token(unit, kind):
 
 def test_a_limit_that_nothing_fits_names_the_term_and_what_would_fit():
     planner = bigger_model().planner("cpu")
-    with pytest.raises(ValueError, match=r"Not even budgets of \[1, 1, 1\] stay below 0.1MiB.* of which .*MiB.* would fit") as told:
+    with pytest.raises(
+        ValueError, match=r"Not even budgets of \[1, 1, 1\] stay below 0.1MiB.* of which .*MiB.* would fit"
+    ) as told:
         planner.plan(SIZE, "0.1MiB")
     fitting = re.search(r'"([\d.]+GiB)" would fit', str(told.value))[1]
     assert planner.plan(SIZE, fitting).budgets == [1, 1, 1] or planner.plan(SIZE, fitting).question.counts
@@ -100,7 +107,12 @@ def test_rates_are_measured_once_and_kept_whole(cache):
     rates_of(config, cpu, torch.bfloat16)
     assert len(cache) == 2
     path, _ = rates.rates_file(config, cpu, torch.float32)
-    for content in ("", "{", '{"of": {}}', json.dumps({"of": rates.rates_file(config, cpu, torch.float32)[1], "rates": {}})):
+    for content in (
+        "",
+        "{",
+        '{"of": {}}',
+        json.dumps({"of": rates.rates_file(config, cpu, torch.float32)[1], "rates": {}}),
+    ):
         path.write_text(content)  # whatever a killed process or another release left
         assert rates_of(config, cpu, torch.float32) == SLOW
     assert len(cache) == 6 and len(list(path.parent.iterdir())) == 2

@@ -49,6 +49,16 @@ def test_a_scale_spends_no_more_than_it_shows(processor, height, width):
     assert known.num_image_tokens == inputs["token_counts"].sum(1).tolist()
 
 
+@pytest.mark.parametrize("options", [{"max_tiles": 9}, {"max_tiles": 12, "native": True}])
+@pytest.mark.parametrize(("height", "width"), [(90, 90), (40, 90), (3, 90), (200, 100)])
+def test_tokens_of_an_image_that_is_encoded_in_part_are_known_without_it(processor, height, width, options):
+    budgets = 40 if "native" in options else [3, 14, 33]
+    inputs = processor(text="<image>", images=image(height, width), budgets=budgets, **options)
+    known = processor._get_num_multimodal_tokens(image_sizes=[(height, width)], budgets=budgets, **options)
+    assert known.num_image_tokens == inputs["token_counts"].sum(1).tolist()
+    assert known.num_image_patches == [sum(inputs["image_pyramids"][0].num_chosen)]
+
+
 def test_the_letterbox_counts_where_it_is_not_masked(processor):
     plain = UHRBatProcessor(
         UHRBatImageProcessor.from_clip(processor.image_processor, mask_padding=False),

@@ -12,11 +12,11 @@ import torch
 from ..budgets_uhr_bat import is_one_budget
 from ..common.commands import tells_errors
 from ..configuration_uhr_bat import UHRBatConfig
+from ..costs_uhr_bat import NF4_BYTES
 from .collator import scale_budgets
 from .options import read_options
 from .parts import add_adapter, freeze_parts, is_visual
 
-NF4 = 0.516  # bytes of a weight: 4 bits, and a scale of 8 bits for 64 weights
 TEXT_TOKENS = 500  # beside the visual ones, where a recipe states no `max_length`
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 # Bytes that an optimiser keeps of a parameter whose own are b; two averages each.
@@ -66,7 +66,7 @@ def predict_memory(config: UHRBatConfig, options, data, training) -> Memory:
     for name, parameter in model.named_parameters():
         number = parameter.numel()
         linear = "language_model.layers" in name and parameter.ndim == 2 and "lora_" not in name
-        one = NF4 if options.load_in_4bit and linear else 4 if "lora_" in name else size
+        one = NF4_BYTES if options.load_in_4bit and linear else 4 if "lora_" in name else size
         weights += number * (one + (b if one > b and "lora_" not in name else 0))
         if parameter.requires_grad:
             gradients += number * one

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 from benchmark_files import conversations, write_lines, xlrs
@@ -53,6 +54,19 @@ def test_every_question_is_answered_with_its_image_a_blank_one_and_none(tiny, sa
         assert (
             line["budgets"] == [2, 3, 4, 5] and line["selector"] and {"torch", "transformers"} <= set(line["versions"])
         )
+
+
+@pytest.mark.slow
+def test_images_are_encoded_where_the_question_looks(tiny, samples, tmp_path):
+    settings = replace(SETTINGS, budgets=14, max_tiles=24, native=True)
+    tiles = count_tiles(tiny[1])
+    lines = ask(tiny, samples, tmp_path / "run", settings)
+    assert max(tiles) <= 24 and all(line["error"] is None for line in lines.values())
+    assert {(line["max_tiles"], line["native"]) for line in lines.values()} == {(24, True)}
+    two = [line["visual_tokens"] for (name, view), line in lines.items() if view == IMAGE and name != "text"]
+    assert set(two) == {14}
+    with pytest.raises(ValueError, match="max_tiles 24, but None is asked for"):
+        ask(tiny, samples, tmp_path / "run", replace(settings, max_tiles=None))
 
 
 @pytest.mark.slow

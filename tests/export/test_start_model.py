@@ -216,7 +216,9 @@ def test_longva_without_our_parts_is_a_start(beside, tmp_path):
 def lrs_vqa_tensors():
     """LRS-VQA's layout: projector and region focus module under one name, a newline, none of UHR-BAT's parts."""
     released = {name: tensor for name, tensor in released_tensors().items() if "scale" not in name}
-    tensors = {name.replace("mm_projector.", "mm_projector.mlp_projector."): tensor for name, tensor in released.items()}
+    tensors = {
+        name.replace("mm_projector.", "mm_projector.mlp_projector."): tensor for name, tensor in released.items()
+    }
     for name, tensor in released_tensors(seed=1).items():
         if name.startswith(("model.layers.", "model.norm.")):
             tensors[name.replace("model.", "model.mm_projector.token_pruner.", 1)] = tensor

@@ -58,7 +58,9 @@ def test_only_the_module_learns_from_the_decoder_and_it_comes_nearer():
 def test_scenes_of_both_kinds_come_from_workers():
     scenes = list(DataLoader(FocusScenes(6, 0.5, 0), batch_size=None, collate_fn=lambda one: one))
     widths = [scene.width for scene, _, _ in scenes]
-    assert {width is None for width in widths} == {True, False} and all(len(questions) == 4 for _, _, questions in scenes)
+    assert {width is None for width in widths} == {True, False} and all(
+        len(questions) == 4 for _, _, questions in scenes
+    )
 
 
 @pytest.mark.slow
