@@ -3,6 +3,8 @@
 Axes: M text tokens, V tokens of a scale that show the image, S scales, D decoder width.
 """
 
+from functools import partial
+
 import torch
 from transformers.masking_utils import create_causal_mask
 
@@ -53,38 +55,57 @@ class UHRBatImportanceMixin:
         question_start = min(stop, last) if question_tokens == "all" else last
 
         decoder = self.language_model
-        position_ids = torch.arange(sequence.shape[1], device=sequence.device)[None]
-        position_embeddings = decoder.rotary_emb(sequence, position_ids)
-        # By position: the names of these arguments differ between releases.
-        causal_mask = create_causal_mask(decoder.config, sequence, None, None)
         if layer is None and self.config.importance_source == "region_focus":
             layers = self.region_focus.layers
         else:
             last_layer = self.config.importance_layer if layer is None else layer
             layers = decoder.layers[: last_layer % len(decoder.layers) + 1]
-        for decoder_layer in layers[:-1]:
-            sequence = decoder_layer(
-                sequence,
-                attention_mask=causal_mask,
-                position_ids=position_ids,
-                position_embeddings=position_embeddings,
-            )
+        (row,) = self.read_layers(layers, sequence, partial(question_attention, question_start=question_start))
+        return row[start:stop]
 
-        rows = []
+    def read_layers(self, layers, sequence, read, read_at=(-1,), position_ids=None, attention_mask=None) -> list:
+        """What is read at some of a stack of decoder layers, up to the last of them, where the pass stops.
 
-        def read_attention(attention):
-            hidden_states = layers[-1].input_layernorm(sequence)
-            rows.append(question_attention(attention, hidden_states, position_embeddings, question_start))
+        Args:
+            layers: of the decoder, or of the region focus module.
+            sequence: float[1, M, D].
+            read: (attention module, its input float[1, M, D], (cos, sin)) -> what is read.
+            read_at: ascending indices of layers.
+            position_ids: long[1, M]; counted where not given.
+            attention_mask: long[1, M], 0 where there is nothing; None where everything is there.
+        """
+        decoder, found = self.language_model, []
+        if position_ids is None:
+            position_ids = torch.arange(sequence.shape[1], device=sequence.device)[None]
+        position_embeddings = decoder.rotary_emb(sequence, position_ids)
+        # By position: the names of these arguments differ between releases.
+        causal_mask = create_causal_mask(decoder.config, sequence, attention_mask, None)
+        read_at = [layer_idx % len(layers) for layer_idx in read_at]
+        for layer_idx, layer in enumerate(layers[: read_at[-1] + 1]):
+            options = {}
+            if layer_idx in read_at:
 
-        # The layer calls the reader when its weights are in place (see `call_reader`). What it puts out is not needed:
-        # it is called with a single row.
-        layers[-1](
-            sequence[:, :1],
-            position_ids=position_ids[:, :1],
-            position_embeddings=tuple(part[:, :1] for part in position_embeddings),
-            read_attention=read_attention,
-        )
-        return rows[0][start:stop]
+                def read_attention(attention, layer=layer, sequence=sequence):
+                    found.append(read(attention, layer.input_layernorm(sequence), position_embeddings))
+
+                # The layer calls the reader when its weights are in place (see `call_reader`).
+                options["read_attention"] = read_attention
+            if layer_idx == read_at[-1]:  # what it puts out is not needed: it is called with a single row
+                layer(
+                    sequence[:, :1],
+                    position_ids=position_ids[:, :1],
+                    position_embeddings=tuple(part[:, :1] for part in position_embeddings),
+                    **options,
+                )
+            else:
+                sequence = layer(
+                    sequence,
+                    attention_mask=causal_mask,
+                    position_ids=position_ids,
+                    position_embeddings=position_embeddings,
+                    **options,
+                )
+        return found
 
     def refine_importance(self, input_ids, image, anchor_importance, rules, inputs_embeds=None) -> list[torch.Tensor]:
         """Importance of every scale, refined from scale to scale by the question's attention to its own tokens.

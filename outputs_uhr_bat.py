@@ -106,8 +106,22 @@ class TileCache:
         return len(self._tiles)
 
 
+class _Levels:
+    """Of an image that is encoded level by level, as its `pyramid` has them."""
+
+    @property
+    def scales(self) -> list[int]:
+        """Sides of the levels in pixels, the longer one where they are no squares."""
+        return self.pyramid.scales
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(height, width) in tokens of every level."""
+        return self.pyramid.grids
+
+
 @dataclass
-class UHRBatPyramidFeatures:
+class UHRBatPyramidFeatures(_Levels):
     """An image that is encoded as far as no question is needed: its anchor. The tiles of finer levels are read and encoded
     when a question looks at them, and kept for the next one. Ask any number of questions, from several threads too.
 
@@ -125,16 +139,6 @@ class UHRBatPyramidFeatures:
     anchor_idx = 0
 
     @property
-    def scales(self) -> list[int]:
-        """Sides of the levels in pixels."""
-        return self.pyramid.scales
-
-    @property
-    def grids(self) -> list[tuple[int, int]]:
-        """(height, width) in tokens of every level."""
-        return self.pyramid.grids
-
-    @property
     def available(self) -> list[int]:
         """int[S], tokens of every level that there will be at least, whichever tiles a question looks at."""
         return self.pyramid.available
@@ -150,7 +154,7 @@ class UHRBatPyramidFeatures:
 
 
 @dataclass
-class UHRBatDynamicFeatures:
+class UHRBatDynamicFeatures(_Levels):
     """An image as the region focus module descends it: its thumbnail is encoded, tiles of its levels are when a question
     looks at them, and kept for the next one. Threads may share it.
 
@@ -163,16 +167,6 @@ class UHRBatDynamicFeatures:
     thumbnail: torch.Tensor
     pyramid: Any
     cache: TileCache
-
-    @property
-    def scales(self) -> list[int]:
-        """Long side of the thumbnail and of every level in pixels."""
-        return self.pyramid.scales
-
-    @property
-    def grids(self) -> list[tuple[int, int]]:
-        """(height, width) in tokens of the thumbnail and of every level."""
-        return self.pyramid.grids
 
     def to(self, device, non_blocking=False) -> "UHRBatDynamicFeatures":
         """The same on another device, with an empty cache of its own."""

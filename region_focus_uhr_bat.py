@@ -18,7 +18,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from transformers.masking_utils import create_causal_mask
 
 from .configuration_uhr_bat import UHRBatConfig
 from .dynamic_pyramid_uhr_bat import POOLING
@@ -83,7 +82,7 @@ def next_tiles(places: torch.Tensor, level, finer) -> torch.Tensor:
 
 
 class UHRBatRegionFocusMixin:
-    """For a model with a `region_focus`, an `image_newline`, a `language_model`, text embeddings and `encode_tiles`."""
+    """For a model with a `region_focus`, an `image_newline`, text embeddings, `read_layers` and `encode_tiles`."""
 
     def open_dynamic(self, pyramid) -> UHRBatDynamicFeatures:
         """The thumbnail of a [`DynamicPyramid`], encoded; tiles of its levels are when a question looks at them."""
@@ -99,50 +98,6 @@ class UHRBatRegionFocusMixin:
             )
         image = UHRBatDynamicFeatures(None, pyramid, TileCache(self.config.tile_cache_bytes, self.device))
         return replace(image, thumbnail=self.encode_tiles(image, 0, [0])[0])
-
-    def read_logits(self, layers, sequence, read_at, position_ids=None, attention_mask=None) -> list[torch.Tensor]:
-        """What the last token's queries and all keys give before the softmax, at some of a stack of decoder layers.
-
-        Args:
-            layers: of the decoder, or of the region focus module.
-            sequence: float[1, M, D].
-            read_at: ascending indices of layers.
-            position_ids: long[1, M]; counted where not given.
-            attention_mask: long[1, M], 0 where there is nothing.
-
-        Returns:
-            float[heads, M] for every layer of `read_at`.
-        """
-        decoder, found = self.language_model, []
-        if position_ids is None:
-            position_ids = torch.arange(sequence.shape[1], device=sequence.device)[None]
-        position_embeddings = decoder.rotary_emb(sequence, position_ids)
-        causal_mask = create_causal_mask(decoder.config, sequence, attention_mask, None)
-        for layer_idx, layer in enumerate(layers[: read_at[-1] + 1]):
-            hidden_states, options = sequence, {}
-            if layer_idx in read_at:
-
-                def read(attention, layer=layer, hidden_states=hidden_states):
-                    normed = layer.input_layernorm(hidden_states)
-                    found.append(last_token_logits(attention, normed, position_embeddings))
-
-                options["read_attention"] = read
-            if layer_idx == read_at[-1]:  # what it puts out is not needed: a single row
-                layer(
-                    sequence[:, :1],
-                    position_ids=position_ids[:, :1],
-                    position_embeddings=tuple(part[:, :1] for part in position_embeddings),
-                    **options,
-                )
-            else:
-                sequence = layer(
-                    sequence,
-                    attention_mask=causal_mask,
-                    position_ids=position_ids,
-                    position_embeddings=position_embeddings,
-                    **options,
-                )
-        return found
 
     def level_tokens(self, image: UHRBatDynamicFeatures, level_idx: int, tile_idx: list[int]) -> LevelTokens:
         """Some tiles of a level, ascending, encoded and pooled; each row that has any of them ends with a newline, with
@@ -184,7 +139,7 @@ class UHRBatRegionFocusMixin:
             there = torch.zeros(num_places, dtype=torch.long, device=places.device).index_fill(0, places, 1)
             mask = F.pad(there, (len(before), len(after)), value=1)[None]
             sequence = torch.cat((before, local, after))[None]
-            (logits,) = self.read_logits(layers, sequence, [len(layers) - 1], attention_mask=mask)
+            (logits,) = self.read_layers(layers, sequence, last_token_logits, attention_mask=mask)
             logits = logits[:, len(before) : len(before) + num_places].float() + (1 - there)
             return logits.softmax(-1).mean(0)[places]
         # What is not there has left its place: positions are those of the whole level.
@@ -192,7 +147,7 @@ class UHRBatRegionFocusMixin:
         stop = len(before) + num_places + torch.arange(len(after), device=places.device)
         position_ids = torch.cat((start, len(before) + places, stop))[None]
         sequence = torch.cat((before, found.tokens.to(before), after))[None]
-        (logits,) = self.read_logits(layers, sequence, [len(layers) - 1], position_ids)
+        (logits,) = self.read_layers(layers, sequence, last_token_logits, position_ids=position_ids)
         return logits[:, len(before) : len(before) + len(places)].float().softmax(-1).mean(0)
 
     def focus_image(self, before, after, image: UHRBatDynamicFeatures, budget: int | None = None):

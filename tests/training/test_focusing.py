@@ -7,6 +7,7 @@ from small import small_config, small_model
 from torch.utils.data import DataLoader
 from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.common.prompts import prompt_text
+from uhr_bat.layers_uhr_bat import last_token_logits
 from uhr_bat.training.tiny import focusing
 from uhr_bat.training.tiny.focusing import FocusScenes, distillation_loss, pairs_of
 
@@ -44,8 +45,8 @@ def test_only_the_module_learns_from_the_decoder_and_it_comes_nearer():
     sequence = torch.randn(1, 20, 24, generator=torch.Generator().manual_seed(0))
     is_level, losses = torch.arange(20) > 5, []
     for _ in range(30):
-        (student,) = model.model.read_logits(module.layers, sequence, [1])
-        (teacher,) = model.model.read_logits(model.model.language_model.layers, sequence, [2])
+        (student,) = model.model.read_layers(module.layers, sequence, last_token_logits)
+        (teacher,) = model.model.read_layers(model.model.language_model.layers, sequence, last_token_logits, [2])
         loss = distillation_loss(student, teacher, is_level)
         model.zero_grad()
         loss.backward()

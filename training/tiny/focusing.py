@@ -21,6 +21,7 @@ from transformers import Trainer
 from ...common.loading import load_model, save_model
 from ...configuration_uhr_bat import UHRBatConfig
 from ...common.prompts import expand_placeholder, write_prompt
+from ...layers_uhr_bat import last_token_logits
 from ...outputs_uhr_bat import UHRBatCompressionOutput
 from ...scenes.evidence import site_cells
 from ...scenes.layout import FINETUNING_SEED, VALIDATION_SEEDS, make_scene
@@ -115,9 +116,11 @@ class Sight:
         sequence = torch.cat((before, image, after)).detach()[None]
         stop = len(before) + len(image)
         pairs = pairs_of(focus.layers)
-        student = inner.read_logits(inner.region_focus.layers, sequence, [own for own, _ in pairs])
+        student = inner.read_layers(inner.region_focus.layers, sequence, last_token_logits, [own for own, _ in pairs])
         with torch.no_grad():
-            teacher = inner.read_logits(inner.language_model.layers, sequence, [layer for _, layer in pairs])
+            teacher = inner.read_layers(
+                inner.language_model.layers, sequence, last_token_logits, [layer for _, layer in pairs]
+            )
         is_level = torch.arange(len(image), device=sequence.device) > len(self.features.thumbnail)
         both = [tuple(one[:, len(before) : stop] for one in pair) for pair in zip(student, teacher)]
         return both, is_level
