@@ -38,6 +38,7 @@ from .sides import (
     Meter,
     ask,
     build_model,
+    image_processor,
     prompt_ids,
     quick_config,
 )
@@ -144,6 +145,26 @@ def compiled_decoding(model, repetitions) -> dict:
     return {"seconds_per_token": seconds, "ratio": seconds["dynamic"] / seconds["static"]}
 
 
+def first_token_of_a_part(device, model, path, repetitions, total) -> dict:
+    """Seconds from the image file to the first token of ours where a quarter of the tiles behind the anchor's is encoded,
+    where the question looks (`max_tiles`)."""
+    config, processor = model.config, image_processor(model.config)
+    tiles = [(scale // config.tile_size) ** 2 for scale in config.scales]
+    max_tiles, ids = tiles[0] + sum(tiles[1:]) // 4, prompt_ids(config).to(device.device)
+    options = {"do_sample": False, "max_new_tokens": 1, "attention_mask": torch.ones_like(ids)}
+    taken = []
+    device.reset_peak()
+    for turn in range(repetitions + 1):
+        start = device.seconds()
+        pyramids = processor(path, max_tiles=max_tiles)["image_pyramids"]
+        model.generate(ids, image_pyramids=pyramids, budgets=config.budgets, **options)
+        taken += [device.seconds() - start] if turn else []
+    return {
+        "max_tiles": max_tiles, "of": sum(tiles), "tokens": total, "first_token": spread(taken),
+        "peak_bytes": device.peak_bytes(),
+    }  # fmt: skip
+
+
 def measure(device, sides, path, repetitions) -> dict:
     """One budget, both sides in turns after a turn that warms up."""
     config = sides["ours"].model.config
@@ -213,6 +234,13 @@ def report(result) -> str:
             f"A token of the answer takes {1000 * taken['dynamic']:.1f} ms, and {1000 * taken['static']:.1f} ms with "
             f'`cache_implementation="static"` ({result["decoding"]["ratio"]:.2f}x), which compiles once.'
         )
+    if "part" in result:
+        part = result["part"]
+        parts.append(
+            f"With {part['max_tiles']} of {part['of']} tiles, those where the question looks, the first token of an answer from "
+            f"{part['tokens']:,} tokens comes after {part['first_token']['median']:.2f} s, at a peak of "
+            f"{part['peak_bytes'] / 1e9:.1f} GB."
+        )
     for total, entry in result["budgets"].items():
         peaks = ", ".join(f"{stage} {peak / 1e9:.1f}" for stage, peak in entry["peak_bytes_of_stages"].items())
         parts += [f"## {total} tokens", stages_table(entry["stages"]), f"Peak of ours in GB: {peaks}."]
@@ -240,9 +268,12 @@ def main(arguments=None) -> int:
     result = {"device": device.name, "geometry": "quick" if args.quick else "7B, bfloat16, random", "budgets": {}}
     with tempfile.TemporaryDirectory() as folder:
         path = photograph(Path(folder), (600, 600) if args.quick else (8500, 8500))
-        for total in tqdm(args.budgets or ([76, 152] if args.quick else [3000, 5000, 8000, 12_000]), desc="budgets"):
+        totals = args.budgets or ([76, 152] if args.quick else [3000, 5000, 8000, 12_000])
+        for total in tqdm(totals, desc="budgets"):
             model.config.budgets = share_out(total, weights)
             result["budgets"][str(total)] = measure(device, sides, path, args.repetitions)
+        model.config.budgets = share_out(totals[0], weights)
+        result["part"] = first_token_of_a_part(device, model, path, args.repetitions, totals[0])
     if args.compile:
         result["decoding"] = compiled_decoding(model, args.repetitions)
     if args.output:
