@@ -265,10 +265,11 @@ def report(result) -> str:
     ]) + "\n"  # fmt: skip
 
 
-def prices(config, thousands, dtype) -> list[dict]:
-    """Table 4 by formula: a question about a square image with `ANSWER_TOKENS` of answer, for a model without weights."""
+def prices(config, thousands, dtype, device) -> list[dict]:
+    """Table 4 by formula: a question about a square image with `ANSWER_TOKENS` of answer, for a model without weights; memory
+    from its tiles on, on a kind of device."""
     with torch.device("meta"):
-        planner = UHRBatForConditionalGeneration(config).to(dtype).planner("cpu")
+        planner = UHRBatForConditionalGeneration(config).to(dtype).planner(device)
     found = []
     for number in thousands:
         question = planner.plan((max(config.scales),) * 2, seconds=False).question
@@ -276,7 +277,8 @@ def prices(config, thousands, dtype) -> list[dict]:
         plan = planner.plan_question(replace(question, budgets=counts), seconds=False)
         found.append({
             "kept": sum(counts), "total": sum(question.available), "flops": sum(plan.flops.values()),
-            "bytes": sum(plan.memory["encode"].values()), "weights": planner.weights,
+            "bytes": max(sum(terms.values()) for stage, terms in plan.memory.items() if stage != "preprocess"),
+            "weights": planner.weights,
         })  # fmt: skip
     return found
 
@@ -342,9 +344,9 @@ def measure(args) -> dict:
     if args.name == "table-4":
         big = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
         result["prices"] = {
-            "7B, bfloat16": prices(big, TABLE_4, torch.bfloat16),
+            "7B, bfloat16": prices(big, TABLE_4, torch.bfloat16, "cuda"),
             f"{model_name(args.model)}, {str(model.dtype).removeprefix('torch.')}": prices(
-                model.config, TABLE_4, model.dtype
+                model.config, TABLE_4, model.dtype, "cpu"
             ),
         }
     return result
