@@ -187,7 +187,17 @@ class UHRBatPlanner:
         return self.plan_question(question, limit, seconds=False).budgets
 
     def spend(self, question: Question, total: int) -> Question:
-        """The question with `total` visual tokens, in the proportions of the configuration's budgets."""
+        """The question with `total` visual tokens, in the proportions of the configuration's budgets.
+
+        Raises:
+            ValueError: fewer than one for each scale that shows the image, or more than there are.
+        """
+        least, most = sum(map(bool, question.available)), sum(question.available)
+        if not least <= total <= most:
+            raise ValueError(
+                f"{total:,} visual tokens cannot be spent: the image has {most:,}, and each of its {least} scales takes one at "
+                "least."
+            )
         if is_one_budget(self.config.budgets):
             return replace(question, budgets=total)
         budgets = self.config.budgets

@@ -10,6 +10,7 @@ here is planned for without them.
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 
@@ -21,9 +22,10 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def image_size(text: str) -> tuple[int, int]:
     """(height, width) of "30000x20000", width first as images are usually told."""
-    width, height = map(int, text.lower().split("x"))
-    if min(width, height) < 1:
-        raise ValueError(text)
+    match = re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", text.lower())
+    if match is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no size in pixels, as 30000x20000: width, then height")
+    width, height = map(int, match.groups())
     return height, width
 
 
@@ -59,7 +61,7 @@ def plan(args) -> str:
         )
     if here and known_rates(planner.config, planner.device, planner.dtype) is None:
         print(f"Measuring {planner.device.type}, once ...", file=sys.stderr, flush=True)
-    if args.tokens:
+    if args.tokens is not None:
         question = planner.plan(args.image_size, max_tiles=args.max_tiles, seconds=False).question
         one = planner.plan_question(planner.spend(question, args.tokens), seconds=here)
     else:

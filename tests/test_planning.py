@@ -143,8 +143,13 @@ def test_the_command_plans_by_the_configuration_alone(capsys):
     assert "30,000 x 20,000 px" in printed.out and "120 of" in printed.out
     assert command.main(["--image-size", "800x600", "--memory", "1MiB"]) == 2
     assert "of which weights" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        command.main(["--image-size", "800"])
+    for tokens in ("-3", "0", "99999999"):
+        assert command.main(["--image-size", "800x600", "--tokens", tokens]) == 2
+        assert "visual tokens cannot be spent: the image has 2,736" in capsys.readouterr().err
+    for size in ("800", "0x5", "5x-1", "axb"):
+        with pytest.raises(SystemExit):
+            command.main(["--image-size", size])
+        assert "as 30000x20000" in capsys.readouterr().err
 
 
 def test_a_model_plans_itself():
