@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_uhr_bat import UHRBatConfig
-from .dynamic_pyramid_uhr_bat import POOLING
+from .dynamic_pyramid_uhr_bat import POOLING, DynamicLevel
 from .layers_uhr_bat import call_reader, last_token_logits
 from .outputs_uhr_bat import TileCache, TokenMaps, UHRBatCompressionOutput, UHRBatDynamicFeatures
 
@@ -58,14 +58,27 @@ class LevelTokens:
     """What is there of a level.
 
     Attributes:
+        level: [`DynamicLevel`].
         tokens: float[n, D], row by row.
         places: long[n], ascending.
-        is_newline: bool[n].
     """
 
+    level: DynamicLevel
     tokens: torch.Tensor
     places: torch.Tensor
-    is_newline: torch.Tensor
+
+    @property
+    def rows(self) -> torch.Tensor:
+        return self.places // (self.level.grid[1] + 1)
+
+    @property
+    def is_newline(self) -> torch.Tensor:
+        return self.places % (self.level.grid[1] + 1) == self.level.grid[1]
+
+    @property
+    def positions(self) -> torch.Tensor:
+        """long[V] of the tokens that are no newlines, row by row over the level's grid."""
+        return (self.places - self.rows)[~self.is_newline]  # a newline stands at the end of each row before
 
 
 def next_tiles(places: torch.Tensor, level, finer) -> torch.Tensor:
@@ -124,15 +137,15 @@ class UHRBatRegionFocusMixin:
         places = torch.cat((places, ends * (W + 1) + W))
         tokens = torch.cat((tokens, self.image_newline.to(tokens).expand(len(ends), -1)))
         order = places.argsort()
-        return LevelTokens(tokens[order], places[order], places[order] % (W + 1) == W)
+        return LevelTokens(level, tokens[order], places[order])
 
-    def focus_scores(self, before, after, level, found: LevelTokens) -> torch.Tensor:
+    def focus_scores(self, before, after, found: LevelTokens) -> torch.Tensor:
         """float32[n]: how much the last token of the prompt looks at each token of a level, among these, mean over heads.
 
         Args:
             before, after: float[.., D], the prompt up to the level, thumbnail and separator included, and from it on.
         """
-        num_places, places = level.num_tokens, found.places
+        num_places, places = found.level.num_tokens, found.places
         layers = self.region_focus.layers
         if self.config.focus.mask_mode == "upstream":
             local = before.new_zeros(num_places, before.shape[1]).index_copy(0, places, found.tokens.to(before))
@@ -159,16 +172,16 @@ class UHRBatRegionFocusMixin:
                 level's tokens if None.
 
         Returns:
-            ([float[.., D]] of the thumbnail with the separator and of every level, [float32[V]] importance and [long[V]]
-            positions of every level's tokens that were looked at, [long[N]] slots).
+            ([float[.., D]] of the thumbnail with the separator and of every level that was looked at; [(float32[V], long[V])]
+            importance and positions of the tokens of these levels; [long[N]] slots of all).
 
         Raises:
             ValueError: a budget that does not hold thumbnail, separator, a token and its newline.
         """
-        focus, pyramid = self.config.focus, image.pyramid
-        separator = torch.tensor([focus.separator_token_id], device=image.thumbnail.device)
-        head, levels = image.thumbnail, pyramid.levels[: focus.max_levels]
+        focus, levels = self.config.focus, image.pyramid.levels[: self.config.focus.max_levels]
+        head = image.thumbnail
         if levels:
+            separator = torch.tensor([focus.separator_token_id], device=head.device)
             head = torch.cat((head, self.get_input_embeddings()(separator).to(head)))
         room = None if budget is None else budget - len(head)
         if room is not None and room < (2 if levels else 0):
@@ -176,57 +189,63 @@ class UHRBatRegionFocusMixin:
                 f"The budget of {budget} visual tokens is too small: the thumbnail and the separator take {len(head)}"
                 + (", and a token with its newline 2." if levels else ".")
             )
-        tokens, maps, places = [head], [], []
+        looked = self._descend(torch.cat((before, head.to(before))), after, image, levels)
+        tokens = [head, *(found.tokens[:0] for found, _ in looked)]
+        slots = [torch.full((height * width,), -1, device=head.device) for height, width in image.grids]
+        slots[0] = torch.arange(len(image.thumbnail), device=head.device)
+        if looked:
+            found, scores = looked[-1]
+            kept = self._keep(found, self._by_score(found, scores), room)
+            tokens[-1] = found.tokens[kept]
+            cell = ~found.is_newline[kept]
+            where = (found.places - found.rows)[kept[cell]]
+            slots[len(looked)][where] = torch.arange(len(kept), device=head.device)[cell]
+        maps = [(scores[~found.is_newline], found.positions) for found, scores in looked]
+        return tokens, maps, slots
+
+    def _descend(self, before, after, image, levels) -> list[tuple[LevelTokens, torch.Tensor]]:
+        """(what is there of a level, float32[n] how much of it is looked at) of every level from the first one to that where
+        the descent ends."""
+        focus, looked = self.config.focus, []
         tile_idx = list(range(int(np.prod(levels[0].tiles)))) if levels else []
         for level_idx, level in enumerate(levels, 1):
             found = self.level_tokens(image, level_idx, tile_idx)
-            start = torch.cat((before, head.to(before)))
-            scores = self.focus_scores(start, after, level, found)
-            voting = torch.ones_like(found.is_newline) if focus.newline_votes else ~found.is_newline
-            order = scores.masked_fill(~voting, -1).argsort(descending=True, stable=True)[: int(voting.sum())]
-            cells = ~found.is_newline
-            rows, columns = found.places // (level.grid[1] + 1), found.places % (level.grid[1] + 1)
-            places.append((rows * level.grid[1] + columns)[cells])
-            maps.append(scores[cells])
-            if level_idx < len(levels):
-                chosen = order[: max(1, int(focus.alpha_select * len(order)))]
-                if focus.newline_votes:
-                    chosen = torch.cat((chosen, found.is_newline.nonzero()[:, 0]))
-                tile_idx = next_tiles(found.places[chosen], level, levels[level_idx]).tolist()
-                if focus.n_max is None or len(tile_idx) <= focus.n_max:
-                    tokens.append(found.tokens[:0])
-                    continue
-            kept = self._keep(found, order, rows, room)
-            tokens.append(found.tokens[kept])
-            break
-        slots = [torch.arange(len(image.thumbnail), device=head.device)]
-        for idx, (height, width) in enumerate(pyramid.grids[1:]):
-            slots.append(torch.full((height * width,), -1, device=head.device))
-            if idx + 2 == len(tokens):  # the level whose tokens are kept
-                cells = kept[~found.is_newline[kept]]
-                where = (rows * width + found.places % (width + 1))[cells]
-                slots[-1][where] = torch.arange(len(kept), device=head.device)[~found.is_newline[kept]]
-        return tokens, maps, places, slots
+            scores = self.focus_scores(before, after, found)
+            looked.append((found, scores))
+            if level_idx == len(levels):
+                break
+            order = self._by_score(found, scores)
+            chosen = order[: max(1, int(focus.alpha_select * len(order)))]
+            if focus.newline_votes:
+                chosen = torch.cat((chosen, found.is_newline.nonzero()[:, 0]))
+            tile_idx = next_tiles(found.places[chosen], level, levels[level_idx]).tolist()
+            if focus.n_max is not None and len(tile_idx) > focus.n_max:
+                break
+        return looked
 
-    def _keep(self, found, order, rows, room) -> torch.Tensor:
+    def _by_score(self, found, scores) -> torch.Tensor:
+        """long[..]: the tokens of a level that vote, those that are looked at most first."""
+        voting = torch.ones_like(found.is_newline) if self.config.focus.newline_votes else ~found.is_newline
+        return scores.masked_fill(~voting, -1).argsort(descending=True, stable=True)[: int(voting.sum())]
+
+    def _keep(self, found, order, room) -> torch.Tensor:
         """long[n'], ascending: the tokens of a level that the decoder gets, with the newlines of their rows."""
-        focus = self.config.focus
-        number = max(1, int(focus.alpha_keep * len(order)))
+        votes, rows = self.config.focus.newline_votes, found.rows
+        number = max(1, int(self.config.focus.alpha_keep * len(order)))
         if room is not None:
             # The k best tokens and their newlines, as many as there is room for.
-            first = torch.zeros(len(order), dtype=torch.long, device=order.device)
-            seen = set()
-            for rank, row in enumerate(rows[order].tolist()):
-                first[rank] = row not in seen
-                seen.add(row)
-            ends = int(found.is_newline.sum()) if focus.newline_votes else first.cumsum(0)
+            if votes:
+                ends = int(found.is_newline.sum())
+            else:
+                first_of_row = np.unique(rows[order].cpu().numpy(), return_index=True)[1]
+                ends = torch.zeros_like(order)
+                ends[torch.from_numpy(first_of_row).to(order.device)] = 1
+                ends = ends.cumsum(0)
             number = int((torch.arange(1, len(order) + 1, device=order.device) + ends <= room).sum())
             if not number:
-                raise ValueError(
-                    f"The budget leaves {room} visual tokens, but the newlines of the level take {int(ends)}."
-                )
+                raise ValueError(f"The budget leaves {room} visual tokens, but the newlines of the level take {ends}.")
         best = order[:number]
-        ends = found.is_newline if focus.newline_votes else found.is_newline & torch.isin(rows, rows[best])
+        ends = found.is_newline if votes else found.is_newline & torch.isin(rows, rows[best])
         return torch.cat((best[~found.is_newline[best]], ends.nonzero()[:, 0])).sort().values
 
     def focus_images(self, prompts, image_features, images_per_prompt, budget) -> UHRBatCompressionOutput:
@@ -240,12 +259,12 @@ class UHRBatRegionFocusMixin:
         """
         tokens, importance, slots = [], [], []
         for (before, after), image, one in zip(prompts, image_features, budget):
-            levels, maps, places, of_levels = self.focus_image(before, after, image, one)
-            p = image.grids[0][0] * image.grids[0][1]
-            everything = torch.arange(p, device=levels[0].device)
-            maps = [levels[0].new_zeros(p, dtype=torch.float32), *maps]
+            levels, maps, of_levels = self.focus_image(before, after, image, one)
+            # The thumbnail is read, not weighed.
+            of_thumbnail = torch.zeros(len(of_levels[0]), device=levels[0].device), of_levels[0]
+            values, positions = zip(of_thumbnail, *maps)
             tokens.append(levels)
-            importance.append(TokenMaps(maps, [everything, *places], image.grids[: len(maps)], 0))
+            importance.append(TokenMaps(values, positions, image.grids[: len(values)], 0))
             slots.append(of_levels)
         visual_tokens = [torch.cat(levels) for levels in tokens]
         scales = [list(image.scales) for image in image_features]

@@ -101,7 +101,7 @@ def test_scores_of_a_whole_level_are_the_last_tokens_attention_among_its_tokens(
     assert found.places.tolist() == list(range(H * (W + 1)))
     logits = plain_attention(model, torch.cat((head, found.tokens, tail))[None])
     expected = logits[:, len(head) : len(head) + len(found.tokens)].softmax(-1).mean(0)
-    torch.testing.assert_close(model.model.focus_scores(head, tail, level, found), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.model.focus_scores(head, tail, found), expected, rtol=1e-4, atol=1e-6)
 
 
 @torch.no_grad()
@@ -121,7 +121,7 @@ def test_what_is_not_there_has_no_part_in_the_attention_or_as_upstream_a_part_of
     logits = plain_attention(model, torch.cat((head, canvas, tail))[None], mask)[:, len(head) : len(head) + number]
     logits = logits + (~there).float() if mode == "upstream" else logits.masked_fill(~there, float("-inf"))
     expected = logits.softmax(-1).mean(0)[found.places]
-    torch.testing.assert_close(model.model.focus_scores(head, tail, level, found), expected, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(model.model.focus_scores(head, tail, found), expected, rtol=1e-4, atol=1e-6)
 
 
 # ---- From tokens to tiles -------------------------------------------------------------------------------------------
@@ -145,7 +145,8 @@ def plant(monkeypatch, model, place_of):
     """The module looks at one token of every level: that nearest to the place (row, column) in 0..1."""
     asked = []
 
-    def scores(before, after, level, found):
+    def scores(before, after, found):
+        level = found.level
         rows, columns = found.places // (level.grid[1] + 1), found.places % (level.grid[1] + 1)
         asked.append((level.grid, len(found.places)))
         away = (rows + 0.5) / level.grid[0] - place_of[0], (columns + 0.5) / level.grid[1] - place_of[1]
