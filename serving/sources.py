@@ -1,8 +1,8 @@
 """Where the image of a request may come from: the one place that says what a stranger may make the server open.
 
-- `data:` URLs in base64.
-- https URLs whose host has public addresses alone. The connection goes to an address that was checked, not to the name
-  once more, and every redirect is checked anew. GDAL never opens a URL of a request.
+- `data:` URLs, as the URL standard reads them.
+- https URLs whose host has public addresses alone. The connection goes to the addresses that were checked, one after the
+  other, not to the name once more, and every redirect is checked anew. GDAL never opens a URL of a request.
 - Where the server was started with a folder: `file:` URLs and absolute paths below it, symbolic links resolved first.
 
 A picture is opened from its bytes, so nothing that it names is opened. A TIFF or JPEG 2000 of the folder is read from
@@ -11,7 +11,6 @@ where it lies, some rows at a time; formats that name other files, as VRT, are n
 
 import asyncio
 import base64
-import binascii
 import hashlib
 import ipaddress
 import os
@@ -21,7 +20,7 @@ import stat
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
-from urllib.parse import unquote, urlsplit, urlunsplit
+from urllib.parse import unquote, unquote_to_bytes, urlsplit, urlunsplit
 
 from ..raster_files_uhr_bat import is_raster
 from .front import UnreadImage
@@ -31,6 +30,13 @@ from .refusals import Refusal
 MAX_REDIRECTS = 3
 # Seconds for a whole image to arrive from elsewhere.
 FETCH_SECONDS = 30
+# Of them for a connection to one of a host's addresses, before the next one is tried.
+CONNECT_SECONDS = 5
+# Letters of a data: URL that are decoded at a time: every escape among them takes many times its own bytes.
+DECODED_LETTERS = 2**20
+# What the URL standard removes from the ends of a URL, and inside it.
+BLANKS = "".join(map(chr, range(0x21)))
+LINE_BREAKS = str.maketrans("", "", "\t\n\r")
 # Letters of a source in errors.
 SHOWN = 100
 
@@ -55,7 +61,8 @@ class SourceRules:
         Raises:
             Refusal: it may not be opened, is too large or cannot be had.
         """
-        scheme = urlsplit(url[:SHOWN]).scheme.lower()
+        url = url.strip(BLANKS)
+        scheme = url[:SHOWN].partition(":")[0].lower()
         if scheme == "data":
             return await asyncio.to_thread(self.decode, url)
         if scheme in ("http", "https"):
@@ -67,19 +74,25 @@ class SourceRules:
             return await asyncio.to_thread(UnreadImage.of_bytes, content, shown(url))
         if scheme == "file" or url.startswith("/"):
             return await asyncio.to_thread(self.open_path, url)
-        raise refused(url, "it must be a data: URL in base64, an https: URL or, where the server allows it, a path")
+        raise refused(url, "it must be a data: URL, an https: URL or, where the server allows it, a path")
 
-    # Base64
+    # In the request itself
 
     def decode(self, url: str) -> UnreadImage:
-        header, comma, payload = url.partition(",")
-        if not comma or not header.endswith(";base64"):
+        """The bytes of a data: URL (https://fetch.spec.whatwg.org/#data-url-processor)."""
+        header, comma, payload = url.translate(LINE_BREAKS).partition("#")[0].partition(",")
+        if not comma:
             raise refused(url, "a data: URL is data:image/...;base64,...")
-        self.check_size(len(payload) * 3 // 4, "image")
         try:
-            return UnreadImage.of_bytes(base64.b64decode(payload, validate=True))
-        except (binascii.Error, ValueError) as error:
+            content = percent_decoded(payload)
+            if re.search(r"; *base64\s*$", header, re.I | re.A):
+                content = content.translate(None, b"\t\n\f\r ")
+                self.check_size(len(content) * 3 // 4, "image")
+                content = forgiving_base64(content)
+        except ValueError as error:
             raise refused(url, f"it is not base64 ({error})") from error
+        self.check_size(len(content), "image")
+        return UnreadImage.of_bytes(content)
 
     def check_size(self, num_bytes, name):
         if num_bytes > self.max_bytes:
@@ -96,33 +109,53 @@ class SourceRules:
         import httpx
 
         # A proxy would look names up by itself, so none is used.
-        async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=FETCH_SECONDS) as client:
+        timeout = httpx.Timeout(FETCH_SECONDS, connect=CONNECT_SECONDS)
+        async with httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=timeout) as client:
             for _ in range(MAX_REDIRECTS + 1):
-                checked, options = await self.address(url)
                 try:
-                    async with client.stream("GET", checked, **options) as response:
-                        if not response.is_redirect:
+                    response = await self.reach(client, url)
+                    try:
+                        if not response.has_redirect_location:
                             return await self.receive(response, url)
                         url = str(httpx.URL(url).join(response.headers["Location"]))
-                except (httpx.HTTPError, httpx.InvalidURL) as error:
+                    finally:
+                        await response.aclose()
+                except (httpx.HTTPError, httpx.InvalidURL, ValueError) as error:
                     raise refused(url, f"it cannot be fetched ({type(error).__name__})") from error
         raise refused(url, f"it is redirected more than {MAX_REDIRECTS} times")
 
+    async def reach(self, client, url):
+        """What the first address of the host that can be connected to answers, before its body."""
+        import httpx
+
+        checked, options = await self.addresses(url)
+        for left, address in enumerate(checked, 1 - len(checked)):
+            try:
+                return await client.send(client.build_request("GET", address, **options), stream=True)
+            except (httpx.ConnectError, httpx.ConnectTimeout):
+                if not left:
+                    raise
+
     async def receive(self, response, url) -> bytes:
         if response.status_code != 200:
-            raise refused(url, f"its server answers {response.status_code}")
-        self.check_size(int(response.headers.get("Content-Length", 0)), shown(url))
+            nowhere = " without a Location" if response.is_redirect else ""
+            raise refused(url, f"its server answers {response.status_code}{nowhere}")
+        stated = response.headers.get("Content-Length", "")
+        self.check_size(int(stated) if stated.isdecimal() else 0, shown(url))
         content = bytearray()
         async for part in response.aiter_raw():
             content += part
             self.check_size(len(content), shown(url))
         return bytes(content)
 
-    async def address(self, url: str) -> tuple[str, dict]:
-        """The URL with an address that was checked in place of its host, and what of a request keeps the host's name."""
+    async def addresses(self, url: str) -> tuple[list[str], dict]:
+        """The URL with each address of its host in place of the name, all of them checked, and what of a request keeps the
+        name."""
         try:
             parts = urlsplit(url)
             host, port = parts.hostname, parts.port or {"http": 80, "https": 443}[parts.scheme]
+            if host and not host.isascii():
+                host = host.encode("idna").decode("ascii")
         except (ValueError, KeyError):
             raise refused(url, "it is no https: URL") from None
         if not host or parts.username or parts.password:
@@ -134,11 +167,11 @@ class SourceRules:
             found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
         except (OSError, UnicodeError):
             raise refused(url, "its host is not known") from None
-        addresses = [entry[4][0] for entry in found]
+        addresses = list(dict.fromkeys(entry[4][0] for entry in found))
         if not private and not all(map(is_public, addresses)):
             raise refused(url, "its host has an address that is not public")
-        address = f"[{addresses[0]}]" if ":" in addresses[0] else addresses[0]
-        checked = urlunsplit(parts._replace(netloc=f"{address}:{port}", fragment=""))
+        places = [f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in addresses]
+        checked = [urlunsplit(parts._replace(netloc=place, fragment="")) for place in places]
         named = f"[{host}]" if ":" in host else host
         headers = {"Host": named if parts.port is None else f"{named}:{port}", "Accept-Encoding": "identity"}
         return checked, {"headers": headers, "extensions": {"sni_hostname": host}}
@@ -177,17 +210,51 @@ def digest_of(path: Path, modified: int, num_bytes: int, inode: int) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
+def percent_decoded(text: str) -> bytes:
+    """What `unquote_to_bytes` returns, in little memory however many escapes there are."""
+    if "%" not in text:
+        return text.encode()
+    content, start = bytearray(), 0
+    while start < len(text):
+        end = start + DECODED_LETTERS
+        cut = text.find("%", max(start, end - 2), end)  # no escape is cut in two
+        end = cut if cut > start else end
+        content += unquote_to_bytes(text[start:end])
+        start = end
+    return bytes(content)
+
+
+def forgiving_base64(content: bytes) -> bytes:
+    """Bytes of base64 without white space, padded or not (https://infra.spec.whatwg.org/#forgiving-base64-decode).
+
+    Raises:
+        ValueError: it is none.
+    """
+    if len(content) % 4 == 0 and content.endswith(b"="):
+        content = content[: -2 if content.endswith(b"==") else -1]
+    if len(content) % 4 == 1:
+        raise ValueError(f"{len(content)} letters without padding: one is missing, or one is too many")
+    if b"-" in content or b"_" in content:
+        raise ValueError("its letters - and _ are of the alphabet for names and URLs; here they are + and /")
+    return base64.b64decode(content + b"=" * (-len(content) % 4), validate=True)
+
+
+# All that is given out of IPv6 (IANA, "IPv6 Global Unicast Address Assignments"): addresses that hold one of IPv4 for a
+# gateway (::a.b.c.d, ::ffff:0:a.b.c.d, 64:ff9b::/96, 64:ff9b:1::/48) and those of a site (fec0::/10) lie elsewhere.
+GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
+# Of IANA's registries of special addresses, what some supported Python takes for public.
+SPECIAL = [ipaddress.ip_network(one) for one in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20")]
+
+
 def is_public(address: str) -> bool:
     """Whether an address lies in the open internet: not on this machine, in its network, or in a cloud's own."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     for inner in (getattr(ip, "ipv4_mapped", None), getattr(ip, "sixtofour", None)):
         if inner is not None:
             return is_public(str(inner))
-    return ip.is_global and not ip.is_multicast and ip not in NAT64
-
-
-# Addresses of the other family that a gateway may lead to private ones (RFC 6052).
-NAT64 = ipaddress.ip_network("64:ff9b::/96")
+    if ip.version == 6 and ip not in GLOBAL_IPV6:
+        return False
+    return ip.is_global and not ip.is_multicast and not any(ip in network for network in SPECIAL)
 
 
 def shown(url: str) -> str:

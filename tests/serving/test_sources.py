@@ -37,11 +37,35 @@ def test_a_data_url_is_its_bytes():
 
 
 @pytest.mark.parametrize(
+    "url",
+    [
+        "data:image/png;base64,cGljdHVyZTE+/w==",
+        "data:image/png;base64,cGljdHVyZTE+/w",
+        "data:image/png;base64,cGlj\r\ndHVy ZTE+\n/w==\n",
+        "data:image/png;base64,cGljdHVyZTE%2B%2Fw%3D%3D",
+        "DATA:image/png;name=a.png; BASE64,cGljdHVyZTE+/x==#here",
+        " data:;base64,%63GljdHVyZTE+/w==\t",
+        "data:image/png,picture1%3e%FF",
+    ],
+)
+def test_a_data_url_is_read_as_the_url_standard_says(url, monkeypatch):
+    for step in (2**20, 5, 4):
+        monkeypatch.setattr(sources, "DECODED_LETTERS", step)
+        assert read(SourceRules(1000), url).content == b"picture1>\xff"
+
+
+@pytest.mark.parametrize(
     "url, message",
     [
         ("data:image/png;base64,!!!!", "it is not base64"),
         ("data:image/png;base64,AAA\u00e9", "it is not base64"),
-        ("data:image/png,AAAA", "data:image/...;base64"),
+        ("data:image/png;base64", "data:image/...;base64"),
+        ("data:image/png;base64,AAAAA", "one is missing, or one is too many"),
+        ("data:image/png;base64,AA-_", "- and _ are of the alphabet for names and URLs"),
+        ("data:image/png;base64,AA=A", "it is not base64"),
+        ("data:image/png;base64,AA%FFA", "it is not base64"),
+        ("https://[::1/a.png", "no https: URL"),
+        ("data:image/png," + "%41" * 1500, "1500 bytes are over the limit of 1000 bytes"),
         ("data:image/png;base64," + "A" * 2000, "1500 bytes are over the limit of 1000 bytes"),
         ("AAAA", "must be a data: URL"),
         ("ftp://example.org/a.png", "must be a data: URL"),
@@ -61,13 +85,14 @@ def test_what_is_no_image_url_is_refused(url, message):
     "address",
     """127.0.0.1 127.8.9.10 0.0.0.0 10.0.0.8 172.16.3.4 192.168.1.1 169.254.169.254 100.64.0.1 224.0.0.1 255.255.255.255
     ::1 :: fe80::1%eth0 fc00::1 ff02::1 ::ffff:127.0.0.1 ::ffff:10.0.0.1 64:ff9b::7f00:1 2002:7f00:1::
-    2001:db8::1""".split(),
+    2001:db8::1 64:ff9b:1::7f00:1 ::127.0.0.1 ::1.1.1.1 ::ffff:0:127.0.0.1 fec0::1 3fff::1 5f00::1 100::1 2001:10::1
+    192.0.0.8 192.88.99.1 198.18.0.1 240.0.0.1""".split(),
 )
 def test_addresses_of_this_machine_and_its_networks_are_not_public(address):
     assert not is_public(address)
 
 
-@pytest.mark.parametrize("address", ["1.1.1.1", "93.184.215.14", "2606:4700::1111", "::ffff:1.1.1.1"])
+@pytest.mark.parametrize("address", ["1.1.1.1", "2002:101:101::1", "93.184.215.14", "2606:4700::1111", "::ffff:1.1.1.1"])
 def test_addresses_of_the_open_internet_are_public(address):
     assert is_public(address)
 
@@ -168,6 +193,32 @@ def test_a_redirect_is_followed_only_to_what_may_be_asked(site, names):
     assert "no https: URL" in refusal(allowed(), site.url + "/a")
     site.pages["/a"] = (302, {"Location": "/a"}, b"")
     assert "redirected more than 3 times" in refusal(allowed(), site.url + "/a")
+
+
+@pytest.mark.parametrize("status", [301, 302, 303, 307, 308])
+def test_every_redirect_is_followed(site, status):
+    site.pages["/a"], site.pages["/b"] = (status, {"Location": "b"}, b""), (200, {}, b"picture")
+    assert read(allowed(), site.url + "/a").content == b"picture"
+
+
+@pytest.mark.parametrize("status", [204, 300, 302, 304, 307, 399])
+def test_a_redirect_to_nowhere_is_an_error(site, status):
+    site.pages["/a"] = (status, {}, b"")
+    assert f"its server answers {status}" in refusal(allowed(), site.url + "/a")
+
+
+@pytest.mark.parametrize("location", ["", "https://", "http://[", "//", "\xff", "https://a b/"])
+def test_a_redirect_to_what_is_no_url_is_an_error(site, location):
+    site.pages["/a"] = (302, {"Location": location}, b"")
+    assert "is not read: " in refusal(allowed(), site.url + "/a")
+
+
+def test_all_addresses_of_a_host_are_tried(site, names):
+    site.pages["/a"] = (200, {}, b"picture")
+    names["inside.example"] = ["::1", "127.0.0.2", "127.0.0.1"]  # where nobody listens, first
+    assert read(allowed(), site.url + "/a").content == b"picture"
+    names["inside.example"] = ["::1", "127.0.0.2"]
+    assert "cannot be fetched (ConnectError)" in refusal(allowed(), site.url + "/a")
 
 
 def test_an_image_that_is_too_large_is_not_read_to_its_end(site):
