@@ -10,12 +10,16 @@ import torch
 from ..common.files import whole_folder
 
 
+# A temperature below is 0: what is left of the other tokens no float32 shows, and what is divided by it overflows.
+MIN_TEMPERATURE = 1e-5
+
+
 class Sampling(NamedTuple):
     """Which tokens an answer may have.
 
     Attributes:
         max_new_tokens: at most so many.
-        temperature: 0 takes the best token every time.
+        temperature: below `MIN_TEMPERATURE`, the best token every time.
         top_p: of the probability that is drawn from.
         seed: of the draws; None draws anew every time.
     """
@@ -24,6 +28,10 @@ class Sampling(NamedTuple):
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < MIN_TEMPERATURE
 
 
 class Decoder(Protocol):

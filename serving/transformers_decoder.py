@@ -38,8 +38,9 @@ class _Job:
         self.embeds, self.sampling = embeds, sampling
         self.loop, self.arrived = asyncio.get_running_loop(), asyncio.Queue()
         self.ids, self.done = [], False
+        self.alone = False  # a batch that it was in failed
         self.generator = None
-        if sampling.temperature > 0:
+        if not sampling.is_greedy:
             self.generator = torch.Generator()
             self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
             self.warp = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
@@ -47,7 +48,7 @@ class _Job:
                 self.warp.append(TopPLogitsWarper(sampling.top_p))
 
     def put(self, ids: list[int] | Exception | None):
-        """Tokens, the error that ended the batch, or None at the end."""
+        """Tokens, the error that ended the answer, or None at the end."""
         try:
             self.loop.call_soon_threadsafe(self.arrived.put_nowait, ids)
         except RuntimeError:  # the server is closing: nobody waits any more
@@ -92,11 +93,19 @@ class _Draw(LogitsProcessor):
 
     def __call__(self, input_ids, scores):
         for row, job in enumerate(self.jobs):
-            if job.generator is not None:
-                probabilities = job.warp(input_ids[row : row + 1], scores[row : row + 1]).softmax(-1).cpu()
-                token = torch.multinomial(probabilities[0], 1, generator=job.generator)
+            if job.generator is not None and not job.done:
+                try:
+                    token = self.draw(job, input_ids[row : row + 1], scores[row : row + 1])
+                except Exception as error:  # that of this row: the others are decoded on
+                    job.end(error)
+                    continue
                 scores[row] = torch.full_like(scores[row], -torch.inf).index_fill(0, token.to(scores.device), 0)
         return scores
+
+    def draw(self, job, input_ids, scores):
+        """long[1], the next token of a row."""
+        probabilities = job.warp(input_ids, scores).softmax(-1).cpu()
+        return torch.multinomial(probabilities[0], 1, generator=job.generator)
 
 
 class TransformersDecoder:
@@ -144,16 +153,25 @@ class TransformersDecoder:
                         one.end(RuntimeError("The server is closing."))
                     return
                 self._waiting.append(job)
-            jobs = [self._waiting.popleft() for _ in range(min(self.max_batch, len(self._waiting)))]
-            self._jobs = [job for job in jobs if not job.done]
+            self._jobs = [job for job in self._next_jobs() if not job.done]
             try:
                 if self._jobs:
                     self._run(self._jobs)
-            except Exception as error:  # that of these requests: others go on
+            except Exception as error:
+                # Which of the requests it was is not known: by itself, one fails alone.
                 for job in self._jobs:
-                    job.end(error)
+                    if job.alone or len(self._jobs) == 1:
+                        job.end(error)
+                    job.alone = True
             self._waiting += [job for job in self._jobs if not job.done]
             self._jobs = []
+
+    def _next_jobs(self):
+        """The jobs of the next batch, taken from those that wait."""
+        jobs = [self._waiting.popleft()]
+        while self._waiting and len(jobs) < self.max_batch and not (jobs[0].alone or self._waiting[0].alone):
+            jobs.append(self._waiting.popleft())
+        return jobs
 
     @torch.inference_mode()
     def _run(self, jobs):

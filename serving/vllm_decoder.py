@@ -69,7 +69,7 @@ class VLLMDecoder:
         from vllm.sampling_params import RequestOutputKind
 
         params = SamplingParams(
-            temperature=sampling.temperature,
+            temperature=0.0 if sampling.is_greedy else sampling.temperature,
             top_p=sampling.top_p,
             seed=sampling.seed,
             max_tokens=sampling.max_new_tokens,

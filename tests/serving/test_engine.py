@@ -163,17 +163,43 @@ def test_draws_do_not_depend_on_the_batch(model):
     assert decode(model, jobs) == [decode(model, [job])[0] for job in jobs]
 
 
-def test_a_request_that_fails_stops_no_other(model):
-    (embeds,) = prompts(1)
+async def ends(decoder, embeds, sampling, delay=0.0):
+    """The tokens that a caller gets, or the error."""
+    await asyncio.sleep(delay)
+    try:
+        return [token async for ids in decoder.decode(embeds, sampling) for token in ids]
+    except Exception as error:
+        return error
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        (torch.zeros(4, 23), Sampling(4)),  # of another width
+        (torch.full((6, 24), torch.nan), Sampling(40, temperature=1.0)),  # nothing to draw from
+    ],
+    ids=["another width", "no numbers"],
+)
+def test_a_request_that_fails_ends_no_other(model, wrong):
+    """Whether it comes when others are being decoded, or before them."""
+    right = [(embeds, Sampling(60)) for embeds in prompts(2)]
+    expected = decode(model, right)
 
     async def ask():
-        decoder = TransformersDecoder(model, 2)
+        decoder = TransformersDecoder(model, 4)
         try:
-            with pytest.raises(RuntimeError):
-                async for _ in decoder.decode(torch.zeros(4, 23), Sampling(4)):  # of another width
-                    pass
-            return [token async for ids in decoder.decode(embeds, Sampling(4)) for token in ids]
+            jobs = [(*right[0], 0), (*wrong, 0.02), (*right[1], 0.04), (*wrong, 0.06)]
+            return await asyncio.gather(*(ends(decoder, *job) for job in jobs))
         finally:
             await decoder.close()
 
-    assert asyncio.run(ask()) == decode(model, [(embeds, Sampling(4))])[0]
+    first, error, second, other_error = asyncio.run(ask())
+    assert [first, second] == expected
+    assert isinstance(error, RuntimeError) and isinstance(other_error, RuntimeError)
+
+
+@pytest.mark.parametrize("temperature", [1e-300, 1e-9])
+def test_a_temperature_of_almost_nothing_is_none(model, temperature):
+    (embeds,) = prompts(1)
+    greedy, cold = decode(model, [(embeds, Sampling(12)), (embeds, Sampling(12, temperature, 1e-300, seed=1))])
+    assert cold == greedy
