@@ -4,24 +4,27 @@ Letters: S scales, N tokens of a scale.
 """
 
 import json
+import logging
 
 import numpy as np
 
+from ..common.extras import require
 from ..geo import evidence_frame, geojson_bytes
 from ..geometry_uhr_bat import token_box
+from ..raster_files_uhr_bat import reason
 from .front import EncodedImage, Selection
+
+logger = logging.getLogger(__name__)
 
 
 def evidence_of(selection: Selection, images: list[EncodedImage], scales: list[int]) -> list[dict]:
-    """For every image {"image_size": [height, width], "tokens": [...], "geojson": FeatureCollection or None}.
+    """For every image {"image_size": [height, width], "tokens": [...], "geojson": FeatureCollection or None,
+    "geojson_error": why there is none of a georeferenced image, or None}.
 
     A token: {"scale": side of its view in pixels, "slot": its place among those of its scale in the prompt, "score":
     how much the question looks at it (eq. 2; the mean where several were merged), "boxes": [[top, left, bottom, right]]
     in pixels, one for each token of the image that went into it}. The GeoJSON is that of `uhr-bat evidence-map`: WGS 84,
-    polygons in the order of the tokens.
-
-    Raises:
-        ImportError: the image is georeferenced, and what writes polygons is missing; says what to install.
+    polygons in the order of the tokens. It never fails: by then the answer is there, and is worth more.
     """
     return [_of_image(selection.compressed, image_idx, image, scales) for image_idx, image in enumerate(images)]
 
@@ -43,18 +46,63 @@ def _of_image(compressed, image_idx, image, scales):
                     "boxes": [boxes[idx] for idx in mine],
                 }
             )
-    return {
-        "image_size": list(image.image_size),
-        "tokens": tokens,
-        "geojson": _geojson(compressed, image_idx, image, scales),
-    }
+    collection, error = _geojson(compressed, image_idx, image, scales)
+    return {"image_size": list(image.image_size), "tokens": tokens, "geojson": collection, "geojson_error": error}
 
 
 def _geojson(compressed, image_idx, image, scales):
     place = image.georeference
     if place.crs is None:
-        return None
-    frame = evidence_frame(
-        compressed, image.image_size, scales, transform=place.transform, crs=place.crs, image_idx=image_idx
-    )
-    return json.loads(geojson_bytes(frame, {}))
+        return None, None
+    try:
+        check_place(place, image.image_size)
+        frame = evidence_frame(
+            compressed, image.image_size, scales, transform=place.transform, crs=place.crs, image_idx=image_idx
+        )
+        collection = json.loads(geojson_bytes(frame, {}))
+        check_degrees(collection)
+        return collection, None
+    except ImportError as error:  # says what to install
+        return None, str(error)
+    except Exception as error:  # GDAL, GEOS, PROJ and pandas each have errors of their own
+        logger.info("An image has no GeoJSON.", exc_info=True)
+        return None, f"The image's place on the ground leads to no longitude and latitude: {reason(error)}"
+
+
+def check_place(place, image_size):
+    """Raises `ValueError` where an image's transform and CRS do not say where on the ground it lies, or PROJ does: a
+    transform without an area, heights alone, coordinates from the centre of the earth, far outside a projection."""
+    require("geo", "pyproj")
+    import pyproj
+
+    height, width = image_size
+    a, b, c, d, e, f = numbers = place.transform[:6]
+    area = abs(a * e - b * d)
+    if not np.isfinite(numbers).all() or not area:
+        raise ValueError(f"its transform {tuple(numbers)} gives a pixel no area")
+    crs = pyproj.CRS.from_user_input(place.crs)
+    if crs.is_geocentric or crs.is_vertical and not crs.is_compound:
+        raise ValueError(f"its CRS is {crs.name}")
+    columns, rows = np.meshgrid(np.linspace(0, width, 3), np.linspace(0, height, 3))
+    x, y = a * columns + b * rows + c, d * columns + e * rows + f
+    transformer = pyproj.Transformer.from_crs(crs, "EPSG:4326", always_xy=True)
+    longitude, latitude = transformer.transform(x, y, errcheck=True)
+    again = transformer.transform(longitude, latitude, direction="INVERSE", errcheck=True)
+    if not np.hypot(again[0] - x, again[1] - y).max() < area**0.5:
+        raise ValueError(f"it lies outside of what {crs.name} covers")
+
+
+def check_degrees(collection):
+    """Raises `ValueError` unless every polygon has places, all of them on the globe."""
+    for feature in collection["features"]:
+        geometry = feature["geometry"]
+        is_area = geometry and geometry["type"] in ("Polygon", "MultiPolygon")
+        places = np.array(_places(geometry["coordinates"]) if is_area else [])
+        if not places.size or not (np.abs(places[:, :2]) <= (180, 90)).all():
+            raise ValueError("its degrees are not those of the globe")
+
+
+def _places(coordinates):
+    if coordinates and not isinstance(coordinates[0], list):
+        return [coordinates]
+    return [place for part in coordinates for place in _places(part)]

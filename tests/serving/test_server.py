@@ -184,6 +184,32 @@ def test_evidence_of_a_georeferenced_image_is_geojson_too(client, open_folder):
     assert 139 < longitude < 140 and 35 < latitude < 36
 
 
+NOWHERE = {
+    "a drone's mosaic": ('LOCAL_CS["drone",UNIT["metre",1]]', (2, 0, 380000, 0, -2, 3950000), "ProjError"),
+    "the centre of the earth": ("EPSG:4978", (2, 0, 380000, 0, -2, 3950000), "WGS 84"),
+    "beyond the pole": ("EPSG:4326", (0.001, 0, 10, 0, -0.001, 95), ""),
+    "no number": ("EPSG:4326", (float("nan"), 0, 10, 0, -0.001, 45), "no area"),
+    "outside of the projection": ("EPSG:32654", (2, 0, 1e9, 0, -2, 3950000), ""),
+}
+
+
+@pytest.mark.parametrize("case", NOWHERE)
+def test_a_place_that_is_none_costs_the_geojson_and_not_the_answer(client, open_folder, case):
+    rasterio = pytest.importorskip("rasterio")
+    pytest.importorskip("geopandas")
+    crs, transform, reason = NOWHERE[case]
+    path = open_folder / "nowhere.tif"
+    profile = {"driver": "GTiff", "width": 60, "height": 40, "count": 3, "dtype": "uint8", "crs": crs}
+    with rasterio.open(path, "w", **profile, transform=rasterio.Affine(*transform)) as raster:
+        raster.write(np.full((3, 40, 60), 9, dtype=np.uint8))
+    answer = ask(client, str(path), extra_body={"evidence": True})
+    (image,) = answer.evidence
+    assert answer.choices[0].message.content and image["tokens"] and image["geojson"] is None
+    assert "no longitude and latitude" in image["geojson_error"] and reason in image["geojson_error"]
+    chunks = list(ask(client, str(path), stream=True, extra_body={"evidence": True}))
+    assert chunks[-1].choices[0].finish_reason == "length" and chunks[-1].evidence == [image]
+
+
 # Other routes
 
 
