@@ -9,7 +9,6 @@ import base64
 import binascii
 import io
 import os
-import struct
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any, BinaryIO, NamedTuple
@@ -17,9 +16,20 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image
 
+from .picture_reading_uhr_bat import (
+    PICTURE_NAMES,
+    PILLOW_ERRORS,
+    array_to_image,
+    channels_last,
+    decode_picture,
+    is_streamable,
+    open_picture,
+    pillow_misreads,
+    to_rgb,
+)
 from .raster_files_uhr_bat import GDAL_NAME, driver_of, import_rasterio, is_dataset, is_raster, reason
 from .raster_reading_uhr_bat import ImageSource, RasterImage
 
@@ -28,15 +38,10 @@ from .raster_reading_uhr_bat import ImageSource, RasterImage
 MAX_SIDE = 100_000
 # Pixels of a JPEG or PNG from which on it is streamed by rasterio where that is installed: decoded it takes 1 GB.
 HELD_PIXELS = 2**28
-STREAMED_FORMATS, STREAMED_MODES = ("JPEG", "PNG"), ("L", "RGB", "RGBA")
-# What Pillow decodes into other pixels of a TIFF; the rest of `_pillow_misreads` it leaves out or takes on trust.
-PILLOW_ERRORS = ("planar bands of 16 bits", "bands without colours", "signed pixels")
 # Seconds without an answer after which a server is given up.
 TIMEOUT = 60
 # Bytes of a file at a URL that are looked at before it is left to GDAL.
 URL_START = 2**16
-# 16 bits to 8 by the full range, 65535 -> 255, to the nearest: 65535 / 255 = 257, which is odd, so there are no ties.
-SIXTEEN_TO_EIGHT = ((np.arange(65536) + 128) // 257).astype(np.uint8)
 
 
 def check_image_size(image_size: tuple[int, int], max_image_pixels: int, name: str = "image"):
@@ -54,117 +59,6 @@ def check_image_size(image_size: tuple[int, int], max_image_pixels: int, name: s
             f"{name}: {height} x {width} pixels have a side over {MAX_SIDE} pixels, whose letterboxed square would "
             f"take too long. Cut the image into parts."
         )
-
-
-# Pixels to 8-bit RGB
-
-
-def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
-    """8-bit RGB from a PIL image of any mode; an RGB image comes back itself.
-
-    Alpha is dropped, not blended. 16-bit grey (modes "I;16*", and "I" with values in 0..65535, which is how older
-    Pillow reads it) is scaled by its full range; Pillow's own conversion would clip it at 255.
-
-    Args:
-        image: of any mode, its pixels perhaps still in its file.
-        name: of the image in errors.
-
-    Raises:
-        OSError: the image cannot be decoded whole.
-        ValueError: its mode has no right conversion.
-    """
-    try:
-        image.load()
-    except Exception as error:  # decoders raise whatever they like
-        raise OSError(f"{name}: the image cannot be decoded whole ({reason(error)}).") from error
-    if image.mode == "RGB":
-        return image
-    if image.mode.startswith("I"):
-        values = np.asarray(image)
-        low, high = values.min(), values.max()
-        if low < 0 or high > 65535:
-            raise ValueError(f"{name}: integer pixels must be in 0..65535 (16-bit grey). Got {low}..{high}.")
-        return Image.fromarray(SIXTEEN_TO_EIGHT[values]).convert("RGB")
-    if image.mode == "F":
-        raise ValueError(f"{name}: pixels are floats (mode F) of unknown range. Scale them to 8 bits first.")
-    try:
-        return image.convert("RGB")
-    except ValueError as error:
-        raise ValueError(f"{name}: mode {image.mode} cannot be converted to RGB ({error}).") from error
-
-
-def _channels_last(array, input_data_format):
-    """A [h, w, C] view of an image array [h, w], [h, w, C] or [C, h, w] with 1, 3 or 4 channels."""
-    if array.ndim == 2:
-        return array[:, :, None]
-    if array.ndim != 3:
-        raise ValueError(f"An image array has 2 or 3 dimensions. Got the shape {tuple(array.shape)}.")
-    if input_data_format is None:
-        first, last = array.shape[0] in (1, 3, 4), array.shape[2] in (1, 3, 4)
-        if first == last:
-            raise ValueError(
-                f"Cannot tell where the 1, 3 or 4 channels of an image of shape {tuple(array.shape)} are. Pass "
-                f"`input_data_format`, 'channels_first' or 'channels_last'."
-            )
-        input_data_format = ChannelDimension.LAST if last else ChannelDimension.FIRST
-    if ChannelDimension(input_data_format) == ChannelDimension.FIRST:
-        array = array.transpose(1, 2, 0)
-    if array.shape[2] not in (1, 3, 4):
-        raise ValueError(f"An image has 1, 3 or 4 channels. Got {array.shape[2]} in the shape {tuple(array.shape)}.")
-    return array
-
-
-def _array_to_image(array):
-    """L, RGB or RGBA image from [h, w, C]; the values are those that `read_image` names."""
-    if array.dtype == np.uint16:
-        array = SIXTEEN_TO_EIGHT[array]
-    elif array.dtype == bool:
-        array = array * np.uint8(255)
-    elif array.dtype != np.uint8:
-        low, high = array.min(), array.max()
-        limit = 1 if np.issubdtype(array.dtype, np.floating) else 255
-        if not (low >= 0 and high <= limit):  # in this form NaN is refused too
-            raise ValueError(f"An image of {array.dtype} must have values in 0..{limit}. Got {low}..{high}.")
-        array = np.rint(array * 255.0).astype(np.uint8) if limit == 1 else array.astype(np.uint8)
-    return Image.fromarray(np.ascontiguousarray(array[..., 0] if array.shape[2] == 1 else array))
-
-
-# Files
-
-
-def _open_lazily(file, path):
-    """The opened image, nothing decoded, or None: `Image.open` without its limit. Common formats come first."""
-    prefix = file.read(16)
-    for register_readers in (Image.preinit, Image.init):
-        register_readers()
-        for image_format in tuple(Image.ID):
-            reader, accept = Image.OPEN[image_format]
-            try:
-                accepted = accept is None or accept(prefix)
-                if accepted and not isinstance(accepted, str):  # a string is a reason to say no
-                    file.seek(0)
-                    return reader(file, path)
-            except (SyntaxError, IndexError, TypeError, struct.error):  # another format's file
-                continue
-    return None
-
-
-def _decode(image, name):
-    """8-bit RGB from an opened file, upright by its EXIF orientation, first frame.
-
-    Pillow's own limit (`Image.MAX_IMAGE_PIXELS`) is neither used nor changed.
-    """
-    if image.format == "TIFF":
-        # Pillow's TIFF reader turns the image upright itself, and asks for Pillow's limit once more when it allocates
-        # the pixels: they are allocated here. The tags hold the stored size; `image.size` may be the upright one.
-        stored_width, stored_height = image.tag_v2[256], image.tag_v2[257]
-        image.im = Image.new(image.mode, (stored_width, stored_height), None).im
-        return to_rgb(image, name)
-    try:
-        ImageOps.exif_transpose(image, in_place=True)  # in place: a copy of a gigapixel is 4 GB
-    except Exception as error:
-        raise OSError(f"{name}: the image cannot be decoded whole ({reason(error)}).") from error
-    return to_rgb(image, name)
 
 
 class PlainImage:
@@ -191,22 +85,6 @@ class PlainImage:
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self.image, dtype)
-
-
-def _pillow_misreads(tags, num_pages=1) -> str | None:
-    """What of a TIFF Pillow would read as something else, without an error, by the tags of its page."""
-    samples, bits = tags.get(277, 1), max(tags.get(258, (1,)))
-    several = samples > 1
-    found = {
-        "planar bands of 16 bits": several and tags.get(284) == 2 and bits > 8,
-        "bands without colours": several and tags.get(262) in (0, 1),
-        "signed pixels": bits < 32 and 2 in tags.get(339, ()),
-        "planar bands": several and tags.get(284) == 2,
-        "bands of 16 bits": several and bits > 8,
-        "alpha, nodata or colours that GDAL wrote": any(tag in tags for tag in (338, 42112, 42113)),
-        "several pages": num_pages > 1,
-    }
-    return next((what for what, there in found.items() if there), None)
 
 
 # The door
@@ -286,7 +164,7 @@ class _Reader(NamedTuple):
         file.seek(0)
         # The registered readers are called directly, as `Image.open` does after it has asked for Pillow's own limit.
         try:
-            image = _open_lazily(file, path)
+            image = open_picture(file, path)
         except Exception as error:
             raise OSError(f"{name}: the image cannot be opened ({reason(error)}).") from error
         if is_raster(start):
@@ -298,11 +176,12 @@ class _Reader(NamedTuple):
                 except OSError:
                     pass
             raise UnidentifiedImageError(
-                f"{name}: not an image that Pillow or GDAL (rasterio) can read, or one with a side of 0 pixels."
+                f"{name}: no image in {PICTURE_NAMES}, and none at a path that GDAL (rasterio) can read; or one with a side of "
+                f"0 pixels."
             )
-        elif path and _is_streamed(image):
+        elif path and image.height * image.width >= HELD_PIXELS and is_streamable(image) and _has_rasterio():
             return self.open_raster(path, name)
-        return _Opened(name, (image.height, image.width), lambda: _decode(image, name))
+        return _Opened(name, (image.height, image.width), lambda: decode_picture(image, name))
 
     def open_url(self, url, name) -> _Opened:
         # A server that sends parts of a file does so when it is asked for the first one.
@@ -338,9 +217,9 @@ class _Reader(NamedTuple):
 
     def open_image(self, image: Image.Image) -> _Opened:
         name = getattr(image, "filename", "") or "image"  # only images that Pillow opened know their file
-        if image.format == "TIFF" and _pillow_misreads(image.tag_v2) in PILLOW_ERRORS:
+        if image.format == "TIFF" and pillow_misreads(image.tag_v2) in PILLOW_ERRORS:
             raise ValueError(
-                f"{name}: Pillow does not read {_pillow_misreads(image.tag_v2)} of a TIFF right. Pass the path instead of "
+                f"{name}: Pillow does not read {pillow_misreads(image.tag_v2)} of a TIFF right. Pass the path instead of "
                 f"the image."
             )
 
@@ -355,8 +234,8 @@ class _Reader(NamedTuple):
         if is_torch_tensor(array):
             array = array.detach().cpu()
             array = (array.float() if array.is_floating_point() else array).numpy()
-        array = _channels_last(array, self.input_data_format)
-        return _Opened("image", array.shape[:2], lambda: self.open_image(_array_to_image(array)).decode())
+        array = channels_last(array, self.input_data_format)
+        return _Opened("image", array.shape[:2], lambda: self.open_image(array_to_image(array)).decode())
 
 
 def _fetch(url, name, headers=None) -> tuple[int, bytes]:
@@ -403,21 +282,12 @@ def _check_pillow_suffices(image, name, options):
     elif options:
         misread = f"`{options[0]}`"
     else:
-        misread = image.format == "TIFF" and _pillow_misreads(image.tag_v2, image.n_frames)
+        misread = image.format == "TIFF" and pillow_misreads(image.tag_v2, image.n_frames)
     if misread:
         try:
             import_rasterio()
         except ImportError as error:
             raise ImportError(f"{name}: Pillow would not read {misread} right. {error}") from error
-
-
-def _is_streamed(image) -> bool:
-    """Whether a picture takes more memory than it is worth, and rasterio reads it upright and in the same colours."""
-    if image.width * image.height < HELD_PIXELS or image.format not in STREAMED_FORMATS or not _has_rasterio():
-        return False
-    turned = "exif" in image.info if image.format == "PNG" else image.getexif().get(274, 1) != 1
-    deep = any(";16" in str(tile.args) for tile in image.tile)  # Pillow takes the higher byte of such a PNG
-    return image.mode in STREAMED_MODES and not turned and not deep
 
 
 def _decode_base64(text):

@@ -1,4 +1,4 @@
-"""UHR-BAT raster files: what GDAL opens, what a file says about itself, which bands and which part of it are asked for.
+"""UHR-BAT raster files: what GDAL opens, what a file says about itself, which bands are asked for.
 
 rasterio, the extra `geo`, is imported where a raster is opened; the model loads without it. Sizes are (height, width),
 coordinates (row, column).
@@ -6,7 +6,6 @@ coordinates (row, column).
 
 import io
 import logging
-import math
 import re
 import threading
 import warnings
@@ -174,7 +173,7 @@ def upright_by(orientation) -> tuple[bool, bool, bool]:
     }[orientation]
 
 
-# Which bands and which part are asked for
+# Which bands are asked for
 
 
 def _colours(dataset) -> list[str]:
@@ -230,56 +229,6 @@ def choose_bands(dataset, bands: Sequence[int | str] | int | str | None, name: s
     return visible[:3]
 
 
-def choose_window(dataset, window, size: tuple[int, int], name: str) -> tuple[int, int, int, int]:
-    """The part of an image that is read, (top, left, bottom, right) in pixels.
-
-    Args:
-        window: None is all of the image; (top, left, bottom, right) in pixels, rasterio's ((top, bottom), (left, right))
-            or its `Window`; (west, south, east, north, crs) for bounds, which are cut off at the image's border and
-            rounded outwards to whole pixels.
-        size: (height, width) of the whole image.
-
-    Raises:
-        ValueError: a part that is empty or not inside the image; bounds for an image without coordinates.
-    """
-    height, width = size
-    if window is None:
-        return 0, 0, height, width
-    if hasattr(window, "toranges"):
-        window = window.toranges()
-    if len(window) == 5:
-        *bounds, crs = window
-        if dataset.crs is None:
-            raise ValueError(f"{name}: it has no coordinate system that bounds could be given in. Pass pixels.")
-        from rasterio.warp import transform_bounds
-
-        west, south, east, north = transform_bounds(crs, dataset.crs, *map(float, bounds))
-        corners = [
-            ~dataset.transform * corner for corner in ((west, south), (west, north), (east, south), (east, north))
-        ]
-        columns, rows = zip(*corners)
-        # A millionth of a pixel is what the inverse rounds by.
-        edges = [math.floor(min(rows) + 1e-6), math.floor(min(columns) + 1e-6)]
-        edges += [math.ceil(max(rows) - 1e-6), math.ceil(max(columns) - 1e-6)]
-        part = max(edges[0], 0), max(edges[1], 0), min(edges[2], height), min(edges[3], width)
-        if part[0] >= part[2] or part[1] >= part[3]:
-            raise ValueError(
-                f"{name}: the bounds {window} lie outside the image, whose own are {tuple(dataset.bounds)}."
-            )
-        return part
-    if len(window) == 2:
-        (top, bottom), (left, right) = window
-    else:
-        top, left, bottom, right = window
-    top, left, bottom, right = (int(edge) for edge in (top, left, bottom, right))
-    if not (0 <= top < bottom <= height and 0 <= left < right <= width):
-        raise ValueError(
-            f"{name}: the window (top {top}, left {left}, bottom {bottom}, right {right}) is not inside the image of "
-            f"{height} x {width} pixels (height x width)."
-        )
-    return top, left, bottom, right
-
-
 def check_value_range(value_range, num_bands: int):
     """What `value_range` says: None, "dtype", "percentile", or float[C] lows and highs. Raises `ValueError`."""
     if value_range is None or (isinstance(value_range, str) and value_range in ("dtype", "percentile")):
@@ -303,7 +252,6 @@ __all__ = [
     "SEQUENTIAL",
     "check_value_range",
     "choose_bands",
-    "choose_window",
     "complaints_are_errors",
     "driver_of",
     "gdal_settings",

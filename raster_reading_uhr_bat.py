@@ -25,7 +25,6 @@ from .raster_files_uhr_bat import (
     SEQUENTIAL,
     check_value_range,
     choose_bands,
-    choose_window,
     complaints_are_errors,
     gdal_settings,
     import_rasterio,
@@ -36,6 +35,7 @@ from .raster_files_uhr_bat import (
     tiff_pages,
     upright_by,
 )
+from .raster_windows_uhr_bat import choose_window, wkt_names_file
 
 # CLIP's mean colour in 8 bits, the letterbox of the released code; what is no part of an image takes it too.
 PAD_COLOR = (122, 116, 104)
@@ -138,6 +138,7 @@ class RasterImage(ImageSource):
             raise ValueError(f"`overviews` is 'auto' or 'off'. Got {overviews!r}.")
         self._given = source if is_dataset(source) else None
         self._lock = threading.Lock() if self._given is not None else None  # no lock can be pickled
+        self._elsewhere = isinstance(source, bytes) or start is not None
         self._driver = driver
         self._factor = 1
         if self._given is not None:
@@ -180,11 +181,12 @@ class RasterImage(ImageSource):
         size = dataset.shape[::-1] if self._transposed else dataset.shape
         if not dataset.count or min(size) < 1:
             raise ValueError(f"{self.filename}: {dataset.count} bands of {size[0]} x {size[1]} pixels show nothing.")
-        self._part = choose_window(dataset, window, size, self.filename)
+        crs = self._crs_of(dataset)
+        self._part = choose_window(dataset, crs, window, size, self.filename)
         top, left, bottom, right = self._part
         self.height, self.width = bottom - top, right - left
         placed = not dataset.transform.is_identity and not any(upright)
-        self.crs = dataset.crs if placed else None
+        self.crs = crs if placed else None
         self.transform = dataset.transform * dataset.transform.translation(left, top) if placed else None
 
         self.bands = choose_bands(dataset, bands, self.filename)
@@ -201,6 +203,17 @@ class RasterImage(ImageSource):
             self._dtype.kind == "f" or any("all_valid" not in [flag.name for flag in band] for band in flags)
         )
         self._set_values(dataset, value_range)
+
+    def _crs_of(self, dataset):
+        """What the file says; of one that came from elsewhere None where that names further files, with a warning."""
+        if self._elsewhere and dataset.crs is not None and wkt_names_file(dataset.crs.to_wkt()):
+            warnings.warn(
+                f"{self.filename}: its coordinate system may name files of this machine, which are not opened: it is left "
+                f"out.",
+                stacklevel=2,
+            )
+            return None
+        return dataset.crs
 
     def _set_values(self, dataset, value_range):
         """What makes 8 bits of the values: a table for small integers, or lows and highs."""

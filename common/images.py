@@ -27,7 +27,7 @@ def value_range(text: str) -> str | list:
 
 def window(text: str) -> list:
     """[0, 0, 512, 512] from "0,0,512,512", [139.7, 35.6, 139.8, 35.7, "EPSG:4326"] from the same with a system."""
-    *numbers, last = text.split(",")
+    *numbers, last = text.split(",", 4)  # WKT has commas of its own
     if len(numbers) == 4:
         return [*map(float, numbers), last]
     if len(numbers) != 3:

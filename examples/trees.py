@@ -16,6 +16,7 @@ from PIL import Image
 
 from ..common.files import whole_files
 from ..evaluation.suites import SUITES
+from ..picture_reading_uhr_bat import PICTURE_FORMATS
 
 LEARNT = "2019_YELL_2_528000_4978000_image_crop2"
 # Of a part, and from one to the next.
@@ -34,7 +35,7 @@ def count_trees(boxes, left, top) -> int:
 
 def rows_of(sample, folder, name) -> dict[str, list[dict]]:
     """Rows of the files of training data about the parts of a picture, whose own files are written."""
-    picture = Image.open(sample.pictures[0].source).convert("RGB")
+    picture = Image.open(sample.pictures[0].source, formats=tuple(PICTURE_FORMATS)).convert("RGB")
     rows = {"train.json": [], "test.json": []}
     for top in range(0, picture.height - SIDE + 1, STEP):
         for left in range(0, picture.width - SIDE + 1, STEP):

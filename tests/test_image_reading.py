@@ -1,6 +1,7 @@
 """Any kind of image to 8-bit RGB, or an error that names it: against Pillow and hand-made files."""
 
 import base64
+import io
 import re
 import struct
 import zlib
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from images import every_kind, raises, random_image
-from PIL import Image, UnidentifiedImageError
+from PIL import EpsImagePlugin, Image, UnidentifiedImageError
 from served import serve
 
 from uhr_bat.image_reading_uhr_bat import flatten_images, read_image, to_rgb
@@ -265,7 +266,8 @@ def test_what_cannot_be_opened_is_an_error_that_names_it(tmp_path):
     for path in (text, empty, flat):
         with raises(
             UnidentifiedImageError,
-            f"{path}: not an image that Pillow or GDAL (rasterio) can read, or one with a side of 0 pixels.",
+            f"{path}: no image in JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000 or PPM, and none at a path that GDAL (rasterio) "
+            f"can read; or one with a side of 0 pixels.",
         ):
             read(path)
     # The third is valid base64 of no image.
@@ -276,6 +278,37 @@ def test_what_cannot_be_opened_is_an_error_that_names_it(tmp_path):
         read(tmp_path)
     with pytest.raises(ValueError, match="^data:image/png;base64: the image is not base64"):
         read("data:image/png;base64,A")
+
+
+@pytest.mark.parametrize("door", ["path", "bytes", "file", "base64"])
+def test_postscript_and_other_formats_that_are_not_on_the_list_start_no_program(tmp_path, monkeypatch, door):
+    started = tmp_path / "started"
+    for name in ("gs", "gswin64c"):
+        (tmp_path / name).write_text(f"#!/bin/sh\ntouch {started}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:/usr/bin:/bin")
+    monkeypatch.setattr(EpsImagePlugin, "gs_binary", None)
+    Image.init()  # as any other library may have called it
+    postscript = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\nshowpage\n%%EOF\n"
+    binary = b"\xc5\xd0\xd3\xc6" + struct.pack("<6I", 32, len(postscript), 0, 0, 0, 0) + bytes(4) + postscript
+    for content in (postscript, binary):
+        path = tmp_path / "image.png"
+        path.write_bytes(content)
+        source = {
+            "path": path, "bytes": content, "file": io.BytesIO(content),
+            "base64": f"data:image/png;base64,{base64.b64encode(content).decode()}",
+        }[door]  # fmt: skip
+        with pytest.raises(UnidentifiedImageError, match="no image in JPEG, PNG"):
+            read(source)
+    assert not started.exists()
+
+
+@pytest.mark.parametrize("image_format", ["JPEG", "PNG", "WEBP", "GIF", "BMP", "PPM"])
+def test_every_format_of_the_list_is_read_whatever_it_is_called(tmp_path, image_format):
+    image, path = random_image(12, 16), tmp_path / "image.bin"
+    image.save(path, image_format)
+    with Image.open(path) as expected:
+        assert read(path.read_bytes()).tobytes() == expected.convert("RGB").tobytes()
 
 
 def test_bytes_and_open_files_are_the_files_that_they_come_from(image, tmp_path):

@@ -126,7 +126,7 @@ def test_a_vrt_that_comes_from_elsewhere_names_no_file_of_this_machine(tmp_path,
         f'<VRTDataset rasterXSize="70" rasterYSize="45"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
         f"<SourceFilename>{path}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
     )
-    with pytest.raises(OSError, match="^image: not an image"):
+    with pytest.raises(OSError, match="^image: no image in JPEG, PNG"):
         read(vrt.encode())
 
 
@@ -466,6 +466,53 @@ def test_a_window_that_is_not_inside_the_image_is_refused(placed, tmp_path, band
     path = write_raster(tmp_path / "plain.tif", bands)
     with raises(ValueError, f"{path}: it has no coordinate system that bounds could be given in. Pass pixels."):
         read(path, window=(0, 0, 1, 1, "EPSG:4326"))
+
+
+WKT_GRIDS = (
+    'GEOGCS["x",DATUM["d",SPHEROID["s",6378137,298.257],EXTENSION["PROJ4_GRIDS","{}"]],PRIMEM["Greenwich",0],'
+    'UNIT["degree",0.0174532925199433]]'
+)
+WKT_PROJ4 = (
+    'PROJCS["x",GEOGCS["x",DATUM["d",SPHEROID["s",6378137,298.257]],PRIMEM["Greenwich",0],UNIT["degree",'
+    '0.0174532925199433]],PROJECTION["Mercator_1SP"],UNIT["metre",1],EXTENSION["PROJ4","+proj=merc +a=6378137 '
+    '+b=6378137 +nadgrids=@{} +wktext +no_defs"]]'
+)
+WKT_METHOD = (
+    'PROJCRS["x",BASEGEOGCRS["x",DATUM["d",ELLIPSOID["s",6378137,298.257]]],CONVERSION["c",METHOD["PROJ hgridshift '
+    'grids={}"]],CS[Cartesian,2],AXIS["e",east],AXIS["n",north],LENGTHUNIT["metre",1]]'
+)
+WKT_BOUND = (
+    'BOUNDCRS[SOURCECRS[GEOGCRS["x",DATUM["d",ELLIPSOID["s",6378137,298.257]],CS[ellipsoidal,2],AXIS["lon",east],'
+    'AXIS["lat",north],ANGLEUNIT["degree",0.0174532925199433]]],TARGETCRS[GEOGCRS["WGS 84",DATUM["WGS",ELLIPSOID["s",'
+    '6378137,298.257]],CS[ellipsoidal,2],AXIS["lon",east],AXIS["lat",north],ANGLEUNIT["degree",0.0174532925199433]]],'
+    'ABRIDGEDTRANSFORMATION["t",METHOD["NTv2"],PARAMETERFILE["Latitude and longitude difference file","{}"]]]'
+)
+
+
+@pytest.mark.parametrize(
+    "crs",
+    ["{}", "{}.prj", "/vsicurl/{}", "+init={}:1", "+proj=longlat +nadgrids=@{}", "+proj=pipeline +step +proj=hgridshift +grids={}",
+     "EPSG:{}", "ESRI::{}", "DICT:{},1", "urn:{}", WKT_GRIDS, WKT_PROJ4, WKT_METHOD, WKT_BOUND],
+    ids=["bare", "ending", "vsi", "init", "nadgrids", "pipeline", "epsg", "esri", "dict", "urn", "grids", "proj4", "method", "bound"],
+)  # fmt: skip
+def test_bounds_are_in_a_code_or_a_wkt_that_names_no_address_and_no_file(placed, folder, urls, crs, monkeypatch):
+    (folder / "crs").write_text(rasterio.crs.CRS.from_epsg(4326).to_wkt())
+    with serve(folder) as server:
+        for named in (f"{server.url}/crs", str(folder / "crs"), (folder / "crs").as_uri()):
+            with pytest.raises(ValueError, match=f"^{re.escape(placed)}: .* Pass an authority's code, as EPSG:4326, or"):
+                read(placed, window=(140, 36, 141, 37, crs.replace("{}", named)))
+        assert server.sent == 0
+
+
+def test_bounds_are_read_in_every_form_of_a_coordinate_system_that_names_none(placed):
+    crs = rasterio.crs.CRS.from_epsg(32654)
+    for form in ("epsg:32654", 32654, crs, *(crs.to_wkt(version=one) for one in ("WKT1_GDAL", "WKT2_2019", "WKT1_ESRI"))):
+        image = read_image(placed, LIMIT, window=(500_200, 4_000_150, 500_600, 4_000_350, form))
+        assert (image.height, image.width) == (20, 40)
+    mercator = rasterio.crs.CRS.from_epsg(3857).to_wkt()
+    assert "nadgrids=@null" in mercator
+    bounds = transform_bounds("EPSG:32654", "EPSG:3857", 500_205, 4_000_155, 500_595, 4_000_345)
+    assert read(placed, window=(*bounds, mercator)).shape[:2] == (20, 40)
 
 
 def test_an_image_tells_where_it_lies_and_one_without_a_place_that_it_has_none(placed, tmp_path, processor):
