@@ -14,13 +14,13 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from .chat import ChatRequest
+from .chat import ChatRequest, check_values
 from .decoding import Sampling
 from .engine import Engine
 from .evidence import evidence_of
 from .limits import Limits
 from .metrics import Metrics
-from .refusals import Refusal
+from .refusals import NAME_LETTERS, Refusal, clip
 from .sources import SourceRules
 
 logger = logging.getLogger(__name__)
@@ -32,6 +32,8 @@ FAILED = Refusal("The server failed; its log says why.", 500)
 DEFAULT_TOKENS = 256
 # A request's bytes beside those of an image, in base64.
 TEXT_BYTES = 2**20
+# Mistakes of a request that are listed to name the first of them; a list stops at its first.
+MAX_MISTAKES = 1000
 
 
 class _Stream(StreamingResponse):
@@ -88,12 +90,16 @@ class Service:
         self.started = int(time.time())
 
     async def parse(self, body: bytes) -> ChatRequest:
+        check_values(body, self.engine.window)
         try:
             request = await asyncio.to_thread(ChatRequest.model_validate_json, body)
         except ValidationError as error:
+            if error.error_count() > MAX_MISTAKES:
+                raise Refusal(f"The request has {error.error_count()} fields that are not known.") from None
             first = error.errors(include_url=False, include_input=False)[0]
             place = ".".join(map(str, first["loc"])) or None
-            raise Refusal(f"{place or 'The request'}: {first['msg']}.", param=place) from None
+            name = clip(place, NAME_LETTERS) if place else "The request"
+            raise Refusal(f"{name}: {first['msg']}.", param=place) from None
         if request.model != self.name:
             raise Refusal(
                 f"There is no model {request.model[:100]!r} here. This is {self.name!r}.",

@@ -13,9 +13,23 @@ from .refusals import Refusal
 MAX_IMAGES = 16
 # Letters of text for every token of the context window: more cannot fit, and are not given to the tokenizer.
 LETTERS_PER_TOKEN = 32
+# Values of JSON for every token: a part of a message is a few.
+VALUES_PER_TOKEN = 16
+# Budgets of one request: no model has more scales.
+MAX_SCALES = 64
+# Numbers that are no counts, as of a raster's values and its places: with these, arithmetic has room.
+MAX_NUMBER = 1e30
+MAX_COUNT = 2**31 - 1
+# Letters of a name, as of a band or a word that stops, and of a coordinate system.
+NAME_LETTERS, SYSTEM_LETTERS = 1000, 20_000
 
-
-Number = Annotated[float, Field(allow_inf_nan=False)]
+Number = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_NUMBER, le=MAX_NUMBER)]
+Whole = Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
+Budget = Annotated[int, Field(ge=0, le=MAX_COUNT)]
+Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
+Name = Annotated[str, Field(max_length=NAME_LETTERS)]
+System = Annotated[str, Field(max_length=SYSTEM_LETTERS)]
+Pair = Annotated[list[Number], Field(min_length=2, max_length=2, fail_fast=True)]
 
 
 class _Strict(BaseModel):
@@ -39,7 +53,7 @@ class Image(_Strict):
 
 class Message(_Strict):
     role: Literal["system", "user", "assistant"]
-    content: str | list[Annotated[Text | Image, Field(discriminator="type")]]
+    content: str | Annotated[list[Annotated[Text | Image, Field(discriminator="type")]], Field(fail_fast=True)]
 
 
 class StreamOptions(_Strict):
@@ -50,22 +64,24 @@ class ChatRequest(_Strict):
     """Fields are OpenAI's up to `user`; `temperature` is 0 where it is not given: the best token every time."""
 
     model: str
-    messages: Annotated[list[Message], Field(min_length=1)]
-    max_tokens: Annotated[int, Field(ge=1)] | None = None
-    max_completion_tokens: Annotated[int, Field(ge=1)] | None = None
+    messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
+    max_tokens: Count | None = None
+    max_completion_tokens: Count | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=4)] | None = None
+    stop: Name | Annotated[list[Name], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
 
-    budgets: Annotated[int, Field(ge=1)] | list[Annotated[int, Field(ge=0)]] | None = None
-    bands: Annotated[list[int | str], Field(max_length=3)] | None = None
-    value_range: Literal["dtype", "percentile"] | list[Number] | list[list[Number]] | None = None
-    window: Annotated[list[int | Number | str], Field(min_length=4, max_length=5)] | None = None
+    budgets: Count | Annotated[list[Budget], Field(max_length=MAX_SCALES, fail_fast=True)] | None = None
+    bands: Annotated[list[Whole | Name], Field(max_length=3, fail_fast=True)] | None = None
+    value_range: (
+        Literal["dtype", "percentile"] | Pair | Annotated[list[Pair], Field(max_length=3, fail_fast=True)] | None
+    ) = None
+    window: Annotated[list[Whole | Number | System], Field(min_length=4, max_length=5, fail_fast=True)] | None = None
     evidence: bool = False
 
     @property
@@ -88,13 +104,25 @@ class ChatRequest(_Strict):
             raise Refusal(f"{len(urls)} images are more than the {MAX_IMAGES} of a request.", param="messages")
         return urls
 
+    def check_length(self, window: int):
+        """Raises `Refusal` for more messages, parts or letters than fit into a context window of so many tokens."""
+        texts, num_parts = [], len(self.messages)
+        for message in self.messages:
+            parts = message.content
+            num_parts += 0 if isinstance(parts, str) else len(parts)
+            texts += [parts] if isinstance(parts, str) else [part.text for part in parts if part.type == "text"]
+        # Each is a token at least, that of its line.
+        check_count(num_parts, window, "messages and parts")
+        check_count(sum(map(len, texts)), LETTERS_PER_TOKEN * window, "letters")
+
     def prompt(self, processor) -> str:
         """The conversation as text, with one placeholder per image.
 
         Raises:
             Refusal: text that is longer than any that fits, or that holds the placeholder.
         """
-        num_letters, conversation = 0, []
+        self.check_length(processor.tokenizer.model_max_length)
+        conversation = []
         for message in self.messages:
             content = message.content
             if not isinstance(content, str):
@@ -105,13 +133,24 @@ class ChatRequest(_Strict):
                     f"The text holds {processor.image_token!r}. Give images as parts of the type `image_url`.",
                     param="messages",
                 )
-            num_letters += sum(map(len, texts))
             conversation.append({"role": message.role, "content": content})
-        limit = LETTERS_PER_TOKEN * processor.tokenizer.model_max_length
-        if num_letters > limit:
-            raise Refusal(
-                f"The text has {num_letters} letters, of which at most {limit} fit into the context window.",
-                param="messages",
-                code="context_length_exceeded",
-            )
         return processor.apply_chat_template(conversation, add_generation_prompt=True)
+
+
+def check_values(body: bytes, window: int):
+    """Raises `Refusal` for a request of more values than any whose text fits: it is not even taken apart.
+
+    Args:
+        body: JSON, whose values are one more than its commas. Those of a text count too.
+        window: tokens of the context window.
+    """
+    check_count(body.count(b","), (LETTERS_PER_TOKEN + VALUES_PER_TOKEN) * window, "values")
+
+
+def check_count(number: int, limit: int, what: str):
+    if number > limit:
+        raise Refusal(
+            f"The request has {number} {what}, of which at most {limit} fit into the context window.",
+            param="messages",
+            code="context_length_exceeded",
+        )

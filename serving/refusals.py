@@ -1,6 +1,16 @@
 """What a request may not do, as OpenAI's servers say it."""
 
 
+# Letters of an error, and of the name of a field in it: what was given is shown, a giant of it not repeated.
+MESSAGE_LETTERS, NAME_LETTERS = 1000, 100
+
+
+def clip(text: str, letters: int = MESSAGE_LETTERS) -> str:
+    """The text, its middle left out where it is longer."""
+    half = (letters - 5) // 2
+    return text if len(text) <= letters else f"{text[:half]} ... {text[-half:]}"
+
+
 class Refusal(Exception):
     """A request that is not answered, and why.
 
@@ -12,8 +22,9 @@ class Refusal(Exception):
     """
 
     def __init__(self, message: str, status: int = 400, param: str | None = None, code: str | None = None):
-        super().__init__(message)
-        self.message, self.status, self.param, self.code = message, status, param, code
+        self.message, self.param = clip(message), param and clip(param, NAME_LETTERS)
+        super().__init__(self.message)
+        self.status, self.code = status, code
 
     def body(self) -> dict:
         """The JSON of the answer, which OpenAI's clients know."""

@@ -285,6 +285,40 @@ def test_what_is_no_request_is_refused(address, body):
     assert response.status_code == 400 and response.json()["error"]["message"]
 
 
+GIANT = 10**6
+TOO_MUCH = {
+    "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 5000}]}, "5001 messages and"),
+    "messages": ({"messages": [{"role": "user", "content": ""}] * 5000}, "5000 messages and parts, of which at most 4096"),
+    "values": ({"value_range": [[0, 1]] * 200_000}, "values, of which at most 196608 fit"),
+    "wrong parts": ({"messages": [{"role": "user", "content": [0] * 10**5}]}, "messages.0.content"),
+    "fields": ({f"field {idx}": 0 for idx in range(10**5)}, "100000 fields that are not known"),
+    "a long field": ({"x" * GIANT: 1}, "Extra inputs are not permitted"),
+    "ranges": ({"value_range": [[0, 1]] * 50}, "value_range"),
+    "a long range": ({"value_range": list(range(50))}, "value_range"),
+    "budgets": ({"budgets": [1] * 50_000}, "budgets"),
+    "a giant budget": ({"budgets": 10**3000}, "budgets"),
+    "a giant answer": ({"max_tokens": 10**3000}, "max_tokens"),
+    "a giant band": ({"bands": ["x" * GIANT]}, "bands"),
+    "a giant system": ({"window": [0, 0, 1, 1, "x" * GIANT]}, "window"),
+    "a giant place": ({"window": [0, 0, 1, 1e300]}, "window"),
+    "a giant white": ({"value_range": [-1e308, 1e308]}, "value_range"),
+    "a giant word": ({"stop": "x" * GIANT}, "stop"),
+    "a giant seed": ({"seed": 10**3000}, "seed"),
+    "a giant role": ({"messages": [{"role": "x" * GIANT, "content": "a"}]}, "messages.0.role"),
+    "a giant address": ({"messages": messages("x" * GIANT)}, "must be a data: URL"),
+    "a giant model": ({"model": "x" * GIANT}, "There is no model"),
+}
+
+
+@pytest.mark.parametrize("case", TOO_MUCH)
+def test_what_is_too_much_is_refused_at_once_by_its_name_and_not_repeated(address, case):
+    fields, reason = TOO_MUCH[case]
+    body = {"model": "endless", "messages": messages()} | fields
+    response = httpx.post(f"{address}/v1/chat/completions", json=body)
+    assert response.status_code in (400, 404) and reason in response.json()["error"]["message"], response.text[:500]
+    assert len(response.content) < 2000
+
+
 def test_another_model_and_another_route_are_not_found(client, address):
     with pytest.raises(openai.NotFoundError, match="There is no model 'gpt-4' here. This is 'endless'"):
         client.chat.completions.create(model="gpt-4", messages=messages())
