@@ -160,11 +160,13 @@ def write_processor_configs(output: Path, config: UHRBatConfig, image_settings=N
     Args:
         output: the model folder.
         config: the model's configuration; the image processor's scales, tile and patch are its own.
-        image_settings: mean, deviation and other settings of the checkpoint's image processor; CLIP's otherwise.
+        image_settings: mean, deviation and other settings of the checkpoint's image processor; its tower's otherwise.
         budgets: of the processor; those of the configuration otherwise.
     """
     known = set(UHRBatImageProcessor.valid_kwargs.__annotations__) - {"size"}  # which follows the tile
     settings = {key: value for key, value in (image_settings or {}).items() if key in known}
+    if config.vision_config.model_type == "siglip_vision_model":  # what files of other code do not say
+        settings = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3} | settings
     processor = UHRBatImageProcessor(**settings | {
         "crop_size": {"height": config.tile_size, "width": config.tile_size},
         "patch_size": config.patch_size,

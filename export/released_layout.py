@@ -3,6 +3,7 @@
 Only facts of that layout stand here; nothing reads or writes a file.
 """
 
+import re
 from math import isqrt
 
 import torch
@@ -12,6 +13,8 @@ from .checkpoint_files import CheckpointError
 
 
 VISION_TOWER = "model.vision_tower.vision_tower.vision_model."
+# The same in files that other releases of the libraries wrote.
+ANY_TOWER = re.compile(r"model\.vision_tower\.(vision_tower\.)?(vision_model\.)?")
 
 # Beginning of a released name -> beginning of the name here, the rest stays. The copy of the token MLP outside `model.`
 # is a second name of the same tensors.
@@ -20,7 +23,6 @@ RENAMES = {
     "model.layers.": "model.language_model.layers.",
     "model.norm.": "model.language_model.norm.",
     "lm_head.": "lm_head.",
-    VISION_TOWER: "model.vision_tower.vision_model.",
     "model.mm_projector.0.": "model.multi_modal_projector.linear_1.",
     "model.mm_projector.2.": "model.multi_modal_projector.linear_2.",
     "model.scale_pos_residuals.": "model.scale_embedding.tables.",
@@ -38,16 +40,20 @@ RENAMES = {
 # begins as the layer before the first of them.
 PRUNER, PRUNER_LAYERS = "pruner", [1, 5, 11, 14]
 # Id of ":", the separator, and the most tiles of a level, N_max, by the decoder's family.
-SEPARATORS, MAX_TILES = {"qwen2": 25, "llama": 29901}, {"qwen2": 80, "llama": 40}
+SEPARATORS, MAX_TILES = {"qwen2": 25, "qwen3": 25, "llama": 29901}, {"qwen2": 80, "qwen3": 80, "llama": 40}
+# What the name of an architecture says of its decoder, the first that it holds: `LlavaLlamaForCausalLM`, `GeoChatLlamaForCausalLM`.
+FAMILIES = {"mistral": "llama", "llama": "llama", "qwen3": "qwen3", "qwen": "qwen2"}
 
 # Parts that the released code makes and never uses, and buffers that are computed.
 DROPPED_PREFIXES = ("text_to_vision_proj.", "tile_pos_residuals.")
 DROPPED_SUFFIXES = (".position_ids", ".inv_freq")
+POOLING = "head."  # SigLIP's, which no token comes through
 
 # Fields of the decoder that are taken as they are; without the first five there is no model.
 TEXT_SIZES = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 TEXT_FIELDS = (
     "num_key_value_heads",
+    "head_dim",
     "hidden_act",
     "max_position_embeddings",
     "initializer_range",
@@ -70,14 +76,22 @@ def rename(name: str) -> str | None:
     """The name here; None for what is dropped. Raises `KeyError` for a name that the layout does not know."""
     if name.removeprefix("model.").startswith(DROPPED_PREFIXES) or name.endswith(DROPPED_SUFFIXES):
         return None
+    if (part := tower_part(name)) is not None:
+        return None if part.startswith(POOLING) else f"model.vision_tower.vision_model.{part}"
     for prefix, here in RENAMES.items():
         if name.startswith(prefix):
             return here + name.removeprefix(prefix)
     raise KeyError(name)
 
 
+def tower_part(name: str) -> str | None:
+    """What a tensor of the vision tower is called inside it; None for any other tensor."""
+    match = ANY_TOWER.match(name)
+    return name[match.end() :] if match else None
+
+
 def is_released_config(released: dict) -> bool:
-    """Whether a config.json is of this layout: a flat Qwen2 config, where this project's holds one per tower."""
+    """Whether a config.json is of this layout: a decoder's flat config, where this project's holds one per tower."""
     return "hidden_size" in released and "text_config" not in released
 
 
@@ -96,7 +110,7 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
     missing = [name for name in TEXT_SIZES if name not in released]
     if missing:
         raise CheckpointError(f"The released config lacks {missing}.")
-    family = "llama" if "llama" in released.get("model_type", "") else "qwen2"
+    family = _decoder_family(released, tensors)
     region_focus = _region_focus(released, tensors, family)
     expected = {"mm_projector_type": "mlp2x_gelu", "mm_vision_select_feature": "patch"}
     for name, value in expected.items():
@@ -110,17 +124,24 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
             f"`multiscale_target_sizes` {scales} is the anchor here."
         )
 
-    vision_config, heads_note = _vision_config(tensors, vision_heads)
+    vision_config, *notes = _vision_config(tensors, vision_heads)
+    feature_layer = released.get("mm_vision_select_layer", -2)
+    if vision_config["model_type"] == "siglip_vision_model" and not _has_pooling(tensors):
+        # The code that made these files cuts off what stands behind the layer that it reads, whatever its config says.
+        feature_layer = -1
+        notes.append("vision tower: its last layer in the file is the one that is read")
     tied = released.get("tie_word_embeddings", False)
     text_config = {name: released[name] for name in TEXT_SIZES + TEXT_FIELDS if name in released}
-    # The released code switches rope scaling off, whatever its config says.
+    if released.get("rope_scaling"):  # the released code switches it off, whatever its config says
+        notes.append(f"not read, as in the released code: `rope_scaling` {released['rope_scaling']}")
     rope_theta = released.get("rope_parameters", released).get("rope_theta", 10000.0)
     text_config |= {
         "model_type": family,
         "rope_parameters": {"rope_type": "default", "rope_theta": rope_theta},
         "tie_word_embeddings": tied,
     }
-    window = released.get("max_position_embeddings", 32768)
+    text_config, window_note = full_attention(text_config)
+    window = text_config.get("max_position_embeddings", 32768)
     budgets, budgets_note = paper_budgets(scales, vision_config["patch_size"], window)
     image_token = released.get("image_token_index", -200)
     config = UHRBatConfig(
@@ -132,7 +153,7 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
         budgets=budgets,
         # -200 is no row of the vocabulary. The last row is never read: visual tokens take its place.
         image_token_index=image_token if image_token >= 0 else released["vocab_size"] - 1,
-        vision_feature_layer=released.get("mm_vision_select_layer", -2),
+        vision_feature_layer=feature_layer,
         importance_layer=-1,
         question_tokens="last",
         region_method="none",
@@ -148,7 +169,40 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
         token_mlp=any("multiscale_token_mlp." in name for name in tensors),
         mask_padding=False,
     )
-    return config, [heads_note, budgets_note]
+    return config, [*notes, *window_note, budgets_note]
+
+
+def _decoder_family(released, tensors) -> str:
+    """The decoder's model type, by `architectures` or by its tensors: `model_type` may say "llava" of any."""
+    layer = "model.layers.0.self_attn."  # a tower has layers, too
+    if layer + "q_norm.weight" in tensors:
+        return "qwen3"
+    architectures = [name.lower() for name in released.get("architectures", ())]
+    for word, family in FAMILIES.items():
+        if any(word in name for name in architectures):
+            return family
+    if released.get("hidden_act", "silu") != "silu":  # Gemma's, whose tensors have the names and shapes of Llama's
+        raise CheckpointError(
+            f"The decoder of `architectures` {released.get('architectures')} with `hidden_act` {released['hidden_act']!r} is "
+            f"unknown. Known are {', '.join(FAMILIES)}."
+        )
+    return "qwen2" if layer + "q_proj.bias" in tensors else "llama"
+
+
+def full_attention(text: dict) -> tuple[dict, list[str]]:
+    """A decoder's fields without Mistral's sliding window, and a note if there was one: Mistral is Llama with that window.
+
+    Up to the window's length both are the same, so the context window becomes no longer than it.
+    """
+    if text["model_type"] not in ("llama", "mistral"):
+        return text, []
+    left = ("sliding_window", "use_sliding_window", "max_window_layers", "layer_types", "architectures")
+    full = {name: value for name, value in text.items() if name not in left} | {"model_type": "llama"}
+    window, longest = text.get("sliding_window"), text.get("max_position_embeddings", 32768)
+    if not window or window >= longest:
+        return full, []
+    full["max_position_embeddings"] = window
+    return full, [f"context window: {window} tokens of {longest}, its sliding window, within which all attention is full"]
 
 
 def _region_focus(released, tensors, family) -> dict | None:
@@ -169,39 +223,51 @@ def _region_focus(released, tensors, family) -> dict | None:
     return {"layers": layers, "n_max": MAX_TILES[family], "separator_token_id": SEPARATORS[family]}
 
 
+def _has_pooling(tensors) -> bool:
+    return any((tower_part(name) or "").startswith(POOLING) for name in tensors)
+
+
 def _vision_config(tensors, heads):
-    """CLIP's sizes from its tensors; the number of heads is in none of them."""
+    """CLIP's or SigLIP's sizes from its tensors, and a note; the number of heads is in none of them."""
+    parts = {part: info for name, info in tensors.items() if (part := tower_part(name)) is not None}
 
     def shape(name, num_axes):
-        if VISION_TOWER + name not in tensors:
-            raise CheckpointError(f"Tensor {VISION_TOWER + name!r} is missing: it tells the size of the vision tower.")
-        info = tensors[VISION_TOWER + name]
+        if name not in parts:
+            raise CheckpointError(
+                f"Tensor {VISION_TOWER + name!r} is missing: it tells the size of the vision tower. Where the checkpoint holds no "
+                "tower, --start takes its folder by --vision-tower."
+            )
+        info = parts[name]
         if len(info.shape) != num_axes or 0 in info.shape:
             raise CheckpointError(f"{info.path}: tensor {VISION_TOWER + name!r} has the shape {list(info.shape)}.")
         return info.shape
 
     width, _, _, patch_size = shape("embeddings.patch_embedding.weight", 4)
-    positions = shape("embeddings.position_embedding.weight", 2)[0]
+    # Only CLIP's has a token that shows no patch; only SigLIP's patches have a bias.
+    is_clip = "embeddings.class_embedding" in parts or "embeddings.patch_embedding.bias" not in parts
+    num_patches = shape("embeddings.position_embedding.weight", 2)[0] - is_clip
     intermediate_size = shape("encoder.layers.0.mlp.fc1.weight", 2)[0]
-    start = VISION_TOWER + "encoder.layers."
-    layers = {name.removeprefix(start).split(".")[0] for name in tensors if name.startswith(start)}
+    layers = {part.split(".")[2] for part in parts if part.startswith("encoder.layers.")}
     note = f"{heads} attention heads, as asked for"
     if heads is None:
-        head = 64 if width >= 768 else 16
+        head = 72 if width == 1152 and not is_clip else 64 if width >= 768 else 16  # 72: SigLIP's so400m
         heads = max(1, width // head)
-        note = f"{heads} attention heads of width {head}, the rule for {'CLIP' if head == 64 else 'small towers'}"
+        known = "small towers" if head == 16 else "CLIP" if is_clip else "SigLIP"
+        note = f"{heads} attention heads of width {head}, the rule for {known}"
         note += " (the layout does not record it; --vision-heads sets another number)"
     if heads < 1 or width % heads:
         raise CheckpointError(f"The vision tower is {width} wide, which {heads} attention heads do not divide.")
     config = {
-        "model_type": "clip_vision_model",
+        "model_type": "clip_vision_model" if is_clip else "siglip_vision_model",
         "hidden_size": width,
         "intermediate_size": intermediate_size,
         "num_hidden_layers": len(layers),
         "num_attention_heads": heads,
-        "image_size": isqrt(positions - 1) * patch_size,
+        "image_size": isqrt(num_patches) * patch_size,
         "patch_size": patch_size,
     }
+    if not is_clip:
+        config["vision_use_head"] = False
     return config, f"vision tower: {len(layers)} layers, width {width}, {note}"
 
 

@@ -86,17 +86,17 @@ def read_start(
         CheckpointError: another layout, or a part that the model does not take.
     """
     settings = read_json(folder / "config.json")
-    present, rename, vision_config = checkpoint, rename_family, None
+    present, rename, vision_config, layer = checkpoint, rename_family, None, None
     is_released = released_layout.is_released_config(settings)
     if is_released:
         rename = released_layout.rename
         if vision_tower is not None:
             vision_config, beside = _tower_beside(vision_tower)
             present, vision_heads = TensorsOf(checkpoint, beside), vision_config.num_attention_heads
+            layer = settings.get("mm_vision_select_layer") or -2  # of a whole tower
         released, notes = released_layout.make_config(settings, present.tensors, vision_heads)
-        vision_config = vision_config or released.vision_config
         fields = {
-            "vision_feature_layer": released.vision_feature_layer,
+            "vision_feature_layer": layer or released.vision_feature_layer,
             "image_token_index": released.image_token_index,
             "tie_word_embeddings": released.tie_word_embeddings,
             "text_config": released.text_config,
@@ -110,8 +110,8 @@ def read_start(
         if vision_tower is not None:
             raise CheckpointError("--vision-tower is for the layout of LongVA: here the checkpoint holds its tower.")
         vision_config, fields, notes = _read_family(folder, settings)
-    config = _make_config(vision_config, fields, scales, budgets, notes)
-    new = _new_parts(config, {rename(name) for name in present.tensors}, _dtype_of(checkpoint))
+    config = _make_config(vision_config or released.vision_config, fields, scales, budgets, notes)
+    new = _new_parts(config, set(map(rename_known(rename), present.tensors)), _dtype_of(checkpoint))
     notes.append(f"new, zero at the start: {', '.join(new.tensors)}")
     return Start(
         config, notes, TensorsOf(present, new), lambda name: name if name in new.tensors else rename(name), is_released
@@ -121,6 +121,18 @@ def read_start(
 def drop_newline(name: str) -> str | None:
     """The released layout's name here, without the newline."""
     return None if DROPPED.match(name) else released_layout.rename(name)
+
+
+def rename_known(rename) -> Callable:
+    """The same, but None for a name that is unknown: the plan names all of those at once."""
+
+    def renamed(name):
+        try:
+            return rename(name)
+        except KeyError:
+            return None
+
+    return renamed
 
 
 def rename_family(name: str) -> str | None:
@@ -142,6 +154,10 @@ def _read_family(folder, settings):
         )
     start = _auto_config(folder)
     vision, text = start.vision_config, start.text_config
+    notes = []
+    if text.model_type == "mistral":
+        fields, notes = released_layout.full_attention(text.to_dict())
+        text = AutoConfig.for_model(**fields)
     for part, known in ((vision, tuple(VISION_TOWERS)), (text, DECODERS)):
         if part.model_type not in known:
             raise CheckpointError(
@@ -150,7 +166,7 @@ def _read_family(folder, settings):
             )
     if not isinstance(start.vision_feature_layer, int):
         raise CheckpointError(f"`vision_feature_layer` is {start.vision_feature_layer}: only one layer can be read.")
-    notes, drops_first = [], start.vision_feature_select_strategy == "default"
+    drops_first = start.vision_feature_select_strategy == "default"
     if VISION_TOWERS[vision.model_type].num_class_tokens and not drops_first:
         notes.append('its class token ("full") is not read: it shows no patch')
     if not VISION_TOWERS[vision.model_type].num_class_tokens and drops_first:
@@ -182,8 +198,12 @@ def _tower_beside(folder):
         raise CheckpointError(f"--vision-tower {folder}: there is no such folder.")
     vision = _auto_config(folder)
     vision = getattr(vision, "vision_config", vision)
-    if vision.model_type != "clip_vision_model":
-        raise CheckpointError(f"{folder}: the tower is {vision.model_type!r}; LongVA's layout has CLIP's.")
+    if vision.model_type not in VISION_TOWERS:
+        raise CheckpointError(
+            f"{folder}: the tower is of the model type {vision.model_type!r}. Known are {', '.join(VISION_TOWERS)}."
+        )
+    if vision.model_type == "siglip_vision_model":
+        vision.vision_use_head = False
     return vision, _Renamed(Checkpoint(folder))
 
 
@@ -204,9 +224,13 @@ class _Renamed:
 
 def _make_config(vision, fields, scales, budgets, notes) -> UHRBatConfig:
     """New settings of the paper; `selector="distinct"` keeps tokens in the order in which the start model reads them."""
-    tile, patch = vision.image_size, vision.patch_size
-    if tile % patch:
-        raise CheckpointError(f"The tower's image of {tile} px is no multiple of its patch of {patch} px.")
+    image, patch = vision.image_size, vision.patch_size
+    # SigLIP's so400m has 384 px and patches of 14: its convolution never reads the last 6 px.
+    tile = vision.image_size = image // patch * patch
+    if not tile:
+        raise CheckpointError(f"The tower's image of {image} px is smaller than its patch of {patch} px.")
+    if tile != image:
+        notes.append(f"tile: {tile} px, the {tile // patch} x {tile // patch} whole patches of the tower's {image} px")
     scales = scales or [tile * number for number in TILES_A_SIDE]
     if budgets is None:
         window = fields["text_config"].max_position_embeddings
@@ -240,4 +264,7 @@ def _new_parts(config, present, dtype) -> Zeros:
 
 def _dtype_of(checkpoint):
     """The type of the start model's own projector."""
-    return next(info.dtype for name, info in checkpoint.tensors.items() if "projector" in name)
+    for name, info in checkpoint.tensors.items():
+        if "projector" in name:
+            return info.dtype
+    raise CheckpointError("The start model has no projector: of its tensors none has a name with `projector`.")

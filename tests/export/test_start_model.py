@@ -11,37 +11,27 @@ import torch
 from checkpoints import VISION, load_clean, nothing_was_made, released_config, released_tensors, write_released
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from starts import DECODERS as decoders
+from starts import IMAGE, NUM_TOKENS, PATCH, SIZES, TILE
 from transformers import (
     AutoProcessor,
     CLIPVisionConfig,
     CLIPVisionModel,
-    LlamaConfig,
     LlavaConfig,
     LlavaForConditionalGeneration,
     LlavaNextConfig,
     LlavaNextForConditionalGeneration,
     LlavaOnevisionConfig,
     LlavaOnevisionForConditionalGeneration,
-    Qwen2Config,
-    Qwen3Config,
     SiglipVisionConfig,
 )
 from uhr_bat.common.loading import ROOT
 from uhr_bat.export.checkpoint_files import CheckpointError
 from uhr_bat.export.convert_checkpoint import convert, main
 
-IMAGE, TILE, PATCH = 1023, 32, 8
-NUM_TOKENS = (TILE // PATCH) ** 2
-SIZES = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4}
 TOWER = {**SIZES, "hidden_size": 16, "image_size": TILE, "patch_size": PATCH}
-TEXT = {**SIZES, "num_key_value_heads": 2, "vocab_size": 1024, "max_position_embeddings": 512, "eos_token_id": 1022,
-        "pad_token_id": 1020, "bos_token_id": None, "initializer_range": 0.3}  # fmt: skip
 TOWERS = {"clip": CLIPVisionConfig(**TOWER), "siglip": SiglipVisionConfig(**TOWER)}
-DECODERS = {
-    "qwen2": Qwen2Config(**TEXT),
-    "qwen3": Qwen3Config(**TEXT, head_dim=12),
-    "llama": LlamaConfig(**TEXT, rope_parameters={"rope_type": "default", "rope_theta": 500.0}),
-}
+DECODERS = {name: make() for name, make in decoders.items()}
 SETTINGS = {"image_token_index": IMAGE, "projector_hidden_act": "gelu"}
 CHAT = "{% for m in messages %}{% for c in m['content'] %}{{ '<image>' if c['type'] == 'image' else c['text'] }}{% endfor %}{% endfor %}"
 STARTS = {
@@ -277,8 +267,8 @@ def test_what_cannot_be_a_start_is_refused_by_name(tmp_path):
         ({"text_config": {"model_type": "gemma"}}, "'gemma'"),
         ({"vision_config": {**settings["vision_config"], "model_type": "siglip2_vision_model"}}, "fixed resolution"),
         (
-            {"vision_config": {**settings["vision_config"], "patch_size": 7}},
-            "32 px is no multiple of its patch of 7 px",
+            {"vision_config": {**settings["vision_config"], "patch_size": 40}},
+            "32 px is smaller than its patch of 40 px",
         ),
         ({"vision_feature_layer": [-2, -3]}, "only one layer"),
         ({"model_type": "blip-2"}, "'blip-2'"),
