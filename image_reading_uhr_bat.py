@@ -176,7 +176,7 @@ class _Reader(NamedTuple):
                 except OSError:
                     pass
             raise UnidentifiedImageError(
-                f"{name}: no image in {PICTURE_NAMES}, and none at a path that GDAL (rasterio) can read; or one with a side of "
+                f"{name}: not an image in {PICTURE_NAMES}, and none at a path that GDAL (rasterio) can read; or one with a side of "
                 f"0 pixels."
             )
         elif path and image.height * image.width >= HELD_PIXELS and is_streamable(image) and _has_rasterio():

@@ -266,7 +266,7 @@ def test_what_cannot_be_opened_is_an_error_that_names_it(tmp_path):
     for path in (text, empty, flat):
         with raises(
             UnidentifiedImageError,
-            f"{path}: no image in JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000 or PPM, and none at a path that GDAL (rasterio) "
+            f"{path}: not an image in JPEG, PNG, WebP, GIF, BMP, TIFF, JPEG 2000 or PPM, and none at a path that GDAL (rasterio) "
             f"can read; or one with a side of 0 pixels.",
         ):
             read(path)
@@ -298,7 +298,7 @@ def test_postscript_and_other_formats_that_are_not_on_the_list_start_no_program(
             "path": path, "bytes": content, "file": io.BytesIO(content),
             "base64": f"data:image/png;base64,{base64.b64encode(content).decode()}",
         }[door]  # fmt: skip
-        with pytest.raises(UnidentifiedImageError, match="no image in JPEG, PNG"):
+        with pytest.raises(UnidentifiedImageError, match="not an image in JPEG, PNG"):
             read(source)
     assert not started.exists()
 

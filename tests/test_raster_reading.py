@@ -126,7 +126,7 @@ def test_a_vrt_that_comes_from_elsewhere_names_no_file_of_this_machine(tmp_path,
         f'<VRTDataset rasterXSize="70" rasterYSize="45"><VRTRasterBand dataType="Byte" band="1"><SimpleSource>'
         f"<SourceFilename>{path}</SourceFilename></SimpleSource></VRTRasterBand></VRTDataset>"
     )
-    with pytest.raises(OSError, match="^image: no image in JPEG, PNG"):
+    with pytest.raises(OSError, match="^image: not an image in JPEG, PNG"):
         read(vrt.encode())
 
 
