@@ -130,6 +130,8 @@ class UHRBatProcessor(ProcessorMixin):
             images = None
         if prompts is not None:
             kwargs["images_per_prompt"] = self._images_per_prompt(images, prompts, kwargs)
+            if prompts and not self.adds_special_tokens(prompts[0]):
+                kwargs.setdefault("add_special_tokens", False)
         inputs = super().__call__(images=images, text=text, **kwargs)
         longest = max((len(ids) for ids in inputs.get("input_ids", [])), default=0)
         if longest > self.tokenizer.model_max_length:
@@ -138,6 +140,10 @@ class UHRBatProcessor(ProcessorMixin):
                 f"{self.tokenizer.model_max_length}. Shorten the text or lower the budgets: nothing is cut silently."
             )
         return inputs
+
+    def adds_special_tokens(self, text: str) -> bool:
+        """Whether the tokenizer puts its first token before a prompt: not where the chat template wrote it."""
+        return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):

@@ -19,7 +19,9 @@ def prompt_text(processor, question, num_images=1) -> str:
 
 def write_prompt(processor, question):
     """input_ids and attention_mask, long[1, M], of a question about one image, with one placeholder for it."""
-    return processor.tokenizer(prompt_text(processor, question), return_tensors="pt")
+    text = prompt_text(processor, question)
+    special = processor.adds_special_tokens(text)
+    return processor.tokenizer(text, add_special_tokens=special, return_tensors="pt")
 
 
 def expand_placeholder(input_ids: torch.Tensor, image_token_id: int, num_tokens: int) -> torch.Tensor:

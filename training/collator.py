@@ -10,6 +10,7 @@ from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
 from ..budgets_uhr_bat import count_tokens, is_one_budget
+from ..common.chats import ChatError, ChatWriter, as_parts
 from ..regions.cache import read_labels
 
 logger = logging.get_logger(__name__)
@@ -29,13 +30,16 @@ class UHRBatDataCollator:
     """Batches of samples as the model's `forward` takes them, for Trainer, TRL's SFTTrainer or a plain loop.
 
     A sample is a row of `load_samples`, or any dictionary with
-    - `messages`, as chat templates take them, with one part of the type "image" per image;
+    - `messages`, as chat templates take them, with one part of the type "image" per image. The last turn is the answer that
+      is learnt; turns before it are read as text, as in a chat that goes on, and say nothing to the loss;
     - `images`: of any kind that the processor takes, or {"path": ..., "bytes": ...}; none for text alone;
     - `regions`: label map files of the images (`uhr-bat regions`), for all samples with images or for none;
+    - `answers`: "all" to learn every turn of the assistant's, over the visual tokens that the question of the first of them
+      needs; else the last one;
     - `name`: for messages.
 
     Args:
-        processor: [`UHRBatProcessor`].
+        processor: [`UHRBatProcessor`]. An answer goes on to a token at which the generation config of its folder ends.
         budgets: int[S] or int, visual tokens that a prompt may spend; the processor's if None.
         budget_range: the budgets of a batch are multiplied by a factor between these two, drawn log-uniformly.
         padding_side: "left" or "right"; the tokenizer's if None.
@@ -63,7 +67,7 @@ class UHRBatDataCollator:
             raise ValueError(
                 "Batches hold whole images: `max_tiles` looks closer at one question at a time, leave it out."
             )
-        self.processor = processor
+        self.processor, self.writer = processor, ChatWriter(processor)
         self.budgets = processor.default_budgets if budgets is None else budgets
         self.budget_range = budget_range
         self.padding_side = padding_side or processor.tokenizer.padding_side
@@ -82,24 +86,26 @@ class UHRBatDataCollator:
         """The inputs of a batch.
 
         Returns:
-            input_ids, attention_mask, labels: long[B, M]; labels are -100 but for the assistant's turns;
+            input_ids, attention_mask, labels: long[B, M]; labels are -100 but for answers and the token that ends them;
+            answer_mask: bool[B, M], True where there is a label: the selection never sees an answer, whatever becomes of the
+            labels;
             pixel_values, pixel_attention_mask, token_counts, images_per_prompt as the processor returns them, where the
             batch has images;
             regions: long[I, N] where the samples have label maps.
 
         Raises:
             OSError: an image that cannot be read; names the file and the sample.
-            ValueError: counts of images and placeholders that differ, or a sample over the context window.
+            ValueError: counts of images and placeholders that differ, a sample over the context window, or an answer without
+            text or end.
         """
         budgets = self.draw_budgets(max((len(sample.get("images") or []) for sample in samples), default=1))
         samples, images = self.read_samples(samples, budgets)
-        chats = [sample["messages"] for sample in samples]
-        rows = self.write(chats, images, samples, return_assistant_tokens_mask=True)
-        ids, answered = zip(*rows)
+        ids, answered = zip(*map(self.write, samples, images))
         labels = [row.where(mask, IGNORED) for row, mask in zip(ids, answered)]
         return {
             **self.pad(ids, self.padding_side),
             "labels": pad_sequence(labels, True, IGNORED, self.padding_side),
+            "answer_mask": pad_sequence(list(answered), True, False, self.padding_side),
             **join_images(images),
         }
 
@@ -111,8 +117,7 @@ class UHRBatDataCollator:
             answers: str[B], the last turns, which are not among the inputs.
         """
         samples, images = self.read_samples(samples, self.budgets)
-        chats = [sample["messages"][:-1] for sample in samples]
-        ids = [row for row, _ in self.write(chats, images, samples, add_generation_prompt=True)]
+        ids = [self.write(*pair, ask=True)[0] for pair in zip(samples, images)]
         answers = ["".join(part["text"] for part in as_parts(sample["messages"][-1])) for sample in samples]
         return {"inputs": {**self.pad(ids, "left"), **join_images(images)}, "answers": answers}
 
@@ -189,42 +194,37 @@ class UHRBatDataCollator:
 
     # ---- Text ----
 
-    def write(self, chats, images, samples, **options):
-        """(ids, whether they are an assistant's) of each chat, long and bool [M], placeholders repeated as the images of
-        the chat need."""
-        tokenizer, image_id = self.processor.tokenizer, self.processor.image_token_id
-        text = tokenizer.apply_chat_template(
-            chats, chat_template=self.processor.chat_template, tokenize=True, return_dict=True, **options
-        )
-        masks = text.get("assistant_masks", [[0] * len(ids) for ids in text["input_ids"]])
-        rows = []
-        for ids, mask, inputs, sample in zip(text["input_ids"], masks, images, samples):
-            ids, mask = torch.tensor(ids), torch.tensor(mask).bool()
-            sizes = inputs["token_counts"].sum(1) if inputs else torch.zeros(0, dtype=torch.long)
-            placeholder, name = ids == image_id, sample.get("name", "a sample")
-            if placeholder.sum() != len(sizes):
-                raise ValueError(f"{name}: {placeholder.sum()} placeholders, but {len(sizes)} images.")
-            repeats = torch.ones_like(ids)
-            repeats[placeholder] = sizes
-            if repeats.sum() > tokenizer.model_max_length:
-                raise ValueError(
-                    f"{name}: {repeats.sum()} tokens with its images, but the context window holds "
-                    f"{tokenizer.model_max_length}. Lower the budgets: nothing is cut silently."
-                )
-            rows.append((ids.repeat_interleave(repeats), (mask & ~placeholder).repeat_interleave(repeats)))
-        return rows
+    def write(self, sample, images, ask=False) -> tuple[torch.Tensor, torch.Tensor]:
+        """(ids, whether they are learnt) of a sample, long and bool [M], placeholders repeated as its images need; with `ask`
+        of its prompt alone."""
+        name, tokenizer = sample.get("name", "a sample"), self.processor.tokenizer
+        try:
+            if ask:
+                ids = self.writer.prompt(sample["messages"][:-1])
+                mask = [False] * len(ids)
+            else:
+                ids, mask = self.writer.write(sample["messages"], sample.get("answers") == "all")
+        except ChatError as error:
+            raise ValueError(f"{name}: {error}.") from error
+        ids, mask = torch.tensor(ids), torch.tensor(mask)
+        sizes = images["token_counts"].sum(1) if images else torch.zeros(0, dtype=torch.long)
+        placeholder = ids == self.processor.image_token_id
+        if placeholder.sum() != len(sizes):
+            raise ValueError(f"{name}: {placeholder.sum()} placeholders, but {len(sizes)} images.")
+        repeats = torch.ones_like(ids)
+        repeats[placeholder] = sizes
+        if repeats.sum() > tokenizer.model_max_length:
+            raise ValueError(
+                f"{name}: {repeats.sum()} tokens with its images, but the context window holds "
+                f"{tokenizer.model_max_length}. Lower the budgets: nothing is cut silently."
+            )
+        return ids.repeat_interleave(repeats), (mask & ~placeholder).repeat_interleave(repeats)
 
     def pad(self, rows, side) -> dict[str, torch.Tensor]:
         """input_ids and attention_mask long[B, M] of ids long[M] of several lengths."""
         ids = pad_sequence(list(rows), True, self.processor.tokenizer.pad_token_id, side)
         mask = pad_sequence([torch.ones_like(row) for row in rows], True, 0, side)
         return {"input_ids": ids, "attention_mask": mask}
-
-
-def as_parts(message) -> list[dict]:
-    """The parts of a message, whose content may be a text."""
-    content = message["content"]
-    return [{"type": "text", "text": content}] if isinstance(content, str) else content
 
 
 def as_image(image):

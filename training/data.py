@@ -7,10 +7,12 @@ A row of the data is one of
     {"image": ..., "messages": [{"role": "user", "content": "<image>\\nHow many ships?"}, ...]}
     {"image": ..., "question": "How many ships?", "answer": "Three."}
 
-and `image` may be missing (`images` is the same). A sample, which the collator takes, is
+and `image` may be missing (`images` is the same). Every answered question of a conversation is a sample of its own, so that
+its selection is the one that `generate` makes. A sample, which the collator takes, is
 
     messages   turns as chat templates take them: role, and content as parts of the types "image" and "text"
     images     a path, or the bytes of a file, for each part of the type "image"
+    answers    "last": the last turn is learnt; "all": every turn of the assistant's
     regions    paths of their label maps (`uhr-bat regions`), where there are any
     length     tokens of the sample with its visual tokens, at most
     name       file and row, for messages
@@ -23,6 +25,7 @@ from pathlib import Path
 from transformers.utils import logging
 
 from ..budgets_uhr_bat import count_tokens
+from ..common.chats import ChatError, ChatWriter, answered_turns, as_parts
 from ..common.data_tables import leave_files_closed
 from ..common.extras import require
 from ..regions.cache import name_output
@@ -111,6 +114,22 @@ def to_messages(row: dict, num_images: int, image_token: str) -> list[dict]:
     return [{"role": role, "content": split_text(text, image_token)} for role, text in turns]
 
 
+def split_answers(sample: dict) -> list[dict]:
+    """A sample for each answered question of a chat: the turns up to its answer, and the images that these show.
+
+    "What?" "Red." "Where?" "Here."  ->  "What?" "Red."  and  "What?" "Red." "Where?" "Here."
+    """
+    messages, found = sample["messages"], []
+    answered = answered_turns(messages) or [len(messages) - 1]
+    for number, idx in enumerate(answered, 1):
+        turns = messages[: idx + 1]
+        num_images = sum(part["type"] == "image" for turn in turns for part in as_parts(turn))
+        cut = {name: sample[name][:num_images] for name in ("images", "regions")}
+        name = sample["name"] + f", answer {number}" * (len(answered) > 1)
+        found.append({**sample, **cut, "messages": turns, "name": name})
+    return found
+
+
 # ---- Samples --------------------------------------------------------------------------------------------------------
 
 
@@ -123,25 +142,46 @@ class SampleReader:
         budgets: int[S] or int, the largest that a prompt may spend.
         max_length: tokens of the longest sample that is trained on.
         regions: folder of label maps, or None.
+        sample_per: "question" or "chat".
     """
 
     processor: object
     budgets: list[int] | int
     max_length: int
     regions: Path | None = None
+    sample_per: str = "question"
+
+    def __post_init__(self):
+        self.writer = ChatWriter(self.processor)
 
     def __call__(self, row: dict, row_idx: int, source: str, image_folder: str) -> dict:
         name = f"{source}, row {row_idx + 1}"
-        sample = {"messages": [], "images": [], "regions": [], "length": 0, "name": name, "kind": "", "detail": ""}
+        sample = {"messages": [], "images": [], "regions": [], "lengths": [], "name": name, "kind": "", "detail": ""}
         try:
             images = [self.find_image(image, Path(image_folder)) for image in read_images(row)]
             messages = to_messages(row, len(images), self.processor.image_token)
             regions = [self.find_regions(image) for image in images] if self.regions else []
-            length = self.count_tokens(messages, len(images))
-            sample |= {"messages": messages, "images": images, "regions": regions, "length": length}
+            whole = sample | {"messages": messages, "images": images, "regions": regions}
+            lengths = [self.count_tokens(one["messages"], len(one["images"])) for one in self.split(whole)]
+            sample = whole | {"lengths": lengths}
         except BadSample as problem:
             sample |= {"kind": problem.kind, "detail": problem.detail}
         return sample
+
+    def split(self, sample: dict) -> list[dict]:
+        """The samples of a chat."""
+        return split_answers(sample) if self.sample_per == "question" else [sample]
+
+    def split_batch(self, columns: dict) -> dict:
+        """Columns of chats -> columns of samples, each with its own length."""
+        found = {name: [] for name in [*columns, "length", "answers"] if name != "lengths"}
+        for values in zip(*columns.values()):
+            chat = dict(zip(columns, values))
+            for one, length in zip(self.split(chat), chat.pop("lengths")):
+                one |= {"length": length, "answers": "last" if self.sample_per == "question" else "all"}
+                for name, column in found.items():
+                    column.append(one[name])
+        return found
 
     def find_image(self, image: dict, folder: Path) -> dict:
         """The image with its whole path; a URL and what is in the table are taken as they are."""
@@ -160,8 +200,11 @@ class SampleReader:
 
     def count_tokens(self, messages: list[dict], num_images: int) -> int:
         """Tokens of a sample, its images as large as the scales are. Raises `BadSample` where they are too many."""
-        tokenizer, image_processor = self.processor.tokenizer, self.processor.image_processor
-        ids = tokenizer.apply_chat_template(messages, chat_template=self.processor.chat_template, return_dict=False)
+        image_processor = self.processor.image_processor
+        try:
+            ids, _ = self.writer.write(messages, self.sample_per == "chat")
+        except ChatError as error:
+            raise BadSample("that cannot be written", str(error)) from error
         placeholders = ids.count(self.processor.image_token_id)
         if placeholders != num_images:  # some other spelling of the token
             raise BadSample(f"with other numbers of {self.processor.image_token} and of images", f"{placeholders}")
@@ -205,6 +248,7 @@ def load_samples(
     bad_samples: str = "error",
     split: str = "train",
     num_proc: int | None = None,
+    sample_per: str = "question",
 ):
     """Samples for [`UHRBatDataCollator`], a `datasets.Dataset`: every row is checked, and no image is decoded.
 
@@ -218,6 +262,9 @@ def load_samples(
         bad_samples: "error", or "skip": they are left out, and counted in the log.
         split: of a data set that is no file.
         num_proc: processes that check.
+        sample_per: "question": each answered question of a conversation is a sample, with the turns before as text and the
+            visual tokens that it needs, as in `generate`. "chat": a conversation is one sample; all of its answers are learnt
+            from the visual tokens that its first question needs, which `generate` does for none but the first.
 
     Raises:
         ValueError: there are bad samples; counts them by what is wrong, and names the first ones of each kind.
@@ -225,6 +272,8 @@ def load_samples(
     """
     if bad_samples not in ("error", "skip"):
         raise ValueError(f"`bad_samples` is 'error' or 'skip'. Got {bad_samples!r}.")
+    if sample_per not in ("question", "chat"):
+        raise ValueError(f"`sample_per` is 'question' or 'chat'. Got {sample_per!r}.")
     require("train", "datasets")
     from datasets import Features, Image, List, Value, concatenate_datasets
 
@@ -232,13 +281,14 @@ def load_samples(
     part = {"type": text, "text": text}
     features = {
         "messages": List({"role": text, "content": List(part)}), "images": List(Image(decode=False)),
-        "regions": List(text), "length": Value("int64"), "name": text, "kind": text, "detail": text,
+        "regions": List(text), "lengths": List(Value("int64")), "name": text, "kind": text, "detail": text,
     }  # fmt: skip
     reader = SampleReader(
         processor,
         processor.default_budgets if budgets is None else budgets,
         min(max_length or processor.tokenizer.model_max_length, processor.tokenizer.model_max_length),
         None if regions is None else Path(regions),
+        sample_per,
     )
     tables = []
     for source in [sources] if isinstance(sources, (str, Path)) else sources:
@@ -264,7 +314,17 @@ def load_samples(
     if not len(samples):
         raise ValueError(f"{', '.join(map(str, sources))}: no sample is left to train on.")
     check_region_files(samples)
-    return samples.remove_columns(["kind", "detail"])
+    samples = samples.remove_columns(["kind", "detail"])
+    own = {name: feature for name, feature in features.items() if name in samples.column_names and name != "lengths"}
+    return samples.map(
+        reader.split_batch,
+        batched=True,
+        features=Features({**own, "length": Value("int64"), "answers": text}),
+        remove_columns="lengths",
+        num_proc=num_proc,
+        load_from_cache_file=False,
+        desc="A sample for each question" if sample_per == "question" else "A sample for each chat",
+    )
 
 
 def check_region_files(samples):

@@ -59,6 +59,11 @@ class DataOptions:
     bad_samples: str = HfArg(
         default="error", help="error, or skip: what cannot be read or does not fit is left out, and counted."
     )
+    sample_per: str = HfArg(
+        default="question",
+        help="question: every answered question of a conversation is a sample, with its own visual tokens; chat: a conversation "
+        "is one, and all of its answers are learnt from the visual tokens that its first question needs.",
+    )
     dataset_num_proc: int | None = HfArg(default=None, help="Processes that check the data.")
     budgets: list[int] | None = HfArg(
         default=None, help="Visual tokens of each scale, or one number for all; the model's if not given."

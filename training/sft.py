@@ -34,6 +34,7 @@ def read_data(data, processor, seed):
         "regions": data.regions,
         "bad_samples": data.bad_samples,
         "num_proc": data.dataset_num_proc,
+        "sample_per": data.sample_per,
     }
     samples = load_samples(data.train_data, processor, split=data.train_split, **settings)
     if data.eval_data:

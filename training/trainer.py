@@ -11,8 +11,9 @@ from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 
+from ..common.chats import as_parts
 from ..pictures.pages import kept_picture
-from .collator import as_image, as_parts
+from .collator import as_image
 from .grouping import EncodedImages, GroupedByImage
 from .parts import is_visual
 

@@ -3,6 +3,7 @@
 import copy
 import io
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ pytest.importorskip("datasets")
 
 @pytest.fixture(scope="module")
 def samples(tmp_path_factory, processor):
-    """One image and two turns, two images, and text alone."""
+    """One image and two questions, a sample each; two images; and text alone."""
     folder = tmp_path_factory.mktemp("data")
     paint_images(folder, 2)
     rows = [
@@ -30,6 +31,13 @@ def samples(tmp_path_factory, processor):
     return load_samples(write_rows(folder / "data.json", rows), processor)
 
 
+def importance(model, batch):
+    """How important each place of a batch's images is to the selection."""
+    with torch.no_grad():
+        maps = model(**batch).image_outputs.importance
+    return torch.cat([one.flatten() for scales in maps for one in scales])
+
+
 @pytest.fixture(scope="module")
 def model(small_folder):
     return UHRBatForConditionalGeneration.from_pretrained(small_folder).eval()
@@ -38,21 +46,52 @@ def model(small_folder):
 def test_answers_alone_are_learnt_with_the_token_that_ends_them(samples, processor):
     batch = UHRBatDataCollator(processor)(list(samples))
     learnt = [processor.tokenizer.decode(row[row != IGNORED]) for row in batch["labels"]]
-    assert learnt == ["Red.<|im_end|>No more of it.<|im_end|>", "The first.<|im_end|>", "Good day.<|im_end|>"]
-    assert ((batch["labels"] == batch["input_ids"]) | (batch["labels"] == IGNORED)).all()
+    ends = ["Red.<|im_end|>", "No more of it.<|im_end|>", "The first.<|im_end|>", "Good day.<|im_end|>"]
+    assert learnt == ends
+    assert torch.equal(batch["labels"], batch["input_ids"].where(batch["answer_mask"], IGNORED))
 
 
 def test_the_prompt_is_that_of_an_answer_to_come(samples, processor):
-    batch = UHRBatDataCollator(processor, padding_side="right")([samples[1]])
-    asked = UHRBatDataCollator(processor).ask([samples[1]])
-    text = processor.apply_chat_template(samples[1]["messages"][:-1], add_generation_prompt=True)
-    images = [image["path"] for image in samples[1]["images"]]
+    batch = UHRBatDataCollator(processor, padding_side="right")([samples[2]])
+    asked = UHRBatDataCollator(processor).ask([samples[2]])
+    text = processor.apply_chat_template(samples[2]["messages"][:-1], add_generation_prompt=True)
+    images = [image["path"] for image in samples[2]["images"]]
     wanted = processor(images=images, text=text, return_tensors="pt")
     assert asked["answers"] == ["The first."] and asked["inputs"].keys() == wanted.keys()
     assert all(torch.equal(asked["inputs"][name], value) for name, value in wanted.items())
     length = wanted["input_ids"].shape[1]
     assert torch.equal(batch["input_ids"][:, :length], wanted["input_ids"])
     assert (batch["labels"][0, :length] == IGNORED).all() and batch["labels"][0, length] != IGNORED
+
+
+def test_the_selection_of_training_is_that_of_generation_whatever_the_answer(samples, processor, model):
+    collator, alike = UHRBatDataCollator(processor), partial(torch.testing.assert_close, rtol=1e-4, atol=1e-7)
+    asked = importance(model, collator.ask([samples[1]])["inputs"])
+    for answer in ("No more of it.", "Seven ships and a pier"):
+        said = {"role": "assistant", "content": [{"type": "text", "text": answer}]}
+        batch = collator([samples[1] | {"messages": [*samples[1]["messages"][:-1], said]}])
+        alike(importance(model, batch), asked)
+        del batch["labels"]  # as label smoothing does
+        alike(importance(model, batch), asked)
+    del batch["answer_mask"]
+    for other in (batch, collator([samples[0]])):
+        with pytest.raises(AssertionError):
+            alike(importance(model, other), asked)
+
+
+def test_a_sample_per_chat_learns_all_answers_over_what_the_first_question_needs(tmp_path, processor, model):
+    path, _ = paint_images(tmp_path, 1)[0]
+    turns = ask("<image>\nWhat?", "Red.", "And where?", "Here.")
+    file = write_rows(tmp_path / "data.json", [{"image": path, "conversations": turns}])
+    samples = load_samples(file, processor, sample_per="chat")
+    batch = UHRBatDataCollator(processor)(list(samples))
+    assert processor.tokenizer.decode(batch["labels"][batch["labels"] != IGNORED]) == "Red.<|im_end|>Here.<|im_end|>"
+    first = load_samples(file, processor)[0]
+    wanted = importance(model, UHRBatDataCollator(processor)([first]))
+    torch.testing.assert_close(importance(model, batch), wanted, rtol=1e-4, atol=1e-7)
+    assert batch["input_ids"].shape[1] == samples["length"][0]
+    with pytest.raises(ValueError, match="`sample_per` is 'question' or 'chat'"):
+        load_samples(file, processor, sample_per="turn")
 
 
 @pytest.mark.parametrize("side", ["left", "right"])
@@ -88,7 +127,7 @@ def test_budgets_keep_their_proportions_and_leave_a_token_for_each_image(budgets
 
 def test_one_budget_for_all_scales_is_spent(samples, processor, model):
     batch = UHRBatDataCollator(processor, budgets=20)(list(samples))
-    assert batch["token_counts"].tolist() == [[20], [10], [10]]
+    assert batch["token_counts"].tolist() == [[20], [20], [10], [10]]
     with torch.no_grad():
         assert torch.isfinite(model(**batch).loss)
 

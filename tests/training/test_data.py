@@ -49,13 +49,16 @@ def test_conversations_of_one_image_several_or_none_are_read_from_one_file(tmp_p
         del rows[2]["image"]
         write_rows(tmp_path / f"data{suffix}", rows)
     samples = load_samples(tmp_path / f"data{suffix}", processor)
+    first = [("user", ["IMAGE", "What?"]), ("assistant", ["Red."])]
     assert written(samples) == [
-        [("user", ["IMAGE", "What?"]), ("assistant", ["Red."]), ("user", ["And?"]), ("assistant", ["No more."])],
+        first,
+        [*first, ("user", ["And?"]), ("assistant", ["No more."])],
         [("user", ["IMAGE", "IMAGE", "Which?"]), ("assistant", ["The first."])],
         [("user", ["Hello"]), ("assistant", ["Good day."])],
     ]
     paths = [[image["path"] for image in sample["images"]] for sample in samples]
-    assert paths == [[str(tmp_path / f"images/{one}.png") for one in ones] for ones in ([0], [0, 1], [])]
+    assert paths == [[str(tmp_path / f"images/{one}.png") for one in ones] for ones in ([0], [0], [0, 1], [])]
+    assert samples[1]["name"].endswith("row 1, answer 2") and samples[2]["name"].endswith("row 2")
 
 
 def test_plain_questions_get_their_image_first(tmp_path, processor):
