@@ -4,21 +4,29 @@ JSON and JSONL are read as they are; tables (parquet, arrow, TSV, CSV) and data 
 library, which maps them into memory: a picture is read from them when it is needed.
 """
 
+import ast
 import csv
 import hashlib
 import json
+import math
 import os
 import re
 import string
+import unicodedata
+from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from ..common.answers import option_lines, right_letters
 from ..common.data_tables import leave_files_closed
 from ..common.extras import require
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tsv": "csv", ".csv": "csv"}
 LINES = (".jsonl", ".json")
+# Splits that a benchmark is, the first that there is.
+SPLITS = (("test", "testing"), ("validation", "val", "valid", "dev", "eval"), ("train", "training"))
+SHARED_NAME = 64  # characters at most of an `image` that names the row which has the picture, as VLMEvalKit reads it
 ENDS = 65536  # bytes at either end of a picture in a table that, with its length, tell it from the others
 
 
@@ -34,7 +42,8 @@ class Cell:
     def read(self) -> str | bytes:
         """The encoded file, as bytes or in base64, or its path, as the image processor takes them."""
         value = self.table[self.row][self.column]
-        value = value if self.position is None else value[self.position]
+        if self.position is not None:
+            value = (written_list(value) if isinstance(value, str) else value)[self.position]
         return (value["bytes"] or value["path"]) if isinstance(value, dict) else value
 
 
@@ -58,6 +67,7 @@ class Sample:
         section: a part of the suite with figures of its own, "" where there is none.
         groups: what other averages go over, by the name of the average.
         boxes: float (x0, y0, x1, y1) in pixels of the first picture, of objects that the answer needs.
+        row: of the record in its file, from 0.
     """
 
     id: str
@@ -69,6 +79,7 @@ class Sample:
     section: str = ""
     groups: dict[str, str] = field(default_factory=dict)
     boxes: tuple[tuple[float, float, float, float], ...] = ()
+    row: int | None = None
 
     @property
     def picture_keys(self) -> tuple[str, ...]:
@@ -94,35 +105,114 @@ def text_of(value) -> str:
 
 def option_columns(record: dict) -> list[str]:
     """Options that stand in columns of their own, "A" to "Z": ["A. red", "B. blue"]."""
-    letters = [letter for letter in string.ascii_uppercase if record.get(letter) not in (None, "", "nan")]
+
+    def is_there(value):
+        return value not in (None, "") and not (isinstance(value, float) and math.isnan(value))
+
+    letters = [letter for letter in string.ascii_uppercase if is_there(record.get(letter))]
     return [f"{letter}. {text_of(record[letter])}" for letter in letters]
 
 
-def option_lines(options) -> dict[str, str]:
-    """{letter: text} of options, whether they are written "(A) red", "A. red" or "red".
+def with_right_letters(sample: Sample, several: bool) -> Sample:
+    """The sample with the letter of its right answer, however the file writes it; as it is where it has no options.
 
-    Only letters that all options have, in their order, are letters: "N. of it" and "S. of it" are texts.
+    Raises:
+        ValueError: the answer is no option.
     """
-    options = [option.strip() for option in options]
-    found = [re.fullmatch(r"\(?([A-Z])[.):]\s*(.*)", option, re.DOTALL) for option in options]
-    letters = [match[1] for match in found if match]
-    if len(letters) == len(options) and letters[:1] == ["A"] and sorted(set(letters)) == letters:
-        return {match[1]: match[2].strip() for match in found}
-    return {chr(ord("A") + index): option for index, option in enumerate(options)}
+    if not sample.options:
+        return sample
+    try:
+        return replace(sample, answer=right_letters(sample.answer, option_lines(sample.options), several))
+    except ValueError as error:
+        raise ValueError(f"The right answer of sample {sample.id!r}: {error}") from error
+
+
+def written_list(text: str) -> list[str] | None:
+    """["a", "b"] from "['a', 'b']" or '["a", "b"]', as tables have several pictures in a cell; None where it is none."""
+    if not (text.startswith("[") and text.endswith("]")):
+        return None
+    try:
+        found = ast.literal_eval(text)
+    except (ValueError, SyntaxError, MemoryError, RecursionError):
+        return None
+    return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else None
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
-def find_files(data: str, patterns) -> list[Path]:
-    """The files of a benchmark: one that is named, or those of a folder that fit the first pattern that any fits."""
+def find_files(data: str, patterns, version: str | None = None, split: str | None = None) -> list[Path]:
+    """The files of a benchmark: one that is named, or those of a folder that fit the first pattern that any fits, if they are
+    one file or the shards of one split.
+
+    Args:
+        version: "lite" or "", of a benchmark that has both; files of the other one, and of its Chinese one, are left.
+        split: that is wanted; else test before validation before train.
+
+    Raises:
+        FileNotFoundError: no such file is in the folder.
+        ValueError: several are, and none of them is the one; it names them.
+    """
     path = Path(data)
     if path.is_file():
         return [path]
-    for pattern in (*patterns, "*.jsonl", "*.json", "*.parquet", "*.tsv", "*.arrow"):
-        if found := sorted(path.glob(pattern)):
-            return found
+    for pattern in (*patterns, "*.jsonl", "*.json", "*.parquet", "*.tsv", "*.csv", "*.arrow"):
+        names = (one.relative_to(path) for one in path.glob(pattern))
+        if found := sorted(name for name in names if not any(part.startswith(".") for part in name.parts)):
+            return [path / name for name in _of_one_split(path, _of_version(path, found, version, pattern), split)]
     raise FileNotFoundError(f"{data}: no file of this benchmark is in the folder. Looked for {', '.join(patterns)}.")
+
+
+def _of_version(folder, names, version, pattern) -> list[Path]:
+    if version is None:
+        return names
+    marks = {"lite": r"(?<![A-Za-z])lite(?![a-z])|L(?:ite|ITE)(?![a-z])", "cn": r"(?<![A-Za-z])cn(?![a-z])|CN(?![a-z])"}
+    of = {name: next((mark for mark, form in marks.items() if re.search(form, str(name))), "") for name in names}
+    if found := [name for name in names if of[name] == version]:
+        return found
+    # A name of the benchmark's own without "Lite" is the whole one; of any other name nobody knows.
+    if version == "lite" and set(of.values()) == {""} and pattern.startswith("*"):
+        return names
+    raise ValueError(
+        f"{folder} holds {_listed(names)}, {'none of which is Lite' if version else 'no whole benchmark'}: give the file that "
+        "is meant as --data."
+    )
+
+
+def _of_one_split(folder, names, split) -> list[Path]:
+    """Files of one name but for the numbers of shards, as train-00000-of-00002."""
+    groups = defaultdict(list)
+    for name in names:
+        groups[name.parent, re.sub(r"(?:[-_.]\d{3,})?(?:[-_]of[-_]\d{3,})?$", "", name.stem)].append(name)
+    if len(groups) > 1:
+        for wanted in ((split,) if split else (), *SPLITS):
+            found = [group for group in groups if set(wanted) & set(re.split(r"[^a-z0-9]+", str(Path(*group)).lower()))]
+            if len(found) == 1:
+                return groups[found[0]]
+            if found:
+                break
+        raise ValueError(f"{folder} holds {_listed(names)}, which are not one benchmark: give one of them as --data.")
+    return names
+
+
+def _listed(names, shown=8) -> str:
+    more = f" and {len(names) - shown} more" if len(names) > shown else ""
+    return ", ".join(map(str, names[:shown])) + more
+
+
+def choose_split(names, split: str | None = None) -> str:
+    """Of the splits of a data set the one that is wanted, else test before validation before train, else the only one.
+
+    Raises:
+        ValueError: none of these.
+    """
+    names = list(names)
+    for wanted in ((split,) if split else (), *SPLITS):
+        if found := [name for name in names if name.lower() in wanted]:
+            return found[0]
+    if len(names) == 1:
+        return names[0]
+    raise ValueError(f"The data set has the splits {', '.join(names)}: give the folder or file of one as --data.")
 
 
 def read_lines(path: Path) -> list[dict]:
@@ -144,13 +234,16 @@ def read_lines(path: Path) -> list[dict]:
     return found
 
 
-def read_records(data: str, patterns=(), split=None, name=None) -> Iterator[tuple[dict, list[Path]]]:
+def read_records(
+    data: str, patterns=(), split=None, name=None, version=None
+) -> Iterator[tuple[dict, list[Path]]]:
     """(record, folders that its pictures are looked for in) of every row of a benchmark.
 
     Args:
-        data: a file, a folder, or the id of a data set on the Hub.
+        data: a file, a folder (`save_to_disk`'s, too), or the id of a data set on the Hub.
         patterns: how the benchmark's own files are called.
         split, name: of the data set on the Hub.
+        version: see `find_files`.
 
     Raises:
         FileNotFoundError: no such file or folder, and no id.
@@ -161,11 +254,18 @@ def read_records(data: str, patterns=(), split=None, name=None) -> Iterator[tupl
                 f"{data}: there is no such file or folder, and it is no id of a data set (OWNER/NAME)."
             )
         require("evaluate", "datasets")
-        from datasets import load_dataset
+        from datasets import get_dataset_split_names, load_dataset
 
-        yield from _rows(load_dataset(data, name, split=split or "train"), [])
+        split = choose_split(get_dataset_split_names(data, name), split)
+        yield from _rows(load_dataset(data, name, split=split), [])
         return
-    for path in find_files(data, patterns):
+    if folder := _saved_folder(Path(data), split):
+        require("evaluate", "datasets")
+        from datasets import load_from_disk
+
+        yield from _rows(load_from_disk(str(folder)), [folder, *list(folder.resolve().parents)[:2]])
+        return
+    for path in find_files(data, patterns, version, split):
         folders = [path.parent, *list(path.parent.parents)[:2]]
         if path.suffix in LINES:
             yield from ((record, folders) for record in read_lines(path))
@@ -178,6 +278,14 @@ def read_records(data: str, patterns=(), split=None, name=None) -> Iterator[tupl
             yield from _rows(table, folders)
         else:
             raise ValueError(f"{path}: a benchmark is JSON, JSONL, parquet, arrow, TSV or CSV.")
+
+
+def _saved_folder(folder: Path, split) -> Path | None:
+    """The folder of a table that `save_to_disk` wrote: this one, or that of one of its splits."""
+    if (folder / "dataset_dict.json").is_file():
+        splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return folder / choose_split(splits, split)
+    return folder if all((folder / name).is_file() for name in ("state.json", "dataset_info.json")) else None
 
 
 def _csv_options(path) -> dict:
@@ -200,12 +308,34 @@ def _rows(table, folders):
     columns = [column for column in PICTURE_COLUMNS if column in table.column_names]
     texts = table.remove_columns(columns)
     arrow = table.with_format("arrow")
+    rows_of = {}
+
+    def cell_of(row, column):
+        return _cells(arrow[row][column][0], table, row, column)
+
+    def shared(value, row, column):
+        """The picture of the row whose `index` stands where a picture should, as VLMEvalKit's tables share them."""
+        if isinstance(value, list):
+            return [shared(one, row, column) for one in value]
+        if not isinstance(value, str) or len(value) > SHARED_NAME or "index" not in texts.column_names:
+            return value
+        if not rows_of:
+            rows_of.update({text_of(name): at for at, name in reversed(list(enumerate(texts["index"])))})
+        other = rows_of.get(value.strip(), row)
+        found = cell_of(other, column) if other != row else value
+        return found if isinstance(found, Picture) or _pictures_alone(found) else value
+
     for row in range(len(table)):
         record = texts[row] if texts.column_names else {}
-        cells = arrow[row]
         for column in columns:
-            record[column] = _cells(cells[column][0], table, row, column)
+            record[column] = shared(cell_of(row, column), row, column)
+        if record.get("image") == "" and record.get("image_path"):
+            record["image"] = None  # VLMEvalKit's tables have one of the two
         yield record, folders
+
+
+def _pictures_alone(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, Picture) for one in value)
 
 
 def _cells(value, table, row, column):
@@ -227,8 +357,15 @@ def _cell(value, table, row, column, position):
     if not value.is_valid:
         return None
     buffer = memoryview(value.as_buffer())
-    if (pa.types.is_string(value.type) or pa.types.is_large_string(value.type)) and len(buffer) < 1024:
-        return value.as_py()
+    if pa.types.is_string(value.type) or pa.types.is_large_string(value.type):
+        if position is None and buffer[:1] == b"[" and (several := written_list(value.as_py())) is not None:
+            return [one if len(one) < 1024 else _picture(one.encode(), table, row, column, at) for at, one in enumerate(several)]
+        if len(buffer) < 1024:
+            return value.as_py()
+    return _picture(buffer, table, row, column, position)
+
+
+def _picture(buffer, table, row, column, position) -> Picture:
     ends = hashlib.sha1(str(len(buffer)).encode() + bytes(buffer[:ENDS]) + bytes(buffer[-ENDS:]))
     return Picture(ends.hexdigest(), Cell(table, row, column, position))
 
@@ -243,9 +380,16 @@ def pictures_in(value, folders, places=("",)) -> tuple[Picture, ...]:
 
 
 def _named(name, folders, places) -> Picture:
+    if name == "":
+        return Picture("no picture", None)
     if not isinstance(name, str) or len(name) >= 1024:  # base64 in JSON
         text = name if isinstance(name, str) else json.dumps(name)
         return Picture(hashlib.sha1(text.encode()).hexdigest(), name)
-    candidates = [folder / place / name for folder in folders for place in places]
-    found = next((path for path in candidates if path.is_file()), candidates[0] if candidates else name)
-    return Picture(name, str(found))
+    # Files may have been named on Windows, or with accents in another form.
+    slashed = name.replace("\\", "/")
+    forms = dict.fromkeys([name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))])
+    candidates = [folder / place / form for form in forms for folder in folders for place in places]
+    found = next((path for path in candidates if os.path.isfile(path)), None)
+    if found is None and len(name) > SHARED_NAME and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", name):
+        return Picture(hashlib.sha1(name.encode()).hexdigest(), name)  # base64 of a small picture
+    return Picture(name, str(found or (candidates[0] if candidates else name)))

@@ -9,8 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+from ..common.answers import letters_said, option_lines, plain, tolerant_words
 from ..common.extras import require
-from .samples import Sample, option_lines
+from .samples import Sample
 
 # What the scorers of XLRS-Bench and MME-RealWorld mean to take away before they look for a letter.
 PREFIXES = (
@@ -24,6 +25,14 @@ REFUSALS = (
     "Sorry, I can't help with images of people yet.", "I can't process this file.",
     "I'm sorry, but without the image provided", "Cannot determine the answer",
 )  # fmt: skip
+DECLARED_LETTER = (
+    'The letter of an option that is declared last, behind what was thought; else the last "(B)", the first that stands alone, '
+    "the option that is quoted."
+)
+DECLARED_LETTERS = (
+    'The letters of options that are declared last, behind what was thought; else all "(B)", all that stand alone, the option '
+    "that is quoted. Compared as a set."
+)
 WORDNET_MISSING = (
     "WordNet's data is missing, which this score needs: python -m nltk.downloader wordnet (or put it into a folder "
     "corpora/wordnet of $NLTK_DATA). Without it, ask for the score by equal words alone: --scorers {exact}"
@@ -80,7 +89,7 @@ def same_letter(sample: Sample, said: str) -> bool:
 
 
 def option_of_text(sample: Sample, text: str) -> str:
-    """The letter of the one option that an answer quotes, or that quotes the answer; "" where that is not one."""
+    """Version 1: the letter of the one option that an answer quotes, or that quotes the answer; "" where that is not one."""
     text = text.strip().strip(".").lower()
     options = {letter: option.lower() for letter, option in option_lines(sample.options).items() if option}
     for fits in (
@@ -94,8 +103,18 @@ def option_of_text(sample: Sample, text: str) -> str:
     return ""
 
 
+def read_letters(sample: Sample, text: str) -> str:
+    """Version 2: see `letters_said`; all that the answer chooses, sorted."""
+    return letters_said(text, option_lines(sample.options), several=True)
+
+
+def read_letter(sample: Sample, text: str) -> str:
+    """Version 2: see `letters_said`."""
+    return letters_said(text, option_lines(sample.options))
+
+
 def letters_of(sample: Sample, text: str) -> list[str]:
-    """Letters that an answer chooses, in its order: all "(X)", else an answer of letters only, else capitals that are
+    """Version 1: letters that an answer chooses, in its order: all "(X)", else an answer of letters only, else capitals that are
     words, else the option that is quoted.
 
     "A. Farm land" is A, "The answer is C" C, "a, c" and "AC" are A and C; "Blue" is the option Blue, "A red car" the
@@ -115,11 +134,11 @@ def letters_of(sample: Sample, text: str) -> list[str]:
     return [letter.upper() for letter in found]
 
 
-def read_letters(sample: Sample, text: str) -> str:
+def read_letters_1(sample: Sample, text: str) -> str:
     return "".join(sorted(set(letters_of(sample, text))))
 
 
-def read_letter(sample: Sample, text: str) -> str:
+def read_letter_1(sample: Sample, text: str) -> str:
     return "".join(letters_of(sample, text)[:1])
 
 
@@ -176,17 +195,26 @@ def read_one_option(sample: Sample, text: str) -> str:
 # ---- Words -----------------------------------------------------------------------------------------------------------
 
 
-def plain(text: str) -> str:
-    """A word or phrase without case, final stop and surplus spaces."""
-    return " ".join(text.lower().strip().rstrip(".").split())
-
-
 def read_words(sample: Sample, text: str) -> str:
     return plain(text)
 
 
 def same_words(sample: Sample, said: str) -> bool:
     return said == plain(sample.answer)
+
+
+def read_tolerant(sample: Sample, text: str) -> str:
+    return tolerant_words(text)
+
+
+def same_tolerant(sample: Sample, said: str) -> bool:
+    return said == tolerant_words(sample.answer)
+
+
+TOLERANT = (
+    "Equal words without case, punctuation and articles; numbers in words or digits, units in full or short. A rule of ours, "
+    "milder than the benchmark's."
+)
 
 
 @cache

@@ -15,10 +15,10 @@ from .xlrs_bench import XLRSBench
 SUITES = {
     suite.name: suite
     for suite in (
-        XLRSBench("xlrs-bench"),
-        XLRSBench("xlrs-bench-lite"),
-        MMERealWorldRS("mme-realworld-rs"),
-        MMERealWorldRS("mme-realworld-rs-lite"),
+        XLRSBench("xlrs-bench", ""),
+        XLRSBench("xlrs-bench-lite", "lite"),
+        MMERealWorldRS("mme-realworld-rs", ""),
+        MMERealWorldRS("mme-realworld-rs-lite", "lite"),
         RSHRBench("rshr-bench"),
         LRSVQA("lrs-vqa"),
         HRBench("hr-bench"),

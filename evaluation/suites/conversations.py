@@ -6,7 +6,7 @@ Every question is asked by itself, about the pictures of its conversation; the a
 import re
 
 from ..samples import Sample, first, text_of
-from ..scoring import Scorer, read_letters, read_words, same_letters, same_words
+from ..scoring import Scorer, read_letters, read_letters_1, read_words, same_letters, same_words
 from .suite import Suite
 
 ASKS, ANSWERS = ("human", "user"), ("gpt", "assistant")
@@ -18,6 +18,10 @@ def letters_alone(text: str) -> bool:
 
 def read(sample: Sample, text: str) -> str:
     return read_letters(sample, text) if letters_alone(sample.answer) else read_words(sample, text)
+
+
+def read_1(sample: Sample, text: str) -> str:
+    return read_letters_1(sample, text) if letters_alone(sample.answer) else read_words(sample, text)
 
 
 def worth(sample: Sample, said: str) -> bool:
@@ -38,9 +42,16 @@ class Conversations(Suite):
     prompts = {"conversations/as-written-1": lambda sample: sample.question}
     scorers = (
         Scorer(
+            "conversations/match-2",
+            "Equal words without case and final stop; where the right answer is letters of options, the letters that are "
+            "declared last.",
+            read,
+            worth,
+        ),
+        Scorer(
             "conversations/match-1",
             "Equal words without case and final stop; where the right answer is letters of options, the same letters.",
-            read,
+            read_1,
             worth,
         ),
     )

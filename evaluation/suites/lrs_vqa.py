@@ -1,7 +1,7 @@
 """LRS-VQA (ICCV 2025): 7,333 open questions about 1,228 images of 1,024 to 27,328 px: 3 sources, 8 categories."""
 
 from ..samples import Sample, first, text_of
-from ..scoring import Scorer, share_a_synset, wordnet
+from ..scoring import TOLERANT, Scorer, read_tolerant, same_tolerant, share_a_synset, wordnet
 from .suite import Suite
 
 SUFFIX = "Answer the question using a single word or phrase."
@@ -41,6 +41,7 @@ class LRSVQA(Suite):
             prepare=wordnet,
         ),
         Scorer("lrs-vqa/exact-1", "Equal in lower case: not the benchmark's score, which knows synonyms.", read, equal),
+        Scorer("lrs-vqa/tolerant-1", TOLERANT, read_tolerant, same_tolerant),
     )
 
     def samples_of(self, record, index, pictures):

@@ -6,11 +6,13 @@ read alike.
 
 from ..samples import Sample, first, text_of
 from ..scoring import (
+    DECLARED_LETTER,
     GLUED_PREFIXES,
     PREFIXES,
     Scorer,
     read_first_capital,
     read_letter,
+    read_letter_1,
     same_letter,
 )
 from .suite import PaperFigure, Suite
@@ -46,12 +48,7 @@ class MMERealWorldRS(Suite):
         "mme-realworld/lrs-vqa-1": lrs_vqa,
     }
     scorers = (
-        Scorer(
-            "mme-realworld/letter-1",
-            "The first letter that stands alone, else the option that is quoted: the official rule, mistakes mended.",
-            read_letter,
-            same_letter,
-        ),
+        Scorer("mme-realworld/letter-2", DECLARED_LETTER, read_letter, same_letter),
         Scorer(
             "mme-realworld/official-1 (as published)",
             'The first capital A-E anywhere ("Answer: B" is A), else the first option that contains the answer, as '
@@ -64,6 +61,12 @@ class MMERealWorldRS(Suite):
             'As the official one with its commas; an answer without a capital is looked for in "(A)" to "(E)": "b" is '
             "B, and an empty answer A.",
             read_first_capital(PREFIXES, lambda sample: ("(A)", "(B)", "(C)", "(D)", "(E)")),
+            same_letter,
+        ),
+        Scorer(
+            "mme-realworld/letter-1",
+            "The first letter that stands alone, else the option that is quoted: the official rule, mistakes mended.",
+            read_letter_1,
             same_letter,
         ),
     )

@@ -3,8 +3,16 @@
 It has no public harness: the wording is that of the UHR-BAT release, without its hint at the number of right answers.
 """
 
-from ..samples import Sample, first, option_lines, text_of
-from ..scoring import Scorer, read_all_capitals, read_letters, same_letters
+from ...common.answers import option_lines
+from ..samples import Sample, first, text_of
+from ..scoring import (
+    DECLARED_LETTERS,
+    Scorer,
+    read_all_capitals,
+    read_letters,
+    read_letters_1,
+    same_letters,
+)
 from .suite import PaperFigure, Suite, lettered
 
 REASONING = (
@@ -31,7 +39,7 @@ class RSHRBench(Suite):
     places = ("", "images", "image")
     prompts = {"rshr-bench/letters-1": prompt, "rshr-bench/uhr-bat-release (as published: hints at several)": with_hint}
     scorers = (
-        Scorer("rshr-bench/letters-1", "Letters that stand alone, compared as a set.", read_letters, same_letters),
+        Scorer("rshr-bench/letters-2", DECLARED_LETTERS, read_letters, same_letters),
         Scorer(
             "rshr-bench/uhr-bat-release (as published)",
             "Every A-F of the upper-cased answer, compared as a set; a sample that crashed counts as right.",
@@ -39,7 +47,9 @@ class RSHRBench(Suite):
             same_letters,
             failed=1.0,
         ),
+        Scorer("rshr-bench/letters-1", "Letters that stand alone, compared as a set.", read_letters_1, same_letters),
     )
+    several = True
     paper = (
         PaperFigure("UHR-BAT 7B", 29.2, "perception, macro over 9 subtasks"),
         PaperFigure("UHR-BAT 7B", 45.0, "reasoning, macro over 5 subtasks"),

@@ -6,7 +6,8 @@ from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
 
-from ..samples import Cell, Picture, Sample, option_lines, pictures_in, read_records
+from ...common.answers import option_lines
+from ..samples import Cell, Picture, Sample, pictures_in, read_records, with_right_letters
 from ..scoring import Scorer
 
 
@@ -30,6 +31,8 @@ class Suite:
         averages: {name: Sample -> group}: means of the groups' means, beside the mean over samples.
         paper: figures of the UHR-BAT paper, quoted.
         max_new_tokens: of an answer.
+        several: whether several options may be right.
+        version: "lite" or "" of a benchmark that has both, see `find_files`.
     """
 
     title = ""
@@ -41,9 +44,11 @@ class Suite:
     averages: dict[str, Callable[[Sample], str]] = {"macro": lambda sample: sample.task}
     paper: tuple[PaperFigure, ...] = ()
     max_new_tokens = 16
+    several = False
+    version: str | None = None
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, version: str | None = None):
+        self.name, self.version = name, version
 
     def samples_of(self, record: dict, index: int, pictures: Callable) -> list[Sample]:
         """The samples of a record, the `index`-th of the benchmark; none where it belongs to another part of it.
@@ -56,29 +61,41 @@ class Suite:
         """All samples, or `limit` of them, evenly spaced.
 
         Raises:
-            FileNotFoundError, ValueError: no such data, or records of another form.
+            FileNotFoundError, ValueError: no such data, records of another form, or a right answer that is no option.
         """
         if data is None:
             raise ValueError(f"{self.name} needs --data: a file, a folder or the id of a data set on the Hub.")
         samples = []
-        for index, (record, folders) in enumerate(read_records(data, self.files, self.split, self.configuration)):
-            samples += self.samples_of(record, index, partial(pictures_in, folders=folders, places=self.places))
+        records = read_records(data, self.files, self.split, self.configuration, self.version)
+        for index, (record, folders) in enumerate(records):
+            if not isinstance(record, dict):
+                raise ValueError(f"{data}: record {index} is no dictionary of fields: {str(record)[:80]!r}.")
+            found = self.samples_of(record, index, partial(pictures_in, folders=folders, places=self.places))
+            samples += [replace(with_right_letters(sample, self.several), row=index) for sample in found]
         if not samples:
             raise ValueError(f"{data} holds no sample of {self.title}.")
         return spaced(unique_ids(samples), limit)
 
     def open(self, picture: Picture):
         """What the image processor reads: a path, a URL, the bytes of a file, base64 or an image."""
+        if picture.source is None:
+            raise ValueError("the record names no picture")
         return picture.source.read() if isinstance(picture.source, Cell) else picture.source
 
 
 def unique_ids(samples: list[Sample]) -> list[Sample]:
-    """Samples of one id get numbers, so that no answer is ever counted for another one."""
-    seen, found = Counter(), []
+    """Samples of one id get numbers, so that no answer is ever counted for another one: "1", "1 (2)", "1 (3)"."""
+    taken, seen, found = {sample.id for sample in samples}, Counter(), []
     for sample in samples:
+        name = sample.id
         seen[sample.id] += 1
-        number = seen[sample.id]
-        found.append(sample if number == 1 else replace(sample, id=f"{sample.id} ({number})"))
+        if seen[sample.id] > 1:
+            number = seen[sample.id]
+            while (name := f"{sample.id} ({number})") in taken:
+                number += 1
+            taken.add(name)
+            seen[sample.id] = number
+        found.append(replace(sample, id=name))
     return found
 
 

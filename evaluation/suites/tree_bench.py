@@ -1,14 +1,13 @@
 """TreeBench: multiple-choice questions with boxes of the objects that the answer rests on; accuracy and mean IoU."""
 
 import json
-import re
+from functools import partial
 
+from ...common.answers import BOX, boxes_said, overlap, paired_overlap
+from ...common.extras import require
 from ..samples import Sample, first, option_columns, text_of
-from ..scoring import Scorer, read_letter, same_letter
+from ..scoring import DECLARED_LETTER, Scorer, read_letter, read_letter_1, same_letter
 from .suite import Suite, lettered
-
-NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-BOX = re.compile(rf"[\[(]{NUMBER},{NUMBER},{NUMBER},{NUMBER}[\])]")
 
 
 def prompt(sample: Sample) -> str:
@@ -24,16 +23,7 @@ def with_boxes(sample: Sample) -> str:
 
 
 def read_boxes(sample: Sample, text: str) -> list[tuple[float, ...]]:
-    return [tuple(map(float, found)) for found in BOX.findall(text)]
-
-
-def overlap(one, other) -> float:
-    """Intersection over union of two boxes (x0, y0, x1, y1)."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(width, 0) * max(height, 0)
-    areas = sum(max(box[2] - box[0], 0) * max(box[3] - box[1], 0) for box in (one, other))
-    return shared / (areas - shared) if areas > shared else 0.0
+    return boxes_said(text)
 
 
 def mean_overlap(sample: Sample, boxes) -> float:
@@ -43,8 +33,16 @@ def mean_overlap(sample: Sample, boxes) -> float:
     return sum(max(overlap(box, said) for said in boxes) for box in sample.boxes) / len(sample.boxes)
 
 
+def mean_paired_overlap(sample: Sample, boxes) -> float:
+    return paired_overlap(sample.boxes, boxes)
+
+
 def read_choice(sample: Sample, text: str) -> str:
     return read_letter(sample, BOX.sub(" ", text))
+
+
+def read_choice_1(sample: Sample, text: str) -> str:
+    return read_letter_1(sample, BOX.sub(" ", text))
 
 
 class TreeBench(Suite):
@@ -53,16 +51,24 @@ class TreeBench(Suite):
     places = ("", "images", "image")
     prompts = {"tree-bench/vlmevalkit-1": prompt, "tree-bench/boxes-1": with_boxes}
     scorers = (
+        Scorer("tree-bench/letter-2", DECLARED_LETTER, read_choice, same_letter),
+        Scorer(
+            "tree-bench/mean-iou-2",
+            "Boxes [x0, y0, x1, y1] of the answer and of the file paired one to one, as well as they can be: mean IoU over the "
+            "longer of the two lists. How the benchmark itself pairs boxes is not stated in what was available.",
+            read_boxes,
+            mean_paired_overlap,
+            prepare=partial(require, "evaluate", "scipy"),
+        ),
         Scorer(
             "tree-bench/letter-1",
             "The first letter that stands alone, else the option that is quoted.",
-            read_choice,
+            read_choice_1,
             same_letter,
         ),
         Scorer(
             "tree-bench/mean-iou-1",
-            "For every box of the file the best IoU among the boxes [x0, y0, x1, y1] of the answer, mean over these."
-            " How the benchmark itself pairs boxes is not stated in what was available.",
+            "For every box of the file the best IoU among those of the answer, however many these are, mean over the file's.",
             read_boxes,
             mean_overlap,
         ),

@@ -1,7 +1,7 @@
 """VRSBench, its questions (NeurIPS 2024): 37,409 open questions about crops of 512 px, by type."""
 
 from ..samples import Sample, first, text_of
-from ..scoring import Scorer, read_words, same_words
+from ..scoring import TOLERANT, Scorer, read_tolerant, read_words, same_tolerant, same_words
 from .suite import Suite
 
 
@@ -21,6 +21,7 @@ class VRSBenchVQA(Suite):
             read_words,
             same_words,
         ),
+        Scorer("vrsbench-vqa/tolerant-1", TOLERANT, read_tolerant, same_tolerant),
     )
 
     def samples_of(self, record, index, pictures):

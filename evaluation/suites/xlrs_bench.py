@@ -1,7 +1,15 @@
 """XLRS-Bench (CVPR 2025), all of it and lite: 3,080 multiple-choice questions about images of 8,500 px on average."""
 
 from ..samples import Sample, first, text_of
-from ..scoring import Scorer, read_all_capitals, read_any_letters, read_letters, same_letters
+from ..scoring import (
+    DECLARED_LETTERS,
+    Scorer,
+    read_all_capitals,
+    read_any_letters,
+    read_letters,
+    read_letters_1,
+    same_letters,
+)
 from .suite import PaperFigure, Suite
 
 SEVERAL = "Overall Land use classification"  # the one subtask in which several options may be right
@@ -32,12 +40,7 @@ class XLRSBench(Suite):
     places = ("", "images", "image")
     prompts = {"xlrs-bench/lmms-eval-1": prompt}
     scorers = (
-        Scorer(
-            "xlrs-bench/letters-1",
-            "Letters that stand alone, compared as a set: the official rule without its mistakes.",
-            read_letters,
-            same_letters,
-        ),
+        Scorer("xlrs-bench/letters-2", DECLARED_LETTERS, read_letters, same_letters),
         Scorer(
             "xlrs-bench/lmms-eval-1 (as published)",
             'Every a-e of the answer once a capital is in it, compared as a set: "B. Blue" is B and E, and two missing '
@@ -52,7 +55,14 @@ class XLRSBench(Suite):
             same_letters,
             failed=1.0,
         ),
+        Scorer(
+            "xlrs-bench/letters-1",
+            "Letters that stand alone, compared as a set: the official rule without its mistakes.",
+            read_letters_1,
+            same_letters,
+        ),
     )
+    several = True
     averages = {
         "macro": lambda sample: sample.task,
         "macro of VLMEvalKit": lambda sample: sample.groups["category and l2-category"],
