@@ -244,6 +244,11 @@ class TokenMaps(Sequence):
         made = on_grid(self.values[scale_idx], self.positions[scale_idx], self.grids[scale_idx], self.fill)
         return made.flatten() if self.flat else made
 
+    def present(self, scale_idx) -> torch.Tensor:
+        """bool[H, W]: where a scale has a token. Elsewhere lies the letterbox, or a tile that no question looked at."""
+        positions = self.positions[scale_idx]
+        return on_grid(torch.ones_like(positions, dtype=torch.bool), positions, self.grids[scale_idx], False)
+
     def __repr__(self):
         return f"TokenMaps(grids {self.grids})"
 
@@ -287,6 +292,14 @@ class UHRBatCompressionOutput(ModelOutput):
     scales: list[list[int]] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+    def check_letterbox(self):
+        """Raises `ValueError` for images without a letterboxed view: pictures and maps would put their tokens elsewhere."""
+        if self.regions is None:
+            raise ValueError(
+                "What a Region Focus Module keeps (`dynamic_pyramid`) lies on levels without a letterbox, which cannot be "
+                "drawn or mapped. Read the image without `dynamic_pyramid`."
+            )
 
     @property
     def tokens_per_prompt(self) -> list[int] | None:

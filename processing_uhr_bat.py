@@ -306,11 +306,17 @@ def _share_tiles(images, max_tiles, images_per_prompt):
     as they are."""
     if max_tiles is None:
         return images
-    shares = [share for number in images_per_prompt for (share,) in split_budgets(max_tiles, ["all"], number) if number]
-    return [
-        image.with_max_tiles(share) if hasattr(image, "with_max_tiles") else image
-        for image, share in zip(images, shares)
-    ]
+    numbers = [number for number in images_per_prompt if number]
+    shares = [share for number in numbers for (share,) in split_budgets(max_tiles, ["all"], number)]
+    try:
+        return [
+            image.with_max_tiles(share) if hasattr(image, "with_max_tiles") else image
+            for image, share in zip(images, shares)
+        ]
+    except ValueError as error:
+        if max(numbers) == 1:
+            raise
+        raise ValueError(f"{error} The {max_tiles} tiles of a prompt are shared by its {max(numbers)} images.") from None
 
 
 def _is_encoded(image) -> bool:

@@ -21,14 +21,13 @@ from tqdm import tqdm
 from transformers.utils import logging
 
 from ..common.files import whole_files, write_json
-from ..common.loading import ROOT
 from ..common.tables import table
-from ..configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig
+from ..configuration_uhr_bat import PAPER_BUDGETS
 from .compare import TOKEN_TOLERANCE, spread
 from .images import photograph
 from .measures import flops
 from .meters import peak_bytes, reset_peak
-from .run import stages_table
+from .report import stages_table
 from .sides import (
     ANSWER_TOKENS,
     SIDES,
@@ -37,10 +36,9 @@ from .sides import (
     TEXT_BEFORE,
     Meter,
     ask,
-    build_model,
     image_processor,
+    model_on,
     prompt_ids,
-    quick_config,
 )
 
 # Table 4 of the paper: {kept tokens: (TFLOPs, total seconds, seconds of the generation)}, per sample, on the authors'
@@ -104,18 +102,6 @@ class PeakMeter(Meter):
         self.peaks[stage] = self.device.peak_bytes()
         self.device.reset_peak()
         self.last = self.read()
-
-
-def model_on(device, quick):
-    """Random weights of the 7B geometry in bfloat16, or of the quick one in float32, with answers of full length."""
-    config = quick_config() if quick else UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
-    config.text_config.eos_token_id = None
-    torch.set_default_dtype(torch.float32 if quick else torch.bfloat16)
-    try:
-        with device:
-            return build_model(config)
-    finally:
-        torch.set_default_dtype(torch.float32)
 
 
 # What passes between an image file and the first token of its answer, and between a second question and its own.

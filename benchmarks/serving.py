@@ -37,7 +37,7 @@ from ..scenes.painting import render
 from ..scenes.questions import draw_question
 from ..serving.serve import BACKENDS
 from .compare import Disagreement, expect, spread
-from .run import machine
+from .report import machine
 from .servers import Answer, ask_at_once, request_body, resident_of, server, worked_by
 from .sides import one_process
 

@@ -14,6 +14,7 @@ import torch
 from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
+from ..common.loading import ROOT
 from ..common.prompts import expand_placeholder
 from ..compression_uhr_bat import CompressionRules, compress_image, partition
 from ..configuration_uhr_bat import UHRBatConfig
@@ -67,6 +68,18 @@ def build_model(config: UHRBatConfig, seed: int = 0) -> UHRBatForConditionalGene
     """Random seeded weights."""
     torch.manual_seed(seed)
     return UHRBatForConditionalGeneration(config).eval()
+
+
+def model_on(device, quick):
+    """Random weights of the 7B geometry in bfloat16, or of the quick one in float32, with answers of full length."""
+    config = quick_config() if quick else UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
+    config.text_config.eos_token_id = None
+    torch.set_default_dtype(torch.float32 if quick else torch.bfloat16)
+    try:
+        with device:
+            return build_model(config)
+    finally:
+        torch.set_default_dtype(torch.float32)
 
 
 def prompt_ids(config: UHRBatConfig, seed: int = 0) -> torch.Tensor:

@@ -42,7 +42,7 @@ def evidence_frame(
         image_idx: which image of the batch.
 
     Raises:
-        ValueError: the result has another number of scales.
+        ValueError: the result has another number of scales, or comes from a `dynamic_pyramid`.
         ImportError: geopandas is missing; says what to install.
     """
     require("geo", "geopandas")
@@ -50,6 +50,7 @@ def evidence_frame(
     import pandas as pd
     import shapely
 
+    compressed.check_letterbox()
     slots_of_scales = compressed.slots[image_idx]
     if len(scales) != len(slots_of_scales):
         raise ValueError(f"`scales` names {len(scales)} scales, but the result has {len(slots_of_scales)}.")

@@ -102,6 +102,11 @@ def _grid(compressed, image_idx, scale_idx):
     return tuple(compressed.importance[image_idx][scale_idx].shape)
 
 
+def _present(compressed, image_idx, scale_idx):
+    """bool[H, W]: tokens of a scale that there are, whether or not the scale spends any."""
+    return _numpy(compressed.importance[image_idx].present(scale_idx))
+
+
 def _numpy(tensor):
     return tensor.detach().float().cpu().numpy() if tensor.is_floating_point() else tensor.cpu().numpy()
 
@@ -119,6 +124,7 @@ def attention_picture(compressed, image, question="", *, image_idx=0, width=WIDT
     from matplotlib.colors import Normalize
     from matplotlib.patches import Rectangle
 
+    compressed.check_letterbox()
     num_scales = len(compressed.importance[image_idx])
     columns = min(3, num_scales + 2)
     rows = -(-(num_scales + 2) // columns)
@@ -128,14 +134,16 @@ def attention_picture(compressed, image, question="", *, image_idx=0, width=WIDT
     maps, seen = [], []
     for scale_idx in range(num_scales):
         importance = _numpy(compressed.importance[image_idx][scale_idx])
-        shown = _numpy(compressed.regions[image_idx][scale_idx]).reshape(importance.shape) >= 0
-        maps.append(np.where(shown, importance / importance[shown].mean(), 0))
+        shown = _present(compressed, image_idx, scale_idx)
+        maps.append(np.where(shown, importance / importance[shown].mean(), 0) if shown.any() else importance)
         seen.append(maps[-1][shown])
-    low, high = min(map(np.min, seen)), np.percentile(np.concatenate(seen), ATTENTION_PERCENTILE)
+    everything = np.concatenate(seen)
+    low, high = everything.min(), np.percentile(everything, ATTENTION_PERCENTILE)
+    finest = max(scale_idx for scale_idx, values in enumerate(seen) if len(values))
 
-    # A window of the small image around the middle of the token that gets most at the finest scale.
+    # A window of the small image around the middle of the token that gets most at the finest scale that has tokens.
     size = image.height, image.width
-    box = token_box(maps[-1].argmax(), size, maps[-1].shape).reshape(2, 2)
+    box = token_box(maps[finest].argmax(), size, maps[finest].shape).reshape(2, 2)
     window = min(round(ENLARGED * max(small.size)), *small.size)
     top, left = (
         int(np.clip(middle * small_length / length - window / 2, 0, small_length - window))
@@ -147,7 +155,7 @@ def attention_picture(compressed, image, question="", *, image_idx=0, width=WIDT
     axes.add_patch(Rectangle((left, top), window, window, fill=False, edgecolor="white", linewidth=3.2))
     axes.add_patch(Rectangle((left, top), window, window, fill=False, edgecolor="#D55E00", linewidth=1.6))
     for scale_idx, importance in enumerate(maps):
-        note = "measured (anchor)" if scale_idx == 0 else "aligned"
+        note = "measured (anchor)" if scale_idx == 0 else "aligned" if len(seen[scale_idx]) else "not looked at"
         drawn = draw_attention(small, importance, low, high, image_size=size)
         page.show(*next(places), drawn, f"{_name(compressed, image_idx, scale_idx)}, {note}")
     factor = image.width / small.width
@@ -165,6 +173,7 @@ def attention_picture(compressed, image, question="", *, image_idx=0, width=WIDT
 
 def regions_picture(compressed, image, *, image_idx=0, width=WIDTH) -> Image.Image:
     """The partition of every scale into regions, beside the image."""
+    compressed.check_letterbox()
     num_scales = len(compressed.regions[image_idx])
     columns = min(3, num_scales + 1)
     rows = -(-(num_scales + 1) // columns)
@@ -210,11 +219,12 @@ def _legend(page):
 
 def kept_picture(compressed, image, question="", *, image_idx=0, width=WIDTH) -> Image.Image:
     """What the model was given of every scale: kept, merged and dropped tokens, beside the image."""
+    compressed.check_letterbox()
     slots_of_scales = [_numpy(slots) for slots in compressed.slots[image_idx]]
     columns = min(3, len(slots_of_scales) + 1)
     rows = -(-(len(slots_of_scales) + 1) // columns)
     spent = sum(len(np.unique(slots[slots >= 0])) for slots in slots_of_scales)
-    seen = sum(int((regions >= 0).sum()) for regions in compressed.regions[image_idx])
+    seen = sum(int(_present(compressed, image_idx, scale_idx).sum()) for scale_idx in range(len(slots_of_scales)))
     title = f"What was kept: {spent:,} visual tokens of {seen:,}"
     page = Page(rows, columns, image, _head(title, question), footer=40, lines=2)
     small = screen_image(image, page.panel_width)
@@ -233,6 +243,7 @@ def budgets_picture(
 ) -> Image.Image:
     """Several budgets side by side: a column for every {name: result}, a row for every scale."""
     first = next(iter(results.values()))
+    first.check_letterbox()
     num_scales = len(first.slots[image_idx])
     page = Page(num_scales, len(results) + 1, image, _head(title, question), footer=40, lines=2)
     small = screen_image(image, page.panel_width)
@@ -261,6 +272,7 @@ def tsne_picture(compressed, tokens, *, image_idx=0, scale_idx=-1, width=WIDTH) 
     from matplotlib.figure import Figure
     from sklearn.manifold import TSNE
 
+    compressed.check_letterbox()
     scale_idx %= len(compressed.regions[image_idx])
     regions = _numpy(compressed.regions[image_idx][scale_idx])
     regions = regions[regions >= 0]

@@ -1,6 +1,7 @@
 """One package: its names, its command, what a wheel of it holds, and which part may use which."""
 
 import ast
+import re
 import subprocess
 import sys
 import tomllib
@@ -50,6 +51,7 @@ ROOMS = (
 TOP = ("__init__", "cli", "__main__", "run")  # above the rooms; nothing uses them
 FLOORS = (*(f"{name}_uhr_bat" for name in MODEL), *ROOMS, *TOP)
 
+REQUIREMENTS = (ROOT / "requirements.txt").read_text(encoding="utf-8")
 MODEL_FILES = sorted(ROOT.glob("*_uhr_bat.py"))
 TOOL_FILES = sorted(path for room in ROOMS for path in (ROOT / room).rglob("*.py"))
 
@@ -147,8 +149,22 @@ def test_tools_use_only_what_stands_above_them(path):
     assert others <= set(FLOORS[: FLOORS.index(room)])
 
 
+@pytest.mark.parametrize("path", MODEL_FILES, ids=lambda path: path.stem)
+def test_model_files_import_what_a_plain_installation_brings(path):
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    absolute = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
+    absolute += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
+    packages = {"PIL" if name == "pillow" else name for name in re.findall(r"^\w+", REQUIREMENTS, re.M)}
+    # huggingface_hub comes with transformers; the other two are extras, and their absence is an error with its mend.
+    known = packages | set(sys.stdlib_module_names) | {"huggingface_hub", "rasterio", "sklearn"}
+    assert {name.split(".")[0] for name in absolute} <= known
+
+
 def test_no_file_is_used_by_one_that_it_uses():
-    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts) for path in TOOL_FILES}
+    # A package is what its `__init__` imports.
+    names = {
+        path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in TOOL_FILES
+    }
     uses = {names[path]: imported(path) & set(names.values()) for path in TOOL_FILES}
     order = []
     while free := [name for name in uses if name not in order and uses[name] <= set(order)]:

@@ -6,7 +6,9 @@ import torch
 from PIL import Image
 from small import IMAGE, PAD, small_config, small_model
 from uhr_bat.dynamic_pyramid_uhr_bat import DynamicPyramid, dynamic_levels
+from uhr_bat.geo import evidence_frame
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
+from uhr_bat.pictures import attention_picture, kept_picture
 from uhr_bat.region_focus_uhr_bat import next_tiles
 
 TILE, PATCH, SEPARATOR = 8, 2, 4
@@ -221,6 +223,17 @@ def test_a_budget_without_room_for_a_token_is_refused_with_both_numbers():
         looked_at(focus_model(), picture(), budget=18)
     with pytest.raises(ValueError, match=r"one number. Got \[1, 2, 3\]"):
         looked_at(focus_model(), picture(), budget=[1, 2, 3])
+
+
+def test_what_was_kept_is_refused_by_pictures_and_maps_which_know_letterboxed_views_alone():
+    out = looked_at(focus_model(), picture())
+    for refusing in (
+        lambda: kept_picture(out, Image.new("RGB", (90, 60))),
+        lambda: attention_picture(out, Image.new("RGB", (90, 60))),
+        lambda: evidence_frame(out, (60, 90), out.scales[0]),
+    ):
+        with pytest.raises(ValueError, match="without `dynamic_pyramid`"):
+            refusing()
 
 
 def test_a_small_image_is_its_thumbnail():

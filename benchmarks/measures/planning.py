@@ -82,10 +82,8 @@ def peaks_of(name, quick=False) -> dict:
 
 def peaks_on_gpu() -> dict:
     """The same of the 7B geometry in bfloat16, of the GPU's memory."""
-    from ..gpu import model_on  # which uses measures itself
-
     device = torch.device("cuda")
-    model, measured = model_on(device, quick=False), {}
+    model, measured = sides.model_on(device, quick=False), {}
 
     def mark(call):
         measured[call] = torch.cuda.max_memory_allocated(device)

@@ -1,10 +1,9 @@
 """A compression without a model: what `compress` returns, from slots, regions and importance that a test states."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import torch
 from uhr_bat.geometry_uhr_bat import shown_patches
+from uhr_bat.outputs_uhr_bat import UHRBatCompressionOutput
 
 SCALES, GRIDS = (8, 16, 24), ((2, 2), (4, 4), (6, 6))
 # Turned by 30 degrees, pixels of 2 m and mirrored as north-up rasters are; in UTM zone 54 north.
@@ -14,7 +13,7 @@ ABOUT = {"image": "scene.tif", "question": 'Where is "<b>Köln</b>"?', "answer":
 
 def compression(image_size, slots=None, regions=None, seed=0, grids=GRIDS):
     """Random importance; every token that shows the image keeps a slot and is a region of its own, unless said."""
-    result = SimpleNamespace(importance=[[]], regions=[[]], slots=[[]])
+    result = UHRBatCompressionOutput(importance=[[]], regions=[[]], slots=[[]])
     rng = np.random.default_rng(seed)
     for scale_idx, grid in enumerate(grids):
         shown = shown_patches(image_size, grid).ravel()

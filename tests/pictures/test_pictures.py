@@ -1,13 +1,13 @@
 """The pictures: where they put what, on small scenes whose object is known."""
 
 import sys
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from uhr_bat.geometry_uhr_bat import token_box
+from uhr_bat.outputs_uhr_bat import TokenMaps, UHRBatCompressionOutput
 from uhr_bat.pictures import __main__ as command
 from uhr_bat.pictures import drawing, pages
 from uhr_bat.scenes import painting
@@ -41,23 +41,26 @@ def compressed_scene(size, box, pruned=0.9):
     top, left, bottom, right = np.array(box) + np.tile([(side - size[0]) // 2, (side - size[1]) // 2], 2)
     inside = torch.zeros(side, side)
     inside[top:bottom, left:right] = 1
-    result = SimpleNamespace(importance=[[]], regions=[[]], slots=[[]])
+    kept = {"importance": [], "regions": [], "slots": []}
+    positions = []
     for grid in GRIDS:
-        shown = torch.from_numpy(shown_tokens(size, grid)).flatten()
-        places = shown.nonzero()[:, 0]
+        places = torch.from_numpy(shown_tokens(size, grid)).flatten().nonzero()[:, 0]
         # Share of the object in every token, and a little everywhere.
         height, width = grid
         share = inside.unfold(0, side // height, side // height).unfold(1, side // width, side // width)
-        importance = share.float().mean((2, 3)).flatten() + 0.01
+        importance = share.float().mean((2, 3)).flatten()[places] + 0.01
         coords = torch.stack((places // grid[1], places % grid[1]), 1) / grid[0]
-        features = torch.nn.functional.one_hot((importance[places] > 0.5).long(), 2).float()
-        regions = cluster_regions(features, coords, 8, coord_weight=0.3)
-        slots = select_tokens(importance[places], regions, max(1, round((1 - pruned) * len(places))))
-        blank = torch.full((grid[0] * grid[1],), -1)
-        result.importance[0].append(torch.where(shown, importance, 0).view(grid))
-        result.regions[0].append(blank.index_copy(0, places, regions))
-        result.slots[0].append(blank.index_copy(0, places, slots))
-    return result
+        features = torch.nn.functional.one_hot((importance > 0.5).long(), 2).float()
+        kept["importance"].append(importance)
+        kept["regions"].append(cluster_regions(features, coords, 8, coord_weight=0.3))
+        budget = max(1, round((1 - pruned) * len(places)))
+        kept["slots"].append(select_tokens(importance, kept["regions"][-1], budget))
+        positions.append(places)
+    return UHRBatCompressionOutput(
+        importance=[TokenMaps(kept["importance"], positions, GRIDS, fill=0)],
+        regions=[TokenMaps(kept["regions"], positions, GRIDS, fill=-1, flat=True)],
+        slots=[TokenMaps(kept["slots"], positions, GRIDS, fill=-1, flat=True)],
+    )
 
 
 def object_mask(size, box):
