@@ -11,16 +11,15 @@ from uuid import uuid4
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
-from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
-from .chat import ChatRequest, check_values
+from .chat import ChatRequest, read_request
 from .decoding import Sampling
 from .engine import Engine
 from .evidence import evidence_of
 from .limits import Limits
 from .metrics import Metrics
-from .refusals import NAME_LETTERS, Refusal, clip
+from .refusals import Refusal
 from .sources import SourceRules
 
 logger = logging.getLogger(__name__)
@@ -32,8 +31,6 @@ FAILED = Refusal("The server failed; its log says why.", 500)
 DEFAULT_TOKENS = 256
 # A request's bytes beside those of an image, in base64.
 TEXT_BYTES = 2**20
-# Mistakes of a request that are listed to name the first of them; a list stops at its first.
-MAX_MISTAKES = 1000
 
 
 class _Stream(StreamingResponse):
@@ -90,16 +87,7 @@ class Service:
         self.started = int(time.time())
 
     async def parse(self, body: bytes) -> ChatRequest:
-        check_values(body, self.engine.window)
-        try:
-            request = await asyncio.to_thread(ChatRequest.model_validate_json, body)
-        except ValidationError as error:
-            if error.error_count() > MAX_MISTAKES:
-                raise Refusal(f"The request has {error.error_count()} fields that are not known.") from None
-            first = error.errors(include_url=False, include_input=False)[0]
-            place = ".".join(map(str, first["loc"])) or None
-            name = clip(place, NAME_LETTERS) if place else "The request"
-            raise Refusal(f"{name}: {first['msg']}.", param=place) from None
+        request = await asyncio.to_thread(read_request, body, self.engine.window)
         if request.model != self.name:
             raise Refusal(
                 f"There is no model {request.model[:100]!r} here. This is {self.name!r}.",
@@ -135,7 +123,7 @@ class Service:
         except MemoryError:
             raise Refusal("An image takes more memory than the server has.", 413, code="image_too_large") from None
         except (OSError, ValueError, ImportError) as error:
-            raise Refusal(str(error), param="messages", code="invalid_request") from error
+            raise request.refusal(error) from error
         wanted = request.max_completion_tokens or request.max_tokens
         room = engine.window - len(selection.embeds)
         sampling = Sampling(

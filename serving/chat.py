@@ -1,13 +1,17 @@
 """A request of OpenAI's chat completions, with what is ours: budgets, how images are read, evidence.
 
-Fields that are not listed are refused: nothing that a client asks for is passed over in silence.
+What a client asks for and is not there is refused by its name, nothing is passed over in silence; what asks for nothing
+(`frequency_penalty` 0, `tools` []), as many clients always send, is taken.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
+from uuid import uuid4
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
+from pydantic_core import from_json
 
-from .refusals import Refusal
+from .refusals import NAME_LETTERS as PLACE_LETTERS
+from .refusals import Refusal, clip
 
 # Images of one request.
 MAX_IMAGES = 16
@@ -23,6 +27,15 @@ MAX_COUNT = 2**31 - 1
 # Letters of a name, as of a band or a word that stops, and of a coordinate system.
 NAME_LETTERS, SYSTEM_LETTERS = 1000, 20_000
 
+# Fields, and the words by which errors of reading and compressing name them.
+NAMED = {
+    "budgets": ("budget",),
+    "bands": ("band",),
+    "value_range": ("range of values",),
+    "window": ("window", "bounds"),
+}
+
+
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_NUMBER, le=MAX_NUMBER)]
 Whole = Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
 Budget = Annotated[int, Field(ge=0, le=MAX_COUNT)]
@@ -33,27 +46,74 @@ Pair = Annotated[list[Number], Field(min_length=2, max_length=2, fail_fast=True)
 
 
 class _Strict(BaseModel):
+    """An object of a request, less the fields that ask for nothing: null, unless the field must be there; of fields that
+    are not there, what is empty, what `nothing` says, and what only labels a request (`labels`)."""
+
     model_config = ConfigDict(extra="forbid", strict=True, hide_input_in_errors=True)
+    nothing: ClassVar[dict[str, tuple]] = {}
+    labels: ClassVar[frozenset[str]] = frozenset()
+
+    @model_validator(mode="before")
+    @classmethod
+    def without_nothing(cls, value):
+        if not isinstance(value, dict):
+            return value
+        return {name: one for name, one in value.items() if not cls._asks_nothing(name, one)}
+
+    @classmethod
+    def _asks_nothing(cls, name, value):
+        if name in cls.model_fields:
+            return value is None and not cls.model_fields[name].is_required()
+        if name in cls.labels:
+            return value is None or isinstance(value, (str, dict))
+        return value is None or value == [] or value == {} or value in cls.nothing.get(name, ())
 
 
 class Text(_Strict):
+    labels = frozenset({"cache_control"})
+
     type: Literal["text"]
     text: str
 
 
 class ImageUrl(_Strict):
     url: str
-    detail: Literal["auto", "low", "high"] = "auto"  # budgets say it here
+    detail: Literal["auto", "low", "high", "original"] = "auto"  # budgets say it here
 
 
 class Image(_Strict):
+    labels = frozenset({"cache_control"})
+
     type: Literal["image_url"]
     image_url: ImageUrl
 
 
+def kind_of_part(part):
+    """Which of the two models a part is of, by its `type`."""
+    name = part.get("type") if isinstance(part, dict) else getattr(part, "type", None)
+    return f"<{name}>" if isinstance(name, str) else None
+
+
+Part = Annotated[
+    Annotated[Text, Tag("<text>")] | Annotated[Image, Tag("<image_url>")],
+    Discriminator(
+        kind_of_part,
+        custom_error_type="part",
+        custom_error_message="A part is an object whose `type` is 'text' or 'image_url'",
+    ),
+]
+
+
 class Message(_Strict):
-    role: Literal["system", "user", "assistant"]
-    content: str | Annotated[list[Annotated[Text | Image, Field(discriminator="type")]], Field(fail_fast=True)]
+    labels = frozenset({"cache_control", "name"})
+
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | Annotated[list[Part], Field(fail_fast=True)]
+
+    @property
+    def texts(self) -> list[str]:
+        content = self.content
+        return [content] if isinstance(content, str) else [part.text for part in content if part.type == "text"]
 
 
 class StreamOptions(_Strict):
@@ -62,6 +122,38 @@ class StreamOptions(_Strict):
 
 class ChatRequest(_Strict):
     """Fields are OpenAI's up to `user`; `temperature` is 0 where it is not given: the best token every time."""
+
+    # Fields that are not there, and the values by which clients say that they do not ask for it: defaults of OpenAI's API,
+    # of vLLM's and of llama.cpp's.
+    nothing = {
+        "best_of": (1,),
+        "echo": (False,),
+        "frequency_penalty": (0,),
+        "function_call": ("none", "auto"),
+        "ignore_eos": (False,),
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1,),
+        "logprobs": (False,),
+        "min_p": (0,),
+        "min_tokens": (0,),
+        "modalities": (["text"],),
+        "parallel_tool_calls": (False, True),
+        "presence_penalty": (0,),
+        "priority": (0,),
+        "reasoning_effort": ("none",),
+        "repetition_penalty": (1,),
+        "response_format": ({"type": "text"},),
+        "service_tier": ("auto", "default"),
+        "skip_special_tokens": (True,),
+        "spaces_between_special_tokens": (True,),
+        "store": (False,),
+        "tool_choice": ("none", "auto"),
+        "top_k": (0, -1),
+        "top_logprobs": (0,),
+        "use_beam_search": (False,),
+        "verbosity": ("medium",),
+    }
+    labels = frozenset({"metadata", "prompt_cache_key", "safety_identifier"})
 
     model: str
     messages: Annotated[list[Message], Field(min_length=1, fail_fast=True)]
@@ -75,6 +167,8 @@ class ChatRequest(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     budgets: Count | Annotated[list[Budget], Field(max_length=MAX_SCALES, fail_fast=True)] | None = None
     bands: Annotated[list[Whole | Name], Field(max_length=3, fail_fast=True)] | None = None
@@ -92,6 +186,16 @@ class ChatRequest(_Strict):
     def reader_options(self) -> dict[str, Any]:
         return {name: getattr(self, name) for name in ("bands", "value_range", "window")}
 
+    def refusal(self, error: Exception) -> Refusal:
+        """What reading and compressing raised, as a refusal that names the field that is meant: the one that the error names."""
+        text = str(error)
+        if "context window" in text:
+            return Refusal(text, param="messages", code="context_length_exceeded")
+        for name, words in NAMED.items():
+            if f"`{name}" in text or getattr(self, name) is not None and any(word in text for word in words):
+                return Refusal(text, param=name, code="invalid_request")
+        return Refusal(text, param="messages", code="invalid_request")
+
     def image_urls(self) -> list[str]:
         """In the order of the text.
 
@@ -106,11 +210,10 @@ class ChatRequest(_Strict):
 
     def check_length(self, window: int):
         """Raises `Refusal` for more messages, parts or letters than fit into a context window of so many tokens."""
-        texts, num_parts = [], len(self.messages)
+        num_parts, texts = len(self.messages), []
         for message in self.messages:
-            parts = message.content
-            num_parts += 0 if isinstance(parts, str) else len(parts)
-            texts += [parts] if isinstance(parts, str) else [part.text for part in parts if part.type == "text"]
+            num_parts += 0 if isinstance(message.content, str) else len(message.content)
+            texts += message.texts
         # Each is a token at least, that of its line.
         check_count(num_parts, window, "messages and parts")
         check_count(sum(map(len, texts)), LETTERS_PER_TOKEN * window, "letters")
@@ -127,14 +230,49 @@ class ChatRequest(_Strict):
             content = message.content
             if not isinstance(content, str):
                 content = [{"type": "image"} if part.type == "image_url" else part.model_dump() for part in content]
-            texts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-            if any(processor.image_token in text for text in texts):
+            if any(processor.image_token in text for text in message.texts):
                 raise Refusal(
                     f"The text holds {processor.image_token!r}. Give images as parts of the type `image_url`.",
                     param="messages",
                 )
-            conversation.append({"role": message.role, "content": content})
-        return processor.apply_chat_template(conversation, add_generation_prompt=True)
+            # Of OpenAI's two names for who stands above the user, models learned the older one.
+            role = "system" if message.role == "developer" else message.role
+            conversation.append({"role": role, "content": content})
+        if not self.goes_on():
+            return processor.apply_chat_template(conversation, add_generation_prompt=True)
+        # The template writes the message with its end; what stands before this mark is what comes before its text.
+        conversation[-1]["content"] = mark = uuid4().hex
+        return processor.apply_chat_template(conversation).partition(mark)[0] + "\n".join(self.messages[-1].texts)
+
+    def goes_on(self) -> bool:
+        """Whether the answer goes on with the last message, which is the assistant's: unless `continue_final_message`
+        says that it does not.
+
+        Raises:
+            Refusal: it shall, and cannot.
+        """
+        last, wanted = self.messages[-1], self.continue_final_message
+        if wanted and last.role != "assistant":
+            raise Refusal(
+                f"The last message is of the role {last.role!r}, and only one of 'assistant' can be continued.",
+                param="continue_final_message",
+            )
+        goes_on = last.role == "assistant" if wanted is None else wanted
+        if self.add_generation_prompt is False and not goes_on:
+            raise Refusal(
+                "Without a generation prompt there is nothing that answers: leave it out, or continue a last message of the "
+                "role 'assistant' (`continue_final_message`).",
+                param="add_generation_prompt",
+            )
+        if self.add_generation_prompt and wanted:
+            raise Refusal(
+                "`add_generation_prompt` begins a new message where `continue_final_message` goes on with the last one: "
+                "ask for one of them.",
+                param="add_generation_prompt",
+            )
+        if goes_on and not isinstance(last.content, str) and len(last.texts) < len(last.content):
+            raise Refusal("A message that is to be continued holds text alone.", param="messages")
+        return goes_on
 
 
 def check_values(body: bytes, window: int):
@@ -154,3 +292,76 @@ def check_count(number: int, limit: int, what: str):
             param="messages",
             code="context_length_exceeded",
         )
+
+
+# What is wrong with a request
+
+# Mistakes of a request that are listed to name the first of them; a list stops at its first.
+MAX_MISTAKES = 1000
+# Errors of a union that say only that a value is of another one of its types.
+OTHER_TYPE = frozenset(
+    {"string_type", "int_type", "float_type", "bool_type", "list_type", "dict_type", "model_type", "literal_error"}
+)
+
+
+def read_request(body: bytes, window: int) -> ChatRequest:
+    """The request that a body holds.
+
+    Args:
+        window: see `check_values`.
+
+    Raises:
+        Refusal: the first thing that is wrong with it, by the name of its field.
+    """
+    check_values(body, window)
+    try:
+        data = from_json(body)
+    except ValueError as error:
+        raise Refusal(f"The request is no JSON: {error}.", code="invalid_json") from None
+    try:
+        return ChatRequest.model_validate(data)
+    except ValidationError as error:
+        if error.error_count() > MAX_MISTAKES:
+            raise Refusal(f"The request has {error.error_count()} fields that are not known.") from None
+        place, why = first_fault(data, error.errors(include_url=False, include_input=False, include_context=False))
+        raise Refusal(f"{clip(place, PLACE_LETTERS) or 'The request'}: {why}.", param=place or None) from None
+
+
+def first_fault(data, errors: list[dict]) -> tuple[str, str]:
+    """(place of a value in the request, as messages.0.content; what is wrong with it).
+
+    Every type of a union tells its own error. The one that got furthest into the value is of the type that was meant.
+    """
+    places = [_place(data, error) for error in errors]
+    first = places[0][:2]  # a field, and of a list its entry
+    deepest = max((place for place in places if all(one == other for one, other in zip(place, first))), key=len)
+    here = [error for error, place in zip(errors, places) if place == deepest]
+    told = [error for error in here if error["type"] not in OTHER_TYPE][:1] or here
+    words = list(dict.fromkeys(_words(error, deepest) for error in told))
+    return ".".join(map(str, deepest)), "; or: ".join(words)
+
+
+def _place(data, error) -> tuple:
+    """Names and numbers that lead to a value: of an error's place those that are of the request, and no type's."""
+    *names, last = error["loc"] or (None,)
+    place = []
+    for name in names:
+        if isinstance(data, dict) and name in data or isinstance(data, list) and isinstance(name, int):
+            data = data[name]
+            place.append(name)
+    if isinstance(data, dict):
+        is_there = last in data or error["type"] in ("missing", "extra_forbidden")
+    else:
+        is_there = isinstance(data, list) and isinstance(last, int)
+    return (*place, last) if is_there else tuple(place)
+
+
+def _words(error, place):
+    name = place[-1] if place else None
+    if error["type"] == "model_type":
+        return "Input should be an object"
+    if error["type"] != "extra_forbidden":
+        return error["msg"]
+    taken = ChatRequest.nothing.get(name, ()) if len(place) == 1 else ()
+    only = f", and takes only what asks for nothing: {', '.join(map(repr, taken))}" if taken else ""
+    return f"This server has no such field{only}"
