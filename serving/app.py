@@ -129,7 +129,8 @@ class Service:
         sampling = Sampling(
             wanted or max(1, min(DEFAULT_TOKENS, room)), request.temperature or 0.0, request.top_p or 1.0, request.seed
         )
-        engine.check_room(selection, sampling.max_new_tokens)
+        given = [name for name in ("max_completion_tokens", "max_tokens") if getattr(request, name)]
+        engine.check_room(selection, sampling.max_new_tokens, *given[:1])
         return _Asked(engine, request, images, selection, sampling)
 
     @asynccontextmanager

@@ -52,13 +52,14 @@ class Engine:
     async def _call(self, function, *args, **kwargs):
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
 
-    def check_room(self, selection: Selection, max_new_tokens: int):
-        """Raises `Refusal` where prompt and answer are more than the context window holds."""
+    def check_room(self, selection: Selection, max_new_tokens: int, param="messages"):
+        """Raises `Refusal`, with the field that is meant, where prompt and answer are more than the context window holds."""
         num_tokens = len(selection.embeds)
         if num_tokens + max_new_tokens > self.window:
             raise Refusal(
                 f"The prompt has {num_tokens} tokens with its images and the answer may have {max_new_tokens}, but the "
                 f"context window holds {self.window}. Shorten the text, lower the budgets or `max_tokens`.",
+                param=param,
                 code="context_length_exceeded",
             )
 
