@@ -6,7 +6,11 @@ that show the image) (section 3.3, "Per-scale Budgets").
 Letters: B prompts, I images, S scales, T tiles and N patches of all scales, M text tokens.
 """
 
+import re
+from dataclasses import fields, is_dataclass
+
 import numpy as np
+from tokenizers import normalizers
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
@@ -18,6 +22,10 @@ from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessor
 from .image_reading_uhr_bat import flatten_images
 from .pyramid_uhr_bat import ImagePyramid, UnreadImage
 
+
+# Behind every letter of a control token that a message spells: the tokenizer then finds none, and its normalizer drops
+# the mark. Unicode keeps this code point for programs; no text has it.
+MARK = "\ufdd0"
 
 # What says where on the Hub a file lies.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
@@ -75,6 +83,7 @@ class UHRBatProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(f"The tokenizer does not know {image_token!r} as one token: add it as a special token.")
+        _drop_marks(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 
     def __call__(
@@ -129,7 +138,7 @@ class UHRBatProcessor(ProcessorMixin):
         elif images is not None and not flatten_images(images):
             images = None
         if prompts is not None:
-            kwargs["images_per_prompt"] = self._images_per_prompt(images, prompts, kwargs)
+            kwargs["images_per_prompt"] = self._images_per_prompt(images, prompts)
             if prompts and not self.adds_special_tokens(prompts[0]):
                 kwargs.setdefault("add_special_tokens", False)
         inputs = super().__call__(images=images, text=text, **kwargs)
@@ -144,6 +153,53 @@ class UHRBatProcessor(ProcessorMixin):
     def adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer puts its first token before a prompt: not where the chat template wrote it."""
         return not (self.tokenizer.bos_token and text.startswith(self.tokenizer.bos_token))
+
+    def apply_chat_template(self, conversation, *args, sanitize_control_tokens: bool | None = None, **kwargs):
+        """As the library's, but control tokens come from the template alone: in what messages say, `<|im_end|>` and
+        `<image>` are text, with the tokenizers of the `tokenizers` library.
+
+        Args:
+            sanitize_control_tokens: False lets messages spell control tokens. None, the default, lets them spell the
+                placeholder where they have no part of the type "image" and are not tokenized here: images may be given
+                beside the text.
+
+        Returns:
+            As the library's. In text, control tokens that messages spell are marked (`MARK`); tokenizer and processor
+            drop the marks.
+        """
+        if sanitize_control_tokens is not False:
+            chats = getattr(conversation, "messages", conversation)
+            batched = len(chats) > 0 and (isinstance(chats[0], (list, tuple)) or hasattr(chats[0], "messages"))
+            keeps_placeholders = sanitize_control_tokens is None and not kwargs.get("tokenize")
+            marked = [
+                self._mark_control_tokens(getattr(chat, "messages", chat), keeps_placeholders)
+                for chat in (chats if batched else [chats])
+            ]
+            conversation = marked if batched else marked[0]
+        return super().apply_chat_template(conversation, *args, **kwargs)
+
+    def _mark_control_tokens(self, messages, keeps_placeholders):
+        """The messages with marks in the control tokens that they spell."""
+        tokens = {token.content for token in self.tokenizer.added_tokens_decoder.values() if token.special}
+        tokens.add(self.image_token)
+        messages = [_as_dict(message) for message in messages]
+        parts = [_as_dict(part) for message in messages for part in message.get("content") or []]
+        parts = [part for part in parts if isinstance(part, dict)]
+        if keeps_placeholders and all(part.get("type") == "text" for part in parts):
+            tokens.remove(self.image_token)
+        pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+
+        def mark(value):
+            value = _as_dict(value)
+            if isinstance(value, str):
+                return pattern.sub(lambda token: "".join(letter + MARK for letter in token[0]), value)
+            if isinstance(value, (list, tuple)):
+                return [mark(one) for one in value]
+            if isinstance(value, dict) and value.get("type", "text") == "text":
+                return {name: mark(one) for name, one in value.items()}
+            return value
+
+        return mark(messages)
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *args, **kwargs):
@@ -167,15 +223,13 @@ class UHRBatProcessor(ProcessorMixin):
         if images is None and text is None:
             super().validate_inputs(**kwargs)
 
-    def _images_per_prompt(self, images, prompts, kwargs) -> list[int]:
+    def _images_per_prompt(self, images, prompts) -> list[int]:
         """int[B], images of each prompt: from a list per prompt, else from the placeholders of the text."""
         placeholders = [prompt.count(self.image_token) for prompt in prompts]
         num_images = 0 if images is None else len(flatten_images(images))
         nested = isinstance(images, (list, tuple)) and all(isinstance(group, (list, tuple)) for group in images)
         per_prompt = [len(group) for group in images] if nested and len(images) == len(prompts) else placeholders
-        # With `sanitize_control_tokens`, `<image>` typed by a user is text and must not be counted.
-        marked = kwargs.get("sanitize_control_tokens")
-        if not marked and (sum(placeholders) != num_images or per_prompt != placeholders):
+        if sum(placeholders) != num_images or per_prompt != placeholders:
             raise ValueError(
                 f"The total number of {self.image_token} tokens in the prompts should be the same as the number of "
                 f"images passed. Found {placeholders} {self.image_token} tokens per prompt and {num_images} images"
@@ -299,6 +353,22 @@ class UHRBatProcessor(ProcessorMixin):
     @property
     def model_input_names(self):
         return [*super().model_input_names, "token_counts", "images_per_prompt"]
+
+
+def _as_dict(value):
+    """A message, or a part of one, as a dictionary where it is an object; anything else as it is."""
+    if is_dataclass(value):
+        return {field.name: getattr(value, field.name) for field in fields(value)}
+    return value.model_dump(exclude_none=True) if hasattr(value, "model_dump") else value
+
+
+def _drop_marks(tokenizer):
+    """Has the tokenizer drop `MARK`, if it does not yet and is one that can."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is None or (backend.normalizer is not None and not backend.normalizer.normalize_str(MARK)):
+        return
+    kept = [] if backend.normalizer is None else [backend.normalizer]
+    backend.normalizer = normalizers.Sequence([normalizers.Replace(MARK, ""), *kept])
 
 
 def _share_tiles(images, max_tiles, images_per_prompt):

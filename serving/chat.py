@@ -219,10 +219,11 @@ class ChatRequest(_Strict):
         check_count(sum(map(len, texts)), LETTERS_PER_TOKEN * window, "letters")
 
     def prompt(self, processor) -> str:
-        """The conversation as text, with one placeholder per image.
+        """The conversation as text, with one placeholder per image; those that it spells, and other control tokens,
+        are text.
 
         Raises:
-            Refusal: text that is longer than any that fits, or that holds the placeholder.
+            Refusal: text that is longer than any that fits.
         """
         self.check_length(processor.tokenizer.model_max_length)
         conversation = []
@@ -230,19 +231,15 @@ class ChatRequest(_Strict):
             content = message.content
             if not isinstance(content, str):
                 content = [{"type": "image"} if part.type == "image_url" else part.model_dump() for part in content]
-            if any(processor.image_token in text for text in message.texts):
-                raise Refusal(
-                    f"The text holds {processor.image_token!r}. Give images as parts of the type `image_url`.",
-                    param="messages",
-                )
             # Of OpenAI's two names for who stands above the user, models learned the older one.
             role = "system" if message.role == "developer" else message.role
             conversation.append({"role": role, "content": content})
         if not self.goes_on():
-            return processor.apply_chat_template(conversation, add_generation_prompt=True)
-        # The template writes the message with its end; what stands before this mark is what comes before its text.
-        conversation[-1]["content"] = mark = uuid4().hex
-        return processor.apply_chat_template(conversation).partition(mark)[0] + "\n".join(self.messages[-1].texts)
+            return processor.apply_chat_template(conversation, add_generation_prompt=True, sanitize_control_tokens=True)
+        # The template writes the message with its end, which is what stands behind this mark.
+        mark = uuid4().hex
+        conversation[-1]["content"] = "\n".join(self.messages[-1].texts) + mark
+        return processor.apply_chat_template(conversation, sanitize_control_tokens=True).partition(mark)[0]
 
     def goes_on(self) -> bool:
         """Whether the answer goes on with the last message, which is the assistant's: unless `continue_final_message`
