@@ -4,17 +4,19 @@ import asyncio
 import json
 import logging
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import aclosing, asynccontextmanager
 from uuid import uuid4
 
 from fastapi import FastAPI, Request, Response
+from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
 from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.exceptions import HTTPException
 
 from .chat import ChatRequest, read_request
 from .decoding import Sampling
+from .doors import Doors, Named
 from .engine import Engine
 from .evidence import evidence_of
 from .limits import Limits
@@ -31,6 +33,8 @@ FAILED = Refusal("The server failed; its log says why.", 500)
 DEFAULT_TOKENS = 256
 # A request's bytes beside those of an image, in base64.
 TEXT_BYTES = 2**20
+# Of an answer in parts: proxies hand each part on as it comes, and keep none.
+STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
 
 class _Stream(StreamingResponse):
@@ -88,14 +92,17 @@ class Service:
 
     async def parse(self, body: bytes) -> ChatRequest:
         request = await asyncio.to_thread(read_request, body, self.engine.window)
-        if request.model != self.name:
+        self.check_name(request.model)
+        return request
+
+    def check_name(self, name):
+        if name != self.name:
             raise Refusal(
-                f"There is no model {request.model[:100]!r} here. This is {self.name!r}.",
+                f"There is no model {name[:100]!r} here. This is {self.name!r}.",
                 status=404,
                 param="model",
                 code="model_not_found",
             )
-        return request
 
     async def ask(self, request: ChatRequest) -> _Asked:
         """All that can refuse a request happens here, before its answer begins.
@@ -135,7 +142,8 @@ class Service:
 
     @asynccontextmanager
     async def watched(self):
-        """Counts a request and its seconds; yields what is to be called when its first piece is there."""
+        """Counts a request's seconds, and a client that goes before its end; yields what is to be called when its first piece
+        is there."""
         begun = time.perf_counter()
         self.metrics.active.inc()
         first = []
@@ -148,6 +156,9 @@ class Service:
         try:
             yield came
             self.metrics.seconds.observe(time.perf_counter() - begun)
+        except (asyncio.CancelledError, GeneratorExit):
+            self.metrics.requests.labels(str(GONE.status_code)).inc()
+            raise
         finally:
             self.metrics.active.dec()
 
@@ -189,9 +200,9 @@ class Service:
                     came()
                     yield event({"content": piece})
             yield event({}, asked.finish_reason, **await asked.evidence())
+        self.count(asked)
         if request.stream_options and request.stream_options.include_usage:
             yield sse({**heading, "choices": [], "usage": asked.usage})
-        self.count(asked)
         yield "data: [DONE]\n\n"
 
     def heading(self, kind) -> dict:
@@ -202,8 +213,8 @@ def sse(value) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
-async def after(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
-    """Events behind the first one; an error becomes the last of them."""
+async def after(first: str, events: AsyncIterator[str], on_failure) -> AsyncIterator[str]:
+    """Events behind the first one; an error becomes the last of them, and is told by a call."""
     async with aclosing(events):
         yield first
         try:
@@ -211,6 +222,7 @@ async def after(first: str, events: AsyncIterator[str]) -> AsyncIterator[str]:
                 yield event
         except Exception:
             logger.exception("An answer failed on its way.")
+            on_failure()
             yield sse(FAILED.body())
 
 
@@ -231,8 +243,23 @@ async def unless_gone(request: Request, work):
         await asyncio.gather(*tasks, return_exceptions=True)
 
 
-def make_app(service: Service, max_requests: int) -> FastAPI:
-    """The application; it closes the engine when the server stops."""
+def make_app(
+    service: Service,
+    max_requests: int,
+    keys: Sequence[str] = (),
+    hosts: Sequence[str] | None = None,
+    origins: Sequence[str] = (),
+    access_log=False,
+):
+    """The application (ASGI); it closes the engine when the server stops.
+
+    Args:
+        service: what it calls.
+        max_requests: see `Limits`.
+        keys, hosts: see `Doors`.
+        origins: of pages in browsers that may ask, "*" for all (CORS).
+        access_log: see `Named`.
+    """
     engine, metrics = service.engine, service.metrics
 
     @asynccontextmanager
@@ -240,27 +267,23 @@ def make_app(service: Service, max_requests: int) -> FastAPI:
         yield
         await engine.close()
 
+    def count(status):
+        metrics.requests.labels(str(status)).inc()
+
     app = FastAPI(title="UHR-BAT", docs_url=None, redoc_url=None, lifespan=lifespan)
     max_bytes = service.sources.max_bytes * 4 // 3 + TEXT_BYTES
-    app.add_middleware(
-        Limits,
-        max_bytes=max_bytes,
-        max_requests=max_requests,
-        on_refusal=lambda status: metrics.requests.labels(str(status)).inc(),
-    )
-
     @app.exception_handler(Refusal)
     async def refuse(request, refusal):
-        metrics.requests.labels(str(refusal.status)).inc()
+        count(refusal.status)
         return JSONResponse(refusal.body(), refusal.status)
 
     @app.exception_handler(HTTPException)
     async def no_such_route(request, error):
-        return JSONResponse(Refusal(str(error.detail), error.status_code).body(), error.status_code)
+        return JSONResponse(Refusal(str(error.detail), error.status_code).body(), error.status_code, error.headers)
 
     @app.exception_handler(Exception)
     async def fail(request, error):
-        metrics.requests.labels("500").inc()
+        count(FAILED.status)
         return JSONResponse(FAILED.body(), 500)
 
     schema = {"application/json": {"schema": ChatRequest.model_json_schema()}}
@@ -271,22 +294,39 @@ def make_app(service: Service, max_requests: int) -> FastAPI:
         if asked_for.stream:
             events = service.stream(asked_for)
             first = await unless_gone(request, anext(events))
-            return GONE if first is None else _Stream(after(first, events), media_type="text/event-stream")
+            if first is None:
+                return GONE
+            events = after(first, events, lambda: count(FAILED.status))
+            return _Stream(events, media_type="text/event-stream", headers=STREAM_HEADERS)
         answer = await unless_gone(request, service.whole(asked_for))
         return GONE if answer is None else JSONResponse(answer)
 
-    @app.get("/v1/models")
+    model = {"id": service.name, "object": "model", "created": service.started, "owned_by": "uhr-bat"}
+    read = {"methods": ["GET", "HEAD"]}
+
+    @app.api_route("/v1/models", **read)
     async def models():
-        model = {"id": service.name, "object": "model", "created": service.started, "owned_by": "uhr-bat"}
         return {"object": "list", "data": [model]}
 
-    @app.get("/health")
+    @app.api_route("/v1/models/{name:path}", **read)
+    async def one_model(name: str):
+        service.check_name(name)
+        return model
+
+    @app.api_route("/health", **read)
     async def health():
         alive = engine.decoder.is_alive
         return JSONResponse({"status": "ok" if alive else "the decoder has stopped"}, 200 if alive else 503)
 
-    @app.get("/metrics")
+    @app.api_route("/metrics", **read)
     async def page():
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    return app
+    # Around the application's own errors too, which `add_middleware` is not.
+    limited = Limits(app, service.sources.max_bytes * 4 // 3 + TEXT_BYTES, max_requests, on_refusal=count)
+    doors = Doors(limited, keys, hosts)
+    if origins:
+        doors = CORSMiddleware(
+            doors, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=("x-request-id",)
+        )
+    return Named(doors, access_log)

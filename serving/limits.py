@@ -19,7 +19,7 @@ class Limits:
         app: ASGI application.
         max_bytes: of a request's body.
         max_requests: that are worked on at a time.
-        on_refusal: called with the status of a request that is refused here.
+        on_refusal: called with the status of a request that is refused here, 499 of one that the client left.
     """
 
     def __init__(self, app, max_bytes: int, max_requests: int, on_refusal=lambda status: None):
@@ -34,7 +34,9 @@ class Limits:
         try:
             # A request takes a place when it has arrived: who sends slowly holds its bytes and nobody's place.
             self.check_places()
-            if await self.read(scope, receive, body):
+            if not await self.read(scope, receive, body):
+                self.on_refusal(499)  # the client went
+            else:
                 self.check_places()
                 self.active += 1
                 try:

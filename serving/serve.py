@@ -6,6 +6,7 @@ uhr-bat serve [MODEL] [--backend vllm] [--host 127.0.0.1] [--port 8000] [--cache
 
 import argparse
 import json
+import logging
 import os
 import sys
 from pathlib import Path
@@ -13,8 +14,11 @@ from pathlib import Path
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
+from .doors import Named, check_origins, is_this_machine
 
 BACKENDS = ("transformers", "vllm")
+# Names the key where it should not stand among a machine's processes.
+KEY_VARIABLE = "UHR_BAT_API_KEY"
 # Threads that read, encode and compress at a time.
 WORKERS = 2
 
@@ -43,6 +47,20 @@ def parser() -> argparse.ArgumentParser:
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    group = parser.add_argument_group("who may ask")
+    group.add_argument(
+        "--api-key", action="append", default=[], metavar="KEY",
+        help=f"a key that requests must bring; may be repeated (default: that of the variable {KEY_VARIABLE}, else none)",
+    )  # fmt: skip
+    group.add_argument(
+        "--allow-hosts", nargs="+", default=[], metavar="NAME",
+        help="names by which the server is asked: at this machine alone its own names are known, elsewhere every name is",
+    )  # fmt: skip
+    group.add_argument(
+        "--cors-origin", action="append", default=[], metavar="ORIGIN",
+        help="pages in browsers that may ask, as https://example.org, or * for all; may be repeated (default: none)",
+    )  # fmt: skip
+    group.add_argument("--access-log", action="store_true", help="a line for every request")
     group = parser.add_argument_group("how much at a time")
     group.add_argument("--max-batch", type=int, default=16, metavar="N", help="answers that are decoded (default: 16)")
     group.add_argument(
@@ -104,7 +122,9 @@ def build(args):
     front = Front(processor, model, model_key, ContentCache(args.cache_bytes), WORKERS)
     rules = SourceRules(args.max_image_bytes, folder and folder.resolve(), frozenset(args.allow_private_hosts))
     service = Service(Engine(front, decoder, args.max_requests), args.name, rules, args.max_pixels)
-    return make_app(service, args.max_requests)
+    keys = args.api_key or list(filter(None, [os.environ.get(KEY_VARIABLE)]))
+    hosts = [args.host, *args.allow_hosts] if args.allow_hosts or is_this_machine(args.host) else None
+    return make_app(service, args.max_requests, keys, hosts, args.cors_origin, args.access_log)
 
 
 @tells_errors
@@ -113,6 +133,9 @@ def main(arguments=None) -> int:
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     check_files(None, args.model)
     args.name = args.name or ("uhr-bat-tiny" if args.model.resolve() == ROOT else args.model.resolve().name)
+    check_origins(args.cors_origin)
+    if not all(args.api_key):
+        raise ValueError("--api-key is empty: nobody could bring such a key.")
     if args.vllm and args.backend != "vllm":
         raise ValueError("--vllm is for --backend vllm.")
     require("serve", "uvicorn")
@@ -120,6 +143,12 @@ def main(arguments=None) -> int:
 
     if args.model.resolve() == ROOT:
         print(WEIGHTS_NOTE, file=sys.stderr)
+    if args.access_log:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("%(asctime)s %(message)s"))
+        log = logging.getLogger(Named.__module__)
+        log.setLevel(logging.INFO)
+        log.addHandler(handler)
     app = build(args)
     print(f"{args.name}: http://{args.host}:{args.port}/v1, decoded by {args.backend}", file=sys.stderr, flush=True)
     uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)

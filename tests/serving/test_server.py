@@ -300,7 +300,33 @@ def test_a_place_that_is_none_costs_the_geojson_and_not_the_answer(client, open_
 
 def test_the_model_is_listed_and_the_server_is_healthy(client, address):
     assert [model.id for model in client.models.list()] == ["endless"]
+    assert client.models.retrieve("endless").id == "endless"
+    with pytest.raises(openai.NotFoundError, match="There is no model 'an/other' here"):
+        client.models.retrieve("an/other")
     assert httpx.get(f"{address}/health").json() == {"status": "ok"}
+    for route in ("health", "metrics", "v1/models", "v1/models/endless"):
+        response = httpx.head(f"{address}/{route}")
+        assert response.status_code == 200 and not response.content
+
+
+def test_another_method_is_told_those_that_there_are(address):
+    for method, route, allowed in (("GET", "v1/chat/completions", {"POST"}), ("POST", "v1/models", {"GET", "HEAD"})):
+        response = httpx.request(method, f"{address}/{route}")
+        assert response.status_code == 405 and set(response.headers["Allow"].split(", ")) == allowed
+
+
+def test_a_stream_is_kept_by_no_proxy_and_an_answer_has_the_name_of_its_request(client):
+    answer = client.chat.completions.with_raw_response.create(
+        model="endless", messages=messages(), max_tokens=1, stream=True, extra_headers={"x-request-id": "mine-1"}
+    )
+    assert answer.headers["x-request-id"] == "mine-1"
+    assert (answer.headers["Cache-Control"], answer.headers["X-Accel-Buffering"]) == ("no-cache", "no")
+    assert len({ask(client, max_tokens=1)._request_id for _ in range(2)}) == 2
+
+
+@pytest.mark.parametrize("host, status", [("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("a.example", 403)])
+def test_a_page_whose_name_leads_to_this_machine_reads_nothing(address, host, status):
+    assert httpx.get(f"{address}/v1/models", headers={"Host": host}).status_code == status
 
 
 def test_metrics_count_what_was_asked(client, address):
@@ -422,8 +448,10 @@ def test_a_stream_that_is_left_ends_its_work(client, address):
     stream = ask(client, picture(), stream=True, max_tokens=3000)
     assert next(part.choices[0].delta.content for part in stream if part.choices[0].delta.content)
     assert metric(address, "uhr_bat_decoding_requests") == 1
+    left = metric(address, 'uhr_bat_requests_total{status="499"}')
     stream.close()
     until(lambda: metric(address, "uhr_bat_decoding_requests") == 0 == metric(address, "uhr_bat_active_requests"))
+    until(lambda: metric(address, 'uhr_bat_requests_total{status="499"}') == left + 1)
 
 
 def test_a_client_that_goes_before_its_answer_ends_its_work(address, client):
@@ -448,7 +476,7 @@ def test_slow_clients_hold_nobody_up(client, address):
     """Some send a request byte by byte, some never read their answer."""
     place = urlsplit(address)
     body = json.dumps({"model": "endless", "messages": messages(), "stream": True, "max_tokens": 2000}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: a\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n".encode()
     slow = [socket.create_connection((place.hostname, place.port)) for _ in range(4)]
     try:
         for connection in slow[:2]:
