@@ -5,7 +5,8 @@ most mark nothing, some write no such token. So a template is asked: it renders 
 with a mark in its place.
 """
 
-from pathlib import Path
+from itertools import groupby
+from operator import itemgetter
 
 from transformers import GenerationConfig
 
@@ -132,6 +133,12 @@ class ChatWriter:
                 raise ChatError(f"the answer {said!r} is written without text or without the token {end!r} that ends it")
             behind = idx, rest, end
         return ids, learnt
+
+    def show(self, messages, every: bool = False) -> str:
+        """The text of a chat, what is learnt between >>> and <<<."""
+        runs = groupby(zip(*self.write(messages, every)), key=itemgetter(1))
+        texts = [(is_learnt, self.tokenizer.decode([one for one, _ in run])) for is_learnt, run in runs]
+        return "".join(f">>>{text}<<<" if is_learnt else text for is_learnt, text in texts)
 
     def _answer(self, messages, prompt) -> tuple[str, str]:
         """What is to be said to the prompt, and what the template writes behind it."""

@@ -16,6 +16,7 @@ from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
+from .chat_forms import chat_template
 from .checkpoint_files import CheckpointError, read_json
 
 
@@ -68,25 +69,25 @@ def write_processing(output: Path, source: Path, config: UHRBatConfig, is_releas
     settings = read_json(source / "config.json") if (source / "config.json").is_file() else {}
     tokenizer = write_tokenizer(output, source, config, None if is_released else config.image_token_index,
                                 settings.get("tokenizer_model_max_length"))  # fmt: skip
+    stated, budgets, generation = None, None, None
+    if not is_released:
+        stated = read_chat_template(source)
+        if (source / "generation_config.json").is_file():
+            generation = read_json(source / "generation_config.json")
+        if (source / "processor_config.json").is_file():
+            budgets = read_json(source / "processor_config.json").get("default_budgets")
     ends = []
     if tokenizer is None:
         print(f"tokenizer: none in {source}, so none here; `image_token_index` is {config.image_token_index}")
     else:
         config.image_token_index = tokenizer.convert_tokens_to_ids(IMAGE_TOKEN)
-        ends = [tokenizer.get_vocab().get("<|im_end|>"), tokenizer.eos_token_id]
         print(f"tokenizer: {len(tokenizer)} entries, {IMAGE_TOKEN!r} is {config.image_token_index}")
-
-    kept, budgets, template = [], None, None
-    if not is_released:
-        kept = ["generation_config.json"] if (source / "generation_config.json").is_file() else []
-        template = read_chat_template(source)
-        if (source / "processor_config.json").is_file():
-            budgets = read_json(source / "processor_config.json").get("default_budgets")
-    write_generation_config(output, config, ends)
-    template = (ROOT / CHAT_TEMPLATE).read_text(encoding="utf-8") if template is None else template
+    template, end = chat_template(tokenizer, stated, settings, IMAGE_TOKEN)
     (output / CHAT_TEMPLATE).write_text(template, encoding="utf-8")
-    for name in kept:
-        shutil.copyfile(source / name, output / name)
+    if tokenizer is not None:
+        ends = [tokenizer.eos_token_id] if end is None or is_released else []
+        ends = [end, *ends]
+    write_generation_config(output, config, ends, generation)
     write_processor_configs(output, config, read_image_settings(source), budgets)
     return tokenizer is not None
 
@@ -144,11 +145,25 @@ def _load_tokenizer(folder, source):
         raise CheckpointError(f"{source}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
 
 
-def write_generation_config(output: Path, config: UHRBatConfig, ends=()):
-    """generation_config.json. Greedy: the same input gives the same answer. `ends`: more ids that end one."""
+def write_generation_config(output: Path, config: UHRBatConfig, ends=(), settings: dict | None = None):
+    """generation_config.json. Greedy: the same input gives the same answer.
+
+    Args:
+        output: the model folder.
+        config: names ids that end an answer, and the padding.
+        ends: more ids that end an answer.
+        settings: a checkpoint's own, which are kept and get `ends`.
+    """
     text = config.text_config
-    stated = text.eos_token_id if isinstance(text.eos_token_id, list) else [text.eos_token_id]
+    stated = text.eos_token_id if settings is None else settings.get("eos_token_id")
+    stated = stated if isinstance(stated, list) else [stated]
     ends = [end for end in dict.fromkeys([*stated, *ends]) if end is not None]
+    if settings is not None:
+        if ends and ends != stated:  # no longer what the library made of the model's configuration
+            settings = {name: value for name, value in settings.items() if name != "_from_model_config"}
+            settings["eos_token_id"] = ends
+        write_json(output / "generation_config.json", settings)
+        return
     pad = ends[0] if text.pad_token_id is None and ends else text.pad_token_id
     settings = {"do_sample": False, "eos_token_id": ends, "pad_token_id": pad}
     write_json(output / "generation_config.json", {k: v for k, v in settings.items() if v not in (None, [])})

@@ -14,6 +14,7 @@ from transformers.hf_argparser import HfArg
 from ..common.loading import ROOT
 from .parts import LORA_TARGETS
 
+DTYPES = ("auto", "float32", "bfloat16")
 RECIPES = ROOT / "training" / "recipes"
 
 
@@ -35,6 +36,14 @@ class ModelOptions:
         default=None, help="Parts that are trained whole and saved beside the adapter."
     )
     load_in_4bit: bool = HfArg(default=False, help="QLoRA: the decoder's linear layers in NF4 (bitsandbytes).")
+
+
+    def __post_init__(self):
+        if self.dtype not in DTYPES:
+            raise ValueError(
+                f"`dtype` is one of {', '.join(DTYPES)}. Got {self.dtype!r}: training leaves the range of other types, such as "
+                "float16."
+            )
 
 
 @dataclass

@@ -9,6 +9,7 @@ import os
 import sys
 from pathlib import Path
 
+from transformers import set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
@@ -45,12 +46,22 @@ def read_data(data, processor, seed):
     return samples, None
 
 
-def prepare_model(options, budgets):
-    """The model of [`ModelOptions`], its parts frozen or with an adapter."""
+def prepare_model(options, budgets, bf16=False):
+    """The model of [`ModelOptions`], its parts frozen or with an adapter. A model that is saved in float16 is trained in
+    bfloat16 where the run computes in it (`bf16`), else in float32."""
     import torch
 
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     _, model = load_model(options.model_name_or_path, dtype, None, quantization(options))
+    halves = [one for one in (*model.parameters(), *model.buffers()) if one.dtype == torch.float16]
+    if halves:
+        dtype = torch.bfloat16 if bf16 else torch.float32
+        for one in halves:
+            one.data = one.data.to(dtype)
+        logger.warning(
+            f"{options.model_name_or_path} is saved in float16, whose range training leaves: its weights are trained in "
+            f"{str(dtype).removeprefix('torch.')} (`dtype: bfloat16` or `float32` says which)."
+        )
     if isinstance(budgets, list):
         model.config.budgets = budgets
     if not options.use_peft:
@@ -89,8 +100,9 @@ def train(options, data, training) -> UHRBatTrainer:
         image_options=data.image_options,
         bad_images=data.bad_samples,
     )
+    set_seed(training.seed)  # an adapter's first weights are drawn before the Trainer sets it
     trainer = UHRBatTrainer(
-        model=prepare_model(options, processor.default_budgets),
+        model=prepare_model(options, processor.default_budgets, training.bf16),
         args=training,
         train_dataset=samples,
         eval_dataset=held_out,
@@ -102,6 +114,10 @@ def train(options, data, training) -> UHRBatTrainer:
         trainer.add_callback(
             KeptPictures(collator, [held_out[i] for i in range(min(data.eval_pictures, len(held_out)))])
         )
+    if training.process_index == 0:
+        first = samples[0]
+        shown = collator.writer.show(first["messages"], first["answers"] == "all")
+        print(f"What bears loss, between >>> and <<<, of {first['name']}:\n{shown}", flush=True)
     checkpoint = training.resume_from_checkpoint or last_whole_checkpoint(training.output_dir)
     trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()

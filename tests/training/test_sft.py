@@ -15,7 +15,7 @@ from own_data import make_rows, write_rows
 from peft import PeftModel
 from safetensors.torch import load_file
 from test_save_and_push import REPO, Hub, online
-from uhr_bat.common.loading import ROOT, load_model
+from uhr_bat.common.loading import ROOT, load_model, save_model
 from uhr_bat.export.convert_checkpoint import convert
 from uhr_bat.training import sft
 from uhr_bat.training.collator import UHRBatDataCollator
@@ -89,6 +89,11 @@ def test_an_option_that_there_is_not_is_refused(tmp_path, capsys):
     assert "a.json: there is no such file" in capsys.readouterr().err
 
 
+def test_a_type_that_training_leaves_is_refused(arguments, capsys):
+    assert sft.main([*arguments, "--dtype", "float16"]) == 2
+    assert "`dtype` is one of auto, float32, bfloat16. Got 'float16'" in capsys.readouterr().err
+
+
 # ---- What is trained ------------------------------------------------------------------------------------------------
 
 
@@ -102,6 +107,35 @@ def test_parts_learn_at_their_rates_and_frozen_ones_not_at_all(arguments, small_
     before, after = (load_file(folder / "model.safetensors") for folder in (small_folder, tmp_path / "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(rates) and not any("vision_tower" in name for name in rates)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("bf16", [True, False])
+def test_a_model_that_is_saved_in_float16_is_trained_in_another_type(arguments, small_folder, tmp_path, caplog, bf16):
+    processor, model = load_model(small_folder, torch.float16, None)
+    save_model(model, processor, tmp_path / "half")
+    more = ["--model_name_or_path", str(tmp_path / "half"), "--save_strategy", "no", "--bf16", str(bf16)]
+    with caplog.at_level("WARNING"):
+        trainer = run(arguments, *more)
+    wanted = torch.bfloat16 if bf16 else torch.float32
+    assert {one.dtype for one in trainer.model.parameters()} == {wanted} and "is saved in float16" in caplog.text
+    assert load_model(tmp_path / "out", device_map=None)[1].dtype == wanted
+
+
+@pytest.mark.slow
+def test_what_bears_loss_is_shown_before_the_first_step(arguments, capsys):
+    run(arguments, "--max_steps", "1", "--save_strategy", "no")
+    assert "<|im_start|>assistant\n>>> red<|im_end|><<<" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_seed_draws_an_adapters_first_weights(arguments):
+    more = ["--use_peft", "true", "--learning_rate", "0", "--max_steps", "1", "--save_strategy", "no"]
+    first, again, other = (
+        {name: one for name, one in run(arguments, *more, "--seed", seed).model.named_parameters() if "lora_A" in name}
+        for seed in ("1", "1", "2")
+    )
+    assert all(torch.equal(one, again[name]) and not torch.equal(one, other[name]) for name, one in first.items())
 
 
 @pytest.mark.slow
