@@ -1,7 +1,9 @@
 """What commands have in common."""
 
 import functools
+import math
 import sys
+from argparse import Namespace
 
 
 def tells_errors(main):
@@ -14,5 +16,29 @@ def tells_errors(main):
         except (OSError, ValueError, ImportError) as error:
             print(f"Error: {error}", file=sys.stderr)
             return 2
+        except Exception as error:
+            if not _is_refusal(error):
+                raise
+            print(f"Error: {error.__cause__ or error}", file=sys.stderr)
+            return 2
 
     return told
+
+
+def _is_refusal(error) -> bool:
+    """Whether a configuration refused a value: its errors are none of Python's kinds."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    return isinstance(error, StrictDataclassError)
+
+
+def check_range(args: Namespace, low: float, high: float, *names: str, above: bool = False):
+    """Raises `ValueError` where an option, or one of its numbers, is not `low` to `high`; over `low` with `above`. None is not
+    looked at."""
+    for name in names:
+        value = getattr(args, name)
+        for number in value if isinstance(value, (list, tuple)) else [value]:
+            if number is not None and not ((low < number if above else low <= number) and number <= high):
+                limit = f"over {low:g}" if above else f"at least {low:g}"
+                limit += "" if math.isinf(high) else f" and at most {high:g}"
+                raise ValueError(f"--{name.replace('_', '-')} must be {limit}. Got {number}.")

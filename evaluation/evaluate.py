@@ -9,19 +9,23 @@ there already is not asked again.
 """
 
 import argparse
+import math
 import os
 import sys
 from pathlib import Path
 
-from ..budgets_uhr_bat import is_one_budget
+from ..budgets_uhr_bat import is_one_budget, split_budgets
 from ..common.budgets import budgets as read_budgets
-from ..common.commands import tells_errors
+from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.images import add_tile_arguments, tile_options
+from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, check_files, load_model
+from ..configuration_uhr_bat import UHRBatConfig
+from ..processing_uhr_bat import UHRBatProcessor
 from . import figures
-from .running import IMAGE, Settings, process_state, run, versions
-from .samples import first, read_lines, text_of
+from .asked import folder_digest
+from .other_answers import other_answers
+from .running import IMAGE, Settings, check_settings, process_state, run, versions
 from .suites import SUITES
 
 
@@ -40,29 +44,6 @@ def prompt_of(suite, name):
     if name is not None and name not in suite.prompts:
         raise ValueError(f"{suite.name} has no prompt {name!r}. It has: {', '.join(suite.prompts)}.")
     return name or next(iter(suite.prompts))
-
-
-def foreign_predictions(path, samples) -> dict:
-    """{(sample, view): line} of answers that another program wrote: records with the sample's id and its answer.
-
-    Samples without a record failed.
-    """
-    said = {}
-    for record in read_lines(path):
-        if record.get("view", IMAGE) != IMAGE:  # a run's own file has its controls, too
-            continue
-        name = text_of(first(record, "id", "question_id", "Question_id", "index"))
-        answer = first(record, "answer", "prediction", "Output", "output", "text", default="")
-        said[name] = None if record.get("error") else str(answer)
-    if missing := set(said) - {sample.id for sample in samples}:
-        raise ValueError(f"{path} answers {len(missing)} samples that the suite does not have, as {min(missing)!r}.")
-    return {
-        (sample.id, IMAGE): {
-            "id": sample.id, "view": IMAGE, "answer": said.get(sample.id),
-            "error": None if said.get(sample.id) is not None else "no answer in the file",
-        }
-        for sample in samples
-    }  # fmt: skip
 
 
 def add_suite_arguments(parser):
@@ -91,38 +72,66 @@ def parser():
     parser.add_argument("--scorers", nargs="+", metavar="NAME", help="some of the suite's scores (default: all)")
     parser.add_argument("--max-new-tokens", type=int, metavar="N", help="of an answer (default: the suite's)")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--batch-size", type=int, default=1, metavar="N", help="questions that are answered together (default: 1)"
+    )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images (default: 1)")
     add_tile_arguments(parser)
+    add_image_arguments(parser)
     parser.add_argument("--retry", action="store_true", help="ask again what failed")
     parser.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="score these answers (JSON, JSONL), ask nothing"
+        "--predictions", type=Path, metavar="FILE", help="score these answers (lmms-eval's samples, VLMEvalKit's tables, JSON lines), ask nothing",
     )
     return parser
 
 
 def ask_suite(args, suite, samples, prompt):
     """The lines of a run, asked or found, and its settings."""
-    state = process_state()
     check_files(None, args.model)
     changes = {} if args.selector is None else {"selector": args.selector}
+    config = UHRBatConfig.from_pretrained(args.model, **changes)
+    budgets = UHRBatProcessor.from_pretrained(args.model).default_budgets if args.budgets is None else args.budgets
+    if args.native and args.budgets is None and not is_one_budget(budgets):
+        budgets = sum(budgets)  # levels of an image's own share one budget
+    split_budgets(budgets, config.scales)
+    read = {name: value for name, value in image_options(args).items() if value is not None}
+    settings = Settings(
+        suite=suite.name, data=args.data, model=str(args.model), prompt=prompt,
+        budgets=budgets, selector=config.selector,
+        seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
+        versions=versions(), **tile_options(args), weights=folder_digest(args.model), image=read or None,
+        batch_size=args.batch_size,
+    )  # fmt: skip
+    check_settings(args.output, settings)
+    state = process_state()
     # Each process has the whole model on its own device.
     device_map = "auto" if state.num_processes == 1 else {"": state.device}
     processor, model = load_model(args.model, device_map=device_map, **changes)
-    budgets = processor.default_budgets if args.budgets is None else args.budgets
-    if args.native and args.budgets is None and not is_one_budget(budgets):
-        budgets = sum(budgets)  # levels of an image's own share one budget
-    settings = Settings(
-        suite=suite.name, data=args.data, model=str(args.model), prompt=prompt,
-        budgets=budgets, selector=model.config.selector,
-        seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
-        versions=versions(), **tile_options(args),
-    )  # fmt: skip
     return run(model.eval(), processor, suite, samples, settings, args.output, args.workers, args.retry)
+
+
+def check_answered(lines, where):
+    """Raises `ValueError` where no sample was answered with its image: that is no score of 0 %."""
+    errors = [line["error"] for (_, view), line in lines.items() if view == IMAGE]
+    if errors and all(error is not None for error in errors):
+        raise ValueError(f"No sample of {len(errors)} was answered. The first failure: {errors[0]} ({where})")
+
+
+def check_options(args):
+    """Raises `ValueError` where a number is none that can be asked for."""
+    check_range(args, 1, math.inf, "limit", "max_new_tokens", "batch_size", "max_tiles")
+    check_range(args, 0, math.inf, "workers")
+    if args.max_image_pixels is not None and args.max_image_pixels < 1:
+        raise ValueError(f"--max-pixels must be at least 1. Got {args.max_image_pixels}.")
+    check_range(args, 0, 2**32 - 1, "seed")
+    if args.native and args.max_tiles is None:
+        raise ValueError("--native levels are encoded where the question looks, so many tiles: give --max-tiles with it.")
 
 
 @tells_errors
 def main(arguments=None) -> int:
     args = parser().parse_args(arguments)
+    check_options(args)
     stay_offline(args.data)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     suite = SUITES[args.suite]
@@ -131,7 +140,8 @@ def main(arguments=None) -> int:
     scorers, prompt = scorers_of(suite, args.scorers), prompt_of(suite, args.prompt)
     samples = suite.load(args.data, args.limit)
     if args.predictions:
-        lines = foreign_predictions(args.predictions, samples)
+        every = samples if args.limit is None else suite.load(args.data)
+        lines = other_answers(args.predictions, samples, every)
         settings = {"model": f"of {args.predictions}", "budgets": 0, "selector": "unknown", "prompt": "unknown"}
         settings |= {"seed": "unknown", "limit": args.limit}
     else:
@@ -139,6 +149,7 @@ def main(arguments=None) -> int:
         settings = figures.read_settings(args.output)
         if not process_state().is_main_process:
             return 0
+    check_answered(lines, args.predictions or args.output)
     result = figures.evaluate(suite, samples, lines, scorers)
     print(figures.write(suite, result, settings, args.output))
     print(f"Written: {args.output}")

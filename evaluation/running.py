@@ -21,6 +21,7 @@ from ..common.files import whole_files, write_json
 from ..common.prompts import prompt_text
 from ..common.runs import Line, check_same_settings, whole_lines
 from ..raster_files_uhr_bat import reason
+from .asked import asked, check_asked
 from .samples import Sample
 from .suites import Suite
 
@@ -43,6 +44,9 @@ class Settings:
         limit: of samples, None for all.
         max_tiles, native: see [`UHRBatImageProcessor`].
         versions: of what computed.
+        weights: digest of the model folder.
+        image: options of reading that were given, as `bands`.
+        batch_size: questions that are answered together.
     """
 
     suite: str
@@ -57,13 +61,15 @@ class Settings:
     versions: dict[str, str]
     max_tiles: int | None = None
     native: bool | None = None
+    weights: str | None = None
+    image: dict | None = None
+    batch_size: int = 1
 
     @property
     def of_a_line(self) -> dict:
         """What every line repeats, so that it can be read by itself."""
-        return {
-            name: getattr(self, name) for name in ("prompt", "budgets", "selector", "seed", "versions")
-        } | self.tiles
+        said = {name: getattr(self, name) for name in ("prompt", "budgets", "selector", "seed", "versions")}
+        return said | ({"image_options": self.image} if self.image else {}) | self.tiles
 
     @property
     def tiles(self) -> dict:
@@ -252,35 +258,88 @@ def check_settings(folder: Path, settings: Settings):
         check_same_settings(folder, json.loads(path.read_text(encoding="utf-8")), asdict(settings))
 
 
-def ask_group(model, processor, suite, group, cut, blank, done, settings) -> Iterator[dict]:
-    """The lines of the questions about the same images that are not `done` yet."""
-    ask = suite.prompts[settings.prompt]
-    features, failed = {TEXT: []}, {}
-    try:
-        if cut is None:  # a question without an image
-            features[IMAGE] = []
-        elif isinstance(cut, str):
-            failed[IMAGE] = cut
-        elif any((sample.id, IMAGE) not in done for sample in group):
-            features[IMAGE] = encode(model, cut)
-    except Exception as error:
-        failed[IMAGE] = reason(error)
-    features[BLANK] = blank * len(group[0].pictures)
-    for sample in group:
+def units_of(groups: list[list[Sample]], batch_size: int) -> list[list[list[Sample]]]:
+    """Consecutive groups with a batch of questions at least: what one process asks, however many there are."""
+    units, size = [], batch_size
+    for group in groups:
+        if size >= batch_size:
+            units.append([])
+            size = 0
+        units[-1].append(group)
+        size += len(group)
+    return units
+
+
+def ask_unit(model, processor, suite, unit, cuts, blank, done, settings) -> Iterator[dict]:
+    """The lines of the questions about the images of a unit that are not `done` yet.
+
+    Batches are the same ones whatever is done: an answer does not depend on where a run was stopped. `cuts`: what `Cut` made of
+    every group.
+    """
+    ask, size = suite.prompts[settings.prompt], settings.batch_size
+    jobs = [(at, sample) for at, group in enumerate(unit) for sample in group]
+    batches = [jobs[start : start + size] for start in range(0, len(jobs), size)]
+
+    def waits(batch, view):
+        return any((sample.id, view) not in done for _, sample in batch)
+
+    needed = {at for batch in batches if waits(batch, IMAGE) for at, _ in batch}
+    features, failed = {}, {}
+    for at in sorted(needed):
+        try:
+            if isinstance(cuts[at], str):
+                failed[at] = cuts[at]
+            else:  # None: a question without an image
+                features[at] = [] if cuts[at] is None else encode(model, cuts[at])
+        except Exception as error:
+            failed[at] = reason(error)
+    for batch in batches:
         for view in VIEWS:
-            if (sample.id, view) in done:
+            if not waits(batch, view):
                 continue
-            line = {"suite": suite.name, "id": sample.id, "view": view, "images": list(sample.picture_keys)}
-            said, spent, error = None, 0, failed.get(view)
-            if error is None:
-                try:
-                    ((said, spent),) = answers(
-                        model, processor, [ask(sample)], [features[view]],
-                        budgets=settings.budgets, max_tiles=settings.max_tiles, max_new_tokens=settings.max_new_tokens,
-                    )  # fmt: skip
-                except Exception as one:
-                    error = reason(one)
-            yield line | {"answer": said, "error": error, "visual_tokens": spent} | settings.of_a_line
+            shown = {
+                IMAGE: lambda at, sample: features.get(at),
+                BLANK: lambda at, sample: blank * len(sample.pictures),
+                TEXT: lambda at, sample: [],
+            }[view]
+            questions = [(ask(sample), shown(at, sample)) for at, sample in batch]
+            found = answers_or_errors(model, processor, questions, settings)
+            for (at, sample), (said, error, spent) in zip(batch, found):
+                if (sample.id, view) not in done:
+                    error = failed.get(at, error) if view == IMAGE else error
+                    line = {"suite": suite.name, "id": sample.id, "view": view, "images": list(sample.picture_keys)}
+                    line |= {"asked": asked(sample), "answer": said, "error": error, "visual_tokens": spent}
+                    yield line | settings.of_a_line
+
+
+def answers_or_errors(model, processor, questions, settings) -> list[tuple[str | None, str | None, int]]:
+    """(answer, error, visual tokens) of every (text, features of its images); features None: it is not asked.
+
+    Questions that fail together are asked one by one: one that is too long fails alone.
+    """
+    found = [(None, None, 0)] * len(questions)
+
+    def ask(numbers):
+        try:
+            texts, features = zip(*(questions[number] for number in numbers))
+            said = answers(
+                model, processor, list(texts), list(features), budgets=settings.budgets, max_tiles=settings.max_tiles,
+                max_new_tokens=settings.max_new_tokens,
+            )  # fmt: skip
+            for number, (text, spent) in zip(numbers, said):
+                found[number] = text, None, spent
+        except Exception as error:
+            if len(numbers) == 1:
+                found[numbers[0]] = None, reason(error), 0
+            else:
+                for number in numbers:
+                    ask([number])
+
+    there = [number for number, (_, features) in enumerate(questions) if features is not None]
+    for with_images in (True, False):
+        if numbers := [number for number in there if bool(questions[number][1]) == with_images]:
+            ask(numbers)
+    return found
 
 
 def run(
@@ -297,7 +356,7 @@ def run(
         {(sample, view): line}, on every process.
 
     Raises:
-        ValueError: the folder holds a run with other settings.
+        ValueError: the folder holds a run with other settings, or answers to other questions or about other pictures.
     """
     from accelerate.utils import gather_object
     from tqdm import tqdm
@@ -306,21 +365,22 @@ def run(
     state = process_state()
     set_seed(settings.seed)
     check_settings(folder, settings)
+    # Processes on other machines see other folders: what any of them has is done.
+    lines = dict(gather_object(list(read_predictions(folder).items())))
+    check_asked(folder, samples, lines)
     folder.mkdir(parents=True, exist_ok=True)  # on every machine
     if state.is_main_process:
         with whole_files(folder) as built:
             write_json(built / SETTINGS, asdict(settings))
     state.wait_for_everyone()
-    # Processes on other machines see other folders: what any of them has is done.
-    lines = dict(gather_object(list(read_predictions(folder).items())))
     if retry:
         lines = {key: line for key, line in lines.items() if line["error"] is None}
     done = set(lines)
-    groups = groups_of(samples)
+    units = units_of(groups_of(samples), settings.batch_size)
     mine = [
-        group
-        for group in groups[state.process_index :: state.num_processes]
-        if any((sample.id, view) not in done for sample in group for view in VIEWS)
+        unit
+        for unit in units[state.process_index :: state.num_processes]
+        if any((sample.id, view) not in done for group in unit for sample in group for view in VIEWS)
     ]
     written = {}
     if mine:
@@ -330,18 +390,22 @@ def run(
         if settings.tiles:
             workers = 0  # tiles are read when a question looks at them, by the process that asks
         loader = DataLoader(
-            Cut(suite, image_processor, mine, settings.tiles),
+            Cut(suite, image_processor, [group for unit in mine for group in unit], settings.tiles | (settings.image or {})),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=1 if workers else None,
         )
         file = Line(folder / f"predictions-{state.process_index}.jsonl")
-        number = sum((sample.id, view) not in done for group in mine for sample in group for view in VIEWS)
+        number = sum(
+            (sample.id, view) not in done for unit in mine for group in unit for sample in group for view in VIEWS
+        )
         with tqdm(
             total=number, desc=f"Asking {suite.name}", unit="answer", disable=not state.is_local_main_process
         ) as bar:
-            for index, cut in loader:
-                for line in ask_group(model, processor, suite, mine[index], cut, blank, done, settings):
+            cuts = (cut for _, cut in loader)
+            for unit in mine:
+                shown = [next(cuts) for _ in unit]
+                for line in ask_unit(model, processor, suite, unit, shown, blank, done, settings):
                     file.write(line)
                     written[line["id"], line["view"]] = line
                     bar.update()

@@ -147,6 +147,7 @@ def test_answers_of_another_program_are_scored_without_a_model(tmp_path, capsys)
     result = json.loads((tmp_path / "out" / "figures.json").read_text())
     micro = {row["scorer"]: row["micro"][0] for row in result["scores"] if row["section"] == "all"}
     assert micro == {
+        "xlrs-bench/letters-2": 0.5,
         "xlrs-bench/letters-1": 0.5,
         "xlrs-bench/lmms-eval-1 (as published)": 0.25,
         "xlrs-bench/uhr-bat-release (as published)": 0.5,
