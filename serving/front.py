@@ -15,6 +15,7 @@ import torch
 from ..geo import Georeference
 from ..outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
 from .cache import ContentCache
+from .digests import DIGESTS
 
 # Files of a model folder that decide what is computed.
 MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.py")
@@ -49,8 +50,7 @@ class UnreadImage:
 
     @classmethod
     def of_file(cls, path: Path) -> "UnreadImage":
-        with open(path, "rb") as file:
-            return cls(Path(path).name, str(path), hashlib.file_digest(file, "sha256").hexdigest())
+        return cls(Path(path).name, str(path), DIGESTS.of(path))
 
 
 @dataclass(frozen=True)

@@ -11,18 +11,18 @@ where it lies, some rows at a time; formats that name other files, as VRT, are n
 
 import asyncio
 import base64
-import hashlib
 import ipaddress
 import os
 import re
 import socket
 import stat
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit, urlunsplit
 
 from ..raster_files_uhr_bat import is_raster
+from .digests import DIGESTS
 from .front import UnreadImage
 from .refusals import Refusal
 
@@ -37,6 +37,9 @@ DECODED_LETTERS = 2**20
 # What the URL standard removes from the ends of a URL, and inside it.
 BLANKS = "".join(map(chr, range(0x21)))
 LINE_BREAKS = str.maketrans("", "", "\t\n\r")
+# Threads for what images alone need: a slow disk or a slow server of names holds up no question without one.
+FILES = ThreadPoolExecutor(8, thread_name_prefix="files")
+NAMES = ThreadPoolExecutor(16, thread_name_prefix="names")
 # Letters of a source in errors.
 SHOWN = 100
 
@@ -64,16 +67,22 @@ class SourceRules:
         url = url.strip(BLANKS)
         scheme = url[:SHOWN].partition(":")[0].lower()
         if scheme == "data":
-            return await asyncio.to_thread(self.decode, url)
+            return await _on(FILES, self.decode, url)
         if scheme in ("http", "https"):
             try:
                 async with asyncio.timeout(FETCH_SECONDS):
                     content = await self.fetch(url)
             except TimeoutError:
                 raise refused(url, f"it did not arrive within {FETCH_SECONDS} seconds") from None
-            return await asyncio.to_thread(UnreadImage.of_bytes, content, shown(url))
+            return await _on(FILES, UnreadImage.of_bytes, content, shown(url))
         if scheme == "file" or url.startswith("/"):
-            return await asyncio.to_thread(self.open_path, url)
+            found = await _on(FILES, self.find, url)
+            if isinstance(found, UnreadImage):
+                return found
+            try:
+                return UnreadImage(found.name, str(found), await DIGESTS.wait_for(found))
+            except OSError:
+                raise not_there(url) from None
         raise refused(url, "it must be a data: URL, an https: URL or, where the server allows it, a path")
 
     # In the request itself
@@ -164,10 +173,9 @@ class SourceRules:
         if parts.scheme != "https" and not private:
             raise refused(url, "only https: is fetched")
         try:
-            found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+            addresses = await _on(NAMES, look_up, host, port)
         except (OSError, UnicodeError):
             raise refused(url, "its host is not known") from None
-        addresses = list(dict.fromkeys(entry[4][0] for entry in found))
         if not private and not all(map(is_public, addresses)):
             raise refused(url, "its host has an address that is not public")
         places = [f"[{address}]:{port}" if ":" in address else f"{address}:{port}" for address in addresses]
@@ -179,6 +187,12 @@ class SourceRules:
     # Paths
 
     def open_path(self, url: str) -> UnreadImage:
+        """What `read` gives for a path."""
+        found = self.find(url)
+        return found if isinstance(found, UnreadImage) else UnreadImage.of_file(found)
+
+    def find(self, url: str) -> UnreadImage | Path:
+        """A picture, or the path of a raster that is to be read where it lies."""
         if self.folder is None:
             raise refused(url, "this server opens no paths (--allow-local-files FOLDER)", status=403)
         parts = urlsplit(url) if url.startswith("file:") else None
@@ -191,23 +205,23 @@ class SourceRules:
             if not inside or not stat.S_ISREG(path.stat().st_mode):
                 raise FileNotFoundError
             with open(path, "rb") as file:
-                facts = os.fstat(file.fileno())
                 if is_raster(file.read(16)):
-                    return UnreadImage(
-                        path.name, str(path), digest_of(path, facts.st_mtime_ns, facts.st_size, facts.st_ino)
-                    )
-                self.check_size(facts.st_size, path.name)
+                    return path
+                self.check_size(os.fstat(file.fileno()).st_size, path.name)
                 file.seek(0)
                 return UnreadImage.of_bytes(file.read(self.max_bytes), path.name)
         except (OSError, ValueError, RuntimeError):  # no such file, a name with a null, a circle of links
-            raise refused(url, "there is no such file in the folder that this server opens", status=403) from None
+            raise not_there(url) from None
 
 
-@lru_cache(maxsize=4096)
-def digest_of(path: Path, modified: int, num_bytes: int, inode: int) -> str:
-    """SHA-256 of a raster of many gigabytes, once for as long as it stays as it is."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+async def _on(threads, function, *args):
+    return await asyncio.get_running_loop().run_in_executor(threads, function, *args)
+
+
+def look_up(host: str, port: int) -> list[str]:
+    """The addresses of a host. Raises `OSError` for one that is not known."""
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    return list(dict.fromkeys(entry[4][0] for entry in found))
 
 
 def percent_decoded(text: str) -> bytes:
@@ -260,6 +274,10 @@ def is_public(address: str) -> bool:
 def shown(url: str) -> str:
     """Of a URL what an error may show: no secret of its query, no line breaks."""
     return re.sub(r"[^\x20-\x7e]", "?", url.partition("?")[0][:SHOWN])
+
+
+def not_there(url: str) -> Refusal:
+    return refused(url, "there is no such file in the folder that this server opens", status=403)
 
 
 def refused(url: str, why: str, status=400) -> Refusal:
