@@ -8,9 +8,9 @@ import hashlib
 import threading
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from torch.utils import _pytree as pytree
 
 from ..geo import Georeference
 from ..outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
@@ -169,5 +169,5 @@ class Front:
         return features if here else features.to(device)
 
 
-def _to_cpu(images: list[list[Any]]) -> list[list[torch.Tensor]]:
-    return [[scale.cpu() for scale in scales] for scales in images]
+def _to_cpu(images):
+    return pytree.tree_map(torch.Tensor.cpu, images)
