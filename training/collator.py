@@ -3,6 +3,9 @@
 Letters: B prompts, I images, S scales, N patches of all scales, M tokens of the longest prompt.
 """
 
+from hashlib import blake2b
+from pathlib import Path
+
 import numpy as np
 import torch
 from torch.nn.utils.rnn import pad_sequence
@@ -16,6 +19,7 @@ from ..regions.cache import read_labels
 logger = logging.get_logger(__name__)
 
 IGNORED = -100  # a label that no loss counts
+UNSEEDED = -1  # draws are PyTorch's
 MAX_WORKERS = 1024  # that count bad images
 
 
@@ -41,7 +45,8 @@ class UHRBatDataCollator:
     Args:
         processor: [`UHRBatProcessor`]. An answer goes on to a token at which the generation config of its folder ends.
         budgets: int[S] or int, visual tokens that a prompt may spend; the processor's if None.
-        budget_range: the budgets of a batch are multiplied by a factor between these two, drawn log-uniformly.
+        budget_range: the budgets of a batch are multiplied by a factor between these two, drawn log-uniformly, by PyTorch's
+            generator, or by what `seed_draws` says.
         padding_side: "left" or "right"; the tokenizer's if None.
         image_options: more arguments of the image processor.
         bad_images: "error", or "skip": an image that cannot be read is counted in `num_skipped` and named in the log, and
@@ -75,6 +80,7 @@ class UHRBatDataCollator:
         self.bad_images = bad_images
         # Of each worker a number of its own: two that add to one number may lose one.
         self._skipped = torch.zeros(MAX_WORKERS, dtype=torch.long).share_memory_()
+        self._seed_and_epoch = torch.tensor([UNSEEDED, 0]).share_memory_()  # workers that live on see another epoch
         self._last_good = self._last_cut = None
 
     @property
@@ -98,7 +104,7 @@ class UHRBatDataCollator:
             ValueError: counts of images and placeholders that differ, a sample over the context window, or an answer without
             text or end.
         """
-        budgets = self.draw_budgets(max((len(sample.get("images") or []) for sample in samples), default=1))
+        budgets = self.draw_budgets(samples)
         samples, images = self.read_samples(samples, budgets)
         ids, answered = zip(*map(self.write, samples, images))
         labels = [row.where(mask, IGNORED) for row, mask in zip(ids, answered)]
@@ -121,12 +127,22 @@ class UHRBatDataCollator:
         answers = ["".join(part["text"] for part in as_parts(sample["messages"][-1])) for sample in samples]
         return {"inputs": {**self.pad(ids, "left"), **join_images(images)}, "answers": answers}
 
-    def draw_budgets(self, num_images: int) -> list[int] | int:
-        """The budgets of a batch whose prompts have at most this many images. PyTorch's generator draws: a worker's is
-        seeded by the loader, anew for each epoch."""
-        low, high = self.budget_range
-        factor = low * (high / low) ** float(torch.rand(())) if low < high else low
-        return scale_budgets(self.budgets, factor, num_images)
+    def seed_draws(self, seed: int, epoch: int):
+        """From now on the factor of a batch follows from the seed, the epoch and its samples, in whichever worker and process:
+        a run that goes on draws what it would have drawn."""
+        self._seed_and_epoch.copy_(torch.tensor([seed, epoch]))
+
+    def draw_budgets(self, samples) -> list[int] | int:
+        """The budgets of a batch, at least a token for each image of a prompt."""
+        (low, high), (seed, epoch) = self.budget_range, self._seed_and_epoch.tolist()
+        if seed == UNSEEDED:
+            drawn = float(torch.rand(()))
+        else:
+            rows = [(Path(str(sample.get("name"))).name, sample["messages"]) for sample in samples]
+            digest = blake2b(repr((seed, epoch, rows)).encode("utf-8", "surrogatepass"), digest_size=6).digest()
+            drawn = int.from_bytes(digest, "big") / 2**48
+        factor = low * (high / low) ** drawn if low < high else low
+        return scale_budgets(self.budgets, factor, max((len(one.get("images") or []) for one in samples), default=1))
 
     # ---- Images ----
 

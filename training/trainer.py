@@ -2,6 +2,7 @@
 
 import shutil
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ from transformers.integrations import is_deepspeed_zero3_enabled
 
 from ..common.chats import as_parts
 from ..pictures.pages import kept_picture
-from .collator import as_image
+from .collator import UHRBatDataCollator, as_image
 from .grouping import EncodedImages, GroupedByImage
 from .parts import is_visual
 
@@ -40,6 +41,19 @@ def tells_what_was_not_written(folder):
         ) from error
 
 
+class SeededDraws(TrainerCallback):
+    """What a collator draws follows from the run's seed and the epoch."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def on_epoch_begin(self, args, state, control, **kwargs):
+        seed = args.seed if args.data_seed is None else args.data_seed
+        self.collator.seed_draws(seed, int((state.epoch or 0) + 1e-6))
+
+    on_train_begin = on_epoch_begin  # an evaluation comes before the first step
+
+
 class UHRBatTrainer(Trainer):
     """Trainer for [`UHRBatDataCollator`], with [`UHRBatTrainingArguments`].
 
@@ -53,6 +67,10 @@ class UHRBatTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.eval_max_new_tokens = eval_max_new_tokens
         self.encoded = None
+        if self.label_smoother is not None:  # the library shifts labels for models that it knows by name alone
+            self.label_smoother = partial(self.label_smoother, shift_labels=True)
+        if isinstance(self.data_collator, UHRBatDataCollator):
+            self.add_callback(SeededDraws(self.data_collator))
 
     def train(self, *args, **kwargs):
         """As the library's. Raises `ValueError` where processes that share a model's weights would wait for each other."""

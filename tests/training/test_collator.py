@@ -117,6 +117,16 @@ def test_budgets_are_drawn_for_each_batch_between_two_factors(samples, processor
     assert all(2 <= coarse <= 6 and 4 <= fine <= 12 and abs(fine - 2 * coarse) <= 1 for coarse, fine in drawn)
 
 
+def test_draws_follow_from_seed_epoch_and_samples_where_a_run_says_so(samples, processor):
+    collator, drawn = UHRBatDataCollator(processor, budgets=1000, budget_range=(0.5, 2)), {}
+    for seed, epoch, number in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (1, 0, 0)]:
+        collator.seed_draws(seed, epoch)
+        torch.manual_seed(len(drawn))
+        budgets = collator.draw_budgets([samples[number]])
+        assert drawn.setdefault((seed, epoch, number), budgets) == budgets and 500 <= budgets <= 2000
+    assert len(set(drawn.values())) == 4
+
+
 @pytest.mark.parametrize(
     "budgets, factor, least, scaled",
     [([4, 8], 1.5, 1, [6, 12]), ([0, 8], 0.01, 1, [0, 1]), ([4, 8], 0.1, 3, [3, 3]), (100, 0.5, 1, 50)],

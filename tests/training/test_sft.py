@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -295,6 +296,26 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(arguments, tmp_path
     whole, resumed = (load_file(folder / "model.safetensors") for folder in (tmp_path / "whole", out))
     for name, weight in whole.items():
         torch.testing.assert_close(resumed[name], weight, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_that_goes_on_draws_what_the_whole_run_drew(arguments, tmp_path):
+    more = ["--budget_range", "0.5", "2", "--max_steps", "9", "--save_steps", "4", "--logging_steps", "1"]
+    more += ["--use_peft", "true", "--lora_dropout", "0.3", "--dataloader_num_workers", "2", "--learning_rate", "1e-3"]
+    whole = run(arguments, *more)
+    shutil.rmtree(tmp_path / "out" / "checkpoint-8")
+    shutil.rmtree(tmp_path / "out" / "checkpoint-9", ignore_errors=True)
+    resumed = run(arguments, *more)
+    assert logged(resumed, "loss") == logged(whole, "loss") and len(logged(whole, "loss")) == 9
+    weights = dict(whole.model.named_parameters())
+    assert all(torch.equal(one, weights[name]) for name, one in resumed.model.named_parameters())
+
+
+@pytest.mark.slow
+def test_label_smoothing_learns_the_next_token_over_the_visual_tokens_of_the_question(arguments):
+    plain = run(arguments, "--save_strategy", "no", "--logging_steps", "1")
+    smooth = run(arguments, "--save_strategy", "no", "--logging_steps", "1", "--label_smoothing_factor", "1e-6")
+    assert logged(smooth, "loss") == pytest.approx(logged(plain, "loss"), abs=1e-3)
 
 
 # ---- Other loops ----------------------------------------------------------------------------------------------------
