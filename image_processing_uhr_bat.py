@@ -22,6 +22,10 @@ from .image_views_uhr_bat import PAD_COLOR, image_to_tiles, normalize_views
 from .pyramid_uhr_bat import ImagePyramid
 
 
+# What of a call says how an image is read: the arguments of `process_image`.
+READING = ("max_image_pixels", "do_convert_rgb", "input_data_format", "bands", "value_range", "window", "overviews")
+
+
 class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
     """
     scales (`list[int]`):
@@ -171,7 +175,6 @@ class UHRBatImageProcessor(BaseImageProcessor):
         value_range=None,
         window=None,
         overviews: str | None = None,
-        **kwargs,
     ) -> Image.Image | RasterImage:
         """One image of any kind as 8-bit RGB, at most `max_image_pixels` large (`read_image`)."""
         options = {
@@ -245,6 +248,7 @@ class UHRBatImageProcessor(BaseImageProcessor):
         **kwargs,
     ) -> BatchFeature:
         sources = flatten_images(images)
+        kwargs = {name: kwargs[name] for name in READING if name in kwargs}
         tile_size = crop_size.height
         arithmetic = (
             rescale_factor if do_rescale else None,

@@ -204,6 +204,8 @@ class _Reader(NamedTuple):
             except binascii.Error as error:
                 raise ValueError(f"{header}: the image is not base64 ({error}).") from error
         path = url2pathname(urlparse(source).path) if source.startswith("file://") else source
+        if os.path.isdir(path):
+            return self.open_folder(path, name)
         if os.path.exists(path):
             return self.open_file(files.enter_context(open(path, "rb")), name, path)
         if not source.startswith("file://") and GDAL_NAME.match(source):
@@ -212,6 +214,13 @@ class _Reader(NamedTuple):
             return self.open_file(_decode_base64(source), name)
         except (binascii.Error, UnidentifiedImageError) as error:
             raise FileNotFoundError(f"{name}: there is no such file, and it is no URL or base64 image.") from error
+
+    def open_folder(self, path, name) -> _Opened:
+        """From a folder that GDAL knows as one raster (Zarr, SAFE)."""
+        try:
+            return self.open_raster(path, name)
+        except (OSError, ImportError) as error:
+            raise IsADirectoryError(f"{name}: it is a folder, and none that is a raster, as those of Zarr are.") from error
 
     # Images in memory
 

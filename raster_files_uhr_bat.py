@@ -22,8 +22,9 @@ READ_TAGS = (254, 256, 257, 258, 262, 274, 277, 284, 338, 339, 42112, 42113)
 CHUNK_BYTES = 2**23
 # Their decoders go from top to bottom, and start anew whenever the file is opened again.
 SEQUENTIAL = ("JPEG", "PNG")
-# What GDAL opens without being a file here: a virtual file system, a store, a part of a file.
-GDAL_NAME = re.compile(r"/vsi|[a-z0-9+]{2,}://|[A-Z][A-Z0-9_]+:")
+# What GDAL opens without being a file here: a virtual file system, a store, a part of a file (rasterio writes its driver in
+# small letters). One letter is a drive of Windows.
+GDAL_NAME = re.compile(r"/vsi|[A-Za-z][A-Za-z0-9_+]+:")
 # First bytes of files, and the driver of GDAL that reads them.
 SIGNATURES = {
     "GTiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
@@ -198,7 +199,8 @@ def choose_bands(dataset, bands: Sequence[int | str] | int | str | None, name: s
     )
     if bands is not None:
         chosen = []
-        for band in [bands] if isinstance(bands, (int, str)) else bands:
+        wanted_bands = [bands] if isinstance(bands, (int, str)) or not hasattr(bands, "__iter__") else list(bands)
+        for band in wanted_bands:
             if isinstance(band, str) and not band.isdigit():
                 wanted = band.lower()
                 named = descriptions if wanted in descriptions else colours
@@ -208,11 +210,14 @@ def choose_bands(dataset, bands: Sequence[int | str] | int | str | None, name: s
                     raise ValueError(f"{name}: {found} is called {band!r}. Its bands are {there}.")
                 chosen.append(named.index(wanted) + 1)
             else:
-                chosen.append(int(band))
+                try:
+                    chosen.append(int(band) if int(band) == float(band) and not isinstance(band, bool) else 0)
+                except (TypeError, ValueError, OverflowError):  # None, NaN
+                    chosen.append(0)
         if len(chosen) not in (1, 3) or not all(1 <= band <= dataset.count for band in chosen):
             raise ValueError(
-                f"{name}: `bands` is one band or three, numbers from 1 to {dataset.count}. Got {bands}. Its bands are "
-                f"{there}."
+                f"{name}: `bands` is one band or three, numbers from 1 to {dataset.count}. Got {str(bands)[:200]}. Its bands "
+                f"are {there}."
             )
         return chosen
     if all(colour in colours for colour in ("red", "green", "blue")):
@@ -229,20 +234,22 @@ def choose_bands(dataset, bands: Sequence[int | str] | int | str | None, name: s
     return visible[:3]
 
 
-def check_value_range(value_range, num_bands: int):
-    """What `value_range` says: None, "dtype", "percentile", or float[C] lows and highs. Raises `ValueError`."""
+def check_value_range(value_range, num_bands: int, name: str):
+    """What `value_range` says: None, "dtype", "percentile", or float[C, 2] lows and highs. Raises `ValueError`."""
     if value_range is None or (isinstance(value_range, str) and value_range in ("dtype", "percentile")):
         return value_range
     try:
         ranges = np.asarray(value_range, float)
         ranges = np.broadcast_to(ranges, (num_bands, 2))
-        if (ranges[:, 0] < ranges[:, 1]).all():
+        with np.errstate(over="ignore"):
+            widths = ranges[:, 1] - ranges[:, 0]
+        if (widths > 0).all() and np.isfinite(widths).all():
             return ranges
-    except ValueError:
+    except (ValueError, TypeError):
         pass
     raise ValueError(
-        f"`value_range` is 'dtype', 'percentile', (low, high) or such a pair for each of {num_bands} bands, low below "
-        f"high. Got {value_range}."
+        f"{name}: `value_range` is 'dtype', 'percentile', (low, high) or such a pair for each of {num_bands} bands, finite "
+        f"numbers, low below high. Got {str(value_range)[:200]}."
     )
 
 

@@ -35,13 +35,15 @@ from .raster_files_uhr_bat import (
     tiff_pages,
     upright_by,
 )
-from .raster_windows_uhr_bat import choose_window, wkt_names_file
+from .raster_windows_uhr_bat import choose_window, compose, upright_transform, wkt_names_file
 
 # CLIP's mean colour in 8 bits, the letterbox of the released code; what is no part of an image takes it too.
 PAD_COLOR = (122, 116, 104)
 # Pixels that are looked at for percentiles, all of a smaller image; and, where a larger one has no overviews, the blocks
 # a side that they are spread over.
 SAMPLE_PIXELS, SAMPLE_BLOCKS = 2**22, 8
+# Subdatasets that an error names.
+MAX_NAMED = 50
 # Percent of the values below and above the range of `value_range="percentile"`.
 PERCENTILES = (2, 98)
 # 16-bit data below this part of their range are as good as black where the full range is shown.
@@ -179,15 +181,20 @@ class RasterImage(ImageSource):
         self._settings = gdal_settings(dataset.name, dataset.driver)
         self._transposed, self._rows_reversed, self._columns_reversed = upright = upright_by(orientation)
         size = dataset.shape[::-1] if self._transposed else dataset.shape
+        if not dataset.count and dataset.subdatasets:
+            raise ValueError(
+                f"{self.filename}: it has no bands of its own, but subdatasets. Pass one of them: "
+                f"{', '.join(dataset.subdatasets[:MAX_NAMED])}."
+            )
         if not dataset.count or min(size) < 1:
             raise ValueError(f"{self.filename}: {dataset.count} bands of {size[0]} x {size[1]} pixels show nothing.")
-        crs = self._crs_of(dataset)
-        self._part = choose_window(dataset, crs, window, size, self.filename)
+        crs, transform = self._place_of(dataset)
+        transform = transform and upright_transform(transform, upright, size)
+        self._part = choose_window(dataset, crs, window, size, self.filename, transform)
         top, left, bottom, right = self._part
         self.height, self.width = bottom - top, right - left
-        placed = not dataset.transform.is_identity and not any(upright)
-        self.crs = crs if placed else None
-        self.transform = dataset.transform * dataset.transform.translation(left, top) if placed else None
+        self.crs = crs
+        self.transform = transform and compose(transform, transform.translation(left, top))
 
         self.bands = choose_bands(dataset, bands, self.filename)
         blocks = dataset.block_shapes[self.bands[0] - 1]
@@ -204,16 +211,20 @@ class RasterImage(ImageSource):
         )
         self._set_values(dataset, value_range)
 
-    def _crs_of(self, dataset):
-        """What the file says; of one that came from elsewhere None where that names further files, with a warning."""
-        if self._elsewhere and dataset.crs is not None and wkt_names_file(dataset.crs.to_wkt()):
+    def _place_of(self, dataset):
+        """(coordinate system, transform of the stored pixels), None where the file says nothing of them."""
+        crs, transform = dataset.crs, dataset.transform
+        if transform.is_identity:
+            return None, None
+        # A file that came from elsewhere may name others in it.
+        if self._elsewhere and crs is not None and wkt_names_file(crs.to_wkt()):
             warnings.warn(
                 f"{self.filename}: its coordinate system may name files of this machine, which are not opened: it is left "
                 f"out.",
                 stacklevel=2,
             )
-            return None
-        return dataset.crs
+            crs = None
+        return crs, transform
 
     def _set_values(self, dataset, value_range):
         """What makes 8 bits of the values: a table for small integers, or lows and highs."""
@@ -224,8 +235,9 @@ class RasterImage(ImageSource):
         self._tables = self._ranges = None
         if dtype.kind not in "uif":
             raise ValueError(f"{self.filename}: pixels are {dtype}, which no range of values makes an image of.")
-        value_range = check_value_range(value_range, len(self.bands))
-        if value_range is None and len(self.bands) == 1 and dataset.colorinterp[band - 1].name == "palette":
+        value_range = check_value_range(value_range, len(self.bands), self.filename)
+        in_words = value_range is None or isinstance(value_range, str)
+        if in_words and len(self.bands) == 1 and dataset.colorinterp[band - 1].name == "palette":
             colours = dataset.colormap(band)
             size = np.iinfo(dtype).max + 1
             self._tables = [
@@ -450,7 +462,7 @@ class RasterImage(ImageSource):
         reduced.height, reduced.width = (-(-length // reduced._factor) for length in (self.height, self.width))
         if self.transform is not None:
             steps = self.width / reduced.width, self.height / reduced.height
-            reduced.transform = self.transform * self.transform.scale(*steps)
+            reduced.transform = compose(self.transform, self.transform.scale(*steps))
         return reduced
 
     def picture(self, size: tuple[int, int], box: tuple[int, int, int, int] | None = None) -> Image.Image:

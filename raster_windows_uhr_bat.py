@@ -10,6 +10,8 @@ import math
 import re
 from typing import Any
 
+import numpy as np
+
 from .raster_files_uhr_bat import import_rasterio
 
 # Authorities of PROJ's database, and the form of their codes.
@@ -36,6 +38,14 @@ WKT_METHOD = re.compile(r'(?:METHOD|PROJECTION)\s*[\[(]\s*"([^"]*)"', re.IGNOREC
 WKT_PROJ = re.compile(r'EXTENSION\s*[\[(]\s*"PROJ4"\s*,\s*"([^"]*)"\s*[\])]', re.IGNORECASE)
 PROJ_KEYS = frozenset("proj a b R type lat_0 lat_ts lon_0 x_0 y_0 k units h sweep wktext no_defs over ellps".split())
 PROJECTIONS = frozenset(("merc", "geos", "longlat", "eqc", "utm", "tmerc", "stere", "lcc", "laea", "aea"))
+# A millionth of a pixel is what the inverse of a transform rounds by.
+PIXEL_ERROR = 1e-6
+# Points along each side of bounds whose places in another coordinate system are looked at.
+NUM_POINTS = 513
+FORMS = (
+    "A window is (top, left, bottom, right) in pixels, ((top, bottom), (left, right)), rasterio's Window, or (west, south, "
+    "east, north, crs)."
+)
 
 
 # Coordinate systems
@@ -111,58 +121,228 @@ def parse_crs(crs: Any, name: str):
     )
 
 
+# Places
+
+
+def compose(first, second):
+    """The affine transform that applies `second`, then `first`: their product, in every version of affine."""
+    a, b, c, d, e, f = tuple(first)[:6]
+    a2, b2, c2, d2, e2, f2 = tuple(second)[:6]
+    places = (a * c2 + b * f2 + c, d * c2 + e * f2 + f)
+    return type(first)(a * a2 + b * d2, a * b2 + b * e2, places[0], d * a2 + e * d2, d * b2 + e * e2, places[1])
+
+
+def apply(transform, x, y) -> tuple:
+    """The places of points, numbers or arrays."""
+    a, b, c, d, e, f = tuple(transform)[:6]
+    return a * x + b * y + c, d * x + e * y + f
+
+
+def upright_transform(transform, upright: tuple[bool, bool, bool], size: tuple[int, int]):
+    """The transform of the pixels of an image that was turned upright, from that of the stored ones.
+
+    Args:
+        upright: what was done to the stored pixels (`upright_by`).
+        size: (height, width) of the upright image.
+    """
+    transposed, rows_reversed, columns_reversed = upright
+    affine = type(transform)
+    if transposed:
+        transform = compose(transform, affine(0, 1, 0, 1, 0, 0))
+    if rows_reversed:
+        transform = compose(transform, affine(1, 0, 0, 0, -1, size[0]))
+    if columns_reversed:
+        transform = compose(transform, affine(-1, 0, size[1], 0, 1, 0))
+    return transform
+
+
+def _period(crs) -> float | None:
+    """By how much x grows once around the globe, where the same place comes again then: in degrees, and in projections
+    onto a cylinder; None in others."""
+    from rasterio.warp import transform
+
+    if crs.is_geographic:
+        return 2 * math.pi / crs.units_factor[1]
+    try:
+        x, y = transform("EPSG:4326", crs, [float(degree) for degree in range(-180, 180)], [0.0] * 360)
+    except Exception:  # of another planet, of a building site
+        return None
+    steps = np.diff(x)
+    step = np.median(steps)
+    even = np.abs(steps - step) < 1e-6 * abs(step)
+    level = np.ptp(y) < 1e-6 * abs(step)
+    return float(360 * step) if step > 0 and even.sum() >= len(steps) - 1 and level else None
+
+
+def _outline(bounds, crs, to_crs, period):
+    """x and y, in another coordinate system, of points along the border of bounds; x goes on where it would begin anew.
+
+    Where the border goes around a pole, so do the points: all that lies between it and the pole is inside.
+    """
+    from rasterio.warp import transform
+
+    west, south, east, north = bounds
+    steps = np.linspace(0, 1, NUM_POINTS)
+    across, up = west + (east - west) * steps, south + (north - south) * steps
+    still = np.ones(NUM_POINTS)
+    x = np.concatenate((across, east * still, across[::-1], west * still))
+    y = np.concatenate((south * still, up, north * still, up[::-1]))
+    if crs != to_crs:
+        x, y = (np.asarray(values) for values in transform(crs, to_crs, x, y))
+    there = np.isfinite(x) & np.isfinite(y)
+    x, y = x[there], y[there]
+    if period is None or not len(x) or crs == to_crs:
+        return x, y
+    x = np.unwrap(x, period=period)
+    if abs(x[-1] - x[0]) > period / 2:  # once around
+        # A cylinder has no pole: its y goes on for ever.
+        pole = period / 4 if to_crs.is_geographic else 1e9
+        inside = []
+        if to_crs.is_geographic:
+            for place, px, py in zip((pole, -pole), *transform(to_crs, crs, [0, 0], [pole, -pole])):
+                inside += [place] if west <= px <= east and south <= py <= north else []
+        inside = inside or [math.copysign(pole, np.mean(y))]
+        x, y = np.append(x, (x.min(), x.min() + period)), np.append(y, (inside[0], inside[-1]))
+    return x, y
+
+
+def _pixels_of(given, x, y, period, transform, size, name):
+    """(top, left, bottom, right) in pixels of what bounds, whose outline is given, hold of an image; None for nothing."""
+    height, width = size
+    parts = []
+    for turn in (range(-2, 3) if period else (0,)) if len(x) else ():
+        columns, rows = apply(~transform, x + turn * (period or 0), y)
+        edges = outwards(rows.min(), columns.min(), rows.max(), columns.max())
+        part = max(edges[0], 0), max(edges[1], 0), min(edges[2], height), min(edges[3], width)
+        if part[0] < part[2] and part[1] < part[3]:
+            parts.append(part)
+    if len(parts) > 1:
+        top, left, bottom, right = zip(*parts)
+        joined = min(top), min(left), max(bottom), max(right)
+        if (joined[2] - joined[0]) * (joined[3] - joined[1]) > sum((bottom - top) * (right - left) for top, left, bottom, right in parts):
+            raise ValueError(
+                f"{name}: the bounds {bounds} lie at both ends of the image, in {len(parts)} parts: "
+                f"{', '.join(map(str, parts))} in pixels (top, left, bottom, right). Pass one of them."
+            )
+        return joined
+    return parts[0] if parts else None
+
+
 # Windows
 
 
-def choose_window(dataset, crs, window, size: tuple[int, int], name: str) -> tuple[int, int, int, int]:
+def outwards(top, left, bottom, right) -> tuple[int, int, int, int]:
+    """Whole pixels that hold a part, whose edges may be off by `PIXEL_ERROR`."""
+    first = (math.floor(edge + PIXEL_ERROR) for edge in (top, left))
+    return *first, *(math.ceil(edge - PIXEL_ERROR) for edge in (bottom, right))
+
+
+def _told(values) -> str:
+    """Numbers in an error: no types, and none of a million letters."""
+    text = ", ".join(f"{value:.10g}" if isinstance(value, (int, float)) else str(value)[:80] for value in values)
+    return f"({text})"
+
+
+def _numbers(values, window, name) -> list[float]:
+    try:
+        numbers = [float(value) for value in values]
+        if all(map(math.isfinite, numbers)):
+            return numbers
+    except (TypeError, ValueError, OverflowError):
+        pass
+    raise ValueError(f"{name}: the edges of a window are finite numbers. Got {str(window)[:200]}. {FORMS}")
+
+
+def choose_window(
+    dataset, crs, window, size: tuple[int, int], name: str, transform=None
+) -> tuple[int, int, int, int]:
     """The part of an image that is read, (top, left, bottom, right) in pixels.
 
     Args:
-        crs: rasterio's, of the image; None where it has none.
+        dataset: rasterio's, of which it is known whether it has RPCs.
+        crs, transform: of the image, upright; None where it has none.
         window: None is all of the image; (top, left, bottom, right) in pixels, rasterio's ((top, bottom), (left, right))
-            or its `Window`; (west, south, east, north, crs) for bounds, which are cut off at the image's border and
-            rounded outwards to whole pixels.
+            or its `Window`; (west, south, east, north, crs) for bounds, which are cut off at the image's border. What is
+            no whole pixel is rounded outwards. In degrees, west may be greater than east: bounds across the antimeridian.
         size: (height, width) of the whole image.
 
     Raises:
-        ValueError: a part that is empty or not inside the image; bounds for an image without coordinates.
+        ValueError: a part that is empty or not inside the image, or in two parts; bounds for an image without coordinates.
     """
     height, width = size
     if window is None:
         return 0, 0, height, width
     if hasattr(window, "toranges"):
         window = window.toranges()
+    if isinstance(window, (str, bytes)) or not hasattr(window, "__len__") or len(window) not in (2, 4, 5):
+        raise ValueError(f"{name}: {str(window)[:200]!r} is no window. {FORMS}")
     if len(window) == 5:
         *bounds, bounds_crs = window
-        if crs is None:
-            raise ValueError(f"{name}: it has no coordinate system that bounds could be given in. Pass pixels.")
-        from rasterio.warp import transform_bounds
-
-        west, south, east, north = transform_bounds(parse_crs(bounds_crs, name), crs, *map(float, bounds))
-        corners = [
-            ~dataset.transform * corner for corner in ((west, south), (west, north), (east, south), (east, north))
-        ]
-        columns, rows = zip(*corners)
-        # A millionth of a pixel is what the inverse rounds by.
-        edges = [math.floor(min(rows) + 1e-6), math.floor(min(columns) + 1e-6)]
-        edges += [math.ceil(max(rows) - 1e-6), math.ceil(max(columns) - 1e-6)]
-        part = max(edges[0], 0), max(edges[1], 0), min(edges[2], height), min(edges[3], width)
-        if part[0] >= part[2] or part[1] >= part[3]:
-            raise ValueError(
-                f"{name}: the bounds {window} lie outside the image, whose own are {tuple(dataset.bounds)}."
-            )
-        return part
+        return _window_of_bounds(dataset, crs, transform, _numbers(bounds, window, name), bounds_crs, size, name)
     if len(window) == 2:
+        if not all(hasattr(edges, "__len__") and len(edges) == 2 for edges in window):
+            raise ValueError(f"{name}: {str(window)[:200]!r} is no window. {FORMS}")
         (top, bottom), (left, right) = window
     else:
         top, left, bottom, right = window
-    top, left, bottom, right = (int(edge) for edge in (top, left, bottom, right))
+    edges = _numbers((top, left, bottom, right), window, name)
+    top, left, bottom, right = outwards(*edges)
     if not (0 <= top < bottom <= height and 0 <= left < right <= width):
         raise ValueError(
-            f"{name}: the window (top {top}, left {left}, bottom {bottom}, right {right}) is not inside the image of "
-            f"{height} x {width} pixels (height x width)."
+            f"{name}: the window (top {edges[0]:.10g}, left {edges[1]:.10g}, bottom {edges[2]:.10g}, right {edges[3]:.10g}) "
+            f"is not inside the image of {height} x {width} pixels (height x width)."
         )
     return top, left, bottom, right
 
 
-__all__ = ["choose_window", "parse_crs", "wkt_names_file"]
+def _window_of_bounds(dataset, crs, transform, bounds, bounds_crs, size, name):
+    if crs is None or transform is None:
+        check_no_rpcs(dataset, name)
+        raise ValueError(f"{name}: it has no coordinate system that bounds could be given in. Pass pixels.")
+    bounds_crs = parse_crs(bounds_crs, name)
+    given = _told((*bounds, bounds_crs.to_string()))
+    west, south, east, north = bounds
+    if bounds_crs.is_geographic:
+        turn, quarter = (angle / bounds_crs.units_factor[1] for angle in (2 * math.pi, math.pi / 2))
+        if not -quarter <= south <= north <= quarter:
+            raise ValueError(
+                f"{name}: {south:.10g} to {north:.10g} are no latitudes from south to north. Bounds are (west, south, east, "
+                f"north, crs), longitude before latitude. Got {given}."
+            )
+        if west > east:
+            east += turn * math.ceil((west - east) / turn)
+        bounds = west, south, min(east, west + turn), north
+    elif west > east or south > north:
+        raise ValueError(
+            f"{name}: bounds are (west, south, east, north, crs), west below east and south below north. Got {given}."
+        )
+    try:
+        period = _period(crs)
+        x, y = _outline(bounds, bounds_crs, crs, period)
+    except Exception as error:  # PROJ knows no way from one to the other
+        raise ValueError(
+            f"{name}: the bounds {given} have no place in the image's coordinate system ({error}). Pass pixels, or "
+            f"bounds in its own."
+        ) from error
+    part = _pixels_of(given, x, y, period, transform, size, name)
+    if part is None:
+        height, width = size
+        columns, rows = apply(transform, np.array([0, width, 0, width]), np.array([0, 0, height, height]))
+        own = columns.min(), rows.min(), columns.max(), rows.max()
+        raise ValueError(
+            f"{name}: the bounds {given} lie outside the image, whose own are "
+            f"{tuple(map(float, own))}."
+        )
+    return part
+
+
+def check_no_rpcs(dataset, name: str):
+    """Raises `ValueError` where coordinates are asked of an image that has those of a camera (RPCs) alone."""
+    if dataset.rpcs is not None:
+        raise ValueError(
+            f"{name}: its coordinates are RPCs, those of a camera, which need heights of the ground. Pass "
+            f"`rasterio.vrt.WarpedVRT(dataset, src_crs='EPSG:4326', crs=..., RPC_DEM=...)`, or a window in pixels."
+        )
+
+
+__all__ = ["apply", "check_no_rpcs", "choose_window", "compose", "outwards", "parse_crs", "upright_transform", "wkt_names_file"]

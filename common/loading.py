@@ -58,7 +58,7 @@ def save_model(model, processor, folder):
 
 def check_files(image_path, folder):
     """Raises `FileNotFoundError` at the door: loading the model first would take its time. `image_path` may be None."""
-    if image_path is not None and is_file_name(image_path) and not Path(image_path).is_file():
+    if image_path is not None and is_file_name(image_path) and not Path(image_path).exists():
         raise FileNotFoundError(f"{image_path}: there is no such image file.")
     if not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: this is no model folder, there is no config.json in it.")

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from images import random_image, raises
 from PIL import Image
+from rasterio.shutil import copy
 from rasterio.warp import transform_bounds
 from rasters import random_bands, rasterio, rgb_of, write_raster
 from served import serve
@@ -275,6 +276,16 @@ def test_bands_are_chosen_by_number_by_description_and_by_colour(tmp_path):
             read(path, bands=chosen)
 
 
+def test_a_palette_gives_the_colours_unless_a_range_in_numbers_is_stated(tmp_path):
+    path = tmp_path / "palette.tif"
+    with rasterio.open(path, "w", driver="GTiff", width=3, height=1, count=1, dtype="uint8", photometric="palette") as file:
+        file.write(np.array([[[0, 1, 2]]], np.uint8))
+        file.write_colormap(1, {0: (0, 0, 255), 1: (0, 255, 0), 2: (255, 0, 0)})
+    for value_range in (None, "dtype", "percentile"):
+        assert read(path, value_range=value_range)[0].tolist() == [[0, 0, 255], [0, 255, 0], [255, 0, 0]]
+    assert read(path, value_range=(0, 2))[0, :, 0].tolist() == [0, 128, 255]
+
+
 def test_one_band_is_grey_and_so_is_the_first_of_two(tmp_path, bands):
     for num_bands in (1, 2):
         path = write_raster(tmp_path / "grey.tif", bands[:num_bands])
@@ -294,7 +305,7 @@ def test_a_range_that_is_stated_is_stretched_to_8_bits(tmp_path):
         ]
         np.testing.assert_array_equal(read(path, value_range=limits), np.stack(expected, axis=-1))
     for wrong in ((5, 5), (1, 2, 3), "wide", [(0, 1), (0, 1)]):
-        with pytest.raises(ValueError, match=r"^`value_range` is 'dtype', 'percentile', .low, high."):
+        with pytest.raises(ValueError, match=f"^{path}: `value_range` is 'dtype', 'percentile', .low, high."):
             read(path, value_range=wrong)
 
 
@@ -515,6 +526,81 @@ def test_bounds_are_read_in_every_form_of_a_coordinate_system_that_names_none(pl
     assert read(placed, window=(*bounds, mercator)).shape[:2] == (20, 40)
 
 
+def of_place(path, bands, crs, *transform):
+    return write_raster(path, bands, crs=crs, transform=rasterio.Affine(*transform))
+
+
+def test_bounds_in_degrees_go_across_the_antimeridian_and_meet_longitudes_that_differ_by_360(tmp_path, bands):
+    path = of_place(tmp_path / "fiji.tif", bands, "EPSG:4326", 0.01, 0, 179.65, 0, -0.01, -16)  # to 180.35
+    for west, east in ((179.95, -179.95), (179.95, 180.05), (-180.05, -179.95), (539.95, 540.05)):
+        image = read_image(path, LIMIT, window=(west, -16.4, east, -16.1, "EPSG:4326"))
+        np.testing.assert_array_equal(image, rgb_of(bands)[10:40, 30:40])
+    mercator = of_place(tmp_path / "mercator.tif", bands, "EPSG:3857", 1000, 0, 20_037_508.34 - 35_000, 0, -1000, 0)
+    degrees = transform_bounds("EPSG:3857", "EPSG:4326", -4900, -19_900, 4900, -10_100)
+    image = read_image(mercator, LIMIT, window=(180 + degrees[0], degrees[1], degrees[2] - 180, degrees[3], "EPSG:4326"))
+    assert (image.height, image.width) == (10, 10)
+    zone = of_place(tmp_path / "zone.tif", bands, "EPSG:32660", 1000, 0, 800_000, 0, -1000, 45_000)
+    expected = transform_bounds("EPSG:4326", "EPSG:32660", 179.9, 0.2, 180.1, 0.3)
+    image = read_image(zone, LIMIT, window=(179.9, 0.2, -179.9, 0.3, "EPSG:4326"))
+    assert image.width == np.ceil((expected[2] - 800_000) / 1000) - np.floor((expected[0] - 800_000) / 1000)
+    # Its two ends are one place, but no window.
+    world = of_place(tmp_path / "world.tif", bands, "EPSG:4326", 360 / 70, 0, -180, 0, -4, 90)
+    with pytest.raises(ValueError, match="lie at both ends of the image, in 2 parts: .* Pass one of them."):
+        read(world, window=(170, -10, -170, 10, "EPSG:4326"))
+    assert read(world, window=(340, -10, 380, 10, "EPSG:4326")).shape[:2] == (6, 8)
+
+
+def test_bounds_around_a_pole_hold_the_pole(tmp_path, bands):
+    antarctica = of_place(tmp_path / "south.tif", bands, "EPSG:3031", 100_000, 0, -3_500_000, 0, -100_000, 2_250_000)
+    radius = transform_bounds("EPSG:4326", "EPSG:3031", 0, -85, 0, -85)[3]
+    image = read_image(antarctica, LIMIT, window=(-180, -90, 180, -85, "EPSG:4326"))
+    reach = int(np.ceil(radius / 100_000))
+    assert image.width == 2 * reach and image.transform.c == -reach * 100_000
+    world = of_place(tmp_path / "world.tif", bands, "EPSG:4326", 360 / 70, 0, -180, 0, -4, 90)
+    image = read_image(world, LIMIT, window=(-1e6, -1e6, 1e6, 1e6, "EPSG:3413"))
+    assert image.width == 70 and image.transform.f == 90 and image.height == 4  # the corners lie at 77 degrees
+
+
+def test_windows_of_rasterio_are_the_pixels_that_their_bounds_say(placed, bands):
+    rng = np.random.default_rng(0)
+    with rasterio.open(placed) as dataset:
+        transform = dataset.transform
+    for _ in range(50):
+        top, left = rng.integers(20), rng.integers(30)
+        bottom, right = top + rng.integers(1, 25), left + rng.integers(1, 40)
+        bounds = rasterio.windows.bounds(((top, bottom), (left, right)), transform)
+        window = rasterio.windows.from_bounds(*bounds, transform)
+        np.testing.assert_array_equal(read(placed, window=window), rgb_of(bands)[top:bottom, left:right])
+    assert read(placed, window=rasterio.windows.Window(0.5, 1.25, 2, 3)).shape[:2] == (4, 3)
+
+
+@pytest.mark.parametrize(
+    "window, words",
+    [
+        ((float("nan"), 0, 1, 1, "EPSG:4326"), "the edges of a window are finite numbers. Got (nan"),
+        ((0, 0, float("inf"), 10), "the edges of a window are finite numbers"),
+        ((0, None, 5, 10), "the edges of a window are finite numbers"),
+        ((0, 0, 10), "'(0, 0, 10)' is no window. A window is (top, left, bottom, right) in pixels"),
+        (((0, 1), 2), "is no window"),
+        ("all", "'all' is no window"),
+        ((35.6, 139.7, 35.7, 139.8, "EPSG:4326"), "139.7 to 139.8 are no latitudes from south to north"),
+        ((139, 36, 140, 35, "EPSG:4326"), "36 to 35 are no latitudes from south to north"),
+        ((2, 0, 1, 1, "EPSG:32654"), "west below east and south below north. Got (2, 0, 1, 1, EPSG:32654)"),
+        ((0, 0, 1, 1, "EPSG:99999"), "the coordinate system 'EPSG:99999' of the window is not known"),
+        ((0, 0, 1, 1, 'LOCAL_CS["site",UNIT["metre",1]]'), "have no place in the image's coordinate system"),
+    ],
+)
+def test_what_is_no_window_is_told_with_the_file_and_what_is_one(placed, window, words):
+    with pytest.raises(ValueError, match=f"^{re.escape(placed)}: .*{re.escape(words)}"):
+        read(placed, window=window)
+
+
+@pytest.mark.parametrize("wanted", [[None, 1, 2], [float("nan"), 1, 2], [1.5, 2, 3], [[1], [2], [3]], True, 0, 4])
+def test_what_is_no_band_is_told_with_the_file_and_its_bands(placed, wanted):
+    with pytest.raises(ValueError, match=f"^{re.escape(placed)}: `bands` is one band or three, .* Its bands are 1 red, 2"):
+        read(placed, bands=wanted)
+
+
 def test_an_image_tells_where_it_lies_and_one_without_a_place_that_it_has_none(placed, tmp_path, processor):
     image = processor.open_image(placed)
     assert (image.height, image.width, image.filename) == (45, 70, placed)
@@ -535,6 +621,28 @@ def test_options_of_a_raster_reach_it_through_the_processor(placed, processor):
     np.testing.assert_array_equal(processor(processor.open_image(placed, **options)).pixel_values, expected)
     of_its_own = UHRBatImageProcessor(crop_size=28, scales=[28, 56, 112], patch_size=14, **options)
     np.testing.assert_array_equal(of_its_own(placed).pixel_values, expected)
+
+
+def test_options_that_there_are_not_are_refused_at_every_door(placed, processor):
+    for door in (processor, processor.open_image, processor.process_image, processor.fetch_images):
+        with pytest.raises(TypeError, match="unexpected keyword argument 'band'"):
+            door(placed, band=[3, 2, 1])
+
+
+def test_a_folder_that_is_a_raster_is_read_and_so_are_subdatasets_by_every_name(tmp_path, bands):
+    path = write_raster(tmp_path / "a.tif", bands)
+    copy(path, str(tmp_path / "a.zarr"), driver="Zarr")
+    np.testing.assert_array_equal(read(tmp_path / "a.zarr"), rgb_of(bands))
+    copy(path, str(tmp_path / "a.nc"), driver="netCDF")
+    with rasterio.open(tmp_path / "a.nc") as dataset:
+        names = dataset.subdatasets
+    for name in (names[1], names[1].replace("netcdf", "NETCDF")):
+        np.testing.assert_array_equal(read(name)[..., 0], bands[1])
+    with raises(
+        ValueError,
+        f"{tmp_path}/a.nc: it has no bands of its own, but subdatasets. Pass one of them: {', '.join(names)}.",
+    ):
+        read(tmp_path / "a.nc")
 
 
 def test_options_are_for_what_is_opened_here(placed, processor):
