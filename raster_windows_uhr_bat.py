@@ -206,8 +206,12 @@ def _outline(bounds, crs, to_crs, period):
     return x, y
 
 
+def _area(box):
+    return (box[2] - box[0]) * (box[3] - box[1])
+
+
 def _pixels_of(given, x, y, period, transform, size, name):
-    """(top, left, bottom, right) in pixels of what bounds, whose outline is given, hold of an image; None for nothing."""
+    """(top, left, bottom, right) in pixels of what bounds, whose outline is x and y, hold of an image; None for nothing."""
     height, width = size
     parts = []
     for turn in (range(-2, 3) if period else (0,)) if len(x) else ():
@@ -219,9 +223,9 @@ def _pixels_of(given, x, y, period, transform, size, name):
     if len(parts) > 1:
         top, left, bottom, right = zip(*parts)
         joined = min(top), min(left), max(bottom), max(right)
-        if (joined[2] - joined[0]) * (joined[3] - joined[1]) > sum((bottom - top) * (right - left) for top, left, bottom, right in parts):
+        if _area(joined) > sum(map(_area, parts)):
             raise ValueError(
-                f"{name}: the bounds {bounds} lie at both ends of the image, in {len(parts)} parts: "
+                f"{name}: the bounds {given} lie at both ends of the image, in {len(parts)} parts: "
                 f"{', '.join(map(str, parts))} in pixels (top, left, bottom, right). Pass one of them."
             )
         return joined
