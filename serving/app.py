@@ -66,8 +66,7 @@ class _Asked:
         """{"evidence": ...} if it was asked for."""
         if not self.request.evidence:
             return {}
-        scales = self.engine.front.model.config.scales
-        return {"evidence": await asyncio.to_thread(evidence_of, self.selection, self.images, scales)}
+        return {"evidence": await asyncio.to_thread(evidence_of, self.selection, self.images)}
 
     @property
     def usage(self) -> dict:
@@ -126,7 +125,7 @@ class Service:
                 source = await self.sources.read(url)
                 options = request.reader_options | {"max_image_pixels": self.max_image_pixels}
                 images.append(await engine.encode(source, **options))
-            selection = await engine.select(prompt, images, request.budgets)
+            selection = await engine.select(prompt, images, request.budgets, request.max_tiles)
         except MemoryError:
             raise Refusal("An image takes more memory than the server has.", 413, code="image_too_large") from None
         except (OSError, ValueError, ImportError) as error:

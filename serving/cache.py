@@ -9,12 +9,13 @@ from typing import Any
 
 import torch
 
-from ..outputs_uhr_bat import TokenMaps
+from ..outputs_uhr_bat import TileCache, TokenMaps
 
 
 def count_bytes(value: Any) -> int:
-    """Bytes of all tensors in dataclasses, lists, tuples and dictionaries, memory that several of them share once."""
-    storages, left = {}, [value]
+    """Bytes of all tensors in dataclasses, lists, tuples and dictionaries, memory that several of them share once; of what
+    is no tensor, those that it says it holds (`held_bytes`)."""
+    storages, held, left = {}, 0, [value]
     while left:
         one = left.pop()
         if isinstance(one, torch.Tensor):
@@ -25,9 +26,12 @@ def count_bytes(value: Any) -> int:
             left += one
         elif isinstance(one, TokenMaps):
             left += [one.values, one.positions]
+        elif isinstance(one, TileCache):
+            held += one.size
         elif is_dataclass(one):
+            held += getattr(one, "held_bytes", 0)
             left += [getattr(one, field.name) for field in fields(one)]
-    return sum(storages.values())
+    return held + sum(storages.values())
 
 
 class ContentCache:
@@ -68,7 +72,7 @@ class ContentCache:
             if key in self._values:
                 self._count(self.found, key)
                 value = self._values[key][0]
-                self._keep(key, value)  # what an encoded image carries grows with its questions
+                self._keep(key, value)
                 return value
             coming = self._coming.get(key)
             if coming is None:
@@ -90,6 +94,12 @@ class ContentCache:
             self._keep(key, value)
         made.set_result(value)
         return value
+
+    def grown(self, key: tuple):
+        """Counts a value anew, if it is kept: what an encoded image carries grows with its questions."""
+        with self._lock:
+            if key in self._values:
+                self._keep(key, self._values[key][0])
 
     def _count(self, counts, key):
         counts[key[0]] = counts.get(key[0], 0) + 1

@@ -29,7 +29,9 @@ NAME_LETTERS, SYSTEM_LETTERS = 1000, 20_000
 
 # Fields, and the words by which errors of reading and compressing name them.
 NAMED = {
-    "budgets": ("budget",),
+    "budgets": ("budget", "limit is memory", "would fit"),
+    "max_tiles": ("tiles",),
+    "native": ("native",),
     "bands": ("band",),
     "value_range": ("range of values",),
     "window": ("window", "bounds"),
@@ -41,6 +43,7 @@ Whole = Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
 Budget = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
 Name = Annotated[str, Field(max_length=NAME_LETTERS)]
+Limit = Annotated[str, Field(max_length=NAME_LETTERS)]  # "24GiB", "5s"
 System = Annotated[str, Field(max_length=SYSTEM_LETTERS)]
 Pair = Annotated[list[Number], Field(min_length=2, max_length=2, fail_fast=True)]
 
@@ -170,7 +173,9 @@ class ChatRequest(_Strict):
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
-    budgets: Count | Annotated[list[Budget], Field(max_length=MAX_SCALES, fail_fast=True)] | None = None
+    budgets: Count | Limit | Annotated[list[Budget], Field(max_length=MAX_SCALES, fail_fast=True)] | None = None
+    max_tiles: Count | None = None
+    native: bool | None = None
     bands: Annotated[list[Whole | Name], Field(max_length=3, fail_fast=True)] | None = None
     value_range: (
         Literal["dtype", "percentile"] | Pair | Annotated[list[Pair], Field(max_length=3, fail_fast=True)] | None
@@ -184,17 +189,21 @@ class ChatRequest(_Strict):
 
     @property
     def reader_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("bands", "value_range", "window")}
+        return {name: getattr(self, name) for name in ("bands", "value_range", "window", "max_tiles", "native")}
 
     def refusal(self, error: Exception) -> Refusal:
         """What reading and compressing raised, as a refusal that names the field that is meant: the one that the error names."""
         text = str(error)
         if "context window" in text:
             return Refusal(text, param="messages", code="context_length_exceeded")
-        for name, words in NAMED.items():
-            if f"`{name}" in text or getattr(self, name) is not None and any(word in text for word in words):
-                return Refusal(text, param=name, code="invalid_request")
-        return Refusal(text, param="messages", code="invalid_request")
+        named = [name for name in NAMED if f"`{name}" in text]
+        named.sort(key=lambda name: text.index(f"`{name}"))
+        named += [
+            name
+            for name, words in NAMED.items()
+            if getattr(self, name) is not None and any(word in text for word in words)
+        ]
+        return Refusal(text, param=(named or ["messages"])[0], code="invalid_request")
 
     def image_urls(self) -> list[str]:
         """In the order of the text.

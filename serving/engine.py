@@ -45,9 +45,9 @@ class Engine:
         """See `Front.encode`."""
         return await self._call(self.front.encode, source, **options)
 
-    async def select(self, prompt, images, budgets=None) -> Selection:
+    async def select(self, prompt, images, budgets=None, max_tiles=None) -> Selection:
         """See `Front.select`."""
-        return await self._call(self.front.select, prompt, images, budgets)
+        return await self._call(self.front.select, prompt, images, budgets, max_tiles)
 
     async def _call(self, function, *args, **kwargs):
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))

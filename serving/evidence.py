@@ -17,7 +17,7 @@ from .front import EncodedImage, Selection
 logger = logging.getLogger(__name__)
 
 
-def evidence_of(selection: Selection, images: list[EncodedImage], scales: list[int]) -> list[dict]:
+def evidence_of(selection: Selection, images: list[EncodedImage]) -> list[dict]:
     """For every image {"image_size": [height, width], "tokens": [...], "geojson": FeatureCollection or None,
     "geojson_error": why there is none of a georeferenced image, or None}.
 
@@ -26,11 +26,11 @@ def evidence_of(selection: Selection, images: list[EncodedImage], scales: list[i
     in pixels, one for each token of the image that went into it}. The GeoJSON is that of `uhr-bat evidence-map`: WGS 84,
     polygons in the order of the tokens. It never fails: by then the answer is there, and is worth more.
     """
-    return [_of_image(selection.compressed, image_idx, image, scales) for image_idx, image in enumerate(images)]
+    return [_of_image(selection.compressed, image_idx, image) for image_idx, image in enumerate(images)]
 
 
-def _of_image(compressed, image_idx, image, scales):
-    tokens = []
+def _of_image(compressed, image_idx, image):
+    scales, tokens = compressed.scales[image_idx], []
     for scale, slots, importance in zip(scales, compressed.slots[image_idx], compressed.importance[image_idx]):
         slots, scores = slots.numpy(), importance.double().numpy().ravel()
         positions = np.flatnonzero(slots >= 0)

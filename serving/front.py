@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch.utils import _pytree as pytree
 
 from ..geo import Georeference
-from ..outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures
+from ..outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
 from .cache import ContentCache
 from .digests import DIGESTS
 
@@ -62,12 +63,14 @@ class EncodedImage:
         features: in the CPU's memory, which holds many where a GPU's holds few.
         image_size: (height, width) in pixels of the image that the model saw.
         georeference: of that image.
+        held_bytes: of the image itself, where tiles of it are read when a question looks at them.
     """
 
     key: tuple
-    features: UHRBatImageFeatures
+    features: UHRBatImageFeatures | UHRBatPyramidFeatures
     image_size: tuple[int, int]
     georeference: Georeference
+    held_bytes: int = 0
 
 
 @dataclass(frozen=True)
@@ -96,58 +99,85 @@ class Front:
     def __init__(self, processor, model, model_key: str, cache: ContentCache, workers: int):
         self.processor, self.model, self.model_key, self.cache = processor, model, model_key, cache
         self._work = threading.BoundedSemaphore(workers)
+        processor.planner = model.planner()  # budgets may be limits
 
-    def encode(self, source: UnreadImage, **options) -> EncodedImage:
+    def encode(
+        self, source: UnreadImage, max_tiles: int | None = None, native: bool | None = None, **options
+    ) -> EncodedImage:
         """The encoded image, from the cache where the same file was read in the same way before.
 
         Args:
+            max_tiles, native: of the processor; how many tiles there may be is the question's affair (`select`).
             options: `bands`, `value_range`, `window`, `overviews`, `max_image_pixels`, as of `read_image`.
 
         Raises:
             What `read_image` raises.
         """
         options = {name: value for name, value in options.items() if value is not None}
-        key = ("image", self.model_key, source.digest, repr(sorted(options.items())))
-        return self.cache.get(key, lambda: self._compute(self._encode, key, source, options))
+        levels = "whole" if max_tiles is None else "native" if native else "scales"
+        if native and max_tiles is None:
+            raise ValueError("`native` levels are encoded where the question looks, so many tiles: give `max_tiles` too.")
+        key = ("image", self.model_key, source.digest, levels, repr(sorted(options.items())))
+        tiles = {} if max_tiles is None else {"max_tiles": max_tiles, "native": native}
+        return self.cache.get(key, lambda: self._compute(self._encode, key, source, options, tiles))
 
     def _compute(self, step, *args):
         with self._work, torch.inference_mode():
             return step(*args)
 
-    def _encode(self, key, source, options):
+    def _encode(self, key, source, options, tiles):
         image = self.processor.image_processor.process_image(source.content, **options)
         limit = {"max_image_pixels": options["max_image_pixels"]} if "max_image_pixels" in options else {}
-        inputs = self.processor.image_processor(image, **limit, return_tensors="pt").to(self.model.device)
+        inputs = self.processor.image_processor(image, **limit, **tiles, return_tensors="pt").to(self.model.device)
         (features,) = self.model.encode_image(**inputs)
         place = Georeference(getattr(image, "transform", None), getattr(image, "crs", None))
-        return EncodedImage(key, self._to(features, "cpu"), (image.height, image.width), place)
+        held = 0
+        if tiles and isinstance(image, Image.Image):
+            held = image.height * image.width * 3
+        elif tiles and isinstance(source.content, bytes):
+            held = len(source.content)
+        return EncodedImage(key, self._to(features, "cpu"), (image.height, image.width), place, held)
 
-    def select(self, prompt: str, images: list[EncodedImage], budgets: list[int] | int | None = None) -> Selection:
+    def select(
+        self,
+        prompt: str,
+        images: list[EncodedImage],
+        budgets: list[int] | int | str | None = None,
+        max_tiles: int | None = None,
+    ) -> Selection:
         """The question's visual tokens in its prompt, from the cache where the same was asked of the same images.
 
         Args:
             prompt: text with one placeholder per image (`prompt_text`).
             images: in the order of the text; none for text alone.
-            budgets: int[S] or one number; None for those of the model.
+            budgets: int[S] or one number, or a limit as "24GiB" or "5s"; None for those of the model.
+            max_tiles: that the images share, which were encoded with some.
 
         Raises:
             ValueError: counts or budgets that do not fit, or a prompt over the context window.
         """
-        key = ("selection", self.model_key, prompt, repr(budgets), *(image.key for image in images))
-        return self.cache.get(key, lambda: self._compute(self._select, prompt, images, budgets))
+        key = ("selection", self.model_key, prompt, repr(budgets), max_tiles, *(image.key for image in images))
+        selection = self.cache.get(key, lambda: self._compute(self._select, prompt, images, budgets, max_tiles))
+        for image in images:
+            self.cache.grown(image.key)
+        return selection
 
-    def _select(self, prompt, images, budgets):
+    def _select(self, prompt, images, budgets, max_tiles):
+        if isinstance(budgets, str) and max_tiles is not None:
+            raise ValueError(
+                f"`budgets={budgets!r}` is a limit of images whose tiles are all encoded: with `max_tiles` give a number."
+            )
         device = self.model.device
         features = [self._to(image.features, device) for image in images]
         # Without images there is nothing to spend a budget on.
-        options = {"image_features": features, "budgets": budgets} if images else {}
+        options = {"image_features": features, "budgets": budgets, "max_tiles": max_tiles} if images else {}
         inputs = self.processor(text=prompt, **options, return_tensors="pt").to(device)
         embeds = self.model.get_input_embeddings()(inputs["input_ids"])
         if not images:
             return Selection(embeds[0].cpu(), None)
         compressed = self.model.compress(**inputs)
         for image, seen in zip(images, features):  # regions that were computed on another device
-            for name, regions in seen.partitions.items():
+            for name, regions in getattr(seen, "partitions", {}).items():
                 image.features.partitions.setdefault(name, regions.cpu())
         visual_tokens = torch.cat(compressed.pooler_output).to(embeds)
         mask = self.model.model.get_placeholder_mask(
@@ -159,12 +189,16 @@ class Front:
             regions=_to_cpu(compressed.regions),
             slots=_to_cpu(compressed.slots),
             images_per_prompt=compressed.images_per_prompt,
+            scales=compressed.scales,
         )
         return Selection(embeds[0].cpu(), kept)
 
     @staticmethod
     def _to(features, device):
-        """The same features where they are there already: what they learn of their regions is kept with them."""
+        """The same features where they are there already: what they learn of their regions is kept with them. What keeps its
+        tiles stays where they are encoded."""
+        if isinstance(features, UHRBatPyramidFeatures):
+            return features
         here = features.anchor_tokens.device.type == torch.device(device).type
         return features if here else features.to(device)
 

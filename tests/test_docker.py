@@ -102,7 +102,7 @@ def test_the_command_is_the_servers_and_its_health_is_asked_where_it_listens():
     options = server.parser().parse_args(rest)
     assert (exec_form(texts("ENTRYPOINT")[0]), verb, options.host) == (["uhr-bat"], "serve", "0.0.0.0")
     port, path = asked(exec_form(texts("HEALTHCHECK")[0]))
-    assert port == options.port and f'@app.get("{path}")' in (ROOT / "serving/app.py").read_text()
+    assert port == options.port and f'@app.api_route("{path}"' in (ROOT / "serving/app.py").read_text()
     assert texts("EXPOSE") == [f"{options.port} {demo.PORT}"]
 
 

@@ -88,6 +88,35 @@ def test_budgets_and_how_the_image_is_read_are_fields_of_a_request(client, loade
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, length)
 
 
+LARGE = picture(5, size=(600, 450))
+CLOSER = {
+    "fewer tiles": {"max_tiles": 20},
+    "down to its own pixels": {"max_tiles": 40, "native": True, "budgets": 60},
+    "as many tokens as memory allows": {"budgets": "24GiB"},
+}
+
+
+@pytest.mark.parametrize("case", CLOSER)
+def test_a_request_looks_closer_as_the_processor_does(client, loaded, case):
+    fields, (processor, model) = CLOSER[case], loaded
+    image = LARGE if "max_tiles" in fields else picture()
+    answer = ask(client, image, extra_body=fields | {"evidence": True})
+    processor.planner = model.planner()
+    text, length = expected(loaded, image, **fields)
+    assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, length)
+    scales = {token["scale"] for token in answer.evidence[0]["tokens"]}
+    assert (max(scales) > max(model.config.scales)) == ("native" in fields)
+
+
+def test_what_was_looked_at_is_kept_for_the_next_question_with_any_number_of_tiles(client, loaded, address):
+    image = picture(6, size=(600, 450))
+    made = metric(address, 'uhr_bat_made_total{kind="image"}')
+    for max_tiles in (20, 40):
+        answer = ask(client, image, picture(), extra_body={"max_tiles": max_tiles, "native": True})
+        assert answer.choices[0].message.content == expected(loaded, image, picture(), max_tiles=max_tiles, native=True)[0]
+    assert metric(address, 'uhr_bat_made_total{kind="image"}') == made + 2
+
+
 def png(image):
     file = io.BytesIO()
     image.save(file, "PNG")
@@ -198,11 +227,18 @@ WRONG = {
     "a part of another kind": ({"messages": [{"role": "user", "content": ["a"]}]}, "messages.0.content.0", None),
     "a role": ({"messages": [{"role": "tool", "content": "a"}]}, "messages.0.role", None),
     "five words that stop": ({"stop": list("abcde")}, "stop", None),
-    "budgets that are text": ({"budgets": "many"}, "budgets", None),
+    "budgets that are an object": ({"budgets": {"a": 1}}, "budgets", None),
     "a range without an end": ({"value_range": [0, "x"]}, "value_range.1", None),
     "a penalty": ({"frequency_penalty": 0.5}, "frequency_penalty", None),
     "a tool": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", None),
     "budgets of other scales": ({"budgets": [1, 2]}, "budgets", "invalid_request"),
+    "a limit of nothing": ({"budgets": "many"}, "budgets", "invalid_request"),
+    "a limit that is too low": ({"budgets": "1MiB"}, "budgets", "invalid_request"),
+    "a limit with tiles": ({"budgets": "5s", "max_tiles": 50}, "budgets", "invalid_request"),
+    "fewer tiles than the anchor has": ({"max_tiles": 1}, "max_tiles", "invalid_request"),
+    "native without tiles": ({"native": True}, "native", "invalid_request"),
+    "budgets of scales that are not these": ({"budgets": [1, 2, 3, 4], "max_tiles": 50, "native": True}, "budgets",
+                                             "invalid_request"),
     "a band that is not there": ({"bands": [9]}, "bands", "invalid_request"),
     "a window elsewhere": ({"window": [0, 0, 900, 900]}, "window", "invalid_request"),
     "a range from high to low": ({"value_range": [9, 1]}, "value_range", "invalid_request"),
