@@ -1,7 +1,10 @@
-"""One way to load a model folder, and one to save it."""
+"""One way to load a model folder or an adapter's, and one to save it."""
 
+import json
+import warnings
 from pathlib import Path
 
+from .extras import require
 from .images import is_file_name
 
 ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
@@ -18,19 +21,122 @@ def model_name(folder) -> str:
     return "UHR-BAT-Tiny" if folder.resolve() == ROOT else folder.resolve().name
 
 
+def base_of(folder) -> str | None:
+    """The model that an adapter of peft was trained on; None for a model folder, or a name that is no folder's.
+
+    The adapter names it as a path, from here or from its own folder, or as a repository, which may be in the Hub's cache.
+
+    Raises:
+        FileNotFoundError: it is nowhere.
+        ValueError: the adapter names none, or one that is an adapter itself.
+    """
+    path = Path(folder) / "adapter_config.json"
+    if not path.is_file() or any(Path(folder).glob("model*.safetensors")):
+        if not (Path(folder) / "config.json").exists() and (parts := sorted(Path(folder).glob("*/adapter_config.json"))):
+            raise ValueError(f"{folder}: holds several adapters. Name one: {', '.join(str(one.parent) for one in parts)}.")
+        return None
+    try:
+        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{path}: not a JSON object ({error}).") from None
+    if not name or not isinstance(name, str):
+        raise ValueError(f"{path}: names no base model. Write its folder or repository there, as `base_model_name_or_path`.")
+    for place in (Path(name), Path(folder) / name):
+        if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
+            raise ValueError(f"{folder}: is an adapter of the adapter {place}. Merge that into its model first.")
+        if (place / "config.json").is_file():
+            return str(place)
+    try:
+        from transformers.utils import cached_file
+
+        cached_file(name, "config.json")
+    except (OSError, ValueError) as error:
+        raise FileNotFoundError(
+            f"{folder}: an adapter of {name!r}, which is no model folder (from here or from the adapter) and no repository that "
+            f"could be fetched. Write where the model is into {path}, as `base_model_name_or_path`."
+        ) from error
+    return name
+
+
+def load_config(folder=ROOT, **changes):
+    """Configuration of a model folder, or of an adapter's model. `changes`: other values of its fields."""
+    from ..configuration_uhr_bat import UHRBatConfig
+
+    return UHRBatConfig.from_pretrained(base_of(folder) or folder, **changes)
+
+
+def load_processor(folder=ROOT, **settings):
+    """Processor of a model folder, or the one beside an adapter; an adapter that has none has its model's."""
+    from ..processing_uhr_bat import UHRBatProcessor
+
+    base = base_of(folder)
+    if base is None:
+        return UHRBatProcessor.from_pretrained(folder, **settings)
+    # The configuration is the model's, and says which class the tokenizer is of.
+    beside = (Path(folder) / "tokenizer_config.json").is_file() and (Path(folder) / "processor_config.json").is_file()
+    return UHRBatProcessor.from_pretrained(folder if beside else base, config=load_config(folder), **settings)
+
+
+def attach_adapter(model, folder, name="default", **options):
+    """A peft model: `model` with the adapter of a folder, live, nothing merged.
+
+    Args:
+        model: the adapter's base; a peft model gets one more.
+        name: of the adapter in the model.
+        options: of `PeftModel.from_pretrained`, as `is_trainable=True`.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: the adapter lacks a part, or does not fit the model.
+    """
+    require("train", "peft")
+    from peft import PeftModel
+
+    try:
+        with warnings.catch_warnings():
+            # A part that the adapter lacks would be as if it were not trained.
+            warnings.filterwarnings("error", message="Found missing adapter keys")
+            if isinstance(model, PeftModel):
+                model.load_adapter(str(folder), name, **options)
+                return model
+            return PeftModel.from_pretrained(model, str(folder), name, **options)
+    except Exception as error:  # of a wrong adapter peft raises whatever it likes
+        raise ValueError(f"{folder}: the adapter does not fit ({type(error).__name__}: {error}).") from error
+
+
 def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config=None, **changes):
     """Processor and model of a folder, of the classes of this package.
 
     Args:
-        folder: model folder; UHR-BAT-Tiny where none is given.
+        folder: model folder, UHR-BAT-Tiny where none is given; or the folder of a LoRA adapter: the model that it was
+            trained on is loaded with it, and nothing is merged, so that weights of 4 or 8 bits take one too.
         dtype: torch.dtype of the weights; "auto" takes that of the folder.
         device_map: as in transformers; "auto" is the GPU where there is one, None the CPU.
         quantization_config: as in transformers; None for weights as they are.
         changes: other values for fields of the configuration, as `selector`.
+
+    Raises:
+        FileNotFoundError, ValueError: an adapter whose model is nowhere, or that does not fit it.
+        ImportError: an adapter, but peft is missing.
     """
+    base = base_of(folder)
+    if base is None:
+        return _load(folder, load_processor(folder), dtype, device_map, quantization_config, changes)
+    require("train", "peft")
+    processor = load_processor(folder)
+    changes = {"budgets": processor.default_budgets} | changes
+    _, model = _load(base, processor, dtype, device_map, quantization_config, changes)
+    adapted = attach_adapter(model, folder)
+    # The model itself, so that all that calls one finds its methods; what it saves is the adapter.
+    model = adapted.get_base_model()
+    model.save_pretrained, model.push_to_hub = adapted.save_pretrained, adapted.push_to_hub
+    return processor, model
+
+
+def _load(folder, processor, dtype, device_map, quantization_config, changes):
+    """Processor and model, whose code is carried along when they are saved."""
     import torch
 
-    from ..configuration_uhr_bat import UHRBatConfig
     from ..image_processing_uhr_bat import UHRBatImageProcessor
     from ..modeling_uhr_bat import UHRBatForConditionalGeneration
     from ..processing_uhr_bat import UHRBatProcessor
@@ -42,11 +148,10 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config
 
     if device_map == "auto" and not torch.cuda.is_available():
         device_map = None
-    config = UHRBatConfig.from_pretrained(folder, **changes)
-    processor = UHRBatProcessor.from_pretrained(folder)
     model = UHRBatForConditionalGeneration.from_pretrained(
-        folder, config=config, dtype=dtype, device_map=device_map, quantization_config=quantization_config
-    )
+        folder, config=load_config(folder, **changes), dtype=dtype, device_map=device_map,
+        quantization_config=quantization_config,
+    )  # fmt: skip
     return processor, model
 
 
@@ -60,5 +165,5 @@ def check_files(image_path, folder):
     """Raises `FileNotFoundError` at the door: loading the model first would take its time. `image_path` may be None."""
     if image_path is not None and is_file_name(image_path) and not Path(image_path).exists():
         raise FileNotFoundError(f"{image_path}: there is no such image file.")
-    if not (folder / "config.json").is_file():
+    if base_of(folder) is None and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"{folder}: this is no model folder, there is no config.json in it.")

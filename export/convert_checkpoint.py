@@ -14,9 +14,9 @@ import os
 import runpy
 import shutil
 import sys
-import warnings
+import tempfile
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 if not __package__:  # run as a file: run again, as the module of a package that it is
@@ -28,16 +28,17 @@ import torch
 from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm import tqdm
-from uhr_bat.common.extras import require
 from uhr_bat.common.files import whole_folder, write_json
 from uhr_bat.common.budgets import budgets as read_budgets
+from uhr_bat.common.loading import base_of
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 
 from . import model_folder, released_layout
 from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
+from .merging import MergedModel
 from .model_card import read_provenance, write_model_card
 from .model_folder import meta_model
-from .start_model import read_start
+from .start_model import GrownTables, read_start
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What weights may be, and integers of the same size, in which numbers that are not finite are comparable too.
@@ -47,6 +48,11 @@ BITS = {
     torch.float32: torch.int32,
     torch.float64: torch.int64,
 }
+# What to do where a start holds parts that the model has not.
+START_HINT = (
+    "A start is a CLIP or SigLIP tower, a projector of two linear layers and a decoder of Qwen or Llama. A resampler, Q-Former or "
+    "other part between them has no place here: start from a model without it, or take tensors that nothing reads out of the file."
+)
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
@@ -111,7 +117,7 @@ def read_config(folder: Path, tensors: dict[str, TensorInfo], vision_heads: int 
     )
 
 
-def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None) -> list[Entry]:
+def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None, hint="") -> list[Entry]:
     """One entry per tensor of the checkpoint, in the order of its files.
 
     Args:
@@ -119,6 +125,7 @@ def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None) 
         config: what they must fit, names and shapes.
         rename: name in the checkpoint -> name in the output, None for what is left out, `KeyError` if it is unknown.
         dtype: torch.dtype of the output; None leaves every tensor as it is.
+        hint: what to say where tensors are unknown.
 
     Raises:
         CheckpointError: all at once, tensors that are unknown, missing or of a wrong shape, and copies that differ.
@@ -127,7 +134,7 @@ def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None) 
     expected = {name: tuple(tensor.shape) for name, tensor in weights.items()}
     if config.tie_word_embeddings:
         del expected[HEAD]
-    plan, problems, taken = [], [], {}
+    plan, problems, taken, unknown = [], [], {}, ""
     for source, info in checkpoint.tensors.items():
         try:
             name = rename(source)
@@ -140,6 +147,7 @@ def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None) 
             name = EMBEDDINGS
         if name not in expected:
             problems.append(f"{info.path}: tensor {source!r} is unknown.")
+            unknown = hint and f"\n{hint}"
         elif info.shape != expected[name]:
             problems.append(
                 f"{info.path}: tensor {source!r} has the shape {list(info.shape)}, the configuration asks for "
@@ -163,7 +171,7 @@ def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None) 
     problems += [f"missing: {name!r}" for name in expected if name not in taken]
     if problems:
         raise CheckpointError(
-            f"The checkpoint does not fit its configuration, in {len(problems)} points:" + _lines(problems)
+            f"The checkpoint does not fit its configuration, in {len(problems)} points:" + _lines(problems) + unknown
         )
     return plan
 
@@ -172,48 +180,6 @@ def nest_tower(name: str) -> str:
     """The name of a tensor of this project's own layout: some checkpoints hold the vision tower one level higher."""
     nested, flat = "model.vision_tower.vision_model.", "model.vision_tower."
     return name.replace(flat, nested, 1) if name.startswith(flat) and not name.startswith(nested) else name
-
-
-def print_plan(plan: list[Entry]):
-    """The table: what each tensor is, what becomes of it, its name before and after."""
-    rows = [("action", "dtype", "shape", "name in the checkpoint", "name here")]
-    for entry in plan:
-        dtype, shape = _word(entry.info.dtype), str(list(entry.info.shape))
-        rows.append((entry.action, dtype, shape, entry.source, entry.name or "-"))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip())
-
-
-class MergedModel:
-    """The checkpoint with a LoRA adapter of peft merged into it: read like a [`Checkpoint`], but all in memory."""
-
-    def __init__(self, checkpoint: Checkpoint, config: UHRBatConfig, plan: list[Entry], adapter: Path):
-        try:
-            require("train", "peft")
-        except ImportError as error:
-            raise CheckpointError(f"--merge-adapter: {error}") from error
-        from peft import PeftModel
-
-        model = meta_model(config)
-        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
-        weights = {entry.name: read_tensor(checkpoint, entry) for entry in plan}
-        model.load_state_dict(weights, strict=False, assign=True)
-        model.tie_weights()
-        try:
-            with warnings.catch_warnings():
-                # A part that the adapter lacks would be merged as zero.
-                warnings.filterwarnings("error", message="Found missing adapter keys")
-                model = PeftModel.from_pretrained(model, adapter, torch_device="cpu")
-                model = model.merge_and_unload(safe_merge=True)
-        except Exception as error:  # of a wrong adapter peft raises whatever it likes
-            raise CheckpointError(f"{adapter}: cannot be merged ({type(error).__name__}: {error}).") from error
-        self.weights = model.state_dict()
-        if {name: tensor.shape for name, tensor in self.weights.items()} != shapes:
-            raise CheckpointError(f"{adapter}: after merging, names or shapes are no longer those of the model.")
-
-    def read(self, name: str) -> torch.Tensor:
-        return self.weights[name]
 
 
 # The output
@@ -267,12 +233,146 @@ def check_weights(output: Path, source, plan: list[Entry]):
             bar.update(found.nbytes)
 
 
+@dataclass
+class Plan:
+    """What a checkpoint becomes. All that can be refused was, and nothing of the output is written yet.
+
+    `print(plan)` is the table of its tensors; `plan.write(output)` makes the model folder.
+
+    Attributes:
+        source: the checkpoint's tensors, as they are read.
+        entries: what becomes of each.
+        config: the configuration of the output.
+        notes: what to know about it, a line or more each.
+        files: tokenizer, processors and chat template of the output.
+        card: arguments of `write_model_card`.
+        adapters: folders of what is merged into the weights.
+    """
+
+    source: Checkpoint
+    entries: list[Entry]
+    config: UHRBatConfig
+    notes: list[str]
+    files: tempfile.TemporaryDirectory
+    card: dict
+    adapters: list[Path] = field(default_factory=list)
+
+    @classmethod
+    def of(
+        cls, checkpoint, *, is_start=False, adapters=(), dtype="auto", license=None, base_model=None, vision_heads=None, **new
+    ) -> "Plan":
+        """Reads headers and small files alone.
+
+        Args:
+            checkpoint: folder or repository.
+            is_start: whether it is a model of the LLaVA family, that becomes an untrained one of ours.
+            adapters: folders of adapters to merge.
+            dtype, license, base_model, vision_heads: as on the command line.
+            new: more arguments of `read_start`.
+
+        Raises:
+            CheckpointError: whatever is wrong with the checkpoint.
+        """
+        folder, hint = locate(checkpoint), ""
+        source = Checkpoint(folder)
+        if is_start:
+            config, notes, source, rename, is_released = read_start(folder, source, vision_heads=vision_heads, **new)
+            hint = START_HINT
+        else:
+            config, notes, is_released = read_config(folder, source.tensors, vision_heads)
+            rename = released_layout.rename if is_released else nest_tower
+        if is_start and is_released and (rows := model_folder.rows_for_image_token(folder, config)) > config.text_config.vocab_size:
+            notes.append(f"new, for <image>: embeddings and head have {rows} rows, the last ones the mean of the others")
+            source, config.text_config.vocab_size = GrownTables(source, rows), rows
+        entries = make_plan(source, config, rename, DTYPES[dtype], hint)
+        kept = [entry for entry in entries if entry.name]
+        numbers = Counter()
+        for entry in kept:
+            numbers[entry.dtype] += entry.num_parameters
+        config.dtype = _word(numbers.most_common(1)[0][0])
+        untrained = [
+            entry.source
+            for entry in kept
+            if ".scale_embedding.tables." in entry.name and released_layout.looks_untrained(source.read(entry.source))
+        ]
+        stated_license, base_models = read_provenance(folder, config)
+        license = license or stated_license
+        if base_model or not Path(checkpoint).is_dir():
+            base_models = [base_model or str(checkpoint)]
+        if dropped := [entry.source for entry in entries if entry.action == "drop"]:
+            notes.append("dropped, nothing here uses it:" + _lines(dropped))
+        if untrained:
+            notes.append("never trained, still noise of deviation 1/sqrt(width):" + _lines(untrained))
+        notes.append(f"model card: licence {license}, base model {', '.join(base_models) or 'unknown'}")
+        plan = cls(source, entries, config, notes, tempfile.TemporaryDirectory(), {}, list(adapters))
+        notes.append(
+            f"weights: {len(kept)} tensors, {numbers.total():,} parameters, {plan.num_bytes:,} bytes, {config.dtype}"
+        )
+        # A Trainer that was given the processor saves it beside the adapter.
+        beside = [adapter for adapter in plan.adapters if (adapter / "tokenizer_config.json").is_file()]
+        files = Path(plan.files.name)
+        has_tokenizer = model_folder.write_processing(files, beside[-1] if beside else folder, config, is_released)
+        config.budgets = read_json(files / "processor_config.json")["default_budgets"]
+        plan.card = {
+            "origin": _origin(folder, is_start, is_released) + " and LoRA" * bool(adapters),
+            "num_parameters": numbers.total(),
+            "license": license,
+            "base_models": base_models,
+            "limits": ["The scale tables of this checkpoint are noise: they were never trained."] * bool(untrained)
+            + ["**This model is a start: nothing in it was trained to read an image at several scales.**"] * is_start,
+            "has_tokenizer": has_tokenizer,
+        }
+        return plan
+
+    @property
+    def num_bytes(self) -> int:
+        """Of the weights of the output."""
+        return sum(entry.dtype.itemsize * entry.num_parameters for entry in self.entries if entry.name)
+
+    def __str__(self) -> str:
+        """The table: what each tensor is, what becomes of it, its name before and after."""
+        rows = [("action", "dtype", "shape", "name in the checkpoint", "name here")]
+        for entry in self.entries:
+            dtype, shape = _word(entry.info.dtype), str(list(entry.info.shape))
+            rows.append((entry.action, dtype, shape, entry.source, entry.name or "-"))
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        return "\n".join("  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in rows)
+
+    def write(self, output: Path, max_shard_size: str = "5GB", repository: str | None = None):
+        """The model folder, whole or not at all. `repository`: its name on the Hub, for the card.
+
+        Raises:
+            CheckpointError: no room, an adapter that cannot be merged, or a tensor that was not written as it is.
+        """
+        check_room(output, self.num_bytes)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        # config.json comes last: a folder that a killed run leaves does not load.
+        with whole_folder(output) as building:
+            weights, kept = self.source, [entry for entry in self.entries if entry.name]
+            if self.adapters:
+                weights = MergedModel(weights, self.config, kept, self.adapters)
+                kept = [Entry(name, info, name, info.dtype, "merge") for name, info in weights.tensors.items()]
+            write_weights(building, weights, kept, max_shard_size)
+            check_weights(building, weights, kept)
+            shutil.copytree(self.files.name, building, dirs_exist_ok=True)
+            write_model_card(building / "README.md", self.config, repository=repository, **self.card)
+            model_folder.write_code(building)
+            model_folder.write_config(building, self.config)
+
+
+def check_room(output: Path, num_bytes: int):
+    """Raises `CheckpointError` if the disk of a folder that is yet to be made has no room for so many bytes."""
+    place = next(folder for folder in output.parents if folder.is_dir())
+    if (free := shutil.disk_usage(place).free) < num_bytes:
+        raise CheckpointError(f"{output.parent}: {free:,} bytes are free, but the weights need {num_bytes:,}.")
+
+
 def convert(
     checkpoint: str | None = None,
     output: str | Path = "",
     max_shard_size: str = "5GB",
     dtype: str = "auto",
-    merge_adapter: str | bool | None = None,
+    merge_adapter: str | list[str] | bool | None = None,
     vision_heads: int | None = None,
     push_to_hub: str | None = None,
     license: str | None = None,
@@ -283,7 +383,7 @@ def convert(
     scales: list[int] | None = None,
     budgets: list[int] | int | None = None,
 ) -> Path:
-    """Builds the model folder `output`. The arguments are those of the command line.
+    """Builds the model folder `output`: a [`Plan`], and the end of it. The arguments are those of the command line.
 
     Raises:
         CheckpointError: whatever is wrong with the checkpoint or the output. Then there is no output.
@@ -291,96 +391,50 @@ def convert(
     output = Path(os.path.abspath(output))
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise CheckpointError(f"{output}: is there and not an empty folder. Nothing is overwritten.")
-    if start and merge_adapter:
+    if start and merge_adapter not in (None, False):
         raise CheckpointError("--merge-adapter is for --checkpoint: merge an adapter of a start model into it first.")
     if not start and (vision_tower or scales or budgets):
         raise CheckpointError("--vision-tower, --scales and --budgets are for --start: a checkpoint states its own.")
-    adapter, checkpoint = None, start or checkpoint
-    if merge_adapter:
-        adapter = locate(checkpoint if merge_adapter is True else merge_adapter)
-        settings = read_json(adapter / "adapter_config.json")
-        if merge_adapter is True:
-            checkpoint = settings.get("base_model_name_or_path")
-            if not isinstance(checkpoint, str):
-                raise CheckpointError(f"{adapter}: names no base model. Give that as --checkpoint.")
-    folder = locate(checkpoint)
-
-    source = Checkpoint(folder)
-    if start:
-        config, notes, source, rename, is_released = read_start(
-            folder, source, scales, budgets, vision_tower, vision_heads
-        )
-    else:
-        config, notes, is_released = read_config(folder, source.tensors, vision_heads)
-        rename = released_layout.rename if is_released else nest_tower
-    plan = make_plan(source, config, rename, DTYPES[dtype])
-    kept = [entry for entry in plan if entry.name]
-    numbers = Counter()
-    for entry in kept:
-        numbers[entry.dtype] += entry.num_parameters
-    config.dtype = _word(numbers.most_common(1)[0][0])
-    num_bytes = sum(number * dtype.itemsize for dtype, number in numbers.items())
-    untrained = [
-        entry.source
-        for entry in kept
-        if ".scale_embedding.tables." in entry.name and released_layout.looks_untrained(source.read(entry.source))
-    ]
-    stated_license, base_models = read_provenance(folder, config)
-    license = license or stated_license
-    if base_model or not Path(checkpoint).is_dir():
-        base_models = [base_model or str(checkpoint)]
-    if dropped := [entry.source for entry in plan if entry.action == "drop"]:
-        notes.append("dropped, nothing here uses it:" + _lines(dropped))
-    if untrained:
-        notes.append("never trained, still noise of deviation 1/sqrt(width):" + _lines(untrained))
-    notes.append(f"model card: licence {license}, base model {', '.join(base_models) or 'unknown'}")
-    notes.append(f"weights: {len(kept)} tensors, {numbers.total():,} parameters, {num_bytes:,} bytes, {config.dtype}")
+    new = {"scales": scales, "budgets": budgets, "vision_tower": vision_tower} if start else {}
+    checkpoint, adapters = find_adapters(start or checkpoint, merge_adapter)
+    plan = Plan.of(
+        checkpoint, is_start=bool(start), adapters=adapters, dtype=dtype, license=license, base_model=base_model,
+        vision_heads=vision_heads, **new,
+    )  # fmt: skip
     if dry_run:
-        print_plan(plan)
-    print(*notes, sep="\n")
+        print(plan)
+    print(*plan.notes, sep="\n")
     if dry_run:
         print("dry run: nothing was written")
         return output
-
-    output.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(output.parent).free
-    if free < num_bytes:
-        raise CheckpointError(f"{output.parent}: {free:,} bytes are free, but the weights need {num_bytes:,}.")
-    # config.json comes last: a folder that a killed run leaves does not load.
-    with whole_folder(output) as building:
-        weights = source
-        if adapter:
-            weights = MergedModel(source, config, kept, adapter)
-            kept = [Entry(entry.name, entry.info, entry.name, entry.dtype, "merge") for entry in kept]
-        write_weights(building, weights, kept, max_shard_size)
-        check_weights(building, weights, kept)
-        # A Trainer that was given the processor saves it beside the adapter.
-        files = adapter if adapter and (adapter / "tokenizer_config.json").is_file() else folder
-        has_tokenizer = model_folder.write_processing(building, files, config, is_released)
-        write_model_card(
-            building / "README.md",
-            config,
-            origin=_origin(folder, start, is_released) + " and LoRA" * bool(adapter),
-            repository=push_to_hub,
-            num_parameters=numbers.total(),
-            license=license,
-            base_models=base_models,
-            limits=["The scale tables of this checkpoint are noise: they were never trained."] * bool(untrained)
-            + ["**This model is a start: nothing in it was trained to read an image at several scales.**"]
-            * bool(start),
-            has_tokenizer=has_tokenizer,
-        )
-        model_folder.write_code(building)
-        model_folder.write_config(building, config)
+    plan.write(output, max_shard_size, push_to_hub)
     print(f"{output}: complete. Every tensor was read back and is equal.")
     if push_to_hub:
         push(output, push_to_hub)
     return output
 
 
-def _origin(folder, start, is_released):
+def find_adapters(checkpoint, merge_adapter) -> tuple[str | Path, list[Path]]:
+    """The base model and the folders of the adapters to merge into it; `merge_adapter` is as on the command line."""
+    if merge_adapter in (None, False):
+        return checkpoint, []
+    if merge_adapter is True or merge_adapter == []:
+        adapter = locate(checkpoint)
+        read_json(adapter / "adapter_config.json")
+        try:
+            base = base_of(adapter)
+        except (OSError, ValueError) as error:
+            raise CheckpointError(f"{error} Or give the model as --checkpoint, and the adapter behind --merge-adapter.") from error
+        return base, [adapter]
+    adapters = [locate(one) for one in ([merge_adapter] if isinstance(merge_adapter, (str, Path)) else merge_adapter)]
+    for adapter in adapters:
+        read_json(adapter / "adapter_config.json")
+    return checkpoint, adapters
+
+
+def _origin(folder, is_start, is_released):
     """What the weights were before, in words."""
-    if start:
+    if is_start:
         return (
             f"{'the layout of LongVA' if is_released else read_json(folder / 'config.json')['model_type']}, as a start"
         )
@@ -428,9 +482,8 @@ def main(arguments=None):
     add(
         "--merge-adapter",
         metavar="DIR",
-        nargs="?",
-        const=True,
-        help="LoRA adapter to merge into the checkpoint, which is in memory as a whole then; without DIR, --checkpoint "
+        nargs="*",
+        help="LoRA adapters to merge into the checkpoint, which is in memory as a whole then; without DIR, --checkpoint "
         "is the adapter and names its base model",
     )
     add("--vision-heads", type=int, help="attention heads of the vision tower, which the released layout lacks")

@@ -6,6 +6,7 @@ and the names of the weights in it.
 
 import argparse
 import shutil
+import tempfile
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from .checkpoint_files import CheckpointError, read_json
 
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = "chat_template.jinja"
+SENTENCEPIECE = "tokenizer.model"
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -29,7 +31,10 @@ TOKENIZER_FILES = (
     "merges.txt",
     "added_tokens.json",
     "special_tokens_map.json",
+    SENTENCEPIECE,
 )
+# A table gets rows so many at a time: multiples of it are fast.
+ROWS_TOGETHER = 64
 # Where transformers read a tokenizer, code that a checkpoint names, and a template, which is a file of its own here.
 LEFT_OUT = ("name_or_path", "is_local", "local_files_only", "auto_map", "chat_template")
 # A `model_max_length` from here on says that nobody set one.
@@ -104,12 +109,9 @@ def write_tokenizer(output: Path, source: Path, config: UHRBatConfig, image_toke
     Raises:
         CheckpointError: files that are no tokenizer, or an id of "<image>" that the model does not have.
     """
-    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
-    if not {"tokenizer.json", "vocab.json"} & set(names):
+    tokenizer = _copy_tokenizer(output, source)
+    if tokenizer is None:
         return None
-    for name in names:
-        shutil.copyfile(source / name, output / name)
-    tokenizer = _load_tokenizer(output, source)
     if IMAGE_TOKEN not in tokenizer.get_vocab():
         tokenizer.add_tokens([AddedToken(IMAGE_TOKEN, special=True, normalized=False)], special_tokens=True)
         tokenizer.save_pretrained(output)
@@ -119,6 +121,14 @@ def write_tokenizer(output: Path, source: Path, config: UHRBatConfig, image_toke
     if not isinstance(stated, (int, float)) or stated >= UNBOUNDED:
         stated = config.text_config.max_position_embeddings
     settings = {key: value for key, value in settings.items() if key not in LEFT_OUT}
+    if tokenizer.pad_token is None:
+        if tokenizer.eos_token is None:
+            raise CheckpointError(
+                f"{source}: the tokenizer has neither a padding token, which batches need, nor an end token, that could be "
+                "one. Name one in tokenizer_config.json, as `pad_token`."
+            )
+        settings["pad_token"] = tokenizer.eos_token
+        print(f"tokenizer: no padding token, so its end token {tokenizer.eos_token!r} is it")
     settings |= {
         "processor_class": "UHRBatProcessor",
         "image_token": IMAGE_TOKEN,
@@ -130,11 +140,41 @@ def write_tokenizer(output: Path, source: Path, config: UHRBatConfig, image_toke
 
     tokenizer = _load_tokenizer(output, source)
     ids, num_rows = tokenizer(IMAGE_TOKEN, add_special_tokens=False).input_ids, config.text_config.vocab_size
+    last, last_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
+    if last != IMAGE_TOKEN and last_id >= num_rows:
+        raise CheckpointError(
+            f"{source}: the tokenizer has ids up to {last_id} ({last!r}), but the embedding table has {num_rows} rows. Give the "
+            f"checkpoint more rows (`model.resize_token_embeddings({last_id + 1})`), or take the tokens out of the tokenizer."
+        )
     if len(ids) != 1 or ids[0] >= num_rows or image_token_index not in (None, ids[0]):
         wanted = f"one id below {num_rows}, the rows of the embedding table"
         if image_token_index is not None:
             wanted = f"[{image_token_index}], the `image_token_index` of the configuration"
         raise CheckpointError(f"{source}: the tokenizer makes {ids} of {IMAGE_TOKEN!r}. It must be {wanted}.")
+    return tokenizer
+
+
+def rows_for_image_token(source: Path, config: UHRBatConfig) -> int:
+    """Rows of the embedding table, with those for an "<image>" that a tokenizer without a free row will get."""
+    rows = config.text_config.vocab_size
+    with tempfile.TemporaryDirectory() as place:
+        tokenizer = _copy_tokenizer(Path(place), source)
+    if tokenizer is None or IMAGE_TOKEN in tokenizer.get_vocab() or max(tokenizer.get_vocab().values()) != rows - 1:
+        return rows
+    return rows // ROWS_TOGETHER * ROWS_TOGETHER + ROWS_TOGETHER
+
+
+def _copy_tokenizer(output, source):
+    """A checkpoint's tokenizer, in the files that stand for it in a model folder; None if it has none."""
+    names = [name for name in TOKENIZER_FILES if (source / name).is_file()]
+    if not {"tokenizer.json", "vocab.json", SENTENCEPIECE} & set(names):
+        return None
+    for name in names:
+        shutil.copyfile(source / name, output / name)
+    tokenizer = _load_tokenizer(output, source)
+    if not {"tokenizer.json", "vocab.json"} & set(names):  # Llama's own file, which needs another library wherever it is read
+        tokenizer.save_pretrained(output)
+        (output / SENTENCEPIECE).unlink()
     return tokenizer
 
 

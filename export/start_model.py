@@ -9,6 +9,7 @@ reads the tokens of a tile as those that the start model made of it.
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,6 +59,28 @@ class TensorsOf:
 
     def read(self, name: str) -> torch.Tensor:
         return self._source_of[name].read(name)
+
+
+class GrownTables:
+    """Tensors of the released layout whose embedding table and head get rows up to a number: the mean of the others.
+
+    Llama's table has no row to spare for "<image>". Nothing reads the new rows, and as means they are no answer.
+    """
+
+    GROWN = "model.embed_tokens.weight", "lm_head.weight"
+
+    def __init__(self, source, num_rows: int):
+        self._source, self.tensors = source, dict(source.tensors)
+        for name in self.GROWN:
+            if info := source.tensors.get(name):
+                self.tensors[name] = replace(info, shape=(num_rows, *info.shape[1:]))
+
+    def read(self, name: str) -> torch.Tensor:
+        tensor = self._source.read(name)
+        if name not in self.GROWN:
+            return tensor
+        mean = tensor.float().mean(0).to(tensor.dtype)
+        return torch.cat((tensor, mean.expand(self.tensors[name].shape[0] - len(tensor), -1)))
 
 
 class Zeros:

@@ -1,0 +1,158 @@
+"""Adapters: the live one, the reloaded one and the merged model answer alike, or the merge is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from checkpoints import nothing_was_made
+from own_data import make_model_folder
+from safetensors.torch import load_file, save_file
+from uhr_bat.common.loading import load_model, save_model
+from uhr_bat.export.checkpoint_files import CheckpointError
+from uhr_bat.export.convert_checkpoint import convert
+from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
+
+peft = pytest.importorskip("peft")
+IDS = torch.arange(5, 60)[None]
+KINDS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "head saved": {"modules_to_save": ["lm_head"]},
+    "embeddings saved": {"modules_to_save": ["embed_tokens"]},
+    "both saved": {"modules_to_save": ["lm_head", "embed_tokens"]},
+    "saved as tied": {"modules_to_save": ["embed_tokens"], "ensure_weight_tying": True},
+    "lora of the head": {"target_modules": ["q_proj", "lm_head"]},
+    "dora of the embeddings": {"target_modules": ["q_proj", "embed_tokens"], "use_dora": True},
+    "parts before the decoder": {"target_modules": ["q_proj", "fc1"], "modules_to_save": ["multi_modal_projector"]},
+}
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Tied or not -> folder of a random model. Tests only read it."""
+    folder = tmp_path_factory.mktemp("bases")
+    processor, model = load_model(make_model_folder(folder / "made"), device_map=None)
+    for tied in (True, False):
+        config = model.config.__class__.from_dict(model.config.to_dict())
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = tied
+        torch.manual_seed(0)
+        save_model(UHRBatForConditionalGeneration(config), processor, folder / str(tied))
+    return {tied: folder / str(tied) for tied in (True, False)}
+
+
+def make_adapter(base, folder, seed=1, **settings):
+    """Logits of a random adapter, live, and its folder, as peft writes it."""
+    _, model = load_model(base, device_map=None)
+    model = peft.get_peft_model(model, peft.LoraConfig(r=4, **{"target_modules": ["q_proj", "up_proj"], **settings}))
+    generator = torch.Generator().manual_seed(seed)
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            parameter.data += torch.randn(parameter.shape, generator=generator) * 0.05
+    model.save_pretrained(folder)
+    return logits(model), folder
+
+
+@torch.no_grad()
+def logits(model):
+    """Of a text, and those of an image of one pixel value."""
+    model = model.eval()
+    inner = getattr(model, "get_base_model", lambda: model)().model
+    tokens = inner.multi_modal_projector(inner.vision_tower(torch.full((1, 3, 32, 32), 0.3)))
+    return torch.cat((model(input_ids=IDS).logits.flatten(), tokens.flatten()))
+
+
+@pytest.mark.parametrize("tied", [True, pytest.param(False, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", KINDS)
+def test_live_reloaded_and_merged_answer_alike(kind, tied, bases, tmp_path):
+    live, adapter = make_adapter(bases[tied], tmp_path / "adapter", **KINDS[kind])
+    reloaded = logits(load_model(adapter, device_map=None)[1])
+    torch.testing.assert_close(reloaded, live, rtol=0, atol=0)
+    assert (logits(load_model(bases[tied], device_map=None)[1]) - live).abs().max() > 1e-3
+    merged, report = UHRBatForConditionalGeneration.from_pretrained(
+        convert(bases[tied], tmp_path / "merged", merge_adapter=adapter), output_loading_info=True
+    )
+    assert not any(report.values()), report
+    torch.testing.assert_close(logits(merged), live, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_several_adapters_are_merged_as_they_answer_together(bases, tmp_path):
+    _, first = make_adapter(bases[True], tmp_path / "first", 1)
+    _, second = make_adapter(bases[True], tmp_path / "second", 2, use_rslora=True, target_modules=["down_proj", "q_proj"])
+    _, model = load_model(bases[True], device_map=None)
+    model = peft.PeftModel.from_pretrained(model, first, "first")
+    model.load_adapter(second, "second")
+    model.base_model.set_adapter(["first", "second"])
+    wanted = logits(model)
+    output = convert(bases[True], tmp_path / "merged", merge_adapter=[first, second])
+    torch.testing.assert_close(logits(load_model(output, device_map=None)[1]), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_a_merge_that_would_answer_otherwise_is_refused(bases, tmp_path, monkeypatch):
+    _, adapter = make_adapter(bases[True], tmp_path / "adapter")
+    merge = peft.tuners.lora.layer.Linear.merge
+
+    def forgets(self, *args, **kwargs):
+        merge(self, *args, **kwargs)
+        self.get_base_layer().weight.data *= 1.5
+
+    monkeypatch.setattr(peft.tuners.lora.layer.Linear, "merge", forgets)
+    with pytest.raises(CheckpointError, match="outputs are off by .* Use the adapter without a merge"):
+        convert(bases[True], tmp_path / "merged", merge_adapter=adapter)
+    assert nothing_was_made(tmp_path / "merged")
+
+
+def test_budgets_beside_an_adapter_are_those_of_the_merged_model(bases, tmp_path):
+    _, adapter = make_adapter(bases[True], tmp_path / "adapter")
+    processor, _ = load_model(bases[True], device_map=None)
+    processor.default_budgets = [2, 6]
+    processor.save_pretrained(adapter)
+    _, merged = load_model(convert(bases[True], tmp_path / "merged", merge_adapter=adapter), device_map=None)
+    assert merged.config.budgets == [2, 6] == load_model(adapter, device_map=None)[1].config.budgets
+
+
+# The adapter's folder as a model
+
+
+def test_an_adapter_is_loaded_saved_and_loaded_again(bases, tmp_path):
+    live, adapter = make_adapter(bases[True], tmp_path / "adapter", modules_to_save=["lm_head"])
+    processor, model = load_model(adapter, device_map=None)
+    assert type(model) is UHRBatForConditionalGeneration and not model.training
+    save_model(model, processor, tmp_path / "again")
+    assert not list((tmp_path / "again").glob("model*.safetensors"))
+    torch.testing.assert_close(logits(load_model(tmp_path / "again", device_map=None)[1]), live, rtol=0, atol=0)
+
+
+def test_a_base_is_found_from_the_adapters_own_folder_or_named_where_it_is_not(bases, tmp_path, monkeypatch):
+    live, adapter = make_adapter(bases[True], tmp_path / "run" / "adapter")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+
+    def name_base(name):
+        (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": name}))
+
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    shutil.copytree(bases[True], tmp_path / "base")
+    name_base("../../base")
+    torch.testing.assert_close(logits(load_model(adapter, device_map=None)[1]), live, rtol=0, atol=0)
+    for name, error, message in (
+        ("gone/away", FileNotFoundError, "an adapter of 'gone/away'.*`base_model_name_or_path`"),
+        (None, ValueError, "names no base model"),
+        (str(adapter), ValueError, "is an adapter of the adapter"),
+    ):
+        name_base(name)
+        with pytest.raises(error, match=message):
+            load_model(adapter, device_map=None)
+    with pytest.raises(ValueError, match=f"holds several adapters. Name one: {adapter}"):
+        load_model(adapter.parent, device_map=None)
+
+
+def test_an_adapter_that_lacks_a_part_is_refused_wherever_it_is_loaded(bases, tmp_path):
+    _, adapter = make_adapter(bases[True], tmp_path / "adapter")
+    weights = load_file(adapter / "adapter_model.safetensors")
+    save_file(dict(list(weights.items())[1:]), adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match="adapter: the adapter does not fit .*missing adapter keys"):
+        load_model(adapter, device_map=None)
+    with pytest.raises(CheckpointError, match="cannot be merged.*missing adapter keys"):
+        convert(bases[True], tmp_path / "merged", merge_adapter=adapter)
