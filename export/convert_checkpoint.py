@@ -37,7 +37,7 @@ from . import model_folder, released_layout
 from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
 from .merging import MergedModel
 from .model_card import read_provenance, write_model_card
-from .model_folder import meta_model
+from .model_folder import EMBEDDINGS, HEAD, meta_model
 from .start_model import GrownTables, read_start
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
@@ -53,7 +53,6 @@ START_HINT = (
     "A start is a CLIP or SigLIP tower, a projector of two linear layers and a decoder of Qwen or Llama. A resampler, Q-Former or "
     "other part between them has no place here: start from a model without it, or take tensors that nothing reads out of the file."
 )
-EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 
 
 @dataclass(frozen=True)
@@ -350,7 +349,8 @@ class Plan:
         with whole_folder(output) as building:
             weights, kept = self.source, [entry for entry in self.entries if entry.name]
             if self.adapters:
-                weights = MergedModel(weights, self.config, kept, self.adapters)
+                base = {entry.name: read_tensor(weights, entry) for entry in kept}
+                weights = MergedModel(base, self.config, self.adapters)
                 kept = [Entry(name, info, name, info.dtype, "merge") for name, info in weights.tensors.items()]
             write_weights(building, weights, kept, max_shard_size)
             check_weights(building, weights, kept)

@@ -5,9 +5,11 @@ from pathlib import Path
 import torch
 from uhr_bat.common.extras import require
 from uhr_bat.common.loading import attach_adapter
+from uhr_bat.configuration_uhr_bat import UHRBatConfig
+from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
-from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo
-from .model_folder import meta_model
+from .checkpoint_files import CheckpointError, TensorInfo
+from .model_folder import EMBEDDINGS, HEAD, meta_model
 
 # Differences of the outputs, relative to the largest, that rounding the merged weights makes, by their type.
 TOLERANCES = {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 0.05, torch.bfloat16: 0.1}
@@ -17,29 +19,24 @@ class MergedModel:
     """The checkpoint with adapters of peft merged into it: read like a [`Checkpoint`], but all in memory.
 
     Args:
-        checkpoint: the base model's tensors.
+        weights: of the base model.
         config: its configuration. If an adapter trained the head and the embeddings apart, they are no longer tied.
-        plan: its entries.
         adapters: folders. Several are merged as they answer when all are active: their changes add up.
 
     Raises:
         CheckpointError: what is merged does not answer as the live adapters do, or they do not fit the model.
     """
 
-    def __init__(self, checkpoint: Checkpoint, config, plan, adapters: list[Path]):
+    def __init__(self, weights: dict[str, torch.Tensor], config: UHRBatConfig, adapters: list[Path]):
         try:
             require("train", "peft", "accelerate")
         except ImportError as error:
             raise CheckpointError(f"--merge-adapter: {error}") from error
         from accelerate import init_empty_weights
-        from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
-
-        from .convert_checkpoint import EMBEDDINGS, HEAD, read_tensor
 
         expected = {name: tensor.shape for name, tensor in meta_model(config).state_dict().items()}
         with init_empty_weights(include_buffers=False):
             model = UHRBatForConditionalGeneration(config)
-        weights = {entry.name: read_tensor(checkpoint, entry) for entry in plan}
         model.load_state_dict(weights, strict=False, assign=True)
         model.tie_weights()
         named = ", ".join(map(str, adapters))
@@ -56,7 +53,7 @@ class MergedModel:
             raise CheckpointError(f"{named}: cannot be merged ({type(error).__name__}: {error}).") from error
         for wanted, found in zip(live, merged):
             off, size = (wanted - found).abs().max().item(), wanted.abs().max().item()
-            allowed = TOLERANCES[max((entry.dtype for entry in plan), key=TOLERANCES.get)]
+            allowed = TOLERANCES[max((tensor.dtype for tensor in weights.values()), key=TOLERANCES.get)]
             if not off <= allowed * size:
                 raise CheckpointError(
                     f"{named}: cannot be merged: merged, the model's outputs are off by {off:.3g}, up to {size:.3g} large, "
