@@ -9,6 +9,7 @@ the folder that is allowed.
 
 import argparse
 import html
+import math
 import os
 import secrets
 import sys
@@ -16,7 +17,7 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from ..common import images
-from ..common.commands import tells_errors
+from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.images import is_file_name
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
@@ -322,9 +323,13 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
 
     from .cache import ContentCache
     from .front import Front, fingerprint
+    from .ports import bracketed, take_port
     from .showing import Desk
     from .sources import SourceRules
 
+    for one in take_port(host, port):  # gradio takes it anew: only whether it can is asked here
+        port = one.getsockname()[1]
+        one.close()
     processor, loaded = load_model(model)
     note = WEIGHTS_NOTE if model.resolve() == ROOT else ""
     desk = Desk(Front(processor, loaded, fingerprint(model), ContentCache(CACHE_BYTES), WORKERS), max_new_tokens, note)
@@ -336,7 +341,7 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
         primary_hue="blue", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
     ).set(button_primary_background_fill="*primary_600", button_primary_background_fill_hover="*primary_700")
     page.launch(
-        server_name=host,
+        server_name=bracketed(host),
         server_port=port,
         share=share,
         prevent_thread_lock=True,
@@ -361,7 +366,7 @@ def parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--host", default=THIS_MACHINE[0], help="0.0.0.0 for users of other machines (default: 127.0.0.1)"
     )
-    parser.add_argument("--port", type=int, default=PORT, help=f"default: {PORT}")
+    parser.add_argument("--port", type=int, default=PORT, help=f"0 for one that is free (default: {PORT})")
     parser.add_argument(
         "--allow-local-files", type=Path, metavar="FOLDER",
         help="users of other machines may name paths below it (default: no paths)",
@@ -375,6 +380,8 @@ def parser() -> argparse.ArgumentParser:
 def main(arguments=None) -> int:
     args = parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    check_range(args, 1, math.inf, "max_new_tokens")
+    check_range(args, 0, 65535, "port")
     check_files(None, args.model)
     folder = args.allow_local_files
     if folder is not None and not folder.is_dir():

@@ -7,11 +7,12 @@ uhr-bat serve [MODEL] [--backend vllm] [--host 127.0.0.1] [--port 8000] [--cache
 import argparse
 import json
 import logging
+import math
 import os
 import sys
 from pathlib import Path
 
-from ..common.commands import tells_errors
+from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
 from .doors import Named, check_origins, is_this_machine
@@ -21,6 +22,10 @@ BACKENDS = ("transformers", "vllm")
 KEY_VARIABLE = "UHR_BAT_API_KEY"
 # Threads that read, encode and compress at a time.
 WORKERS = 2
+# Seconds for answers that are on their way when the server is stopped: half of those of `docker stop`.
+STOP_SECONDS = 5
+# Seconds that an idle connection is kept, longer than clients and proxies do: who hangs up second loses no request.
+KEPT_SECONDS = 75
 
 
 def pair(text: str) -> tuple:
@@ -46,7 +51,7 @@ def parser() -> argparse.ArgumentParser:
         "(default: transformers)",
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
-    parser.add_argument("--port", type=int, default=8000, help="default: 8000")
+    parser.add_argument("--port", type=int, default=8000, help="0 for one that is free (default: 8000)")
     group = parser.add_argument_group("who may ask")
     group.add_argument(
         "--api-key", action="append", default=[], metavar="KEY",
@@ -105,8 +110,6 @@ def build(args):
     from .sources import SourceRules
 
     folder = args.allow_local_files
-    if folder is not None and not folder.is_dir():
-        raise NotADirectoryError(f"{folder}: there is no such folder to allow.")
     processor, model = load_model(args.model)
     # The front's threads share the cores; more threads than cores wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
@@ -127,10 +130,30 @@ def build(args):
     return make_app(service, args.max_requests, keys, hosts, args.cors_origin, args.access_log)
 
 
+def listening(app):
+    """How the application is served, as uvicorn takes it."""
+    import uvicorn
+
+    return uvicorn.Config(
+        app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS, timeout_keep_alive=KEPT_SECONDS
+    )
+
+
+def check(args):
+    """Raises `ValueError` or `OSError` for options that no server can have, before a model is loaded."""
+    check_range(args, 1, math.inf, "max_batch", "max_requests", "max_image_bytes", "max_pixels")
+    check_range(args, 0, math.inf, "cache_bytes")
+    check_range(args, 0, 65535, "port")
+    folder = args.allow_local_files
+    if folder is not None and not folder.is_dir():
+        raise NotADirectoryError(f"{folder}: there is no such folder to allow.")
+
+
 @tells_errors
 def main(arguments=None) -> int:
     args = parser().parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    check(args)
     check_files(None, args.model)
     args.name = args.name or ("uhr-bat-tiny" if args.model.resolve() == ROOT else args.model.resolve().name)
     check_origins(args.cors_origin)
@@ -141,6 +164,8 @@ def main(arguments=None) -> int:
     require("serve", "uvicorn")
     import uvicorn
 
+    from .ports import take_port, url_of
+
     if args.model.resolve() == ROOT:
         print(WEIGHTS_NOTE, file=sys.stderr)
     if args.access_log:
@@ -149,10 +174,12 @@ def main(arguments=None) -> int:
         log = logging.getLogger(Named.__module__)
         log.setLevel(logging.INFO)
         log.addHandler(handler)
-    app = build(args)
-    print(f"{args.name}: http://{args.host}:{args.port}/v1, decoded by {args.backend}", file=sys.stderr, flush=True)
-    uvicorn.run(app, host=args.host, port=args.port, log_level="warning", timeout_graceful_shutdown=10)
-    return 0
+    sockets = take_port(args.host, args.port)
+    server = uvicorn.Server(listening(build(args)))
+    address = url_of(args.host, sockets[0].getsockname()[1])
+    print(f"{args.name}: {address}/v1, decoded by {args.backend}", file=sys.stderr, flush=True)
+    server.run(sockets=sockets)
+    return 0 if server.started else 1
 
 
 if __name__ == "__main__":

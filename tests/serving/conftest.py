@@ -68,17 +68,17 @@ def by_command(backend, folder, options, log_folder):
 def on_a_thread(folder, options):
     import uvicorn
     from uhr_bat.benchmarks.meters import reset_peak
-    from uhr_bat.benchmarks.servers import free_port
     from uhr_bat.serving import serve
+    from uhr_bat.serving.ports import take_port, url_of
 
-    port = free_port()
     args = serve.parser().parse_args([str(folder), "--name", "endless", *options])
-    server = uvicorn.Server(uvicorn.Config(serve.build(args), port=port, log_level="warning"))
-    thread = threading.Thread(target=server.run, daemon=True)
+    server = uvicorn.Server(serve.listening(serve.build(args)))
+    sockets = take_port("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
     thread.start()
     while not server.started:
         assert thread.is_alive()
         time.sleep(0.01)
-    yield Served(f"http://127.0.0.1:{port}", reset_peak)
+    yield Served(url_of(*sockets[0].getsockname()), reset_peak)
     server.should_exit = True
     thread.join()
