@@ -18,7 +18,7 @@ from math import ceil
 import numpy as np
 from PIL import Image
 
-from .image_reading_uhr_bat import ImageSource, PlainImage
+from .image_reading_uhr_bat import ImageSource, kind_of
 from .image_views_uhr_bat import PAD_COLOR, normalize_tiles, part_of_resized
 from .pyramid_uhr_bat import HeldImage
 
@@ -110,7 +110,7 @@ class DynamicPyramid:
         resample: int = Image.Resampling.BICUBIC,
         arithmetic: tuple = (),
     ):
-        image = image.image if isinstance(image, PlainImage) else image
+        image = image.image if kind_of(image) == "picture" else image
         self.image: ImageSource = HeldImage(image) if isinstance(image, Image.Image) else image
         self.image_size = self.image.height, self.image.width
         self.tile_size, self.patch_size = tile_size, patch_size

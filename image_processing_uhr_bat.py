@@ -17,7 +17,7 @@ from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .dynamic_pyramid_uhr_bat import DynamicPyramid
 from .geometry_uhr_bat import check_scales, grids, shown_patches
-from .image_reading_uhr_bat import ImageSource, PlainImage, RasterImage, flatten_images, is_image, read_image
+from .image_reading_uhr_bat import PlainImage, RasterImage, flatten_images, is_image, read_image
 from .image_views_uhr_bat import PAD_COLOR, image_to_tiles, normalize_views
 from .pyramid_uhr_bat import ImagePyramid
 
@@ -163,7 +163,9 @@ class UHRBatImageProcessor(BaseImageProcessor):
         resized and never held whole; its pixels are the same through every other door.
         """
         image = self.process_image(path, max_image_pixels, **options)
-        return image if isinstance(image, RasterImage) else PlainImage(image, os.fspath(path))
+        if not isinstance(image, Image.Image):
+            return image
+        return PlainImage(image, os.fspath(path) if isinstance(path, (str, os.PathLike)) else "image")
 
     def process_image(
         self,
@@ -280,8 +282,8 @@ class UHRBatImageProcessor(BaseImageProcessor):
         pixel_attention_mask = np.ones((len(sources), num_patches), np.int64)
         for image_idx, source in enumerate(sources):  # one decoded image at a time
             image = self.process_image(source, **kwargs)
-            size, masked = (image.height, image.width), isinstance(image, ImageSource) and image.masked
-            if isinstance(image, ImageSource):
+            size, masked = (image.height, image.width), getattr(image, "masked", False)
+            if not isinstance(image, Image.Image):
                 image = image.for_scale(max(scales))
             shown = {scale: np.zeros(grid, bool) for scale, grid in zip(scales, grids(scales, patch_size))}
             tiles = image_to_tiles(image, scales, tile_size, pad_color, resample, shown=shown if masked else None)

@@ -8,6 +8,7 @@ PNG, WebP and so on) are decoded by Pillow; rasters (TIFF, JPEG 2000, and what P
 import base64
 import binascii
 import io
+import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -31,7 +32,7 @@ from .picture_reading_uhr_bat import (
     to_rgb,
 )
 from .raster_files_uhr_bat import GDAL_NAME, driver_of, import_rasterio, is_dataset, is_raster, reason
-from .raster_reading_uhr_bat import ImageSource, RasterImage
+from .raster_reading_uhr_bat import ImageSource, RasterImage, as_source
 
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
 # 1,000,000 x 1 pixels.
@@ -70,6 +71,7 @@ class PlainImage:
         crs, transform: None: a picture lies nowhere.
     """
 
+    kind = "picture"
     crs = transform = None
 
     def __init__(self, image: Image.Image, filename: str):
@@ -114,7 +116,8 @@ class _Reader(NamedTuple):
         """Any source; files are closed by `files`."""
         if isinstance(source, (str, os.PathLike)):
             return self.open_text(os.fspath(source), files)
-        if isinstance(source, PlainImage):
+        kind = kind_of(source)
+        if kind == "picture":
             source = source.image
         if isinstance(source, bytes):
             return self.open_file(io.BytesIO(source), "image")
@@ -135,7 +138,8 @@ class _Reader(NamedTuple):
                 f"`{self.of_rasters[0]}` is for files and open datasets, and this image is in memory or open already "
                 f"({type(source).__name__}). Pass its path, or the option to `open_image`."
             )
-        if isinstance(source, ImageSource):
+        if kind in ("raster", "source"):
+            source = as_source(source)
             return _Opened(source.filename, (source.height, source.width), lambda: source)
         if isinstance(source, Image.Image):
             return self.open_image(source)
@@ -313,9 +317,19 @@ def resize_image(
 ) -> Image.Image:
     """RGB of what `read_image` or `open_image` gives, or of a box (top, left, bottom, right) of it in pixels, in another
     size (height, width). Pillow resizes what is in memory, as the last two say; of a raster see `RasterImage.picture`."""
-    if isinstance(image, RasterImage):
+    kind = kind_of(image)
+    if kind == "raster":
         return image.picture(size, box)
-    image = image.image if isinstance(image, PlainImage) else image
+    if kind == "source":
+        box = box or (0, 0, image.height, image.width)
+        longest = max(image.height, image.width) / max(box[2] - box[0], box[3] - box[1], 1)
+        smaller = image.for_scale(math.ceil(longest * max(size)))
+        steps = smaller.height / image.height, smaller.width / image.width
+        box = [round(edge * step) for edge, step in zip(box, steps * 2)]
+        with smaller.parts() as read:
+            pixels, _ = read(*box[:2], max(box[2], box[0] + 1), max(box[3], box[1] + 1))
+        image, box = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), None
+    image = image.image if kind == "picture" else image
     if box:
         top, left, bottom, right = box
         image = image.crop((left, top, right, bottom))
@@ -324,10 +338,20 @@ def resize_image(
     return image.convert("RGB")
 
 
+def kind_of(image: Any) -> str | None:
+    """"raster", "picture" or "source": what it is by what it has, of any copy of this package or of somebody's own; None
+    of everything else."""
+    kind = getattr(image, "kind", None)
+    if isinstance(kind, str) and kind in ("raster", "picture", "source"):
+        return kind
+    is_source = callable(getattr(image, "parts", None)) and hasattr(image, "height") and hasattr(image, "width")
+    return "source" if is_source else None
+
+
 def is_image(source: Any) -> bool:
     """Whether it is an image already, not where one is: PIL, NumPy or torch, what `open_image` returns, or any other
     [`ImageSource`]."""
-    return isinstance(source, (ImageSource, PlainImage)) or is_valid_image(source)
+    return kind_of(source) is not None or is_valid_image(source)
 
 
 def read_image(
@@ -395,6 +419,7 @@ __all__ = [
     "RasterImage",
     "flatten_images",
     "is_image",
+    "kind_of",
     "read_image",
     "resize_image",
     "to_rgb",

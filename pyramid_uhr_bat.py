@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from .geometry_uhr_bat import grids, letterbox, pyramid_scales, shown_lines
-from .image_reading_uhr_bat import ImageSource, PlainImage
+from .image_reading_uhr_bat import ImageSource, kind_of
 from .image_views_uhr_bat import PAD_COLOR, mark_shown, normalize_tiles, part_of_view, valid_patches
 from .zooming_uhr_bat import least_tokens, split_tiles
 
@@ -90,7 +90,7 @@ class ImagePyramid:
         arithmetic: tuple = (),
         max_tiles: int | None = None,
     ):
-        image = image.image if isinstance(image, PlainImage) else image
+        image = image.image if kind_of(image) == "picture" else image
         self.image = HeldImage(image) if isinstance(image, Image.Image) else image
         self.image_size = self.image.height, self.image.width
         self.scales = list(scales or pyramid_scales(max(self.image_size), anchor, tile_size))

@@ -67,9 +67,14 @@ class ImageSource:
         height, width: in pixels.
         filename: what errors call it.
         masked: whether some of its pixels may be no part of the image.
+        kind: what it is, in a word: remote code has classes of its own, so that no class is asked for.
+        crs, transform: where it lies, as rasterio has it; None: nowhere.
     """
 
+    kind = "source"
+    filename = "image"
     masked = False
+    crs = transform = None
 
     def for_scale(self, side: int) -> "ImageSource":
         """The image to make views of at most `side` pixels from: itself, or a smaller copy that has at least so many."""
@@ -86,7 +91,48 @@ class ImageSource:
         with self.parts() as read:
             for start in range(0, self.height, num_rows):
                 pixels, valid = read(start, 0, min(start + num_rows, self.height), self.width)
-                yield Image.fromarray(pixels), valid
+                yield pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), valid
+
+
+class GivenSource(ImageSource):
+    """Pixels of somebody's own: an object with `height`, `width` and `parts()`, and perhaps `for_scale(side)`, `filename`
+    and `masked`, of which what it gives is checked."""
+
+    def __init__(self, source: Any):
+        self.source, self.height, self.width = source, int(source.height), int(source.width)
+        self.filename = str(getattr(source, "filename", "") or type(source).__name__)
+        self.masked = bool(getattr(source, "masked", False))
+        self.crs, self.transform = getattr(source, "crs", None), getattr(source, "transform", None)
+
+    def for_scale(self, side: int) -> ImageSource:
+        smaller = self.source.for_scale(side) if hasattr(self.source, "for_scale") else self.source
+        return self if smaller is self.source else as_source(smaller)
+
+    @contextmanager
+    def parts(self):
+        with self.source.parts() as given:
+
+            def read(top, left, bottom, right):
+                pixels, valid = given(top, left, bottom, right)
+                pixels = np.asarray(pixels)
+                for what, found, dtype, shape in (("pixels", pixels, np.uint8, (3,)), ("mask", valid, np.bool_, ())):
+                    wanted = bottom - top, right - left, *shape
+                    if found is not None and (found.dtype != dtype or found.shape != wanted):
+                        raise ValueError(
+                            f"{self.filename}: `parts()` gave {what} of {found.dtype} {found.shape} for the box "
+                            f"{top, left, bottom, right}, and must give {np.dtype(dtype)} {wanted}."
+                        )
+                if self.masked and valid is None:
+                    valid = np.ones(pixels.shape[:2], bool)
+                return np.ascontiguousarray(pixels), valid if self.masked else None
+
+            yield read
+
+
+def as_source(image: Any) -> Any:
+    """An [`ImageSource`] of an object that has `parts`, whatever its class."""
+    whole = all(hasattr(image, name) for name in ("kind", "masked", "filename", "masked_strips", "for_scale"))
+    return image if whole else GivenSource(image)
 
 
 class RasterImage(ImageSource):
@@ -123,6 +169,8 @@ class RasterImage(ImageSource):
         OSError: the file cannot be opened.
         ValueError: bands, values, a window or pages that do not make one RGB image.
     """
+
+    kind = "raster"
 
     def __init__(
         self,
@@ -492,4 +540,4 @@ def _fill(strip, valid):
     return strip
 
 
-__all__ = ["PAD_COLOR", "RasterImage"]
+__all__ = ["PAD_COLOR", "GivenSource", "ImageSource", "RasterImage", "as_source"]

@@ -4,6 +4,7 @@ How images are read and how views are made is tested in test_image_reading.py an
 """
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,12 @@ import pytest
 import torch
 from images import every_kind, raises, random_image
 from PIL import Image
+from transformers import AutoProcessor
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
 from uhr_bat.geometry_uhr_bat import shown_patches
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
-from uhr_bat.image_reading_uhr_bat import RasterImage
+from uhr_bat.image_reading_uhr_bat import ImageSource, RasterImage
 from uhr_bat.image_views_uhr_bat import image_to_tiles
 
 
@@ -261,3 +263,84 @@ def test_a_clip_processor_that_was_read_from_our_file_keeps_our_settings():
 def test_a_misspelt_setting_is_refused_in_a_call(processor, image):
     with pytest.raises(TypeError, match="scalez"):
         processor(image, scalez=[28])
+
+
+# Pixels of one's own
+
+
+class Made:
+    """Pixels of somebody's own, as docs/coarse_to_fine.md says: nothing else, and no class of ours."""
+
+    def __init__(self, array, valid=None):
+        self.array, self.valid, (self.height, self.width) = array, valid, array.shape[:2]
+        if valid is not None:
+            self.masked = True
+
+    @contextmanager
+    def parts(self):
+        def read(top, left, bottom, right):
+            box = slice(top, bottom), slice(left, right)
+            return self.array[box], None if self.valid is None else self.valid[box]
+
+        yield read
+
+    def for_scale(self, side):
+        return self
+
+
+class OfOurs(ImageSource):
+    """A subclass, of the class of whichever copy of the package."""
+
+    def __init__(self, array):
+        self.array, (self.height, self.width) = array, array.shape[:2]
+
+    @contextmanager
+    def parts(self):
+        yield lambda top, left, bottom, right: (self.array[top:bottom, left:right], None)
+
+
+@pytest.fixture
+def other_copy(model_folder):
+    """The image processor of remote code, which has classes of its own."""
+    processor = AutoProcessor.from_pretrained(model_folder, trust_remote_code=True).image_processor
+    assert type(processor) is not UHRBatImageProcessor
+    return processor
+
+
+def same_settings():
+    return UHRBatImageProcessor(crop_size=32, scales=[64, 128, 256, 384], patch_size=8)
+
+
+@pytest.mark.parametrize("kind", [Made, OfOurs])
+def test_a_source_of_ones_own_is_the_image_that_it_makes_whatever_its_class(other_copy, kind):
+    array = np.asarray(random_image(200, 145))
+    for processor in (same_settings(), other_copy):
+        expected, found = processor(array), processor(kind(array))
+        np.testing.assert_array_equal(found.pixel_values, expected.pixel_values)
+        np.testing.assert_array_equal(found.pixel_attention_mask, expected.pixel_attention_mask)
+        (pyramid,) = processor([kind(array)], max_tiles=12, native=True)["image_pyramids"]
+        (held,) = processor(array, max_tiles=12, native=True)["image_pyramids"]
+        np.testing.assert_array_equal(pyramid.pixels(2, range(8)), held.pixels(2, range(8)))
+        assert processor.open_image(kind(array)).height == 200
+
+
+def test_what_a_source_says_is_no_part_of_the_image_is_letterbox(other_copy):
+    array, valid = np.asarray(random_image(64, 64)), np.ones((64, 64), bool)
+    valid[:32] = False
+    mask = other_copy(Made(array, valid)).pixel_attention_mask[0, :64].reshape(8, 8)
+    assert mask.tolist() == [[0] * 8] * 4 + [[1] * 8] * 4
+
+
+def test_a_source_that_gives_something_else_is_told_what_it_must_give():
+    processor = UHRBatImageProcessor(crop_size=28, scales=[28, 56], patch_size=14)
+    with pytest.raises(ValueError, match="^Made: `parts..` gave pixels of float64 .* and must give uint8 "):
+        processor(Made(np.zeros((30, 30, 3))))
+
+
+def test_an_image_that_one_copy_of_the_package_opened_is_taken_by_another(other_copy, tmp_path):
+    ours = same_settings()
+    random_image(40, 50).save(tmp_path / "a.png")
+    random_image(40, 50).save(tmp_path / "a.tif")
+    for name in ("a.png", "a.tif"):
+        expected = ours(tmp_path / name).pixel_values
+        np.testing.assert_array_equal(other_copy(ours.open_image(tmp_path / name)).pixel_values, expected)
