@@ -23,7 +23,9 @@ from .pyramid_uhr_bat import ImagePyramid
 
 
 # What of a call says how an image is read: the arguments of `process_image`.
-READING = ("max_image_pixels", "do_convert_rgb", "input_data_format", "bands", "value_range", "window", "overviews")
+READING = (
+    "max_image_pixels", "do_convert_rgb", "input_data_format", "bands", "value_range", "window", "page", "overviews",
+)  # fmt: skip
 
 
 class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
@@ -45,6 +47,8 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
         What becomes black and white of a raster: "dtype", "percentile", (low, high), or a pair for each band.
     window (`list`):
         Part of a raster: (top, left, bottom, right) in pixels or (west, south, east, north, crs).
+    page (`int`):
+        Of a TIFF that has several, from 1. By default the largest.
     overviews (`str`):
         "auto", or "off" where views must be bit-equal to those of the full resolution.
     max_tiles (`int`):
@@ -65,6 +69,7 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
     bands: Any
     value_range: Any
     window: Any
+    page: int | None
     overviews: str | None
     max_tiles: int | None
     native: bool | None
@@ -118,6 +123,7 @@ class UHRBatImageProcessor(BaseImageProcessor):
     bands = None
     value_range = None
     window = None
+    page = None
     overviews = None
     max_tiles = None
     native = None
@@ -159,7 +165,7 @@ class UHRBatImageProcessor(BaseImageProcessor):
     ) -> RasterImage | PlainImage:
         """An image file with its `height`, `width`, `filename`, `crs` and `transform`: pass it like any other image.
 
-        `options` are `bands`, `value_range`, `window` and `overviews` ([`RasterImage`]). A raster is read while it is
+        `options` are `bands`, `value_range`, `window`, `page` and `overviews` ([`RasterImage`]). A raster is read while it is
         resized and never held whole; its pixels are the same through every other door.
         """
         image = self.process_image(path, max_image_pixels, **options)
@@ -176,12 +182,13 @@ class UHRBatImageProcessor(BaseImageProcessor):
         bands=None,
         value_range=None,
         window=None,
+        page: int | None = None,
         overviews: str | None = None,
     ) -> Image.Image | RasterImage:
         """One image of any kind as 8-bit RGB, at most `max_image_pixels` large (`read_image`)."""
         options = {
             "max_image_pixels": max_image_pixels, "bands": bands, "value_range": value_range, "window": window,
-            "overviews": overviews,
+            "page": page, "overviews": overviews,
         }  # fmt: skip
         options = {name: getattr(self, name) if value is None else value for name, value in options.items()}
         return read_image(image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, **options)

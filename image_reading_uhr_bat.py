@@ -105,7 +105,7 @@ class _Reader(NamedTuple):
 
     do_convert_rgb: bool
     input_data_format: str | ChannelDimension | None
-    options: dict  # bands, value_range, window, overviews
+    options: dict  # bands, value_range, window, page, overviews
 
     @property
     def of_rasters(self) -> list[str]:
@@ -361,6 +361,7 @@ def read_image(
     bands: Any = None,
     value_range: Any = None,
     window: Any = None,
+    page: int | None = None,
     overviews: str | None = None,
     do_convert_rgb: bool = True,
     input_data_format: str | ChannelDimension | None = None,
@@ -381,7 +382,7 @@ def read_image(
               0..255; floats in [0, 1];
             - what `open_image` returns, or any other [`ImageSource`].
         max_image_pixels: pixels of the largest image, or part of a raster, that is read.
-        bands, value_range, window, overviews: how a raster is read, see [`RasterImage`]. With any of the first three a
+        bands, value_range, window, page, overviews: how a raster is read, see [`RasterImage`]. With any of the first four a
             picture is read as a raster too.
         do_convert_rgb: False refuses PIL images and arrays that are not RGB.
         input_data_format: 'channels_first' or 'channels_last', for arrays whose shape can be read both ways.
@@ -397,7 +398,7 @@ def read_image(
             names the image.
         TypeError: `source` is of no such kind.
     """
-    options = {"bands": bands, "value_range": value_range, "window": window, "overviews": overviews}
+    options = {"bands": bands, "value_range": value_range, "window": window, "page": page, "overviews": overviews}
     with ExitStack() as files:
         opened = _Reader(do_convert_rgb, input_data_format, options).open(source, files)
         check_image_size(opened.size, max_image_pixels, opened.name)

@@ -143,7 +143,7 @@ def tiff_pages(file: io.IOBase) -> list[dict]:
     return pages
 
 
-def largest_page(pages: list[dict], name: str, source: str) -> int:
+def largest_page(pages: list[dict], name: str) -> int:
     """The page of a TIFF that is the image, from 0. A thumbnail may come before it, or behind.
 
     Raises `ValueError` where several pages are as large: which of them, or whether they are bands, is not known.
@@ -154,10 +154,16 @@ def largest_page(pages: list[dict], name: str, source: str) -> int:
     if len(same) > 1:
         raise ValueError(
             f"{name}: {len(same)} pages have {pages[largest][257]} x {pages[largest][256]} pixels: are they bands, or "
-            f"images? Pass the one that is meant as 'GTIFF_DIR:{same[0] + 1}:{source}', or write red, green and blue into "
-            f"one page."
+            f"images? Pass the one that is meant as `page`, as {same[0] + 1}, or write red, green and blue into one page."
         )
     return largest
+
+
+def check_page(page: int, pages: list[dict], name: str) -> int:
+    """A page from 1, as it is named, from 0. Raises `ValueError` where the file has no such page."""
+    if not 1 <= page <= max(1, len(pages)):
+        raise ValueError(f"{name}: `page` is from 1 to {max(1, len(pages))}, the pages of the file. Got {page}.")
+    return page - 1
 
 
 def upright_by(orientation) -> tuple[bool, bool, bool]:
@@ -257,6 +263,7 @@ __all__ = [
     "CHUNK_BYTES",
     "GDAL_NAME",
     "SEQUENTIAL",
+    "check_page",
     "check_value_range",
     "choose_bands",
     "complaints_are_errors",

@@ -23,6 +23,7 @@ from PIL import Image
 from .raster_files_uhr_bat import (
     CHUNK_BYTES,
     SEQUENTIAL,
+    check_page,
     check_value_range,
     choose_bands,
     complaints_are_errors,
@@ -154,6 +155,7 @@ class RasterImage(ImageSource):
             blocks spread over the image, the same whatever `overviews` says. None is "dtype" with a warning where 16
             bits show less than a quarter of their range.
         window: see `choose_window`.
+        page: of a TIFF that has several, from 1; None for the largest.
         overviews: "auto" reads views of the image from the file's overviews where it has them, "off" never does.
         start: the first bytes of a file that does not lie on this machine, for pages and orientation of a TIFF.
         name: what errors call the image.
@@ -179,6 +181,7 @@ class RasterImage(ImageSource):
         bands: Sequence[int | str] | int | str | None = None,
         value_range: str | Sequence | None = None,
         window: Any = None,
+        page: int | None = None,
         overviews: str | None = None,
         start: bytes | None = None,
         name: str | None = None,
@@ -187,6 +190,8 @@ class RasterImage(ImageSource):
         if overviews not in (None, "auto", "off"):
             raise ValueError(f"`overviews` is 'auto' or 'off'. Got {overviews!r}.")
         self._given = source if is_dataset(source) else None
+        if page is not None and self._given is not None:
+            raise ValueError(f"`page` is for files, and {name or source.name} is open already.")
         self._lock = threading.Lock() if self._given is not None else None  # no lock can be pickled
         self._elsewhere = isinstance(source, bytes) or start is not None
         self._driver = driver
@@ -202,7 +207,7 @@ class RasterImage(ImageSource):
             self._source = os.fspath(source)
             self.filename = name or self._source
         pages = self._pages(source, start)
-        page = largest_page(pages, self.filename, self._source)
+        page = largest_page(pages, self.filename) if page is None else check_page(page, pages, self.filename)
         if page:
             self._source = f"GTIFF_DIR:{page + 1}:{self._source}"
         dataset = open_dataset(self._source, self.filename, driver)

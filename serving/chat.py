@@ -35,6 +35,7 @@ NAMED = {
     "bands": ("band",),
     "value_range": ("range of values",),
     "window": ("window", "bounds"),
+    "page": ("page",),
 }
 
 
@@ -181,6 +182,7 @@ class ChatRequest(_Strict):
         Literal["dtype", "percentile"] | Pair | Annotated[list[Pair], Field(max_length=3, fail_fast=True)] | None
     ) = None
     window: Annotated[list[Whole | Number | System], Field(min_length=4, max_length=5, fail_fast=True)] | None = None
+    page: Count | None = None
     evidence: bool = False
 
     @property
@@ -189,7 +191,7 @@ class ChatRequest(_Strict):
 
     @property
     def reader_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("bands", "value_range", "window", "max_tiles", "native")}
+        return {name: getattr(self, name) for name in ("bands", "value_range", "window", "page", "max_tiles", "native")}
 
     def refusal(self, error: Exception) -> Refusal:
         """What reading and compressing raised, as a refusal that names the field that is meant: the one that the error names."""

@@ -108,7 +108,7 @@ class Front:
 
         Args:
             max_tiles, native: of the processor; how many tiles there may be is the question's affair (`select`).
-            options: `bands`, `value_range`, `window`, `overviews`, `max_image_pixels`, as of `read_image`.
+            options: `bands`, `value_range`, `window`, `page`, `overviews`, `max_image_pixels`, as of `read_image`.
 
         Raises:
             What `read_image` raises.

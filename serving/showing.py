@@ -130,7 +130,7 @@ class Desk:
         """Opens and encodes an image; the name under which it is kept.
 
         Args:
-            options: `bands`, `value_range`, `window`, `max_image_pixels`, as of `read_image`.
+            options: `bands`, `value_range`, `window`, `page`, `max_image_pixels`, as of `read_image`.
 
         Raises:
             What `read_image` raises.

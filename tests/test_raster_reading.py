@@ -207,10 +207,15 @@ def test_pages_that_might_be_bands_are_not_guessed(tmp_path):
     with raises(
         ValueError,
         f"{path}: 3 pages have 45 x 70 pixels: are they bands, or images? Pass the one that is meant as "
-        f"'GTIFF_DIR:1:{path}', or write red, green and blue into one page.",
+        "`page`, as 1, or write red, green and blue into one page.",
     ):
         read(path)
+    for source in (path, path.read_bytes()):
+        np.testing.assert_array_equal(read(source, page=2), pages[1].convert("RGB"))
     np.testing.assert_array_equal(read(f"GTIFF_DIR:2:{path}"), pages[1].convert("RGB"))
+    for page in (0, 4):
+        with raises(ValueError, f"{path}: `page` is from 1 to 3, the pages of the file. Got {page}."):
+            read(path, page=page)
 
 
 @pytest.mark.parametrize("orientation", range(1, 9))

@@ -117,6 +117,19 @@ def test_what_was_looked_at_is_kept_for_the_next_question_with_any_number_of_til
     assert metric(address, 'uhr_bat_made_total{kind="image"}') == made + 2
 
 
+def test_a_page_of_a_tiff_is_a_field_of_a_request(client, loaded, address):
+    pytest.importorskip("rasterio")
+    file, pages = io.BytesIO(), [picture(seed) for seed in (1, 2)]
+    pages[0].save(file, "TIFF", save_all=True, append_images=pages[1:])
+    url = "data:image/tiff;base64," + base64.b64encode(file.getvalue()).decode()
+    answer = ask(client, url, extra_body={"page": 2})
+    assert answer.choices[0].message.content == expected(loaded, pages[1])[0]
+    for fields, said in (({}, "2 pages have 20 x 160 pixels"), ({"page": 3}, "from 1 to 2")):
+        with pytest.raises(openai.BadRequestError, match=said) as refused:
+            ask(client, url, extra_body=fields)
+        assert refused.value.param == "page"
+
+
 def png(image):
     file = io.BytesIO()
     image.save(file, "PNG")
