@@ -12,6 +12,7 @@ compresses as much. Seconds are those of this machine, beside whatever else it d
 """
 
 import argparse
+import math
 import sys
 import time
 from collections import defaultdict
@@ -25,9 +26,10 @@ import torch
 
 from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import counts_of_fraction
-from ..common.commands import tells_errors
+from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import write_report
+from ..common.images import image_options
 from ..common.loading import ROOT, check_files, load_model, model_name
 from ..common.tables import interval, percent_interval, table
 from ..configuration_uhr_bat import UHRBatConfig
@@ -162,9 +164,9 @@ def timed(call):
     return result, time.perf_counter() - start
 
 
-def records_of(model, processor, suite, prompt, group, rows) -> list[dict]:
+def records_of(model, processor, suite, prompt, group, rows, options) -> list[dict]:
     """One record a sample and row; an image is encoded once for each resolution."""
-    image = processor.image_processor.process_image(suite.open(group[0].pictures[0]))
+    image = processor.image_processor.process_image(suite.open(group[0].pictures[0]), **options)
     records, encoded = [], {}
     for resolution in {row.resolution for row in rows}:
         size = max(round(resolution * image.height), 1), max(round(resolution * image.width), 1)
@@ -195,11 +197,12 @@ def records_of(model, processor, suite, prompt, group, rows) -> list[dict]:
     return records
 
 
-def flops_of(model, processor, suite, prompt, sample, rows) -> dict[str, float]:
+def flops_of(model, processor, suite, prompt, sample, rows, options) -> dict[str, float]:
     """{row: FLOPs} of one question about an image from its tiles to the answer, by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    cut = processor.image_processor(suite.open(sample.pictures[0]), return_tensors="pt")
+    image = processor.image_processor.process_image(suite.open(sample.pictures[0]), **options)
+    cut = processor.image_processor(image, return_tensors="pt")
     with FlopCounterMode(display=False) as counter:
         (features,) = encode(model, cut)
     encoding, found = counter.get_total_flops(), {}
@@ -324,12 +327,12 @@ def measure(args) -> dict:
     processor, model = load_model(args.model)
     make_rows, axis = ABLATIONS[args.name]
     rows = make_rows(model.eval().config)
-    flops = {}
+    flops, options = {}, image_options(args)
 
     def ask(group):
-        found = records_of(model, processor, suite, prompt, group, rows)
+        found = records_of(model, processor, suite, prompt, group, rows, options)
         if not flops:
-            flops.update(flops_of(model, processor, suite, prompt, group[0], rows))
+            flops.update(flops_of(model, processor, suite, prompt, group[0], rows, options))
         return found
 
     records, errors = measure_groups(samples, ask, args.name)
@@ -362,6 +365,7 @@ def main(arguments=None) -> int:
         "--output", type=Path, default=Path("ablations_out"), metavar="DIR", help="default: ablations_out"
     )
     args = parser.parse_args(arguments)
+    check_range(args, 1, math.inf, "limit")
     stay_offline(args.data)
     require("evaluate", "matplotlib", "datasets")
     check_files(None, args.model)

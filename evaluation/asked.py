@@ -64,25 +64,24 @@ def same_question(one: str, other: str) -> bool:
     return one.split("/")[0] == other.split("/")[0]
 
 
-def check_asked(place, samples: Iterable[Sample], lines: dict, pictures: bool = True):
+def check_asked(place, samples: Iterable[Sample], lines: dict, pictures: bool = True, mend: str = "Give another --output."):
     """Raises `ValueError` where `lines` {(sample, view): line} hold answers to other questions than the samples, or about
     other pictures; a failed answer is none."""
     of = {sample.id: sample for sample in samples}
     if missing := sorted({name for name, _ in lines} - set(of)):
         raise ValueError(
-            f"{place} holds answers to {len(missing)} samples that the data no longer has, as {missing[0]!r}. Give another "
-            "--output."
+            f"{place} holds answers to {len(missing)} samples that the data no longer has, as {missing[0]!r}. {mend}"
         )
     digests = {}
     for (name, view), line in lines.items():
         digests[name] = digests.get(name) or asked(of[name])
         before = line.get("asked")
         if before is None:
-            raise ValueError(f"{place} holds answers that do not say what was asked (an older run). Give another --output.")
+            raise ValueError(f"{place} holds answers that do not say what was asked (an older run). {mend}")
         seen = pictures and line["error"] is None and view == "image"
         if before != digests[name] if seen else not same_question(before, digests[name]):
             what = "about another picture" if same_question(before, digests[name]) else "to another question"
             raise ValueError(
-                f"{place} holds a run with other data: its answer to {name!r} is one {what} than {digests[name]} (it says "
-                f"{before}). Give another --output."
+                f"{place} holds a run with other data: its answer to {name!r} is one {what} (digest "
+                f"{before}, that of the data is {digests[name]}). {mend}"
             )

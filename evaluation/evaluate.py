@@ -14,18 +14,18 @@ import os
 import sys
 from pathlib import Path
 
-from ..budgets_uhr_bat import is_one_budget, split_budgets
+from ..budgets_uhr_bat import split_budgets
 from ..common.budgets import budgets as read_budgets
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
+from ..common.images import add_image_arguments, add_tile_arguments, image_options
 from ..common.loading import ROOT, check_files, load_model
 from ..configuration_uhr_bat import UHRBatConfig
 from ..processing_uhr_bat import UHRBatProcessor
 from . import figures
 from .asked import folder_digest
 from .other_answers import other_answers
-from .running import IMAGE, Settings, check_settings, process_state, run, versions
+from .running import IMAGE, Settings, check_settings, looking_closer, process_state, run, versions
 from .suites import SUITES
 
 
@@ -52,6 +52,7 @@ def add_suite_arguments(parser):
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--prompt", metavar="NAME", help="one of the suite's prompts (default: its first)")
     parser.add_argument("--limit", type=int, metavar="N", help="samples, evenly spaced (default: all)")
+    add_image_arguments(parser)
 
 
 def stay_offline(data):
@@ -77,7 +78,6 @@ def parser():
     )
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="processes that read images (default: 1)")
     add_tile_arguments(parser)
-    add_image_arguments(parser)
     parser.add_argument("--retry", action="store_true", help="ask again what failed")
     parser.add_argument(
         "--predictions", type=Path, metavar="FILE", help="score these answers (lmms-eval's samples, VLMEvalKit's tables, JSON lines), ask nothing",
@@ -90,16 +90,16 @@ def ask_suite(args, suite, samples, prompt):
     check_files(None, args.model)
     changes = {} if args.selector is None else {"selector": args.selector}
     config = UHRBatConfig.from_pretrained(args.model, **changes)
-    budgets = UHRBatProcessor.from_pretrained(args.model).default_budgets if args.budgets is None else args.budgets
-    if args.native and args.budgets is None and not is_one_budget(budgets):
-        budgets = sum(budgets)  # levels of an image's own share one budget
+    default = UHRBatProcessor.from_pretrained(args.model).default_budgets
+    tiles, budgets = looking_closer(args.budgets, default, args.max_tiles, args.native)
+    budgets = default if budgets is None else budgets
     split_budgets(budgets, config.scales)
     read = {name: value for name, value in image_options(args).items() if value is not None}
     settings = Settings(
         suite=suite.name, data=args.data, model=str(args.model), prompt=prompt,
         budgets=budgets, selector=config.selector,
         seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
-        versions=versions(), **tile_options(args), weights=folder_digest(args.model), image=read or None,
+        versions=versions(), **tiles, weights=folder_digest(args.model), image=read or None,
         batch_size=args.batch_size,
     )  # fmt: skip
     check_settings(args.output, settings)
@@ -124,8 +124,6 @@ def check_options(args):
     if args.max_image_pixels is not None and args.max_image_pixels < 1:
         raise ValueError(f"--max-pixels must be at least 1. Got {args.max_image_pixels}.")
     check_range(args, 0, 2**32 - 1, "seed")
-    if args.native and args.max_tiles is None:
-        raise ValueError("--native levels are encoded where the question looks, so many tiles: give --max-tiles with it.")
 
 
 @tells_errors

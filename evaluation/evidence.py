@@ -10,6 +10,7 @@ bootstrap over scenes, differences are paired by question.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections import Counter, defaultdict
@@ -24,7 +25,7 @@ import torch
 from tqdm import tqdm
 
 from ..common.budgets import counts_of_fraction
-from ..common.commands import tells_errors
+from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import write_report
 from ..common.loading import ROOT, check_files, load_model
@@ -390,6 +391,7 @@ def main(arguments=None) -> int:
         "--output", type=Path, default=Path("evidence_out"), metavar="DIR", help="default: evidence_out"
     )
     args = parser.parse_args(arguments)
+    check_range(args, 1, math.inf, "scenes", "seeds", "workers")
     require("evaluate", "matplotlib")
     check_files(None, args.model)
     if args.scenes * args.seeds > len(TEST_SEEDS):

@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..common.files import whole_files, write_json
-from ..common.tables import RESAMPLES, percent_interval, table
+from ..common.tables import RESAMPLES, mean_of_intervals, percent_interval, table, wilson
 from .running import BLANK, IMAGE, TEXT, VIEWS
 from .samples import Sample
 from .scoring import Scorer
@@ -57,6 +57,17 @@ def means(values, groups, images, seed=0) -> Means:
         by_group = sums / counts  # nan where a draw has no sample of a group, which then does not count in its mean
     micro, macro = sums.sum(1) / counts.sum(1), np.nanmean(by_group, axis=1)
     return Means(_interval(micro), _interval(macro), {name: _interval(by_group[:, t]) for t, name in enumerate(names)})
+
+
+def wilson_means(values, groups, images) -> dict:
+    """{"micro", "macro", "groups"} as `means` has them, with Wilson's 95 %: an image is a trial, however many questions it has."""
+    values, groups, images = np.asarray(values, float), np.asarray(groups), np.asarray(images)
+    of_group = {}
+    for name in np.unique(groups):
+        chosen = groups == name
+        of_group[str(name)] = Interval(*wilson(values[chosen].mean(), len(set(images[chosen]))))
+    micro = Interval(*wilson(values.mean(), len(set(images))))
+    return {"micro": micro, "macro": Interval(*mean_of_intervals(list(of_group.values()))), "groups": of_group}
 
 
 def _interval(means) -> Interval:
@@ -131,6 +142,7 @@ def figures_of(part: Part, values, view) -> dict:
         "macro": found.macro,
         "groups": found.groups,
         "samples_of_groups": {name: part.groups.count(name) for name in found.groups},
+        "wilson": wilson_means(values[view][part.chosen], part.groups, part.images),
     }
     if view == IMAGE:
         for name, control in ("minus_blank", BLANK), ("minus_text", TEXT):
@@ -170,7 +182,8 @@ def report(suite: Suite, result: dict, settings: dict) -> str:
         + (f", at most {settings['max_tiles']} tiles" if settings.get("max_tiles") else "")
         + (" of levels down to each image's own resolution" if settings.get("native") else "")
         + (f"; a part of the suite, {settings['limit']} samples" if settings["limit"] else "")
-        + ". Percent, with 95 % intervals of a bootstrap over images. Micro is the mean over samples, macro the mean "
+        + ". Percent, with 95 % intervals of a bootstrap over images, and Wilson's, an image a trial, which hold where few or all "
+        "answers are right. Micro is the mean over samples, macro the mean "
         "of the groups' means. Failed samples and refusals count as wrong.",
         scores_table(result),
         "\n".join(f"- {scorer.name}: {scorer.says}" for scorer in suite.scorers if scorer.name in result["refusals"]),
@@ -178,7 +191,7 @@ def report(suite: Suite, result: dict, settings: dict) -> str:
     first_scorer = result["scores"][0]["scorer"]
     for average in suite.averages:
         rows = [row for row in result["scores"] if row["scorer"] == first_scorer and row["average"] == average]
-        parts += [f"## By group: {average}, {first_scorer}", groups_table(rows)]
+        parts += [f"## By group: {average}, {first_scorer}, with Wilson's intervals", groups_table(rows)]
     parts += ["## Failures and refusals", failures(result)]
     if suite.paper:
         parts += [
@@ -211,23 +224,25 @@ def scores_table(result) -> str:
         ]
         figures = [
             percent_interval(row["micro"]),
+            percent_interval(row["wilson"]["micro"]),
             percent_interval(row["macro"]),
+            percent_interval(row["wilson"]["macro"]),
             f"{row['average']}, {len(row['groups'])}",
         ]
         rows.append([row["scorer"], row["section"], row["view"], row["samples"], *figures, *differences])
-    header = ["score", "part", "shown", "samples", "micro", "macro", "groups", f"minus {BLANK}", f"minus {TEXT}"]
+    header = ["score", "part", "shown", "samples", "micro", "Wilson's", "macro", "Wilson's", "groups", f"minus {BLANK}", f"minus {TEXT}"]
     return table(header, rows)
 
 
 def groups_table(rows) -> str:
-    """One line a group, one column a view."""
+    """One line a group, one column a view, with Wilson's intervals: groups are small."""
     parts = []
     for section in dict.fromkeys(row["section"] for row in rows):
         of_view = {row["view"]: row for row in rows if row["section"] == section}
         shown = next(iter(of_view.values()))
         lines = [
             [section, name, shown["samples_of_groups"][name]]
-            + [percent_interval(row["groups"][name]) for row in of_view.values()]
+            + [percent_interval(row["wilson"]["groups"][name]) for row in of_view.values()]
             for name in shown["groups"]
         ]
         parts += lines
@@ -267,22 +282,30 @@ def compare(suite: Suite, samples: list[Sample], one: dict, other: dict, scorers
             rows.append({
                 "scorer": scorer.name, "section": part.section, "average": part.average, "samples": len(part.chosen),
                 "micro": [each.micro for each in found], "macro": [each.macro for each in found],
+                "wilson_difference": difference_of(*(values[part.chosen] for values in pair), part),
                 "only_first_right": int((pair[0] > pair[1])[part.chosen].sum()),
                 "only_second_right": int((pair[1] > pair[0])[part.chosen].sum()),
             })  # fmt: skip
     return rows
 
 
+def difference_of(one, other, part: Part) -> Interval:
+    """The micro difference with 95 % from both runs' Wilson's intervals, as if they were independent: too wide, never empty."""
+    pair = [wilson_means(values, part.groups, part.images)["micro"] for values in (one, other)]
+    return Interval(*mean_of_intervals(pair, (1, -1)))
+
+
 def compare_table(rows, names=("first", "second")) -> str:
     return table(
         [
             "score", "part", "average", "samples", f"micro {names[0]}", f"micro {names[1]}", "micro difference",
-            "macro difference", "better in first", "better in second",
+            "from Wilson's", "macro difference", "better in first", "better in second",
         ],
         [
             [
                 row["scorer"], row["section"], row["average"], row["samples"], *map(percent_interval, row["micro"][:2]),
-                percent_interval(row["micro"][2], signed=True), percent_interval(row["macro"][2], signed=True),
+                percent_interval(row["micro"][2], signed=True), percent_interval(row["wilson_difference"], signed=True),
+                percent_interval(row["macro"][2], signed=True),
                 row["only_first_right"], row["only_second_right"],
             ]
             for row in rows

@@ -3,7 +3,7 @@
     python -m lmms_eval --model uhr_bat --model_args pretrained=DIR,budgets=16:24:40:66,selector=distinct \\
         --tasks xlrs-lite --batch_size 8
 
-`budgets`: one number for all scales, or one a scale with colons between them (commas separate arguments there).
+`max_tiles=128,native=True` encodes an image where the question looks, down to its own pixels. `budgets`: one number for all scales, or one a scale with colons between them (commas separate arguments there).
 """
 
 import hashlib
@@ -14,11 +14,12 @@ from lmms_eval.api.instance import GenerationResult
 from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
+from ..budgets_uhr_bat import split_budgets
 from ..common.budgets import budgets as read_budgets
 from ..common.loading import ROOT, load_model
-from .running import answers, compress, encode
+from .running import answers, compress, encode, looking_closer
 
-ARGUMENTS = ("pretrained", "budgets", "selector", "batch_size", "device", "dtype")
+ARGUMENTS = ("pretrained", "budgets", "selector", "max_tiles", "native", "batch_size", "device", "dtype")
 
 
 class Loss(tuple, GenerationResult):
@@ -44,14 +45,16 @@ class UHRBat(lmms):
         pretrained: model folder; UHR-BAT-Tiny where none is given.
         budgets: visual tokens, see above; those of the folder where none are given.
         selector: name of the rule that chooses them; the folder's where none is given.
+        max_tiles, native: tiles that may be encoded for a question, and whether levels go down to the image's own pixels.
         batch_size: prompts that are answered together.
         device: "cpu", "cuda:0", ...; that of the process where none is given.
         dtype: of the weights, "auto" for that of the folder.
     """
 
     def __init__(
-        self, pretrained=None, budgets=None, selector=None, batch_size=1, device=None, dtype="auto", **unknown
-    ):
+        self, pretrained=None, budgets=None, selector=None, max_tiles=None, native=False, batch_size=1, device=None,
+        dtype="auto", **unknown,
+    ):  # fmt: skip
         super().__init__()
         unknown = {name: value for name, value in unknown.items() if name != "max_batch_size"}
         if unknown:
@@ -63,7 +66,9 @@ class UHRBat(lmms):
         where = str(self.accelerator.device) if device is None or self._world_size > 1 else device
         self.processor, self.model = load_model(pretrained or ROOT, dtype, {"": where}, **changes)
         self.model.eval()
-        self.budgets = None if budgets is None else read_budgets(str(budgets), ":")
+        budgets = None if budgets is None else read_budgets(str(budgets), ":")
+        self.tiles, self.budgets = looking_closer(budgets, self.processor.default_budgets, max_tiles, native)
+        split_budgets(self.processor.default_budgets if self.budgets is None else self.budgets, self.model.config.scales)
         self.batch_size = int(batch_size)
         self.encoded = {}
 
@@ -84,7 +89,7 @@ class UHRBat(lmms):
         self.encoded = {key: features for key, features in self.encoded.items() if key in images}
         for key, image in images.items():
             if key not in self.encoded:
-                cut = self.processor.image_processor(image, return_tensors="pt")
+                cut = self.processor.image_processor(image, return_tensors="pt", **self.tiles)
                 (self.encoded[key],) = encode(self.model, cut)
         return [[self.encoded[key] for key in of_one] for of_one in keys]
 
@@ -98,8 +103,9 @@ class UHRBat(lmms):
             options = generation_options(settings[0])
             stops = options.pop("until")
             said = answers(
-                self.model, self.processor, contexts, self.features_of(zip(*where)), budgets=self.budgets, **options
-            )
+                self.model, self.processor, contexts, self.features_of(zip(*where)), budgets=self.budgets,
+                max_tiles=self.tiles.get("max_tiles"), **options,
+            )  # fmt: skip
             for number, (text, _) in zip(numbers, said):
                 for stop in stops:
                     text = text.split(stop)[0]
@@ -127,7 +133,9 @@ class UHRBat(lmms):
         return found
 
     def losses(self, contexts, continuations, features) -> list[Loss]:
-        prompt, seen, _ = compress(self.model, self.processor, contexts, features, self.budgets)
+        prompt, seen, _ = compress(
+            self.model, self.processor, contexts, features, self.budgets, max_tiles=self.tiles.get("max_tiles")
+        )
         tokenizer, device = self.processor.tokenizer, self.model.device
         endings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in map(str, continuations)]
         # Continuations are padded on the right; what stands behind one is not looked at by it.

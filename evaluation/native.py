@@ -9,6 +9,7 @@ are paired by question.
 """
 
 import argparse
+import math
 import os
 import sys
 from collections import defaultdict
@@ -20,7 +21,7 @@ import torch
 from tqdm import tqdm
 
 from ..common.budgets import counts_of_fraction
-from ..common.commands import tells_errors
+from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import write_report
 from ..common.loading import ROOT, check_files, load_model
@@ -233,6 +234,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--output", type=Path, default=Path("native_out"), metavar="DIR", help="default: native_out")
     args = parser.parse_args(arguments)
+    check_range(args, 1, math.inf, "scenes", "tiles", "workers")
     require("evaluate", "matplotlib")
     check_files(None, args.model)
     if args.focus:

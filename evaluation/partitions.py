@@ -11,6 +11,7 @@ Letters: S scales, N tokens of a scale. Sizes are (height, width), except those 
 """
 
 import argparse
+import math
 import dataclasses
 import os
 import sys
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from PIL import ImageDraw
 
-from ..common.commands import tells_errors
+from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
@@ -276,6 +277,9 @@ def main(arguments=None) -> int:
     parser.add_argument("--masks", type=Path, metavar="FILE", help="mask cache of this scene, instead of --checkpoint")
     add_segmenter_arguments(parser)
     args = parser.parse_args(arguments)
+    check_range(args, 1, math.inf, "ships", "clusters", "size")
+    check_range(args, 0, math.inf, "factors", above=True)
+    check_range(args, 0, math.inf, "seed")
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     if not 1 <= args.questions <= len(QUESTIONS):
         raise ValueError(f"--questions must be 1 to {len(QUESTIONS)}. Got {args.questions}.")

@@ -21,11 +21,12 @@ import numpy as np
 import torch
 
 from ..common.budgets import counts_of_fraction
-from ..common.commands import tells_errors
+from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import write_report
+from ..common.images import image_options
 from ..common.loading import check_files, load_model
-from ..common.tables import interval, percent_interval, table
+from ..common.tables import interval, percent_interval, table, wilson
 from ..geometry_uhr_bat import letterbox, tokens_of_points
 from .choices import CHOICES, PROPORTIONS, RULES, alone, choose
 from .evaluate import add_suite_arguments, prompt_of, stay_offline
@@ -48,10 +49,10 @@ def tokens_in_box(box, image_size, grid) -> np.ndarray:
         grid: (height, width) in tokens.
 
     Raises:
-        ValueError: a box that lies outside the image.
+        ValueError: a box that lies outside the image, or whose edges are turned round or no numbers.
     """
     (x0, y0, x1, y1), (h, w) = box, image_size
-    if not (x0 <= x1 and y0 <= y1 and x1 > 0 and y1 > 0 and x0 < w and y0 < h):
+    if not (x0 <= x1 and y0 <= y1 and x1 > 0 and y1 > 0 and x0 < w and y0 < h and all(map(math.isfinite, box))):
         raise ValueError(f"The box {box} does not lie in the image of {w} x {h} px (width x height).")
     side, top, left = letterbox(image_size)
     edges = ((max(y0, 0) + top, min(y1, h) + top, grid[0]), (max(x0, 0) + left, min(x1, w) + left, grid[1]))
@@ -87,19 +88,36 @@ def slots_of(model, processor, question, features, method, fraction) -> list[tor
     ]
 
 
-def records_of(model, processor, suite, prompt, group, fractions, methods) -> list[dict]:
-    """One record an object, method and fraction: kept, share, pixels; for all questions about one image."""
+def boxes_of(samples, image_size, grids) -> tuple[dict, list[dict]]:
+    """{sample: [(box, its tokens of every grid)]} of the boxes that lie in the image, and {"image", "error"} of the others."""
+    found, errors = {}, []
+    for sample in samples:
+        found[sample.id] = []
+        for box in sample.boxes:
+            try:
+                found[sample.id].append((box, [tokens_in_box(box, image_size, grid) for grid in grids]))
+            except ValueError as error:
+                errors.append({"image": sample.pictures[0].key, "error": f"{sample.id}: {error}"})
+    return found, errors
+
+
+def records_of(model, processor, suite, prompt, group, fractions, methods, errors, options) -> list[dict]:
+    """One record an object, method and fraction: kept, share, pixels; for all questions about one image. Boxes that do not lie
+    in it are added to `errors`. `options`: of reading."""
     config = model.config
-    image = processor.image_processor.process_image(suite.open(group[0].pictures[0]))
+    image = processor.image_processor.process_image(suite.open(group[0].pictures[0]), **options)
     image_size, records = (image.height, image.width), []
+    boxes, outside = boxes_of(group, image_size, config.grids)
+    errors += outside
+    if not any(boxes.values()):
+        return []
     (features,) = encode(model, processor.image_processor(image, return_tensors="pt"))
     for sample in group:
-        tokens = [[tokens_in_box(box, image_size, grid) for grid in config.grids] for box in sample.boxes]
-        for method in methods:
+        for method in methods if boxes[sample.id] else ():
             for fraction in fractions:
                 slots = slots_of(model, processor, suite.prompts[prompt](sample), features, method, fraction)
                 single = [alone(one).cpu().numpy() for one in slots]
-                for box, of_scales in zip(sample.boxes, tokens):
+                for box, of_scales in boxes[sample.id]:
                     shares = [single[scale][positions].mean() for scale, positions in enumerate(of_scales)]
                     records.append({
                         "sample": sample.id, "image": sample.pictures[0].key, "method": method, "fraction": fraction,
@@ -123,6 +141,7 @@ def summarise(records) -> list[dict]:
         row = {"method": method, "fraction": fraction, "objects": len(found)}
         for name in ("kept", "share"):
             row[name] = interval([record[name] for record in found], images, rng)
+        row["kept_wilson"] = wilson(row["kept"][0], len(set(images)))
         row["by_size"] = {}
         for name in SIZES:
             of_size = [record for record in found if size_bin(record["pixels"]) == name]
@@ -137,10 +156,11 @@ def report(result) -> str:
     rows, about = result["rows"], result["about"]
     sizes = [name for name in SIZES if any(name in row["by_size"] for row in rows)]
     numbers = rows[0]["by_size"] if rows else {}
-    header = ["tokens", "method", "objects kept", "share of their tokens"]
+    header = ["tokens", "method", "objects kept", "the same, Wilson's", "share of their tokens"]
     header += [f"{name} ({numbers[name]['objects']})" for name in sizes]
     lines = [
-        [f"{100 * row['fraction']:g} %", row["method"], percent_interval(row["kept"]), percent_interval(row["share"])]
+        [f"{100 * row['fraction']:g} %", row["method"]]
+        + [percent_interval(row[name]) for name in ("kept", "kept_wilson", "share")]
         + [percent_interval(row["by_size"][name]["kept"]) for name in sizes]
         for row in rows
     ]
@@ -149,10 +169,11 @@ def report(result) -> str:
         f"{about['objects']} objects of {about['samples']} questions about {about['images']} images, by "
         f"{about['model']}. Percent, with 95 % intervals of a bootstrap over images. Kept: one of the object's tokens "
         "at one of the two finest scales has a place of its own in the prompt, unmerged. Share: of its tokens at the "
-        "finest scale. By size: the side of a square of the box's area, in pixels of the finest scale, number of "
+        "finest scale. Wilson's interval counts an image as one trial, and holds where few or all are kept. By size: the side of a square of the box's area, in pixels of the finest scale, number of "
         "objects in brackets.",
         table(header, lines),
         list_errors(result["errors"]),
+        *([list_errors(result["boxes"], "boxes are left out")] if result["boxes"] else []),
     ]) + "\n"  # fmt: skip
 
 
@@ -184,17 +205,23 @@ def measure(args) -> dict:
         raise ValueError(f"No sample of {args.suite} has a box of an object.")
     processor, model = load_model(args.model)
     model.eval()
+    outside, options = [], image_options(args)
     records, errors = measure_groups(
         samples,
-        lambda group: records_of(model, processor, suite, prompt, group, args.fractions, args.methods),
+        lambda group: records_of(
+            model, processor, suite, prompt, group, args.fractions, args.methods, outside, options
+        ),
         "Measuring",
     )
+    if not records:
+        first = (errors + outside)[0]["error"]
+        raise ValueError(f"No object of {len(samples)} samples could be looked for. The first failure: {first}")
     one = [row for row in records if (row["method"], row["fraction"]) == (args.methods[0], args.fractions[0])]
     about = {
         "suite": args.suite, "data": args.data, "model": str(args.model), "prompt": prompt, "samples": len(samples),
         "objects": len(one), "images": len({row["image"] for row in one}),
     }  # fmt: skip
-    return {"about": about, "rows": summarise(records), "errors": errors}
+    return {"about": about, "rows": summarise(records), "errors": errors, "boxes": outside}
 
 
 @tells_errors
@@ -208,6 +235,8 @@ def main(arguments=None) -> int:
     parser.add_argument("--methods", nargs="+", choices=METHODS, default=METHODS, metavar="NAME", help="default: all")
     parser.add_argument("--output", type=Path, default=Path("recall_out"), metavar="DIR", help="default: recall_out")
     args = parser.parse_args(arguments)
+    check_range(args, 1, math.inf, "limit")
+    check_range(args, 0, 1, "fractions", above=True)
     stay_offline(args.data)
     require("evaluate", "matplotlib", "datasets")
     check_files(None, args.model)

@@ -17,6 +17,7 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
+from ..budgets_uhr_bat import is_one_budget
 from ..common.files import whole_files, write_json
 from ..common.prompts import prompt_text
 from ..common.runs import Line, check_same_settings, whole_lines
@@ -177,6 +178,33 @@ def compress(model, processor, questions, features, budgets=None, rules=None, co
     return prompt, {"mm_encoder_outputs": {"image": compressed}}, compressed.tokens_per_prompt
 
 
+def looking_closer(budgets, default, max_tiles, native) -> tuple[dict, list[int] | int | None]:
+    """The image processor's options and the budgets of a model that encodes an image where the question looks: levels of an
+    image's own share one budget, so that several become their sum.
+
+    Args:
+        budgets: that were given, or None for the model's `default`.
+        max_tiles: that may be encoded for a question, or None for all of every scale; numbers as texts, too.
+        native: whether levels go down to the image's own pixels; "True" and "false", too.
+
+    Raises:
+        ValueError: `native` without `max_tiles`, less than one tile, or something else than a truth value.
+    """
+    if isinstance(native, str):
+        if native.lower() not in ("true", "false", "1", "0"):
+            raise ValueError(f"native is True or False. Got {native!r}.")
+        native = native.lower() in ("true", "1")
+    if max_tiles is None:
+        if native:
+            raise ValueError("native levels are encoded where the question looks, so many tiles: give max_tiles with it.")
+        return {}, budgets
+    if int(max_tiles) < 1:
+        raise ValueError(f"max_tiles must be at least 1. Got {max_tiles}.")
+    if native and budgets is None and not is_one_budget(default):
+        budgets = sum(default)
+    return {"max_tiles": int(max_tiles), "native": bool(native) or None}, budgets
+
+
 # ---- Images ----------------------------------------------------------------------------------------------------------
 
 
@@ -223,9 +251,9 @@ def measure_groups(samples: Iterable[Sample], measure, description: str) -> tupl
     return records, errors
 
 
-def list_errors(errors: list[dict]) -> str:
+def list_errors(errors: list[dict], what="images failed") -> str:
     """How many images failed, and which."""
-    return f"{len(errors)} images failed." + "".join(f"\n- {one['image']}: {one['error']}" for one in errors)
+    return f"{len(errors)} {what}." + "".join(f"\n- {one['image']}: {one['error']}" for one in errors)
 
 
 def encode(model, inputs) -> list:

@@ -5,6 +5,7 @@ from .hr_bench import HRBench
 from .lrs_vqa import LRSVQA
 from .made_up_scenes import MadeUpScenes
 from .mme_realworld import MMERealWorldRS
+from .own import Own
 from .pascal_voc import PascalVOC
 from .rshr_bench import RSHRBench
 from .suite import Suite
@@ -25,6 +26,7 @@ SUITES = {
         TreeBench("tree-bench"),
         VRSBenchVQA("vrsbench-vqa"),
         Conversations("conversations"),
+        Own("own"),
         PascalVOC("pascal-voc"),
         MadeUpScenes("scenes"),
     )

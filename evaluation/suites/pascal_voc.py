@@ -1,12 +1,22 @@
 """Pictures with boxes in Pascal VOC's XML, as DeepForest has of trees: how many there are, and where."""
 
+import math
 import xml.etree.ElementTree as ElementTree
-from collections import Counter
+from collections import defaultdict
 from pathlib import Path
 
 from ..samples import Sample, pictures_in
 from ..scoring import Scorer, read_words
 from .suite import Suite, spaced
+
+
+def box_of(thing) -> tuple[float, ...]:
+    """(x0, y0, x1, y1) of an object; nan where an edge is missing or no number: the object counts, nothing shows it."""
+    edges = (thing.findtext(f"bndbox/{edge}") for edge in ("xmin", "ymin", "xmax", "ymax"))
+    try:
+        return tuple(map(float, edges))
+    except (TypeError, ValueError):
+        return (math.nan,) * 4
 
 
 class PascalVOC(Suite):
@@ -30,13 +40,14 @@ class PascalVOC(Suite):
             raise FileNotFoundError(f"{data}: --data is an XML file of Pascal VOC, or a folder that holds some.")
         samples = []
         for file in files:
-            root = ElementTree.parse(file).getroot()
-            things = root.findall("object")
-            boxes = {kind: [] for kind in Counter(thing.findtext("name") for thing in things)}
-            for thing in things:
-                edges = (thing.find("bndbox").findtext(edge) for edge in ("xmin", "ymin", "xmax", "ymax"))
-                boxes[thing.findtext("name")].append(tuple(map(float, edges)))
-            shown = pictures_in(root.findtext("filename"), [file.parent], self.places)
+            try:
+                root = ElementTree.parse(file).getroot()
+            except ElementTree.ParseError as error:
+                raise ValueError(f"{file}: this is no XML ({error}).") from error
+            boxes = defaultdict(list)
+            for thing in root.findall("object"):
+                boxes[thing.findtext("name")].append(box_of(thing))
+            shown = pictures_in(root.findtext("filename") or "", [file.parent], self.places)
             for kind, of_kind in boxes.items():
                 samples.append(
                     Sample(
