@@ -29,6 +29,8 @@ THIS_MACHINE = ("127.0.0.1", "localhost", "::1")
 CACHE_BYTES = 4 * 2**30
 # Threads that encode and compress at a time.
 WORKERS = 2
+# Questions that wait at a time, one of which is decoded.
+MAX_WAITING = 64
 # Of an image file that is dropped, or fetched for a user of another machine.
 MAX_FILE_BYTES = 2 * 2**30
 # Pixels of the largest image of a user of another machine, as of the server's.
@@ -63,7 +65,9 @@ def tell(text: str) -> str:
 
 
 def tell_error(error: Exception) -> str:
-    return f'<p role="alert" class="error">{html.escape(str(error))}</p>'
+    from .refusals import clip
+
+    return f'<p role="alert" class="error">{html.escape(clip(str(error) or type(error).__name__))}</p>'
 
 
 def tell_image(image) -> str:
@@ -80,7 +84,7 @@ def tell_answer(name: str, answer, note: str) -> str:
     """The answer, what it cost, and what can be had of it."""
     choosing, decoding = answer.seconds
     cost = (
-        f"Answered in {choosing + decoding:.2f} s from {answer.num_tokens:,} of "
+        f"About {html.escape(answer.image.title)}. Answered in {choosing + decoding:.2f} s from {answer.num_tokens:,} of "
         f"{sum(answer.image.encoded.features.available):,} visual tokens: {choosing:.2f} s to choose them, "
         f"{decoding:.2f} s to read them. The image was not encoded again."
     )
@@ -118,6 +122,18 @@ def read_options(**texts: str | None) -> dict:
             except ValueError as error:
                 raise ValueError(f"{label} is written as {example}. Got {text!r}.") from error
     return options
+
+
+def read_budget(value, most: int) -> int:
+    """Visual tokens, from what a slider or its field of a number has.
+
+    Raises:
+        ValueError: there is no number, or none of 1 to `most`.
+    """
+    if not isinstance(value, (int, float)) or not 1 <= value <= most:
+        given = "nothing" if value in (None, "") else repr(value)
+        raise ValueError(f"The budget is a number of visual tokens from 1 to {most:,}. Got {given}.")
+    return int(value)
 
 
 def name_image(text: str, rules):
@@ -172,60 +188,73 @@ def build_page(desk, rules, note: str):
     import gradio as gr
 
     from .refusals import Refusal
-    from .showing import Gone
+    from .showing import Gone, Seat
 
     limits = {"max_image_pixels": MAX_PIXELS} if rules is not None else {}
-    failures = (OSError, ValueError, ImportError, MemoryError, Refusal, Gone)
+    failures = (OSError, ValueError, ImportError, MemoryError, RuntimeError, Refusal, Gone)
 
-    def opened(source, texts):
-        """What changes when an image is opened: its name, status, map, budget, answer, an empty place to drop, and
-        whether there was a question."""
-        name = desk.open(source, **read_options(**dict(zip(READING, texts))), **limits)
-        usual, most = desk.budget_range(name)
-        slider = gr.update(maximum=most, value=usual, interactive=True)
-        return name, tell_image(desk.images.get(name)), show(name), slider, "", None, False
+    class Budget(gr.Slider):
+        """A slider that leaves it to the page to say what is wrong with its number."""
 
-    def failed(error):
-        """The image before stays."""
-        return gr.skip(), tell_error(error), gr.skip(), gr.skip(), gr.skip(), None, gr.skip()
+        is_template = True  # it is drawn as what it is made of
 
-    def open_path(text, *texts):
+        def preprocess(self, payload):
+            return payload
+
+    def open_image(seat, name_source, texts):
+        """What changes when an image is opened: its status, map, budget and answer, and an empty place to drop."""
         try:
-            return opened(name_image(text, rules), texts)
-        except failures as error:
-            return failed(error)
+            name = seat.open(
+                lambda: desk.open(name_source(), **read_options(**dict(zip(READING, texts))), **limits)
+            )
+            if name is None:
+                return [gr.skip()] * 5
+            usual, most = desk.budget_range(name)
+            slider = gr.update(maximum=most, value=usual, interactive=True)
+            return tell_image(desk.images.get(name)), show(name), slider, "", None
+        except failures as error:  # the image before stays
+            return tell_error(error), gr.skip(), gr.skip(), gr.skip(), None
 
-    def open_upload(path, *texts):
-        try:
-            return opened(receive_image(path, rules), texts)
-        except failures as error:
-            return failed(error)
+    def open_path(seat, text, *texts):
+        return open_image(seat, lambda: name_image(text or "", rules), texts)
 
-    def open_scene(question):
-        try:
-            if not painting.DEFAULT_PATH.exists():
-                painting.write()
-            return *opened(name_image(str(painting.DEFAULT_PATH), None), ()), question or QUESTION
-        except failures as error:
-            return *failed(error), question
+    def open_upload(seat, path, *texts):
+        return open_image(seat, lambda: receive_image(path, rules), texts)
 
-    def ask(name, question, num_tokens):
+    def made_up_scene():
+        if not painting.DEFAULT_PATH.exists():
+            painting.write()
+        return name_image(str(painting.DEFAULT_PATH), None)
+
+    def open_scene(seat, question):
+        return *open_image(seat, made_up_scene, ()), question or QUESTION
+
+    def ask(seat, question, num_tokens):
         """Answer and map."""
-        try:
+        seen = seat.image_name
+
+        def answer_about(name):
             if name is None:
                 raise ValueError("There is no image yet: open one, then ask.")
-            answer_name = desk.ask(name, question, int(num_tokens))
-            return tell_answer(answer_name, desk.answers.get(answer_name), note), show(answer_name), True
-        except failures as error:
-            return tell_error(error), gr.skip(), False
+            usual, most = desk.budget_range(name)
+            # A budget that was chosen for another image says nothing.
+            return desk.ask(name, question or "", read_budget(num_tokens, most) if name == seen else usual)
 
-    def ask_again(asked, *args):
+        try:
+            answer_name = seat.ask(answer_about)
+            if answer_name is None:
+                return gr.skip(), gr.skip()
+            return tell_answer(answer_name, desk.answers.get(answer_name), note), show(answer_name)
+        except failures as error:
+            return tell_error(error), gr.skip()
+
+    def ask_again(seat, *args):
         """With another budget, once there was a question."""
-        return ask(*args) if asked else (gr.skip(), gr.skip(), False)
+        return ask(seat, *args) if seat.has_asked else (gr.skip(), gr.skip())
 
     with gr.Blocks(title="UHR-BAT", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
         gr.Markdown("# UHR-BAT\nAsk about a large image, and see which of its tokens the answer was read from.")
-        image_name, asked = gr.State(None), gr.State(False)
+        seat = gr.State(Seat())
         with gr.Row():
             with gr.Column(scale=1, min_width=300):
                 upload = gr.File(label="Image: drop it here, or click to choose", height=160)
@@ -244,19 +273,20 @@ def build_page(desk, rules, note: str):
                 question = gr.Textbox(label="Question", placeholder=QUESTION, lines=1, max_lines=1, submit_btn=False)
                 ask_button = gr.Button("Ask", variant="primary")
                 usual = desk.config.budgets if isinstance(desk.config.budgets, int) else sum(desk.config.budgets)
-                budget = gr.Slider(1, usual, usual, step=1, label="Budget (visual tokens)", interactive=True)
+                budget = Budget(1, usual, usual, step=1, label="Budget (visual tokens)", interactive=True)
             with gr.Column(scale=3, min_width=320):
                 answer = gr.HTML(elem_id="answer")
                 shown = gr.HTML(NOTHING, elem_id="map")
         private = {"api_visibility": "private"}
-        on_open = [image_name, status, shown, budget, answer, upload, asked]
-        upload.upload(open_upload, [upload, *reading], on_open, **private)
-        gr.on([open_button.click, path.submit], open_path, [path, *reading], on_open, **private)
-        scene_button.click(open_scene, question, [*on_open, question], **private)
-        about = [image_name, question, budget]
-        gr.on([ask_button.click, question.submit], ask, about, [answer, shown, asked], **private)
-        options = {"trigger_mode": "always_last", "show_progress": "hidden"} | private
-        budget.input(ask_again, [asked, *about], [answer, shown, asked], **options)
+        on_open = [status, shown, budget, answer, upload]
+        upload.upload(open_upload, [seat, upload, *reading], on_open, **private)
+        gr.on([open_button.click, path.submit], open_path, [seat, path, *reading], on_open, **private)
+        scene_button.click(open_scene, [seat, question], [*on_open, question], **private)
+        # A question may wait for an image that is being opened, and holds up nobody else's.
+        asking = {"concurrency_limit": MAX_WAITING, "concurrency_id": "ask"} | private
+        about, told = [seat, question, budget], [answer, shown]
+        gr.on([ask_button.click, question.submit], ask, about, told, **asking)
+        budget.input(ask_again, about, told, trigger_mode="always_last", show_progress="hidden", **asking)
     return page
 
 

@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,65 @@ class Recent:
                 raise Gone("The image is no longer held: open it again.")
             self._values.move_to_end(name)
             return self._values[name]
+
+
+class Seat:
+    """What one user of a page has before them: the image that was opened last. What was begun about another one is dropped,
+    and so is what an earlier question comes to. Safe to share among threads.
+
+    Attributes:
+        image_name: of the image that is shown; None before the first.
+        has_asked: whether an answer about it was shown.
+    """
+
+    def __init__(self):
+        self.image_name, self.has_asked = None, False
+        self._changed = threading.Condition()
+        self._begun = self._shown = self._asked = 0  # openings, the one that is shown, questions
+        self._opening = 0  # at present
+
+    def __deepcopy__(self, memo):
+        return Seat()  # of the next user
+
+    def open(self, make: Callable[[], str]) -> str | None:
+        """Shows the image whose name `make()` returns; None where one that was opened later is shown already."""
+        name = None
+        with self._changed:
+            self._begun += 1
+            mine = self._begun
+            self._opening += 1
+        try:
+            name = make()
+        finally:
+            with self._changed:
+                self._opening -= 1
+                is_shown = name is not None and mine > self._shown
+                if is_shown:
+                    self._shown, self.image_name, self.has_asked = mine, name, False
+                self._changed.notify_all()
+        return name if is_shown else None
+
+    def ask(self, make: Callable[[str | None], Any]):
+        """What `make(image_name)` returns or raises; None where another image is shown since, or another question was asked.
+        An image that is being opened is waited for: the question is about that."""
+        with self._changed:
+            self._asked += 1
+            mine = self._asked
+            self._changed.wait_for(lambda: not self._opening)
+            name = self.image_name
+        answer = error = None
+        try:
+            answer = make(name)
+        except Exception as raised:
+            error = raised
+        with self._changed:
+            self._changed.wait_for(lambda: not self._opening)
+            if name != self.image_name or mine != self._asked:
+                return None
+            self.has_asked = error is None
+        if error is not None:
+            raise error
+        return answer
 
 
 @dataclass(frozen=True)
@@ -120,6 +180,7 @@ class Desk:
     def __init__(self, front: Front, max_new_tokens: int = 64, note: str = ""):
         self.front, self.max_new_tokens, self.note = front, max_new_tokens, note
         self.images, self.answers = Recent(MAX_IMAGES), Recent(MAX_ANSWERS)
+        self._decoding = threading.Lock()
         self._seconds = {}  # of every encoding, by the key of the encoded image
 
     @property
@@ -186,13 +247,14 @@ class Desk:
         budgets = self.share(image_name, num_tokens)
         selection = self.front.select(prompt_text(processor, question.strip()), [image.encoded], budgets)
         compressed_at = time.perf_counter()
-        embeds = selection.embeds[None].to(model.device)
-        output = model.generate(
-            inputs_embeds=embeds,
-            attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device),
-            do_sample=False,
-            max_new_tokens=self.max_new_tokens,
-        )
+        with self._decoding:
+            embeds = selection.embeds[None].to(model.device)
+            output = model.generate(
+                inputs_embeds=embeds,
+                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device),
+                do_sample=False,
+                max_new_tokens=self.max_new_tokens,
+            )
         text = answer_text(processor, output[:, :0], output)
         seconds = compressed_at - start, time.perf_counter() - compressed_at
         spent = sum(int(slots.max()) + 1 for slots in selection.compressed.slots[0])

@@ -20,6 +20,13 @@ def test_options_of_a_raster_are_read_as_they_are_typed():
         demo.read_options(value_range="0,1,2")
 
 
+@pytest.mark.parametrize("typed, given", [(None, "nothing"), ("", "nothing"), (99999, "99999"), (0, "0"), ([], "[]")])
+def test_a_budget_that_is_none_is_said(typed, given):
+    with raises(ValueError, f"The budget is a number of visual tokens from 1 to 2,944. Got {given}."):
+        demo.read_budget(typed, 2944)
+    assert demo.read_budget(146.0, 2944) == 146
+
+
 def test_whoever_sits_at_this_machine_opens_its_files_and_addresses(tmp_path):
     path = tmp_path / "a.png"
     random_image(8, 8).save(path)

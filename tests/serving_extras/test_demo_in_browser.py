@@ -111,6 +111,17 @@ def wait_for_tokens(page, number):
     sync_api.expect(outlines(page)).to_have_count(number)
 
 
+def wait_for_a_pixel_for_a_pixel(page):
+    """Until the part in sight has come at its full resolution: the steps of zooming before it ask for parts too."""
+    page.wait_for_function(
+        """() => {const inside = document.querySelector("#map iframe").contentDocument;
+        const asked = new URL(inside.querySelector("#detail").getAttribute("href") || "", "http://a").searchParams;
+        const [top, left, bottom, right] = (asked.get("box") || "").split(",").map(Number);
+        const side = Math.max(bottom - top, right - left);
+        return side < 2600 && Number(asked.get("side")) === side;}"""
+    )
+
+
 def has_focus(page):
     return page.evaluate(
         """() => {const one = document.activeElement, label = one.labels?.[0]?.innerText;
@@ -140,12 +151,7 @@ def test_another_budget_changes_answer_and_drawing_and_leaves_the_view(page):
     wait_for_tokens(page, 146)
     for _ in range(4):
         the_map(page).get_by_role("button", name="Zoom in").click()
-    # The part in sight comes at its full resolution.
-    detail = the_map(page).locator("#detail[href]")
-    detail.wait_for(state="attached")
-    asked = dict(part.split("=") for part in detail.get_attribute("href").partition("?")[2].split("&"))
-    top, left, bottom, right = map(int, asked["box"].split(","))
-    assert int(asked["side"]) == max(bottom - top, right - left) < 2600  # a pixel for a pixel
+    wait_for_a_pixel_for_a_pixel(page)
     the_map(page).get_by_label("64 px: 4").uncheck()
     page.wait_for_timeout(400)  # the view is remembered when it rests
     before = view(page)
@@ -205,6 +211,26 @@ def test_a_raster_is_dropped_and_read_as_is_said(page, folder):
     place = the_map(page).locator("#place")
     the_map(page).locator("svg").hover()
     assert "WGS 84 / UTM zone 54N" in place.inner_text()
+
+
+def test_an_answer_stands_beside_its_own_image_whatever_is_opened_meanwhile(page, folder):
+    answer, status = page.locator("#answer"), page.locator("#status")
+    path, open_button = page.get_by_label("path or address"), page.get_by_role("button", name="Open", exact=True)
+    open_scene(page)
+    # Asked while another image is being opened: about that one.
+    path.fill(str(folder / "scene.tif"))
+    open_button.click()
+    page.get_by_role("button", name="Ask").click()
+    sync_api.expect(status).to_contain_text("scene.tif")
+    sync_api.expect(answer).to_contain_text("About scene.tif. Answered in")
+    # Opened while a question is being answered: nothing of its answer comes.
+    page.get_by_label("Question").fill("How many trees are there?")
+    page.get_by_label("Question").press("Enter")
+    page.get_by_role("button", name="Made-up scene").click()
+    sync_api.expect(status).to_contain_text("made_up_scene.jpg: 2,600")
+    page.wait_for_timeout(3000)
+    assert answer.inner_text() == ""
+    sync_api.expect(outlines(page)).to_have_count(0)
 
 
 def test_what_cannot_be_read_is_said_and_the_page_goes_on(page, folder):
