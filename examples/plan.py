@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from ..common.commands import tells_errors
-from ..common.loading import ROOT, check_files, model_name
+from ..common.loading import ROOT, check_files, load_config, model_name
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -38,10 +38,9 @@ def planner_of(folder: Path, device: str | None = None, dtype: str | None = None
     """
     import torch
 
-    from ..configuration_uhr_bat import UHRBatConfig
     from ..modeling_uhr_bat import UHRBatForConditionalGeneration
 
-    config = UHRBatConfig.from_pretrained(folder)
+    config = load_config(folder)
     dtype = config.dtype or torch.float32 if dtype is None else getattr(torch, dtype)
     with torch.device("meta"):
         model = UHRBatForConditionalGeneration(config).to(dtype)

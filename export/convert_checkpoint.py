@@ -349,9 +349,12 @@ class Plan:
         with whole_folder(output) as building:
             weights, kept = self.source, [entry for entry in self.entries if entry.name]
             if self.adapters:
-                base = {entry.name: read_tensor(weights, entry) for entry in kept}
-                weights = MergedModel(base, self.config, self.adapters)
-                kept = [Entry(name, info, name, info.dtype, "merge") for name, info in weights.tensors.items()]
+                dtypes = {entry.name: entry.dtype for entry in kept}
+                dtypes.setdefault(HEAD, dtypes[EMBEDDINGS])  # of a head that an adapter untied
+                weights = MergedModel(
+                    {entry.name: read_tensor(weights, entry) for entry in kept}, self.config, self.adapters
+                )
+                kept = [Entry(name, info, name, dtypes[name], "merge") for name, info in weights.tensors.items()]
             write_weights(building, weights, kept, max_shard_size)
             check_weights(building, weights, kept)
             shutil.copytree(self.files.name, building, dirs_exist_ok=True)

@@ -38,6 +38,9 @@ class MergedModel:
         with init_empty_weights(include_buffers=False):
             model = UHRBatForConditionalGeneration(config)
         model.load_state_dict(weights, strict=False, assign=True)
+        allowed = max(TOLERANCES[tensor.dtype] for tensor in weights.values())
+        has_head = HEAD in weights
+        del weights  # what is merged takes their place in memory
         model.tie_weights()
         named = ", ".join(map(str, adapters))
         try:
@@ -53,7 +56,6 @@ class MergedModel:
             raise CheckpointError(f"{named}: cannot be merged ({type(error).__name__}: {error}).") from error
         for wanted, found in zip(live, merged):
             off, size = (wanted - found).abs().max().item(), wanted.abs().max().item()
-            allowed = TOLERANCES[max((tensor.dtype for tensor in weights.values()), key=TOLERANCES.get)]
             if not off <= allowed * size:
                 raise CheckpointError(
                     f"{named}: cannot be merged: merged, the model's outputs are off by {off:.3g}, up to {size:.3g} large, "
@@ -62,11 +64,9 @@ class MergedModel:
         self.weights = model.state_dict()
         if {name: tensor.shape for name, tensor in self.weights.items()} != expected:
             raise CheckpointError(f"{named}: after merging, names or shapes are no longer those of the model.")
-        self.is_tied = config.tie_word_embeddings = torch.equal(self.weights[HEAD], self.weights[EMBEDDINGS]) and (
-            HEAD not in weights
-        )
-        config.text_config.tie_word_embeddings = self.is_tied
-        if self.is_tied:
+        is_tied = not has_head and torch.equal(self.weights[HEAD], self.weights[EMBEDDINGS])
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings = is_tied
+        if is_tied:
             del self.weights[HEAD]
         self.tensors = {
             name: TensorInfo(adapters[0], tuple(tensor.shape), tensor.dtype) for name, tensor in self.weights.items()

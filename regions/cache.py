@@ -20,7 +20,7 @@ import torch
 
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, image_options
-from ..common.loading import ROOT
+from ..common.loading import ROOT, base_of
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..released_api_uhr_bat import join_tile_masks, load_multiscale_tile_masks
 from .segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
@@ -78,7 +78,7 @@ def write_whole(value, path: Path):
 @functools.cache
 def _tools(model, *segmenter):
     """Image processor and segmenter, loaded once per process."""
-    return UHRBatImageProcessor.from_pretrained(model), load_segmenter(*segmenter)
+    return UHRBatImageProcessor.from_pretrained(base_of(model) or model), load_segmenter(*segmenter)
 
 
 def cache_image(image_path: Path, output: Path, job: Job):
@@ -197,7 +197,7 @@ def main(arguments=None) -> int:
     try:
         check_job(job)
         outputs = name_outputs(args.images, args.output)
-        processor = UHRBatImageProcessor.from_pretrained(job.model)
+        processor = UHRBatImageProcessor.from_pretrained(base_of(job.model) or job.model)
     except (OSError, ValueError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)
         return 2

@@ -65,13 +65,18 @@ def decoder_folder(model, model_key: str, cache_home: Path | None = None) -> Pat
         cache_home: where such folders lie; None: `$XDG_CACHE_HOME/uhr-bat/decoders`, in `~/.cache` if that is not set.
 
     Raises:
-        ValueError: the weights are quantized.
+        ValueError: the weights are quantized, or an adapter is live in them.
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     if getattr(model, "hf_quantizer", None) is not None:
         raise ValueError(
             "The decoder of quantized weights cannot be written out. Serve them with --backend transformers."
+        )
+    if hasattr(model, "peft_config"):
+        raise ValueError(
+            "The decoder of an adapter cannot be written out. Merge it into its model (uhr-bat export --merge-adapter), or serve it "
+            "with --backend transformers."
         )
     if cache_home is None:
         cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhr-bat/decoders"

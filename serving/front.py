@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 from torch.utils import _pytree as pytree
 
+from ..common.loading import base_of
 from ..geo import Georeference
 from ..outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
 from .cache import ContentCache
@@ -23,9 +24,10 @@ MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.py")
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of a model folder's code, configuration and weights."""
+    """SHA-256 of a model folder's code, configuration and weights; of an adapter's, with those of its model."""
     digest = hashlib.sha256()
-    for path in sorted(path for pattern in MODEL_FILES for path in Path(folder).glob(pattern)):
+    folders = [folder] if (base := base_of(folder)) is None else [base, folder]
+    for path in sorted(path for one in folders for pattern in MODEL_FILES for path in Path(one).glob(pattern)):
         with open(path, "rb") as file:
             digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -11,6 +11,7 @@ import torch
 
 from ..budgets_uhr_bat import is_one_budget
 from ..common.commands import tells_errors
+from ..common.loading import base_of, load_config
 from ..configuration_uhr_bat import UHRBatConfig
 from ..costs_uhr_bat import NF4_BYTES
 from .collator import scale_budgets
@@ -92,6 +93,12 @@ def _meta_model(config, options):
 
     with torch.device("meta"):
         model = UHRBatForConditionalGeneration(config)
+        if base_of(options.model_name_or_path) is not None:
+            from peft import PeftConfig, get_peft_model
+
+            adapter = PeftConfig.from_pretrained(options.model_name_or_path)
+            adapter.inference_mode = False
+            return get_peft_model(model, adapter)
         if options.use_peft:
             return add_adapter(model, options)
     freeze_parts(model, options.freeze)
@@ -104,7 +111,7 @@ def main(arguments=None) -> int:
     # The recipe's own device may not be here: `bf16` is refused on a CPU that nobody asked for.
     arguments = [*(sys.argv[1:] if arguments is None else arguments), "--use_cpu", "true"]
     options, data, training = read_options(arguments, prog="uhr-bat train-memory")
-    config = UHRBatConfig.from_pretrained(options.model_name_or_path)
+    config = load_config(options.model_name_or_path)
     print(predict_memory(config, options, data, training))
     return 0
 

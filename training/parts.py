@@ -1,8 +1,14 @@
 """Which parts of the model are trained: whole parts, a LoRA adapter of the decoder, on weights of four bits or not."""
 
 import re
+from pathlib import Path
+
+from transformers.utils import logging
 
 from ..common.extras import require
+from ..common.loading import attach_adapter
+
+logger = logging.get_logger(__name__)
 
 # The decoder alone: what an adapter changes there, the importance pass (eq. 2) reads too.
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
@@ -57,7 +63,30 @@ def add_adapter(model, options):
         modules_to_save=options.lora_modules_to_save,
         task_type="CAUSAL_LM",
     )
-    return get_peft_model(model, config)
+    return _name_base(get_peft_model(model, config))
+
+
+def continue_adapter(model, folder):
+    """A peft model that goes on training the adapter of a folder, whose rank, layers and whole parts stay what they are.
+
+    Raises:
+        ImportError: peft is missing.
+        ValueError: the adapter does not fit the model.
+    """
+    adapted = attach_adapter(model, folder, is_trainable=True)
+    config = adapted.active_peft_config
+    logger.warning(
+        f"The run goes on from the adapter {folder}, with its rank {config.r} and alpha {config.lora_alpha}: options of a new one "
+        "(`lora_r`, `lora_target_modules` and so on) are not read."
+    )
+    return _name_base(adapted)
+
+
+def _name_base(adapted):
+    """The adapter names the folder of its model in full: it is read from other places."""
+    base = adapted.get_base_model().name_or_path
+    adapted.active_peft_config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    return adapted
 
 
 def quantization(options):

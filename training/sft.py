@@ -15,12 +15,11 @@ from transformers.utils import logging
 
 from ..common.commands import tells_errors
 from ..common.extras import require
-from ..common.loading import load_model
-from ..processing_uhr_bat import UHRBatProcessor
+from ..common.loading import base_of, load_model, load_processor
 from .collator import UHRBatDataCollator, scale_budgets
 from .data import load_samples
 from .options import read_options
-from .parts import add_adapter, freeze_parts, quantization
+from .parts import add_adapter, continue_adapter, freeze_parts, quantization
 from .trainer import KeptPictures, UHRBatTrainer
 
 logger = logging.get_logger(__name__)
@@ -52,7 +51,8 @@ def prepare_model(options, budgets, bf16=False):
     import torch
 
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
-    _, model = load_model(options.model_name_or_path, dtype, None, quantization(options))
+    base = base_of(options.model_name_or_path)
+    _, model = load_model(base or options.model_name_or_path, dtype, None, quantization(options))
     halves = [one for one in (*model.parameters(), *model.buffers()) if one.dtype == torch.float16]
     if halves:
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -64,6 +64,8 @@ def prepare_model(options, budgets, bf16=False):
         )
     if isinstance(budgets, list):
         model.config.budgets = budgets
+    if base is not None:
+        return continue_adapter(model, options.model_name_or_path)
     if not options.use_peft:
         freeze_parts(model, options.freeze)
         return model
@@ -90,9 +92,11 @@ def train(options, data, training) -> UHRBatTrainer:
     require("train", "datasets", "peft")
     if data.eval_pictures:
         require("pictures", "matplotlib")
+    if base_of(options.model_name_or_path) is not None:
+        options.use_peft = True
     quantization(options)
     budgets = {} if data.budgets is None else {"default_budgets": data.budgets}
-    processor = UHRBatProcessor.from_pretrained(options.model_name_or_path, **budgets)
+    processor = load_processor(options.model_name_or_path, **budgets)
     samples, held_out = read_data(data, processor, training.data_seed or training.seed)
     collator = UHRBatDataCollator(
         processor,
