@@ -17,12 +17,13 @@ from starlette.exceptions import HTTPException
 from .chat import ChatRequest, read_request
 from .decoding import Sampling
 from .doors import Doors, Named
-from .engine import Engine
+from .engine import Engine, Piece
 from .evidence import evidence_of
 from .limits import Limits
 from .metrics import Metrics
 from .refusals import Refusal
 from .sources import SourceRules
+from .structure import schema_text
 
 logger = logging.getLogger(__name__)
 
@@ -53,20 +54,38 @@ class _Asked:
         self.sampling = sampling
         self.num_tokens, self.finish_reason = 0, None
 
-    async def pieces(self) -> AsyncIterator[str]:
-        """Texts of the answer; `num_tokens` and `finish_reason` are known at its end."""
+    async def pieces(self) -> AsyncIterator[Piece]:
+        """Parts of the answer; `num_tokens` and `finish_reason` are known at its end."""
         answer = self.engine.answer(self.selection, self.sampling, self.request.stop_words)
         async with aclosing(answer) as pieces:
             async for piece in pieces:
                 self.num_tokens, self.finish_reason = piece.num_tokens, piece.finish_reason
-                if piece.text:
-                    yield piece.text
+                if piece.text or piece.tokens:
+                    yield piece
 
     async def evidence(self) -> dict:
         """{"evidence": ...} if it was asked for."""
         if not self.request.evidence:
             return {}
         return {"evidence": await asyncio.to_thread(evidence_of, self.selection, self.images)}
+
+    def logprobs(self, pieces: list[Piece]) -> dict | None:
+        """The member `logprobs` of a choice, of its tokens in some parts."""
+        if self.sampling.top_logprobs is None:
+            return None
+        decode = self.engine.front.processor.tokenizer.decode
+
+        def entry(token, logprob):
+            text = decode([token])
+            # Letters whose bytes are in several tokens have none of their own in this one.
+            return {"token": text, "logprob": logprob, "bytes": None if "\ufffd" in text else list(text.encode())}
+
+        tokens = [token for piece in pieces for token in piece.tokens]
+        content = [
+            {**entry(int(token), token.logprob), "top_logprobs": [entry(*one) for one in token.top.items()]}
+            for token in tokens
+        ]
+        return {"content": content, "refusal": None}
 
     @property
     def usage(self) -> dict:
@@ -110,6 +129,12 @@ class Service:
             Refusal: what of it cannot be done, and why.
         """
         engine, processor = self.engine, self.engine.front.processor
+        top_logprobs, schema = request.told_logprobs, schema_text(request.response_format)
+        if schema is not None:
+            try:
+                await engine.check_schema(schema)
+            except (ValueError, ImportError) as error:
+                raise Refusal(str(error), param="response_format", code="invalid_request") from error
         urls, prompt = request.image_urls(), await asyncio.to_thread(request.prompt, processor)
         try:
             # Of a prompt that is too long no image is read.
@@ -133,7 +158,12 @@ class Service:
         wanted = request.max_completion_tokens or request.max_tokens
         room = engine.window - len(selection.embeds)
         sampling = Sampling(
-            wanted or max(1, min(DEFAULT_TOKENS, room)), request.temperature or 0.0, request.top_p or 1.0, request.seed
+            max_new_tokens=wanted or max(1, min(DEFAULT_TOKENS, room)),
+            temperature=request.temperature or 0.0,
+            top_p=request.top_p or 1.0,
+            seed=request.seed,
+            top_logprobs=top_logprobs,
+            schema=schema,
         )
         given = [name for name in ("max_completion_tokens", "max_tokens") if getattr(request, name)]
         engine.check_room(selection, sampling.max_new_tokens, *given[:1])
@@ -169,16 +199,16 @@ class Service:
     async def whole(self, request: ChatRequest) -> dict:
         """The answer in one piece."""
         async with self.watched() as came:
-            asked, text = await self.ask(request), ""
+            asked, pieces = await self.ask(request), []
             async for piece in asked.pieces():
                 came()
-                text += piece
+                pieces.append(piece)
             evidence = await asked.evidence()
         self.count(asked)
         choice = {
             "index": 0,
-            "message": {"role": "assistant", "content": text},
-            "logprobs": None,
+            "message": {"role": "assistant", "content": "".join(piece.text for piece in pieces)},
+            "logprobs": asked.logprobs(pieces),
             "finish_reason": asked.finish_reason,
         }
         return {**self.heading("chat.completion"), "choices": [choice], "usage": asked.usage, **evidence}
@@ -187,8 +217,8 @@ class Service:
         """The answer as server-sent events. Whatever refuses the request does so before the first of them."""
         heading = self.heading("chat.completion.chunk")
 
-        def event(delta, finish_reason=None, **fields):
-            choice = {"index": 0, "delta": delta, "logprobs": None, "finish_reason": finish_reason}
+        def event(delta, finish_reason=None, logprobs=None, **fields):
+            choice = {"index": 0, "delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
             return sse({**heading, "choices": [choice], **fields})
 
         async with self.watched() as came:
@@ -197,7 +227,7 @@ class Service:
             async with aclosing(asked.pieces()) as pieces:
                 async for piece in pieces:
                     came()
-                    yield event({"content": piece})
+                    yield event({"content": piece.text}, logprobs=asked.logprobs([piece]))
             yield event({}, asked.finish_reason, **await asked.evidence())
         self.count(asked)
         if request.stream_options and request.stream_options.include_usage:

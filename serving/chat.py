@@ -66,8 +66,9 @@ class _Strict(BaseModel):
 
     @classmethod
     def _asks_nothing(cls, name, value):
-        if name in cls.model_fields:
-            return value is None and not cls.model_fields[name].is_required()
+        fields = {field.alias or name: field for name, field in cls.model_fields.items()}
+        if name in fields:
+            return value is None and not fields[name].is_required()
         if name in cls.labels:
             return value is None or isinstance(value, (str, dict))
         return value is None or value == [] or value == {} or value in cls.nothing.get(name, ())
@@ -124,6 +125,24 @@ class StreamOptions(_Strict):
     include_usage: bool = False
 
 
+class JsonSchema(_Strict):
+    name: Name | None = None
+    description: str | None = None
+    content: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None  # an answer keeps to its schema in any case
+
+
+class ResponseFormat(_Strict):
+    type: Literal["text", "json_object", "json_schema"]
+    json_schema: JsonSchema | None = None
+
+    @model_validator(mode="after")
+    def has_its_schema(self):
+        if (self.type == "json_schema") != (self.json_schema is not None):
+            raise ValueError("`json_schema` belongs to the type 'json_schema', and to no other")
+        return self
+
+
 class ChatRequest(_Strict):
     """Fields are OpenAI's up to `user`; `temperature` is 0 where it is not given: the best token every time."""
 
@@ -137,7 +156,6 @@ class ChatRequest(_Strict):
         "ignore_eos": (False,),
         "include_stop_str_in_output": (False,),
         "length_penalty": (1,),
-        "logprobs": (False,),
         "min_p": (0,),
         "min_tokens": (0,),
         "modalities": (["text"],),
@@ -146,14 +164,12 @@ class ChatRequest(_Strict):
         "priority": (0,),
         "reasoning_effort": ("none",),
         "repetition_penalty": (1,),
-        "response_format": ({"type": "text"},),
         "service_tier": ("auto", "default"),
         "skip_special_tokens": (True,),
         "spaces_between_special_tokens": (True,),
         "store": (False,),
         "tool_choice": ("none", "auto"),
         "top_k": (0, -1),
-        "top_logprobs": (0,),
         "use_beam_search": (False,),
         "verbosity": ("medium",),
     }
@@ -171,6 +187,9 @@ class ChatRequest(_Strict):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
+    response_format: ResponseFormat | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
@@ -184,6 +203,17 @@ class ChatRequest(_Strict):
     window: Annotated[list[Whole | Number | System], Field(min_length=4, max_length=5, fail_fast=True)] | None = None
     page: Count | None = None
     evidence: bool = False
+
+    @property
+    def told_logprobs(self) -> int | None:
+        """How many of the likeliest tokens are told with every token; None where nothing of it was asked for.
+
+        Raises:
+            Refusal: they are asked for without `logprobs`.
+        """
+        if self.top_logprobs and not self.logprobs:
+            raise Refusal("`top_logprobs` are told with `logprobs` true alone.", param="top_logprobs")
+        return (self.top_logprobs or 0) if self.logprobs else None
 
     @property
     def stop_words(self) -> list[str]:

@@ -22,16 +22,34 @@ class Sampling(NamedTuple):
         temperature: below `MIN_TEMPERATURE`, the best token every time.
         top_p: of the probability that is drawn from.
         seed: of the draws; None draws anew every time.
+        top_logprobs: how many of the likeliest tokens are told with every token (`Scored`); None for none of it.
+        schema: JSON of the schema that the answer keeps to; None for any answer.
     """
 
     max_new_tokens: int
     temperature: float = 0.0
     top_p: float = 1.0
     seed: int | None = None
+    top_logprobs: int | None = None
+    schema: str | None = None
 
     @property
     def is_greedy(self) -> bool:
         return self.temperature < MIN_TEMPERATURE
+
+
+class Scored(int):
+    """A token with its log probability, and {token: log probability} of the likeliest in its place, as the model has them:
+    without temperature, `top_p` or a schema."""
+
+    logprob: float
+    top: dict[int, float]
+
+    @classmethod
+    def of(cls, token: int, logprob: float, top: dict[int, float]) -> "Scored":
+        scored = cls(token)
+        scored.logprob, scored.top = logprob, top
+        return scored
 
 
 class Decoder(Protocol):
@@ -43,8 +61,8 @@ class Decoder(Protocol):
     is_alive: bool
 
     def decode(self, embeds: torch.Tensor, sampling: Sampling) -> AsyncIterator[list[int]]:
-        """Tokens of the answer to float[M, D] as they come, the one that ends it included. Closing the iterator ends
-        the work."""
+        """Tokens of the answer to float[M, D] as they come, the one that ends it included; `Scored` where they are asked for
+        so. Closing the iterator ends the work."""
 
     async def close(self):
         """Ends what is on its way."""
@@ -56,11 +74,13 @@ def end_ids(model) -> frozenset[int]:
     return frozenset(ids if isinstance(ids, list) else [ids])
 
 
-def decoder_folder(model, model_key: str, cache_home: Path | None = None) -> Path:
-    """The folder of a model's decoder alone, in its own class (as Qwen2ForCausalLM), written where it is missing.
+def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = None) -> Path:
+    """The folder of a model's decoder alone, in its own class (as Qwen2ForCausalLM), with its tokenizer, written where it is
+    missing.
 
     Args:
         model: UHRBatForConditionalGeneration with its weights as they are trained, none of them quantized.
+        tokenizer: of the same model.
         model_key: names the model's content, and the folder.
         cache_home: where such folders lie; None: `$XDG_CACHE_HOME/uhr-bat/decoders`, in `~/.cache` if that is not set.
 
@@ -81,7 +101,7 @@ def decoder_folder(model, model_key: str, cache_home: Path | None = None) -> Pat
     if cache_home is None:
         cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhr-bat/decoders"
     folder = cache_home / f"{model_key[:32]}-{str(model.dtype).removeprefix('torch.')}"
-    if (folder / "config.json").is_file():  # a folder that is there is whole
+    if (folder / "tokenizer.json").is_file():  # a folder that is there is whole
         return folder
     with torch.device("meta"):  # no memory: the weights are those that the model has
         decoder = AutoModelForCausalLM.from_config(model.config.text_config)
@@ -92,4 +112,5 @@ def decoder_folder(model, model_key: str, cache_home: Path | None = None) -> Pat
     decoder.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id)
     with whole_folder(folder) as built:
         decoder.save_pretrained(built)
+        tokenizer.save_pretrained(built)
     return folder

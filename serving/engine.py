@@ -12,6 +12,7 @@ from tokenizers.decoders import DecodeStream
 from .decoding import Decoder, Sampling
 from .front import Front, Selection
 from .refusals import Refusal
+from .structure import Forms
 
 
 class Piece(NamedTuple):
@@ -19,11 +20,13 @@ class Piece(NamedTuple):
 
     Attributes:
         text: what came since the last piece.
+        tokens: that it comes from, with those of letters whose bytes did not all come, less the one that ends the answer.
         num_tokens: of the answer so far.
         finish_reason: "stop" or "length" with the last piece, else None.
     """
 
     text: str
+    tokens: list[int]
     num_tokens: int
     finish_reason: str | None = None
 
@@ -34,10 +37,11 @@ class Engine:
     Args:
         front, decoder: of the same model.
         max_requests: that are worked on at a time; each may wait on a thread for what another one computes.
+        forms: of answers that keep to a schema.
     """
 
-    def __init__(self, front: Front, decoder: Decoder, max_requests: int):
-        self.front, self.decoder, self.max_requests = front, decoder, max_requests
+    def __init__(self, front: Front, decoder: Decoder, max_requests: int, forms: Forms | None = None):
+        self.front, self.decoder, self.max_requests, self.forms = front, decoder, max_requests, forms
         self.window = front.model.config.text_config.max_position_embeddings
         self._threads = ThreadPoolExecutor(max_requests, thread_name_prefix="front")
 
@@ -51,6 +55,10 @@ class Engine:
 
     async def _call(self, function, *args, **kwargs):
         return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+
+    async def check_schema(self, schema: str):
+        """Raises what `Forms.make` raises, before anything is done for the answer."""
+        await self._call(self.forms.make, schema)
 
     def check_room(self, selection: Selection, max_new_tokens: int, param="messages"):
         """Raises `Refusal`, with the field that is meant, where prompt and answer are more than the context window holds."""
@@ -68,24 +76,35 @@ class Engine:
         to the first of the words `stop`. Closing the iterator ends the work."""
         tokenizer = self.front.processor.tokenizer
         stream, ids, text, sent = DecodeStream(skip_special_tokens=True), [], "", 0
+        left = []  # tokens that were not handed on, with the place in the text where each begins
+
+        def taken(end):
+            """Tokens that begin before a place."""
+            number = next((idx for idx, (place, _) in enumerate(left) if place >= end), len(left))
+            tokens, left[:number] = [token for _, token in left[:number]], []
+            return tokens
+
         held = max(map(len, stop), default=1) - 1  # letters that may be the beginning of such a word
         async with aclosing(self.decoder.decode(selection.embeds, sampling)) as tokens:
             async for new in tokens:
                 for token in new:
-                    text += stream.step(tokenizer.backend_tokenizer, token) or ""
+                    if token not in self.decoder.end_ids:
+                        left.append((len(text), token))
+                        text += stream.step(tokenizer.backend_tokenizer, int(token)) or ""
                 ids += new
                 found = find_stop(text, stop, sent)
                 if found is not None:
-                    yield Piece(text[sent:found], len(ids), "stop")
+                    yield Piece(text[sent:found], taken(found), len(ids), "stop")
                     return
                 if len(text) - held > sent:
-                    yield Piece(text[sent : len(text) - held], len(ids))
+                    yield Piece(text[sent : len(text) - held], taken(len(text) - held), len(ids))
                     sent = len(text) - held
         # What is left of a letter whose bytes did not all come.
-        text += tokenizer.decode(ids, skip_special_tokens=True)[len(text) :]
+        said = ids[:-1] if ids and ids[-1] in self.decoder.end_ids else ids
+        text += tokenizer.decode(list(map(int, said)), skip_special_tokens=True)[len(text) :]
         found = find_stop(text, stop, sent)
         reason = "stop" if found is not None or ids and ids[-1] in self.decoder.end_ids else "length"
-        yield Piece(text[sent:found], len(ids), reason)
+        yield Piece(text[sent:found], taken(len(text) + 1 if found is None else found), len(ids), reason)
 
     async def close(self):
         await self.decoder.close()

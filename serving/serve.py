@@ -104,27 +104,29 @@ def build(args):
 
     from .app import Service, make_app
     from .cache import ContentCache
-    from .decoding import decoder_folder
+    from .decoding import decoder_folder, end_ids
     from .engine import Engine
     from .front import Front, fingerprint
     from .sources import SourceRules
+    from .structure import Forms
 
     folder = args.allow_local_files
     processor, model = load_model(args.model)
     # The front's threads share the cores; more threads than cores wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
     model_key = fingerprint(args.model)
+    forms = Forms(processor.tokenizer, end_ids(model), model.get_output_embeddings().weight.shape[0])
     if args.backend == "vllm":
         from .vllm_decoder import VLLMDecoder
 
-        decoder = VLLMDecoder(model, decoder_folder(model, model_key), args.max_batch, dict(args.vllm))
+        decoder = VLLMDecoder(model, decoder_folder(model, processor.tokenizer, model_key), args.max_batch, dict(args.vllm))
     else:
         from .transformers_decoder import TransformersDecoder
 
-        decoder = TransformersDecoder(model, args.max_batch)
+        decoder = TransformersDecoder(model, args.max_batch, forms)
     front = Front(processor, model, model_key, ContentCache(args.cache_bytes), WORKERS)
     rules = SourceRules(args.max_image_bytes, folder and folder.resolve(), frozenset(args.allow_private_hosts))
-    service = Service(Engine(front, decoder, args.max_requests), args.name, rules, args.max_pixels)
+    service = Service(Engine(front, decoder, args.max_requests, forms), args.name, rules, args.max_pixels)
     keys = args.api_key or list(filter(None, [os.environ.get(KEY_VARIABLE)]))
     hosts = [args.host, *args.allow_hosts] if args.allow_hosts or is_this_machine(args.host) else None
     return make_app(service, args.max_requests, keys, hosts, args.cors_origin, args.access_log)

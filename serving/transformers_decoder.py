@@ -24,7 +24,8 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
-from .decoding import Sampling, end_ids
+from .decoding import Sampling, Scored, end_ids
+from .structure import Forms
 
 # Steps after which a batch stops for requests that wait. Its prompts are read anew then, which costs as much as some
 # steps; most answers are shorter.
@@ -34,8 +35,9 @@ SLICE = 32
 class _Job:
     """A request on its way; its tokens go to a queue of the event loop that waits for them."""
 
-    def __init__(self, embeds, sampling):
-        self.embeds, self.sampling = embeds, sampling
+    def __init__(self, embeds, sampling, form=None):
+        self.embeds, self.sampling, self.form = embeds, sampling, form
+        self.logprobs = None  # float[V] of the token that comes next
         self.loop, self.arrived = asyncio.get_running_loop(), asyncio.Queue()
         self.ids, self.done = [], False
         self.alone = False  # a batch that it was in failed
@@ -58,6 +60,13 @@ class _Job:
         self.done = True
         self.put(error)
 
+    def scored(self, token: int) -> int:
+        """The token, with its log probability where it is asked for."""
+        if self.logprobs is None:
+            return token
+        values, ids = self.logprobs.topk(min(self.sampling.top_logprobs, len(self.logprobs)))
+        return Scored.of(token, self.logprobs[token].item(), dict(zip(ids.tolist(), values.tolist())))
+
 
 class _Rows(BaseStreamer, StoppingCriteria):
     """The jobs of one `generate`: hands them their tokens, and says which rows are to stop."""
@@ -73,7 +82,9 @@ class _Rows(BaseStreamer, StoppingCriteria):
         for job, token in zip(self.jobs, value.tolist()):
             if not job.done:
                 job.ids.append(token)
-                job.put([token])
+                job.put([job.scored(token)])
+                if job.form is not None:
+                    job.form.take(token)
                 if token in self.end_ids or len(job.ids) >= job.sampling.max_new_tokens:
                     job.end()
 
@@ -86,20 +97,26 @@ class _Rows(BaseStreamer, StoppingCriteria):
 
 
 class _Draw(LogitsProcessor):
-    """float[B, V] of the next token: a row that is drawn has one token left, whatever else is in the batch."""
+    """float[B, V] of the next token: a row that has a form has the tokens left that keep to it, one that is drawn has one
+    left, whatever else is in the batch."""
 
     def __init__(self, jobs):
         self.jobs = jobs
 
     def __call__(self, input_ids, scores):
         for row, job in enumerate(self.jobs):
-            if job.generator is not None and not job.done:
-                try:
+            if job.done:
+                continue
+            try:
+                if job.sampling.top_logprobs is not None:
+                    job.logprobs = scores[row].float().log_softmax(-1).cpu()
+                if job.form is not None:
+                    scores[row, ~job.form.allowed().to(scores.device)] = -torch.inf
+                if job.generator is not None:
                     token = self.draw(job, input_ids[row : row + 1], scores[row : row + 1])
-                except Exception as error:  # that of this row: the others are decoded on
-                    job.end(error)
-                    continue
-                scores[row] = torch.full_like(scores[row], -torch.inf).index_fill(0, token.to(scores.device), 0)
+                    scores[row] = torch.full_like(scores[row], -torch.inf).index_fill(0, token.to(scores.device), 0)
+            except Exception as error:  # that of this row: the others are decoded on
+                job.end(error)
         return scores
 
     def draw(self, job, input_ids, scores):
@@ -109,10 +126,16 @@ class _Draw(LogitsProcessor):
 
 
 class TransformersDecoder:
-    """Answers by `generate`, at most `max_batch` at a time, on a thread of its own."""
+    """Answers by `generate`, at most `max_batch` at a time, on a thread of its own.
 
-    def __init__(self, model, max_batch: int):
-        self.model, self.max_batch = model, max_batch
+    Args:
+        model: of `load_model`.
+        max_batch: answers at a time.
+        forms: of answers that keep to a schema.
+    """
+
+    def __init__(self, model, max_batch: int, forms: Forms | None = None):
+        self.model, self.max_batch, self.forms = model, max_batch, forms
         self.end_ids = end_ids(model)
         self._jobs: list[_Job] = []
         self._arriving: queue.Queue[_Job | None] = queue.Queue()
@@ -130,7 +153,8 @@ class TransformersDecoder:
 
     async def decode(self, embeds, sampling: Sampling):
         """See `Decoder`."""
-        job = _Job(embeds, sampling)
+        form = sampling.schema and await asyncio.to_thread(self.forms.make, sampling.schema)
+        job = _Job(embeds, sampling, form)
         self._arriving.put(job)
         try:
             while (ids := await job.arrived.get()) is not None:

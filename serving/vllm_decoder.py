@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import torch
 
-from .decoding import Sampling, end_ids
+from .decoding import Sampling, Scored, end_ids
 
 # Of a GPU's memory; the rest is for the towers, and for the decoder's layers that the importance pass reads.
 GPU_SHARE = 0.6
@@ -47,7 +47,9 @@ class VLLMDecoder:
         self.running = 0
         settings = {
             "model": str(folder),
-            "skip_tokenizer_init": True,
+            # Nothing is tokenized there, but which tokens keep to a schema follows from their texts.
+            "skip_tokenizer_init": not (folder / "tokenizer.json").is_file(),
+            "structured_outputs_config": {"backend": "guidance", "disable_any_whitespace": True},
             "enable_prompt_embeds": True,
             "dtype": str(model.dtype).removeprefix("torch."),
             "max_model_len": model.config.text_config.max_position_embeddings,
@@ -66,7 +68,7 @@ class VLLMDecoder:
     async def decode(self, embeds: torch.Tensor, sampling: Sampling):
         """See `Decoder`."""
         from vllm import SamplingParams
-        from vllm.sampling_params import RequestOutputKind
+        from vllm.sampling_params import RequestOutputKind, StructuredOutputsParams
 
         params = SamplingParams(
             temperature=0.0 if sampling.is_greedy else sampling.temperature,
@@ -75,16 +77,30 @@ class VLLMDecoder:
             max_tokens=sampling.max_new_tokens,
             stop_token_ids=sorted(self.end_ids),
             detokenize=False,
+            logprobs=sampling.top_logprobs,
+            structured_outputs=sampling.schema and StructuredOutputsParams(json=sampling.schema),
             output_kind=RequestOutputKind.DELTA,
         )
         self.running += 1
         outputs = self._engine.generate({"prompt_embeds": embeds}, params, uuid4().hex)
         try:
             async for output in outputs:
-                yield list(output.outputs[0].token_ids)
+                yield scored(output.outputs[0], sampling.top_logprobs)
         finally:
             self.running -= 1
             await outputs.aclose()  # ends a request that nobody wants any more
 
     async def close(self):
         self._engine.shutdown()
+
+
+def scored(output, top_logprobs: int | None) -> list[int]:
+    """Tokens of a part of vLLM's answer, with their log probabilities where they are asked for: vLLM tells that of a token
+    beside those of the likeliest, by rank."""
+    if top_logprobs is None:
+        return list(output.token_ids)
+    told = []
+    for token, entries in zip(output.token_ids, output.logprobs):
+        ranked = sorted(entries.items(), key=lambda entry: entry[1].rank)[:top_logprobs]
+        told.append(Scored.of(token, entries[token].logprob, {one: entry.logprob for one, entry in ranked}))
+    return told

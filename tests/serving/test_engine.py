@@ -95,23 +95,24 @@ def test_a_prompt_without_room_for_the_answer_is_refused():
 
 def test_the_decoder_alone_is_a_model_of_its_own_class_that_answers_the_same(tmp_path):
     model = small_model()
-    folder = decoder_folder(model, "a" * 64, tmp_path)
+    tokenizer = AutoTokenizer.from_pretrained(ROOT)
+    folder = decoder_folder(model, tokenizer, "a" * 64, tmp_path)
     alone = AutoModelForCausalLM.from_pretrained(folder)
     assert type(alone).__name__ == "Qwen2ForCausalLM"
     embeds = torch.randn(1, 9, 24, generator=torch.Generator().manual_seed(0))
     options = {"do_sample": False, "max_new_tokens": 12}
     assert torch.equal(*(one.generate(inputs_embeds=embeds, **options) for one in (alone, model)))
     written = (folder / "model.safetensors").stat().st_mtime_ns
-    assert decoder_folder(model, "a" * 64, tmp_path) == folder
+    assert decoder_folder(model, tokenizer, "a" * 64, tmp_path) == folder
     assert (folder / "model.safetensors").stat().st_mtime_ns == written
-    assert decoder_folder(model, "b" * 64, tmp_path) != folder
+    assert decoder_folder(model, tokenizer, "b" * 64, tmp_path) != folder
 
 
 def test_a_quantized_decoder_is_refused(tmp_path):
     model = small_model()
     model.hf_quantizer = object()
     with pytest.raises(ValueError, match="quantized weights cannot be written out"):
-        decoder_folder(model, "a", tmp_path)
+        decoder_folder(model, None, "a", tmp_path)
 
 
 # transformers

@@ -242,6 +242,9 @@ WRONG = {
     "five words that stop": ({"stop": list("abcde")}, "stop", None),
     "budgets that are an object": ({"budgets": {"a": 1}}, "budgets", None),
     "a range without an end": ({"value_range": [0, "x"]}, "value_range.1", None),
+    "tokens without logprobs": ({"top_logprobs": 2}, "top_logprobs", None),
+    "more tokens than there are told": ({"logprobs": True, "top_logprobs": 21}, "top_logprobs", None),
+    "another form": ({"response_format": {"type": "xml"}}, "response_format.type", None),
     "a penalty": ({"frequency_penalty": 0.5}, "frequency_penalty", None),
     "a tool": ({"tools": [{"type": "function", "function": {"name": "f"}}]}, "tools", None),
     "budgets of other scales": ({"budgets": [1, 2]}, "budgets", "invalid_request"),
@@ -282,6 +285,89 @@ def test_control_tokens_that_a_user_spells_are_text(client, loaded, images):
     num_tokens = [len(processor(text=before, images=images or None)["input_ids"][0]), len(words)]
     assert answer.usage.prompt_tokens == sum(num_tokens) + len(processor.tokenizer(after)["input_ids"])
     assert answer.choices[0].message.content
+
+
+# Log probabilities
+
+
+def test_log_probabilities_are_the_models_own(client, loaded):
+    processor, model = loaded
+    fields = {"logprobs": True, "top_logprobs": 3, "temperature": 0, "max_tokens": 5}
+    answer = ask(client, picture(), **fields)
+    inputs = processor(text=prompt_text(processor, SHIPS), images=picture(), return_tensors="pt")
+    options = {"do_sample": False, "max_new_tokens": 5, "output_logits": True, "return_dict_in_generate": True}
+    output = model.generate(**inputs, **options)
+    ids = output.sequences[0, inputs["input_ids"].shape[1] :].tolist()
+    told = answer.choices[0].logprobs.content
+    assert [one.token for one in told] == [processor.decode([token]) for token in ids]
+    for one, token, logits in zip(told, ids, output.logits):
+        logprobs = logits[0].float().log_softmax(-1)
+        assert one.logprob == pytest.approx(logprobs[token].item(), abs=2e-3)
+        assert [top.logprob for top in one.top_logprobs] == pytest.approx(logprobs.topk(3).values.tolist(), abs=2e-3)
+        assert one.bytes == list(one.token.encode()) and one.top_logprobs[0].token == one.token
+    parts = [part.choices[0].logprobs for part in ask(client, picture(), stream=True, **fields)]
+    streamed = [one for part in parts if part for one in part.content]
+    assert [one.token for one in streamed] == [one.token for one in told]
+    assert ask(client, max_tokens=1).choices[0].logprobs is None
+    (alone,) = ask(client, max_tokens=1, logprobs=True).choices[0].logprobs.content
+    assert alone.top_logprobs == []
+
+
+# The form of an answer
+
+
+SHIP = {
+    "type": "object",
+    "properties": {"kind": {"enum": ["tanker", "ferry"]}, "count": {"type": "integer", "minimum": 1, "maximum": 9}},
+    "required": ["kind", "count"],
+    "additionalProperties": False,
+}
+
+
+def form(schema):
+    return {"type": "json_schema", "json_schema": {"name": "ship", "strict": True, "schema": schema}}
+
+
+@pytest.mark.parametrize("fields", [{}, {"temperature": 2, "seed": 1}, {"stream": True}], ids=["best", "drawn", "streamed"])
+def test_an_answer_keeps_to_the_schema_of_a_request_and_its_neighbours_do_not(client, loaded, fields):
+    pytest.importorskip("llguidance")
+    with ThreadPoolExecutor(2) as users:
+        beside = users.submit(ask, client, picture())
+        answer = ask(client, picture(), response_format=form(SHIP), max_tokens=60, **fields)
+        if fields.get("stream"):
+            parts = list(answer)
+            text = "".join(part.choices[0].delta.content or "" for part in parts)
+            reason = parts[-1].choices[0].finish_reason
+        else:
+            text, reason = answer.choices[0].message.content, answer.choices[0].finish_reason
+    said = json.loads(text)
+    assert said["kind"] in ("tanker", "ferry") and 1 <= said["count"] <= 9 and said.keys() == {"kind", "count"}
+    assert reason == "stop"
+    assert beside.result().choices[0].message.content == expected(loaded, picture())[0]
+
+
+def test_any_object_is_a_form_too(client):
+    pytest.importorskip("llguidance")
+    answer = ask(client, picture(), response_format={"type": "json_object"}, max_tokens=30)
+    assert answer.choices[0].message.content.startswith("{")
+
+
+BAD_FORMS = {
+    "no schema": {"type": "json_schema"},
+    "a schema too many": {"type": "json_object", "json_schema": {"schema": {}}},
+    "a kind that is none": form({"type": "ship"}),
+    "what is not known": form({"type": "array", "uniqueItems": True}),
+    "another address": form({"$ref": "http://127.0.0.1:9/schema"}),
+    "too much": form({"enum": ["x" * 1000 + str(idx) for idx in range(60)]}),
+}
+
+
+@pytest.mark.parametrize("case", BAD_FORMS)
+def test_a_form_that_cannot_be_kept_to_is_refused_before_the_answer(client, case):
+    pytest.importorskip("llguidance")
+    with pytest.raises(openai.BadRequestError) as refused:
+        ask(client, response_format=BAD_FORMS[case])
+    assert refused.value.param == "response_format"
 
 
 # Evidence
