@@ -4,50 +4,118 @@
     python -m uhr_bat.examples.trees --data deepforest/data --output trees
     uhr-bat train --config tiny_laptop --train_data trees/train.json --eval_data trees/test.json --output_dir runs/trees
 
-The pictures (NEON, in the package deepforest, MIT) are cut into parts; every part is asked about whether trees are few or many.
-Those of the left half of one picture are learnt from, those of its right half and of the other pictures are asked about.
+Which half of a part of a picture has more trees? Parts of three pictures (NEON, in the package deepforest, MIT), drawn at random,
+turned, mirrored and recoloured, are learnt from. Parts of the picture of another site are asked about, mirrored such that
+every answer is as often right: whoever does not look is right half of the time.
 """
 
 import argparse
 import json
 from pathlib import Path
 
+import numpy as np
 from PIL import Image
 
 from ..common.files import whole_files
 from ..evaluation.suites import SUITES
 from ..picture_reading_uhr_bat import PICTURE_FORMATS
 
-LEARNT = "2019_YELL_2_528000_4978000_image_crop2"
-# Of a part, and from one to the next.
-SIDE, STEP = 256, 128
-# Trees of a part from which on they are many, about the median of what is learnt from. Parts with about as many are not asked
-# about: the boxes are not that sure.
-MANY, ABOUT = 8, range(6, 10)
-QUESTION = "Are there few trees or many?"
+ASKED = "2019_YELL_2_528000_4978000_image_crop2"  # the largest picture; the others are learnt from
+QUESTIONS = (
+    ("Which half has more trees, left or right?", ("left", "right")),
+    ("Which half has more trees, top or bottom?", ("top", "bottom")),
+)
+SIDES = (160, 320)  # of the parts that are learnt from, drawn between the two
+SIDE = 256  # of the parts that are asked about; one begins at every half of it
+# Of the two halves one has at least so many trees more, and so many times as many: the boxes are not sure to a tree.
+MORE, TIMES = 3, 1.5
+# How far the colours of what is learnt from are changed: brightness alone points to shadows, and not the same way everywhere.
+RECOLOURED = 0.4
 
 
-def count_trees(boxes, left, top) -> int:
-    """Boxes (left, top, right, bottom) whose centre lies in a part of a picture."""
-    centres = (((x1 + x2) / 2 - left, (y1 + y2) / 2 - top) for x1, y1, x2, y2 in boxes)
-    return sum(0 <= x < SIDE and 0 <= y < SIDE for x, y in centres)
+def fuller_half(centres, side) -> int | None:
+    """The half (0 or 1) with clearly more of the trees, whose centres float[N] lie between 0 and `side`; else None."""
+    first = int((centres < side / 2).sum())
+    fewer, more = sorted((first, len(centres) - first))
+    return int(first == fewer) if more - fewer >= MORE and more >= TIMES * fewer else None
 
 
-def rows_of(sample, folder, name) -> dict[str, list[dict]]:
-    """Rows of the files of training data about the parts of a picture, whose own files are written."""
-    picture = Image.open(sample.pictures[0].source, formats=tuple(PICTURE_FORMATS)).convert("RGB")
-    rows = {"train.json": [], "test.json": []}
-    for top in range(0, picture.height - SIDE + 1, STEP):
-        for left in range(0, picture.width - SIDE + 1, STEP):
-            number = count_trees(sample.boxes, left, top)
-            is_learnt = name == LEARNT and left + SIDE <= picture.width // 2
-            if number not in ABOUT and (is_learnt or name != LEARNT or left >= picture.width // 2):
-                path = folder / f"{name}_{top}_{left}.png"
-                picture.crop((left, top, left + SIDE, top + SIDE)).save(path)
-                answer = "many" if number >= MANY else "few"
-                rows["train.json" if is_learnt else "test.json"].append(
-                    {"image": path.name, "question": QUESTION, "answer": answer}
-                )
+class Parts:
+    """Square parts of a picture, and where its trees stand in them.
+
+    Args:
+        samples: of the suite pascal-voc, one for each kind of tree in the picture.
+    """
+
+    def __init__(self, samples):
+        self.name = samples[0].id.rpartition("/")[0]
+        self.picture = Image.open(samples[0].pictures[0].source, formats=tuple(PICTURE_FORMATS)).convert("RGB")
+        boxes = np.array([box for sample in samples for box in sample.boxes])
+        self.centres = (boxes[:, :2] + boxes[:, 2:]) / 2
+
+    def cut(self, left, top, side):
+        """(the part, float[N, 2] centres (x, y) of the trees in it)."""
+        centres = self.centres - (left, top)
+        shown = ((centres >= 0) & (centres < side)).all(1)
+        return self.picture.crop((left, top, left + side, top + side)), centres[shown]
+
+
+def mirror(part, centres, axis):
+    """A part and its centres with the halves of an axis (0: left and right) in each other's place."""
+    method = (Image.Transpose.FLIP_LEFT_RIGHT, Image.Transpose.FLIP_TOP_BOTTOM)[axis]
+    flipped = centres.copy()
+    flipped[:, axis] = part.width - centres[:, axis]
+    return part.transpose(method), flipped
+
+
+def recolour(part, rng):
+    """The part with other light: every channel times a factor, to a power."""
+    power, factors = np.exp(rng.uniform(-RECOLOURED, RECOLOURED)), np.exp(rng.uniform(-RECOLOURED, RECOLOURED, 3))
+    values = np.outer(factors, (np.arange(256) / 255) ** power) * 255
+    return part.point(values.clip(0, 255).round().astype(int).flatten().tolist())
+
+
+def draw_parts(parts, number, rng):
+    """`number` (part, centres) of random places, sides, symmetries and colours, about each of which a question is asked."""
+    width, height = parts.picture.size
+    while number:
+        side = int(rng.integers(*SIDES, endpoint=True))
+        part, centres = parts.cut(rng.integers(width - side + 1), rng.integers(height - side + 1), side)
+        if rng.random() < 0.5:
+            part, centres = part.transpose(Image.Transpose.TRANSPOSE), centres[:, ::-1]
+        for axis in np.flatnonzero(rng.random(2) < 0.5):
+            part, centres = mirror(part, centres, axis)
+        if any(fuller_half(centres[:, axis], side) is not None for axis in (0, 1)):
+            number -= 1
+            yield recolour(part, rng), centres
+
+
+def balanced_parts(parts):
+    """(part, centres) side by side, mirrored such that the answers to each question take turns."""
+    width, height = parts.picture.size
+    wanted = [0, 0]
+    for top in range(0, height - SIDE + 1, SIDE // 2):
+        for left in range(0, width - SIDE + 1, SIDE // 2):
+            part, centres = parts.cut(left, top, SIDE)
+            for axis in (0, 1):
+                half = fuller_half(centres[:, axis], SIDE)
+                if half is not None:
+                    if half != wanted[axis]:
+                        part, centres = mirror(part, centres, axis)
+                    wanted[axis] = 1 - wanted[axis]
+            yield part, centres
+
+
+def write_rows(found, name, folder) -> list[dict]:
+    """Rows of the questions about some parts, whose files are written."""
+    rows = []
+    for number, (part, centres) in enumerate(found):
+        halves = [fuller_half(centres[:, axis], part.width) for axis in (0, 1)]
+        if halves != [None, None]:
+            part.save(folder / f"{name}_{number}.jpg", quality=95)
+        for (question, answers), half in zip(QUESTIONS, halves):
+            if half is not None:
+                rows.append({"image": f"{name}_{number}.jpg", "question": question, "answer": answers[half]})
     return rows
 
 
@@ -55,14 +123,23 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="deepforest/data")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--parts", type=int, default=2400, help="that are learnt from")
     args = parser.parse_args()
-    files = {"train.json": [], "test.json": []}
+    pictures = {}
+    for sample in SUITES["pascal-voc"].load(str(args.data)):
+        pictures.setdefault(sample.pictures[0].source, []).append(sample)
+    pictures = [Parts(samples) for samples in pictures.values()]
+    learnt = [parts for parts in pictures if parts.name != ASKED]
+    # A larger picture has more to show, but not as many more sites as it is larger.
+    sides = [sum(parts.picture.size) for parts in learnt]
+    files, rng = {"train.json": [], "test.json": []}, np.random.default_rng(0)
     with whole_files(args.output) as built:
-        for sample in SUITES["pascal-voc"].load(str(args.data)):
-            name, _, kind = sample.id.rpartition("/")
-            if kind == "Tree":
-                for file, rows in rows_of(sample, built, name).items():
-                    files[file] += rows
+        for parts, side in zip(learnt, sides):
+            number = round(args.parts * side / sum(sides))
+            files["train.json"] += write_rows(draw_parts(parts, number, rng), parts.name, built)
+        for parts in pictures:
+            if parts.name == ASKED:
+                files["test.json"] += write_rows(balanced_parts(parts), parts.name, built)
         for name, rows in files.items():
             (built / name).write_text(json.dumps(rows, indent=1), encoding="utf-8")
             print(f"{args.output / name}: {len(rows)} questions about {len({row['image'] for row in rows})} parts")

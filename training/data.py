@@ -5,35 +5,71 @@ A row of the data is one of
     {"image": "a.tif" or ["a.tif", "b.tif"], "conversations": [{"from": "human", "value": "<image>\\nHow many ships?"},
                                                               {"from": "gpt", "value": "Three."}]}
     {"image": ..., "messages": [{"role": "user", "content": "<image>\\nHow many ships?"}, ...]}
-    {"image": ..., "question": "How many ships?", "answer": "Three."}
+    {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.tif"}, {"type": "text", "text": "How many ships?"}]}, ...]}
+    {"image": ..., "question": "How many ships?", "answer": "Three."}   (or query, response; or instruction, input, output)
 
-and `image` may be missing (`images` is the same). Every answered question of a conversation is a sample of its own, so that
+and `image` may be missing (`images` is the same). Beside them may stand `system`, `history` (pairs of question and answer before
+a plain question), and how the row's images are read: `bands`, `window`, `value_range` of rasters, `budgets` of visual tokens.
+Every answered question of a conversation is a sample of its own, so that
 its selection is the one that `generate` makes. A sample, which the collator takes, is
 
     messages   turns as chat templates take them: role, and content as parts of the types "image" and "text"
     images     a path, or the bytes of a file, for each part of the type "image"
     answers    "last": the last turn is learnt; "all": every turn of the assistant's
     regions    paths of their label maps (`uhr-bat regions`), where there are any
+    options    how its images are read, in JSON: `bands`, `window`, `value_range`, `budgets`, those that the row has
     length     tokens of the sample with its visual tokens, at most
     name       file and row, for messages
 """
 
+import json
+import re
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 from transformers.utils import logging
 
-from ..budgets_uhr_bat import count_tokens
+from ..budgets_uhr_bat import count_tokens, is_one_budget
 from ..common.chats import ChatError, ChatWriter, answered_turns, as_parts
 from ..common.data_tables import leave_files_closed
 from ..common.extras import require
+from ..evaluation.samples import text_of
 from ..regions.cache import name_output
+from .collator import scale_budgets
+from .rows import COLUMNS, read_rows
 
 logger = logging.get_logger(__name__)
 
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
-FILE_TYPES = {".json": "json", ".jsonl": "json", ".parquet": "parquet", ".csv": "csv"}
+# A plain question, by the name of its column, and the name of its answer's: ours, ms-swift's, Alpaca's.
+PLAIN = {"question": "answer", "query": "response", "instruction": "output"}
+IMAGE_KEYS = ("path", "url", "image")  # of a part of the type "image", as transformers' chat templates take them
+TEXT_FILES = (".json", ".jsonl", ".csv", ".tsv")
+ROWS_VERSION = 1  # of what `read_rows` makes of a file: goes up with it, as results are kept
+MOST_TIMES = 20  # that a sample is taken
+
+
+def _are_numbers(value) -> bool:
+    return isinstance(value, list) and bool(value) and all(isinstance(one, (int, float)) for one in value)
+
+
+# What a row may say of its images, and whether that can be it; a file decides the rest when it is read.
+ROW_OPTIONS = {
+    "bands": lambda value: isinstance(value, int)
+    or isinstance(value, list) and all(isinstance(one, (int, str)) for one in value),
+    "window": lambda value: isinstance(value, list)
+    and (
+        len(value) == 4 and _are_numbers(value)
+        or len(value) == 5 and _are_numbers(value[:4])
+        or len(value) == 2 and all(_are_numbers(one) and len(one) == 2 for one in value)
+    ),
+    "value_range": lambda value: value in ("dtype", "percentile")
+    or isinstance(value, list) and (_are_numbers(value) and len(value) == 2 or all(map(_are_numbers, value))),
+    "budgets": lambda value: isinstance(value, int) and value > 0
+    or _are_numbers(value) and all(isinstance(one, int) and one >= 0 for one in value),
+}
 NAMED = 5  # bad samples of each kind that a message names
 
 
@@ -62,55 +98,142 @@ def split_text(text: str, image_token: str = "<image>") -> list[dict]:
     return parts[:-1]  # one image between two pieces
 
 
-def join_parts(content, image_token: str = "<image>"):
-    """The inverse of `split_text`; what is no list of parts stays what it is."""
+def as_text(value) -> str:
+    """A text of a row; a number as its digits, 3.0, which tables make of 3, too. Raises `BadSample`."""
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        value = text_of(value)
+    if not isinstance(value, str):
+        raise BadSample("with a turn that is no text", f"{value!r}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise BadSample("with text that is no UTF-8", repr(value[error.start : error.start + 20])) from error
+    return value
+
+
+def as_list(value, name) -> list:
+    """What a row lists in a column; None is an empty list. Raises `BadSample`."""
+    if value is None or isinstance(value, list):
+        return value or []
+    raise BadSample(f"whose `{name}` is no list", repr(value)[:60])
+
+
+def read_parts(content, image_token: str) -> tuple[str, list]:
+    """(text with placeholders, images) of what a turn says: a text, or a list of parts, of which images may name their file."""
     if not isinstance(content, list):
-        return content
-    return "\n".join(image_token if part.get("type") == "image" else str(part.get("text")) for part in content)
+        return content, []
+    texts, images = [], []
+    for part in content:
+        kind = part.get("type") if isinstance(part, dict) else None
+        if kind == "image":
+            texts.append(image_token)
+            images += [part[name] for name in IMAGE_KEYS if part.get(name) is not None][:1]
+        elif kind == "text":
+            texts.append(as_text(part.get("text")))
+        else:
+            raise BadSample("with a part that is no text and no image", repr(part)[:60])
+    return "\n".join(texts), images
 
 
-def read_turns(row: dict) -> list[tuple[str, str]]:
-    """(role, text) of each turn. Raises `BadSample`."""
-    if row.get("conversations") is not None:
-        turns = [(turn.get("from"), turn.get("value")) for turn in row["conversations"]]
-    elif row.get("messages") is not None:
-        turns = [(turn.get("role"), join_parts(turn.get("content"))) for turn in row["messages"]]
-    elif row.get("question") is not None:
-        turns = [("user", row["question"]), ("assistant", row.get("answer"))]
+def find_key(row: dict, *names):
+    """The first of some names under which a row holds something."""
+    return next((name for name in names if row.get(name) is not None), None)
+
+
+def read_turns(row: dict, image_token: str = "<image>") -> tuple[list[tuple[str, str]], list]:
+    """([(role, text) of each turn], the images that turns name themselves). Raises `BadSample`."""
+    column, asked = find_key(row, "conversations", "messages"), find_key(row, *PLAIN)
+    turns, images = [], []
+    if column:
+        for turn in as_list(row[column], column):
+            if not isinstance(turn, dict):
+                raise BadSample("with a turn that is no object", f"{str(turn)[:60]!r} is none of the kind {{...}}")
+            said, named = read_parts(turn.get("value", turn.get("content")), image_token)
+            turns.append((turn.get("from", turn.get("role")), said))
+            images += named
+    elif asked:
+        for pair in as_list(row.get("history"), "history"):
+            if not isinstance(pair, list) or len(pair) != 2:
+                raise BadSample("whose `history` is not of pairs", repr(pair)[:60])
+            turns += zip(("user", "assistant"), pair)
+        more = as_text(row["input"]) if asked == "instruction" and row.get("input") is not None else ""
+        turns.append(("user", "\n".join(filter(str.strip, (as_text(row[asked]), more)))))
+        answer = row.get(PLAIN[asked])
+        turns.append(("assistant", "" if answer is None else answer))
     else:
-        raise BadSample("without `conversations`, `messages` or `question`", f"columns: {', '.join(row)}")
-    for role, text in turns:
+        wanted = ", ".join(f"`{name}`" for name in ("conversations", "messages", *PLAIN))
+        raise BadSample(f"without one of {wanted}", f"columns: {', '.join(map(str, row))}")
+    found = []
+    for role, said in turns:
         if role not in ROLES:
             raise BadSample("with an unknown role", f"{role!r} is none of {', '.join(ROLES)}")
-        if not isinstance(text, str):
-            raise BadSample("with a turn that is no text", f"{role}: {text!r}")
-    return [(ROLES[role], text) for role, text in turns]
+        found.append((ROLES[role], as_text(said)))
+    if row.get("system") not in (None, ""):
+        if any(role == "system" for role, _ in found):
+            raise BadSample("with two system texts", "one in `system`, one among the turns")
+        found.insert(0, ("system", as_text(row["system"])))
+    return found, images
 
 
-def read_images(row: dict) -> list[dict]:
-    """[{"path": ..., "bytes": ...}] of a row whose images are paths, or files in the table."""
-    images = row.get("images") if row.get("image") is None else row["image"]
-    images = images if isinstance(images, list) else [] if images is None else [images]
-    return [image if isinstance(image, dict) else {"path": str(image), "bytes": None} for image in images]
+def read_images(row: dict, named=()) -> list[dict]:
+    """[{"path": ..., "bytes": ...}] of a row whose images are paths, or files in the table; or those that its turns name.
+    Raises `BadSample`."""
+    images = row[find_key(row, "image", "images") or "image"] if find_key(row, "image", "images") else []
+    images = [image for image in (images if isinstance(images, list) else [images]) if image not in (None, "")]
+    if named and images not in ([], named):
+        raise BadSample("with images in turns and in a column", f"{len(named)} and {len(images)}")
+    found = []
+    for image in named or images:
+        if not isinstance(image, dict):
+            image = {"path": as_text(image), "bytes": None}
+        found.append(image)
+    return found
 
 
-def to_messages(row: dict, num_images: int, image_token: str) -> list[dict]:
-    """The turns of a row as messages. Where no turn says where its images go, those of a plain row go first.
+def read_options(row: dict, budgets) -> str:
+    """`options` of a sample, of a row that may say how its images are read. Raises `BadSample`."""
+    options = {name: as_numbers(row[name]) for name in ROW_OPTIONS if row.get(name) not in (None, "", [])}
+    for name, fits in ROW_OPTIONS.items():
+        if name in options and not fits(options[name]):
+            raise BadSample(f"whose `{name}` cannot be read", f"{json.dumps(options[name])}")
+    if "budgets" in options and is_one_budget(options["budgets"]) != is_one_budget(budgets):
+        raise BadSample("with other budgets", f"{options['budgets']}, the others have {budgets}: one number, or as many as scales")
+    return json.dumps(options) if options else ""
+
+
+def as_numbers(value):
+    """What a row lists, digits in it as numbers: ["3", "2"] -> [3, 2]."""
+    if isinstance(value, (list, tuple)):
+        return [as_numbers(one) for one in value]
+    if isinstance(value, str):
+        for number in (int, float):
+            try:
+                return number(value)
+            except ValueError:
+                pass
+    return value
+
+
+def to_messages(turns, num_images: int, image_token: str, is_plain: bool) -> list[dict]:
+    """The turns of a row as messages. Where no turn of a plain row says where its images go, they go first.
 
     Raises:
         BadSample: no answer, or other numbers of images and of placeholders.
     """
-    turns = read_turns(row)
     if not turns or turns[-1][0] != "assistant" or not turns[-1][1].strip():
         raise BadSample("without an answer at the end", turns[-1][0] if turns else "no turns")
     placeholders = sum(text.count(image_token) for _, text in turns)
-    if not placeholders and row.get("conversations") is None and row.get("messages") is None:
-        turns[0] = (turns[0][0], image_token * num_images + turns[0][1])
+    if not placeholders and is_plain:
+        first = next(idx for idx, (role, _) in enumerate(turns) if role == "user")
+        turns[first] = ("user", image_token * num_images + turns[first][1])
         placeholders = num_images
     if placeholders != num_images:
         raise BadSample(f"with other numbers of {image_token} and of images", f"{placeholders} and {num_images}")
     if any(image_token in text for role, text in turns if role != "user"):
         raise BadSample(f"with {image_token} in a turn that is not the user's")
+    for number, (role, text) in enumerate(turns, 1):
+        if not text.strip():
+            raise BadSample("with an empty turn", f"turn {number}, {role}: it would be learnt as an end at once")
     return [{"role": role, "content": split_text(text, image_token)} for role, text in turns]
 
 
@@ -143,6 +266,7 @@ class SampleReader:
         max_length: tokens of the longest sample that is trained on.
         regions: folder of label maps, or None.
         sample_per: "question" or "chat".
+        budget_factor: the largest by which a row's own budgets are multiplied; `budgets` are already.
     """
 
     processor: object
@@ -150,19 +274,29 @@ class SampleReader:
     max_length: int
     regions: Path | None = None
     sample_per: str = "question"
+    budget_factor: float = 1.0
 
     def __post_init__(self):
         self.writer = ChatWriter(self.processor)
 
     def __call__(self, row: dict, row_idx: int, source: str, image_folder: str) -> dict:
         name = f"{source}, row {row_idx + 1}"
-        sample = {"messages": [], "images": [], "regions": [], "lengths": [], "name": name, "kind": "", "detail": ""}
+        sample = {"messages": [], "images": [], "regions": [], "options": "", "lengths": [], "name": name}
+        sample |= {"kind": "", "detail": ""}
         try:
-            images = [self.find_image(image, Path(image_folder)) for image in read_images(row)]
-            messages = to_messages(row, len(images), self.processor.image_token)
+            if row.get("row_kind"):
+                raise BadSample(row["row_kind"], row["row_detail"])
+            row = json.loads(row["row_json"]) if "row_json" in row else row
+            turns, named = read_turns(row, self.processor.image_token)
+            images = [self.find_image(image, Path(image_folder)) for image in read_images(row, named)]
+            is_plain = not find_key(row, "conversations", "messages")
+            messages = to_messages(turns, len(images), self.processor.image_token, is_plain)
             regions = [self.find_regions(image) for image in images] if self.regions else []
-            whole = sample | {"messages": messages, "images": images, "regions": regions}
-            lengths = [self.count_tokens(one["messages"], len(one["images"])) for one in self.split(whole)]
+            options = read_options(row, self.budgets)
+            whole = sample | {"messages": messages, "images": images, "regions": regions, "options": options}
+            own = json.loads(options).get("budgets") if options else None
+            budgets = self.budgets if own is None else scale_budgets(own, self.budget_factor)
+            lengths = [self.count_tokens(one["messages"], len(one["images"]), budgets) for one in self.split(whole)]
             sample = whole | {"lengths": lengths}
         except BadSample as problem:
             sample |= {"kind": problem.kind, "detail": problem.detail}
@@ -174,7 +308,7 @@ class SampleReader:
 
     def split_batch(self, columns: dict) -> dict:
         """Columns of chats -> columns of samples, each with its own length."""
-        found = {name: [] for name in [*columns, "length", "answers"] if name != "lengths"}
+        found = {name: [] for name in [*columns, "length", "answers"] if name not in ("lengths", "kind", "detail")}
         for values in zip(*columns.values()):
             chat = dict(zip(columns, values))
             for one, length in zip(self.split(chat), chat.pop("lengths")):
@@ -188,7 +322,11 @@ class SampleReader:
         path = image.get("path")
         if image.get("bytes") is not None or path is not None and "://" in path:
             return {"path": path, "bytes": image.get("bytes")}
-        if path is None or not (folder / path).is_file():
+        try:
+            is_there = path is not None and (folder / path).is_file()
+        except ValueError:  # no path at all
+            is_there = False
+        if not is_there:
             raise BadSample("whose image is missing", f"{folder / str(path)}: there is no such file")
         return {"path": str(folder / path), "bytes": None}
 
@@ -198,7 +336,7 @@ class SampleReader:
             raise BadSample("whose label map is missing", f"{path}: there is no such file")
         return str(path)
 
-    def count_tokens(self, messages: list[dict], num_images: int) -> int:
+    def count_tokens(self, messages: list[dict], num_images: int, budgets) -> int:
         """Tokens of a sample, its images as large as the scales are. Raises `BadSample` where they are too many."""
         image_processor = self.processor.image_processor
         try:
@@ -211,7 +349,7 @@ class SampleReader:
         scales = image_processor.scales
         available = [[(scale // image_processor.patch_size) ** 2 for scale in scales]] * num_images
         try:
-            counts = count_tokens(self.budgets, scales, [num_images], available) if num_images else []
+            counts = count_tokens(budgets, scales, [num_images], available) if num_images else []
         except ValueError as error:  # more images than a scale may spend tokens
             raise BadSample("with too many images for the budgets", str(error)) from error
         length = len(ids) - num_images + sum(map(sum, counts))
@@ -223,18 +361,61 @@ class SampleReader:
 
 
 def open_table(source: str, split: str):
-    """A file of JSON, JSON lines, parquet or CSV, or a data set of the Hub or of a folder, with files left closed."""
+    """A file (JSON, JSON lines, CSV, TSV, parquet), a folder that `save_to_disk` wrote, or a data set of the Hub or of a folder,
+    with files left closed."""
     require("train", "datasets")
-    from datasets import load_dataset
+    from datasets import Dataset, Features, Value, load_dataset, load_from_disk
 
-    suffix = Path(source).suffix
-    if suffix in FILE_TYPES:
-        if not Path(source).is_file():
-            raise FileNotFoundError(f"{source}: there is no such file of training data.")
-        table = load_dataset(FILE_TYPES[suffix], data_files=str(source), split="train")
+    path = Path(source)
+    if path.suffix in (*TEXT_FILES, ".parquet") and not path.is_file():
+        raise FileNotFoundError(f"{source}: there is no such file of training data.")
+    if path.suffix in TEXT_FILES:
+        stat = path.stat()
+        return Dataset.from_generator(
+            read_rows,
+            features=Features(dict.fromkeys(COLUMNS, Value("large_string"))),
+            gen_kwargs={"path": str(path.absolute()), "stamp": (stat.st_mtime_ns, stat.st_size, ROWS_VERSION)},
+        )
+    if path.suffix == ".parquet":
+        try:
+            table = load_dataset("parquet", data_files=str(source), split="train")
+        except Exception as error:  # whatever pyarrow and datasets raise for a file that is none
+            raise ValueError(f"{source}: it cannot be read as parquet ({error.__cause__ or error}).") from error
+    elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
+        table = load_from_disk(source)
+        if isinstance(table, dict):
+            if split not in table:
+                raise ValueError(f"{source}: there is no split {split}. There are: {', '.join(table)}.")
+            table = table[split]
     else:
         table = load_dataset(source, split=split)
     return leave_files_closed(table, ("image", "images"))
+
+
+def split_share(source: str) -> tuple[str, float]:
+    """(source, times that its samples are taken) of "b.csv:0.5"; once where nothing is said.
+
+    Raises:
+        ValueError: no number of times that could be meant.
+    """
+    name, colon, number = str(source).rpartition(":")
+    if not colon or not re.fullmatch(r"[-+]?\d*\.?\d+(e-?\d+)?", number) or Path(source).exists():
+        return str(source), 1.0
+    if not 0 < float(number) <= MOST_TIMES:
+        raise ValueError(
+            f"{source}: behind the colon stands how often its samples are taken, more than 0 and at most {MOST_TIMES}: "
+            f"0.5 is a half of them. Got {number}."
+        )
+    return name, float(number)
+
+
+def take_share(samples, times: float, seed: int):
+    """The samples `times` times: whole ones as they are, and of the rest some at random. At least one."""
+    if times == 1:
+        return samples
+    whole, rest = divmod(round(times * len(samples)) or 1, max(len(samples), 1))
+    drawn = np.random.default_rng(seed).permutation(len(samples))[:rest]
+    return samples.select([*range(len(samples))] * whole + sorted(drawn.tolist()))
 
 
 def load_samples(
@@ -249,11 +430,14 @@ def load_samples(
     split: str = "train",
     num_proc: int | None = None,
     sample_per: str = "question",
+    budget_factor: float = 1.0,
+    seed: int = 0,
 ):
     """Samples for [`UHRBatDataCollator`], a `datasets.Dataset`: every row is checked, and no image is decoded.
 
     Args:
-        sources: files (JSON, JSON lines, parquet, CSV), or data sets of the Hub; several are taken together.
+        sources: files (JSON, JSON lines, CSV, TSV, parquet), folders of `save_to_disk`, or data sets of the Hub; several are taken
+            together. "b.csv:0.5" takes a half of its samples, at random, "b.csv:2" each twice.
         processor: [`UHRBatProcessor`].
         budgets: the largest that a prompt may spend, the processor's if None.
         max_length: tokens of the longest sample, text and visual ones; the context window if None.
@@ -265,6 +449,8 @@ def load_samples(
         sample_per: "question": each answered question of a conversation is a sample, with the turns before as text and the
             visual tokens that it needs, as in `generate`. "chat": a conversation is one sample; all of its answers are learnt
             from the visual tokens that its first question needs, which `generate` does for none but the first.
+        budget_factor: the largest by which a row's own budgets will be multiplied.
+        seed: of the samples that a share takes.
 
     Raises:
         ValueError: there are bad samples; counts them by what is wrong, and names the first ones of each kind.
@@ -281,7 +467,7 @@ def load_samples(
     part = {"type": text, "text": text}
     features = {
         "messages": List({"role": text, "content": List(part)}), "images": List(Image(decode=False)),
-        "regions": List(text), "lengths": List(Value("int64")), "name": text, "kind": text, "detail": text,
+        "regions": List(text), "options": text, "lengths": List(Value("int64")), "name": text, "kind": text, "detail": text,
     }  # fmt: skip
     reader = SampleReader(
         processor,
@@ -289,11 +475,14 @@ def load_samples(
         min(max_length or processor.tokenizer.model_max_length, processor.tokenizer.model_max_length),
         None if regions is None else Path(regions),
         sample_per,
+        budget_factor,
     )
-    tables = []
-    for source in [sources] if isinstance(sources, (str, Path)) else sources:
-        table = open_table(str(source), split)
-        folder = image_folder or (Path(source).parent if Path(source).is_file() else ".")
+    sources = [sources] if isinstance(sources, (str, Path)) else sources
+    tables, shares = [], []
+    for source, times in map(split_share, sources):
+        table = open_table(source, split)
+        shares.append(times)
+        folder = image_folder or (Path(source).parent if Path(source).is_file() else source if Path(source).is_dir() else ".")
         samples = table.map(
             reader,
             with_indices=True,
@@ -305,26 +494,31 @@ def load_samples(
             desc=f"Checking {source}",
         )
         tables.append(samples)
-    samples = concatenate_datasets(tables)
-    if report := describe_problems(samples):
+    if report := describe_problems(concatenate_datasets(tables)):
         if bad_samples == "error":
             raise ValueError(f"{report}\nCorrect them, or leave them out with `bad_samples: skip`.")
         logger.warning(f"{report}\nThey are left out.")
-    samples = samples.filter(lambda kind: not kind, input_columns="kind", load_from_cache_file=False)
-    if not len(samples):
+    own = {name: feature for name, feature in features.items() if name not in ("kind", "detail", "lengths")}
+    parts = []
+    for samples, times in zip(tables, shares):
+        samples = samples.filter(lambda kind: not kind, input_columns="kind", load_from_cache_file=False)
+        if not len(samples):
+            continue
+        samples = samples.map(
+            reader.split_batch,
+            batched=True,
+            features=Features({**own, "length": Value("int64"), "answers": text}),
+            remove_columns=["lengths", "kind", "detail"],
+            num_proc=num_proc,
+            load_from_cache_file=False,
+            desc="A sample for each question" if sample_per == "question" else "A sample for each chat",
+        )
+        parts.append(take_share(samples, times, seed))
+    if not parts:
         raise ValueError(f"{', '.join(map(str, sources))}: no sample is left to train on.")
+    samples = concatenate_datasets(parts)
     check_region_files(samples)
-    samples = samples.remove_columns(["kind", "detail"])
-    own = {name: feature for name, feature in features.items() if name in samples.column_names and name != "lengths"}
-    return samples.map(
-        reader.split_batch,
-        batched=True,
-        features=Features({**own, "length": Value("int64"), "answers": text}),
-        remove_columns="lengths",
-        num_proc=num_proc,
-        load_from_cache_file=False,
-        desc="A sample for each question" if sample_per == "question" else "A sample for each chat",
-    )
+    return samples
 
 
 def check_region_files(samples):
