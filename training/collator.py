@@ -3,6 +3,7 @@
 Letters: B prompts, I images, S scales, N patches of all scales, M tokens of the longest prompt.
 """
 
+import json
 from hashlib import blake2b
 from pathlib import Path
 
@@ -40,6 +41,8 @@ class UHRBatDataCollator:
     - `regions`: label map files of the images (`uhr-bat regions`), for all samples with images or for none;
     - `answers`: "all" to learn every turn of the assistant's, over the visual tokens that the question of the first of them
       needs; else the last one;
+    - `options`: how its images are read, as JSON or a dictionary: `bands`, `window`, `value_range` of the image processor,
+      `budgets` in place of the collator's;
     - `name`: for messages.
 
     Args:
@@ -104,8 +107,7 @@ class UHRBatDataCollator:
             ValueError: counts of images and placeholders that differ, a sample over the context window, or an answer without
             text or end.
         """
-        budgets = self.draw_budgets(samples)
-        samples, images = self.read_samples(samples, budgets)
+        samples, images = self.read_samples(samples, self.draw_factor(samples))
         ids, answered = zip(*map(self.write, samples, images))
         labels = [row.where(mask, IGNORED) for row, mask in zip(ids, answered)]
         return {
@@ -122,18 +124,17 @@ class UHRBatDataCollator:
             inputs: padded on the left;
             answers: str[B], the last turns, which are not among the inputs.
         """
-        samples, images = self.read_samples(samples, self.budgets)
+        samples, images = self.read_samples(samples)
         ids = [self.write(*pair, ask=True)[0] for pair in zip(samples, images)]
-        answers = ["".join(part["text"] for part in as_parts(sample["messages"][-1])) for sample in samples]
-        return {"inputs": {**self.pad(ids, "left"), **join_images(images)}, "answers": answers}
+        return {"inputs": {**self.pad(ids, "left"), **join_images(images)}, "answers": list(map(answer_of, samples))}
 
     def seed_draws(self, seed: int, epoch: int):
         """From now on the factor of a batch follows from the seed, the epoch and its samples, in whichever worker and process:
         a run that goes on draws what it would have drawn."""
         self._seed_and_epoch.copy_(torch.tensor([seed, epoch]))
 
-    def draw_budgets(self, samples) -> list[int] | int:
-        """The budgets of a batch, at least a token for each image of a prompt."""
+    def draw_factor(self, samples) -> float:
+        """What the budgets of a batch are multiplied by."""
         (low, high), (seed, epoch) = self.budget_range, self._seed_and_epoch.tolist()
         if seed == UNSEEDED:
             drawn = float(torch.rand(()))
@@ -141,17 +142,17 @@ class UHRBatDataCollator:
             rows = [(Path(str(sample.get("name"))).name, sample["messages"]) for sample in samples]
             digest = blake2b(repr((seed, epoch, rows)).encode("utf-8", "surrogatepass"), digest_size=6).digest()
             drawn = int.from_bytes(digest, "big") / 2**48
-        factor = low * (high / low) ** drawn if low < high else low
-        return scale_budgets(self.budgets, factor, max((len(one.get("images") or []) for one in samples), default=1))
+        return low * (high / low) ** drawn if low < high else low
 
     # ---- Images ----
 
-    def read_samples(self, samples, budgets):
-        """Samples and what the processor makes of their images; others in place of those that cannot be read."""
+    def read_samples(self, samples, factor=None):
+        """Samples and what the processor makes of their images, the budgets times a factor; others in place of those that
+        cannot be read."""
         read, bad = [], []
         for sample in samples:
             try:
-                images = self.read_images(sample, budgets)
+                images = self.read_images(sample, factor)
             except (OSError, ValueError) as error:
                 message = f"{sample.get('name', 'a sample')}: {error}"
                 if self.bad_images == "error":
@@ -166,30 +167,32 @@ class UHRBatDataCollator:
         if not read:
             if self._last_good is None:
                 raise OSError(f"No image of a batch can be read, and none was before it. The first one: {bad[0]}")
-            return self.read_samples([self._last_good] * len(samples), budgets)
+            return self.read_samples([self._last_good] * len(samples), factor)
         self._last_good = read[0][0]
         return map(list, zip(*read, *[read[0]] * len(bad)))
 
-    def read_images(self, sample, budgets) -> dict[str, torch.Tensor]:
+    def read_images(self, sample, factor) -> dict[str, torch.Tensor]:
         """What the processor returns for the images of one sample; {} for text alone."""
         images = [as_image(image) for image in sample.get("images") or []]
         if not images:
             return {}
-        inputs = self.cut_once(images)
+        own = read_own(sample)
+        budgets = own.pop("budgets", self.budgets)
+        if factor is not None:  # at least a token for each image
+            budgets = scale_budgets(budgets, factor, len(images))
+        inputs = self.cut_once(images, self.image_options | own)
         scales = self.image_options.get("scales") or self.processor.image_processor.scales
         available = self.processor.count_shown(inputs["pixel_attention_mask"], scales)
         counts = count_tokens(budgets, scales, [len(images)], available)
         return {**inputs, "token_counts": torch.tensor(counts), "images_per_prompt": torch.tensor([len(images)])}
 
-    def cut_once(self, images) -> dict[str, torch.Tensor]:
-        """`cut`, unless the sample before showed the same images."""
-        if self._last_cut is None or not same_images(self._last_cut[0], images):
-            self._last_cut = images, self.cut(images)
-        return self._last_cut[1]
-
-    def cut(self, images) -> dict[str, torch.Tensor]:
-        """What the image processor returns."""
-        return {**self.processor.image_processor(images, return_tensors="pt", **self.image_options)}
+    def cut_once(self, images, options) -> dict[str, torch.Tensor]:
+        """What the image processor returns, anew unless the sample before showed the same images in the same way."""
+        last = self._last_cut
+        if last is None or last[1] != options or not same_images(last[0], images):
+            cut = {**self.processor.image_processor(images, return_tensors="pt", **options)}
+            self._last_cut = images, options, cut
+        return self._last_cut[2]
 
     def read_regions(self, sample, num_images) -> dict[str, torch.Tensor]:
         """`regions` long[I, N] of a sample with label maps, else {}."""
@@ -243,11 +246,22 @@ class UHRBatDataCollator:
         return {"input_ids": ids, "attention_mask": mask}
 
 
+def answer_of(sample) -> str:
+    """What a sample's last turn says."""
+    return "".join(part["text"] for part in as_parts(sample["messages"][-1]))
+
+
 def as_image(image):
     """An image as the processor takes it: a file's path, or its bytes."""
     if not isinstance(image, dict):
         return image
     return image["path"] if image.get("bytes") is None else image["bytes"]
+
+
+def read_own(sample) -> dict:
+    """The `options` of a sample."""
+    options = sample.get("options") or {}
+    return json.loads(options) if isinstance(options, str) else dict(options)
 
 
 def same_images(first: list, second: list) -> bool:

@@ -3,6 +3,7 @@
 Letters: I images of a batch.
 """
 
+import os
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -16,6 +17,59 @@ IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "regions")
 def image_key(images: Sequence) -> tuple:
     """What tells the images of a sample from those of another: paths, or the bytes of files in the table."""
     return tuple((one["path"], one["bytes"]) if isinstance(one, dict) else one for one in images or [])
+
+
+def hold_out(images: Sequence, share: float, seed: int) -> tuple[list[int], list[int]]:
+    """(indices of the samples that are learnt from, those that are held out): none of one shows an image of the other.
+
+    A file is one image by whatever path it is named. Samples without images are held out one by one.
+
+    Args:
+        images: of every sample, as `load_samples` gives them.
+        share: of the samples that is held out, about: groups of samples that share images stay whole.
+        seed: of what is held out.
+
+    Raises:
+        ValueError: all samples show the same images.
+    """
+    parents = {}
+
+    def root(key):
+        while parents.setdefault(key, key) != key:
+            parents[key] = key = parents[parents[key]]
+        return key
+
+    keys = [[_file_key(one) for one in image_key(found)] or [idx] for idx, found in enumerate(images)]
+    for first, *others in keys:
+        for other in others:
+            parents[root(other)] = root(first)
+    groups = {}
+    for idx, (first, *_) in enumerate(keys):
+        groups.setdefault(root(first), []).append(idx)
+    if len(groups) < 2:
+        raise ValueError(
+            f"`eval_share` holds images out, and all {len(keys)} samples show the same ones, or are linked by samples that show "
+            "several. Name `eval_data`."
+        )
+    groups, held = list(groups.values()), []
+    order = torch.randperm(len(groups), generator=torch.Generator().manual_seed(seed)).tolist()
+    wanted = share * len(keys)
+    for group in [groups[idx] for idx in order[:-1]]:  # one stays to learn from
+        # A group that goes further beyond the share than it stands before it is passed over.
+        if not held or abs(len(held) + len(group) - wanted) < abs(len(held) - wanted):
+            held += group
+    out = set(held)
+    return [idx for idx in range(len(keys)) if idx not in out], sorted(held)
+
+
+def _file_key(one):
+    """What tells an image from others: the file itself where it is one."""
+    if isinstance(one, tuple):
+        path, content = one
+        if content is not None:
+            return content
+        return path if "://" in path else os.path.realpath(path)
+    return one
 
 
 class GroupedByImage(Sampler[int]):

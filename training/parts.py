@@ -16,9 +16,9 @@ LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 VISUAL_PARTS = ("vision_tower", "multi_modal_projector", "scale_embedding", "token_mlp")
 
 
-def is_visual(name: str) -> bool:
-    """Whether a parameter of this name stands before the decoder."""
-    return any(f"{part}." in name for part in VISUAL_PARTS)
+def is_visual(name: str, parts=VISUAL_PARTS) -> bool:
+    """Whether a parameter of this name stands before the decoder, or in one of these parts of it."""
+    return any(f"{part}." in name for part in parts)
 
 
 def freeze_parts(model, names: list[str]):
@@ -58,6 +58,8 @@ def add_adapter(model, options):
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
+        use_rslora=options.use_rslora,
+        use_dora=options.use_dora,
         target_modules=options.lora_target_modules,
         exclude_modules="|".join(map(re.escape, unread_modules(model))),
         modules_to_save=options.lora_modules_to_save,

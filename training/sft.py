@@ -9,17 +9,19 @@ import os
 import sys
 from pathlib import Path
 
-from transformers import set_seed
+from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.loading import base_of, load_model, load_processor
-from .collator import UHRBatDataCollator, scale_budgets
+from .collator import UHRBatDataCollator, answer_of, scale_budgets
 from .data import load_samples
+from .grouping import hold_out
 from .options import read_options
 from .parts import add_adapter, continue_adapter, freeze_parts, quantization
+from .scores import check_scores
 from .trainer import KeptPictures, UHRBatTrainer
 
 logger = logging.get_logger(__name__)
@@ -35,13 +37,14 @@ def read_data(data, processor, seed):
         "bad_samples": data.bad_samples,
         "num_proc": data.dataset_num_proc,
         "sample_per": data.sample_per,
+        "budget_factor": data.budget_range[1],
+        "seed": seed,
     }
     samples = load_samples(data.train_data, processor, split=data.train_split, **settings)
     if data.eval_data:
         return samples, load_samples(data.eval_data, processor, split=data.eval_split, **settings)
     if data.eval_share:
-        parts = samples.train_test_split(data.eval_share, seed=seed)
-        return parts["train"], parts["test"]
+        return tuple(map(samples.select, hold_out(samples["images"], data.eval_share, seed)))
     return samples, None
 
 
@@ -62,8 +65,7 @@ def prepare_model(options, budgets, bf16=False):
             f"{options.model_name_or_path} is saved in float16, whose range training leaves: its weights are trained in "
             f"{str(dtype).removeprefix('torch.')} (`dtype: bfloat16` or `float32` says which)."
         )
-    if isinstance(budgets, list):
-        model.config.budgets = budgets
+    model.config.budgets = budgets
     if base is not None:
         return continue_adapter(model, options.model_name_or_path)
     if not options.use_peft:
@@ -104,6 +106,8 @@ def train(options, data, training) -> UHRBatTrainer:
         image_options=data.image_options,
         bad_images=data.bad_samples,
     )
+    if held_out is not None and data.eval_max_new_tokens:
+        check_scores(data.eval_scores, [answer_of(sample) for sample in held_out.select_columns("messages")])
     set_seed(training.seed)  # an adapter's first weights are drawn before the Trainer sets it
     trainer = UHRBatTrainer(
         model=prepare_model(options, processor.default_budgets, training.bf16),
@@ -113,7 +117,11 @@ def train(options, data, training) -> UHRBatTrainer:
         data_collator=collator,
         processing_class=processor,
         eval_max_new_tokens=data.eval_max_new_tokens,
+        eval_scores=data.eval_scores,
     )
+    if training.early_stopping_patience is not None:
+        patience = training.early_stopping_patience, training.early_stopping_threshold
+        trainer.add_callback(EarlyStoppingCallback(*patience))
     if data.eval_pictures and held_out is not None:
         trainer.add_callback(
             KeptPictures(collator, [held_out[i] for i in range(min(data.eval_pictures, len(held_out)))])

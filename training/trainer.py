@@ -17,11 +17,7 @@ from ..pictures.pages import kept_picture
 from .collator import UHRBatDataCollator, as_image
 from .grouping import EncodedImages, GroupedByImage
 from .parts import is_visual
-
-
-def is_right(answer: str, expected: str) -> bool:
-    """Whether an answer says what was expected, but for case, spaces and a full stop at the end."""
-    return answer.strip().rstrip(".").casefold() == expected.strip().rstrip(".").casefold()
+from .scores import score
 
 
 @contextmanager
@@ -59,13 +55,13 @@ class UHRBatTrainer(Trainer):
 
     `visual_learning_rate` is the rate of what stands before the decoder. With `group_by_image` an image is encoded once for
     the questions about it ([`EncodedImages`]). An evaluation answers the last turn of every
-    held-out sample too, with at most `eval_max_new_tokens` tokens, greedily: `eval_accuracy` is the share of answers that
-    are right (`is_right`).
+    held-out sample too, with at most `eval_max_new_tokens` tokens, greedily: `eval_accuracy` and the like are what the
+    answers are worth by `eval_scores`, names of `scores.SCORES`.
     """
 
-    def __init__(self, *args, eval_max_new_tokens: int = 32, **kwargs):
+    def __init__(self, *args, eval_max_new_tokens: int = 32, eval_scores=("accuracy",), **kwargs):
         super().__init__(*args, **kwargs)
-        self.eval_max_new_tokens = eval_max_new_tokens
+        self.eval_max_new_tokens, self.eval_scores = eval_max_new_tokens, tuple(eval_scores)
         self.encoded = None
         if self.label_smoother is not None:  # the library shifts labels for models that it knows by name alone
             self.label_smoother = partial(self.label_smoother, shift_labels=True)
@@ -128,28 +124,35 @@ class UHRBatTrainer(Trainer):
     def create_optimizer(self, *args, **kwargs):
         made = self.optimizer is None
         super().create_optimizer(*args, **kwargs)
-        if made and self.args.visual_learning_rate is not None:
-            self.split_groups(self.optimizer, self.args.visual_learning_rate)
+        if made:
+            visual = {name: weight for name, weight in self.model.named_parameters() if is_visual(name)}
+            tower = {id(weight) for name, weight in visual.items() if is_visual(name, ("vision_tower",))}
+            rest = {id(weight) for weight in visual.values()} - tower
+            for own, rate in ((tower, self.args.vision_tower_learning_rate), (rest, self.args.projector_learning_rate)):
+                rate = self.args.visual_learning_rate if rate is None else rate
+                if rate is not None:
+                    self.split_groups(self.optimizer, own, rate)
         return self.optimizer
 
-    def split_groups(self, optimizer, learning_rate):
-        """Give the parameters before the decoder groups with a rate of their own."""
-        visual = {id(parameter) for name, parameter in self.model.named_parameters() if is_visual(name)}
+    def split_groups(self, optimizer, own, learning_rate):
+        """Give some parameters, by their ids, groups with a rate of their own."""
         for group in list(optimizer.param_groups):
-            moved = [parameter for parameter in group["params"] if id(parameter) in visual]
-            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in visual]
+            moved = [parameter for parameter in group["params"] if id(parameter) in own]
+            group["params"] = [parameter for parameter in group["params"] if id(parameter) not in own]
             if moved:
                 optimizer.add_param_group({**group, "params": moved, "lr": learning_rate})
 
     def evaluation_loop(self, dataloader, *args, metric_key_prefix="eval", **kwargs):
         output = super().evaluation_loop(dataloader, *args, metric_key_prefix=metric_key_prefix, **kwargs)
         if self.eval_max_new_tokens:
-            output.metrics[f"{metric_key_prefix}_accuracy"] = self.measure_accuracy(dataloader.dataset)
+            for name, value in self.measure_scores(dataloader.dataset).items():
+                output.metrics[f"{metric_key_prefix}_{name}"] = value
         return output
 
     @torch.no_grad()
-    def measure_accuracy(self, samples) -> float:
-        """Share of the last turns that the model answers right. Processes share the samples."""
+    def measure_scores(self, samples) -> dict[str, float]:
+        """What the model's answers in place of the last turns are worth: by each score the mean over those that have it.
+        Processes share the samples."""
         model = self.accelerator.unwrap_model(self.model)
         # Where weights are shared, each process has to answer as many: where there is none left, the last one again, which
         # does not count.
@@ -162,7 +165,7 @@ class UHRBatTrainer(Trainer):
             num_workers=self.args.dataloader_num_workers,
             collate_fn=self.data_collator.ask,
         )
-        right = torch.zeros((), device=self.args.device)
+        sums = torch.zeros(2, len(self.eval_scores), device=self.args.device)  # of worth, of answers that have it
         for batch in tqdm(loader, desc="Answering", disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(batch["inputs"])
             with self.accelerator.autocast():
@@ -174,8 +177,13 @@ class UHRBatTrainer(Trainer):
                 )
             ids = ids[:, inputs["input_ids"].shape[1] :]
             answers = self.processing_class.tokenizer.batch_decode(ids, skip_special_tokens=True)
-            right += sum(next(counted) and is_right(*pair) for pair in zip(answers, batch["answers"]))
-        return float(self.accelerator.reduce(right)) / number
+            for pair in zip(answers, batch["answers"]):
+                worth = [score(name, *pair) for name in self.eval_scores] if next(counted) else []
+                for column, value in enumerate(worth):
+                    if value is not None:
+                        sums[:, column] += torch.tensor([value, 1.0], device=sums.device)
+        worth, numbers = self.accelerator.reduce(sums).tolist()
+        return {name: worth[idx] / numbers[idx] for idx, name in enumerate(self.eval_scores) if numbers[idx]}
 
 
 class KeptPictures(TrainerCallback):

@@ -22,7 +22,7 @@ from uhr_bat.training import sft
 from uhr_bat.training.collator import UHRBatDataCollator
 from uhr_bat.training.data import load_samples
 from uhr_bat.training.options import read_options
-from uhr_bat.training.trainer import is_right
+from uhr_bat.training.scores import score
 
 pytest.importorskip("datasets")
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
@@ -156,7 +156,7 @@ def test_a_colour_is_learnt_and_held_out_questions_show_it(arguments):
 
 @pytest.mark.parametrize("answer, right", [(" Red.", True), ("red", True), ("reddish", False), ("", False)])
 def test_an_answer_is_right_but_for_case_and_a_full_stop(answer, right):
-    assert is_right(answer, "red") == right
+    assert score("accuracy", answer, "red") == right
 
 
 @pytest.mark.slow
