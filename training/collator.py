@@ -180,19 +180,22 @@ class UHRBatDataCollator:
         budgets = own.pop("budgets", self.budgets)
         if factor is not None:  # at least a token for each image
             budgets = scale_budgets(budgets, factor, len(images))
-        inputs = self.cut_once(images, self.image_options | own)
+        inputs = self.cut_once(images, own)
         scales = self.image_options.get("scales") or self.processor.image_processor.scales
         available = self.processor.count_shown(inputs["pixel_attention_mask"], scales)
         counts = count_tokens(budgets, scales, [len(images)], available)
         return {**inputs, "token_counts": torch.tensor(counts), "images_per_prompt": torch.tensor([len(images)])}
 
-    def cut_once(self, images, options) -> dict[str, torch.Tensor]:
-        """What the image processor returns, anew unless the sample before showed the same images in the same way."""
+    def cut_once(self, images, own) -> dict[str, torch.Tensor]:
+        """`cut`, unless the sample before showed the same images in the same way."""
         last = self._last_cut
-        if last is None or last[1] != options or not same_images(last[0], images):
-            cut = {**self.processor.image_processor(images, return_tensors="pt", **options)}
-            self._last_cut = images, options, cut
+        if last is None or last[1] != own or not same_images(last[0], images):
+            self._last_cut = images, own, self.cut(images, **own)
         return self._last_cut[2]
+
+    def cut(self, images, **own) -> dict[str, torch.Tensor]:
+        """What the image processor returns, with options of a sample's own."""
+        return {**self.processor.image_processor(images, return_tensors="pt", **(self.image_options | own))}
 
     def read_regions(self, sample, num_images) -> dict[str, torch.Tensor]:
         """`regions` long[I, N] of a sample with label maps, else {}."""

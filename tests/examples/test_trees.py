@@ -21,16 +21,16 @@ def write_picture(folder, name, size, boxes):
     (folder / f"{name}.xml").write_text(f"<annotation><filename>{name}.png</filename>{things}</annotation>")
 
 
-def test_parts_become_questions_that_can_be_trained_on(tmp_path, monkeypatch):
-    forest = [(x, y) for x in range(0, 250, 50) for y in range(0, 250, 50)]
-    write_picture(tmp_path, trees.LEARNT, (1100, 300), [*forest, (900, 100)])
-    write_picture(tmp_path, "other", (300, 300), [(20, 20)])
-    monkeypatch.setattr(sys, "argv", ["trees", "--data", str(tmp_path), "--output", str(tmp_path / "out")])
+def test_halves_with_more_trees_are_asked_about_as_often_on_each_side_and_learnt_from_other_pictures(tmp_path, monkeypatch):
+    rng = np.random.default_rng(0)
+    write_picture(tmp_path, trees.ASKED, (1000, 700), [(x, 50 + x // 4) for x in range(0, 900, 15)])
+    write_picture(tmp_path, "other", (500, 400), rng.integers(0, (160, 400), (60, 2)).tolist())
+    monkeypatch.setattr(sys, "argv", ["trees", "--data", str(tmp_path), "--output", str(tmp_path / "out"), "--parts", "12"])
     trees.main()
     learnt, asked = (json.loads((tmp_path / "out" / f"{name}.json").read_text()) for name in ("train", "test"))
-    assert [(row["image"], row["answer"]) for row in learnt][0] == (f"{trees.LEARNT}_0_0.png", "many")
-    assert {row["answer"] for row in asked} == {"few"} and "other_0_0.png" in {row["image"] for row in asked}
-    lefts = [int(row["image"].rsplit("_", 1)[1][:-4]) for row in asked if row["image"].startswith(trees.LEARNT)]
-    assert lefts and min(lefts) >= 1100 // 2
-    assert not {row["image"] for row in learnt} & {row["image"] for row in asked}
+    assert len({row["image"] for row in learnt}) == 12 and all(row["image"].startswith("other_") for row in learnt)
+    assert asked and all(row["image"].startswith(trees.ASKED) for row in asked)
+    for _, (first, second) in trees.QUESTIONS:
+        said = [row["answer"] for row in asked]
+        assert abs(said.count(first) - said.count(second)) <= 1
     assert len(load_samples(tmp_path / "out" / "train.json", load_model(device_map=None)[0])) == len(learnt)

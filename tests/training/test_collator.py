@@ -118,12 +118,12 @@ def test_budgets_are_drawn_for_each_batch_between_two_factors(samples, processor
 
 
 def test_draws_follow_from_seed_epoch_and_samples_where_a_run_says_so(samples, processor):
-    collator, drawn = UHRBatDataCollator(processor, budgets=1000, budget_range=(0.5, 2)), {}
+    collator, drawn = UHRBatDataCollator(processor, budget_range=(0.5, 2)), {}
     for seed, epoch, number in [(1, 0, 0), (2, 0, 0), (1, 1, 0), (1, 0, 1), (1, 0, 0)]:
         collator.seed_draws(seed, epoch)
         torch.manual_seed(len(drawn))
-        budgets = collator.draw_budgets([samples[number]])
-        assert drawn.setdefault((seed, epoch, number), budgets) == budgets and 500 <= budgets <= 2000
+        factor = collator.draw_factor([samples[number]])
+        assert drawn.setdefault((seed, epoch, number), factor) == factor and 0.5 <= factor <= 2
     assert len(set(drawn.values())) == 4
 
 
