@@ -35,7 +35,6 @@ from ..budgets_uhr_bat import count_tokens, is_one_budget
 from ..common.chats import ChatError, ChatWriter, answered_turns, as_parts
 from ..common.data_tables import leave_files_closed
 from ..common.extras import require
-from ..evaluation.samples import text_of
 from ..regions.cache import name_output
 from .collator import scale_budgets
 from .rows import COLUMNS, read_rows
@@ -101,7 +100,7 @@ def split_text(text: str, image_token: str = "<image>") -> list[dict]:
 def as_text(value) -> str:
     """A text of a row; a number as its digits, 3.0, which tables make of 3, too. Raises `BadSample`."""
     if isinstance(value, (int, float)) and not isinstance(value, bool):
-        value = text_of(value)
+        value = str(int(value) if float(value).is_integer() else value)
     if not isinstance(value, str):
         raise BadSample("with a turn that is no text", f"{value!r}")
     try:
