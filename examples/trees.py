@@ -4,9 +4,9 @@
     python -m uhr_bat.examples.trees --data deepforest/data --output trees
     uhr-bat train --config tiny_laptop --train_data trees/train.json --eval_data trees/test.json --output_dir runs/trees
 
-Which half of a part of a picture has more trees? Parts of three pictures (NEON, in the package deepforest, MIT), drawn at random,
+Which quarter of a part of a picture has most trees? Parts of three pictures (NEON, in the package deepforest, MIT), drawn at random,
 turned, mirrored and recoloured, are learnt from. Parts of the picture of another site are asked about, mirrored such that
-every answer is as often right: whoever does not look is right half of the time.
+every answer is as often right: whoever does not look is right a quarter of the time.
 """
 
 import argparse
@@ -19,25 +19,25 @@ from PIL import Image
 from ..common.files import whole_files
 from ..evaluation.suites import SUITES
 from ..picture_reading_uhr_bat import PICTURE_FORMATS
+from ..scenes.layout import QUADRANTS
 
 ASKED = "2019_YELL_2_528000_4978000_image_crop2"  # the largest picture; the others are learnt from
-QUESTIONS = (
-    ("Which half has more trees, left or right?", ("left", "right")),
-    ("Which half has more trees, top or bottom?", ("top", "bottom")),
-)
+QUESTION = "In which quadrant are most trees?"
 SIDES = (160, 320)  # of the parts that are learnt from, drawn between the two
 SIDE = 256  # of the parts that are asked about; one begins at every half of it
-# Of the two halves one has at least so many trees more, and so many times as many: the boxes are not sure to a tree.
-MORE, TIMES = 3, 1.5
+# One quarter has at least so many trees more than any other, and so many times as many: the boxes are not sure to a tree.
+MORE, TIMES = 2, 1.5
 # How far the colours of what is learnt from are changed: brightness alone points to shadows, and not the same way everywhere.
 RECOLOURED = 0.4
 
 
-def fuller_half(centres, side) -> int | None:
-    """The half (0 or 1) with clearly more of the trees, whose centres float[N] lie between 0 and `side`; else None."""
-    first = int((centres < side / 2).sum())
-    fewer, more = sorted((first, len(centres) - first))
-    return int(first == fewer) if more - fewer >= MORE and more >= TIMES * fewer else None
+def fullest_quarter(centres, side) -> tuple[int, int] | None:
+    """(right, lower), 0 or 1 each, of the quarter with clearly more of the trees than any other, whose centres float[N, 2] lie
+    between 0 and `side`; else None."""
+    halves = (centres >= side / 2).astype(int)
+    *_, second, most = sorted(numbers := np.bincount(halves @ [1, 2], minlength=4))
+    quarter = int(numbers.argmax())
+    return (quarter % 2, quarter // 2) if most - second >= MORE and most >= TIMES * second else None
 
 
 class Parts:
@@ -76,7 +76,7 @@ def recolour(part, rng):
 
 
 def draw_parts(parts, number, rng):
-    """`number` (part, centres) of random places, sides, symmetries and colours, about each of which a question is asked."""
+    """`number` (part, centres) of random places, sides, symmetries and colours, whose answer is clear."""
     width, height = parts.picture.size
     while number:
         side = int(rng.integers(*SIDES, endpoint=True))
@@ -85,37 +85,33 @@ def draw_parts(parts, number, rng):
             part, centres = part.transpose(Image.Transpose.TRANSPOSE), centres[:, ::-1]
         for axis in np.flatnonzero(rng.random(2) < 0.5):
             part, centres = mirror(part, centres, axis)
-        if any(fuller_half(centres[:, axis], side) is not None for axis in (0, 1)):
+        if fullest_quarter(centres, side):
             number -= 1
             yield recolour(part, rng), centres
 
 
 def balanced_parts(parts):
-    """(part, centres) side by side, mirrored such that the answers to each question take turns."""
+    """(part, centres) side by side, mirrored such that the answers take turns."""
     width, height = parts.picture.size
-    wanted = [0, 0]
+    wanted = 0
     for top in range(0, height - SIDE + 1, SIDE // 2):
         for left in range(0, width - SIDE + 1, SIDE // 2):
             part, centres = parts.cut(left, top, SIDE)
-            for axis in (0, 1):
-                half = fuller_half(centres[:, axis], SIDE)
-                if half is not None:
-                    if half != wanted[axis]:
+            if quarter := fullest_quarter(centres, SIDE):
+                for axis, half in enumerate((wanted % 2, wanted // 2)):
+                    if quarter[axis] != half:
                         part, centres = mirror(part, centres, axis)
-                    wanted[axis] = 1 - wanted[axis]
-            yield part, centres
+                wanted = (wanted + 1) % 4
+                yield part, centres
 
 
 def write_rows(found, name, folder) -> list[dict]:
-    """Rows of the questions about some parts, whose files are written."""
+    """Rows of the question about some parts, whose files are written."""
     rows = []
     for number, (part, centres) in enumerate(found):
-        halves = [fuller_half(centres[:, axis], part.width) for axis in (0, 1)]
-        if halves != [None, None]:
-            part.save(folder / f"{name}_{number}.jpg", quality=95)
-        for (question, answers), half in zip(QUESTIONS, halves):
-            if half is not None:
-                rows.append({"image": f"{name}_{number}.jpg", "question": question, "answer": answers[half]})
+        right, lower = fullest_quarter(centres, part.width)
+        part.save(folder / f"{name}_{number}.jpg", quality=95)
+        rows.append({"image": f"{name}_{number}.jpg", "question": QUESTION, "answer": QUADRANTS[2 * lower + right]})
     return rows
 
 
@@ -123,7 +119,7 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--data", type=Path, required=True, metavar="DIR", help="deepforest/data")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
-    parser.add_argument("--parts", type=int, default=2400, help="that are learnt from")
+    parser.add_argument("--parts", type=int, default=1000, help="that are learnt from")
     args = parser.parse_args()
     pictures = {}
     for sample in SUITES["pascal-voc"].load(str(args.data)):
