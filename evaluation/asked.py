@@ -44,13 +44,17 @@ def _digest(value) -> str:
 
 
 @cache
-def _picture_digest(source: str, key: str) -> str:
-    return file_digest(source) if os.path.isfile(source) else key
+def _file_digest(path: str, size: int, changed: int) -> str:
+    """A picture of many questions is looked at once, as long as nobody writes it anew."""
+    return file_digest(path)
 
 
 def picture_digest(picture: Picture) -> str:
     """Of the file where the picture is one on this machine, else its key, which is the content's digest in tables."""
-    return _picture_digest(picture.source, picture.key) if isinstance(picture.source, str) else picture.key
+    if not isinstance(picture.source, str) or not os.path.isfile(picture.source):
+        return picture.key
+    found = os.stat(picture.source)
+    return _file_digest(picture.source, found.st_size, found.st_mtime_ns)
 
 
 def asked(sample: Sample) -> str:

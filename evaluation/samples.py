@@ -24,6 +24,7 @@ from ..common.extras import require
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tsv": "csv", ".csv": "csv"}
 LINES = (".jsonl", ".json")
+TALKS = {"conversations", "messages"}
 # Splits that a benchmark is, the first that there is.
 SPLITS = (("test", "testing"), ("validation", "val", "valid", "dev", "eval"), ("train", "training"))
 SHARED_NAME = 64  # characters at most of an `image` that names the row which has the picture, as VLMEvalKit reads it
@@ -183,10 +184,11 @@ def _of_one_split(folder, names, split) -> list[Path]:
     """Files of one name but for the numbers of shards, as train-00000-of-00002."""
     groups = defaultdict(list)
     for name in names:
-        groups[name.parent, re.sub(r"(?:[-_.]\d{3,})?(?:[-_]of[-_]\d{3,})?$", "", name.stem)].append(name)
+        base = re.sub(r"[-_.]\d{5}$|[-_.]\d+[-_]of[-_]\d+$", "", name.stem)
+        groups[name.parent, base, base != name.stem].append(name)
     if len(groups) > 1:
         for wanted in ((split,) if split else (), *SPLITS):
-            found = [group for group in groups if set(wanted) & set(re.split(r"[^a-z0-9]+", str(Path(*group)).lower()))]
+            found = [group for group in groups if set(wanted) & set(re.split(r"[^a-z0-9]+", str(Path(*group[:2])).lower()))]
             if len(found) == 1:
                 return groups[found[0]]
             if found:
@@ -229,8 +231,10 @@ def read_lines(path: Path) -> list[dict]:
                 except json.JSONDecodeError as error:
                     raise ValueError(f"{path}, line {number}: this is no JSON ({error}).") from error
     if isinstance(found, dict):
-        lists = [value for value in found.values() if isinstance(value, list)]
-        found = lists[0] if len(lists) == 1 else [found]
+        # A single line is a record, and so is what talks; of any other dictionary its one list of records is meant.
+        alone = path.suffix == ".jsonl" or TALKS & set(found)
+        lists = [value for value in found.values() if isinstance(value, list) and all(isinstance(one, dict) for one in value)]
+        found = lists[0] if len(lists) == 1 and not alone else [found]
     return found
 
 

@@ -87,3 +87,19 @@ def test_two_runs_are_compared_sample_by_sample():
     row = figures.compare(SUITE, asked, one, other, SUITE.scorers[:1])[0]
     assert [figure.mean for figure in row["micro"]] == [pytest.approx(4 / 6), pytest.approx(4 / 6), pytest.approx(0)]
     assert (row["only_first_right"], row["only_second_right"]) == (1, 1)
+
+
+def test_intervals_beside_the_bootstrap_hold_where_all_is_right_and_of_one_image():
+    """Wilson's numbers for 1 of 1, 10 of 10 and 5 of 10 (Newcombe 1998); an image is a trial, however many questions it has."""
+    for values, images, low, high in (
+        ([1], ["a"], 0.2065, 1), ([1] * 10, range(10), 0.7225, 1), ([1, 0] * 5, range(10), 0.2366, 0.7634),
+        ([1, 1], ["a", "a"], 0.2065, 1),
+    ):  # fmt: skip
+        found = figures.wilson_means(np.array(values, float), ["t"] * len(values), list(images))
+        assert found["micro"][1:] == pytest.approx((low, high), abs=1e-4) == found["macro"][1:]
+    asked = samples(2)
+    result = figures.evaluate(SUITE, asked, lines(asked, "AA"), SUITE.scorers[:1])
+    assert result["scores"][0]["micro"] == (1, 1, 1) and result["scores"][0]["wilson"]["micro"][1] == pytest.approx(0.2065, abs=1e-4)
+    assert "100.0 [20.7, 100.0]" in figures.report(SUITE, result, settings())
+    (row, *_) = figures.compare(SUITE, asked, lines(asked, "AA"), lines(asked, "AA"), SUITE.scorers[:1])
+    assert row["wilson_difference"] == pytest.approx((0, -0.7935, 0.7935), abs=1e-4)

@@ -100,3 +100,25 @@ def test_a_suite_without_boxes_is_refused(tmp_path, capsys):
 
     assert recall.main(["vrsbench-vqa", "--data", str(vrsbench(tmp_path)), "--output", str(tmp_path / "out")]) == 2
     assert "No sample of vrsbench-vqa has a box" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_box_that_lies_nowhere_is_named_and_the_others_count(tmp_path, capsys):
+    picture(tmp_path, "a.png")
+    (tmp_path / "a.xml").write_text(VOC)
+    turned = "<bndbox><xmin>9</xmin><ymin>3</ymin><xmax>2</xmax><ymax>14</ymax></bndbox>"
+    outside = "<bndbox><xmin>90</xmin><ymin>3</ymin><xmax>99</xmax><ymax>14</ymax></bndbox>"
+    things = "".join(f"<object><name>Car</name>{box}</object>" for box in (turned, outside, ""))
+    (tmp_path / "b.xml").write_text(f"<annotation><filename>a.png</filename>{things}</annotation>")
+    arguments = ["pascal-voc", "--data", str(tmp_path), "--fractions", "0.05", "--methods", "uniform"]
+    assert recall.main([*arguments, "--output", str(tmp_path / "out")]) == 0
+    result = json.loads((tmp_path / "out" / "recall.json").read_text())
+    assert result["rows"][0]["objects"] == 3 and result["errors"] == []
+    assert [one["error"][:21] for one in result["boxes"]] == ["b/Car: The box (9.0, ", "b/Car: The box (90.0,", "b/Car: The box (nan, "]
+    assert "3 boxes are left out." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fraction", ["0", "-1", "nan", "1.5"])
+def test_fractions_that_cannot_be_are_refused_at_the_door(fraction, tmp_path, capsys):
+    assert recall.main(["scenes", "--fractions", fraction, "--output", str(tmp_path / "out")]) == 2
+    assert "--fractions must be over 0 and at most 1. Got" in capsys.readouterr().err and not (tmp_path / "out").exists()

@@ -9,11 +9,13 @@ import sys
 import time
 from dataclasses import replace
 
+import numpy as np
 import pytest
-from benchmark_files import conversations, write_lines, xlrs
+from benchmark_files import conversations, picture, write_lines, xlrs
 from small import count_tiles
 from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.evaluation import compare_runs, evaluate, running
+from uhr_bat.evaluation.asked import folder_digest
 from uhr_bat.evaluation.running import BLANK, IMAGE, TEXT, VIEWS, Settings, read_predictions, run, versions
 from uhr_bat.evaluation.suites import SUITES
 
@@ -121,6 +123,115 @@ def test_of_a_sample_that_was_asked_again_the_answer_counts(tmp_path):
     assert read_predictions(tmp_path)["1", IMAGE]["error"] is None
 
 
+# ---- What was asked --------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own(tmp_path):
+    """A suite of one question, and how it is asked: a function of the options and the name of the run."""
+    picture(tmp_path, "a.png")
+    write_lines(tmp_path / "q.jsonl", [{"question": "Is there a car?", "answer": "yes", "image": "a.png"}])
+
+    def ask(*options, name="run"):
+        command = ["own", "--data", str(tmp_path / "q.jsonl"), "--workers", "0", "--max-new-tokens", "1", *options]
+        return evaluate.main([*command, "--output", str(tmp_path / name)])
+
+    return ask
+
+
+def other_question(folder):
+    write_lines(folder / "q.jsonl", [{"question": "Is there a pier?", "answer": "yes", "image": "a.png"}])
+
+
+def other_answer(folder):
+    write_lines(folder / "q.jsonl", [{"question": "Is there a car?", "answer": "no", "image": "a.png"}])
+
+
+def other_id(folder):
+    write_lines(folder / "q.jsonl", [{"id": 7, "question": "Is there a car?", "answer": "yes", "image": "a.png"}])
+
+
+def other_picture(folder):
+    picture(folder, "a.png", seed=1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (other_question, "its answer to '0' is one to another question"), (other_answer, "to another question"),
+        (other_picture, "about another picture"), (other_id, "answers to 1 samples that the data no longer has, as '0'"),
+    ],
+)  # fmt: skip
+def test_a_run_does_not_go_on_with_answers_to_something_else(change, message, own, tmp_path, capsys):
+    assert own() == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "run").iterdir()}
+    change(tmp_path)
+    assert own() == 2 and message in capsys.readouterr().err
+    assert {path: path.read_bytes() for path in (tmp_path / "run").iterdir()} == before
+    if change in (other_question, other_picture):
+        assert own(name="other") == 0
+        assert compare_runs.main([str(tmp_path / "run"), str(tmp_path / "other")]) == 2
+        assert "on other samples" in capsys.readouterr().err
+
+
+def test_a_run_of_other_weights_or_options_is_refused_before_a_model_is_loaded(own, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(evaluate, "load_model", lambda *args, **kwargs: pytest.fail("a model was loaded"))
+    model = tmp_path / "model"
+    model.mkdir()
+    for path in ROOT.glob("*"):
+        if path.suffix in (".json", ".jinja", ".safetensors"):
+            shutil.copy(path, model)
+    settings = replace(SETTINGS, suite="own", data=str(tmp_path / "q.jsonl"), model=str(model), prompt="own/short-1", seed=0)
+    settings = replace(settings, budgets=14, selector="distinct", max_new_tokens=1, weights=folder_digest(model))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text(json.dumps(settings.__dict__))
+    options = ["--model", str(model), "--budgets", "14", "--selector", "distinct"]
+    with pytest.raises(pytest.fail.Exception):
+        own(*options)
+    assert own(*options, "--value-range", "0,100") == 2 and "a run with image None" in capsys.readouterr().err
+    weights = bytearray((model / "model.safetensors").read_bytes())
+    weights[-100] ^= 1
+    (model / "model.safetensors").write_bytes(weights)
+    assert own(*options) == 2 and "holds a run with weights" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_where_every_sample_fails_there_is_no_score(own, tmp_path, capsys):
+    (tmp_path / "a.png").write_bytes(b"no image")
+    assert own() == 2
+    assert "No sample of 1 was answered. The first failure: " in capsys.readouterr().err
+    assert not (tmp_path / "run" / "figures.json").exists()
+
+
+@pytest.mark.slow
+def test_batches_answer_as_single_questions_and_the_same_wherever_a_run_was_stopped(tiny, samples, tmp_path):
+    single, settings = ask(tiny, samples, tmp_path / "single"), replace(SETTINGS, batch_size=3)
+    batched = ask(tiny, samples, tmp_path / "batched", settings)
+    said = {key: line["answer"] for key, line in batched.items()}
+    assert said == {key: line["answer"] for key, line in single.items()}
+    lines = (tmp_path / "batched" / "predictions.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "part").mkdir()
+    (tmp_path / "part" / "predictions-0.jsonl").write_text("".join(lines[::2]))
+    ask(tiny, samples, tmp_path / "part", settings)
+    assert (tmp_path / "part" / "predictions.jsonl").read_text() == "".join(lines)
+
+
+@pytest.mark.slow
+def test_rasters_of_a_suite_are_read_as_the_options_say(own, tmp_path, capsys):
+    rasterio = pytest.importorskip("rasterio")
+    pixels = np.arange(4 * 40 * 30, dtype=np.uint16).reshape(4, 40, 30)
+    with rasterio.open(tmp_path / "a.tif", "w", driver="GTiff", width=30, height=40, count=4, dtype="uint16") as file:
+        file.write(pixels)
+    write_lines(tmp_path / "q.jsonl", [{"question": "Is there a car?", "answer": "yes", "image": "a.tif"}])
+    assert own("--bands", "4,3,9", "--value-range", "0,5000") == 2
+    assert "band" in capsys.readouterr().err
+    assert own("--bands", "4,3,2", "--value-range", "0,5000", name="right") == 0
+    line = json.loads((tmp_path / "right" / "predictions.jsonl").read_text().splitlines()[0])
+    assert line["image_options"] == {"bands": [4, 3, 2], "value_range": [0, 5000]}
+    assert own("--max-pixels", "100", name="small") == 2
+
+
 # ---- The command -----------------------------------------------------------------------------------------------------
 
 
@@ -167,6 +278,11 @@ def test_answers_of_another_program_are_scored_without_a_model(tmp_path, capsys)
         (["scenes", "--scorers", "mine"], "scenes has no score 'mine'"),
         (["scenes", "--limit", "1", "--model", "nowhere"], "nowhere: this is no model folder"),
         (["scenes", "--data", "x"], "there is no --data to give"),
+        (["scenes", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1. Got 0."),
+        (["scenes", "--limit", "1", "--budgets", "0"], "Every budget must be at least 1 token per image"),
+        (["scenes", "--limit", "1", "--selector", "foo"], "Field 'selector' expected one of"),
+        (["scenes", "--batch-size", "0"], "--batch-size must be at least 1. Got 0."),
+        (["scenes", "--limit", "1", "--native"], "give max_tiles with it"),
     ],
 )
 def test_evaluate_says_what_is_wrong(arguments, message, tmp_path, capsys):

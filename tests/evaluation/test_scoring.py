@@ -164,3 +164,64 @@ def test_a_synset_in_common_is_a_path_similarity_over_four_fifths(wordnet):
         for other in words:
             pairs = ((a, b) for a in reader.synsets(one) for b in reader.synsets(other))
             assert share_a_synset(one, other) == any((a.path_similarity(b) or 0) > 0.8 for a, b in pairs)
+
+
+# ---- What is declared ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("answer: b", "B"), ("option b", "B"), ("I considered (A), but it is wrong. Final answer: B.", "B"),
+        ("<think>A or C?</think>B", "B"), ("<think>The answer is C", ""), ("The answer is **B**.", "B"),
+        ("Option B is right, option A is wrong.", "B"), ("The answer is not A, it is B", "B"), ("The answer is a farm", "C"),
+        ("The answer is A because it is red", "A"), ("A is tempting.\n\nD", "D"), (r"\boxed{C}", "C"),
+        ("<answer>d</answer>", "D"), ("Final answer: blue", "B"), ("(E)", ""), ("answer: E", ""),
+        ("Answer: B\nExplanation: (A) shows red; (C) a farm.", "B"), ("Not (A) but (D)", "D"), ("C is correct, not A", "C"),
+        ("I cannot say", ""), ("\u7b54\u6848\u662fB", "B"),
+    ],
+)  # fmt: skip
+def test_the_letter_that_is_declared_last_is_the_answer(text, letter):
+    assert read_letter(sample("A"), text) == letter
+
+
+def test_several_letters_are_read_where_they_are_declared():
+    assert read_letters(sample("A"), "I considered B. The answers are A and C.") == "AC"
+    assert read_letters(sample("A"), "The answer(s) is(are): A C") == "AC"
+
+
+@pytest.mark.parametrize("text, letter", [("I think it is C", "C"), ("I", "I"), ("The answer is I.", "I"), ("(I)", "I")])
+def test_i_is_a_letter_only_where_it_is_no_word(text, letter):
+    nine = tuple(f"({letter}) option {number}" for number, letter in enumerate("ABCDEFGHI"))
+    assert read_letter(sample("A", nine), text) == letter
+
+
+def test_the_first_version_of_the_rules_reads_as_it_did():
+    old = {scorer.name: scorer for suite in SUITES.values() for scorer in suite.scorers if scorer.name.endswith("-1")}
+    text = "I considered (A). Final answer: B."
+    assert old["mme-realworld/letter-1"].read(sample("B"), text) == "A"
+    assert old["xlrs-bench/letters-1"].read(sample("B"), text) == "A"
+    assert old["hr-bench/letter-1"].read(sample("B"), "answer: b") == ""
+
+
+@pytest.mark.parametrize(
+    "one, other",
+    [
+        ("Two ships", "2 ships."), ("a car", "Car"), ("12 metres", "12m"), ("5%", "five percent"), ("tennis-court", "tennis court"),
+        ("20 square meters", "20 m\u00b2"), ("There are twenty-one.", "21"), ("1,200", "one thousand two hundred"), ("3.0", "three"),
+        ("caf\u00e9", "cafe\u0301"),
+    ],
+)  # fmt: skip
+def test_a_tolerant_rule_knows_numbers_units_and_articles(one, other):
+    scorer = next(scorer for scorer in SUITES["vrsbench-vqa"].scorers if scorer.name == "vrsbench-vqa/tolerant-1")
+    assert scorer.score(sample(one, ()), other) == 1
+    assert scorer.score(sample(one, ()), "four ships") == 0
+
+
+def test_many_boxes_are_worth_no_more_than_one():
+    boxes = ((0, 0, 10, 10), (20, 20, 30, 30))
+    two = "[0, 0, 10, 10] [20, 20, 30, 30]"
+    many = " ".join(f"[{x}, {y}, {x + 10}, {y + 10}]" for x in range(0, 160, 10) for y in range(0, 160, 10))
+    assert worth("tree-bench", 1, "B", two, boxes=boxes) == 1
+    assert worth("tree-bench", 1, "B", many, boxes=boxes) == pytest.approx(2 / 256)
+    assert worth("tree-bench", 1, "B", "[0, 0, 10, 10] [0, 0, 10, 10]", boxes=boxes) == 0.5

@@ -1,10 +1,11 @@
 """Every benchmark's form is read as it is, and asked in its own words."""
 
+import base64
 import json
 
 import numpy as np
 import pytest
-from benchmark_files import FORMS, picture, write_lines, xlrs
+from benchmark_files import FORMS, encoded, picture, write_lines, xlrs
 from PIL import Image
 from uhr_bat.common.loading import ROOT
 from uhr_bat.evaluation.suites import SUITES
@@ -178,3 +179,106 @@ def test_data_that_is_nowhere_is_an_error(tmp_path):
         SUITES["xlrs-bench"].load("nowhere")
     with pytest.raises(FileNotFoundError, match="no file of this benchmark"):
         SUITES["xlrs-bench"].load(str(tmp_path))
+
+
+# ---- Right answers, files, pictures ----------------------------------------------------------------------------------
+
+
+def mme(answer="A", **more):
+    options = ["(A) Red", "(B) Blue", "(C) Green", "(D) White"]
+    return {
+        "Question_id": "1", "Image": "a.png", "Text": "q", "Ground truth": answer, "Category": "Remote Sensing/c",
+        "Subtask": "Remote Sensing", "Answer choices": options, **more,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "answer, letter",
+    [("B", "B"), ("(A)", "A"), ("b", "B"), ("B.", "B"), ("C. Green", "C"), ("White", "D"), ("(D) white", "D"), ("[c]", "C")],
+)
+def test_a_right_answer_is_read_in_any_form_of_an_option(answer, letter, tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", [mme(answer)])
+    assert SUITES["mme-realworld-rs"].load(str(path))[0].answer == letter
+
+
+@pytest.mark.parametrize("answer", ["E", "", "Yellow", "A. Blue", "AB"])
+def test_a_right_answer_that_is_no_option_is_refused(answer, tmp_path):
+    path = write_lines(tmp_path / "data.jsonl", [mme(answer)])
+    with pytest.raises(ValueError, match="The right answer of sample '1': .* is no option: these are A. Red, B. Blue"):
+        SUITES["mme-realworld-rs"].load(str(path))
+
+
+def test_of_the_files_of_a_folder_the_benchmarks_own_version_is_read(tmp_path):
+    for name, text in (("MME_RealWorld", "full"), ("MME_RealWorld_CN", "cn"), ("MME_RealWorld_Lite", "lite")):
+        (tmp_path / f"{name}.json").write_text(json.dumps([mme(Text=text)]))
+    assert [one.question for one in SUITES["mme-realworld-rs-lite"].load(str(tmp_path))] == ["lite"]
+    assert [one.question for one in SUITES["mme-realworld-rs"].load(str(tmp_path))] == ["full"]
+    (tmp_path / "MME_RealWorld_Lite.json").unlink()
+    with pytest.raises(ValueError, match=r"holds MME_RealWorld.json, MME_RealWorld_CN.json, none of which is Lite"):
+        SUITES["mme-realworld-rs-lite"].load(str(tmp_path))
+
+
+def test_of_the_splits_of_a_folder_test_is_read_and_other_names_are_refused(tmp_path):
+    for name in ("train-00000-of-00002", "train-00001-of-00002", "validation"):
+        write_lines(tmp_path / f"{name}.jsonl", [{"question": name, "answer": "yes", "image": "a.png"}])
+    assert [one.question for one in SUITES["own"].load(str(tmp_path))] == ["validation"]
+    (tmp_path / "validation.jsonl").unlink()
+    assert [one.question[:8] for one in SUITES["own"].load(str(tmp_path))] == ["train-00"] * 2
+    write_lines(tmp_path / "train.jsonl", [{}])
+    with pytest.raises(ValueError, match="which are not one benchmark: give one of them as --data"):
+        SUITES["own"].load(str(tmp_path))
+
+
+def test_what_save_to_disk_wrote_is_read(tmp_path):
+    from datasets import Dataset, DatasetDict
+
+    Dataset.from_list([mme()]).save_to_disk(tmp_path / "one")
+    splits = {name: Dataset.from_list([mme(Text=name)]) for name in ("train", "test")}
+    DatasetDict(splits).save_to_disk(tmp_path / "two")
+    assert [one.question for one in SUITES["mme-realworld-rs"].load(str(tmp_path / "one"))] == ["q"]
+    assert [one.question for one in SUITES["mme-realworld-rs"].load(str(tmp_path / "two"))] == ["test"]
+
+
+def test_tables_of_vlmevalkit_share_pictures_by_index_and_keep_every_option(tmp_path):
+    image = base64.b64encode(encoded()).decode()
+    rows = [[0, "nan", "0", image], [1, "x", "y", "0"], [2, "x", "y", str([image, image])], [3, "x", "y", ""]]
+    text = "index\tquestion\tA\tB\tanswer\tcategory\timage\n"
+    text += "".join(f"{index}\tq\t{a}\t{b}\tA\tc\t{shown}\n" for index, a, b, shown in rows)
+    (tmp_path / "data.tsv").write_text(text)
+    samples = SUITES["hr-bench"].load(str(tmp_path / "data.tsv"))
+    assert [len(one.pictures) for one in samples] == [1, 1, 2, 1]
+    assert len({key for one in samples[:3] for key in one.picture_keys}) == 1
+    assert samples[0].options == ("A. nan", "B. 0")
+    assert all(SUITES["hr-bench"].open(shown) == image for one in samples[:3] for shown in one.pictures)
+    with pytest.raises(ValueError, match="the record names no picture"):
+        SUITES["hr-bench"].open(samples[3].pictures[0])
+
+
+def test_pictures_that_were_named_elsewhere_are_found(tmp_path):
+    picture(tmp_path / "images", "caf\u00e9.png")
+    names = ("images\\caf\u00e9.png", "images/cafe\u0301.png")
+    path = write_lines(tmp_path / "q.jsonl", [{"question": "q", "answer": "a", "image": name} for name in names])
+    assert {one.pictures[0].source for one in SUITES["own"].load(str(path))} == {str(tmp_path / "images" / "caf\u00e9.png")}
+
+
+def test_a_number_behind_an_id_is_no_other_samples_id(tmp_path):
+    records = [{"id": name, "question": "q", "answer": "a", "image": "a.png"} for name in ("1", "1", "1 (2)", "1")]
+    path = write_lines(tmp_path / "q.jsonl", records)
+    assert [one.id for one in SUITES["own"].load(str(path))] == ["1", "1 (3)", "1 (2)", "1 (4)"]
+
+
+def test_a_suite_of_ones_own_needs_no_code(tmp_path):
+    text = "index\tquestion\tA\tB\tanswer\timage\n5\tWhich?\tred\tblue\tBlue\ta.png\n6\tHow many?\t\t\ttwo\ta.png\n"
+    (tmp_path / "mine.tsv").write_text(text)
+    which, many = SUITES["own"].load(str(tmp_path))
+    assert (which.id, which.answer, many.answer, many.options) == ("5", "B", "two", ())
+    assert asked("own", which) == "Which?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
+    assert [scorer.score(which, "The answer is b.") for scorer in SUITES["own"].scorers] == [1, 1]
+    assert [scorer.score(many, "2") for scorer in SUITES["own"].scorers] == [0, 1]
+
+
+def test_a_single_line_is_one_record(tmp_path):
+    record = {"id": "one", "conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}]}
+    for name in ("one.jsonl", "one.json"):
+        path = write_lines(tmp_path / name, [record])
+        assert [one.id for one in SUITES["conversations"].load(str(path))] == ["one"]
