@@ -1,6 +1,6 @@
 """Ask a thousand images, on one machine or a cluster.
 
-    uhr-bat batch --images DIR|LIST|ITEMS.json --questions FILE --output results.parquet [--model DIR] [--address ADDRESS]
+    uhr-bat batch --images DIR|LIST|ITEMS.json --questions FILE --output results.parquet|.csv|.jsonl [--model DIR] [--address ADDRESS]
         [--workers N] [--gpus 1] [--asset NAME] [--budgets 16,24,40,66] [--max-tiles 128 --native] [--max-new-tokens 64]
         [--batch-size 8]
 
@@ -10,17 +10,20 @@ whole at the end.
 """
 
 import argparse
+import csv
 import json
 import logging
+import math
 import os
+import socket
 import sys
 import threading
 import time
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from ..common.budgets import budgets
-from ..common.commands import tells_errors
+from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
@@ -46,6 +49,8 @@ COLUMNS = {
     "encoding_seconds": "float64",
     "model": "string",
 }
+# Seconds for a cluster to answer, before that is said.
+ANSWER_SECONDS = 5
 # An image is given up when the processes that had it died so often, as they do where there is too little memory for it.
 MAX_ATTEMPTS = 3
 # Seconds before an image is begun again: what a neighbour answered reaches Ray first.
@@ -57,15 +62,15 @@ LOST = "The processes that had this image died: there may be too little memory f
 
 
 class Attempts:
-    """How often each image was begun; it outlives the workers, which Ray starts again, with what they had, for ever."""
+    """How often each image (source, item) was begun; it outlives the workers, which Ray starts again, with what they had, for ever."""
 
     def __init__(self):
         self.numbers = {}
 
-    def number(self, image: str) -> int:
+    def number(self, image: tuple[str, str]) -> int:
         return self.numbers.get(image, 0)
 
-    def begin(self, image: str) -> int:
+    def begin(self, image: tuple[str, str]) -> int:
         self.numbers[image] = self.number(image) + 1
         return self.numbers[image]
 
@@ -90,12 +95,13 @@ class Worker:
         import ray
 
         rows = [{"question": question} for question in row["questions"]]
-        begun = ray.get(self.attempts.number.remote(row["image"]))
+        image = row["image"], row["item"]
+        begun = ray.get(self.attempts.number.remote(image))
         # What was begun before may have ended its process, and would end its neighbour's work again.
         with self.at_work if begun else nullcontext():
             time.sleep(PAUSE if begun else 0)
             try:
-                if ray.get(self.attempts.begin.remote(row["image"])) > MAX_ATTEMPTS:
+                if ray.get(self.attempts.begin.remote(image)) > MAX_ATTEMPTS:
                     raise MemoryError(LOST)
                 self.answer_all(row["image"], rows)
             except Exception as error:  # an image can fail in any way; the other ones are still to come
@@ -162,6 +168,38 @@ def share_machines(workers: int | None, gpus: float | None, resources: dict) -> 
     return {"workers": workers, "num_cpus": cores // workers if not gpus else 1, "num_gpus": gpus}
 
 
+def check_address(address: str | None):
+    """Raises `ValueError` or `OSError` for an address of a cluster that is none, or at which nobody answers; what "auto" means is
+    known to Ray alone."""
+    if address in (None, "auto", "local"):
+        return
+    host, colon, port = address.removeprefix("ray://").rpartition(":")
+    if not (host and colon and port.isdecimal() and 0 < int(port) < 65536):
+        raise ValueError(f"--address is HOST:PORT of a Ray cluster, or auto. Got {address!r}.")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), ANSWER_SECONDS).close()
+    except OSError as error:
+        raise OSError(f"--address {address}: nobody answers there within {ANSWER_SECONDS} s ({error}).") from error
+
+
+@contextmanager
+def telling_of_the_wait(address: str | None):
+    """Around a connection to a cluster: says that it is waited for, and how long already."""
+    done = threading.Event()
+
+    def tell():
+        start = time.monotonic()
+        while not done.wait(ANSWER_SECONDS):
+            waited = time.monotonic() - start
+            print(f"Waiting for Ray at {address or 'this machine'}, {waited:.0f} s so far.", file=sys.stderr, flush=True)
+
+    threading.Thread(target=tell, daemon=True).start()
+    try:
+        yield
+    finally:
+        done.set()
+
+
 def ask(work: list[tuple[BatchImage, list[str]]], settings: dict, batch_size=8, workers=None, gpus=None, address=None):
     """Rows of the results as they come, in any order, from workers on all machines of a Ray cluster.
 
@@ -170,10 +208,15 @@ def ask(work: list[tuple[BatchImage, list[str]]], settings: dict, batch_size=8, 
         settings, batch_size: see `Worker`.
         workers, gpus: see `share_machines`.
         address: of a cluster's head, "auto" for the one that this machine belongs to; None for this machine alone.
+
+    Raises:
+        OSError: nobody answers at the address, or the workers failed.
     """
     import ray
 
-    ray.init(address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+    check_address(address)
+    with telling_of_the_wait(address):
+        ray.init(address or "local", include_dashboard=False, log_to_driver=False, logging_level="ERROR")
     try:
         share = share_machines(workers, gpus, ray.cluster_resources())
         context = ray.data.DataContext.get_current()
@@ -210,18 +253,54 @@ def read_results(path: Path, settings: dict) -> list[dict]:
     Raises:
         ValueError: it was asked with other settings.
     """
-    import pyarrow.parquet as pq
-
     rows = []
     if path.is_file():
-        table = pq.read_table(path)
-        check_same_settings(path, json.loads((table.schema.metadata or {}).get(SETTINGS, b"{}")), settings)
-        rows += table.to_pylist()
+        kept, rows = READERS[path.suffix](path)
+        check_same_settings(path, kept, settings)
     if lines_path(path).is_file():
         kept, *lines = whole_lines(lines_path(path))
         check_same_settings(lines_path(path), kept, settings)
         rows += lines
     return rows
+
+
+def _read_parquet(path):
+    """(settings, rows) of results."""
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    return json.loads((table.schema.metadata or {}).get(SETTINGS, b"{}")), table.to_pylist()
+
+
+def _read_csv(path):
+    with open(path, encoding="utf-8", newline="") as file:
+        found = list(csv.DictReader(file))
+    rows = []
+    for one in found:
+        row = {name: one.get(name) or None for name in COLUMNS}
+        for name, kind in COLUMNS.items():
+            if row[name] is not None and kind != "string":
+                row[name] = float(row[name]) if kind == "float64" else int(row[name])
+        # A row without an error has an answer, and every row an item: an empty one is none of them left out.
+        rows.append(row | {"item": row["item"] or ""} | ({} if row["error"] else {"answer": row["answer"] or ""}))
+    return _read_settings(path), rows
+
+
+def _read_jsonl(path):
+    return _read_settings(path), list(whole_lines(path))
+
+
+def _read_settings(path):
+    settings = settings_path(path)
+    return json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+
+
+READERS = {".parquet": _read_parquet, ".csv": _read_csv, ".jsonl": _read_jsonl}
+
+
+def settings_path(path: Path) -> Path:
+    """Of the settings of results in a format that has no place for them."""
+    return path.with_name(f"{path.name}.settings.json")
 
 
 def lines_path(path: Path) -> Path:
@@ -230,14 +309,29 @@ def lines_path(path: Path) -> Path:
 
 
 def write_results(path: Path, rows: list[dict], settings: dict):
-    """The parquet file, whole or not at all."""
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    metadata = {SETTINGS: json.dumps(settings).encode()}
-    schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()], metadata)
+    """The results, in the format of the path's ending, whole or not at all."""
     with whole_files(path.parent) as built:
-        pq.write_table(pa.Table.from_pylist(rows, schema), built / path.name)
+        if path.suffix == ".parquet":
+            import pyarrow as pa
+            import pyarrow.parquet as pq
+
+            metadata = {SETTINGS: json.dumps(settings).encode()}
+            schema = pa.schema([(name, pa.type_for_alias(kind)) for name, kind in COLUMNS.items()], metadata)
+            pq.write_table(pa.Table.from_pylist(rows, schema), built / path.name)
+            return
+        with open(built / path.name, "w", encoding="utf-8", newline="") as file:
+            if path.suffix == ".csv":
+                writer = csv.DictWriter(file, COLUMNS)
+                writer.writeheader()
+                writer.writerows(rows)
+            else:
+                file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        (built / settings_path(path).name).write_text(json.dumps(settings), encoding="utf-8")
+
+
+def _key(row: dict) -> tuple[str, str, str]:
+    """What a row answers."""
+    return row["image"], row["item"] or "", row["question"]
 
 
 def run(work: list[tuple[BatchImage, list[str]]], output: Path, settings: dict, **options) -> list[dict]:
@@ -245,27 +339,32 @@ def run(work: list[tuple[BatchImage, list[str]]], output: Path, settings: dict, 
 
     Args:
         work: images with their questions.
-        output: parquet file. What an earlier run with the same settings left there stays.
+        output: file of results. What an earlier run with the same settings left there stays.
         settings, options: see `ask`.
     """
     from tqdm import tqdm
 
-    found = {(row["image"], row["question"]): row for row in read_results(output, settings)}
+    found = {_key(row): row for row in read_results(output, settings)}
     done = {key for key, row in found.items() if row["error"] is None}
-    left = [(image, [one for one in questions if (image.source, one) not in done]) for image, questions in work]
+    order = [(image.source, image.item, question) for image, questions in work for question in questions]
+    left = [
+        (image, [one for one in questions if (image.source, image.item, one) not in done])
+        for image, questions in work
+    ]
     left = [(image, questions) for image, questions in left if questions]
     if left:
         output.parent.mkdir(parents=True, exist_ok=True)
-        is_new = not lines_path(output).exists()
-        lines = Line(lines_path(output))
-        if is_new:
-            lines.write(settings)
+        lines = None
         with tqdm(total=sum(len(questions) for _, questions in left), desc="Asking", unit="answer") as bar:
             for row in ask(left, settings, **options):
+                if lines is None:  # nothing is left of a run without an answer
+                    is_new = not lines_path(output).exists()
+                    lines = Line(lines_path(output))
+                    if is_new:
+                        lines.write(settings)
                 lines.write(row)
-                found[row["image"], row["question"]] = row
+                found[_key(row)] = row
                 bar.update()
-    order = [(image.source, question) for image, questions in work for question in questions]
     rows = [found[key] for key in dict.fromkeys([*order, *found])]
     write_results(output, rows, settings)
     lines_path(output).unlink(missing_ok=True)
@@ -283,7 +382,7 @@ def main(arguments=None) -> int:
         "--questions", type=Path, required=True, metavar="FILE",
         help=".txt, .json, .jsonl or .csv: of all images, or each with the name of its image",
     )  # fmt: skip
-    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="results, a .parquet file")
+    parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="results: .parquet, .csv or .jsonl")
     parser.add_argument("--asset", metavar="NAME", help="of every STAC item (default: visual, else the first raster)")
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument(
@@ -303,10 +402,15 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers nothing
-    if args.output.suffix != ".parquet":
-        raise ValueError(f"{args.output}: the results are a .parquet file.")
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is at least 1. Got {args.batch_size}.")
+    if args.output.suffix not in READERS:
+        raise ValueError(f"{args.output}: the results are a file that ends in {', '.join(READERS)}.")
+    if args.output.resolve() == args.questions.resolve():
+        raise ValueError(f"{args.output}: the results would replace the questions.")
+    if args.output.resolve() == args.images.resolve():
+        raise ValueError(f"{args.output}: the results would replace the list of images.")
+    check_range(args, 1, math.inf, "batch_size", "max_new_tokens", "workers")
+    check_range(args, 0, math.inf, "gpus")
+    check_address(args.address)
     check_files(None, args.model)
     require("batch", "ray.data")
     settings = {

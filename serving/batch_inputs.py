@@ -40,21 +40,19 @@ class BatchImage:
 
 
 def read_images(path: Path, asset: str | None = None) -> list[BatchImage]:
-    """The images of a batch, each once.
+    """The images of a batch, each once: two items of one image are two.
 
     Args:
-        path: a folder, searched with all below it; a STAC item collection (.json, .geojson); or a text file with a path
+        path: a folder, searched with all below it but what is hidden; a STAC item collection (.json, .geojson); or a text file with a path
             or URL a line, relative to the file's folder, in which empty lines and those that start with # say nothing.
         asset: of every STAC item; None for "visual", else its first raster.
 
     Raises:
-        FileNotFoundError: there is no such folder or file, or an image of the list is missing.
+        FileNotFoundError: there is no such folder or file. An image of a list that is missing fails by itself.
         ValueError: no image; an item without the asset.
     """
     if path.is_dir():
-        found = [
-            BatchImage(str(one.resolve())) for one in sorted(path.rglob("*")) if one.suffix.lower() in IMAGE_ENDINGS
-        ]
+        found = [BatchImage(str(one.resolve())) for one in sorted(path.rglob("*")) if _is_image(one, path)]
     elif not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such folder or file of images.")
     elif path.suffix.lower() in (".json", ".geojson"):
@@ -67,13 +65,15 @@ def read_images(path: Path, asset: str | None = None) -> list[BatchImage]:
     return list(dict.fromkeys(found))
 
 
+def _is_image(path, folder) -> bool:
+    """Whether a path of a folder is a file that is named as an image, and neither hidden nor in what is: macOS writes
+    "._name.tif" beside "name.tif"."""
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return path.suffix.lower() in IMAGE_ENDINGS and not hidden and path.is_file()
+
+
 def _named(name, path) -> BatchImage:
-    if not is_file_name(name):
-        return BatchImage(name)
-    file = (path.parent / name).resolve()
-    if not file.is_file():
-        raise FileNotFoundError(f"{path} names {name}: there is no such file below {path.parent}.")
-    return BatchImage(str(file))
+    return BatchImage(str((path.parent / name).resolve()) if is_file_name(name) else name)
 
 
 def _read_items(path, asset) -> list[BatchImage]:
@@ -170,7 +170,7 @@ def plan(
     asked = {image: {} for image in images}
     for name, question in questions:
         named = images if name is None else by_name[name]
-        if name is not None and len(named) != 1:
+        if name is not None and len({image.source for image in named}) != 1:
             raise ValueError(
                 f"A question is about the image {name!r}, which is the name of {len(named)} of the {len(images)} images: "
                 f"{question!r}."

@@ -1,5 +1,10 @@
 """A batch goes on where it was stopped, asks again what failed, and writes its results whole; who works is made up here."""
 
+import csv
+import io
+import json
+import time
+
 import pyarrow.parquet as pq
 import pytest
 from uhr_bat.common.loading import ROOT
@@ -7,6 +12,7 @@ from uhr_bat.scenes import painting
 from uhr_bat.serving import batch
 from uhr_bat.serving.batch import COLUMNS, lines_path, run, share_machines
 from uhr_bat.serving.batch_inputs import BatchImage
+from uhr_bat.serving.ports import take_port
 
 SETTINGS = {"model": "/tiny", "budgets": [2, 4, 8, 16], "max_new_tokens": 4, "reading": {"bands": None}}
 IMAGES = [BatchImage(f"/data/{name}.tif", item) for name, item in (("a", ""), ("b", "S2B"), ("c", ""))]
@@ -103,6 +109,72 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path, workers):
     run(WORK, output, SETTINGS)
     with pytest.raises(ValueError, match=r"budgets \[2, 4, 8, 16\], but 14 is asked for. Give another --output"):
         run(WORK, output, SETTINGS | {"budgets": 14})
+
+
+@pytest.mark.parametrize("ending", [".csv", ".jsonl"])
+def test_results_are_csv_or_lines_of_json_too_and_go_on_as_well(tmp_path, workers, ending):
+    output, workers.failing = tmp_path / f"results{ending}", ("/data/b.tif",)
+    rows = run(WORK, output, SETTINGS)
+    text = output.read_text()
+    if ending == ".csv":
+        written = list(csv.DictReader(io.StringIO(text)))
+        assert list(written[0]) == list(COLUMNS) and written[2]["error"] == "OSError: torn"
+    else:
+        written = [json.loads(line) for line in text.splitlines()]
+        assert written == rows
+    assert keys(written) == EXPECTED and [row["answer"] or None for row in written] == [row["answer"] for row in rows]
+    workers.failing, workers.asked = (), []
+    again = run(WORK, output, SETTINGS)
+    assert workers.asked == EXPECTED[2:4] and [again[idx] for idx in (0, 1, 4, 5)] == [rows[idx] for idx in (0, 1, 4, 5)]
+    with pytest.raises(ValueError, match="budgets .* but 14 is asked for"):
+        run(WORK, output, SETTINGS | {"budgets": 14})
+
+
+def test_items_that_share_an_image_have_a_row_each(tmp_path, workers):
+    work = [(BatchImage("/data/a.tif", item), ["How many?"]) for item in ("first", "second")]
+    for _ in range(2):
+        rows = run(work, tmp_path / "results.parquet", SETTINGS)
+        assert [row["item"] for row in rows] == ["first", "second"] and len(workers.asked) == 2
+
+
+def test_nothing_is_left_where_nobody_answers(tmp_path, workers):
+    workers.stop_after = 0
+    with pytest.raises(KeyboardInterrupt):
+        run(WORK, tmp_path / "results.parquet", SETTINGS)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_address_where_nobody_answers_is_named_at_once():
+    (nobody,) = take_port("127.0.0.1", 0)  # taken, and nobody listens
+    with nobody:
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        with pytest.raises(OSError, match=f"--address {address}: nobody answers there within 5 s"):
+            batch.check_address(address)
+    for wrong in ("head", "head:port", ":6379", "head:99999"):
+        with pytest.raises(ValueError, match=f"HOST:PORT of a Ray cluster, or auto. Got '{wrong}'"):
+            batch.check_address(wrong)
+
+
+def test_a_cluster_that_keeps_one_waiting_is_named(capsys, monkeypatch):
+    monkeypatch.setattr(batch, "ANSWER_SECONDS", 0.05)
+    with batch.telling_of_the_wait("head:6379"):
+        time.sleep(0.3)
+    assert "Waiting for Ray at head:6379, 0 s so far." in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (["--output", "results.xlsx"], "results.xlsx: the results are a file that ends in .parquet, .csv, .jsonl."),
+        (["--output", "questions.csv"], "questions.csv: the results would replace the questions."),
+        (["--output", "a.csv", "--batch-size", "0"], "--batch-size must be at least 1. Got 0."),
+        (["--output", "a.csv", "--workers", "0"], "--workers must be at least 1. Got 0."),
+        (["--output", "a.csv", "--max-new-tokens", "-1"], "--max-new-tokens must be at least 1. Got -1."),
+    ],
+)
+def test_options_of_no_batch_are_refused_before_it_begins(options, message, capsys):
+    assert batch.main(["--images", "scenes", "--questions", "questions.csv", *options]) == 2
+    assert message in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
