@@ -83,6 +83,8 @@ class UHRBatProcessor(ProcessorMixin):
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
             raise ValueError(f"The tokenizer does not know {image_token!r} as one token: add it as a special token.")
+        if tokenizer.pad_token_id is None:  # batches need one
+            tokenizer.pad_token = tokenizer.eos_token
         _drop_marks(tokenizer)
         super().__init__(image_processor, tokenizer, chat_template=chat_template, **kwargs)
 

@@ -1,6 +1,7 @@
 """One way to load a model folder or an adapter's, and one to save it."""
 
 import json
+import re
 import warnings
 from pathlib import Path
 
@@ -31,7 +32,9 @@ def base_of(folder) -> str | None:
         ValueError: the adapter names none, or one that is an adapter itself.
     """
     path = Path(folder) / "adapter_config.json"
-    if not path.is_file() or any(Path(folder).glob("model*.safetensors")):
+    if not Path(folder).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
+        path = _of_hub(str(folder)) or path
+    if not path.is_file() or any(path.parent.glob("model*.safetensors")):
         if not (Path(folder) / "config.json").exists() and (parts := sorted(Path(folder).glob("*/adapter_config.json"))):
             raise ValueError(f"{folder}: holds several adapters. Name one: {', '.join(str(one.parent) for one in parts)}.")
         return None
@@ -56,6 +59,17 @@ def base_of(folder) -> str | None:
             f"could be fetched. Write where the model is into {path}, as `base_model_name_or_path`."
         ) from error
     return name
+
+
+def _of_hub(repository: str) -> Path | None:
+    """A repository's adapter_config.json, in the Hub's cache or from the Hub; None for one that is no adapter's."""
+    from transformers.utils.peft_utils import find_adapter_config_file
+
+    try:
+        found = find_adapter_config_file(repository)
+    except (OSError, ValueError):  # whoever loads the model says what is wrong with its name
+        return None
+    return found and Path(found)
 
 
 def load_config(folder=ROOT, **changes):

@@ -183,7 +183,11 @@ def _load_tokenizer(folder, source):
     try:
         return AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # whatever a broken file makes of it
-        raise CheckpointError(f"{source}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).") from error
+        alone = (folder / SENTENCEPIECE).is_file() and not (folder / "tokenizer.json").is_file()
+        mend = f" {SENTENCEPIECE} alone needs: pip install sentencepiece protobuf" if alone else ""
+        raise CheckpointError(
+            f"{source}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).{mend}"
+        ) from error
 
 
 def write_generation_config(output: Path, config: UHRBatConfig, ends=(), settings: dict | None = None):

@@ -67,6 +67,8 @@ class UHRBatDataCollator:
     ):
         if not 0 < budget_range[0] <= budget_range[1]:
             raise ValueError(f"`budget_range` is two positive factors, the smaller one first. Got {budget_range}.")
+        if processor.tokenizer.pad_token_id is None:
+            raise ValueError("The tokenizer has neither a padding token nor an end token: set `tokenizer.pad_token`.")
         if padding_side not in (None, "left", "right"):
             raise ValueError(f"`padding_side` is 'left' or 'right'. Got {padding_side!r}.")
         if bad_images not in ("error", "skip"):

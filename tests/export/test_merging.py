@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from checkpoints import nothing_was_made
+from checkpoints import in_new_process, nothing_was_made
 from own_data import make_model_folder
 from safetensors.torch import load_file, save_file
 from uhr_bat.common.loading import load_model, save_model
@@ -156,3 +156,26 @@ def test_an_adapter_that_lacks_a_part_is_refused_wherever_it_is_loaded(bases, tm
         load_model(adapter, device_map=None)
     with pytest.raises(CheckpointError, match="cannot be merged.*missing adapter keys"):
         convert(bases[True], tmp_path / "merged", merge_adapter=adapter)
+
+
+@pytest.mark.slow
+def test_model_and_adapter_are_found_in_the_hubs_cache_without_a_network(bases, tmp_path):
+    live, adapter = make_adapter(bases[True], tmp_path / "adapter")
+    settings = json.loads((adapter / "adapter_config.json").read_text())
+    (adapter / "adapter_config.json").write_text(json.dumps(settings | {"base_model_name_or_path": "me/base"}))
+    for name, folder in (("base", bases[True]), ("lora", adapter)):
+        repository = tmp_path / "hub" / f"models--me--{name}"
+        (repository / "refs").mkdir(parents=True)
+        (repository / "refs" / "main").write_text("a" * 40)
+        shutil.copytree(folder, repository / "snapshots" / ("a" * 40))
+    code = (
+        "import sys, os; os.environ['HF_HUB_CACHE'] = sys.argv[1]\n"
+        "import torch; from uhr_bat.common.loading import load_model\n"
+        "for name in sys.argv[3:]:\n"
+        "    _, model = load_model(name, device_map=None)\n"
+        "    torch.save(model.eval()(input_ids=torch.arange(5, 60)[None]).logits.detach().flatten(), sys.argv[2])\n"
+    )
+    for name in (adapter, "me/lora"):
+        in_new_process(code, tmp_path, tmp_path / "hub", tmp_path / "logits.pt", name)
+        found = torch.load(tmp_path / "logits.pt", weights_only=True)
+        torch.testing.assert_close(found, live[: len(found)], rtol=0, atol=1e-6)
