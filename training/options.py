@@ -44,9 +44,6 @@ class ModelOptions:
         self.freeze = [] if self.freeze in (None, ["none"]) else self.freeze
         if not self.use_peft and (self.use_rslora or self.use_dora):
             raise ValueError("`use_rslora` and `use_dora` are of an adapter. Train one: `use_peft: true`.")
-
-
-    def __post_init__(self):
         if self.dtype not in DTYPES:
             raise ValueError(
                 f"`dtype` is one of {', '.join(DTYPES)}. Got {self.dtype!r}: training leaves the range of other types, such as "

@@ -100,7 +100,8 @@ def test_a_type_that_training_leaves_is_refused(arguments, capsys):
 
 @pytest.mark.slow
 def test_parts_learn_at_their_rates_and_frozen_ones_not_at_all(arguments, small_folder, tmp_path):
-    trainer = run(arguments, "--visual_learning_rate", "1e-4", "--lr_scheduler_type", "constant")
+    more = ["--freeze", "vision_tower", "--visual_learning_rate", "1e-4", "--lr_scheduler_type", "constant"]
+    trainer = run(arguments, *more)
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     rates = {names[id(one)]: group["lr"] for group in trainer.optimizer.param_groups for one in group["params"]}
     assert {rate for name, rate in rates.items() if "language_model" in name} == {1e-2}
@@ -108,6 +109,25 @@ def test_parts_learn_at_their_rates_and_frozen_ones_not_at_all(arguments, small_
     before, after = (load_file(folder / "model.safetensors") for folder in (small_folder, tmp_path / "out"))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     assert changed == set(rates) and not any("vision_tower" in name for name in rates)
+
+
+@pytest.mark.slow
+def test_the_tower_and_what_follows_it_may_have_rates_of_their_own_and_nothing_be_frozen(arguments):
+    more = ["--freeze", "none", "--visual_learning_rate", "1e-4", "--vision_tower_learning_rate", "1e-5", "--max_steps", "1"]
+    trainer = run(arguments, *more, "--lr_scheduler_type", "constant", "--save_strategy", "no")
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    rates = {names[id(one)]: group["lr"] for group in trainer.optimizer.param_groups for one in group["params"]}
+    for part, rate in (("vision_tower", 1e-5), ("projector", 1e-4), ("scale_embedding", 1e-4), ("language_model", 1e-2)):
+        assert {found for name, found in rates.items() if part in name} == {rate}
+
+
+@pytest.mark.slow
+def test_a_run_that_gets_no_better_ends_early(arguments):
+    more = ["--learning_rate", "0", "--max_steps", "20", "--eval_share", "0.2", "--eval_strategy", "steps", "--eval_steps", "1"]
+    more += ["--early_stopping_patience", "2", "--save_steps", "1", "--eval_max_new_tokens", "0"]
+    assert run(arguments, *more).state.global_step == 3
+    with pytest.raises(ValueError, match="needs evaluations"):
+        read_options([*arguments, "--early_stopping_patience", "2"])
 
 
 @pytest.mark.slow
@@ -176,10 +196,13 @@ def test_pictures_of_what_was_kept_stand_beside_a_checkpoint(arguments, tmp_path
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", [None, "all-linear"])
-def test_an_adapter_is_trained_and_merged_into_a_model(arguments, small_folder, tmp_path, targets):
+@pytest.mark.parametrize("targets, kinds", [(None, []), ("all-linear", []), (None, ["use_dora", "use_rslora"])])
+def test_an_adapter_is_trained_and_merged_into_a_model(arguments, small_folder, tmp_path, targets, kinds):
     more = [] if targets is None else ["--lora_target_modules", targets]
+    more += [word for kind in kinds for word in (f"--{kind}", "true")]
     trainer = run(arguments, "--use_peft", "true", "--lora_r", "2", *more)
+    stated = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert all(stated[kind] == (kind in kinds) for kind in ("use_dora", "use_rslora"))
     adapted = {name for name, one in trainer.model.named_parameters() if one.requires_grad}
     assert adapted and all("lora_" in name for name in adapted)
     assert not any("encoder.layers.2." in name for name in adapted)  # no token comes through it
