@@ -37,6 +37,9 @@ from .raster_reading_uhr_bat import ImageSource, RasterImage, as_source
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
 # 1,000,000 x 1 pixels.
 MAX_SIDE = 100_000
+# Longest side in pixels of the largest view: a raster with overviews is read whole from the one that such a view takes, so
+# that this one, and not the raster, has to keep the limits.
+VIEW_SIDE = 8192
 # Pixels of a JPEG or PNG from which on it is streamed by rasterio where that is installed: decoded it takes 1 GB.
 HELD_PIXELS = 2**28
 # Seconds without an answer after which a server is given up.
@@ -93,11 +96,16 @@ class PlainImage:
 
 
 class _Opened(NamedTuple):
-    """An image of any kind before it is checked; the pixels of a file are still in it."""
+    """An image of any kind before it is checked; the pixels of a file are still in it. `size` is that of what is read whole."""
 
     name: str
     size: tuple[int, int]
     decode: Callable[[], Image.Image | RasterImage]
+
+
+def _of_source(image) -> _Opened:
+    whole = image.for_scale(VIEW_SIDE)
+    return _Opened(image.filename, (whole.height, whole.width), lambda: image)
 
 
 class _Reader(NamedTuple):
@@ -139,8 +147,7 @@ class _Reader(NamedTuple):
                 f"({type(source).__name__}). Pass its path, or the option to `open_image`."
             )
         if kind in ("raster", "source"):
-            source = as_source(source)
-            return _Opened(source.filename, (source.height, source.width), lambda: source)
+            return _of_source(as_source(source))
         if isinstance(source, Image.Image):
             return self.open_image(source)
         return self.open_array(source)
@@ -148,8 +155,7 @@ class _Reader(NamedTuple):
     # Files
 
     def open_raster(self, source, name, driver=None, start=None) -> _Opened:
-        image = RasterImage(source, name=name, driver=driver, start=start, **self.options)
-        return _Opened(name, (image.height, image.width), lambda: image)
+        return _of_source(RasterImage(source, name=name, driver=driver, start=start, **self.options))
 
     def open_file(self, file: BinaryIO, name, path="") -> _Opened:
         """From a file that is open, and its path where it lies on this machine."""
@@ -381,7 +387,8 @@ def read_image(
               which is dropped. Values: 8 bits; bool; 16 bits, scaled by their full range; other integers that are in
               0..255; floats in [0, 1];
             - what `open_image` returns, or any other [`ImageSource`].
-        max_image_pixels: pixels of the largest image, or part of a raster, that is read.
+        max_image_pixels: pixels of the largest image, or part of a raster, that is read; of a raster with overviews those
+            of the one that a view of `VIEW_SIDE` pixels is made from, whatever its own size.
         bands, value_range, window, page, overviews: how a raster is read, see [`RasterImage`]. With any of the first four a
             picture is read as a raster too.
         do_convert_rgb: False refuses PIL images and arrays that are not RGB.

@@ -198,11 +198,13 @@ class UHRBatImportanceMixin:
         """long[T], ascending: tiles of a level that the question looks at, among those that lie on the tiles `covered`,
         (long[T], grid), of a level before, by their importance `values` at `positions` of level `source_idx`."""
         pyramid, p = image.pyramid, image.pyramid.patches_per_side
-        grid, num_shown = image.grids[level_idx], pyramid.num_shown(level_idx)
+        grid, number = image.grids[level_idx], pyramid.num_chosen[level_idx]
         tile_idx, coarser_grid = covered
         candidates = overlapping_tiles(tile_idx, coarser_grid[1] // p, grid[1] // p)
-        candidates = candidates[torch.from_numpy(num_shown[candidates.cpu().numpy()] > 0).to(candidates.device)]
+        is_shown = pyramid.num_shown(level_idx, candidates.cpu().numpy()) > 0
+        candidates = candidates[torch.from_numpy(is_shown).to(candidates.device)]
         places = positions_of(candidates, grid[1], p)
         found = look_up(values.detach(), positions, image.grids[source_idx], places.flatten(), grid)
         scores = found.view(places.shape).nan_to_num(0).sum(1)
-        return best_tiles(scores, candidates, pyramid.num_chosen[level_idx], num_shown)
+        num_shown = pyramid.num_shown(level_idx) if len(candidates) < number else None
+        return best_tiles(scores, candidates, number, num_shown)

@@ -111,11 +111,11 @@ class ImagePyramid:
     def _set_max_tiles(self, max_tiles):
         self.max_tiles = max_tiles
         if max_tiles is not None:
-            shown = [self.num_shown(level_idx) for level_idx in range(len(self.scales))]
-            self.num_chosen = split_tiles([int((number > 0).sum()) for number in shown], max_tiles)
+            tallies = [self._tally(level_idx) for level_idx in range(len(self.scales))]
+            self.num_chosen = split_tiles([int(counts[numbers > 0].sum()) for numbers, counts in tallies], max_tiles)
             self.available = [
-                least_tokens(number, chosen) if self.is_known(level_idx) else 0
-                for level_idx, (number, chosen) in enumerate(zip(shown, self.num_chosen))
+                least_tokens(numbers, chosen, counts) if self.is_known(level_idx) else 0
+                for level_idx, ((numbers, counts), chosen) in enumerate(zip(tallies, self.num_chosen))
             ]
 
     def with_max_tiles(self, max_tiles: int) -> "ImagePyramid":
@@ -141,23 +141,37 @@ class ImagePyramid:
         """Whether it is known of every tile of a level which of its patches show the image, before the tile is read."""
         return not self._masked or self.scales[level_idx] <= max(MASK_SIDE, self.scales[0])
 
-    def num_shown(self, level_idx: int) -> np.ndarray:
-        """long[tiles of the level]: patches of every tile that show the image; of a level whose masks are not known
-        (`is_known`), those that lie on it, valid or not."""
-        if level_idx not in self._num_shown:
-            self._num_shown[level_idx] = self._count_shown(level_idx)
-        return self._num_shown[level_idx]
+    def num_shown(self, level_idx: int, tile_idx: Sequence[int] | None = None) -> np.ndarray:
+        """long[tiles of the level], or long[T] of some of them: patches of every tile that show the image; of a level
+        whose masks are not known (`is_known`), those that lie on it, valid or not. A level of a large image has
+        millions of tiles: ask for some."""
+        if level_idx in self._num_shown or self._masked and self.is_known(level_idx):
+            if level_idx not in self._num_shown:
+                shown, p = self._known_levels()[level_idx], self.patches_per_side
+                self._num_shown[level_idx] = shown.reshape(len(shown) // p, p, -1, p).sum((1, 3)).ravel()
+            number = self._num_shown[level_idx]
+            return number if tile_idx is None else number[tile_idx]
+        rows, columns = self._num_lines(level_idx)
+        if tile_idx is None:
+            return (rows[:, None] * columns).ravel()
+        row, column = np.divmod(np.asarray(tile_idx, np.int64), len(columns))
+        return rows[row] * columns[column]
 
-    def _count_shown(self, level_idx):
+    def _num_lines(self, level_idx):
+        """Rows and columns of patches that show the image: long of each row, and of each column of tiles."""
         p = self.patches_per_side
-        if self._masked and self.is_known(level_idx):
-            shown = self._known_levels()[level_idx]
-            side = len(shown) // p
-            return shown.reshape(side, p, side, p).sum((1, 3)).ravel()
         if not self.mask_padding:
-            return np.full(self.num_tiles(level_idx), p * p)
-        rows, columns = (line.reshape(-1, p).sum(1) for line in self._lines[level_idx])
-        return (rows[:, None] * columns).ravel()
+            return (np.full(self.scales[level_idx] // self.tile_size, p),) * 2
+        return tuple(line.reshape(-1, p).sum(1) for line in self._lines[level_idx])
+
+    def _tally(self, level_idx):
+        """(patches that show the image, how many tiles have so many): long of each number that there is."""
+        if self._masked and self.is_known(level_idx):
+            return np.unique(self.num_shown(level_idx), return_counts=True)
+        (rows, num_rows), (columns, num_columns) = (
+            np.unique(line, return_counts=True) for line in self._num_lines(level_idx)
+        )
+        return (rows[:, None] * columns).ravel(), (num_rows[:, None] * num_columns).ravel()
 
     def shown(self, level_idx: int, tile_idx: Sequence[int]) -> np.ndarray:
         """bool[T, p, p]: which patches of some tiles of a level show the image, and neither the letterbox alone nor

@@ -44,17 +44,19 @@ def split_tiles(num_tiles: Sequence[int], max_tiles: int) -> list[int]:
     return chosen
 
 
-def least_tokens(num_shown: np.ndarray, num_tiles: int) -> int:
+def least_tokens(num_shown: np.ndarray, num_tiles: int, counts: np.ndarray | None = None) -> int:
     """Tokens that some tiles of a level have at least, whichever are chosen of those that show the image.
 
     Args:
         num_shown: long[T], tokens of every tile that show the image.
         num_tiles: how many tiles are chosen.
+        counts: long[T], how many tiles each of these stands for; by default one.
     """
-    shown = num_shown[num_shown > 0]
-    if num_tiles < len(shown):
-        shown = np.partition(shown, num_tiles)[:num_tiles]
-    return int(shown.sum())
+    counts = np.ones_like(num_shown) if counts is None else counts
+    order = np.argsort(num_shown)[np.count_nonzero(num_shown <= 0) :]
+    fewest, counts = num_shown[order], counts[order]
+    taken = (num_tiles - (counts.cumsum() - counts)).clip(0, counts)
+    return int((fewest * taken).sum())
 
 
 def overlapping_tiles(tile_idx: torch.Tensor, width: int, finer_width: int) -> torch.Tensor:
@@ -74,7 +76,7 @@ def overlapping_tiles(tile_idx: torch.Tensor, width: int, finer_width: int) -> t
     return (rows[:, :, None] * finer_width + columns[:, None]).flatten().unique()
 
 
-def best_tiles(scores: torch.Tensor, tile_idx: torch.Tensor, num_tiles: int, num_shown: np.ndarray) -> torch.Tensor:
+def best_tiles(scores: torch.Tensor, tile_idx: torch.Tensor, num_tiles: int, num_shown: np.ndarray | None) -> torch.Tensor:
     """long[num_tiles], ascending: the tiles of greatest score, of equals the first.
 
     Where there are fewer candidates, further tiles of the level that show the image are taken, the first of them: the
@@ -84,7 +86,8 @@ def best_tiles(scores: torch.Tensor, tile_idx: torch.Tensor, num_tiles: int, num
         scores: float[T] of the candidates.
         tile_idx: long[T], ascending, which they are; all show the image.
         num_tiles: how many to choose, no more than the level has.
-        num_shown: long[tiles of the level], tokens of every tile that show the image.
+        num_shown: long[tiles of the level], tokens of every tile that show the image; looked at only where there are fewer
+            candidates.
     """
     chosen = tile_idx[scores.argsort(descending=True, stable=True)[:num_tiles]]
     if len(chosen) < num_tiles:
