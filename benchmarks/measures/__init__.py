@@ -25,6 +25,7 @@ MEASURES = {
         end_to_end.encoding_memory,
         end_to_end.end_to_end,
         end_to_end.native_levels,
+        end_to_end.largest_raster,
         end_to_end.start_up,
         end_to_end.many_questions,
         training.training_throughput,

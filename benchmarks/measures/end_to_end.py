@@ -15,7 +15,7 @@ from ...common.loading import load_model
 from ...common.prompts import prompt_text
 from .. import meters, sides
 from ..compare import CLOCK, NO_RASTERIO, Row, alternate, check_question, ratios, show_ratio
-from ..images import compressed_tiff, photograph
+from ..images import compressed_tiff, photograph, tiled_tiff
 
 GIGABYTE = 1e9
 # What a question needs of the libraries, and the same with the model: each in a process of its own.
@@ -130,6 +130,40 @@ def native_levels(sizes) -> list[Row]:
     results = [show_ratio(ratio), f"{100 * fraction:.1f} % of {size / 1e6:.0f} MB"]
     met = ratio["median"] <= 1.5, fraction <= 0.1
     return [Row(*goal, *row, numbers) for goal, row in zip(goals.items(), zip(results, met))]
+
+
+def largest_raster(sizes) -> list[Row]:
+    """The same question about a raster of 5.7 gigapixels, read without a limit stated, against one of 16,000 px: processor's
+    time, and peak memory of a process each."""
+    small, large = ((1600, 752), (6400, 3008)) if sizes.quick else ((16_000, 7552), (110_162, 51_992))
+    what = f"A tiled TIFF of {large[0]:,} x {large[1]:,} px with overviews against {small[0]:,} x {small[1]:,} px, file to answer"
+    goals = {f"{what}: processor's time": "<= 1.2x", f"{what}: peak resident memory": "<= 1.2x"}
+    if find_spec("rasterio") is None:
+        return [Row(name, goal, NO_RASTERIO) for name, goal in goals.items()]
+    paths = {
+        side: tiled_tiff(sizes.folder, size, num_overviews=(size[0] // 256).bit_length() - 1)
+        for side, size in (("ours", small), ("straightforward", large))
+    }
+    peaks = {}
+    for side, path in paths.items():
+        with sides.one_process() as process:
+            peaks[side] = process.submit(closer_alone, path).result()
+    processor, model = load_model(dtype=torch.float32, device_map=None)
+    functions = {side: partial(look_closer, processor, model, path) for side, path in paths.items()}
+    seconds, _ = alternate(functions, sizes.repetitions, "largest raster")
+    ratio, memory = ratios(seconds), peaks["straightforward"] / peaks["ours"]
+    numbers = {"ratio": ratio, "seconds": dict(zip(("small", "large"), seconds.values())), "peak_bytes": peaks}
+    shown = f"{memory:.2f}x ({peaks['straightforward'] / GIGABYTE:.2f} GB against {peaks['ours'] / GIGABYTE:.2f} GB)"
+    met = ratio["median"] <= 1.2, memory <= 1.2
+    return [Row(*goal, *row, numbers) for goal, row in zip(goals.items(), zip((show_ratio(ratio), shown), met))]
+
+
+def closer_alone(path) -> int:
+    """Peak bytes of a process that asks about a file, libraries and model included."""
+    processor, model = load_model(dtype=torch.float32, device_map=None)
+    for _ in range(2):
+        look_closer(processor, model, path)
+    return meters.peak_bytes()
 
 
 @torch.no_grad()
