@@ -12,6 +12,7 @@ import math
 import os
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -200,8 +201,10 @@ def _resize_columns(strip, left, blocks) -> Image.Image:
     pixels = np.asarray(strip).swapaxes(1, 2)  # uint8[h, 3, w]
     parts = []
     for low, weights in blocks:
-        read = pixels[..., low - left : low - left + weights.shape[1]].astype(np.float64)
-        parts.append((read @ weights.T + 2**21) // 2**22)  # sums of whole numbers below 2^53 are exact
+        read = np.ascontiguousarray(pixels[..., low - left : low - left + weights.shape[1]], np.float64)
+        # One product of matrices. Sums of whole numbers below 2^53 are exact, and so is a power of two.
+        sums = read.reshape(-1, weights.shape[1]) @ weights.T
+        parts.append(np.floor((sums + 2**21) * 2.0**-22).reshape(*read.shape[:2], -1))
     return Image.fromarray(np.concatenate(parts, axis=2).clip(0, 255).astype(np.uint8).swapaxes(1, 2).copy())
 
 
@@ -283,6 +286,10 @@ class _View:
 # A part of a view by itself
 
 
+# Tiles of a level stand in the same few rows and columns; the weights of a tile are small.
+_weights_of_part = lru_cache(maxsize=64)(_bicubic)
+
+
 class _Part(NamedTuple):
     """Pixels (first, last + 1) of the view along one axis, and how they come from pixels `window` of the square: by
     Pillow as a band, or where that is much wider than what is needed, by weights."""
@@ -299,7 +306,7 @@ class _Part(NamedTuple):
         needed = math.ceil((last - first) * side / scale) + 2 * _reach(side, scale)
         if resample != Image.Resampling.BICUBIC or np.diff(band.square) <= OWN_PASS * needed:
             return cls((first, last), band.window, band, None)
-        weights = _bicubic(side, scale, first, last)
+        weights = _weights_of_part(side, scale, first, last)
         low, high = min(low for low, _ in weights), max(low + block.shape[1] for low, block in weights)
         return cls((first, last), (low, high), None, weights)
 
