@@ -20,7 +20,9 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..common.commands import tells_errors
 from ..common.files import whole_files, write_json
+from ..common.outputs import Output, check_outputs
 from ..common.tables import table
 from ..configuration_uhr_bat import PAPER_BUDGETS
 from .compare import TOKEN_TOLERANCE, spread
@@ -233,6 +235,7 @@ def report(result) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat bench-gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
@@ -246,6 +249,7 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("There is no GPU here. --quick --device cpu shows that the script runs.")
+    check_outputs((), Output("--output", args.output, names=("gpu.json", "gpu.md")))
     logging.disable_progress_bar()
     device = Device(args.device)
     model = model_on(device.device, args.quick)

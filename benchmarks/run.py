@@ -13,7 +13,9 @@ from pathlib import Path
 
 from tqdm import tqdm
 
+from ..common.commands import tells_errors
 from ..common.files import whole_files, write_json
+from ..common.outputs import Output, check_outputs
 from .compare import Disagreement, Row, Sizes
 from .measures import MEASURES
 from .report import goals_table, machine, stages_table
@@ -59,6 +61,7 @@ def run(names, sizes) -> tuple[dict, list[str]]:
     return measures, disagreements
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat bench", description=__doc__.splitlines()[0])
     parser.add_argument("--only", metavar="NAMES", help=f"some of {','.join(MEASURES)}")
@@ -71,6 +74,7 @@ def main(arguments=None) -> int:
         parser.error(f"unknown measures: {', '.join(unknown)}. Known ones: {', '.join(MEASURES)}.")
     if args.repetitions < 1:
         parser.error(f"--repetitions must be at least 1. Got {args.repetitions}.")
+    check_outputs((), Output("--output", args.output, names=("results.md", "results.json")))
     one_thread()
     with tempfile.TemporaryDirectory() as folder:
         measures, disagreements = run(names, Sizes(args.quick, args.repetitions, Path(folder)))

@@ -30,6 +30,7 @@ from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, load_model
+from ..common.outputs import Output, check_outputs
 from ..common.prompts import prompt_text
 from ..common.tables import table
 from ..scenes.layout import make_scene
@@ -315,6 +316,9 @@ def main(arguments=None) -> int:
     parser.add_argument("--quick", action="store_true", help="images of a test: the figures mean nothing")
     parser.add_argument("--output", type=Path, metavar="DIR", help="write the figures there")
     args = parser.parse_args(arguments)
+    kind = "soak" if args.soak else "serving"
+    names = tuple(f"{kind}_{args.backend}.{ending}" for ending in ("json", "md"))
+    check_outputs((args.model,), Output("--output", args.output, names=names))
     require("serve", "fastapi", "uvicorn", "prometheus_client", "httpx")
     try:
         return soak(args) if args.soak else compare(args)

@@ -4,21 +4,47 @@ import json
 import os
 import shutil
 import tempfile
-from contextlib import contextmanager
+from collections.abc import Iterable
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+
+
+# What GDAL and QGIS keep beside an image, by the whole of its name: overviews, statistics and a mask of its old pixels.
+SIDECARS = (".aux.xml", ".ovr", ".msk")
+
+
+def stale_sidecars(path: Path) -> list[Path]:
+    """What lies beside a file that is there and would be wrong of the one that replaces it."""
+    return [one for ending in SIDECARS if (one := Path(f"{path}{ending}")).is_file()] if path.exists() else []
 
 
 @contextmanager
 def whole_files(folder: Path):
     """A folder for a `with` block: the files that it leaves there replace those of `folder`, or none does if it fails.
 
-    Weights come last: where they are, all else is.
+    Weights come last: where they are, all else is. What GDAL kept beside a file that is replaced goes with it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as built:
         yield Path(built)
-        for path in sorted(Path(built).iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name)):
+        paths = sorted(Path(built).iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
+        for path in paths:
+            if (folder / path.name).is_dir():
+                raise IsADirectoryError(f"{folder / path.name}: a file of this name is to be written, and this is a folder.")
+        for path in paths:
+            for sidecar in stale_sidecars(folder / path.name):
+                sidecar.unlink()
             os.replace(path, folder / path.name)
+
+
+@contextmanager
+def whole_outputs(paths: Iterable[Path]):
+    """{path: a path to write in its place} for a `with` block: files of several folders that are replaced at its end, or
+    none of them is if it fails."""
+    paths = [Path(path) for path in paths]
+    with ExitStack() as stack:
+        folders = {folder: stack.enter_context(whole_files(folder)) for folder in {path.parent for path in paths}}
+        yield {path: folders[path.parent] / path.name for path in paths}
 
 
 @contextmanager
@@ -42,6 +68,11 @@ def whole_folder(folder: Path):
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
+
+
+def report_files(name: str) -> tuple[str, ...]:
+    """What `write_report` writes."""
+    return f"{name}.json", f"{name}.md", f"{name}.png"
 
 
 def write_report(folder: Path, name: str, result, text: str, plot):

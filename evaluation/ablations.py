@@ -28,9 +28,10 @@ from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import counts_of_fraction
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.files import write_report
+from ..common.files import report_files, write_report
 from ..common.images import image_options
 from ..common.loading import ROOT, check_files, load_model, model_name
+from ..common.outputs import Output, check_outputs
 from ..common.tables import interval, percent_interval, table
 from ..configuration_uhr_bat import UHRBatConfig
 from ..costs_uhr_bat import ANSWER_TOKENS
@@ -369,6 +370,7 @@ def main(arguments=None) -> int:
     stay_offline(args.data)
     require("evaluate", "matplotlib", "datasets")
     check_files(None, args.model)
+    check_outputs((args.data, args.model), Output("--output", args.output, names=report_files(args.name)))
     result = measure(args)
     text = report(result)
     write_report(args.output, args.name, result, text, partial(plot, result))

@@ -20,13 +20,17 @@ from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.images import add_image_arguments, add_tile_arguments, image_options
 from ..common.loading import ROOT, check_files, load_model
+from ..common.outputs import Output, check_outputs
 from ..configuration_uhr_bat import UHRBatConfig
 from ..processing_uhr_bat import UHRBatProcessor
 from . import figures
 from .asked import folder_digest
 from .other_answers import other_answers
-from .running import IMAGE, Settings, check_settings, looking_closer, process_state, run, versions
+from .running import IMAGE, PREDICTIONS, SETTINGS, Settings, check_settings, looking_closer, process_state, run, versions
 from .suites import SUITES
+
+# What is in the folder of a run.
+FILES = (*figures.FILES, SETTINGS, PREDICTIONS)
 
 
 def scorers_of(suite, names):
@@ -134,6 +138,9 @@ def main(arguments=None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     suite = SUITES[args.suite]
     args.output = args.output or Path("runs", suite.name)
+    check_outputs((args.data, args.model, args.predictions), Output("--output", args.output, names=FILES))
+    if args.predictions and (args.output / SETTINGS).exists():
+        raise ValueError(f"{args.output} holds a run, whose figures --predictions would replace. Give another --output.")
     require("evaluate", "datasets")
     scorers, prompt = scorers_of(suite, args.scorers), prompt_of(suite, args.prompt)
     samples = suite.load(args.data, args.limit)

@@ -27,8 +27,9 @@ from tqdm import tqdm
 from ..common.budgets import counts_of_fraction
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.files import write_report
+from ..common.files import report_files, write_report
 from ..common.loading import ROOT, check_files, load_model
+from ..common.outputs import Output, check_outputs
 from ..common.prompts import expand_placeholder, write_prompt
 from ..common.tables import interval, percent, percent_interval, table
 from ..outputs_uhr_bat import UHRBatCompressionOutput
@@ -394,6 +395,7 @@ def main(arguments=None) -> int:
     check_range(args, 1, math.inf, "scenes", "seeds", "workers")
     require("evaluate", "matplotlib")
     check_files(None, args.model)
+    check_outputs((args.model,), Output("--output", args.output, names=report_files("evidence")))
     if args.scenes * args.seeds > len(TEST_SEEDS):
         raise ValueError(f"There are {len(TEST_SEEDS)} test scenes, but {args.scenes} x {args.seeds} are asked for.")
     seeds = TEST_SEEDS[: args.scenes * args.seeds]

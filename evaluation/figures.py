@@ -19,6 +19,7 @@ from .scoring import Scorer
 from .suites import Suite
 
 ALL = "all"
+FILES = ("figures.json", "figures.md")
 LISTED = 20  # failures and refusals that a report names; the JSON file names all
 
 
@@ -261,11 +262,11 @@ def failures(result) -> str:
 
 
 def write(suite: Suite, result: dict, settings: dict, folder: Path) -> str:
-    """figures.json and figures.md, each whole or not at all; the text."""
+    """`FILES`, each whole or not at all; the text."""
     text = report(suite, result, settings)
     with whole_files(folder) as built:
-        write_json(built / "figures.json", {"settings": settings} | result)
-        (built / "figures.md").write_text(text, encoding="utf-8")
+        write_json(built / FILES[0], {"settings": settings} | result)
+        (built / FILES[1]).write_text(text, encoding="utf-8")
     return text
 
 

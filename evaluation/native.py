@@ -23,8 +23,9 @@ from tqdm import tqdm
 from ..common.budgets import counts_of_fraction
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.files import write_report
+from ..common.files import report_files, write_report
 from ..common.loading import ROOT, check_files, load_model
+from ..common.outputs import Output, check_outputs
 from ..common.prompts import write_prompt
 from ..common.tables import interval, percent, percent_interval, table
 from ..scenes import questions
@@ -237,6 +238,7 @@ def main(arguments=None) -> int:
     check_range(args, 1, math.inf, "scenes", "tiles", "workers")
     require("evaluate", "matplotlib")
     check_files(None, args.model)
+    check_outputs((args.model, args.focus), Output("--output", args.output, names=report_files("native")))
     if args.focus:
         check_files(None, args.focus)
     if not 1 <= args.scenes <= len(TEST_SEEDS):

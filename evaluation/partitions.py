@@ -24,8 +24,9 @@ from PIL import ImageDraw
 
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.files import whole_files, write_json
+from ..common.files import report_files, whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
+from ..common.outputs import Output, check_outputs
 from ..common.prompts import write_prompt
 from ..common.tables import percent, table
 from ..geometry_uhr_bat import tokens_of_points
@@ -286,6 +287,8 @@ def main(arguments=None) -> int:
     if args.masks and args.checkpoint:
         raise ValueError("--masks and --checkpoint are two ways to the same thing: give one of them.")
     check_files(None, args.model)
+    names = ("scene.png", *report_files("partitions"))
+    check_outputs((args.model, args.masks, args.checkpoint), Output("--output", args.output, names=names))
     if args.checkpoint:
         check_job(job_from(args))
     require("evaluate", "matplotlib")

@@ -23,9 +23,10 @@ import torch
 from ..common.budgets import counts_of_fraction
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.files import write_report
+from ..common.files import report_files, write_report
 from ..common.images import image_options
 from ..common.loading import check_files, load_model
+from ..common.outputs import Output, check_outputs
 from ..common.tables import interval, percent_interval, table, wilson
 from ..geometry_uhr_bat import letterbox, tokens_of_points
 from .choices import CHOICES, PROPORTIONS, RULES, alone, choose
@@ -240,6 +241,7 @@ def main(arguments=None) -> int:
     stay_offline(args.data)
     require("evaluate", "matplotlib", "datasets")
     check_files(None, args.model)
+    check_outputs((args.data, args.model), Output("--output", args.output, names=report_files("recall")))
     result = measure(args)
     text = report(result)
     write_report(args.output, "recall", result, text, partial(plot, result["rows"]))

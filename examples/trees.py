@@ -17,6 +17,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.files import whole_files
+from ..common.outputs import Output, check_outputs
 from ..evaluation.suites import SUITES
 from ..picture_reading_uhr_bat import PICTURE_FORMATS
 from ..scenes.layout import QUADRANTS
@@ -121,6 +122,7 @@ def main():
     parser.add_argument("--output", type=Path, required=True, metavar="DIR")
     parser.add_argument("--parts", type=int, default=1000, help="that are learnt from")
     args = parser.parse_args()
+    check_outputs((), Output("--output", args.output, names=("train.json", "test.json")))
     pictures = {}
     for sample in SUITES["pascal-voc"].load(str(args.data)):
         pictures.setdefault(sample.pictures[0].source, []).append(sample)

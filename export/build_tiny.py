@@ -16,8 +16,10 @@ import random
 import shutil
 from pathlib import Path
 
+from uhr_bat.common.commands import tells_errors
 from uhr_bat.common.files import whole_files, write_json
 from uhr_bat.common.loading import ROOT
+from uhr_bat.common.outputs import MODEL_FILES, Output, check_outputs
 
 WEIGHTS = "model.safetensors"
 CONTEXT_WINDOW = 4096
@@ -196,6 +198,7 @@ def write_configs(output, config):
     write_config(output, config)
 
 
+@tells_errors
 def main(arguments=None):
     from .model_folder import CHAT_TEMPLATE, write_code
 
@@ -209,6 +212,7 @@ def main(arguments=None):
         parser.error(
             f"{args.output / WEIGHTS} is there already: random weights do not replace it. Name another folder."
         )
+    check_outputs((), Output("--output", args.output, names=MODEL_FILES))
     with whole_files(args.output) as built:
         tokenizer = build_tokenizer(built)
         print(f"tokenizer: {tokenizer.get_vocab_size()} entries")
@@ -223,4 +227,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -29,6 +29,7 @@ from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_int
 from safetensors.torch import save_file
 from tqdm import tqdm
 from uhr_bat.common.files import whole_folder, write_json
+from uhr_bat.common.outputs import Output, check_outputs
 from uhr_bat.common.budgets import budgets as read_budgets
 from uhr_bat.common.loading import base_of
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
@@ -394,6 +395,10 @@ def convert(
     output = Path(os.path.abspath(output))
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise CheckpointError(f"{output}: is there and not an empty folder. Nothing is overwritten.")
+    try:
+        check_outputs((), Output("--output", output, names=()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
     if start and merge_adapter not in (None, False):
         raise CheckpointError("--merge-adapter is for --checkpoint: merge an adapter of a start model into it first.")
     if not start and (vision_tower or scales or budgets):

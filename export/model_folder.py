@@ -11,8 +11,10 @@ from pathlib import Path
 
 import torch
 from transformers import AddedToken, AutoTokenizer
+from uhr_bat.common.commands import tells_errors
 from uhr_bat.common.files import write_json
 from uhr_bat.common.loading import ROOT
+from uhr_bat.common.outputs import MODEL_FILES, Output, check_outputs
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
@@ -288,11 +290,14 @@ def write_7b(output: Path):
     write_config(output, config)
 
 
+@tells_errors
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="uhr-bat build-7b-config", description="The configuration of the 7B model.")
     parser.add_argument("--output", type=Path, default=Path("uhr_bat_7b"), metavar="DIR", help="default: uhr_bat_7b")
-    write_7b(parser.parse_args(arguments).output)
+    output = parser.parse_args(arguments).output
+    check_outputs((), Output("--output", output, names=MODEL_FILES))
+    write_7b(output)
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -18,9 +18,11 @@ from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, check_files, load_model
+from ..common.outputs import Output, check_outputs
 from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
 
 PRUNING = (85, 95, 97.5)
+FILES = tuple(f"{name}.png" for name in ("attention", "regions", "kept", "budgets", "pruning", "tsne"))
 
 
 def pruned_budgets(seen: list[int], percent: float) -> list[int]:
@@ -78,9 +80,10 @@ def draw(image_path, question, output, budgets, model_path, width, options, tile
     }
     if tiles["max_tiles"] is None:  # of tokens that are all there, whatever the question
         drawings["tsne"] = lambda: tsne_picture(first, features[0].tokens[-1], width=width)
-    for name, drawing in drawings.items():
-        with whole_files(output) as built:
+    with whole_files(output) as built:
+        for name, drawing in drawings.items():
             drawing().save(built / f"{name}.png")
+    for name in drawings:
         print(output / f"{name}.png", flush=True)
 
 
@@ -106,6 +109,7 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     check_files(args.image, args.model)
+    check_outputs((args.image, args.model), Output("--output", args.output, names=FILES))
     if args.width < 600:
         raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")
     require("pictures", "matplotlib", "sklearn")

@@ -21,6 +21,7 @@ import torch
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT, base_of
+from ..common.outputs import Output, check_outputs
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..released_api_uhr_bat import join_tile_masks, load_multiscale_tile_masks
 from .segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
@@ -197,6 +198,8 @@ def main(arguments=None) -> int:
     try:
         check_job(job)
         outputs = name_outputs(args.images, args.output)
+        names = tuple(path.name for path in outputs.values())
+        check_outputs((*args.images, job.checkpoint, job.model), Output("--output", args.output, names=names))
         processor = UHRBatImageProcessor.from_pretrained(base_of(job.model) or job.model)
     except (OSError, ValueError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)

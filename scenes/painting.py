@@ -12,7 +12,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
+from ..common.commands import tells_errors
 from ..common.files import whole_files
+from ..common.outputs import Output, check_outputs
 from .layout import FINEST, PAD_SIDE, PAINTS, SITE_SIDE, WIDTH, Scene, make_scene
 
 DEFAULT_PATH = Path("made_up_scene.jpg")  # in the working folder
@@ -307,15 +309,17 @@ def write(path: Path = DEFAULT_PATH, size=DEFAULT_SIZE, seed: int = 0):
         example(size, seed).save(built / path.name, quality=82)
 
 
+@tells_errors
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="uhr-bat scene", description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, default=DEFAULT_PATH)
     parser.add_argument("--size", type=int, nargs=2, default=DEFAULT_SIZE, metavar=("WIDTH", "HEIGHT"))
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(arguments)
+    check_outputs((), Output("--output", args.output, tuple(Image.registered_extensions())))
     write(args.output, tuple(args.size), args.seed)
     print(f"{args.output}: {args.size[0]:,} x {args.size[1]:,} px, {args.output.stat().st_size / 1e6:.1f} MB")
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -28,6 +28,7 @@ from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, check_files, load_model
+from ..common.outputs import Output, check_outputs
 from ..common.runs import Line, check_same_settings, whole_lines
 from ..raster_files_uhr_bat import reason
 from .batch_inputs import BatchImage, plan, read_images, read_questions
@@ -255,7 +256,7 @@ def read_results(path: Path, settings: dict) -> list[dict]:
     """
     rows = []
     if path.is_file():
-        kept, rows = READERS[path.suffix](path)
+        kept, rows = READERS[path.suffix.lower()](path)
         check_same_settings(path, kept, settings)
     if lines_path(path).is_file():
         kept, *lines = whole_lines(lines_path(path))
@@ -311,7 +312,7 @@ def lines_path(path: Path) -> Path:
 def write_results(path: Path, rows: list[dict], settings: dict):
     """The results, in the format of the path's ending, whole or not at all."""
     with whole_files(path.parent) as built:
-        if path.suffix == ".parquet":
+        if path.suffix.lower() == ".parquet":
             import pyarrow as pa
             import pyarrow.parquet as pq
 
@@ -320,7 +321,7 @@ def write_results(path: Path, rows: list[dict], settings: dict):
             pq.write_table(pa.Table.from_pylist(rows, schema), built / path.name)
             return
         with open(built / path.name, "w", encoding="utf-8", newline="") as file:
-            if path.suffix == ".csv":
+            if path.suffix.lower() == ".csv":
                 writer = csv.DictWriter(file, COLUMNS)
                 writer.writeheader()
                 writer.writerows(rows)
@@ -402,12 +403,6 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers nothing
-    if args.output.suffix not in READERS:
-        raise ValueError(f"{args.output}: the results are a file that ends in {', '.join(READERS)}.")
-    if args.output.resolve() == args.questions.resolve():
-        raise ValueError(f"{args.output}: the results would replace the questions.")
-    if args.output.resolve() == args.images.resolve():
-        raise ValueError(f"{args.output}: the results would replace the list of images.")
     check_range(args, 1, math.inf, "batch_size", "max_new_tokens", "workers")
     check_range(args, 0, math.inf, "gpus")
     check_address(args.address)
@@ -419,7 +414,10 @@ def main(arguments=None) -> int:
         "max_new_tokens": args.max_new_tokens,
         "reading": image_options(args) | tile_options(args),
     }
+    outputs = Output("--output", args.output, tuple(READERS)), Output("--output", lines_path(args.output))
+    check_outputs((args.images, args.questions, args.model), *outputs)
     work = plan(read_images(args.images, args.asset), read_questions(args.questions))
+    check_outputs([image.source for image, _ in work], *outputs)
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "gpus", "address")}
     rows = run(work, args.output, settings, **options)
     failed = [row for row in rows if row["error"] is not None]

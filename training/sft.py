@@ -16,6 +16,7 @@ from transformers.utils import logging
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.loading import base_of, load_model, load_processor
+from ..common.outputs import MODEL_FILES, Output, check_outputs
 from .collator import UHRBatDataCollator, answer_of, scale_budgets
 from .data import load_samples
 from .grouping import hold_out
@@ -92,6 +93,8 @@ def last_whole_checkpoint(folder: str) -> str | None:
 def train(options, data, training) -> UHRBatTrainer:
     """Train by a recipe, see [`read_options`]. Raises whatever is wrong with the data before the model is loaded."""
     require("train", "datasets", "peft")
+    reads = [options.model_name_or_path, *data.train_data, *(data.eval_data or ())]
+    check_outputs(reads, Output("--output_dir", training.output_dir, names=MODEL_FILES))
     if data.eval_pictures:
         require("pictures", "matplotlib")
     if base_of(options.model_name_or_path) is not None:

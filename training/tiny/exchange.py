@@ -13,7 +13,9 @@ from pathlib import Path
 
 import torch
 
+from ...common.commands import tells_errors
 from ...common.loading import load_model, save_model
+from ...common.outputs import MODEL_FILES, Output, check_outputs
 from ...scenes.layout import FINETUNING_SEED
 from .encoding import VISION, all_tokens, encode_scenes
 
@@ -39,12 +41,14 @@ def exchange_tower(model, other, image_processor, seeds) -> float:
     return torch.cosine_similarity(before, after @ turn + shift).mean().item()
 
 
+@tells_errors
 def main(arguments=None):
     parser = argparse.ArgumentParser(prog="uhr-bat train-exchange", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder of the decoder")
     parser.add_argument("--tower", type=Path, required=True, metavar="DIR", help="model folder of the tower")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
     args = parser.parse_args(arguments)
+    check_outputs((args.model, args.tower), Output("--output", args.output, names=MODEL_FILES))
     processor, model = load_model(args.model, torch.float32, device_map=None)
     _, other = load_model(args.tower, torch.float32, device_map=None)
     seeds = range(FINETUNING_SEED, FINETUNING_SEED + 20)
@@ -54,4 +58,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -24,6 +24,7 @@ from torch.utils.data import Dataset
 from transformers import Trainer
 
 from ...common.budgets import counts_of_fraction
+from ...common.commands import tells_errors
 from ...common.loading import load_model, save_model
 from ...common.prompts import expand_placeholder
 from ...compression_uhr_bat import CompressionRules, compress_image
@@ -33,7 +34,7 @@ from ...scenes.layout import FINETUNING_SEED, make_scene
 from ...scenes.questions import draw_question
 from ..collator import IGNORED
 from .encoding import VISION, all_tokens, cached_features
-from .stages import make_parser, train
+from .stages import make_parser, read_arguments, train
 
 ANSWER_WEIGHT = 3.0  # of the language model's loss, beside those that say where to look
 NOISE = 0.25  # on visual tokens of length 1 (root mean square): without it, scenes are learnt by heart
@@ -379,6 +380,7 @@ def prepare_decoder(model, features):
             attention.o_proj.weight[:, queries] = attention.v_proj.weight[keys].T
 
 
+@tells_errors
 def main(arguments=None):
     parser = make_parser("train-finetune", __doc__, steps=2000, batch_size=32, learning_rate=5e-4)
     parser.add_argument("--scenes", type=int, default=2000, help="training scenes, encoded once before the first step")
@@ -390,7 +392,7 @@ def main(arguments=None):
     )
     parser.add_argument("--taught", action="store_true", help="choose tokens by the true sites")
     parser.add_argument("--together", type=int, default=0, metavar="N", help="and ask N questions about a whole scene")
-    args = parser.parse_args(arguments)
+    args = read_arguments(parser, arguments, "features")
     processor, model = load_model(args.model, torch.float32, device_map=None)
     # The losses need attention maps, which only eager attention returns.
     model.set_attn_implementation({"text_config": "eager"})
@@ -410,4 +412,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer
 
+from ...common.commands import tells_errors
 from ...common.loading import load_model, save_model
 from ...configuration_uhr_bat import UHRBatConfig
 from ...common.prompts import expand_placeholder, write_prompt
@@ -30,7 +31,7 @@ from ...scenes.painting import paint
 from ...scenes.questions import draw_question
 from ..collator import IGNORED
 from .encoding import VISION
-from .stages import make_parser, train
+from .stages import make_parser, read_arguments, train
 from .zooming import NATIVE_SEED
 
 QUESTIONS = 4  # about a scene
@@ -196,6 +197,7 @@ def show(measured) -> str:
     )
 
 
+@tells_errors
 def main(arguments=None):
     parser = make_parser("train-focus", __doc__, steps=250, batch_size=2, learning_rate=3e-4)
     parser.add_argument(
@@ -204,7 +206,7 @@ def main(arguments=None):
     parser.add_argument("--freeze-decoder", action="store_true", help="the module alone learns")
     parser.add_argument("--native", type=float, default=0.5, help="share of scenes with objects of a few native pixels")
     parser.add_argument("--measured", type=int, default=100, help="validation scenes that agreement is measured on")
-    args = parser.parse_args(arguments)
+    args = read_arguments(parser, arguments)
     if UHRBatConfig.from_pretrained(args.model).region_focus is None:
         processor, model = load_model(args.model, torch.float32, None, region_focus={"layers": args.layers})
         model.config.region_focus["separator_token_id"] = processor.tokenizer.convert_tokens_to_ids(":")
@@ -234,4 +236,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

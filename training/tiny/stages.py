@@ -6,6 +6,8 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from ...common.outputs import MODEL_FILES, Output, check_outputs
+
 
 def make_parser(verb, doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog=f"uhr-bat {verb}", description=doc.splitlines()[0])
@@ -19,6 +21,14 @@ def make_parser(verb, doc, steps, batch_size, learning_rate) -> argparse.Argumen
     parser.add_argument("--save-steps", type=int, default=200, help="a checkpoint every so many steps")
     parser.add_argument("--workers", type=int, default=1, help="processes that paint scenes")
     return parser
+
+
+def read_arguments(parser, arguments, *outputs: str) -> argparse.Namespace:
+    """Its arguments, after what they write was checked: the model folder, and files of other options, as "features"."""
+    args = parser.parse_args(arguments)
+    others = [Output(f"--{name}", getattr(args, name)) for name in outputs]
+    check_outputs((args.model,), Output("--output", args.output, names=MODEL_FILES), *others)
+    return args
 
 
 def computes_bfloat16() -> bool:

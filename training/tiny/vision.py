@@ -15,12 +15,13 @@ from torch import nn
 from torch.utils.data import Dataset
 from transformers import Trainer
 
+from ...common.commands import tells_errors
 from ...common.loading import load_model, save_model
 from ...scenes.evidence import centres_of_tokens, points_of_tokens, tokens_at
 from ...scenes.layout import OBJECTS, PAINTS, SITES, TEST_SEEDS, WIDTH, make_scene
 from ...scenes.painting import paint
 from ..collator import IGNORED
-from .stages import make_parser, train
+from .stages import make_parser, read_arguments, train
 
 CROWDED = (100, 160)  # objects outside the sites: a token with an object in ten, instead of one in fifty
 HEADS = {"colour": len(PAINTS) + 1, "kind": len(OBJECTS) + 1, "site": len(SITES) + 1,
@@ -146,11 +147,12 @@ def name_words(pretraining, embedding, tokenizer):
                 embedding.weight[token] = vector / vector.square().mean().sqrt() * length
 
 
+@tells_errors
 def main(arguments=None):
     parser = make_parser("train-vision", __doc__, steps=2000, batch_size=2, learning_rate=1e-3)
     parser.add_argument("--first-seed", type=int, default=0, help="of the scenes")
     parser.add_argument("--test-scenes", type=int, default=20)
-    args = parser.parse_args(arguments)
+    args = read_arguments(parser, arguments)
     processor, model = load_model(args.model, torch.float32, device_map=None)
     chunk_size, model.config.vision_chunk_size = model.config.vision_chunk_size, 128
     model.set_attn_implementation({"vision_config": "eager"})  # 17 tokens a tile: faster than the fused kernels
@@ -168,4 +170,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())

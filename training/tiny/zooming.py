@@ -23,6 +23,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from ...common.commands import tells_errors
 from ...common.loading import load_model, save_model
 from ...common.prompts import expand_placeholder
 from ...export.build_tiny import NATIVE_SCALES
@@ -36,7 +37,7 @@ from ..collator import IGNORED
 from .encoding import VISION
 from .finetune import FRACTION_TOGETHER, NOISE, Collator, GuidedTrainer, look
 from .pools import make_pools
-from .stages import make_parser, train
+from .stages import make_parser, read_arguments, train
 
 NATIVE_SEED = FINETUNING_SEED + 100_000  # of the first scene with native objects
 QUESTIONS = 4  # about a scene
@@ -407,6 +408,7 @@ def pooled_scenes(model, lay_out, pools, start):
     return pooled, start
 
 
+@tells_errors
 def main(arguments=None):
     parser = make_parser("train-zoom", __doc__, steps=1500, batch_size=18, learning_rate=3e-4)
     parser.add_argument("--pools", type=Path, required=True, metavar="DIR", help="keeps the encoded scenes")
@@ -419,7 +421,7 @@ def main(arguments=None):
     parser.add_argument(
         "--minutes", type=float, help="of training, after the scenes are encoded; or --steps, if sooner"
     )
-    args = parser.parse_args(arguments)
+    args = read_arguments(parser, arguments)
     native_seeds, fixed_seeds = (
         range(first, first + number) for first, number in ((NATIVE_SEED, args.native), (args.first_seed, args.fixed))
     )
@@ -454,4 +456,4 @@ def main(arguments=None):
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(main())
