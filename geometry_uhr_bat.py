@@ -171,8 +171,17 @@ def token_box(positions, image_size: tuple[int, int], grid: tuple[int, int]) -> 
     Returns:
         float64[..., 4], (top, left, bottom, right) of every token, top <= row < bottom and left <= column < right. A
         token that shows the letterbox alone has an empty box on the border (`shown_patches` is False).
+
+    Raises:
+        ValueError: a position that is no whole number, or none of the grid's.
     """
-    positions = np.asarray(positions, dtype=np.int64)
+    positions = np.asarray(positions)
+    if positions.size and (positions.dtype.kind not in "iu" or not 0 <= positions.min() <= positions.max() < grid[0] * grid[1]):
+        raise ValueError(
+            f"The tokens of a grid of {grid[0]} x {grid[1]} are whole numbers from 0 to {grid[0] * grid[1] - 1}. Got "
+            f"{positions.min()} to {positions.max()}, {positions.dtype}."
+        )
+    positions = positions.astype(np.int64)
     side, margins = _margins(image_size)
     lows, highs = [], []
     for (start, length), num_patches, idx in zip(margins, grid, divmod(positions, grid[1])):

@@ -1,6 +1,8 @@
 """Options of a command that say how its image is read."""
 
 from argparse import ArgumentParser, Namespace
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 
 def band(text: str) -> int | str:
@@ -81,6 +83,11 @@ def tile_options(args: Namespace) -> dict:
 def image_options(args: Namespace) -> dict:
     """What `add_image_arguments` read, as `open_image` takes it."""
     return {name: getattr(args, name) for name in ("bands", "value_range", "window", "max_image_pixels")}
+
+
+def local_path(text: str) -> str:
+    """The path of a `file://` URL; anything else as it is."""
+    return url2pathname(urlparse(text).path) if text.startswith("file:") else text
 
 
 def is_file_name(text: str) -> bool:

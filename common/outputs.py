@@ -10,10 +10,9 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 from .files import stale_sidecars
+from .images import local_path
 
 # What a model folder holds that is read, and what a saved model writes.
 MODEL_FILES = (
@@ -151,8 +150,7 @@ def files_read(source: Any) -> Iterator[Path]:
     text = os.fspath(source)
     if text.startswith(("http://", "https://", "data:")) or len(text) > LONGEST_NAME:
         return
-    if text.startswith("file:"):
-        text = url2pathname(urlparse(text).path)
+    text = local_path(text)
     if os.path.isdir(text):
         folder, is_store = Path(text), any(os.path.exists(os.path.join(text, name)) for name in STORES)
         patterns = ("**/*",) if is_store else MODEL_FILES

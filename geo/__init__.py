@@ -1,13 +1,14 @@
 """What a question kept of an image as GIS software reads it: polygons, a raster, and a page with a map.
 
-`evidence_frame` (a GeoDataFrame), `write_vectors` (GeoJSON, GeoPackage), `write_raster` (GeoTIFF) and `write_page`
-(HTML) are drawn from the result of `model.compress(...)` alone, as the pictures are. `uhr-bat evidence-map` does all of
+`evidence_frame` (a GeoDataFrame), `write_vectors` (GeoJSON, GeoPackage), `write_raster` (GeoTIFF), `write_style` (QGIS) and
+`write_page` (HTML) are drawn from the result of `model.compress(...)` alone, as the pictures are. `uhr-bat evidence-map` does all of
 it.
 """
 
 from .frames import evidence_frame
 from .georeference import Georeference, read_georeference
 from .pages import Served, overview_jpeg, page_html, write_page
+from .styles import write_style
 from .writing import check_vectors, geojson_bytes, write_raster, write_vectors
 
 __all__ = [
@@ -21,5 +22,6 @@ __all__ = [
     "read_georeference",
     "write_page",
     "write_raster",
+    "write_style",
     "write_vectors",
 ]

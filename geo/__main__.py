@@ -1,7 +1,7 @@
 """Ask about an image, and write what was kept to answer as GIS software reads it.
 
-    uhr-bat evidence-map IMAGE "QUESTION" [--geojson out.geojson] [--geopackage out.gpkg] [--raster attention.tif]
-        [--page out.html] [--budgets 16,24,40,66] [--model DIR] [--max-new-tokens 64]
+    uhr-bat evidence-map IMAGE "QUESTION" [--geojson out.geojson] [--geopackage out.gpkg [--layer evidence]]
+        [--raster attention.tif] [--page out.html] [--budgets 16,24,40,66] [--model DIR] [--max-new-tokens 64]
 
 Polygons of the kept and merged tokens go into a GeoJSON (WGS 84, RFC 7946) and a GeoPackage (the CRS of the image), the
 importance into a GeoTIFF over the image, and all of it into a page that opens offline. A plain image has pixel
@@ -16,11 +16,14 @@ from pathlib import Path
 from ..common.budgets import budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
+from ..common.files import whole_outputs
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
+from ..common.outputs import Output, check_outputs
 from ..raster_reading_uhr_bat import RasterImage
 from . import Georeference, check_vectors, evidence_frame, read_georeference, write_page, write_raster, write_vectors
-from .writing import GEOJSON, GEOPACKAGE
+from .styles import style_path, write_style
+from .writing import GEOJSON, GEOPACKAGE, LAYER, check_layer, shown_importance
 
 ENDINGS = {
     "geojson": GEOJSON,
@@ -66,8 +69,8 @@ def draw(args):
     # A raster knows the place of the part that is read; beside a picture a file of its own may name it.
     is_raster = isinstance(image, RasterImage)
     georeference = Georeference(image.transform, image.crs) if is_raster else read_georeference(args.image)
-    for path in filter(None, (args.geojson, args.geopackage)):
-        check_vectors(path, georeference.crs)
+    if args.geojson:
+        check_vectors(args.geojson, georeference.crs)
     options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}
     compressed, answer = ask(processor, model, image, args.question, args.budgets, args.max_new_tokens, **options)
 
@@ -77,21 +80,29 @@ def draw(args):
     seen = (image.height, image.width), compressed.scales[0]
     frame = evidence_frame(compressed, *seen, transform=georeference.transform, crs=georeference.crs)
     pixel_frame = evidence_frame(compressed, *seen)
+    finest = compressed.importance[0][-1], compressed.regions[0][-1]
     writers = {
-        "geojson": lambda path: write_vectors(frame, path, about, georeference.words),
-        "geopackage": lambda path: write_vectors(frame, path, about, georeference.words),
-        "raster": lambda path: write_raster(path, compressed, *seen, about, georeference),
-        "page": lambda path: write_page(path, compressed, pixel_frame, image, seen[1], about, georeference),
+        args.geojson: lambda path: write_vectors(frame, path, about, georeference.words),
+        args.geopackage: lambda path: write_vectors(
+            frame, path, about, georeference.words, args.layer, onto=args.geopackage
+        ),
+        args.raster: lambda path: write_raster(path, compressed, *seen, about, georeference),
+        args.raster and style_path(args.raster): lambda path: write_style(
+            path, shown_importance(*finest), len(compressed.importance[0])
+        ),
+        args.page: lambda path: write_page(path, compressed, pixel_frame, image, seen[1], about, georeference),
     }
+    writers.pop(None, None)
+    with whole_outputs(writers) as built:
+        for path, write in writers.items():
+            write(built[path])
     print(f"Question: {args.question}\nAnswer: {answer}")
     if "note" in about:
         print(about["note"])
     if georeference.crs is None:
         print(f"Coordinates in the files are {georeference.words}.")
-    for name, write in writers.items():
-        if path := getattr(args, name):
-            write(path)
-            print(path, flush=True)
+    for path in writers:
+        print(path)
 
 
 @tells_errors
@@ -101,7 +112,10 @@ def main(arguments=None) -> int:
     parser.add_argument("question", metavar="QUESTION")
     parser.add_argument("--geojson", type=Path, metavar="FILE", help="polygons in WGS 84, as RFC 7946 has it")
     parser.add_argument("--geopackage", type=Path, metavar="FILE", help="the same polygons in the CRS of the image")
-    parser.add_argument("--raster", type=Path, metavar="FILE", help="importance as a GeoTIFF, a band for every scale")
+    parser.add_argument(
+        "--layer", default=LAYER, metavar="NAME", help=f"of the GeoPackage; its other ones stay (default: {LAYER})"
+    )
+    parser.add_argument("--raster", type=Path, metavar="FILE", help="importance as a GeoTIFF, a band for every scale, with a style for QGIS")
     parser.add_argument("--page", type=Path, metavar="FILE", help="an HTML page with a map that opens offline")
     parser.add_argument(
         "--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
@@ -113,13 +127,14 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     check_files(args.image, args.model)
-    wanted = {name: path for name in ENDINGS if (path := getattr(args, name))}
-    if not wanted:
+    outputs = [Output(f"--{name}", getattr(args, name), endings) for name, endings in ENDINGS.items()]
+    if all(output.path is None for output in outputs):
         raise ValueError("Nothing to write: give --geojson, --geopackage, --raster or --page a file.")
-    for name, path in wanted.items():
-        if path.suffix.lower() not in ENDINGS[name]:
-            raise ValueError(f"{path}: the file of --{name} ends in {' or '.join(ENDINGS[name])}.")
     require("geo", "rasterio", "geopandas", "pyogrio")
+    style = args.raster and style_path(args.raster)
+    check_outputs((args.image, args.model), *outputs, Output("--raster", style))
+    if args.geopackage:
+        check_layer(args.geopackage, args.layer)
     draw(args)
     return 0
 

@@ -11,6 +11,7 @@ from ..common.extras import require
 from ..geometry_uhr_bat import token_corners
 
 KEPT, MERGED = "kept", "merged"
+COLUMNS = ("scale", "slot", "kind", "tokens", "region", "score", "rank")
 
 
 def _commonest(values):
@@ -80,7 +81,7 @@ def evidence_frame(
     outlines = shapely.orient_polygons(frame.geometry.to_numpy())
     outlines[merged] = [shapely.MultiPolygon(shapely.get_parts(outline).tolist()) for outline in outlines[merged]]
     frame = frame.set_geometry(gpd.GeoSeries(outlines, crs=crs))
-    return frame[["scale", "slot", "kind", "tokens", "region", "score", "rank", "geometry"]]
+    return frame[[*COLUMNS, "geometry"]]
 
 
 def _polygons(corners):

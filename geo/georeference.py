@@ -1,9 +1,12 @@
 """Where on the ground an image lies."""
 
+import os
 import warnings
 from typing import Any, NamedTuple
 
 from ..common.extras import require
+from ..common.images import local_path
+from ..raster_files_uhr_bat import upright_by
 
 
 class Georeference(NamedTuple):
@@ -48,7 +51,8 @@ def has_degrees(crs) -> bool:
 
 
 def read_georeference(path: str) -> Georeference:
-    """The transform and CRS that a raster states; none of a plain image, or of one that GDAL does not read.
+    """The transform and CRS that a picture or a raster states, of its pixels as they stand upright by their orientation in
+    EXIF; none of a plain image, or of one that GDAL does not read.
 
     Raises:
         ImportError: rasterio is missing; says what to install.
@@ -62,8 +66,39 @@ def read_georeference(path: str) -> Georeference:
         try:
             with rasterio.open(path) as raster:
                 transform, crs = raster.transform, raster.crs
+                turn = upright_pixels(_orientation(raster, path), raster.shape)
         except RasterioIOError:  # the image itself was read: a format that GDAL was built without
             return PLAIN
     if crs is None and transform.is_identity:
         return PLAIN
-    return Georeference(transform, crs)
+    return Georeference(transform @ turn, crs)
+
+
+def _orientation(raster, path) -> int:
+    """EXIF's, 1 to 8, of a picture that Pillow turns by it: GDAL's word for it, or Pillow's, of what GDAL reads none of."""
+    from PIL import Image
+
+    stated = raster.tags().get("EXIF_Orientation")
+    if stated is None:
+        try:
+            with warnings.catch_warnings(), Image.open(local_path(os.fspath(path))) as image:
+                warnings.simplefilter("ignore")  # of its size, which was checked when it was read
+                stated = image.getexif().get(274)
+        except Exception:  # no picture of Pillow's
+            stated = None
+    return int(stated) if str(stated) in "12345678" else 1
+
+
+def upright_pixels(orientation: int, stored_size: tuple[int, int]):
+    """`Affine` from (column, row) of a picture that stands upright by its orientation in EXIF to those of its stored
+    pixels, of which there are (height, width)."""
+    from affine import Affine
+
+    transposed, rows_reversed, columns_reversed = upright_by(orientation)
+    height, width = stored_size[::-1] if transposed else stored_size
+    back = Affine.identity()
+    if columns_reversed:
+        back = Affine(-1, 0, width, 0, 1, 0)
+    if rows_reversed:
+        back = Affine(1, 0, 0, 0, -1, height) @ back
+    return Affine(0, 1, 0, 1, 0, 0) @ back if transposed else back

@@ -16,16 +16,14 @@ from PIL import Image
 from ..common.files import whole_files
 from ..geometry_uhr_bat import letterbox
 from ..pictures.drawing import PALETTE, parse_colour, screen_image
-from ..pictures.pages import ATTENTION_PERCENTILE
 from .frames import KEPT
 from .georeference import PLAIN, Georeference, crs_name, has_degrees
+from .styles import ATTENTION_COLOUR, shown_range
 from .writing import shown_importance
 
 # Longest side in pixels of the image in the page, about 1 MB of it.
 PAGE_SIDE = 2048
 JPEG_QUALITY = 82
-# Yellow is seen on land and on sea, and is none of the outlines' colours.
-ATTENTION_COLOUR = "#ffd400"
 
 
 class Served(NamedTuple):
@@ -105,9 +103,8 @@ def overview_jpeg(image, longest: int = PAGE_SIDE, box=None) -> bytes:
 
 def _heat(importance) -> Image.Image:
     """RGBA [H, W] of importance float[H, W]: the more opaque, the more the question looks there."""
-    seen = importance[np.isfinite(importance)]
-    low, high = seen.min(), np.percentile(seen, ATTENTION_PERCENTILE)
-    level = ((np.nan_to_num(importance, nan=low) - low) / max(high - low, 1e-12)).clip(0, 1)
+    low, high = shown_range(importance)
+    level = ((np.nan_to_num(importance, nan=low) - low) / (high - low)).clip(0, 1)
     pixels = np.empty((*level.shape, 4), np.uint8)
     pixels[..., :3] = parse_colour(ATTENTION_COLOUR)
     pixels[..., 3] = np.rint(255 * level)
@@ -147,7 +144,16 @@ def _places(points, georeference) -> list[str]:
     if georeference.crs is not None and has_degrees(georeference.crs):
         words = "longitude {:.6f}, latitude {:.6f}"
         points = points.set_crs(georeference.crs).to_crs("EPSG:4326")
+        points = points.map(_within_a_turn)
     return ["letterbox" if point.is_empty else words.format(point.x, point.y) for point in points]
+
+
+def _within_a_turn(point):
+    """A point in degrees with a longitude from -180 to 180: those of a CRS in degrees may go on beyond."""
+    import shapely
+
+    turns = 0 if point.is_empty or abs(point.x) <= 180 else (point.x + 180) // 360
+    return shapely.transform(point, lambda places: places - (360 * turns, 0))
 
 
 def _path(outline) -> str:

@@ -1,9 +1,11 @@
-"""Files of what was kept: polygons as GeoJSON or GeoPackage, importance as a GeoTIFF."""
+"""Files of what was kept: polygons as GeoJSON or GeoPackage, importance as a cloud-optimised GeoTIFF."""
 
 import json
+import sqlite3
 import tempfile
 import warnings
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +13,8 @@ import numpy as np
 from ..common.extras import require
 from ..common.files import whole_files
 from ..geometry_uhr_bat import pixel_tokens
+from .degrees import in_degrees
+from .frames import COLUMNS
 from .georeference import PLAIN, Georeference, crs_name, has_degrees
 
 GEOJSON, GEOPACKAGE = (".geojson", ".json"), ".gpkg"
@@ -20,36 +24,69 @@ DEGREE_DECIMALS = 9
 # Longest side of the importance raster: 7 cells to the side of the 7B model's finest token. Of a larger image every
 # cell stands for several pixels, as a raster of 30,000 px a side would hold nothing that this one does not.
 RASTER_SIDE = 2048
+# Sides of its blocks, and of its last overview at most.
+BLOCK = 256
 
 
-def check_vectors(path: Path, crs):
+def check_vectors(path: Path, crs, layer: str = LAYER):
     """Raises `ValueError` for a file that `write_vectors` cannot write, before a model is asked.
 
     Args:
         path: ends in .geojson, .json or .gpkg.
         crs: of the frame, or None.
+        layer: of a GeoPackage.
     """
-    if path.suffix not in (*GEOJSON, GEOPACKAGE):
+    ending = path.suffix.lower()
+    if ending not in (*GEOJSON, GEOPACKAGE):
         raise ValueError(f"{path}: polygons are written as .geojson, .json or .gpkg.")
-    if path.suffix in GEOJSON and crs is not None and not has_degrees(crs):
+    if ending == GEOPACKAGE:
+        check_layer(path, layer)
+    if ending in GEOJSON and crs is not None and not has_degrees(crs):
         raise ValueError(
             f"{path}: the image's CRS, {crs_name(crs)}, leads to no longitude and latitude. Write a .gpkg, which "
             "keeps the CRS."
         )
 
 
-def write_vectors(frame, path: Path, about: dict[str, str], words: str = ""):
+def check_layer(path: Path, layer: str):
+    """Raises `ValueError` where a GeoPackage that is there cannot take a layer, or has one of that name that is not ours."""
+    if not layer or layer.lower().startswith(("gpkg_", "sqlite_", "rtree_")) or not layer.isprintable():
+        raise ValueError(f"{path}: no layer can be called {layer!r}.")
+    if not path.exists():
+        return
+    for journal in ("-wal", "-journal"):
+        if Path(f"{path}{journal}").exists() and Path(f"{path}{journal}").stat().st_size:
+            raise ValueError(f"{path}: another program has it open and writes to it. Close it there first.")
+    try:
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as file:
+            names = [name for (name,) in file.execute("SELECT name FROM sqlite_master")]
+            if "gpkg_contents" not in names:
+                raise ValueError(f"{path}: this is no GeoPackage. Give another name.")
+            found = [name for name in names if name.lower() == layer.lower()]
+            columns = {row[1] for name in found for row in file.execute("SELECT * FROM pragma_table_info(?)", (name,))}
+    except sqlite3.Error as error:
+        raise ValueError(f"{path}: this is no GeoPackage that can be added to ({error}). Give another name.") from error
+    if found and not set(COLUMNS) <= columns:
+        raise ValueError(f"{path}: it has a layer {found[0]} of other columns, which stays. Give another --layer.")
+
+
+def write_vectors(
+    frame, path: Path, about: dict[str, str], words: str = "", layer: str = LAYER, onto: Path | None = None
+):
     """A frame as a GeoJSON or a GeoPackage, by the ending; whole or not at all.
 
     A GeoJSON is RFC 7946's: WGS 84, longitude first, outer rings counterclockwise, cut at the antimeridian. Without a
     CRS its coordinates are those of the frame, and its member `coordinate_space` says so. A GeoPackage keeps the frame's
-    CRS; all its polygons are MultiPolygons.
+    CRS; all its polygons are MultiPolygons. Of one that is there all other layers stay.
 
     Args:
         frame: of `evidence_frame`.
         path: ends in .geojson, .json or .gpkg.
-        about: name -> text, as question and answer: members beside the features, or the GeoPackage's metadata.
+        about: name -> text, as question and answer: members beside the features, or metadata of the layer, and of a new
+            GeoPackage, too.
         words: what coordinates without a CRS mean.
+        layer: of a GeoPackage, added or replaced.
+        onto: the GeoPackage whose other layers stay; None for the one at `path`.
 
     Raises:
         ValueError: what `check_vectors` refuses.
@@ -59,13 +96,15 @@ def write_vectors(frame, path: Path, about: dict[str, str], words: str = ""):
     import pyogrio
 
     path = Path(path)
-    check_vectors(path, frame.crs)
+    onto = path if onto is None else Path(onto)
+    check_vectors(onto, frame.crs, layer)
     if frame.crs is None:
         about = {**about, "coordinate_space": words}
-    if path.suffix in GEOJSON:
+    if path.suffix.lower() in GEOJSON:
+        if frame.crs is not None:
+            frame = type(frame)(frame.drop(columns="geometry"), geometry=in_degrees(frame.geometry, frame.crs))
         options = {
             "driver": "GeoJSON",
-            "RFC7946": "NO" if frame.crs is None else "YES",
             "COORDINATE_PRECISION": DEGREE_DECIMALS,
             "NATIVE_DATA": json.dumps({"type": "FeatureCollection", **about}),
             "NATIVE_MEDIA_TYPE": "application/vnd.geo+json",
@@ -73,13 +112,19 @@ def write_vectors(frame, path: Path, about: dict[str, str], words: str = ""):
     else:  # a layer has one type of geometry
         options = {
             "driver": "GPKG",
-            "dataset_metadata": about,
+            "layer_metadata": about,
             "geometry_type": "MultiPolygon",
             "promote_to_multi": True,
         }
+        if not onto.exists():
+            options["dataset_metadata"] = about
     with whole_files(path.parent) as built, warnings.catch_warnings():
         warnings.filterwarnings("ignore", "'crs' was not provided")  # `words` says it
-        pyogrio.write_dataframe(frame, built / path.name, layer=LAYER, **options)
+        if path.suffix.lower() == GEOPACKAGE and onto.exists():
+            # SQLite's own copy is one of a moment.
+            with closing(sqlite3.connect(onto)) as old, closing(sqlite3.connect(built / path.name)) as new:
+                old.backup(new)
+        pyogrio.write_dataframe(frame, built / path.name, layer=layer, **options)
 
 
 def geojson_bytes(frame, about: dict[str, str], words: str = "") -> bytes:
@@ -100,9 +145,9 @@ def write_raster(
     *,
     image_idx: int = 0,
 ):
-    """The importance of every scale as bands of a float32 GeoTIFF that covers the image exactly.
+    """The importance of every scale as bands of a float32 GeoTIFF that covers the image exactly, cloud-optimised.
 
-    It has the image's own grid, pixel for pixel, up to `RASTER_SIDE` pixels a side, else a coarser one of the same
+    Its overviews have the means of its cells. It has the image's own grid, pixel for pixel, up to `RASTER_SIDE` pixels a side, else a coarser one of the same
     extent. A cell has the value of the token that shows its centre (`pixel_tokens`), and no data (NaN) where no token
     shows the image there.
 
@@ -120,6 +165,7 @@ def write_raster(
     """
     require("geo", "rasterio")
     import rasterio
+    import rasterio.shutil
     from affine import Affine
     from rasterio.enums import ColorInterp
     from rasterio.errors import NotGeoreferencedWarning
@@ -131,12 +177,14 @@ def write_raster(
     profile = {
         "driver": "GTiff", "dtype": "float32", "count": len(scales), "height": height, "width": width, "nodata": np.nan,
         "transform": Affine(a * w / width, b * h / height, c, d * w / width, e * h / height, f), "crs": georeference.crs,
-        "tiled": True, "blockxsize": 256, "blockysize": 256, "interleave": "band", "photometric": "minisblack",
-        "compress": "deflate", "predictor": 3,
+        "interleave": "band", "photometric": "minisblack",
     }  # fmt: skip
-    with whole_files(path.parent) as built, warnings.catch_warnings():
+    optimised = {
+        "driver": "COG", "compress": "deflate", "predictor": "yes", "blocksize": BLOCK, "overview_resampling": "average",
+    }  # fmt: skip
+    with whole_files(path.parent) as built, rasterio.MemoryFile() as memory, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotGeoreferencedWarning)  # a plain image
-        with rasterio.open(built / path.name, "w", **profile) as raster:
+        with memory.open(**profile) as raster:
             raster.update_tags(**about)
             raster.colorinterp = [ColorInterp.gray] + [ColorInterp.undefined] * (len(scales) - 1)
             for band, (scale, importance, regions) in enumerate(
@@ -146,6 +194,7 @@ def write_raster(
                 values = shown_importance(importance, regions).ravel()
                 raster.write(values[pixel_tokens(image_size, grid, (height, width))], band)
                 raster.set_band_description(band, f"importance at scale {scale} px, {grid[0]} x {grid[1]} tokens")
+        rasterio.shutil.copy(memory.name, built / path.name, **optimised)
 
 
 def shown_importance(importance, regions) -> np.ndarray:
