@@ -407,6 +407,8 @@ def main(arguments=None) -> int:
     check_range(args, 0, math.inf, "gpus")
     check_address(args.address)
     check_files(None, args.model)
+    outputs = Output("--output", args.output, tuple(READERS)), Output("--output", lines_path(args.output))
+    check_outputs((args.images, args.questions, args.model), *outputs)
     require("batch", "ray.data")
     settings = {
         "model": str(args.model.resolve()),
@@ -414,8 +416,6 @@ def main(arguments=None) -> int:
         "max_new_tokens": args.max_new_tokens,
         "reading": image_options(args) | tile_options(args),
     }
-    outputs = Output("--output", args.output, tuple(READERS)), Output("--output", lines_path(args.output))
-    check_outputs((args.images, args.questions, args.model), *outputs)
     work = plan(read_images(args.images, args.asset), read_questions(args.questions))
     check_outputs([image.source for image, _ in work], *outputs)
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "gpus", "address")}

@@ -189,6 +189,14 @@ def test_a_box_has_the_hand_computed_edges():
     assert token_box(torch.tensor([5, 15]), (45, 70), (4, 4)).tolist() == [[5.5, 17.5, 23, 35], [40.5, 52.5, 45, 70]]
 
 
+@pytest.mark.parametrize("positions", [16, -1, [0, 99], 1.5, float("nan"), True])
+def test_a_token_that_the_grid_does_not_have_is_refused_with_those_that_it_has(positions):
+    for of in (token_box, token_corners):
+        with pytest.raises(ValueError, match="grid of 4 x 4 are whole numbers from 0 to 15. Got"):
+            of(positions, (45, 70), (4, 4))
+    assert token_box([], (45, 70), (4, 4)).shape == (0, 4)
+
+
 # Tiles and tokens
 
 

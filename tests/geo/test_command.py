@@ -86,6 +86,24 @@ def test_the_part_of_a_raster_that_is_read_keeps_its_place(scene, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_run_that_fails_leaves_every_output_as_it_was(scene, tmp_path, capsys, monkeypatch):
+    gpd.GeoDataFrame({"a": [1]}, geometry=gpd.points_from_xy([0], [0])).to_file(tmp_path / "kept.gpkg", layer="parcels")
+    for name in ("kept.geojson", "kept.tif", "kept.tif.ovr", "kept.html"):
+        (tmp_path / name).write_text("old")
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+
+    def full(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(command, "write_page", full)
+    options = ("--geojson", "kept.geojson", "--geopackage", "kept.gpkg", "--raster", "kept.tif", "--page", "kept.html")
+    options = [part if part.startswith("--") else str(tmp_path / part) for part in options]
+    assert command.main([str(scene / "scene.tif"), QUESTION, *options, "--budgets", "20"]) == 2
+    assert "No space left" in capsys.readouterr().err
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+@pytest.mark.slow
 def test_the_documented_python_runs(scene, monkeypatch, capsys):
     (block,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/evidence_maps.md").read_text(encoding="utf-8"), re.DOTALL
@@ -104,11 +122,14 @@ def test_the_documented_python_runs(scene, monkeypatch, capsys):
         (["--geojson", "kept.shp"], "kept.shp: the file of --geojson ends in .geojson or .json."),
         (["--raster", "kept"], "kept: the file of --raster ends in .tif or .tiff."),
         (["--page", "kept.html", "--model", "nowhere"], "nowhere: this is no model folder"),
+        (["--geojson", "{scene}/x.GEOJSON", "--raster", "{scene}/scene.tif"], "would write over a file that is read"),
+        (["--geopackage", "{scene}/scene.tif.gpkg", "--layer", "gpkg_a"], "no layer can be called 'gpkg_a'"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(scene, capsys, monkeypatch, arguments, message):
     monkeypatch.delattr(command, "load_model")
-    assert command.main([str(scene / "scene.png"), QUESTION, *arguments]) == 2
+    arguments = [part.format(scene=scene) for part in arguments]
+    assert command.main([str(scene / "scene.tif"), QUESTION, *arguments]) == 2
     assert message in capsys.readouterr().err
 
 

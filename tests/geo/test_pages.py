@@ -133,6 +133,10 @@ def test_every_token_is_outlined_in_the_image_and_listed_by_rank(tmp_path):
             "longitude 141.000108, latitude -0.000109",
         ),
         (
+            Georeference(Affine(0.5, 0, 180, 0, -0.5, 50), rasterio.CRS.from_epsg(4326)),
+            "longitude -177.000000, latitude 47.000000",
+        ),
+        (
             Georeference(Affine(2, 0, 100, 0, -2, 50), rasterio.CRS.from_wkt('LOCAL_CS["site",UNIT["metre",1]]')),
             "x 112.00, y 38.00",
         ),

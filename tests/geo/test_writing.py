@@ -1,7 +1,10 @@
 """GeoJSON, GeoPackage and GeoTIFF of what was kept, as rasterio and geopandas read them."""
 
 import json
+import sqlite3
 import warnings
+from contextlib import closing
+from xml.etree import ElementTree
 
 import geopandas as gpd
 import numpy as np
@@ -11,8 +14,11 @@ import rasterio
 import shapely
 from affine import Affine
 from made_up import ABOUT, GRIDS, ROTATED, SCALES, compression
+from PIL import Image, ImageOps
 from pyproj import Transformer
 from uhr_bat.geo import Georeference, evidence_frame, read_georeference, write_raster, write_vectors
+from uhr_bat.geo.degrees import in_degrees
+from uhr_bat.geo.styles import style_path, write_style
 from uhr_bat.geo.writing import RASTER_SIDE
 from uhr_bat.geometry_uhr_bat import pixel_tokens, token_corners
 
@@ -204,3 +210,147 @@ def test_a_raster_states_its_coordinates_and_a_plain_image_has_none(tmp_path):
         assert read_georeference(tmp_path / "b.tif") == (transform, None)
         (tmp_path / "c.bin").write_bytes(b"no raster")
         assert read_georeference(tmp_path / "c.bin") == (None, None)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_that_exif_turns_lies_where_its_stored_pixels_do(tmp_path, orientation):
+    # The grey of a pixel says which stored one it is.
+    stored, exif = np.arange(12, dtype=np.uint8).reshape(3, 4), Image.Exif()
+    exif[274] = orientation
+    for name in ("a.jpg", "a.png"):
+        Image.fromarray(stored).save(tmp_path / name, exif=exif)
+    for name in ("a.jpg", "a.png"):
+        (tmp_path / "a.wld").write_text("2\n0\n0\n-2\n101\n199\n")
+        with Image.open(tmp_path / name) as image:
+            upright = ImageOps.exif_transpose(image).size
+        transform = read_georeference(tmp_path / name).transform
+        with Image.open(tmp_path / "a.png") as image:
+            shown = np.asarray(ImageOps.exif_transpose(image))
+        assert upright == shown.shape[::-1]
+        for (row, column), value in np.ndenumerate(shown):
+            place = 100 + 2 * (value % 4 + 0.5), 200 - 2 * (value // 4 + 0.5)
+            assert transform @ (column + 0.5, row + 0.5) == pytest.approx(place)
+    (tmp_path / "a.wld").unlink()
+    assert read_georeference(tmp_path / "a.jpg") == (None, None)
+
+
+# Layers of a GeoPackage
+
+
+@pytest.fixture
+def package(tmp_path):
+    """Somebody's GeoPackage, with a layer and a table of its own."""
+    path = tmp_path / "site.GPKG"
+    gpd.GeoDataFrame({"a": [1]}, geometry=[shapely.box(0, 0, 1, 1)], crs="EPSG:32654").to_file(path, layer="parcels")
+    with closing(sqlite3.connect(path)) as file, file:
+        file.execute("CREATE TABLE notes (text)")
+        file.execute("INSERT INTO notes VALUES ('keep')")
+    return path
+
+
+def test_a_geopackage_keeps_its_other_layers_and_replaces_its_own(package):
+    frame = evidence_frame(compression(SIZE), SIZE, SCALES, transform=ROTATED, crs="EPSG:32654")
+    for layer, question in (("evidence", "first"), ("evidence", "again"), ("second", "other")):
+        write_vectors(frame, package, {"question": question}, layer=layer)
+    assert sorted(pyogrio.list_layers(package)[:, 0]) == ["evidence", "notes", "parcels", "second"]
+    assert gpd.read_file(package, layer="parcels")["a"].tolist() == [1]
+    for layer, question in (("evidence", "again"), ("second", "other")):
+        assert len(gpd.read_file(package, layer=layer)) == len(frame)
+        assert pyogrio.read_info(package, layer=layer)["layer_metadata"] == {"question": question}
+    with closing(sqlite3.connect(package)) as file:
+        assert file.execute("SELECT text FROM notes").fetchall() == [("keep",)]
+
+
+@pytest.mark.parametrize("layer, why", [("Parcels", "layer parcels of other columns, which stays"),
+                                        ("notes", "layer notes of other columns"), ("gpkg_a", "can be called"), ("", "can be called")])  # fmt: skip
+def test_a_layer_that_is_not_ours_is_never_replaced(package, layer, why):
+    before = package.read_bytes()
+    frame = evidence_frame(compression(SIZE), SIZE, SCALES, transform=ROTATED, crs="EPSG:32654")
+    with pytest.raises(ValueError, match=why):
+        write_vectors(frame, package, ABOUT, layer=layer)
+    assert package.read_bytes() == before
+
+
+def test_a_geopackage_that_another_program_writes_to_is_left_alone(package, tmp_path):
+    frame = evidence_frame(compression(SIZE), SIZE, SCALES, transform=ROTATED, crs="EPSG:32654")
+    with closing(sqlite3.connect(package)) as file:
+        file.execute("PRAGMA journal_mode=wal")
+        file.execute("INSERT INTO notes VALUES ('new')")
+        file.commit()
+        with pytest.raises(ValueError, match="another program has it open"):
+            write_vectors(frame, package, ABOUT)
+    (tmp_path / "no.gpkg").write_text("text")
+    with pytest.raises(ValueError, match="this is no GeoPackage"):
+        write_vectors(frame, tmp_path / "no.gpkg", ABOUT)
+
+
+# Poles, edges that are bent, and longitudes beyond 180
+
+
+def squares(crs, west, south, side, count):
+    return gpd.GeoSeries(
+        [shapely.box(west + x * side, south + y * side, west + (x + 1) * side, south + (y + 1) * side)
+         for y in range(count) for x in range(count)], crs=crs,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "crs, west, south, side, count",
+    [
+        ("EPSG:3031", -2e6, -2e6, 1e6, 4),  # the pole is a corner of four
+        ("EPSG:3031", -1.5e6, -1.5e6, 1e6, 3),  # inside of one
+        ("EPSG:3413", -1e6, -1.5e6, 1e6, 2),  # on an edge
+        ("EPSG:32661", 1.8e6 - 700, 1.8e6 - 3, 1e5, 4),  # a step from an edge
+        ("EPSG:32601", 262000, 5e6, 1e5, 3),  # the antimeridian
+        ("EPSG:3857", -20037508.342789244, -20037508.342789244, 20037508.342789244, 2),  # the world
+        ("EPSG:4326", 170, -80, 20, 3),
+        ("EPSG:4326", 0, -90, 180, 1),
+    ],
+)
+def test_every_place_of_a_polygon_lies_in_it_in_degrees_too_and_no_other(crs, west, south, side, count):
+    polygons = squares(crs, west, south, side, count)
+    ring = polygons.iloc[0].difference(polygons.iloc[0].buffer(-side / 4))  # a hole
+    polygons = gpd.GeoSeries([*polygons, ring], crs=crs)
+    moved = in_degrees(polygons, crs)
+    assert shapely.is_valid(moved).all()
+    low, high = np.array([west, south]), np.array([west, south]) + side * count
+    places = np.random.default_rng(0).uniform(low, high, (4000, 2))
+    if not polygons.crs.is_geographic and side > 1e5:
+        places[:1000] = np.random.default_rng(1).uniform(-2000, 2000, (1000, 2))  # near the origin, which is a pole of some
+    longitude, latitude = Transformer.from_crs(crs, "EPSG:4326", always_xy=True).transform(*places.T)
+    longitude = (longitude + 180) % 360 - 180
+    wrong = sum(
+        (shapely.contains_xy(one, *places.T) != shapely.contains_xy(other, longitude, latitude)).sum()
+        for one, other in zip(polygons, moved)
+    )
+    # A bent edge is right to a thousandth of its length.
+    assert wrong <= len(places) * len(polygons) / 2000
+    assert np.abs(shapely.total_bounds(moved)).max() <= 180
+
+
+def test_a_geojson_at_a_pole_holds_the_places_beside_it(tmp_path):
+    _, path = vectors(tmp_path, "kept.geojson", (20_000, 0, -35 * 20_000, 0, -20_000, 22.5 * 20_000), "EPSG:3031")
+    read = gpd.read_file(path)
+    longitude, latitude = Transformer.from_crs("EPSG:3031", "EPSG:4326", always_xy=True).transform(700, 700)
+    assert (read[read["scale"] == SCALES[0]].contains(shapely.Point(longitude, latitude))).sum() == 1
+    assert read.total_bounds[1] == -90
+
+
+# The raster as GDAL and QGIS have it
+
+
+def test_the_raster_is_cloud_optimised_and_the_style_shows_its_finest_band(tmp_path):
+    size = (700, 1500)
+    result, path = raster_of(tmp_path, size, Georeference(Affine(*ROTATED), rasterio.CRS.from_epsg(32654)))
+    with rasterio.open(path) as raster:
+        assert raster.tags(ns="IMAGE_STRUCTURE")["LAYOUT"] == "COG" and raster.overviews(1)[:2] == [2, 4]
+        band = raster.read(3)
+    write_style(style_path(path), band, 3)
+    renderer = ElementTree.parse(path.with_suffix(".qml")).find("pipe/rasterrenderer")
+    assert renderer.get("band") == "3"
+    assert float(renderer.get("classificationMin")) == pytest.approx(np.nanmin(band))
+    alphas = [(float(item.get("value")), item.get("alpha")) for item in renderer.iter("item")]
+    assert alphas[0][1] == "0" and alphas[1][1] == "255" and alphas[0][0] < alphas[1][0] <= np.nanmax(band)
+    assert style_path(path) == path.with_suffix(".qml")
+    path.with_suffix(".qml").write_text("<qgis>somebody's</qgis>")
+    assert style_path(path) is None

@@ -165,8 +165,8 @@ def test_a_cluster_that_keeps_one_waiting_is_named(capsys, monkeypatch):
 @pytest.mark.parametrize(
     "options, message",
     [
-        (["--output", "results.xlsx"], "results.xlsx: the results are a file that ends in .parquet, .csv, .jsonl."),
-        (["--output", "questions.csv"], "questions.csv: the results would replace the questions."),
+        (["--output", "results.xlsx"], "results.xlsx: the file of --output ends in .parquet or .csv or .jsonl."),
+        (["--output", "questions.csv"], "questions.csv: --output would write over a file that is read"),
         (["--output", "a.csv", "--batch-size", "0"], "--batch-size must be at least 1. Got 0."),
         (["--output", "a.csv", "--workers", "0"], "--workers must be at least 1. Got 0."),
         (["--output", "a.csv", "--max-new-tokens", "-1"], "--max-new-tokens must be at least 1. Got -1."),
