@@ -96,6 +96,8 @@ class RegionFocus:
             raise ValueError(f"`mask_mode` is 'additive' or 'upstream'. Got {self.mask_mode!r}.")
 
 
+# Selectors that average tokens wherever they lie: a mean of tokens of two scales has no place in either.
+MERGING = ("similarity_merging", "dominant_and_contextual")
 # Scales of section 4 and budgets of appendix A.
 PAPER_SCALES = (672, 1344, 2688, 4032)
 PAPER_BUDGETS = (80, 320, 600, 2000)
@@ -280,6 +282,11 @@ class UHRBatConfig(PreTrainedConfig):
 
     def validate_budgets(self):
         """One budget per scale, ascending, and together they leave room for text in the context window."""
+        if is_one_budget(self.budgets) and self.selector in MERGING and len(self.scales) > 1:
+            raise ValueError(
+                f"`selector` {self.selector!r} merges tokens of different scales, which `budgets` of one number makes compete. "
+                f"Give it {len(self.scales)} budgets, one per scale, instead of one of {self.budgets}."
+            )
         (share,) = split_budgets(self.budgets, self.scales)
         if min(share) < 1:  # a call may leave a scale out, a model reads all of its own
             raise ValueError(f"Every budget must be at least 1 token per image. Got {self.budgets}.")

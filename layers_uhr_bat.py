@@ -179,7 +179,33 @@ def question_attention(attention, hidden_states, position_embeddings, question_s
         scores = query[:, :, rows] @ key * attention.scaling
         scores = scores.masked_fill(position > rows[:, None], float("-inf"))
         total = total + F.softmax(scores, dim=-1, dtype=torch.float32).mean(1).sum((0, 1))
+    mesh = mesh_of_heads(attention, query.shape[1])
+    if mesh is not None:  # the mean over a process's own heads: processes have equally many
+        total = SumOfProcesses.apply(total, mesh.get_group()) / mesh.size()
     return total / (M - question_start)
+
+
+class SumOfProcesses(torch.autograd.Function):
+    """The sum of what each process of a group holds, on all of them. Each has the whole loss, so gradients go back as they come."""
+
+    @staticmethod
+    def forward(ctx, values, group):
+        values = values.clone()
+        torch.distributed.all_reduce(values, group=group)
+        return values
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, None
+
+
+def mesh_of_heads(attention, num_heads: int):
+    """The processes that an attention module's heads are shared out to (tensor parallelism), of which this one has `num_heads`;
+    None where it has all."""
+    if num_heads == attention.config.num_attention_heads:
+        return None
+    projection = attention.q_proj  # releases of the library note the mesh on the layer, or on its weight
+    return getattr(projection, "_hf_device_mesh", None) or projection.weight.device_mesh
 
 
 def queries_and_keys(attention, hidden_states, position_embeddings) -> tuple[torch.Tensor, torch.Tensor]:
@@ -193,10 +219,16 @@ def queries_and_keys(attention, hidden_states, position_embeddings) -> tuple[tor
 
 
 def last_token_logits(attention, hidden_states, position_embeddings) -> torch.Tensor:
-    """float[heads, M], scaled products of the last token's queries with the keys of every position, before the softmax;
+    """float[heads, M], of all processes' heads, scaled products of the last token's queries with the keys of every position, before the softmax;
     the arguments are those of `question_attention`."""
     query, key = queries_and_keys(attention, hidden_states, position_embeddings)
-    return (query[0, :, -1:] @ key[0].transpose(1, 2))[:, 0] * attention.scaling
+    logits = (query[0, :, -1:] @ key[0].transpose(1, 2))[:, 0] * attention.scaling
+    mesh = mesh_of_heads(attention, len(logits))
+    if mesh is None:
+        return logits
+    before = mesh.get_local_rank() * len(logits)
+    after = attention.config.num_attention_heads - before - len(logits)
+    return SumOfProcesses.apply(F.pad(logits, (0, 0, before, after)), mesh.get_group())
 
 
 def call_reader(attention: nn.Module, args, kwargs):

@@ -74,9 +74,21 @@ class UHRBatPreTrainedModel(PreTrainedModel):
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
-        if isinstance(module, UHRBatScaleEmbedding):
-            for parameter in module.parameters():
+        # The library passes over modules of outside code that own no parameters, so the scale embedding's tables are found
+        # where they are owned.
+        if isinstance(module, (UHRBatScaleEmbedding, nn.ParameterDict)):
+            for parameter in module.parameters(recurse=False):
                 init.normal_(parameter, std=self.config.initializer_range)
+        if isinstance(module, UHRBatModel) and module.image_newline is not None:
+            init.zeros_(module.image_newline)
+
+    def initialize_weights(self):
+        """As the library's, the towers first: inside of outside code it would pass over those of their modules that own no
+        parameters, and so leave CLIP's without their own initialisation."""
+        for module in self.modules():
+            if isinstance(module, PreTrainedModel) and not isinstance(module, UHRBatPreTrainedModel):
+                module.initialize_weights()
+        super().initialize_weights()
 
     def post_init(self):
         super().post_init()

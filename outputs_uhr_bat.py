@@ -84,6 +84,10 @@ class TileCache:
         self.limit, self.device, self.size = limit, device, 0
         self._tiles, self._lock = OrderedDict(), threading.Lock()
 
+    def __reduce__(self):
+        """Tiles stay where they are: what is copied, or sent to another process, has an empty cache of its own."""
+        return TileCache, (self.limit, self.device)
+
     def find(self, level_idx: int, tile_idx: list[int]) -> dict[int, torch.Tensor]:
         """{tile: float[P, D]} of those tiles of a level that are there."""
         with self._lock:

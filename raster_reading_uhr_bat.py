@@ -9,6 +9,7 @@ Letters: C bands, h and w height and width in pixels.
 import io
 import math
 import os
+import re
 import threading
 import warnings
 from collections.abc import Iterator, Sequence
@@ -192,10 +193,10 @@ class RasterImage(ImageSource):
         self._given = source if is_dataset(source) else None
         if page is not None and self._given is not None:
             raise ValueError(f"`page` is for files, and {name or source.name} is open already.")
-        self._lock = threading.Lock() if self._given is not None else None  # no lock can be pickled
+        self._lock = threading.Lock() if self._given is not None else None
         self._elsewhere = isinstance(source, bytes) or start is not None
         self._driver = driver
-        self._factor = 1
+        self._factor, self._file = 1, None
         if self._given is not None:
             self.filename = name or source.name
             self._setup(source, bands, value_range, window, overviews, 1)
@@ -203,6 +204,7 @@ class RasterImage(ImageSource):
         if isinstance(source, bytes):
             self._file = import_rasterio().MemoryFile(source)  # lives as long as the image
             self.filename, self._source = name or "image", self._file.name
+            self._file_name = self._file.name
         else:
             self._source = os.fspath(source)
             self.filename = name or self._source
@@ -218,6 +220,33 @@ class RasterImage(ImageSource):
             self._setup(dataset, bands, value_range, window, overviews, orientation)
         finally:
             dataset.close()
+
+    def __copy__(self):
+        """The same file, and the same lock where a dataset was given."""
+        made = object.__new__(type(self))
+        made.__dict__.update(self.__dict__)
+        return made
+
+    def __getstate__(self):
+        """What travels to another process, where the file is opened again by its name, or from its bytes."""
+        state = dict(self.__dict__)
+        if self._file is not None:
+            state["_file"] = bytes(self._file.getbuffer())
+        if self._given is not None:
+            state |= {"_given": None, "_lock": None, "_source": self._given.name}
+            if not (os.path.exists(self._given.name) or re.match(r"[\w+]+://|/vsi(?!mem/)", self._given.name)):
+                raise TypeError(
+                    f"{self.filename}: an open dataset that is no file cannot be sent to another process, nor copied. "
+                    "Give its path, or the bytes of its file."
+                )
+        return state
+
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        if self._file is not None:
+            self._file = import_rasterio().MemoryFile(self._file)
+            self._source = self._source.replace(self._file_name, self._file.name)
+            self._file_name = self._file.name
 
     @staticmethod
     def _pages(source, start):

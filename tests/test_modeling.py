@@ -2,9 +2,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from recorder import Recorder
-from small import BUDGETS, GRIDS, IMAGE, SIZES, count_tiles, pad_left, prompt, random_pixels, small_model
+from small import BUDGETS, GRIDS, IMAGE, SIZES, count_tiles, pad_left, prompt, random_pixels, small_config, small_model
 from uhr_bat import compression_uhr_bat
 from uhr_bat.encoding_uhr_bat import first_identical_tile
+from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from uhr_bat.token_compression_uhr_bat import align_importance, merge_tokens, select_tokens
 
 
@@ -571,3 +572,30 @@ def test_an_expanded_prompt_says_what_was_spent_where_the_counts_were_lost(lost,
         expected = model(**inputs, **exact).logits
         kept = {name: value for name, value in exact.items() if name not in lost}
         assert torch.equal(model(**inputs, **kept).logits, expected)
+
+
+@pytest.mark.parametrize("changes", [{"scale_embedding_form": "per_scale", "token_mlp": True},
+                                     {"region_focus": {"layers": [0, 1], "separator_token_id": 7}}])  # fmt: skip
+def test_weights_that_a_checkpoint_lacks_begin_as_those_of_a_new_model(changes):
+    config = small_config(**changes)
+    fresh = UHRBatForConditionalGeneration(small_config(**changes)).state_dict()
+    torch.empty(10**6).fill_(torch.nan)  # what memory holds that nobody wrote to
+    found = UHRBatForConditionalGeneration.from_pretrained(None, config=config, state_dict={}).state_dict()
+    assert fresh.keys() == found.keys() and all(one.isfinite().all() for one in found.values())
+    for name, one in fresh.items():
+        spread = float(one.std()) if one.numel() > 50 else None
+        if spread is not None:
+            assert float(found[name].std()) == pytest.approx(spread, rel=0.5, abs=1e-6), name
+    tables = [one for name, one in found.items() if "scale_embedding" in name and one.numel() > 50]
+    assert tables and all(0.2 < one.std() < 0.4 for one in tables)
+
+
+def test_a_module_that_a_checkpoint_lacks_leaves_the_rest_as_it_is(tmp_path):
+    model = small_model()
+    model.save_pretrained(tmp_path)
+    focused = UHRBatForConditionalGeneration.from_pretrained(
+        tmp_path, region_focus={"layers": [0, 1], "separator_token_id": 7}
+    )
+    found = focused.state_dict()
+    assert all(torch.equal(found[name], one) for name, one in model.state_dict().items())
+    assert not focused.model.image_newline.any() and all(one.isfinite().all() for one in found.values())

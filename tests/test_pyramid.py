@@ -1,6 +1,9 @@
 """The pyramid of an image: tiles that are read by themselves, against the tiles of whole views."""
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,6 +13,7 @@ from uhr_bat.geometry_uhr_bat import pyramid_scales, shown_patches
 from uhr_bat.image_reading_uhr_bat import read_image
 from uhr_bat.image_views_uhr_bat import image_to_tiles
 from uhr_bat.pyramid_uhr_bat import ImagePyramid
+from uhr_bat.raster_reading_uhr_bat import RasterImage
 
 
 TILE, PATCH = 16, 4
@@ -105,6 +109,32 @@ def test_threads_share_a_pyramid(cog):
     with ThreadPoolExecutor(4) as pool:
         for found in pool.map(lambda _: pyramid.pixels(3, range(40, 60)), range(8)):
             np.testing.assert_array_equal(found, expected)
+
+
+@pytest.mark.parametrize("kind", ["memory", "path", "bytes", "dataset"])
+@pytest.mark.parametrize("travel", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_a_pyramid_travels_and_opens_its_file_again_where_it_arrives(cog, kind, travel):
+    rasterio = pytest.importorskip("rasterio")
+    with rasterio.open(cog) as given:
+        sources = {"path": cog, "bytes": Path(cog).read_bytes(), "dataset": given}
+        image = random_image(523, 640) if kind == "memory" else RasterImage(sources[kind])
+        pyramid = pyramid_of(image, max_tiles=40)
+        expected = [pyramid.tiles(level_idx, [2, 0]) for level_idx in range(4)]
+        arrived = travel(pyramid.with_max_tiles(30))
+        pyramid.image = given = None
+    assert arrived.num_chosen != pyramid.num_chosen and arrived.max_tiles == 30
+    for level_idx, wanted in enumerate(expected):
+        np.testing.assert_array_equal(arrived.tiles(level_idx, [2, 0]), wanted)
+    with ThreadPoolExecutor(2) as pool:  # and has a lock again
+        for found in pool.map(lambda _: arrived.tiles(3, [2, 0]), range(4)):
+            np.testing.assert_array_equal(found, wanted)
+
+
+def test_an_open_dataset_that_is_no_file_says_that_it_cannot_travel(cog):
+    rasterio = pytest.importorskip("rasterio")
+    with rasterio.MemoryFile(Path(cog).read_bytes()) as file, file.open() as given:
+        with pytest.raises(TypeError, match="Give its path, or the bytes of its file"):
+            pickle.dumps(pyramid_of(RasterImage(given)))
 
 
 def test_an_image_without_a_valid_pixel_is_refused(tmp_path):

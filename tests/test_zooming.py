@@ -1,5 +1,7 @@
 """Tiles that are read and encoded where the question looks: how many, which, and that nothing else changes."""
 
+import copy
+import pickle
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -141,6 +143,30 @@ def test_a_second_question_finds_the_tiles_of_the_first_and_a_full_cache_changes
     assert torch.equal(ask(features), first) and features.cache.size <= 2000
     with ThreadPoolExecutor(4) as pool:
         assert all(torch.equal(found, first) for found in pool.map(ask, [features] * 8))
+
+
+@pytest.mark.parametrize("travel", [copy.deepcopy, lambda value: pickle.loads(pickle.dumps(value))])
+def test_what_was_encoded_travels_and_answers_as_it_did(image, travel):
+    model, ids = small_model(**NATIVE), prompt(5, "image", 6, num_tokens=9)
+    features = features_of(model, image, 12, scales=None)
+
+    def ask(features):
+        return model.compress(input_ids=ids, image_features=[features], token_counts=[[9]]).pooler_output[0]
+
+    first = ask(features)
+    arrived = travel(features)
+    assert len(features.cache) and not len(arrived.cache) and torch.equal(ask(arrived), first)
+
+
+def batch_of(samples):
+    return {"image_pyramids": [pyramid_of(random_image(50, 37, seed=sample), max_tiles=12) for sample in samples]}
+
+
+def test_a_worker_of_a_data_loader_hands_pyramids_on():
+    loader = torch.utils.data.DataLoader([0, 1, 2], 2, num_workers=1, collate_fn=batch_of, timeout=60)
+    found = [pyramid for batch in loader for pyramid in batch["image_pyramids"]]
+    for idx, pyramid in enumerate(found):
+        np.testing.assert_array_equal(pyramid.pixels(1, [0]), batch_of([idx])["image_pyramids"][0].pixels(1, [0]))
 
 
 def test_prompts_of_a_batch_and_images_of_a_prompt_look_by_themselves(image):
