@@ -23,10 +23,11 @@ def split_budgets(budgets: Sequence[int] | int, scales: Sequence[int], num_image
         budgets: visual tokens that each scale may spend, in the order of `scales`; never fewer at a finer scale
             ("we assign larger B_s values", section 3.3), but for 0, which leaves a scale out. Or one number for all.
         scales: sides of the views in pixels.
-        num_images: images in the prompt. Each gets the floor of its share, the first one the remainder too.
+        num_images: images in the prompt. Each gets the floor of its share, the first one the remainder too. Where a scale
+            has fewer tokens than there are images, the last ones get one each: a question is about them more often.
 
     Returns:
-        int[num_images][S], each at least 1 where the budget is not 0; int[num_images][1] for one number.
+        int[num_images][S], of every image at least 1 at one scale; int[num_images][1] for one number.
 
     Raises:
         ValueError: a missing or surplus budget, a decreasing one, nothing to spend, or fewer tokens than images.
@@ -47,14 +48,19 @@ def split_budgets(budgets: Sequence[int] | int, scales: Sequence[int], num_image
             f"`budgets` must not decrease from one scale to the next finer one. Got {budgets} for the scales "
             f"{list(scales)}."
         )
-    if not spending or min(spending) < num_images:
+    if not spending or min(spending) < 1 or max(spending) < num_images:
         raise ValueError(
-            f"Every budget must be at least 1 token per image, or 0 to leave its scale out, and one of them not 0. Got "
-            f"{budgets} for {num_images} image(s) in one prompt."
+            f"One budget must be at least 1 token per image, and none below 0, which leaves its scale out. Got {budgets} for "
+            f"{num_images} image(s) in one prompt."
         )
-    share = [budget // num_images for budget in budgets]
-    first = [budget - (num_images - 1) * part for budget, part in zip(budgets, share)]
-    return [first] + [share] * (num_images - 1)
+    shares = []
+    for budget in budgets:
+        share, rest = divmod(budget, num_images)
+        if share:
+            shares.append([share + rest] + [share] * (num_images - 1))
+        else:
+            shares.append([0] * (num_images - rest) + [1] * rest)
+    return [list(counts) for counts in zip(*shares)]
 
 
 def count_tokens(budgets, scales, images_per_prompt: Sequence[int], available) -> list[list[int]]:

@@ -24,6 +24,12 @@ def test_images_of_a_prompt_share_its_budgets_and_the_first_gets_the_remainder()
     assert split_budgets([7, 8], [32, 64], 3) == [[3, 4], [2, 2], [2, 2]]
 
 
+def test_where_a_scale_has_fewer_tokens_than_images_the_last_ones_get_one_each():
+    shares = split_budgets([2, 3, 4, 5], SCALES, 4)
+    assert shares == [[0, 0, 1, 2], [0, 1, 1, 1], [1, 1, 1, 1], [1, 1, 1, 1]]
+    assert [sum(scale) for scale in zip(*shares)] == [2, 3, 4, 5]
+
+
 def test_a_budget_of_0_leaves_its_scale_out():
     assert split_budgets([0, 8, 0, 9], SCALES, 2) == [[0, 4, 0, 5], [0, 4, 0, 4]]
 
@@ -34,7 +40,7 @@ def test_a_budget_of_0_leaves_its_scale_out():
         ([1, 2, 3], 1, "Got 3 budgets"),
         ([4, 3, 5, 6], 1, r"must not decrease.*\[4, 3, 5, 6\]"),
         ([0, 0, 0, 0], 1, "at least 1 token per image"),
-        ([2, 3, 4, 5], 3, "at least 1 token per image.* 3 image"),
+        ([2, 3, 4, 5], 6, "at least 1 token per image.* 6 image"),
         ([-1, 3, 4, 5], 1, "at least 1 token per image"),
     ],
 )

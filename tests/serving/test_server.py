@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import openai
 import pytest
+import torch
 from asking import data_uri, picture
 from PIL import Image
 from uhr_bat.common.loading import load_model
@@ -20,6 +21,7 @@ from uhr_bat.common.prompts import prompt_text
 
 SHIPS, TRUCKS = "How many ships are there?", "What colour is the truck at the road?"
 NUM_TOKENS = 8
+BUDGETS = [4, 8, 40, 94]  # UHR-BAT-Tiny's
 
 
 @pytest.fixture(scope="module")
@@ -285,6 +287,23 @@ def test_control_tokens_that_a_user_spells_are_text(client, loaded, images):
     num_tokens = [len(processor(text=before, images=images or None)["input_ids"][0]), len(words)]
     assert answer.usage.prompt_tokens == sum(num_tokens) + len(processor.tokenizer(after)["input_ids"])
     assert answer.choices[0].message.content
+
+
+@pytest.mark.parametrize("number", [8, 16])
+def test_as_many_images_as_a_request_may_have_share_the_budgets_of_a_conversation(client, loaded, number):
+    images, turns = [picture(seed) for seed in range(number)], []
+    for image in images:
+        turns += [*messages(image), {"role": "assistant", "content": "two"}]
+    answer = client.chat.completions.create(model="endless", messages=turns[:-1], max_tokens=4)
+    processor, model = loaded
+    parts = [{"type": "image"}, {"type": "text", "text": SHIPS}]
+    plain = [{"role": "user", "content": parts}, {"role": "assistant", "content": "two"}] * number
+    text = processor.apply_chat_template(plain[:-1], add_generation_prompt=True)
+    inputs = processor(text=text, images=images, return_tensors="pt")
+    assert (inputs["token_counts"].sum(1) > 0).all() and (inputs["token_counts"].sum(0) <= torch.tensor(BUDGETS)).all()
+    output = model.generate(**inputs, do_sample=False, max_new_tokens=4)
+    said = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+    assert answer.choices[0].message.content == said
 
 
 # Log probabilities
