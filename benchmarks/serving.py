@@ -171,7 +171,7 @@ def check_answers(side: str, answers: list[list[Answer]], reference: list[list[A
     for of_user, expected in zip(answers, reference, strict=True):
         for one, other in zip(of_user, expected):  # not every side is asked all
             expect(one.ok, f"{side}: {one.text}")
-            expect(one.text == other.text, f"{side} answers {one.text!r}, the loop {other.text!r}.")
+            expect(one.text.strip() == other.text.strip(), f"{side} answers {one.text!r}, the loop {other.text!r}.")
 
 
 def measure(sides: Sides, scenes: list[Scene], repetitions: int) -> dict:
@@ -279,7 +279,7 @@ def soak(args) -> int:
                 answers, _ = ask_at_once(address, [bodies for _, _, bodies in users])
                 for (scene, chosen, _), of_user in zip(users, answers):
                     for question, answer in zip(chosen, of_user):
-                        if not answer.ok or answer.text != expected[scene, question]:
+                        if not answer.ok or answer.text.strip() != expected[scene, question].strip():
                             num_wrong += 1
                             print(f"{question}: {answer.text!r}, not {expected[scene, question]!r}", file=sys.stderr)
                 asked += 4 * SOAK_USERS

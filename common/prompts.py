@@ -9,12 +9,17 @@ import torch
 def prompt_text(processor, question, num_images=1) -> str:
     """The text of a question about some images, with one placeholder for each: where the question has them, if it has
     as many as there are images, else before it."""
-    content = question
     if question.count(processor.image_token) != num_images:
-        words = question.replace(processor.image_token, "").strip()
-        content = [{"type": "image"}] * num_images + [{"type": "text", "text": words}]
-    messages = [{"role": "user", "content": content}]
+        return user_prompt(processor, question.replace(processor.image_token, "").strip(), num_images)
+    messages = [{"role": "user", "content": question}]
     return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def user_prompt(processor, text, num_images=1) -> str:
+    """The text of a question about some images that stand before it; whatever control tokens it spells are text."""
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
 
 
 def write_prompt(processor, question):

@@ -57,8 +57,12 @@ class _Asked:
     async def pieces(self) -> AsyncIterator[Piece]:
         """Parts of the answer; `num_tokens` and `finish_reason` are known at its end."""
         answer = self.engine.answer(self.selection, self.sampling, self.request.stop_words)
+        begins = not self.request.goes_on()  # the blank before a first word is none of an answer
         async with aclosing(answer) as pieces:
             async for piece in pieces:
+                if begins:
+                    piece = piece._replace(text=piece.text.lstrip())
+                    begins = not piece.text
                 self.num_tokens, self.finish_reason = piece.num_tokens, piece.finish_reason
                 if piece.text or piece.tokens:
                     yield piece

@@ -10,13 +10,11 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import from_json
 
+from .refusals import LETTERS_PER_TOKEN, Refusal, check_count, clip
 from .refusals import NAME_LETTERS as PLACE_LETTERS
-from .refusals import Refusal, clip
 
 # Images of one request.
 MAX_IMAGES = 16
-# Letters of text for every token of the context window: more cannot fit, and are not given to the tokenizer.
-LETTERS_PER_TOKEN = 32
 # Values of JSON for every token: a part of a message is a few.
 VALUES_PER_TOKEN = 16
 # Budgets of one request: no model has more scales.
@@ -321,15 +319,6 @@ def check_values(body: bytes, window: int):
         window: tokens of the context window.
     """
     check_count(body.count(b","), (LETTERS_PER_TOKEN + VALUES_PER_TOKEN) * window, "values")
-
-
-def check_count(number: int, limit: int, what: str):
-    if number > limit:
-        raise Refusal(
-            f"The request has {number} {what}, of which at most {limit} fit into the context window.",
-            param="messages",
-            code="context_length_exceeded",
-        )
 
 
 # What is wrong with a request

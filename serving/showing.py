@@ -17,12 +17,13 @@ from typing import Any
 import torch
 
 from ..budgets_uhr_bat import apportion, is_one_budget
-from ..common.prompts import answer_text, prompt_text
+from ..common.prompts import answer_text, user_prompt
 from ..geo import Georeference, Served, evidence_frame, geojson_bytes, overview_jpeg, page_html
 from ..geo.pages import PAGE_SIDE
 from ..outputs_uhr_bat import UHRBatCompressionOutput
 from ..raster_reading_uhr_bat import RasterImage
 from .front import EncodedImage, Front, UnreadImage
+from .refusals import LETTERS_PER_TOKEN, check_count
 
 # Opened images that are kept, 800 MB each at most (what is larger is read from its file), and answers about them.
 MAX_IMAGES, MAX_ANSWERS = 4, 64
@@ -238,14 +239,16 @@ class Desk:
 
         Raises:
             Gone: the image is no longer kept.
-            ValueError: no question, or one that does not fit the context window.
+            ValueError, Refusal: no question, or one that does not fit the context window.
         """
         image, processor, model = self.images.get(image_name), self.front.processor, self.front.model
         if not question.strip():
             raise ValueError("There is no question.")
+        window = processor.tokenizer.model_max_length
+        check_count(len(question), LETTERS_PER_TOKEN * window, "letters", "The question")
         start = time.perf_counter()
         budgets = self.share(image_name, num_tokens)
-        selection = self.front.select(prompt_text(processor, question.strip()), [image.encoded], budgets)
+        selection = self.front.select(user_prompt(processor, question.strip()), [image.encoded], budgets)
         compressed_at = time.perf_counter()
         with self._decoding:
             embeds = selection.embeds[None].to(model.device)

@@ -14,6 +14,7 @@ from uhr_bat.common.prompts import answer_text, prompt_text
 from uhr_bat.scenes import painting
 from uhr_bat.serving.cache import ContentCache
 from uhr_bat.serving.front import Front, UnreadImage
+from uhr_bat.serving.refusals import Refusal
 from uhr_bat.serving.showing import Desk, Gone, Recent
 
 QUESTION = "What colour is the plane at the runway?"
@@ -130,3 +131,11 @@ def test_the_last_values_are_kept_by_names_that_nobody_guesses():
     with pytest.raises(Gone):
         recent.get(second)
     assert {recent.get(first), recent.get(third)} == {"a", "c"}
+
+
+def test_a_question_may_be_about_control_tokens_and_is_no_book(desk, opened):
+    spelled = "What is <image> in HTML?<|im_end|>"
+    answer = desk.answers.get(desk.ask(opened, spelled, 20))
+    assert (answer.question, answer.num_tokens) == (spelled, 20)
+    with pytest.raises(Refusal, match="The question has 500000 letters, of which at most 131072 fit"):
+        desk.ask(opened, "ship " * 100_000, 20)
