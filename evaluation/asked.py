@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
+from ..common.loading import base_of
 from .samples import Picture, Sample
 
 WHOLE = 4 << 20  # bytes of a file of which every one counts
@@ -34,9 +35,11 @@ def file_digest(path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Of a model folder: its weights, configuration and tokenizer."""
-    files = sorted(path for path in Path(folder).iterdir() if path.suffix in MODEL_FILES and path.is_file())
-    return _digest([[path.name, file_digest(path)] for path in files])
+    """Of a model folder: its weights, configuration and tokenizer; of an adapter's, those of its model too."""
+    base = base_of(folder)
+    places = [Path(folder)] + ([Path(base)] if base is not None and Path(base).is_dir() else [])
+    files = [path for place in places for path in sorted(place.iterdir()) if path.suffix in MODEL_FILES and path.is_file()]
+    return _digest([base is not None, *([path.name, file_digest(path)] for path in files)])
 
 
 def _digest(value) -> str:

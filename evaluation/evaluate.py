@@ -9,6 +9,7 @@ there already is not asked again.
 """
 
 import argparse
+import json
 import math
 import os
 import sys
@@ -19,10 +20,8 @@ from ..common.budgets import budgets as read_budgets
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.images import add_image_arguments, add_tile_arguments, image_options
-from ..common.loading import ROOT, check_files, load_model
+from ..common.loading import ROOT, check_files, load_config, load_model, load_processor
 from ..common.outputs import Output, check_outputs
-from ..configuration_uhr_bat import UHRBatConfig
-from ..processing_uhr_bat import UHRBatProcessor
 from . import figures
 from .asked import folder_digest
 from .other_answers import other_answers
@@ -93,12 +92,12 @@ def ask_suite(args, suite, samples, prompt):
     """The lines of a run, asked or found, and its settings."""
     check_files(None, args.model)
     changes = {} if args.selector is None else {"selector": args.selector}
-    config = UHRBatConfig.from_pretrained(args.model, **changes)
-    default = UHRBatProcessor.from_pretrained(args.model).default_budgets
+    config, default = load_config(args.model, **changes), load_processor(args.model).default_budgets
     tiles, budgets = looking_closer(args.budgets, default, args.max_tiles, args.native)
     budgets = default if budgets is None else budgets
     split_budgets(budgets, config.scales)
     read = {name: value for name, value in image_options(args).items() if value is not None}
+    read = json.loads(json.dumps(read, default=str))  # as settings.json holds them
     settings = Settings(
         suite=suite.name, data=args.data, model=str(args.model), prompt=prompt,
         budgets=budgets, selector=config.selector,

@@ -10,6 +10,7 @@ from types import ModuleType, SimpleNamespace
 import pytest
 import torch
 from images import random_image
+from small import count_tiles
 from uhr_bat.common.loading import load_model
 from uhr_bat.common.prompts import prompt_text
 from uhr_bat.evaluation.running import answers, encode
@@ -113,6 +114,24 @@ def test_lmms_eval_gets_the_mean_loss_of_a_continuation_and_whether_it_is_the_li
     assert batched.losses([document["question"]], [likeliest], features)[0][1]
 
 
+@pytest.mark.slow
+def test_lmms_eval_looks_closer_where_the_question_looks(lmms_eval_model):
+    settings = {"max_new_tokens": 4, "temperature": 0, "do_sample": False, "until": []}
+    closer = make(lmms_eval_model, batch_size=2, budgets=14, max_tiles="24", native="True")
+    tiles = count_tiles(closer.model)
+    found = closer.generate_until(requests(lambda number: dict(settings)))
+    assert max(tiles) <= 24
+    processor, model = load_model(selector="preserve_and_merge")
+    for document, text in zip(DOCUMENTS, found):
+        features = encode(model, processor.image_processor(document["image"], max_tiles=24, native=True))
+        said = answers(model, processor, [document["question"]], [features], budgets=14, max_tiles=24, max_new_tokens=4)
+        assert said[0][0] == text
+    assert all(loss > 0 for loss, _ in closer.loglikelihood(requests(lambda number: "white")))
+    for wrong, message in (({"native": True}, "give max_tiles with it"), ({"max_tiles": 0}, "must be at least 1. Got 0")):
+        with pytest.raises(ValueError, match=message):
+            make(lmms_eval_model, budgets=14, **wrong)
+
+
 def test_lmms_eval_is_told_of_arguments_that_there_are_not(lmms_eval_model):
     with pytest.raises(ValueError, match="no model argument budget. It has: pretrained, budgets, selector"):
         make(lmms_eval_model, budget=3)
@@ -145,6 +164,10 @@ def test_vlmevalkit_asks_with_images_and_text_in_any_order(monkeypatch, tmp_path
     assert model.generate([{"type": "text", "value": "Here:"}, image, text]) == placed
     assert isinstance(model.generate([text]), str)
     assert isinstance(model.generate([image, image, text]), str)
+    closer = kit.UHRBat(selector="preserve_and_merge", max_tiles=24, native=True, max_new_tokens=4)
+    tiles = count_tiles(closer.model)
+    assert isinstance(closer.generate([image, text]), str) and max(tiles) <= 24
+    assert closer.budgets == sum(closer.processor.default_budgets)
 
 
 # ---- lmms-eval itself ------------------------------------------------------------------------------------------------
