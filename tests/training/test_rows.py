@@ -2,9 +2,11 @@
 
 import json
 import logging
+import re
 
 import pytest
 from own_data import ask, make_rows, paint_images, write_rows
+from uhr_bat.common.loading import ROOT
 from uhr_bat.training.collator import UHRBatDataCollator
 from uhr_bat.training.data import load_samples
 from uhr_bat.training.grouping import hold_out
@@ -86,6 +88,16 @@ def test_images_may_be_named_by_the_turns_that_show_them(tmp_path, processor, im
     assert texts(samples) == [[("user", "<image>What?"), ("assistant", "red")]]
     with pytest.raises(ValueError, match="images in turns and in a column"):
         load_samples(write_rows(tmp_path / "data.json", [row | {"image": "other.png"}]), processor)
+
+
+def test_the_pages_rows_are_read_as_they_stand(tmp_path, processor):
+    (block,) = re.findall(r"```json\n(.*?)```", (ROOT / "training" / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+    (tmp_path / "data.json").write_text(block, encoding="utf-8")
+    (tmp_path / "images").mkdir()
+    for name in ("harbour", "before", "after", "field"):
+        (tmp_path / "images" / f"{name}.tif").touch()
+    said = ["Three.", "A pier.", "Yes.", "Wheat."]
+    assert answers(load_samples(tmp_path / "data.json", processor)) == said
 
 
 BROKEN = {
