@@ -164,7 +164,7 @@ def read_turns(row: dict, image_token: str = "<image>") -> tuple[list[tuple[str,
         raise BadSample(f"without one of {wanted}", f"columns: {', '.join(map(str, row))}")
     found = []
     for role, said in turns:
-        if role not in ROLES:
+        if not isinstance(role, str) or role not in ROLES:
             raise BadSample("with an unknown role", f"{role!r} is none of {', '.join(ROLES)}")
         found.append((ROLES[role], as_text(said)))
     if row.get("system") not in (None, ""):
@@ -183,8 +183,10 @@ def read_images(row: dict, named=()) -> list[dict]:
         raise BadSample("with images in turns and in a column", f"{len(named)} and {len(images)}")
     found = []
     for image in named or images:
-        if not isinstance(image, dict):
+        if isinstance(image, (str, int, float)) and not isinstance(image, bool):
             image = {"path": as_text(image), "bytes": None}
+        if not isinstance(image, dict):
+            raise BadSample("whose image is no path and no file", repr(image)[:60])
         found.append(image)
     return found
 
@@ -232,7 +234,7 @@ def to_messages(turns, num_images: int, image_token: str, is_plain: bool) -> lis
         raise BadSample(f"with {image_token} in a turn that is not the user's")
     for number, (role, text) in enumerate(turns, 1):
         if not text.strip():
-            raise BadSample("with an empty turn", f"turn {number}, {role}: it would be learnt as an end at once")
+            raise BadSample("with an empty turn", f"turn {number}, {role}")
     return [{"role": role, "content": split_text(text, image_token)} for role, text in turns]
 
 
@@ -323,10 +325,10 @@ class SampleReader:
             return {"path": path, "bytes": image.get("bytes")}
         try:
             is_there = path is not None and (folder / path).is_file()
-        except ValueError:  # no path at all
+        except (OSError, ValueError):  # no name that a file can have
             is_there = False
         if not is_there:
-            raise BadSample("whose image is missing", f"{folder / str(path)}: there is no such file")
+            raise BadSample("whose image is missing", f"{str(folder / str(path))[:300]}: there is no such file")
         return {"path": str(folder / path), "bytes": None}
 
     def find_regions(self, image: dict) -> str:
@@ -350,7 +352,8 @@ class SampleReader:
         try:
             counts = count_tokens(budgets, scales, [num_images], available) if num_images else []
         except ValueError as error:  # more images than a scale may spend tokens
-            raise BadSample("with too many images for the budgets", str(error)) from error
+            kind = "with too many images for the budgets" if budgets is self.budgets else "whose `budgets` do not fit"
+            raise BadSample(kind, str(error)) from error
         length = len(ids) - num_images + sum(map(sum, counts))
         if length > self.max_length:
             raise BadSample(
@@ -379,7 +382,8 @@ def open_table(source: str, split: str):
         try:
             table = load_dataset("parquet", data_files=str(source), split="train")
         except Exception as error:  # whatever pyarrow and datasets raise for a file that is none
-            raise ValueError(f"{source}: it cannot be read as parquet ({error.__cause__ or error}).") from error
+            columns = zip(COLUMNS, ("", "that are no parquet", str(error.__cause__ or error)))
+            table = Dataset.from_list([dict(columns)])
     elif (path / "state.json").is_file() or (path / "dataset_dict.json").is_file():
         table = load_from_disk(source)
         if isinstance(table, dict):

@@ -112,6 +112,8 @@ BROKEN = {
     "an object of a list": ('{"data": [{"question": "a"}]}', "row 1: assistant"),
     "no UTF-8": ('[{"question": "\\ud800", "answer": "b"}]', "1 with text that is no UTF-8"),
     "an empty answer": (json.dumps([{"conversations": ask("a", "", "b", "c")}]), "turn 2, assistant"),
+    "a role of another type": ('[{"conversations": [{"from": ["human"], "value": "a"}]}]', "['human'] is none of"),
+    "an image of another type": ('[{"image": true, "question": "a", "answer": "b"}]', "no path and no file"),
     "two systems": ('[{"system": "a", "messages": [{"role": "system", "content": "b"}]}]', "two system texts"),
 }
 
@@ -141,6 +143,14 @@ def test_a_line_that_is_no_json_or_a_cell_too_many_ends_no_other_row(tmp_path, p
         assert told in str(refused.value)
     samples = load_samples([tmp_path / "data.jsonl", tmp_path / "data.csv"], processor, bad_samples="skip")
     assert answers(samples) == ["1", "3", "4", "8"]
+
+
+def test_a_file_that_is_no_parquet_is_named_like_a_row(tmp_path, processor):
+    (tmp_path / "broken.parquet").write_bytes(b"PAR1 and no more")
+    good = write_rows(tmp_path / "good.json", [{"question": "What?", "answer": "red"}])
+    with pytest.raises(ValueError, match="1 that are no parquet\n    .*broken.parquet, row 1: "):
+        load_samples([tmp_path / "broken.parquet", good], processor)
+    assert len(load_samples([tmp_path / "broken.parquet", good], processor, bad_samples="skip")) == 1
 
 
 def test_a_file_that_changed_is_read_anew(tmp_path, processor):
