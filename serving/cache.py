@@ -34,6 +34,10 @@ def count_bytes(value: Any) -> int:
     return held + sum(storages.values())
 
 
+class Abandoned(Exception):
+    """A value was not made: whoever asked for it first wants it no more."""
+
+
 class ContentCache:
     """Values by keys that name all that they were computed from. Safe to share among threads.
 
@@ -63,7 +67,7 @@ class ContentCache:
         """The value of a key, from `make()` where it is not kept.
 
         Of several threads that ask for one key at once the first makes the value, and the others wait for it, or for
-        its error. An error is not kept.
+        its error. An error is not kept; of `Abandoned` the others hear nothing: the next of them makes the value.
 
         Args:
             key: its first part says of which kind the value is, as "image".
@@ -81,12 +85,17 @@ class ContentCache:
             else:
                 self._count(self.found, key)
         if coming is not None:
-            return coming.result()
+            try:
+                return coming.result()
+            except Abandoned:
+                return self.get(key, make)
         try:
             value = make()
         except BaseException as error:
             with self._lock:
                 del self._coming[key]
+                if isinstance(error, Abandoned):
+                    self.made[key[0]] -= 1
             made.set_exception(error)
             raise
         with self._lock:

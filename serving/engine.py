@@ -1,16 +1,18 @@
 """From a question to the text of its answer, for many at once: the front on threads, the decoder beside it."""
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import aclosing
+from contextvars import copy_context
 from functools import partial
 from typing import NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
 from .decoding import Decoder, Sampling
-from .front import Front, Selection
+from .front import Front, Selection, has_left
 from .refusals import Refusal
 from .structure import Forms
 
@@ -54,7 +56,14 @@ class Engine:
         return await self._call(self.front.select, prompt, images, budgets, max_tiles)
 
     async def _call(self, function, *args, **kwargs):
-        return await asyncio.get_running_loop().run_in_executor(self._threads, partial(function, *args, **kwargs))
+        """On a thread, which is told where the caller goes meanwhile."""
+        left, context = threading.Event(), copy_context()
+        context.run(has_left.set, left.is_set)
+        work = partial(context.run, function, *args, **kwargs)
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+        finally:
+            left.set()
 
     async def check_schema(self, schema: str):
         """Raises what `Forms.make` raises, before anything is done for the answer."""

@@ -6,6 +6,8 @@ Letters: I images, S scales, M tokens of a prompt with its images, D decoder wid
 
 import hashlib
 import threading
+from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,11 @@ from torch.utils import _pytree as pytree
 from ..common.loading import base_of
 from ..geo import Georeference
 from ..outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
-from .cache import ContentCache
+from .cache import Abandoned, ContentCache
 from .digests import DIGESTS
 
+# Whether whoever asked for the work of this thread went meanwhile.
+has_left: ContextVar[Callable[[], bool]] = ContextVar("has_left", default=lambda: False)
 # Files of a model folder that decide what is computed.
 MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.py")
 
@@ -89,7 +93,8 @@ class Selection:
 
 
 class Front:
-    """Processor and model, with a cache of encoded images and of selections. Safe to share among threads.
+    """Processor and model, with a cache of encoded images and of selections. Safe to share among threads. Work that nobody
+    waits for when its turn comes is not begun (`has_left`).
 
     Args:
         processor, model: of `load_model`.
@@ -125,6 +130,8 @@ class Front:
 
     def _compute(self, step, *args):
         with self._work, torch.inference_mode():
+            if has_left.get()():
+                raise Abandoned
             return step(*args)
 
     def _encode(self, key, source, options, tiles):

@@ -1,12 +1,15 @@
 """What stands before the decoder: encoded once, chosen for every question."""
 
+import asyncio
 import io
+import threading
 
 import pytest
 import torch
 from asking import PROMPT, picture
 from uhr_bat.common.loading import load_model
 from uhr_bat.serving.cache import ContentCache
+from uhr_bat.serving.engine import Engine
 from uhr_bat.serving.front import Front, UnreadImage, fingerprint
 
 SHIPS, TRUCKS = PROMPT.format("How many ships are there?"), PROMPT.format("What colour is the truck at the road?")
@@ -70,3 +73,39 @@ def test_a_model_folder_is_known_by_its_content(tmp_path):
     assert fingerprint(tmp_path) == before
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     assert fingerprint(tmp_path) != before
+
+
+def test_work_that_nobody_waits_for_is_not_begun(loaded, monkeypatch):
+    """What one who left and one who stays have asked for is done for the latter."""
+    front = Front(*loaded, "tiny", ContentCache(2**30), workers=1)
+    front_is_free, read = threading.Event(), []
+    process_image = front.processor.image_processor.process_image
+
+    def reading(content, **options):
+        if isinstance(content, bytes):  # of a request, and not of the steps inside
+            read.append(content)
+        front_is_free.wait(20)
+        return process_image(content, **options)
+
+    monkeypatch.setattr(front.processor.image_processor, "process_image", reading)
+    held, left, shared = (source(seed) for seed in range(3))
+
+    async def ask():
+        engine = Engine(front, None, max_requests=8)
+        first, gone, also_gone, stays = tasks = [
+            asyncio.ensure_future(engine.encode(one)) for one in (held, left, shared, shared)
+        ]
+        while not read:
+            await asyncio.sleep(0.01)
+        await asyncio.sleep(0.1)  # the others wait for their turn
+        for one in (gone, also_gone):
+            one.cancel()
+        await asyncio.sleep(0)
+        front_is_free.set()
+        return await asyncio.gather(*tasks, return_exceptions=True)
+
+    first, gone, also_gone, stays = asyncio.run(ask())
+    assert isinstance(gone, asyncio.CancelledError) and isinstance(also_gone, asyncio.CancelledError)
+    assert stays.image_size == first.image_size
+    assert sorted(read) == sorted([held.content, shared.content])
+    assert front.cache.made == {"image": 2}
