@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from .budgets_uhr_bat import count_tokens, is_one_budget
 from .clustering_uhr_bat import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, PCA_WIDTH
 from .geometry_uhr_bat import shown_patches
+from .image_reading_uhr_bat import HELD_PIXELS
+from .pyramid_uhr_bat import ImagePyramid, UnreadImage
 from .zooming_uhr_bat import split_tiles
 
 # Text tokens of a prompt before and after the image (the chat template with a question of a dozen words), and those of
@@ -36,6 +38,9 @@ class Question:
         text_before, text_after: text tokens before and after the image.
         num_answer_tokens: tokens that are generated.
         max_tiles: see [`UHRBatImageProcessor`]; None where every tile is encoded.
+        native: whether the tiles are of levels down to the image's own resolution.
+        num_questions: that are answered at once, as a batch does, or as many users of a server.
+        num_images: that they are about, each of this size; cut and encoded one after the other, their tokens all held.
     """
 
     num_pixels: int
@@ -46,6 +51,22 @@ class Question:
     text_after: int = TEXT_AFTER
     num_answer_tokens: int = ANSWER_TOKENS
     max_tiles: int | None = None
+    native: bool = False
+    num_questions: int = 1
+    num_images: int = 1
+
+    def __post_init__(self):
+        if not 1 <= self.num_images <= self.num_questions:
+            raise ValueError(
+                f"{self.num_questions} questions about {self.num_images} images: at least one of both, and as many questions as "
+                "images."
+            )
+
+    @property
+    def num_held_pixels(self) -> int:
+        """Pixels of the image that are in memory at once, and all read: none of a large one with native levels, whose tiles are
+        read from the file."""
+        return 0 if self.native and self.num_pixels >= HELD_PIXELS else self.num_pixels
 
     @property
     def counts(self) -> list[int]:
@@ -73,14 +94,30 @@ def tiles_of(shown, patches_per_side: int) -> int:
     return int(shown.reshape(H // p, p, W // p, p).any(axis=(1, 3)).sum())
 
 
-def question_of(config, image_size: tuple[int, int], budgets=None, max_tiles=None, **text) -> Question:
+def question_of(config, image_size: tuple[int, int], budgets=None, max_tiles=None, native=False, **others) -> Question:
     """The question about an image of (height, width) pixels: where the letterbox lies follows from its size.
 
     Args:
         budgets: int[S] or one number; None for those of the configuration.
-        max_tiles: tiles of the configuration's scales that are encoded where the question looks; None for all.
-        text: other values for the rest of [`Question`].
+        max_tiles: tiles that are encoded where the question looks, of the configuration's scales; None for all.
+        native: of levels down to the image's own resolution instead.
+        others: other values for the rest of [`Question`].
+
+    Raises:
+        ValueError: `native` without `max_tiles`, or with budgets for each scale.
     """
+    num_pixels, budgets = image_size[0] * image_size[1], config.budgets if budgets is None else budgets
+    if native:
+        if max_tiles is None:
+            raise ValueError("`native` levels are encoded where the question looks, so many tiles: pass `max_tiles` with it.")
+        pyramid = ImagePyramid(
+            UnreadImage(*image_size), anchor=config.scales[0], tile_size=config.tile_size, patch_size=config.patch_size,
+            mask_padding=config.mask_padding, max_tiles=max_tiles,
+        )  # fmt: skip
+        budgets = budgets if is_one_budget(budgets) else sum(budgets)
+        return Question(
+            num_pixels, pyramid.num_chosen, pyramid.available, budgets, max_tiles=max_tiles, native=True, **others
+        )
     full = [(height * width, config.tile_size // config.patch_size) for height, width in config.grids]
     tiles, available = [N // p**2 for N, p in full], [N for N, _ in full]
     if config.mask_padding:
@@ -90,8 +127,7 @@ def question_of(config, image_size: tuple[int, int], budgets=None, max_tiles=Non
     if max_tiles is not None:
         tiles = split_tiles(tiles, max_tiles)
         available = [min(N, number * p**2) for N, number, (_, p) in zip(available, tiles, full)]
-    budgets = config.budgets if budgets is None else budgets
-    return Question(image_size[0] * image_size[1], tiles, available, budgets, max_tiles=max_tiles, **text)
+    return Question(num_pixels, tiles, available, budgets, max_tiles=max_tiles, **others)
 
 
 # ---- FLOPs -----------------------------------------------------------------------------------------------------------
@@ -161,18 +197,16 @@ def reading_layer(config) -> int:
     return len(config.focus.layers) - 1 if config.importance_source == "region_focus" else config.importance_layer
 
 
-def refinement(config, candidates, layers, text_before, text_after) -> int:
-    """The passes that refine the importance; at the finest scale the last token asks alone."""
-    rows = [text_after] * (len(candidates) - 1) + [1]
-    passes = zip(candidates, layers, rows)
-    return sum(weighing(config, number, layer, asking, text_before + text_after) for number, layer, asking in passes)
-
-
-def candidates_of(config, question) -> tuple[list[int], list[int]]:
-    """(tokens, decoder layer) of every pass that refines the importance: scales after the anchor."""
-    numbers = [min(pair) for pair in zip(config.refinement, question.available[1:])][question.anchor_idx :]
-    layers = config.refinement_layers or [config.importance_layer] * len(config.refinement)
-    return numbers, layers[question.anchor_idx :]
+def candidates_of(config, question) -> list[tuple[int, int, int]]:
+    """(tokens, decoder layer, rows that ask) of every pass that refines the importance: scales after the anchor. Deeper levels
+    than there are scales are read as the finest one, at which the last token asks alone."""
+    layers, found = config.refinement_layers or [config.importance_layer] * len(config.refinement), []
+    for scale_idx in range(question.anchor_idx + 1, len(question.available) if config.refinement else 0):
+        step = min(scale_idx, len(config.refinement)) - 1
+        rows = 1 if step == len(config.refinement) - 1 else question.text_after
+        if number := min(config.refinement[step], question.available[scale_idx]):
+            found.append((number, layers[step], rows))
+    return found
 
 
 def region_counts(config, question) -> list[int]:
@@ -208,17 +242,18 @@ def question_flops(config, question: Question) -> dict[str, int]:
     P = (config.tile_size // config.patch_size) ** 2
     num_tiles, before, after = sum(question.tiles), question.text_before, question.text_after
     num_rows = after if config.question_tokens == "all" else 1
-    anchor, steps = question.available[question.anchor_idx], range(question.num_answer_tokens - 1)
+    anchor, steps, at_once = question.available[question.anchor_idx], range(question.num_answer_tokens - 1), question.num_questions
     flops = {
         "encode": vision_tower(config, num_tiles, up_to_features=True) + projector(config, num_tiles * P),
         "importance": weighing(config, anchor, reading_layer(config), num_rows, question.num_text),
-        "refinement": 0,
+        "refinement": sum(weighing(config, *one, question.num_text) for one in candidates_of(config, question)),
         "regions": kmeans(config, question.available, region_counts(config, question)),
         "prefill": decoder(config, question.prompt) + head(config, 1),
         "answer": sum(decoder(config, 1, question.prompt + step) + head(config, 1) for step in steps),
     }
-    if config.refinement:
-        flops["refinement"] = refinement(config, *candidates_of(config, question), before, after)
+    # Where the question looks its tiles are its own.
+    encoded = at_once if question.max_tiles is not None else question.num_images
+    flops = {stage: number * (encoded if stage == "encode" else at_once) for stage, number in flops.items()}
     return {stage: number for stage, number in flops.items() if number or stage != "refinement"}
 
 
@@ -283,16 +318,17 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
         b: bytes of a value of the tokens: 4 for float32, 2 for bfloat16.
         on_gpu: whether clustering takes the blocks of a GPU.
     """
-    D = config.text_config.hidden_size
+    D, at_once = config.text_config.hidden_size, question.num_questions
     P, encoded = (config.tile_size // config.patch_size) ** 2, not any(question.tiles)
     num_tiles = 0 if encoded else sum(height * width // P for height, width in config.grids)
     if question.max_tiles is not None:  # read level by level, when they are asked for
         num_tiles = max(question.tiles)
     held = {"weights": weights, "pixel values": 4 * 3 * num_tiles * config.tile_size**2}
+    others = question.num_images - 1  # whose tokens are there already
     stages = {}
     if question.num_pixels and not on_gpu:
         stages["preprocess"] = {
-            **held, "image": PILLOW_PIXEL * question.num_pixels, "tiles of 8 bits": held["pixel values"] // 4
+            **held, "image": PILLOW_PIXEL * question.num_held_pixels, "tiles of 8 bits": held["pixel values"] // 4
         }  # fmt: skip
 
     anchor = b * D * question.available[question.anchor_idx]
@@ -300,7 +336,7 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
     if not encoded:
         peaks = []
         for scale_idx, (N, T) in enumerate(zip(question.available, question.tiles)):
-            before = sum(of_scales[:scale_idx]) + (anchor if scale_idx > question.anchor_idx else 0)
+            before = others * (sum(of_scales) + anchor) + sum(of_scales[:scale_idx]) + (anchor if scale_idx > question.anchor_idx else 0)
             projected, added = tokens_at_work(config, N, T, b)
             chunk = tower_chunk(config, T, b, on_gpu)
             peaks.append({"tokens of all scales": before + projected, "tower's chunk": chunk})
@@ -308,8 +344,8 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
         stages["encode"] = held | max(peaks, key=lambda terms: sum(terms.values()))
 
     # Positions, regions and their copies: a few whole numbers for a token.
-    held = held | {"tokens of all scales": sum(of_scales) + anchor + 32 * sum(question.available)}
-    passes = [question.available[question.anchor_idx], *candidates_of(config, question)[0]]
+    held = held | {"tokens of all scales": question.num_images * (sum(of_scales) + anchor + 32 * sum(question.available))}
+    passes = [question.available[question.anchor_idx], *(number for number, _, _ in candidates_of(config, question))]
     M = question.num_text + max(passes)
     scores = 10 * config.text_config.num_attention_heads * min(64, question.text_after) * M
     stages["importance"] = held | {"importance pass": decoder_pass(config, M, b, on_gpu) + scores}
@@ -317,15 +353,17 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
     blocks = [kmeans_blocks(config, N, R, on_gpu) for N, R in zip(question.available, regions)]
     stages["regions"] = held | {"k-means blocks": max(blocks)}
     joined = sum(of_scales) if is_one_budget(question.budgets) else 0
-    stages["selection"] = held | {"tokens of all scales in one": joined, "visual tokens": b * D * sum(question.counts)}
+    stages["selection"] = held | {"tokens of all scales in one": joined, "visual tokens": at_once * b * D * sum(question.counts)}
     # Visual tokens, the embedded prompt, and the prompt with both.
-    visual = {"visual tokens": 3 * b * D * question.prompt}
-    cache = key_value_cache(config, question.prompt, b)
-    stages["prefill"] = held | visual | {"KV cache": cache, "prefill": decoder_pass(config, question.prompt, b, on_gpu)}
+    visual = {"visual tokens": at_once * 3 * b * D * question.prompt}
+    cache = at_once * key_value_cache(config, question.prompt, b)
+    stages["prefill"] = held | visual | {
+        "KV cache": cache, "prefill": decoder_pass(config, at_once * question.prompt, b, on_gpu)
+    }  # fmt: skip
     # Keys and values of a layer are copied when a token is added.
-    grown = key_value_cache(config, question.prompt + question.num_answer_tokens, b)
+    grown = at_once * key_value_cache(config, question.prompt + question.num_answer_tokens, b)
     grown += grown // config.text_config.num_hidden_layers
-    stages["answer"] = held | visual | {"KV cache": grown, "scores": 8 * config.text_config.vocab_size}
+    stages["answer"] = held | visual | {"KV cache": grown, "scores": 8 * at_once * config.text_config.vocab_size}
     return stages
 
 
@@ -333,7 +371,9 @@ def host_bytes(config, question: Question) -> int:
     """What the machine beside a GPU holds at once: the image, where Pillow reads it whole, its tiles of 8 bits and its
     pixel values. A raster is streamed: then without the image."""
     values = 3 * sum(scale**2 for scale in config.scales)
-    return PILLOW_PIXEL * question.num_pixels + values + 4 * values
+    if question.max_tiles is not None:
+        values = 3 * max(question.tiles) * config.tile_size**2
+    return PILLOW_PIXEL * question.num_held_pixels + values + 4 * values
 
 
 __all__ = ["Question", "question_bytes", "question_flops", "question_of"]

@@ -5,6 +5,7 @@ FLOPs and memory are formulas (`costs_uhr_bat.py`); seconds are these FLOPs at t
 Letters: S scales.
 """
 
+import math
 import re
 from dataclasses import dataclass, replace
 
@@ -25,26 +26,36 @@ from .costs_uhr_bat import (
     reading_layer,
     tiles_of,
 )
-from .rates_uhr_bat import Rates, rates_of
+from .image_reading_uhr_bat import check_image_size
+from .rates_uhr_bat import Rates, check_device, free_bytes, is_here, rates_of
 
 # In the order in which they run.
 STAGES = (
     "preprocess", "encode", "importance", "refinement", "regions", "selection", "prefill", "answer",
 )  # fmt: skip
-UNITS = {"GiB": 2**30, "MiB": 2**20, "GB": 10**9, "MB": 10**6, "s": 1}
-LIMIT = re.compile(rf"\s*(\d+\.?\d*|\.\d+)\s*({'|'.join(UNITS)})\s*")
+UNITS = {
+    "TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "s": 1,
+}  # fmt: skip
+# In any case; a letter alone is of two to the tenth, as in "24g".
+_UNITS = {name.lower(): number for name, number in UNITS.items()} | {name[0].lower(): n for name, n in UNITS.items() if name[1:] == "iB"}
+LIMIT = re.compile(rf"\s*(\d+\.?\d*|\.\d+)\s*({'|'.join(_UNITS)})\s*", re.IGNORECASE)
+FREE = "free"
 
 
 def parse_limit(text: str) -> tuple[float, str]:
-    """(bytes, "memory") from "24GiB" or "24 GB", (5.0, "seconds") from "5s".
+    """(bytes, "memory") from "24GiB", "24 gb" or "24g", (5.0, "seconds") from "5s".
 
     Raises:
         ValueError: anything else.
     """
     match = LIMIT.fullmatch(text)
     if match is None or not float(match[1]):
-        raise ValueError(f'A limit is memory, as "24GiB", or a time, as "5s". Got {text!r}.')
-    return float(match[1]) * UNITS[match[2]], "seconds" if match[2] == "s" else "memory"
+        raise ValueError(
+            f'A limit is memory, as "24GiB", or a time, as "5s", over 0, or "{FREE}": what the device has left now. Units: '
+            f"{', '.join(UNITS)}. Got {text!r}."
+        )
+    unit = match[2].lower()
+    return float(match[1]) * _UNITS[unit], "seconds" if unit == "s" else "memory"
 
 
 def show_bytes(number) -> str:
@@ -110,6 +121,8 @@ class UHRBatPlan:
         terms = sorted(self.memory[self.peak_stage].items(), key=lambda term: -term[1])
         terms = ", ".join(f"{name} {show_bytes(number)}" for name, number in terms if number)
         lines.append(f"Peak of memory, in {self.peak_stage}: {terms}.")
+        if question.num_questions > 1 or question.num_images > 1:
+            lines.append(f"{question.num_questions} questions at once, about {question.num_images} images.")
         if self.host:
             lines.append(f"Beside the GPU, the machine holds {show_bytes(self.host)} of image and tiles.")
         return "\n".join(lines)
@@ -124,38 +137,54 @@ class UHRBatPlanner:
         weights: bytes of the model in memory.
         device: that the model runs on.
         dtype: of its tokens.
+        is_loaded: whether the weights are in the device's memory already.
     """
 
     config: UHRBatConfig
     weights: int
     device: torch.device
     dtype: torch.dtype
+    is_loaded: bool = False
 
     def plan(
-        self, image_size: tuple[int, int], budgets=None, *, max_tiles: int | None = None, seconds: bool = True, **text
+        self, image_size: tuple[int, int], budgets=None, *, max_tiles: int | None = None, native: bool = False,
+        seconds: bool = True, max_image_pixels: int | None = None, **others
     ) -> UHRBatPlan:
         """What a question about an image of (height, width) pixels costs.
 
         Args:
             budgets: int[S] or one number, visual tokens; None for the configuration's. Or a limit, "24GiB" or "5s", for
-                the largest budgets, in the configuration's proportions, that stay below it.
+                the largest budgets, in the configuration's proportions, that stay below it; "free" is the memory that the
+                device has left now, with the weights where they are in it.
             max_tiles: tiles that are encoded where the question looks; None for all of every scale.
-            seconds: whether seconds are predicted; the first time, the device is measured, which takes some itself.
-            text: `text_before`, `text_after` and `num_answer_tokens`, see [`Question`].
+            native: whether these are of levels down to the image's own resolution, which share one budget.
+            seconds: whether seconds are predicted, of a device that is here; the first time, it is measured, which takes
+                some itself.
+            max_image_pixels: of the largest image, None for the configuration's; levels down to the image's own resolution
+                are read part by part, of any size.
+            others: `text_before`, `text_after`, `num_answer_tokens`, and how many questions are answered at once about how
+                many images, `num_questions` and `num_images`, see [`Question`].
 
         Raises:
-            ValueError: a limit that the smallest budgets exceed; it names the term that is too large and what would fit.
+            ValueError: a size that no image has or that is over `max_image_pixels`; a limit that the smallest budgets exceed:
+                it names the term that is too large and what would fit.
         """
+        most = self.config.max_image_pixels if max_image_pixels is None else max_image_pixels
+        height, width = image_size
+        check_image_size((min(height, 1), min(width, 1)) if native else (height, width), most)
         limit = budgets if isinstance(budgets, str) else None
-        question = question_of(self.config, image_size, None if limit else budgets, max_tiles, **text)
+        question = question_of(self.config, image_size, None if limit else budgets, max_tiles, native, **others)
         return self.plan_question(question, limit, seconds=seconds)
 
     def plan_question(self, question: Question, limit: str | None = None, *, seconds: bool = True) -> UHRBatPlan:
         """As `plan`, of a question whose sizes are known; its budgets give way to those of a limit."""
+        most, kind = (math.inf, "memory") if limit is None else self._read_limit(limit)
+        if kind == "seconds":
+            check_device(self.device)
+        seconds = kind == "seconds" or seconds and is_here(self.device)
+        rates = rates_of(self.config, self.device, self.dtype) if seconds else None
         if limit is None:
-            return self._price(question, rates_of(self.config, self.device, self.dtype) if seconds else None)
-        most, kind = parse_limit(limit)
-        rates = rates_of(self.config, self.device, self.dtype) if seconds or kind == "seconds" else None
+            return self._price(question, rates)
 
         def fits(total) -> bool:
             plan = self._price(self.spend(question, total), rates)
@@ -169,6 +198,11 @@ class UHRBatPlanner:
             middle = (low + high + 1) // 2
             low, high = (middle, high) if fits(middle) else (low, middle - 1)
         return self._price(self.spend(question, low), rates)
+
+    def _read_limit(self, limit) -> tuple[float, str]:
+        if limit.strip().lower() == FREE:
+            return free_bytes(self.device) + self.weights * self.is_loaded, "memory"
+        return parse_limit(limit)
 
     def budgets_within(self, limit: str, available: list[int], mask=None) -> list[int] | int:
         """The largest budgets that stay below a limit for an image that is cut already, or encoded.
@@ -198,7 +232,7 @@ class UHRBatPlanner:
                 f"{total:,} visual tokens cannot be spent: the image has {most:,}, and each of its {least} scales takes one at "
                 "least."
             )
-        if is_one_budget(self.config.budgets):
+        if is_one_budget(self.config.budgets) or question.native:
             return replace(question, budgets=total)
         budgets = self.config.budgets
         least = [int(bool(number)) for number in question.available]
@@ -218,21 +252,27 @@ class UHRBatPlanner:
         text, seconds = self.config.text_config, {}
         if question.num_pixels:
             views = sum(scale**2 for scale in self.config.scales)
-            seconds["preprocess"] = question.num_pixels * rates.pixel + views * rates.view_pixel
+            if question.max_tiles is not None:
+                views = sum(question.tiles) * self.config.tile_size**2
+            one = question.num_held_pixels * rates.pixel + views * rates.view_pixel
+            seconds["preprocess"] = question.num_images * one
         # A pass of the decoder takes the way of its weights, too; the head is as many layers as it has weights.
         layer = layer_weights(self.config)
         num_layers = text.num_hidden_layers
         with_head = num_layers + text.hidden_size * text.vocab_size / layer
         depth = reading_layer(self.config) % num_layers + 1
-        passes = {"importance": depth, "prefill": with_head}
-        passes["refinement"] = sum(at % num_layers + 1 for at in candidates_of(self.config, question)[1])
+        passes = {"importance": question.num_questions * depth, "prefill": with_head}
+        refining = sum(at % num_layers + 1 for _, at, _ in candidates_of(self.config, question))
+        passes["refinement"] = question.num_questions * refining
         for stage, number in flops.items():
             if stage == "encode":
                 seconds[stage] = number * rates.tower
             elif stage == "regions":
                 seconds[stage] = number * rates.kmeans
             elif stage == "answer":
-                seconds[stage] = (question.num_answer_tokens - 1) * with_head * rates.decoder_layer
+                # A step reads the weights once for all questions; what further ones calculate comes on top.
+                steps = (question.num_answer_tokens - 1) * with_head * rates.decoder_layer
+                seconds[stage] = steps + number * (1 - 1 / question.num_questions) * rates.decoder
             else:
                 seconds[stage] = number * rates.decoder + passes[stage] * rates.decoder_layer
         return seconds
@@ -242,18 +282,18 @@ class UHRBatPlanner:
         budgets = f"Not even budgets of {least.budgets} stay below {limit}"
         if kind == "seconds":
             stage = max(least.seconds, key=least.seconds.get)
-            advice = f'"{least.total_seconds * 1.01:.2g}s" would fit; so may fewer scales, or a faster device'
+            advice = f'"{_rounded_up(least.total_seconds)}s" would fit; so may fewer scales, or a faster device'
             if stage in ("preprocess", "encode"):
                 advice += (
                     "; a second question about an encoded image (`image_features`) takes neither of its first stages"
                 )
             return (
-                f"{budgets}: they take {least.total_seconds:.2f} s on {self.device.type}, of which {stage} "
-                f"{least.seconds[stage]:.2f} s. {advice}."
+                f"{budgets}: they take {least.total_seconds:.4g} s on {self.device.type}, of which {stage} "
+                f"{least.seconds[stage]:.4g} s. {advice}."
             )
         terms = least.memory[least.peak_stage]
         term = max(terms, key=terms.get)
-        advice = f'"{least.peak_bytes / 2**30 + 0.005:.2f}GiB" would fit'
+        advice = f'"{_rounded_up(least.peak_bytes / 2**30)}GiB" would fit'
         if term == "weights" and self.dtype == torch.float32:
             advice += f", and so may weights in bfloat16, {show_bytes(self.weights // 2)}"
         elif term == "weights":
@@ -266,6 +306,13 @@ class UHRBatPlanner:
             f"{budgets}: they take {show_bytes(least.peak_bytes)} in {least.peak_stage}, of which {term} "
             f"{show_bytes(terms[term])}. {advice}."
         )
+
+
+def _rounded_up(number: float) -> str:
+    """At least the number and at most a hundredth more, in digits that `parse_limit` reads: "320", "1.51", "0.0032"."""
+    places = max(0, 2 - math.floor(math.log10(number)))
+    text = f"{math.ceil(number * 10**places) / 10**places:.{places}f}"
+    return text if float(text) >= number else f"{float(text) + 10**-places:.{places}f}"
 
 
 def _ascending(budgets) -> list[int]:
@@ -285,7 +332,8 @@ class UHRBatPlanningMixin:
         tensors = {id(one): one for one in (*self.parameters(), *self.buffers())}.values()
         weights = sum(one.numel() * one.element_size() for one in tensors)
         device = torch.device(self.device if device is None else device)
-        return UHRBatPlanner(self.config, weights, device, self.get_input_embeddings().weight.dtype)
+        embeddings = self.get_input_embeddings().weight
+        return UHRBatPlanner(self.config, weights, device, embeddings.dtype, embeddings.device.type == device.type)
 
     def plan(self, image_size: tuple[int, int], budgets=None, **options) -> UHRBatPlan:
         """See [`UHRBatPlanner.plan`]."""

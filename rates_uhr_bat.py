@@ -13,7 +13,7 @@ import os
 import platform
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 import numpy as np
@@ -30,6 +30,10 @@ from .image_views_uhr_bat import image_to_tiles, normalize_views
 PROBE_SECONDS, MOST_CALLS = 0.2, 50
 # Tokens that are read, sides of images in pixels, tokens and regions that are clustered, in probes.
 PROBE_TOKENS, PROBE_SIDES, PROBE_KMEANS = (256, 1024, 4096), (256, 2048), (4096, 256)
+# Rates were measured on a busy machine where the yardstick took so many times as long then as it takes now: they are measured
+# again. The yardstick is a product of matrices with this side.
+FAR_OFF, YARDSTICK = 1.5, {"cpu": 512, "cuda": 4096}
+_looked_at = set()  # files of rates that this process has held against the yardstick
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,7 @@ class Rates:
         tower, decoder, kmeans: of a FLOP in the vision tower, in the decoder where it reads a prompt, in the clustering.
         decoder_layer: of one layer of the decoder that reads one token: its weights' way to the processor.
         pixel, view_pixel: of a pixel of the image that is resized, and of a pixel of its views.
+        yardstick: of the product that says whether the machine was busy; 0: not known.
     """
 
     tower: float
@@ -48,6 +53,7 @@ class Rates:
     kmeans: float
     pixel: float
     view_pixel: float
+    yardstick: float = 0.0
 
 
 def _cpu_name() -> str:
@@ -71,7 +77,7 @@ def rates_file(config, device: torch.device, dtype: torch.dtype) -> tuple[Path, 
         "decoder": [text.model_type, text.hidden_size, text.intermediate_size],
         "scales": config.scales,
     }
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhr_bat"
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "uhr_bat"
     return cache / f"rates-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json", key
 
 
@@ -80,22 +86,107 @@ def known_rates(config, device: torch.device, dtype: torch.dtype) -> Rates | Non
     path, key = rates_file(config, device, dtype)
     try:
         kept = json.loads(path.read_text(encoding="utf-8"))
-        return Rates(**kept["rates"]) if kept["of"] == key else None
+        whole = kept["of"] == key and set(kept["rates"]) == {field.name for field in fields(Rates)}
+        return Rates(**kept["rates"]) if whole else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
 
 def rates_of(config, device: torch.device, dtype: torch.dtype) -> Rates:
-    """The rates that were kept for a device, or new ones, which then are kept."""
-    rates = known_rates(config, device, dtype)
+    """The rates that were kept for a device, or new ones, which then are kept where there is a folder to keep them in.
+
+    Those of a machine that was busy then are measured again, once this process sees that it takes much less time now.
+
+    Raises:
+        ValueError: the device is not here.
+    """
+    check_device(device)
+    path, key = rates_file(config, device, dtype)
+    rates, looked_at = known_rates(config, device, dtype) or _unkept.get(path), path in _looked_at
+    _looked_at.add(path)
     if rates is None:
         rates = measure_rates(config, device, dtype)
-        path, key = rates_file(config, device, dtype)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8") as file:
-            json.dump({"of": key, "rates": vars(rates)}, file, indent=2)
-        os.replace(file.name, path)
+    elif looked_at or not rates.yardstick or rates.yardstick < FAR_OFF * measure_yardstick(device):
+        return rates
+    else:
+        # What is measured is never too fast: of both, the faster one is nearer to the truth.
+        new = measure_rates(config, device, dtype)
+        rates = Rates(*(min(pair) for pair in zip(vars(rates).values(), vars(new).values())))
+    if not _keep(path, {"of": key, "rates": vars(rates)}):
+        _unkept[path] = rates
     return rates
+
+
+_unkept = {}  # rates by their file, where it may not be written
+
+
+def _keep(path, content) -> bool:
+    """Whether the file was written, whole. It is not where there is no such folder, as without a home: the next process
+    measures again."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file = tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8")
+    except OSError:
+        return False
+    try:
+        with file:
+            json.dump(content, file, indent=2)
+        os.replace(file.name, path)
+    except OSError:
+        Path(file.name).unlink(missing_ok=True)
+        return False
+    return True
+
+
+def is_here(device: torch.device) -> bool:
+    """Whether a device of this name is in this machine."""
+    if device.type == "cuda":
+        return (device.index or 0) < torch.cuda.device_count()
+    return device.type == "cpu"
+
+
+def check_device(device: torch.device):
+    """Raises `ValueError` for a device that is not in this machine."""
+    if not is_here(device):
+        raise ValueError(
+            f"Seconds and free memory need the device itself, and there is no {device} here. Plan without them "
+            "(`seconds=False`), or on the machine that has it."
+        )
+
+
+def free_bytes(device: torch.device) -> int:
+    """Memory that a device has left now: of a GPU with what this process keeps for later; of a machine up to the limit of
+    its control group.
+
+    Raises:
+        ValueError: the device is not here, or a machine does not say.
+    """
+    check_device(device)
+    if device.type == "cuda":
+        kept = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + kept
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+        free = next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration) as error:
+        raise ValueError('This machine does not say what memory is free. Give a size, as "24GiB".') from error
+    try:
+        group = Path("/sys/fs/cgroup")
+        used = int((group / "memory.current").read_text())
+        return min(free, max(0, int((group / "memory.max").read_text()) - used))
+    except (OSError, ValueError):  # no group, or one without a limit
+        return free
+
+
+def measure_yardstick(device: torch.device) -> float:
+    """Seconds of a product of two matrices, the least of some."""
+    side = YARDSTICK[device.type]
+    one, taken = torch.ones(side, side, device=device), []
+    for _ in range(8):
+        start = time.perf_counter()
+        (one @ one)[0, 0].item()  # waits for a GPU
+        taken.append(time.perf_counter() - start)
+    return min(taken[1:])
 
 
 @torch.inference_mode()
@@ -133,15 +224,21 @@ def measure_rates(config, device: torch.device, dtype: torch.dtype) -> Rates:
         return model(inputs_embeds=torch.zeros(1, size, text.hidden_size, device=device, dtype=dtype))
 
     chunk = config.vision_chunk_size
+    yardsticks = [measure_yardstick(device)]
     tiles, tower = per_layer(vision, see, [size for size in (1, 4, 16, 64) if size < chunk] + [chunk])
     _, one_token = per_layer(text, read, [1])
     tokens, decoder = per_layer(text, read, PROBE_TOKENS)
+    yardsticks.append(measure_yardstick(device))
+    kmeans = _kmeans_rate(config.text_config.hidden_size, device, dtype, clocked)
+    pixels = _pixel_rates(config, clocked)
+    yardsticks.append(measure_yardstick(device))
     return Rates(
         tower / tower_layer_flops(config, tiles),
         max(decoder - one_token, decoder / 8) / decoder_layer_flops(config, tokens),
         one_token,
-        _kmeans_rate(config.text_config.hidden_size, device, dtype, clocked),
-        *_pixel_rates(config, clocked),
+        kmeans,
+        *pixels,
+        sorted(yardsticks)[1],
     )
 
 

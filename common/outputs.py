@@ -156,6 +156,7 @@ def files_read(source: Any) -> Iterator[Path]:
         patterns = ("**/*",) if is_store else MODEL_FILES
         yield from (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
         return
+    yield Path(text)  # it may be yet to come
     yield from _image_files(text, set())
 
 

@@ -1,7 +1,7 @@
 """Say what a question about an image will cost before it is read: budgets, tiles, FLOPs, memory, seconds.
 
     uhr-bat plan [MODEL] --image-size 30000x20000 [--memory 24GiB | --seconds 5 | --tokens 4000]
-                 [--max-tiles 60] [--device cuda] [--dtype bfloat16]
+                 [--max-tiles 60 [--native]] [--questions 8 | --users 4] [--device cuda] [--dtype bfloat16]
 
 MODEL is a model folder; its configuration alone is read, no weights. With a limit, the budgets are the largest that stay
 below it. Seconds come from a measurement of the device, which takes some the first time and is kept; a device that is not
@@ -9,12 +9,15 @@ here is planned for without them.
 """
 
 import argparse
+import math
 import os
 import re
 import sys
 from pathlib import Path
 
-from ..common.commands import tells_errors
+import numpy as np
+
+from ..common.commands import check_range, tells_errors
 from ..common.loading import ROOT, check_files, load_config, model_name
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -33,7 +36,7 @@ def planner_of(folder: Path, device: str | None = None, dtype: str | None = None
     """The planner of a model folder, without its weights.
 
     Args:
-        device: "cuda" or "cpu"; None for the GPU where there is one.
+        device: "cuda", "cuda:1" or "cpu"; None for the GPU where there is one.
         dtype: of the weights; None for that of the folder.
     """
     import torch
@@ -47,28 +50,36 @@ def planner_of(folder: Path, device: str | None = None, dtype: str | None = None
     return model.planner(device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
-def plan(args) -> str:
-    import torch
+def device_of(text: str) -> str:
+    if re.fullmatch(r"cpu|cuda(:\d+)?", text) is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is no device: cpu, cuda or cuda:1")
+    return text
 
-    from ..rates_uhr_bat import known_rates
+
+def plan(args) -> str:
+    from ..rates_uhr_bat import check_device, is_here, known_rates
 
     planner = planner_of(args.model, args.device, args.dtype)
-    here = planner.device.type == "cpu" or torch.cuda.is_available()
-    if args.seconds and not here:
-        raise ValueError(
-            f"--seconds needs the device itself to be measured, and there is no {planner.device.type} here."
-        )
+    here = is_here(planner.device)
+    if args.seconds is not None:
+        check_device(planner.device)
     if here and known_rates(planner.config, planner.device, planner.dtype) is None:
-        print(f"Measuring {planner.device.type}, once ...", file=sys.stderr, flush=True)
+        print(f"Measuring {planner.device}, once ...", file=sys.stderr, flush=True)
+    options = {
+        "max_tiles": args.max_tiles, "native": args.native, "max_image_pixels": args.max_image_pixels,
+        "num_questions": max(args.questions, args.users), "num_images": args.users,
+    }  # fmt: skip
     if args.tokens is not None:
-        question = planner.plan(args.image_size, max_tiles=args.max_tiles, seconds=False).question
+        question = planner.plan(args.image_size, seconds=False, **options).question
         one = planner.plan_question(planner.spend(question, args.tokens), seconds=here)
     else:
-        limit = args.memory or (f"{args.seconds}s" if args.seconds else None)
-        one = planner.plan(args.image_size, limit, max_tiles=args.max_tiles, seconds=here)
+        limit = args.memory
+        if args.seconds is not None:
+            limit = f"{np.format_float_positional(args.seconds)}s"
+        one = planner.plan(args.image_size, limit, seconds=here, **options)
     height, width = args.image_size
     dtype = str(planner.dtype).removeprefix("torch.")
-    return f"{model_name(args.model)}, {width:,} x {height:,} px, {dtype} on {planner.device.type}\n{one}"
+    return f"{model_name(args.model)}, {width:,} x {height:,} px, {dtype} on {planner.device}\n{one}"
 
 
 @tells_errors
@@ -77,16 +88,28 @@ def main(arguments=None) -> int:
     parser.add_argument("model", nargs="?", type=Path, default=ROOT, metavar="MODEL", help="default: UHR-BAT-Tiny")
     parser.add_argument("--image-size", type=image_size, required=True, metavar="WxH", help="as 30000x20000, in pixels")
     limit = parser.add_mutually_exclusive_group()
-    limit.add_argument("--memory", metavar="SIZE", help="the largest budgets in so much memory, as 24GiB")
+    limit.add_argument(
+        "--memory", metavar="SIZE", help="the largest budgets in so much memory, as 24GiB, or free: what the device has left"
+    )
     limit.add_argument("--seconds", type=float, metavar="S", help="the largest budgets that are answered in this time")
     limit.add_argument("--tokens", type=int, metavar="N", help="visual tokens of all scales together")
     parser.add_argument(
         "--max-tiles", type=int, metavar="N", help="that are encoded, where the question looks (default: all)"
     )
-    parser.add_argument("--device", choices=("cuda", "cpu"), help="default: cuda where there is one")
+    parser.add_argument("--native", action="store_true", help="with --max-tiles: levels down to the image's own resolution")
+    parser.add_argument("--questions", type=int, default=1, metavar="N", help="answered at once about an image (default: 1)")
+    parser.add_argument(
+        "--users", type=int, default=1, metavar="N", help="at a time, each with an image and a question (default: 1)"
+    )
+    parser.add_argument(
+        "--max-pixels", type=int, dest="max_image_pixels", metavar="N", help="of the largest image (default: the model's)"
+    )
+    parser.add_argument("--device", type=device_of, help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the folder)")
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    check_range(args, 1, math.inf, "questions", "users", "max_tiles", "max_image_pixels")
+    check_range(args, 0, math.inf, "seconds", above=True)
     check_files(None, args.model)
     print(plan(args))
     return 0

@@ -2,11 +2,13 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from PIL import Image
 from small import small_config, small_model
+from uhr_bat import planning_uhr_bat as planning
 from uhr_bat import rates_uhr_bat as rates
 from uhr_bat.common.loading import load_model
 from uhr_bat.examples import plan as command
@@ -42,16 +44,117 @@ def bigger_model():
         (" 1.5 GB ", (1.5e9, "memory")),
         ("5s", (5.0, "seconds")),
         (".5s", (0.5, "seconds")),
+        ("24g", (24 * 2**30, "memory")),
+        ("2tib", (2 * 2**40, "memory")),
+        ("100 KiB", (100 * 2**10, "memory")),
+        ("3gb", (3e9, "memory")),
+        ("7 S", (7.0, "seconds")),
     ],
 )
 def test_a_limit_is_memory_or_time(text, limit):
     assert parse_limit(text) == limit
 
 
-@pytest.mark.parametrize("text", ["", "24", "GiB", "-1GiB", "5 minutes", "0s", "1e3s"])
-def test_what_is_no_limit_is_refused_with_an_example(text):
-    with pytest.raises(ValueError, match='as "24GiB", or a time, as "5s"'):
+@pytest.mark.parametrize("text", ["", "24", "GiB", "-1GiB", "5 minutes", "0s", "1e3s", "nans"])
+def test_what_is_no_limit_is_refused_with_an_example_and_the_units(text):
+    with pytest.raises(ValueError, match='as "24GiB", or a time, as "5s".* TiB, GiB, MiB, KiB, TB, GB, MB, KB, s. Got'):
         parse_limit(text)
+
+
+@pytest.mark.parametrize("limit", ["0.000001s", "1KiB"])
+@pytest.mark.parametrize("pixels", [1, 3_000, 9_000_000, 999_999_999])
+def test_what_would_fit_fits(limit, pixels):
+    planner, size = bigger_model().planner("cpu"), (max(1, pixels // 30_000), min(pixels, 30_000))
+    with pytest.raises(ValueError) as told:
+        planner.plan(size, limit)
+    planner.plan(size, re.search('"([^"]+)" would fit', str(told.value))[1])
+
+
+@pytest.mark.parametrize("size", [(0, 0), (0, 5), (3, -1), (100_001, 4), (40_000, 40_000)])
+def test_a_size_that_reading_refuses_is_refused_by_a_plan(size):
+    with pytest.raises(ValueError, match=r"pixels .*(show nothing|over the limit of 1000000000|side over)|over the limit of"):
+        bigger_model().planner("cpu").plan(size)
+
+
+def test_levels_down_to_the_images_own_resolution_are_planned_for_any_size():
+    planner = bigger_model().planner("cpu")
+    plan = planner.plan((51_992, 110_162), max_tiles=400, native=True)
+    assert sum(plan.question.tiles) == 400 and plan.budgets == 200 and len(plan.question.tiles) > 3
+    # The image is read part by part.
+    assert plan.peak_bytes < 2**30
+    most = planner.plan((51_992, 110_162), f"{plan.peak_bytes}KiB", max_tiles=400, native=True)
+    assert most.budgets > 200
+    with pytest.raises(ValueError, match="pass `max_tiles`"):
+        planner.plan(SIZE, native=True)
+    with pytest.raises(ValueError, match="show nothing"):
+        planner.plan((0, 5), max_tiles=400, native=True)
+
+
+def test_questions_at_once_and_users_cost_what_is_theirs():
+    planner = bigger_model().planner("cpu")
+    one, batch, users = (
+        planner.plan(SIZE, **numbers)
+        for numbers in ({}, {"num_questions": 8}, {"num_questions": 8, "num_images": 8})
+    )
+    assert batch.flops["encode"] == one.flops["encode"] and users.flops["encode"] == 8 * one.flops["encode"]
+    assert batch.flops["prefill"] == users.flops["prefill"] == 8 * one.flops["prefill"]
+    assert batch.memory["answer"]["KV cache"] == 8 * one.memory["answer"]["KV cache"]
+    held = "tokens of all scales"
+    assert batch.memory["answer"][held] == one.memory["answer"][held]
+    assert users.memory["answer"][held] == 8 * one.memory["answer"][held]
+    assert one.total_seconds < batch.total_seconds < users.total_seconds < 8.001 * one.total_seconds
+    with pytest.raises(ValueError, match="2 questions about 3 images"):
+        planner.plan(SIZE, num_questions=2, num_images=3)
+
+
+def test_free_memory_is_what_the_device_has_left_and_the_weights_that_are_there(monkeypatch):
+    monkeypatch.setattr(planning, "free_bytes", lambda device: 2**21)
+    model = small_model()
+    planner = model.planner()
+    assert planner.is_loaded and not bigger_model().planner("cpu").is_loaded
+    plan = planner.plan((24, 24), " Free ")
+    assert plan.budgets == planner.plan((24, 24), f"{(2**21 + planner.weights) / 2**10}KiB").budgets
+    with pytest.raises(ValueError, match="stay below free: they take .* of which weights"):
+        replace(planner, is_loaded=False, weights=2**22).plan((24, 24), "free")
+
+
+def test_free_memory_of_this_machine_is_more_than_nothing_and_less_than_a_million_gigabytes():
+    assert 2**20 < rates.free_bytes(torch.device("cpu")) < 2**50
+
+
+def test_a_device_that_is_not_here_is_planned_without_seconds_and_refused_by_name_for_them():
+    for device in ("cuda:77", "meta"):
+        planner = bigger_model().planner(device)
+        assert planner.plan(SIZE).seconds is None
+        assert planner.plan(SIZE, "24GiB").seconds is None
+        for limit in ("5s", "free"):
+            with pytest.raises(ValueError, match=f"there is no {device} here"):
+                planner.plan(SIZE, limit)
+
+
+def test_without_a_folder_for_the_cache_rates_are_measured_and_used(cache, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
+    planner = bigger_model().planner("cpu")
+    assert planner.plan(SIZE, "24GiB").seconds and planner.plan(SIZE, "99s").seconds
+    assert len(cache) == 1
+
+
+def test_rates_of_a_busy_machine_are_measured_again_when_it_is_idle(cache, monkeypatch):
+    config, cpu, now = small_config(), torch.device("cpu"), [1.0]
+    monkeypatch.setattr(rates, "measure_yardstick", lambda device: now[0])
+    monkeypatch.setattr(rates, "measure_rates", lambda *device: cache.append(device) or replace(SLOW, tower=now[0], yardstick=now[0]))
+
+    def next_process():
+        rates._looked_at.clear()
+        return rates_of(config, cpu, torch.float32).tower
+
+    assert next_process() == 1.0
+    now[0] = 0.9  # as good as before
+    assert next_process() == 1.0 and len(cache) == 1
+    now[0] = 0.1
+    assert next_process() == 0.1 and rates_of(config, cpu, torch.float32).tower == 0.1 and len(cache) == 2
+    now[0] = 5.0  # busy again: what is kept is better
+    assert next_process() == 0.1 and len(cache) == 2
 
 
 def test_a_plan_says_budgets_tiles_flops_memory_and_seconds_before_there_is_an_image():
@@ -146,6 +249,15 @@ def test_the_command_plans_by_the_configuration_alone(capsys):
     for tokens in ("-3", "0", "99999999"):
         assert command.main(["--image-size", "800x600", "--tokens", tokens]) == 2
         assert "visual tokens cannot be spent: the image has 2,736" in capsys.readouterr().err
+    assert command.main(["--image-size", "110162x51992", "--max-tiles", "200", "--native", "--users", "4", "--memory", "free"]) == 0
+    assert "4 questions at once, about 4 images" in capsys.readouterr().out
+    for options, told in (
+        (["--seconds", "0"], "--seconds must be over 0. Got 0"), (["--memory", ""], "Units: TiB"),
+        (["--questions", "0"], "--questions must be at least 1"), (["--max-tiles", "0"], "--max-tiles must be at least 1"),
+        (["--seconds", "5", "--device", "cuda:77"], "there is no cuda:77 here"),
+    ):  # fmt: skip
+        assert command.main(["--image-size", "800x600", *options]) == 2
+        assert told in capsys.readouterr().err
     for size in ("800", "0x5", "5x-1", "axb"):
         with pytest.raises(SystemExit):
             command.main(["--image-size", size])

@@ -96,6 +96,12 @@ def flop_counts(sizes) -> list[Row]:
     ]
 
 
+def refinement(config, candidates, layers) -> int:
+    """The passes that refine the importance; at the finest scale the last token asks alone."""
+    rows = [TEXT_AFTER] * (len(candidates) - 1) + [1]
+    return sum(costs.weighing(config, *one, TEXT_BEFORE + TEXT_AFTER) for one in zip(candidates, layers, rows))
+
+
 def refined(sizes) -> list[Row]:
     """What the refined importance costs beside a question on an encoded image, by a formula held against a counter."""
     side = side_of("ours", "quick")
@@ -108,7 +114,7 @@ def refined(sizes) -> list[Row]:
         with meters.FlopMeter() as meter:
             model.refine_importance(ids, image, importance, rules)
             counted = meter.get_total_flops()
-    formula = costs.refinement(config, rules.refinement, rules.refinement_layers, TEXT_BEFORE, TEXT_AFTER)
+    formula = refinement(config, rules.refinement, rules.refinement_layers)
     expect(counted == formula, f"refinement: the counter says {counted}, the formula {formula}.")
 
     rows = []
@@ -119,7 +125,7 @@ def refined(sizes) -> list[Row]:
         config = UHRBatConfig.from_pretrained(folder)
         stages = question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)["ours"]
         again = sum(stages.values()) - stages["encode"] - stages["regions"]
-        price = costs.refinement(config, candidates, layers, TEXT_BEFORE, TEXT_AFTER)
+        price = refinement(config, candidates, layers)
         rows.append(
             Row(
                 f"FLOPs of the refined importance, {name}, {', '.join(map(str, candidates))} tokens",
