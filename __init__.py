@@ -21,6 +21,7 @@ _MODULES = {
     "load_model": "common.loading",
     "save_model": "common.loading",
     "UHRBatDataCollator": "training.collator",
+    "WithAnswerMask": "training.collator",
     "UHRBatTrainer": "training.trainer",
     "UHRBatTrainingArguments": "training.options",
     "load_samples": "training.data",

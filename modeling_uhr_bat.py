@@ -17,7 +17,7 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import can_return_tuple, torch_compilable_check
+from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
 from .budgets_uhr_bat import is_one_budget, settle_counts, split_budgets
 from .compression_uhr_bat import CompressionRules, compress_image
@@ -56,6 +56,8 @@ from .released_api_uhr_bat import (
     tokenizer_image_token,
     translate_released_call,
 )
+
+logger = logging.get_logger(__name__)
 
 
 class UHRBatPreTrainedModel(PreTrainedModel):
@@ -169,6 +171,11 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusM
             inputs_embeds = self.get_input_embeddings()(input_ids)
         if attention_mask is not None and attention_mask.ndim != 2:
             raise ValueError(f"`attention_mask` must be [batch, sequence] here. Got {list(attention_mask.shape)}.")
+        if answer_mask is None and self.training and torch.is_grad_enabled():
+            logger.warning_once(
+                "Training without `labels` and without `answer_mask`: answers in the text are seen by the selection of the visual "
+                "tokens. Pass `answer_mask`, bool[B, M], True where a token is part of an answer."
+            )
         rules = CompressionRules.of(self.config, rules)
         image_features = images.get("image_features")
         if image_features is None:

@@ -141,7 +141,8 @@ class UHRBatProcessor(ProcessorMixin):
             images = None
         if prompts is not None:
             kwargs["images_per_prompt"] = self._images_per_prompt(images, prompts)
-            if prompts and not self.adds_special_tokens(prompts[0]):
+            stated = "add_special_tokens" in (kwargs.get("text_kwargs") or {})
+            if prompts and not stated and not self.adds_special_tokens(prompts[0]):
                 kwargs.setdefault("add_special_tokens", False)
         inputs = super().__call__(images=images, text=text, **kwargs)
         longest = max((len(ids) for ids in inputs.get("input_ids", [])), default=0)

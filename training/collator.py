@@ -256,6 +256,19 @@ def answer_of(sample) -> str:
     return "".join(part["text"] for part in as_parts(sample["messages"][-1]))
 
 
+class WithAnswerMask:
+    """A collator of TRL for preferences (`DataCollatorForVisionPreference`), whose batches get `answer_mask`: neither the chosen
+    nor the rejected answer is seen by the selection, and both are scored over the same visual tokens."""
+
+    def __init__(self, collator):
+        self.collator = collator
+
+    def __call__(self, samples: list[dict]) -> dict:
+        """Its batch with `answer_mask` bool[B, M], the `completion_mask`."""
+        batch = self.collator(samples)
+        return {**batch, "answer_mask": batch["completion_mask"].bool()}
+
+
 def as_image(image):
     """An image as the processor takes it: a file's path, or its bytes."""
     if not isinstance(image, dict):

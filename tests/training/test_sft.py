@@ -14,17 +14,18 @@ import torch
 import transformers
 from own_data import make_rows, write_rows
 from peft import PeftModel
+from PIL import Image
 from safetensors.torch import load_file
 from test_save_and_push import REPO, Hub, online
 from uhr_bat.common.loading import ROOT, load_model, save_model
 from uhr_bat.export.convert_checkpoint import convert
 from uhr_bat.training import sft
-from uhr_bat.training.collator import UHRBatDataCollator
+from uhr_bat.training.collator import UHRBatDataCollator, WithAnswerMask
 from uhr_bat.training.data import load_samples
 from uhr_bat.training.options import read_options
 from uhr_bat.training.scores import score
 
-pytest.importorskip("datasets")
+datasets = pytest.importorskip("datasets")
 RECIPES = sorted((ROOT / "training" / "recipes").glob("*.yaml"))
 
 
@@ -374,3 +375,34 @@ def test_trls_trainer_learns_with_the_same_parts(small_folder, data, tmp_path):
     )  # fmt: skip
     trainer.train()
     assert logged(trainer, "loss")[-1] < 0.7 * logged(trainer, "loss")[0]
+
+
+@pytest.mark.slow
+def test_trls_preferences_are_scored_over_the_visual_tokens_of_the_question(small_folder, data, tmp_path, monkeypatch):
+    trl = pytest.importorskip("trl")
+    from trl.trainer.dpo_trainer import DataCollatorForVisionPreference
+
+    (processor, model), (_, reference) = (load_model(small_folder, device_map=None) for _ in range(2))
+    turn = {role: {"role": role, "content": [{"type": "text", "text": "What?"}]} for role in ("user", "assistant")}
+    turn["user"]["content"].insert(0, {"type": "image"})
+    said = [{**turn["assistant"], "content": [{"type": "text", "text": text}]} for text in (" red", " a long one of blue")]
+    row = {"prompt": [turn["user"]], "chosen": said[:1], "rejected": said[1:]}
+    rows = [row | {"images": [Image.new("RGB", (40, 30), (9 * number, 0, 0))]} for number in range(2)]
+    config = trl.DPOConfig(
+        str(tmp_path), max_steps=1, per_device_train_batch_size=2, report_to="none", use_cpu=True, bf16=False,
+        remove_unused_columns=False, max_length=None, save_strategy="no", gradient_checkpointing=False,
+    )  # fmt: skip
+    looked, compress = [], type(model.model).compress
+
+    def keep(self, *args, **kwargs):
+        outputs = compress(self, *args, **kwargs)
+        looked.append([torch.cat([scale.flatten() for scale in image]) for image in outputs.importance])
+        return outputs
+
+    monkeypatch.setattr(type(model.model), "compress", keep)
+    trl.DPOTrainer(
+        model, ref_model=reference, args=config, train_dataset=datasets.Dataset.from_list(rows),
+        processing_class=processor, data_collator=WithAnswerMask(DataCollatorForVisionPreference(processor)),
+    ).train()  # fmt: skip
+    for chosen, other, rejected, another in looked:
+        assert torch.equal(chosen, rejected) and torch.equal(other, another)
