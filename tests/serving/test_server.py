@@ -555,7 +555,11 @@ TOO_MUCH = {
     "messages": ({"messages": [{"role": "user", "content": ""}] * 5000}, "5000 messages and parts, of which at most 4096"),
     "values": ({"value_range": [[0, 1]] * 200_000}, "values, of which at most 196608 fit"),
     "wrong parts": ({"messages": [{"role": "user", "content": [0] * 10**5}]}, "messages.0.content"),
-    "fields": ({f"field {idx}": 0 for idx in range(10**5)}, "100000 fields that are not known"),
+    "fields": ({f"field {idx}": 0 for idx in range(10**5)}, "100002 fields are more than the 200 of an object"),
+    "fields of a part": (
+        {"messages": [{"role": "user", "content": [{f"field {idx}": 0 for idx in range(10**5)} | {"type": "text"}]}]},
+        "100001 fields are more than the 200 of an object",
+    ),
     "a long field": ({"x" * GIANT: 1}, "no such field"),
     "ranges": ({"value_range": [[0, 1]] * 50}, "value_range"),
     "a long range": ({"value_range": list(range(50))}, "value_range"),
