@@ -186,7 +186,8 @@ def question_attention(attention, hidden_states, position_embeddings, question_s
 
 
 class SumOfProcesses(torch.autograd.Function):
-    """The sum of what each process of a group holds, on all of them. Each has the whole loss, so gradients go back as they come."""
+    """The sum of what each process of a group holds, on all of them. Each has the whole loss, so gradients go back as
+    they come."""
 
     @staticmethod
     def forward(ctx, values, group):
@@ -200,8 +201,8 @@ class SumOfProcesses(torch.autograd.Function):
 
 
 def mesh_of_heads(attention, num_heads: int):
-    """The processes that an attention module's heads are shared out to (tensor parallelism), of which this one has `num_heads`;
-    None where it has all."""
+    """The processes that an attention module's heads are shared out to (tensor parallelism), of which this one has
+    `num_heads`; None where it has all."""
     if num_heads == attention.config.num_attention_heads:
         return None
     projection = attention.q_proj  # releases of the library note the mesh on the layer, or on its weight
@@ -219,8 +220,8 @@ def queries_and_keys(attention, hidden_states, position_embeddings) -> tuple[tor
 
 
 def last_token_logits(attention, hidden_states, position_embeddings) -> torch.Tensor:
-    """float[heads, M], of all processes' heads, scaled products of the last token's queries with the keys of every position, before the softmax;
-    the arguments are those of `question_attention`."""
+    """float[heads, M], of the heads of all processes: scaled products of the last token's queries with the keys of every
+    position, before the softmax; the arguments are those of `question_attention`."""
     query, key = queries_and_keys(attention, hidden_states, position_embeddings)
     logits = (query[0, :, -1:] @ key[0].transpose(1, 2))[:, 0] * attention.scaling
     mesh = mesh_of_heads(attention, len(logits))

@@ -173,8 +173,8 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusM
             raise ValueError(f"`attention_mask` must be [batch, sequence] here. Got {list(attention_mask.shape)}.")
         if answer_mask is None and self.training and torch.is_grad_enabled():
             logger.warning_once(
-                "Training without `labels` and without `answer_mask`: answers in the text are seen by the selection of the visual "
-                "tokens. Pass `answer_mask`, bool[B, M], True where a token is part of an answer."
+                "Training without `labels` and without `answer_mask`: answers in the text are seen by the selection of the "
+                "visual tokens. Pass `answer_mask`, bool[B, M], True where a token is part of an answer."
             )
         rules = CompressionRules.of(self.config, rules)
         image_features = images.get("image_features")

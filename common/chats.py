@@ -1,8 +1,8 @@
 """A chat as a chat template writes it: the prompt that `generate` gets, what it should say, and the token that ends it.
 
-Templates say nothing reliable about answers: some mark them (`{% generation %}`), some mark their text without the token that ends it,
-most mark nothing, some write no such token. So a template is asked: it renders the chat up to an answer, with the answer, and
-with a mark in its place.
+Templates say nothing reliable about answers: some mark them (`{% generation %}`), some mark their text without the
+token that ends it, most mark nothing, some write no such token. So a template is asked: it renders the chat up to an
+answer, with the answer, and with a mark in its place.
 """
 
 from itertools import groupby
@@ -30,8 +30,8 @@ def answered_turns(messages) -> list[int]:
 
 
 def ending_ids(tokenizer) -> list[int]:
-    """Ids that end an answer: those of the `generation_config.json` beside a tokenizer, else the tokenizer's own; those that the
-    tokenizer names first."""
+    """Ids that end an answer: those of the `generation_config.json` beside a tokenizer, else the tokenizer's own, which
+    comes first in either case."""
     own, ends = tokenizer.eos_token_id, []
     if tokenizer.name_or_path:
         try:
@@ -82,8 +82,8 @@ def end_of_template(tokenizer, template) -> int | None:
 
 
 class ChatWriter:
-    """Chats as ids, and which of them are answers. The prompt of an answer is `generate`'s, token by token; an answer goes on to a
-    token that ends one in `generate`, which is added where the template has none.
+    """Chats as ids, and which of them are answers. The prompt of an answer is `generate`'s, token by token; an answer goes
+    on to a token that ends one in `generate`, which is added where the template has none.
 
     Args:
         processor: [`UHRBatProcessor`].
@@ -97,8 +97,9 @@ class ChatWriter:
         self._ends = [tokens[end] for end in self.ends if end in tokens]
         if not self._ends:
             raise ChatError(
-                f"No token ends an answer: `eos_token_id` of `generation_config.json` is {self.ends}, which the tokenizer "
-                f"does not know as tokens of their own. Known are {', '.join(tokens.values()) or 'none'}: name one there."
+                f"No token ends an answer: `eos_token_id` of `generation_config.json` is {self.ends}, which the "
+                "tokenizer does not know as tokens of their own. Known are "
+                f"{', '.join(tokens.values()) or 'none'}: name one there."
             )
 
     def prompt(self, messages) -> list[int]:
@@ -106,11 +107,11 @@ class ChatWriter:
         return self._encode(render(self.tokenizer, self.template, messages, ask=True))
 
     def write(self, messages, every: bool = False) -> tuple[list[int], list[bool]]:
-        """Ids of a chat up to the end of its last answer, and which of them are learnt: the last turn; with `every` all of the
-        assistant's that have a user's before them.
+        """Ids of a chat up to the end of its last answer, and which of them are learnt: the last turn; with `every` all of
+        the assistant's that have a user's before them.
 
         Raises:
-            ChatError: a chat that the template refuses, whose last turn is no answer, or an answer that has no text or no end.
+            ChatError: a chat that the template refuses, whose last turn is no answer, or an answer without text or end.
         """
         if not messages or messages[-1]["role"] != "assistant":
             raise ChatError("the last turn is no answer")
@@ -130,7 +131,7 @@ class ChatWriter:
                 new = self._append(ids, text, piece)
                 text, ids, learnt = text + piece, ids + new, learnt + [is_answer] * len(new)
             if ids[-1] not in self.ends or len(new) < 2:
-                raise ChatError(f"the answer {said!r} is written without text or without the token {end!r} that ends it")
+                raise ChatError(f"the answer {said!r} is written without text or the token {end!r} that ends it")
             behind = idx, rest, end
         return ids, learnt
 
@@ -155,14 +156,16 @@ class ChatWriter:
         elif whole.startswith(head) and whole.endswith(rest) and _same_words(head, prompt):
             said = whole[len(head) : len(whole) - len(rest)]  # a blank at the end of the prompt more or less
         else:
-            raise ChatError(f"the chat template ends a prompt with {prompt[-40:]!r}, but an answer follows {head[-40:]!r}")
+            raise ChatError(
+                f"the chat template ends a prompt with {prompt[-40:]!r}, but an answer follows {head[-40:]!r}"
+            )
         if not said.strip():
             raise ChatError("the answer has no text")
         return said, rest
 
     def _end(self, rest) -> str:
-        """What a template wrote behind an answer, up to the first token that ends it; the first of these tokens where there is
-        none."""
+        """What a template wrote behind an answer, up to the first token that ends it; the first of these tokens where there
+        is none."""
         found = [(rest.find(token), token) for token in self._ends if token in rest]
         if found:
             start, token = min(found)

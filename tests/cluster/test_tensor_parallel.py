@@ -17,7 +17,10 @@ TESTS = Path(__file__).resolve().parents[1]
 @pytest.mark.slow
 def test_two_processes_answer_as_one(tmp_path):
     model = small_model(
-        selector="distinct", refinement=[3, 5], refinement_layers=[1, 2], region_focus={"layers": [0, 1], "separator_token_id": 7}
+        selector="distinct",
+        refinement=[3, 5],
+        refinement_layers=[1, 2],
+        region_focus={"layers": [0, 1], "separator_token_id": 7},
     )
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3)

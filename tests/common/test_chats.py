@@ -1,4 +1,4 @@
-"""What is learnt of a chat, by templates of the forms that start models bring: the answer and a token at which `generate` ends."""
+"""What is learnt of a chat, by templates of the forms that start models bring: the answer, and an end of `generate`."""
 
 import json
 import shutil
@@ -22,7 +22,8 @@ FORMS = {
     "OneVision, a blank before the line break": (
         CHATML.replace("{{ m.role }}\n", "{{ m.role }} \n"), "red<|im_end|>"),
     "Vicuna, no end": (
-        "{% for m in messages %}{{ m.role | upper }}: " + PARTS + " {% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}",
+        "{% for m in messages %}{{ m.role | upper }}: " + PARTS + " {% endfor %}"
+        "{% if add_generation_prompt %}ASSISTANT:{% endif %}",
         " red</s>"),
     "Llama 3": (
         "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n" + PARTS + "<|eot_id|>"
@@ -107,7 +108,7 @@ def test_the_end_is_one_that_generation_stops_at(make_processor):
     [
         ("{% for m in messages if m.role == 'user' %}" + PARTS + "{% endfor %}", "writes no answer"),
         (CHATML.replace("{% if add_generation_prompt %}", "{% if false %}"), "does not end a prompt with it"),
-        (CHATML.replace("{% if add_generation_prompt %}<|im_start|>assistant", "{% if add_generation_prompt %}Say:"), "ends a prompt with"),
+        (CHATML.replace("%}<|im_start|>assistant", "%}Say:"), "ends a prompt with"),
         ("{{ raise_exception('no images') }}", "refuses it .*no images"),
     ],
 )

@@ -15,7 +15,8 @@ from uhr_bat.processing_uhr_bat import UHRBatProcessor
 MARKS = {"chatml": ("<|endoftext|>", "<|im_start|>", "<|im_end|>"), "llama": ("<unk>", "<s>", "</s>"),
          "llama 3": ("<|begin_of_text|>", "<|start_header_id|>", "<|eot_id|>")}  # fmt: skip
 TEXT_ALONE = (
-    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}</s>{% endfor %}{% if add_generation_prompt %}[assistant]{% endif %}"
+    "{% for m in messages %}[{{ m['role'] }}]{{ m['content'] | trim }}</s>{% endfor %}"
+    "{% if add_generation_prompt %}[assistant]{% endif %}"
 )
 CHAT = [
     {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What colour?"}]},
@@ -63,7 +64,7 @@ def learnt(processor):
 @pytest.mark.parametrize(
     "marks, settings, prompt, answer",
     [
-        ("chatml", {"model_type": "llava_qwen"}, "<|im_start|>user\n<image>\nWhat colour?<|im_end|>\n<|im_start|>assistant\n", "red<|im_end|>"),
+        ("chatml", {"model_type": "llava_qwen"}, "What colour?<|im_end|>\n<|im_start|>assistant\n", "red<|im_end|>"),
         ("llama", {"model_type": "llava_llama"}, "USER: <image>\nWhat colour? ASSISTANT:", " red</s>"),
         ("llama", {"architectures": ["LlavaMistralForCausalLM"]}, "[INST] <image>\nWhat colour? [/INST]", " red</s>"),
         ("llama 3", {"model_type": "llava_llama"}, "<|start_header_id|>assistant<|end_header_id|>\n\n", "red<|eot_id|>"),
@@ -77,8 +78,8 @@ def test_a_checkpoint_without_a_template_gets_the_form_of_its_decoder(export, ma
 
 
 def test_a_template_of_its_own_stays_and_its_end_becomes_one_of_generation(export, capsys):
-    template = "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}{{ '<image>' if c.type == 'image' else c.text }}"
-    template += "{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
+    template = "{% for m in messages %}<|im_start|>{{ m.role }} {% for c in m.content %}"
+    template += "{{ '<image>' if c.type == 'image' else c.text }}{% endfor %}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant {% endif %}"
     processor, generation = export("chatml", {"text_config": {}}, template, ends=2)
     assert processor.chat_template == template and generation == {"eos_token_id": [2, 1022], "temperature": 0.5}
     assert learnt(processor)[1] == "red<|im_end|>" and "an answer ends with '<|im_end|>'" in capsys.readouterr().out
