@@ -24,7 +24,8 @@ from .pyramid_uhr_bat import ImagePyramid
 
 # What of a call says how an image is read: the arguments of `process_image`.
 READING = (
-    "max_image_pixels", "do_convert_rgb", "input_data_format", "bands", "value_range", "window", "page", "overviews",
+    "max_image_pixels", "do_convert_rgb", "input_data_format", "bands", "value_range", "window", "nodata", "area",
+    "page", "overviews",
 )  # fmt: skip
 
 
@@ -47,6 +48,10 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
         What becomes black and white of a raster: "dtype", "percentile", (low, high), or a pair for each band.
     window (`list`):
         Part of a raster: (top, left, bottom, right) in pixels or (west, south, east, north, crs).
+    nodata (`float` or `list`):
+        What is no part of a raster: a value, or a value and a tolerance for what JPEG made of a collar.
+    area (`str`):
+        File of polygons, GeoJSON or GeoPackage: what lies outside is no part of a raster.
     page (`int`):
         Of a TIFF that has several, from 1. By default the largest.
     overviews (`str`):
@@ -69,6 +74,8 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
     bands: Any
     value_range: Any
     window: Any
+    nodata: Any
+    area: Any
     page: int | None
     overviews: str | None
     max_tiles: int | None
@@ -123,6 +130,8 @@ class UHRBatImageProcessor(BaseImageProcessor):
     bands = None
     value_range = None
     window = None
+    nodata = None
+    area = None
     page = None
     overviews = None
     max_tiles = None
@@ -165,8 +174,8 @@ class UHRBatImageProcessor(BaseImageProcessor):
     ) -> RasterImage | PlainImage:
         """An image file with its `height`, `width`, `filename`, `crs` and `transform`: pass it like any other image.
 
-        `options` are `bands`, `value_range`, `window`, `page` and `overviews` ([`RasterImage`]). A raster is read while it is
-        resized and never held whole; its pixels are the same through every other door.
+        `options` are `bands`, `value_range`, `window`, `nodata`, `area`, `page` and `overviews` ([`RasterImage`]). A raster is
+        read while it is resized and never held whole; its pixels are the same through every other door.
         """
         image = self.process_image(path, max_image_pixels, **options)
         if not isinstance(image, Image.Image):
@@ -182,13 +191,15 @@ class UHRBatImageProcessor(BaseImageProcessor):
         bands=None,
         value_range=None,
         window=None,
+        nodata=None,
+        area=None,
         page: int | None = None,
         overviews: str | None = None,
     ) -> Image.Image | RasterImage:
         """One image of any kind as 8-bit RGB, at most `max_image_pixels` large (`read_image`)."""
         options = {
             "max_image_pixels": max_image_pixels, "bands": bands, "value_range": value_range, "window": window,
-            "page": page, "overviews": overviews,
+            "nodata": nodata, "area": area, "page": page, "overviews": overviews,
         }  # fmt: skip
         options = {name: getattr(self, name) if value is None else value for name, value in options.items()}
         return read_image(image, do_convert_rgb=do_convert_rgb, input_data_format=input_data_format, **options)

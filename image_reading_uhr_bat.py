@@ -20,6 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image
 
+from .image_sources_uhr_bat import ImageSource, as_source
 from .picture_reading_uhr_bat import (
     PICTURE_NAMES,
     PILLOW_ERRORS,
@@ -32,7 +33,7 @@ from .picture_reading_uhr_bat import (
     to_rgb,
 )
 from .raster_files_uhr_bat import GDAL_NAME, driver_of, import_rasterio, is_dataset, is_raster, reason
-from .raster_reading_uhr_bat import ImageSource, RasterImage, as_source
+from .raster_reading_uhr_bat import RasterImage
 
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
 # 1,000,000 x 1 pixels.
@@ -367,6 +368,8 @@ def read_image(
     bands: Any = None,
     value_range: Any = None,
     window: Any = None,
+    nodata: Any = None,
+    area: Any = None,
     page: int | None = None,
     overviews: str | None = None,
     do_convert_rgb: bool = True,
@@ -389,7 +392,7 @@ def read_image(
             - what `open_image` returns, or any other [`ImageSource`].
         max_image_pixels: pixels of the largest image, or part of a raster, that is read; of a raster with overviews those
             of the one that a view of `VIEW_SIDE` pixels is made from, whatever its own size.
-        bands, value_range, window, page, overviews: how a raster is read, see [`RasterImage`]. With any of the first four a
+        bands, value_range, window, nodata, area, page, overviews: how a raster is read, see [`RasterImage`]. With any but the last a
             picture is read as a raster too.
         do_convert_rgb: False refuses PIL images and arrays that are not RGB.
         input_data_format: 'channels_first' or 'channels_last', for arrays whose shape can be read both ways.
@@ -405,7 +408,10 @@ def read_image(
             names the image.
         TypeError: `source` is of no such kind.
     """
-    options = {"bands": bands, "value_range": value_range, "window": window, "page": page, "overviews": overviews}
+    options = {
+        "bands": bands, "value_range": value_range, "window": window, "nodata": nodata, "area": area, "page": page,
+        "overviews": overviews,
+    }  # fmt: skip
     with ExitStack() as files:
         opened = _Reader(do_convert_rgb, input_data_format, options).open(source, files)
         check_image_size(opened.size, max_image_pixels, opened.name)

@@ -13,7 +13,6 @@ from collections.abc import Sequence
 from contextlib import contextmanager
 from typing import Any
 
-import numpy as np
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
 
 # Tags of a TIFF that are looked at: kind of page, width, height, what Pillow may misread, orientation.
@@ -240,31 +239,11 @@ def choose_bands(dataset, bands: Sequence[int | str] | int | str | None, name: s
     return visible[:3]
 
 
-def check_value_range(value_range, num_bands: int, name: str):
-    """What `value_range` says: None, "dtype", "percentile", or float[C, 2] lows and highs. Raises `ValueError`."""
-    if value_range is None or (isinstance(value_range, str) and value_range in ("dtype", "percentile")):
-        return value_range
-    try:
-        ranges = np.asarray(value_range, float)
-        ranges = np.broadcast_to(ranges, (num_bands, 2))
-        with np.errstate(over="ignore"):
-            widths = ranges[:, 1] - ranges[:, 0]
-        if (widths > 0).all() and np.isfinite(widths).all():
-            return ranges
-    except (ValueError, TypeError):
-        pass
-    raise ValueError(
-        f"{name}: `value_range` is 'dtype', 'percentile', (low, high) or such a pair for each of {num_bands} bands, finite "
-        f"numbers, low below high. Got {str(value_range)[:200]}."
-    )
-
-
 __all__ = [
     "CHUNK_BYTES",
     "GDAL_NAME",
     "SEQUENTIAL",
     "check_page",
-    "check_value_range",
     "choose_bands",
     "complaints_are_errors",
     "driver_of",

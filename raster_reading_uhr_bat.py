@@ -25,7 +25,6 @@ from .raster_files_uhr_bat import (
     CHUNK_BYTES,
     SEQUENTIAL,
     check_page,
-    check_value_range,
     choose_bands,
     complaints_are_errors,
     gdal_settings,
@@ -37,104 +36,35 @@ from .raster_files_uhr_bat import (
     tiff_pages,
     upright_by,
 )
-from .raster_windows_uhr_bat import choose_window, compose, upright_transform, wkt_names_file
+from .image_sources_uhr_bat import ImageSource
+from .raster_values_uhr_bat import (
+    COLLAR_SIDE,
+    SAMPLE_BLOCKS,
+    SAMPLE_PIXELS,
+    at_pixels,
+    beside_border,
+    check_nodata,
+    is_close,
+    stretch,
+    value_tables,
+)
+from .raster_windows_uhr_bat import (
+    area_window,
+    check_no_rpcs,
+    choose_window,
+    compose,
+    of_gcps,
+    outside_area,
+    read_area,
+    upright_transform,
+    wkt_names_file,
+)
 
 # CLIP's mean colour in 8 bits, the letterbox of the released code; what is no part of an image takes it too.
 PAD_COLOR = (122, 116, 104)
-# Pixels that are looked at for percentiles, all of a smaller image; and, where a larger one has no overviews, the blocks
-# a side that they are spread over.
-SAMPLE_PIXELS, SAMPLE_BLOCKS = 2**22, 8
 # Subdatasets that an error names.
 MAX_NAMED = 50
-# Percent of the values below and above the range of `value_range="percentile"`.
-PERCENTILES = (2, 98)
-# 16-bit data below this part of their range are as good as black where the full range is shown.
-DARK = 1 / 4
-
-
-def _stretch(values, low, high):
-    """float values to uint8, low -> 0 and high -> 255, to the nearest; what lies outside is cut off."""
-    level = (np.nan_to_num(values.astype(np.float64), nan=low) - low) * (255 / (high - low))
-    return np.rint(level.clip(0, 255)).astype(np.uint8)
-
-
 # The image
-
-
-class ImageSource:
-    """An image that is read part by part and never held whole: what the views and the pyramid ask of it. A raster, or a
-    class of your own that makes pixels when they are asked for.
-
-    Attributes:
-        height, width: in pixels.
-        filename: what errors call it.
-        masked: whether some of its pixels may be no part of the image.
-        kind: what it is, in a word: remote code has classes of its own, so that no class is asked for.
-        crs, transform: where it lies, as rasterio has it; None: nowhere.
-    """
-
-    kind = "source"
-    filename = "image"
-    masked = False
-    crs = transform = None
-
-    def for_scale(self, side: int) -> "ImageSource":
-        """The image to make views of at most `side` pixels from: itself, or a smaller copy that has at least so many."""
-        return self
-
-    def parts(self):
-        """A context manager that gives a function: (top, left, bottom, right) in pixels of this image -> (uint8[h, w, 3],
-        bool[h, w] of those that are part of it; None of an image that is not `masked`)."""
-        raise NotImplementedError
-
-    def masked_strips(self, num_rows: int) -> Iterator[tuple[Image.Image, np.ndarray | None]]:
-        """The image from top to bottom in strips of `num_rows` rows, the last one of what is left: RGB, and which of its
-        pixels are part of the image, bool[h, w], or None where all are."""
-        with self.parts() as read:
-            for start in range(0, self.height, num_rows):
-                pixels, valid = read(start, 0, min(start + num_rows, self.height), self.width)
-                yield pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), valid
-
-
-class GivenSource(ImageSource):
-    """Pixels of somebody's own: an object with `height`, `width` and `parts()`, and perhaps `for_scale(side)`, `filename`
-    and `masked`, of which what it gives is checked."""
-
-    def __init__(self, source: Any):
-        self.source, self.height, self.width = source, int(source.height), int(source.width)
-        self.filename = str(getattr(source, "filename", "") or type(source).__name__)
-        self.masked = bool(getattr(source, "masked", False))
-        self.crs, self.transform = getattr(source, "crs", None), getattr(source, "transform", None)
-
-    def for_scale(self, side: int) -> ImageSource:
-        smaller = self.source.for_scale(side) if hasattr(self.source, "for_scale") else self.source
-        return self if smaller is self.source else as_source(smaller)
-
-    @contextmanager
-    def parts(self):
-        with self.source.parts() as given:
-
-            def read(top, left, bottom, right):
-                pixels, valid = given(top, left, bottom, right)
-                pixels = np.asarray(pixels)
-                for what, found, dtype, shape in (("pixels", pixels, np.uint8, (3,)), ("mask", valid, np.bool_, ())):
-                    wanted = bottom - top, right - left, *shape
-                    if found is not None and (found.dtype != dtype or found.shape != wanted):
-                        raise ValueError(
-                            f"{self.filename}: `parts()` gave {what} of {found.dtype} {found.shape} for the box "
-                            f"{top, left, bottom, right}, and must give {np.dtype(dtype)} {wanted}."
-                        )
-                if self.masked and valid is None:
-                    valid = np.ones(pixels.shape[:2], bool)
-                return np.ascontiguousarray(pixels), valid if self.masked else None
-
-            yield read
-
-
-def as_source(image: Any) -> Any:
-    """An [`ImageSource`] of an object that has `parts`, whatever its class."""
-    whole = all(hasattr(image, name) for name in ("kind", "masked", "filename", "masked_strips", "for_scale"))
-    return image if whole else GivenSource(image)
 
 
 class RasterImage(ImageSource):
@@ -157,6 +87,9 @@ class RasterImage(ImageSource):
             bits show less than a quarter of their range.
         window: see `choose_window`.
         page: of a TIFF that has several, from 1; None for the largest.
+        nodata: a value that is no part of the image wherever all chosen bands have it; or (value, tolerance): what is that
+            close to it and connected to the image's border, which is what JPEG makes of a collar, and no dark water within.
+        area: see `read_area`: what lies outside is no part of the image.
         overviews: "auto" reads views of the image from the file's overviews where it has them, "off" never does.
         start: the first bytes of a file that does not lie on this machine, for pages and orientation of a TIFF.
         name: what errors call the image.
@@ -184,6 +117,8 @@ class RasterImage(ImageSource):
         window: Any = None,
         page: int | None = None,
         overviews: str | None = None,
+        nodata: float | tuple[float, float] | None = None,
+        area: Any = None,
         start: bytes | None = None,
         name: str | None = None,
         driver: str | None = None,
@@ -195,11 +130,12 @@ class RasterImage(ImageSource):
             raise ValueError(f"`page` is for files, and {name or source.name} is open already.")
         self._lock = threading.Lock() if self._given is not None else None
         self._elsewhere = isinstance(source, bytes) or start is not None
+        self._remote = not isinstance(source, bytes) and ("://" in str(source) or "/vsi" in str(source))
         self._driver = driver
         self._factor, self._file = 1, None
         if self._given is not None:
             self.filename = name or source.name
-            self._setup(source, bands, value_range, window, overviews, 1)
+            self._setup(source, bands, value_range, window, overviews, nodata, area, 1)
             return
         if isinstance(source, bytes):
             self._file = import_rasterio().MemoryFile(source)  # lives as long as the image
@@ -217,7 +153,7 @@ class RasterImage(ImageSource):
         orientation = int(orientation or 1)
         orientation = orientation if orientation in range(1, 9) else 1
         try:
-            self._setup(dataset, bands, value_range, window, overviews, orientation)
+            self._setup(dataset, bands, value_range, window, overviews, nodata, area, orientation)
         finally:
             dataset.close()
 
@@ -258,11 +194,11 @@ class RasterImage(ImageSource):
                 return tiff_pages(file)
         return []
 
-    def _setup(self, dataset, bands, value_range, window, overviews, orientation):
+    def _setup(self, dataset, bands, value_range, window, overviews, nodata, area, orientation):
         self._sequential = dataset.driver in SEQUENTIAL
         self._settings = gdal_settings(dataset.name, dataset.driver)
         self._transposed, self._rows_reversed, self._columns_reversed = upright = upright_by(orientation)
-        size = dataset.shape[::-1] if self._transposed else dataset.shape
+        self._size = size = dataset.shape[::-1] if self._transposed else dataset.shape
         if not dataset.count and dataset.subdatasets:
             raise ValueError(
                 f"{self.filename}: it has no bands of its own, but subdatasets. Pass one of them: "
@@ -274,6 +210,17 @@ class RasterImage(ImageSource):
         transform = transform and upright_transform(transform, upright, size)
         self._part = choose_window(dataset, crs, window, size, self.filename, transform)
         top, left, bottom, right = self._part
+        self._area = None
+        if area is not None:
+            check_no_rpcs(dataset, self.filename)
+            self._area = read_area(area, crs, transform, self.filename)
+            inside = area_window(self._area, self.filename)
+            self._part = tuple(
+                choose(one, other) for choose, one, other in zip((max, max, min, min), self._part, inside)
+            )
+            top, left, bottom, right = self._part
+            if top >= bottom or left >= right:
+                raise ValueError(f"{self.filename}: the area {str(area)[:200]} lies outside the image, or the window.")
         self.height, self.width = bottom - top, right - left
         self.crs = crs
         self.transform = transform and compose(transform, transform.translation(left, top))
@@ -288,16 +235,30 @@ class RasterImage(ImageSource):
         self._sampled_overviews = dataset.overviews(self.bands[0]) if not self._sequential else []
         flags = [dataset.mask_flag_enums[band - 1] for band in self.bands]
         # Pillow's pictures have no mask: alpha is dropped.
-        self.masked = not self._sequential and (
+        self.masked = self._has_mask = not self._sequential and (
             self._dtype.kind == "f" or any("all_valid" not in [flag.name for flag in band] for band in flags)
         )
-        self._set_values(dataset, value_range)
+        self._palette = len(self.bands) == 1 and dataset.colorinterp[self.bands[0] - 1].name == "palette"
+        self._nodata = self._stated_nodata = nodata = check_nodata(nodata, self.filename)
+        self._collar = None
+        if nodata is not None:
+            self.masked = True
+            if nodata[1]:
+                self._collar = self._find_collar(dataset, size)
+        if area is not None:
+            self.masked = True
+        self._tables, self._ranges, self._inverted = value_tables(
+            dataset, self.bands, value_range, lambda: self._look(dataset), self.filename,
+            nodata is None and not self._remote,  # of what lies elsewhere a look is a request
+        )
 
     def _place_of(self, dataset):
         """(coordinate system, transform of the stored pixels), None where the file says nothing of them."""
         crs, transform = dataset.crs, dataset.transform
         if transform.is_identity:
-            return None, None
+            crs, transform = of_gcps(dataset, self.filename)
+            if transform is None:
+                return None, None
         # A file that came from elsewhere may name others in it.
         if self._elsewhere and crs is not None and wkt_names_file(crs.to_wkt()):
             warnings.warn(
@@ -308,51 +269,15 @@ class RasterImage(ImageSource):
             crs = None
         return crs, transform
 
-    def _set_values(self, dataset, value_range):
-        """What makes 8 bits of the values: a table for small integers, or lows and highs."""
-        band, dtype = self.bands[0], self._dtype
-        structure = dataset.tags(ns="IMAGE_STRUCTURE") | dataset.tags(band, ns="IMAGE_STRUCTURE")
-        bits = int(structure.get("NBITS", 8 * dtype.itemsize))
-        self._inverted = structure.get("MINISWHITE") == "YES"
-        self._tables = self._ranges = None
-        if dtype.kind not in "uif":
-            raise ValueError(f"{self.filename}: pixels are {dtype}, which no range of values makes an image of.")
-        value_range = check_value_range(value_range, len(self.bands), self.filename)
-        in_words = value_range is None or isinstance(value_range, str)
-        if in_words and len(self.bands) == 1 and dataset.colorinterp[band - 1].name == "palette":
-            colours = dataset.colormap(band)
-            size = np.iinfo(dtype).max + 1
-            self._tables = [
-                np.array([colours.get(value, (0, 0, 0))[c] for value in range(size)], np.uint8) for c in range(3)
-            ]
-            return
-        if value_range is None or isinstance(value_range, str) and value_range == "dtype":
-            if dtype not in (np.uint8, np.uint16):
-                raise ValueError(
-                    f"{self.filename}: pixels are {dtype}, whose full range says nothing about black and white. Pass "
-                    f"value_range=(low, high), the values that become black and white, or value_range='percentile'."
-                )
-            if value_range is None and bits > 8:
-                self._warn_of_darkness(dataset, bits)
-            value_range = np.array([[0, 2**bits - 1]] * len(self.bands))
-        elif isinstance(value_range, str):
-            low, high = np.percentile(self._sample(dataset), PERCENTILES)
-            value_range = np.array([[low, max(high, low + 1e-9 * max(1, abs(low)))]] * len(self.bands))
-        self._ranges = value_range
-        if dtype in (np.uint8, np.uint16):
-            self._tables = [_stretch(np.arange(np.iinfo(dtype).max + 1), low, high) for low, high in value_range]
-
-    def _warn_of_darkness(self, dataset, bits):
-        values = self._sample(dataset)
-        brightest, white = int(values.max(initial=0)), 2**bits - 1
-        if brightest < DARK * white:
-            wanted = 2 ** max(8, brightest.bit_length()) - 1
-            warnings.warn(
-                f"{self.filename}: {bits}-bit values go up to {brightest} of {white}, so that the image is dark. Pass the "
-                f"values of black and white, as value_range=(0, {wanted}), or value_range='percentile'; "
-                f"value_range='dtype' keeps the full range and says nothing.",
-                stacklevel=2,
-            )
+    def _find_collar(self, dataset, size):
+        """bool[h, w] over the whole file: where pixels that are close to nodata lie beside the image's border."""
+        factor = max(1, max(size) / COLLAR_SIDE)
+        grid = tuple(max(1, round(length / factor)) for length in size)
+        self._nodata = None  # what is read here is all that there is
+        values, valid = self._read(dataset, (0, 0, *size), grid, "nearest" if self._palette else "average")
+        self._nodata = self._stated_nodata
+        close = is_close(values, *self._stated_nodata)
+        return beside_border(close if valid is None else close | ~valid)
 
     # Reading
 
@@ -373,7 +298,7 @@ class RasterImage(ImageSource):
         """Values [C, h, w] and which are valid, bool[h, w] or None, of a box (top, left, bottom, right) of the file's
         upright pixels in `size` (height, width). Raises `OSError`."""
         rasterio = import_rasterio()
-        top, left, bottom, right = box
+        upright_box = top, left, bottom, right = box
         full = dataset.shape[::-1] if self._transposed else dataset.shape
         if self._rows_reversed:
             top, bottom = full[0] - bottom, full[0] - top
@@ -388,7 +313,7 @@ class RasterImage(ImageSource):
         try:
             with rasterio.Env(**self._settings), complaints_are_errors():
                 values = dataset.read(self.bands, out_shape=(len(self.bands), *size), **options)
-                masks = dataset.read_masks(self.bands, out_shape=values.shape, **options) if self.masked else None
+                masks = dataset.read_masks(self.bands, out_shape=values.shape, **options) if self._has_mask else None
         except Exception as error:
             raise OSError(f"{self.filename}: the image cannot be decoded whole ({reason(error)}).") from error
         valid = None
@@ -396,7 +321,20 @@ class RasterImage(ImageSource):
             valid = masks.any(axis=0)
             if values.dtype.kind == "f":
                 valid &= np.isfinite(values).any(axis=0)
-        return self._turn(values), valid if valid is None else self._turn(valid)
+        values, valid = self._turn(values), valid if valid is None else self._turn(valid)
+        for ruled_out in self._ruled_out(values, upright_box):
+            valid = ~ruled_out if valid is None else valid & ~ruled_out
+        return values, valid
+
+    def _ruled_out(self, values, box):
+        """bool[h, w] of the pixels of a box that options rule out, one after the other."""
+        if self._nodata is not None:
+            ruled_out = is_close(values, *self._nodata)
+            if self._collar is not None:
+                ruled_out &= at_pixels(self._collar, box, values.shape[1:], self._size)
+            yield ruled_out
+        if self._area is not None:
+            yield outside_area(self._area, box, values.shape[1:])
 
     def _turn(self, pixels):
         """Stored pixels [..., h, w] upright."""
@@ -406,39 +344,37 @@ class RasterImage(ImageSource):
             pixels = pixels[..., ::-1, :]
         return pixels[..., ::-1] if self._columns_reversed else pixels
 
-    def _sample(self, dataset) -> np.ndarray:
-        """Valid values of all chosen bands, in one dimension."""
+    def _look(self, dataset) -> tuple[np.ndarray, np.ndarray]:
+        """Values [C, h, w] and which of them are valid, bool[h, w]: the image, an overview of it, or of a large one
+        without overviews blocks that are spread over it, side by side."""
         top, left, bottom, right = self._part
-        boxes = [(self._part, (self.height, self.width))]
+        rows = [[(self._part, (self.height, self.width))]]
         num_pixels = self.height * self.width
         if num_pixels > SAMPLE_PIXELS:
             factors = [factor for factor in self._sampled_overviews if num_pixels >= SAMPLE_PIXELS / 16 * factor**2]
             if factors:
                 factor = max(factors)
-                boxes = [(self._part, (-(-self.height // factor), -(-self.width // factor)))]
+                rows = [[(self._part, (-(-self.height // factor), -(-self.width // factor)))]]
             else:
                 side = math.isqrt(SAMPLE_PIXELS // SAMPLE_BLOCKS**2)
-                corners = (
-                    (int(row), int(column))
+                size = min(side, self.height), min(side, self.width)
+                rows = [
+                    [
+                        ((int(row), int(column), int(row) + size[0], int(column) + size[1]), size)
+                        for column in np.linspace(left, max(left, right - side), SAMPLE_BLOCKS)
+                    ]
                     for row in np.linspace(top, max(top, bottom - side), SAMPLE_BLOCKS)
-                    for column in np.linspace(left, max(left, right - side), SAMPLE_BLOCKS)
-                )
-                boxes = [(row, column, min(row + side, bottom), min(column + side, right)) for row, column in corners]
-                boxes = [(box, (box[2] - box[0], box[3] - box[1])) for box in boxes]
-        parts = []
-        for box, size in boxes:
-            values, valid = self._read(dataset, box, size)
-            values = values.reshape(len(values), -1) if valid is None else values[:, valid]
-            parts.append(values[np.isfinite(values)])
-        values = np.concatenate(parts)
-        if not values.size:
-            raise ValueError(f"{self.filename}: no pixel that was looked at is valid: there is nothing to show.")
-        return values
+                ]
+        parts = [[self._read(dataset, box, size) for box, size in row] for row in rows]
+        values = np.concatenate([np.concatenate([part for part, _ in row], axis=-1) for row in parts], axis=-2)
+        if not self.masked:
+            return values, np.ones(values.shape[1:], bool)
+        return values, np.concatenate([np.concatenate([part for _, part in row], axis=-1) for row in parts], axis=-2)
 
     def _to_rgb(self, values):
         """uint8[h, w, 3] from values [C, h, w]."""
         if self._tables is None:
-            rgb = np.stack([_stretch(band, *limits) for band, limits in zip(values, self._ranges)], axis=-1)
+            rgb = np.stack([stretch(band, *limits) for band, limits in zip(values, self._ranges)], axis=-1)
         else:
             values = np.broadcast_to(values, (len(self._tables), *values.shape[1:]))  # a palette has three tables
             rgb = np.stack([table[band] for table, band in zip(self._tables, values)], axis=-1)
@@ -574,4 +510,4 @@ def _fill(strip, valid):
     return strip
 
 
-__all__ = ["PAD_COLOR", "GivenSource", "ImageSource", "RasterImage", "as_source"]
+__all__ = ["PAD_COLOR", "RasterImage"]

@@ -7,7 +7,9 @@ Sizes are (height, width), coordinates (row, column).
 """
 
 import math
+import os
 import re
+import warnings
 from typing import Any
 
 import numpy as np
@@ -340,6 +342,101 @@ def _window_of_bounds(dataset, crs, transform, bounds, bounds_crs, size, name):
     return part
 
 
+def of_gcps(dataset, name: str) -> tuple:
+    """(coordinate system, transform) of ground control points, by the affine transform that fits them best; (None, None)
+    without. Warns where it is off by more than a pixel."""
+    points, crs = dataset.gcps
+    if len(points) < 3 or crs is None:
+        return None, None
+    from rasterio.transform import from_gcps
+
+    transform = from_gcps(points)
+    found = apply(~transform, *(np.array([getattr(point, axis) for point in points]) for axis in "xy"))
+    off = max(np.abs(np.subtract(found, [[p.col for p in points], [p.row for p in points]])).max(axis=1))
+    if off > 1:
+        warnings.warn(
+            f"{name}: its place is that of {len(points)} control points, from which an even grid is up to {off:.1f} pixels off. "
+            f"Pass `rasterio.vrt.WarpedVRT(dataset)` for more.",
+            stacklevel=2,
+        )
+    return crs, transform
+
+
+# Areas
+
+
+def read_area(area: Any, crs, transform, name: str) -> list:
+    """Polygons in pixels of the image, (column, row).
+
+    Args:
+        area: the path of a GeoJSON or a GeoPackage or another file of polygons; a GeoJSON as a dictionary, or an object
+            with `__geo_interface__`, in longitude and latitude unless it says otherwise.
+        crs, transform: of the image.
+
+    Raises:
+        ImportError: geopandas is not installed.
+        OSError: the file cannot be read.
+        ValueError: no polygons, or an image without coordinates.
+    """
+    if crs is None or transform is None:
+        raise ValueError(f"{name}: it has no coordinate system that an area could be given in. Pass a window in pixels.")
+    try:
+        import geopandas
+        import shapely
+    except ImportError as error:
+        raise ImportError('Reading an area needs geopandas: pip install "uhr-bat[geo]"') from error
+
+    shown = str(area)[:200]
+    if isinstance(area, (str, os.PathLike)):
+        if not os.path.exists(area):
+            raise FileNotFoundError(f"{shown}: there is no such file of an area.")
+        try:
+            found = geopandas.read_file(area)
+        except Exception as error:
+            raise OSError(f"{shown}: the area cannot be read ({type(error).__name__}: {error}).") from error
+    else:
+        shape = getattr(area, "__geo_interface__", area)
+        features = shape.get("features") if isinstance(shape, dict) else None
+        shapes = [part["geometry"] for part in features] if features is not None else [shape]
+        try:
+            shapes = [shapely.geometry.shape(part.get("geometry", part)) for part in shapes]
+        except Exception as error:
+            raise ValueError(f"{name}: {shown!r} is no area: pass a file, a GeoJSON or a polygon.") from error
+        found = geopandas.GeoDataFrame(geometry=shapes, crs=getattr(area, "crs", None) or "EPSG:4326")
+    shapes = found[found.geometry.notna()]
+    shapes = shapes[shapes.geom_type.isin(("Polygon", "MultiPolygon")) & ~shapes.is_empty]
+    if not len(shapes):
+        raise ValueError(f"{shown}: the area has no polygon.")
+    if shapes.crs is None:
+        raise ValueError(f"{shown}: the area states no coordinate system. Write it with one.")
+    # Straight lines of one system are none of the other.
+    bounds = shapes.total_bounds
+    longest = max(bounds[2] - bounds[0], bounds[3] - bounds[1]) / NUM_POINTS
+    shapes = shapes.geometry.segmentize(longest).to_crs(crs.to_wkt())
+    a, b, c, d, e, f = tuple(~transform)[:6]
+    return list(shapes.affine_transform([a, b, d, e, c, f]))
+
+
+def area_window(shapes: list, name: str) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) in pixels of polygons in pixels."""
+    bounds = np.array([shape.bounds for shape in shapes])
+    if not np.isfinite(bounds).all():
+        raise ValueError(f"{name}: the area has no place in the image's coordinate system.")
+    left, top = bounds[:, :2].min(axis=0)
+    right, bottom = bounds[:, 2:].max(axis=0)
+    return outwards(top, left, bottom, right)
+
+
+def outside_area(shapes: list, box, size: tuple[int, int]) -> np.ndarray:
+    """bool[size]: pixels of a box (top, left, bottom, right), read in a size, whose centres lie in none of the polygons."""
+    from affine import Affine
+    from rasterio.features import geometry_mask
+
+    top, left, bottom, right = box
+    transform = Affine((right - left) / size[1], 0, left, 0, (bottom - top) / size[0], top)
+    return geometry_mask(shapes, out_shape=size, transform=transform)
+
+
 def check_no_rpcs(dataset, name: str):
     """Raises `ValueError` where coordinates are asked of an image that has those of a camera (RPCs) alone."""
     if dataset.rpcs is not None:
@@ -349,4 +446,17 @@ def check_no_rpcs(dataset, name: str):
         )
 
 
-__all__ = ["apply", "check_no_rpcs", "choose_window", "compose", "outwards", "parse_crs", "upright_transform", "wkt_names_file"]
+__all__ = [
+    "apply",
+    "area_window",
+    "check_no_rpcs",
+    "choose_window",
+    "compose",
+    "of_gcps",
+    "outside_area",
+    "outwards",
+    "parse_crs",
+    "read_area",
+    "upright_transform",
+    "wkt_names_file",
+]

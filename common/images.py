@@ -5,6 +5,10 @@ from urllib.parse import urlparse
 from urllib.request import url2pathname
 
 
+# Those of them that are the image processor's, by its names.
+OPTIONS = ("bands", "value_range", "window", "nodata", "area", "max_image_pixels")
+
+
 def band(text: str) -> int | str:
     """A number or a name."""
     return int(text) if text.isdigit() else text
@@ -25,6 +29,14 @@ def value_range(text: str) -> str | list:
     if len(numbers) != 6:
         raise ValueError(text)
     return [numbers[start : start + 2] for start in (0, 2, 4)]
+
+
+def nodata(text: str) -> float | tuple[float, float]:
+    """0.0 from "0", (0.0, 15.0) from "0,15"."""
+    value, *tolerance = map(float, text.split(","))
+    if len(tolerance) > 1:
+        raise ValueError(text)
+    return (value, *tolerance) if tolerance else value
 
 
 def window(text: str) -> list:
@@ -55,6 +67,13 @@ def add_image_arguments(parser: ArgumentParser):
         help="a part: top,left,bottom,right in pixels, or west,south,east,north,EPSG:4326 (default: all)",
     )  # fmt: skip
     group.add_argument(
+        "--nodata", type=nodata, metavar="V[,T]",
+        help="a value that is no part of the image, as 0, or with a tolerance beside the border, as 0,15, for collars in JPEG",
+    )  # fmt: skip
+    group.add_argument(
+        "--area", metavar="FILE", help="polygons, GeoJSON or GeoPackage: what lies outside is no part of the image"
+    )
+    group.add_argument(
         "--max-pixels",
         type=int,
         dest="max_image_pixels",
@@ -82,7 +101,7 @@ def tile_options(args: Namespace) -> dict:
 
 def image_options(args: Namespace) -> dict:
     """What `add_image_arguments` read, as `open_image` takes it."""
-    return {name: getattr(args, name) for name in ("bands", "value_range", "window", "max_image_pixels")}
+    return {name: getattr(args, name) for name in OPTIONS}
 
 
 def local_path(text: str) -> str:

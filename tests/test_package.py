@@ -20,6 +20,8 @@ MODEL = (
     "configuration",
     "raster_files",
     "raster_windows",
+    "raster_values",
+    "image_sources",
     "raster_reading",
     "picture_reading",
     "image_reading",

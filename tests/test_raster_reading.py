@@ -5,8 +5,12 @@ import re
 import threading
 import warnings
 
+import geopandas
 import numpy as np
 import pytest
+import rasterio.control
+import rasterio.rpc
+import shapely
 from images import random_image, raises
 from PIL import Image
 from rasterio.shutil import copy
@@ -436,6 +440,153 @@ def test_numbers_that_are_none_are_no_part_of_the_image(tmp_path):
     values[:, 5, 6] = np.nan
     image = read(write_raster(tmp_path / "nan.tif", values), value_range=(0, 1))
     assert tuple(image[5, 6]) == PAD_COLOR and tuple(image[0, 0]) == tuple(np.rint(values[:, 0, 0] * 255))
+
+
+@pytest.fixture
+def mosaic():
+    """(uint8[3, 320, 320] with a collar of 0 around an image that has dark water within, bool of the collar, of the
+    water)."""
+    bands = random_bands(height=320, width=320) // 2 + 100
+    rows, columns = np.mgrid[:320, :320]
+    collar, water = rows + columns < 330, np.zeros((320, 320), bool)
+    water[220:260, 220:260] = True
+    bands[:, water], bands[:, collar] = 5, 0
+    return bands, collar, water
+
+
+def shown_of(image):
+    """bool[h, w]: the pixels of a raster that are part of the image."""
+    strips = [mask for _, mask in image.masked_strips(64)]
+    return np.concatenate([np.ones((64, 320), bool) if mask is None else mask for mask in strips])
+
+
+def quiet(path, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return read_image(path, LIMIT, **options)
+
+
+@pytest.mark.parametrize("nodata", [0, (0, 0), (0, 8), (0, 15)])
+def test_a_collar_that_is_stated_is_no_part_of_the_image_and_dark_water_within_is(tmp_path, mosaic, nodata):
+    bands, collar, water = mosaic
+    image = quiet(write_raster(tmp_path / "a.tif", bands), nodata=nodata)
+    np.testing.assert_array_equal(shown_of(image), ~collar)
+    # A part of it says the same of each pixel.
+    part = quiet(write_raster(tmp_path / "a.tif", bands), nodata=nodata, window=(100, 0, 164, 320))
+    np.testing.assert_array_equal(shown_of(part), ~collar[100:164])
+
+
+@pytest.mark.parametrize("tag", [None, 0])
+def test_a_tolerance_takes_what_jpeg_made_of_a_collar(tmp_path, mosaic, tag):
+    bands, collar, water = mosaic
+    path = write_raster(
+        tmp_path / "a.tif", bands, compress="jpeg", photometric="ycbcr", interleave="pixel", nodata=tag, tiles=True
+    )
+    with pytest.warns(UserWarning, match=r"of the image is one colour at its edge, 0 in all bands, .* pass nodata=.0, 1\d"):
+        without = read_image(path, LIMIT)
+    image = quiet(path, nodata=(0, 15))
+    shown = shown_of(image)
+    rows, columns = np.mgrid[:320, :320]
+    deep = rows + columns < 300
+    assert not shown[deep].any() and shown[rows + columns > 345].mean() > (0.999 if tag is None else 0.99)
+    assert shown[water].mean() == 1 if tag is None else shown[water].mean() > 0.9  # what is 0 by chance the tag rules out
+    assert shown_of(without)[collar].any()
+
+
+def test_a_border_of_one_colour_is_warned_of_once_and_only_where_nothing_says_that_it_is_no_data(tmp_path, mosaic):
+    bands, collar, _ = mosaic
+    path = write_raster(tmp_path / "black.tif", bands)
+    with pytest.warns(UserWarning) as caught:
+        read_image(path, LIMIT)
+    (one,) = caught
+    assert re.fullmatch(
+        f"{re.escape(path)}: 5.% of the image is one colour at its edge, 0 in all bands, and visual tokens will be spent on "
+        f"it. If it is no part of the image, pass nodata=0.",
+        str(one.message),
+    )
+    white = np.where(collar, 255, bands).astype(np.uint8)
+    with pytest.warns(UserWarning, match="255 in all bands.*pass nodata=255"):
+        read_image(write_raster(tmp_path / "white.tif", white), LIMIT)
+    quiet(write_raster(tmp_path / "tagged.tif", bands, nodata=0))
+    quiet(write_raster(tmp_path / "masked.tif", bands, mask=np.where(collar, 0, 255).astype(np.uint8)))
+    quiet(write_raster(tmp_path / "small.tif", np.where(collar & (np.mgrid[:320, :320][0] < 90), 0, 150).astype(np.uint8)[None].repeat(3, 0) + random_bands(height=320, width=320) // 16 * ~collar))  # fmt: skip
+    sea = np.where(collar, random_bands(height=320, width=320) // 8, bands).astype(np.uint8)  # dark, and no one colour
+    quiet(write_raster(tmp_path / "sea.tif", sea))
+
+
+@pytest.mark.parametrize("nodata", ["black", (0, -1), (0, 1, 2), float("nan"), [None, 1]])
+def test_what_is_no_value_of_nodata_is_refused_with_the_file(placed, nodata):
+    with pytest.raises(ValueError, match=f"^{re.escape(placed)}: `nodata` is a number, or .value, tolerance."):
+        read(placed, nodata=nodata)
+
+
+def test_stated_ranges_are_in_the_units_of_scale_and_offset(tmp_path):
+    stored = random_bands(1, dtype=np.uint16) % 10_000
+    path = write_raster(tmp_path / "reflectance.tif", stored)
+    expected = read(path, value_range=(1000, 4000))
+    with rasterio.open(path, "r+") as file:
+        file.scales, file.offsets = (0.0001,), (-0.1,)
+    np.testing.assert_array_equal(quiet(path, value_range=(0, 0.3)), expected)
+    # Stored values are told from those.
+    with pytest.warns(UserWarning, match=r"100% of the values lie outside value_range=.*, whose scale and offset make"):
+        read(path, value_range=(1000, 4000))
+
+
+def test_a_range_that_leaves_nearly_everything_outside_is_warned_of(tmp_path, bands):
+    path = write_raster(tmp_path / "a.tif", bands)
+    for low, high in ((300, 4000), (-10, -1)):
+        with pytest.warns(UserWarning, match=f"{re.escape(path)}: 100% of the values lie outside value_range=.* go from 0"):
+            read(path, value_range=(low, high))
+    quiet(path, value_range=(100, 150))
+
+
+def test_control_points_are_the_place_of_an_image(tmp_path, bands):
+    path = write_raster(tmp_path / "gcps.tif", bands)
+    transform = rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_450)
+    corners = [(row, column) for row in (0, 45) for column in (0, 70)]
+    points = [rasterio.control.GroundControlPoint(row, column, *(transform @ (column, row))) for row, column in corners]
+    with rasterio.open(path, "r+") as file:
+        file.gcps = points, rasterio.crs.CRS.from_epsg(32654)
+    image = read_image(path, LIMIT, window=(500_200, 4_000_150, 500_600, 4_000_350, "EPSG:32654"))
+    np.testing.assert_array_equal(image, rgb_of(bands)[10:30, 20:60])
+    assert image.transform.almost_equals(rasterio.Affine(10, 0, 500_200, 0, -10, 4_000_350)) and image.crs.to_epsg() == 32654
+
+
+def test_coordinates_of_a_camera_are_refused_with_what_makes_others_of_them(tmp_path, bands):
+    path = write_raster(tmp_path / "rpcs.tif", bands)
+    with rasterio.open(path, "r+") as file:
+        file.rpcs = rasterio.rpc.RPC(
+            height_off=0, height_scale=500, lat_off=36, lat_scale=0.1, line_den_coeff=[1] + [0] * 19, line_num_coeff=[0, 0, -1] + [0] * 17,
+            line_off=22, line_scale=22, long_off=140, long_scale=0.1, samp_den_coeff=[1] + [0] * 19, samp_num_coeff=[0, 1] + [0] * 18,
+            samp_off=35, samp_scale=35,
+        )  # fmt: skip
+    np.testing.assert_array_equal(read(path), rgb_of(bands))
+    for options in ({"window": (139.9, 35.9, 140.1, 36.1, "EPSG:4326")}, {"area": shapely.box(139.9, 35.9, 140.1, 36.1)}):
+        with pytest.raises(ValueError, match=f"^{re.escape(path)}: its coordinates are RPCs, .*WarpedVRT"):
+            read(path, **options)
+
+
+def test_what_lies_outside_an_area_is_no_part_of_the_image(placed, bands, tmp_path, processor):
+    triangle = shapely.Polygon([(500_100, 4_000_400), (500_500, 4_000_400), (500_100, 4_000_000)])
+    frame = geopandas.GeoDataFrame(geometry=[triangle], crs="EPSG:32654")
+    frame.to_file(tmp_path / "area.gpkg")
+    frame.to_crs("EPSG:4326").to_file(tmp_path / "area.geojson")
+    rows, columns = np.mgrid[:40, :40]
+    inside = rows + columns < 39
+    for area in (tmp_path / "area.gpkg", tmp_path / "area.geojson", shapely.geometry.mapping(frame.to_crs(4326).geometry[0])):
+        image = read_image(placed, LIMIT, area=area)
+        found, mask = zip(*image.masked_strips(1000))
+        close = np.abs(rows + columns - 39) <= 1  # the edge itself, to the pixel that degrees leave open
+        assert (image.height, image.width) in ((40, 40), (41, 41), (40, 41), (41, 40)) and image.crs.to_epsg() == 32654
+        np.testing.assert_array_equal(mask[0][:40, :40][~close], inside[~close])
+        assert image.transform.almost_equals(rasterio.Affine(10, 0, 500_100, 0, -10, 4_000_400), 0.01)
+    assert not processor(placed, area=tmp_path / "area.gpkg").pixel_attention_mask.all()
+    with raises(ValueError, f"{placed}: the area {shapely.box(0, 0, 1, 1)} lies outside the image, or the window."):
+        read(placed, area=shapely.box(0, 0, 1, 1))
+    with pytest.raises(FileNotFoundError, match="none.geojson: there is no such file of an area"):
+        read(placed, area="none.geojson")
+    with pytest.raises(ValueError, match="no coordinate system that an area could be given in"):
+        read(write_raster(tmp_path / "plain.tif", bands), area=tmp_path / "area.gpkg")
 
 
 def test_an_image_without_any_valid_pixel_is_refused(tmp_path, processor):
