@@ -429,7 +429,7 @@ def area_window(shapes: list, name: str) -> tuple[int, int, int, int]:
 
 def outside_area(shapes: list, box, size: tuple[int, int]) -> np.ndarray:
     """bool[size]: pixels of a box (top, left, bottom, right), read in a size, whose centres lie in none of the polygons."""
-    from affine import Affine
+    from rasterio import Affine
     from rasterio.features import geometry_mask
 
     top, left, bottom, right = box

@@ -157,8 +157,9 @@ def test_model_files_import_what_a_plain_installation_brings(path):
     absolute = [node.module for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and not node.level]
     absolute += [alias.name for node in ast.walk(tree) if isinstance(node, ast.Import) for alias in node.names]
     packages = {"PIL" if name == "pillow" else name for name in re.findall(r"^\w+", REQUIREMENTS, re.M)}
-    # The first two come with transformers; the other two are extras, and their absence is an error with its mend.
-    known = packages | set(sys.stdlib_module_names) | {"huggingface_hub", "tokenizers", "rasterio", "sklearn"}
+    # The first two come with transformers; the others are extras, and their absence is an error with its mend.
+    extras = {"rasterio", "sklearn", "geopandas", "shapely"}
+    known = packages | set(sys.stdlib_module_names) | {"huggingface_hub", "tokenizers"} | extras
     assert {name.split(".")[0] for name in absolute} <= known
 
 
