@@ -49,6 +49,14 @@ def window(text: str) -> list:
     return [*map(int, numbers), int(last)]
 
 
+def tiles(text: str) -> tuple[int, bool]:
+    """(60, False) from "60", (128, True) from "128 native"."""
+    number, *native = text.split()
+    if native not in ([], ["native"]):
+        raise ValueError(text)
+    return int(number), bool(native)
+
+
 def add_image_arguments(parser: ArgumentParser):
     """The options of a raster, and the limit of any image."""
     group = parser.add_argument_group("how the image is read")

@@ -43,6 +43,8 @@ READING = {
     "bands": ("Bands", images.bands, "4,3,2 or red,nir,blue"),
     "value_range": ("Value range", images.value_range, "0,2047, dtype or percentile"),
     "window": ("Window", images.window, "top,left,bottom,right in pixels"),
+    "page": ("Page of a TIFF", int, "2"),
+    "tiles": ("Look closer: tiles of a question", images.tiles, "60, or 128 native, down to the image's own pixels"),
 }
 STYLE = """
 #map iframe { width: 100%; height: max(30rem, calc(100dvh - 17.5rem)); border: 1px solid var(--border-color-primary);

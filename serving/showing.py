@@ -10,7 +10,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -131,6 +131,7 @@ class OpenImage:
         encoded: for the model.
         seconds: that the encoding took, now or when it was done.
         encoded_before: whether it was done for an earlier opening of the same file.
+        max_tiles: that a question may look at; None for all.
     """
 
     title: str
@@ -140,6 +141,7 @@ class OpenImage:
     encoded: EncodedImage
     seconds: float
     encoded_before: bool
+    max_tiles: int | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -188,10 +190,11 @@ class Desk:
     def config(self):
         return self.front.model.config
 
-    def open(self, source: UnreadImage, **options) -> str:
+    def open(self, source: UnreadImage, tiles: tuple[int, bool] | None = None, **options) -> str:
         """Opens and encodes an image; the name under which it is kept.
 
         Args:
+            tiles: `max_tiles` and `native` of the processor, of an image that questions look closer at; None for all tiles.
             options: `bands`, `value_range`, `window`, `page`, `max_image_pixels`, as of `read_image`.
 
         Raises:
@@ -203,20 +206,22 @@ class Desk:
         # The front is handed the opened image: it is read and checked once. How it was read is part of what names it.
         opened = UnreadImage(source.name, picture, f"{source.digest} {sorted(options.items())}")
         start = time.perf_counter()
-        encoded = self.front.encode(opened, **limit)
+        max_tiles, native = tiles or (None, None)
+        encoded = self.front.encode(opened, max_tiles, native, **limit)
+        if max_tiles is not None:  # it may have been encoded for another number
+            encoded = replace(encoded, features=encoded.features.with_max_tiles(max_tiles))
         seconds = time.perf_counter() - start
         before = encoded.key in self._seconds
         seconds = self._seconds.setdefault(encoded.key, seconds)
         is_raster = isinstance(picture, RasterImage)
         georeference = Georeference(picture.transform, picture.crs) if is_raster else Georeference()
         return self.images.put(
-            OpenImage(source.name, picture, overview_jpeg(picture), georeference, encoded, seconds, before)
+            OpenImage(source.name, picture, overview_jpeg(picture), georeference, encoded, seconds, before, max_tiles)
         )
 
     def budget_range(self, image_name: str) -> tuple[int, int]:
         """(visual tokens that the model spends on an image by itself, most that it can)."""
-        available = self.images.get(image_name).encoded.features.available
-        budgets = self.config.budgets
+        available, budgets = self.spending(image_name)
         if is_one_budget(budgets):
             usual, most = min(budgets, sum(available)), sum(available)
         else:
@@ -224,12 +229,20 @@ class Desk:
             most = sum(number for budget, number in zip(budgets, available) if budget)
         return usual, max(usual, min(most, self.front.processor.tokenizer.model_max_length - TEXT_TOKENS))
 
+    def spending(self, image_name: str) -> tuple[list[int], list[int] | int]:
+        """Tokens that there are of every scale of an image, and the budgets of the model: one for levels that are the image's
+        own."""
+        features, budgets = self.images.get(image_name).encoded.features, self.config.budgets
+        if features.scales != self.config.scales and not is_one_budget(budgets):
+            budgets = sum(budgets)
+        return features.available, budgets
+
     def share(self, image_name: str, num_tokens: int) -> list[int] | int:
         """Budgets whose sum is `num_tokens`, in the proportions of the model's own."""
-        budgets = self.config.budgets
+        available, budgets = self.spending(image_name)
         if is_one_budget(budgets):
             return num_tokens
-        shares = apportion(num_tokens, budgets, self.images.get(image_name).encoded.features.available)
+        shares = apportion(num_tokens, budgets, available)
         spending = iter(sorted(filter(None, shares)))  # of equals, the remainder goes to the finer scale
         return [next(spending) if share else 0 for share in shares]
 
@@ -248,7 +261,7 @@ class Desk:
         check_count(len(question), LETTERS_PER_TOKEN * window, "letters", "The question")
         start = time.perf_counter()
         budgets = self.share(image_name, num_tokens)
-        selection = self.front.select(user_prompt(processor, question.strip()), [image.encoded], budgets)
+        selection = self.front.select(user_prompt(processor, question.strip()), [image.encoded], budgets, image.max_tiles)
         compressed_at = time.perf_counter()
         with self._decoding:
             embeds = selection.embeds[None].to(model.device)
@@ -273,7 +286,7 @@ class Desk:
             name: of an answer or an image.
             address: from the map to the folder of an image's `overview.jpg` and `detail.jpg`, with its name as {}.
         """
-        scales, answer = self.config.scales, None
+        answer = None
         try:
             answer = self.answers.get(name)
             image_name, image = answer.image_name, answer.image
@@ -283,6 +296,7 @@ class Desk:
         place = address.format(image_name)
         overview_width = round(width * min(1, PAGE_SIDE / max(height, width)))
         served = Served(f"{place}/overview.jpg", overview_width, f"{place}/detail.jpg")
+        scales = image.encoded.features.scales
         seen, georeference = (image.picture, scales), image.georeference
         if answer is None:
             return page_html(None, None, *seen, {"image": image.title}, georeference, served=served)
@@ -311,7 +325,11 @@ class Desk:
         place = answer.image.georeference
         about = answer.about | ({"note": self.note} if self.note else {})
         frame = evidence_frame(
-            answer.compressed, answer.image.size, self.config.scales, transform=place.transform, crs=place.crs
+            answer.compressed,
+            answer.image.size,
+            answer.compressed.scales[0],
+            transform=place.transform,
+            crs=place.crs,
         )
         return geojson_bytes(frame, about, place.words)
 

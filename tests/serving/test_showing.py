@@ -54,6 +54,24 @@ def test_an_answer_at_the_usual_budget_is_that_of_generate(desk, source, answere
     assert answer.num_tokens == inputs["token_counts"].sum()
 
 
+@pytest.mark.slow
+def test_a_question_looks_closer_where_the_image_was_opened_so(desk, source):
+    processor, model = desk.front.processor, desk.front.model
+    name = desk.open(source, tiles=(40, True))
+    assert desk.budget_range(name)[0] == sum(model.config.budgets)
+    answered = desk.ask(name, QUESTION, 60)
+    inputs = processor(
+        text=prompt_text(processor, QUESTION), images=source.content, max_tiles=40, native=True, budgets=60,
+        return_tensors="pt",
+    )  # fmt: skip
+    with torch.inference_mode():
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=desk.max_new_tokens)
+    answer = desk.answers.get(answered)
+    assert answer.text == answer_text(processor, inputs["input_ids"], output) and answer.num_tokens == 60
+    assert len(json.loads(desk.geojson(answered))["features"]) == 60
+    assert desk.page(answered, "{}") != desk.page(name, "{}") and desk.kept_png(answered)
+
+
 def test_an_image_is_encoded_once_whatever_is_asked(desk, source, opened):
     tiles = count_tiles(desk.front.model)
     for question, num_tokens in (("How many ships?", 146), ("How many ships?", 20), (QUESTION, 20)):
