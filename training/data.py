@@ -5,11 +5,13 @@ A row of the data is one of
     {"image": "a.tif" or ["a.tif", "b.tif"], "conversations": [{"from": "human", "value": "<image>\\nHow many ships?"},
                                                               {"from": "gpt", "value": "Three."}]}
     {"image": ..., "messages": [{"role": "user", "content": "<image>\\nHow many ships?"}, ...]}
-    {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.tif"}, {"type": "text", "text": "How many ships?"}]}, ...]}
-    {"image": ..., "question": "How many ships?", "answer": "Three."}   (or query, response; or instruction, input, output)
+    {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.tif"}, {"type": "text", "text": "..."}]}, ...]}
+    {"image": ..., "question": "How many ships?", "answer": "Three."}
+    {"image": ..., "query": ..., "response": ...}    {"image": ..., "instruction": ..., "input": ..., "output": ...}
 
-and `image` may be missing (`images` is the same). Beside them may stand `system`, `history` (pairs of question and answer before
-a plain question), and how the row's images are read: `bands`, `window`, `value_range` of rasters, `budgets` of visual tokens.
+and `image` may be missing (`images` is the same). Beside them may stand `system`, `history` (pairs of question and answer
+before a plain question), and how the row's images are read: `bands`, `window`, `value_range` of rasters, `budgets` of
+visual tokens.
 Every answered question of a conversation is a sample of its own, so that
 its selection is the one that `generate` makes. A sample, which the collator takes, is
 
@@ -118,7 +120,7 @@ def as_list(value, name) -> list:
 
 
 def read_parts(content, image_token: str) -> tuple[str, list]:
-    """(text with placeholders, images) of what a turn says: a text, or a list of parts, of which images may name their file."""
+    """(text with placeholders, images) of what a turn says: a text, or parts, of which images may name their file."""
     if not isinstance(content, list):
         return content, []
     texts, images = [], []
@@ -175,9 +177,13 @@ def read_turns(row: dict, image_token: str = "<image>") -> tuple[list[tuple[str,
 
 
 def read_images(row: dict, named=()) -> list[dict]:
-    """[{"path": ..., "bytes": ...}] of a row whose images are paths, or files in the table; or those that its turns name.
-    Raises `BadSample`."""
-    images = row[find_key(row, "image", "images") or "image"] if find_key(row, "image", "images") else []
+    """[{"path": ..., "bytes": ...}] of a row whose images are paths, or files in the table, or named by its turns.
+
+    Raises:
+        BadSample: an image that is neither, or images in both places.
+    """
+    column = find_key(row, "image", "images")
+    images = row[column] if column else []
     images = [image for image in (images if isinstance(images, list) else [images]) if image not in (None, "")]
     if named and images not in ([], named):
         raise BadSample("with images in turns and in a column", f"{len(named)} and {len(images)}")
@@ -198,7 +204,9 @@ def read_options(row: dict, budgets) -> str:
         if name in options and not fits(options[name]):
             raise BadSample(f"whose `{name}` cannot be read", f"{json.dumps(options[name])}")
     if "budgets" in options and is_one_budget(options["budgets"]) != is_one_budget(budgets):
-        raise BadSample("with other budgets", f"{options['budgets']}, the others have {budgets}: one number, or as many as scales")
+        raise BadSample(
+            "with budgets of another kind", f"{options['budgets']}, but the run has {budgets}: one number, or one per scale"
+        )
     return json.dumps(options) if options else ""
 
 
@@ -363,8 +371,8 @@ class SampleReader:
 
 
 def open_table(source: str, split: str):
-    """A file (JSON, JSON lines, CSV, TSV, parquet), a folder that `save_to_disk` wrote, or a data set of the Hub or of a folder,
-    with files left closed."""
+    """A file (JSON, JSON lines, CSV, TSV, parquet), a folder that `save_to_disk` wrote, or a data set of the Hub or of a
+    folder, with files left closed."""
     require("train", "datasets")
     from datasets import Dataset, Features, Value, load_dataset, load_from_disk
 
@@ -485,7 +493,8 @@ def load_samples(
     for source, times in map(split_share, sources):
         table = open_table(source, split)
         shares.append(times)
-        folder = image_folder or (Path(source).parent if Path(source).is_file() else source if Path(source).is_dir() else ".")
+        place = Path(source)
+        folder = image_folder or (place if place.is_dir() else place.parent if place.is_file() else ".")
         samples = table.map(
             reader,
             with_indices=True,
