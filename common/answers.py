@@ -10,8 +10,8 @@ import unicodedata
 LETTERS = "ABCDEFGH"  # of options that stand nowhere
 # What says that the answer comes now.
 DECLARES = re.compile(
-    r"\b(?:answers?|options?|choices?)(?:\(s\))?(?:\s+(?:to|for)\s+(?:the|this|that)\s+question)?\s*(?:\((?:is|are)\))?"
-    r"[\s*_]*(?:is|are|would\s+be|should\s+be|must\s+be|might\s+be|will\s+be|[:=\uff1a]|->|\u2192)"
+    r"\b(?:answers?|options?|choices?)(?:\(s\))?(?:\s{1,4}(?:to|for)\s{1,4}(?:the|this|that)\s{1,4}question)?[\s*_]{0,8}(?:\((?:is|are)\))?"
+    r"[\s*_]{0,8}(?:is|are|would\s+be|should\s+be|must\s+be|might\s+be|will\s+be|[:=\uff1a]|->|\u2192)"
     r"|\bI(?:\s+would|\s+will|'d|'ll)?\s+(?:choose|select|pick|go\s+with|say)\b"
     r"|(?:\u7b54\u6848|\u6b63\u786e\u9009\u9879)(?:\u662f|\u4e3a|[:\uff1a])"
     r"|\\boxed|<answer>",
@@ -19,15 +19,18 @@ DECLARES = re.compile(
 )
 FILLERS = re.compile(
     r"(?:[\s*_:=\"'`\[({<\uff1a\uff08$]|\\text|\b(?:is|are|the|option|options|choice|letter|letters|answer|clearly|therefore|thus|most|"
-    r"likely|probably|definitely|indeed|correct|best|in|fact|to|be)\b(?!\s*$))*",
+    r"likely|probably|definitely|indeed|correct|best|in|fact|to|be)\b(?!\s*$)){0,24}",
     re.IGNORECASE,
 )
-CONFIRMS = r"(?:is|are|seems|must be|would be)\s+(?:the\s+|clearly\s+|most\s+likely\s+)*(?:correct|right|best|true)\b"
+CONFIRMS = r"(?:is|are|seems|must be|would be)\s{1,4}(?:the\s{1,4}|clearly\s{1,4}|most\s{1,4}likely\s{1,4}){0,3}(?:correct|right|best|true)\b"
 DENIES = (
-    r"\s*[\])}*]*\s*(?:is|are|was|can be|seems|looks)?\s*(?:clearly\s+)?(?:wrong|incorrect|not\b|false|eliminated|excluded|"
+    r"[\s\])}*]{0,8}(?:is|are|was|can be|seems|looks)?\s{0,4}(?:clearly\s{1,4})?(?:wrong|incorrect|not\b|false|eliminated|excluded|"
     r"ruled\s+out|out\b|unlikely|impossible|isn't|aren't|cannot\b|can't|does\s*n[o']t)"
 )
-MARKS = r"[\s*_\"'`\[\](){}<>.,:;!$\uff08\uff09\u3002]"
+MARKS = " \t\r\n*_\"'`[](){}<>.,:;!$\uff08\uff09\u3002"
+BETWEEN = re.compile(rf"[{re.escape(MARKS)}/&+|-]+")
+DECLARED = 20  # declarations that are looked at, from the last on
+NEAR = 60  # characters beside a letter that say what is said of it
 NUMBERS = dict(zip(
     "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen "
     "eighteen nineteen".split(), range(20),
@@ -124,8 +127,10 @@ def _class(options) -> str:
 
 def _bare(text, options) -> str:
     """The letters of an answer of nothing else: "b", "(B).", "A, C", "A and C", "AC"."""
-    text = re.sub(rf"^{MARKS}+|{MARKS}+$", "", text)
-    words = [word for word in re.split(rf"(?:{MARKS}|[/&+|-])+", text) if word and word not in ("and", "or")]
+    text = text.strip(MARKS)
+    if len(text) > 200:
+        return ""
+    words = [word for word in BETWEEN.split(text) if word and word not in ("and", "or")]
     letters = set("".join(options))
     alone = bool(words) and all(
         set(word) <= letters and len(set(word)) == len(word) or (len(word) == 1 and word.upper() in letters)
@@ -139,14 +144,13 @@ def _bare(text, options) -> str:
 def _declared(text, options) -> str:
     """The letters that are declared last, or those of the option that is quoted there."""
     group, places = _class(options), []
-    letter = rf"(?<![\w']){MARKS}*([{group}])(?![\w'])"
     for match in DECLARES.finditer(text):
         places.append((match.end(), "declares"))
-    for match in re.finditer(rf"(?i:\b(?:option|choice)\s*[\s*_\"'`(\[]*)([{group}])(?![\w'])", text):
-        if not re.match(DENIES, text[match.end() :], re.IGNORECASE):
+    for match in re.finditer(rf"(?i:\b(?:option|choice)[\s*_\"'`(\[]{{0,8}})([{group}])(?![\w'])", text):
+        if not re.match(DENIES, text[match.end() : match.end() + NEAR], re.IGNORECASE):
             places.append((match.start(1), "names"))
-    for match in re.finditer(rf"(?<![\w'])([{''.join(options)}])(?![\w'])[\s)\]}}*.:]*(?i:{CONFIRMS})", text):
-        if not (match[1] in "AI" and re.match(r"\s+(?!is|are|seems|must|would)", text[match.end(1) :])):
+    for match in re.finditer(rf"(?<![\w'])([{''.join(options)}])(?![\w'])[\s)\]}}*.:]{{0,8}}(?i:{CONFIRMS})", text):
+        if not (match[1] in "AI" and re.match(r"\s+(?!is|are|seems|must|would)", text[match.end(1) : match.end(1) + NEAR])):
             places.append((match.start(1), "names"))
     for match in re.finditer(rf"(?i:\b(?:it|that)(?:['\u2019]s|\s+is)\s+)([{group}])\s*(?:[.!)]|$)", text):
         places.append((match.start(1), "names"))
@@ -155,7 +159,7 @@ def _declared(text, options) -> str:
         places.append((lines[-1].start(), "line"))
     # "Option B is right" says more than "option A" beside it: names count where nothing is declared behind a colon or verb.
     for kind in (("declares", "line"), ("names",)):
-        for place, _ in sorted((one for one in places if one[1] in kind), reverse=True):
+        for place, _ in sorted((one for one in places if one[1] in kind), reverse=True)[:DECLARED]:
             if found := _letters_at(text, FILLERS.match(text, place).end(), options, group):
                 return found
             if kind[0] == "declares" and (found := _quoted_at(text, place, options)):
@@ -165,7 +169,7 @@ def _declared(text, options) -> str:
 
 def _letters_at(text, place, options, group) -> str:
     """The letters that stand at a place: "B", "A, C", "A and C", "AC"; "" where a word does."""
-    rest = text[place:]
+    rest = text[place : place + 10 * NEAR]
     one = rf"[*_(\[\"'`\uff08{{]*([{group}])[*_)\]\"'`\uff09}}]*"
     match = re.match(rf"{one}(?![\w'])", rest)
     if not match:
@@ -197,22 +201,22 @@ def _sentence(text: str) -> str:
 
 def _quoted_at(text, place, options) -> str:
     """The letter of the option whose text stands behind a declaration, in the same sentence."""
-    rest = re.sub(rf"^{MARKS}+|{MARKS}+$", "", _sentence(text[place:].split("</")[0]))
+    rest = _sentence(text[place : place + 10 * NEAR].split("</")[0]).strip(MARKS)
     if re.match(r"(?i)(?:not|n't|never|none)\b", rest) and not option_quoted(options, rest):
         return ""
     return "" if re.match(r"(?i)not\b", rest) else option_quoted(options, rest)
 
 
 def _in_brackets(text, options) -> str:
-    return "".join(re.findall(rf"[(\uff08]\s*([{_class(options)}])\s*[)\uff09]", text)).upper()
+    return "".join(re.findall(rf"[(\uff08]\s{{0,2}}([{_class(options)}])\s{{0,2}}[)\uff09]", text)).upper()
 
 
 def _standing(text, options) -> str:
     """Capitals that are words, or the option that is quoted where there are none but an article and "I"."""
     found = []
     for match in re.finditer(rf"(?<![\w'])([{''.join(options)}])(?![\w'])", text):
-        behind = text[match.end() :]
-        denied = re.match(DENIES, behind, re.IGNORECASE) or re.search(r"(?i)\b(?:not|isn't|neither|nor)\s+$", text[: match.start()])
+        before, behind = text[max(match.start() - NEAR, 0) : match.start()], text[match.end() : match.end() + NEAR]
+        denied = re.match(DENIES, behind, re.IGNORECASE) or re.search(r"(?i)\b(?:not|isn't|neither|nor)\s+$", before)
         if denied or (match[1] == "I" and re.match(r"\s+[a-z]|['\u2019]", behind)):
             continue
         found.append(match[1])
@@ -229,7 +233,7 @@ def right_letters(answer: str, options: dict[str, str], several: bool = False) -
     Raises:
         ValueError: it is none of the options, or two of one text.
     """
-    said = re.sub(rf"^{MARKS}+|{MARKS}+$", "", answer)
+    said = answer.strip(MARKS)
     if len(said) == 1 and said.upper() in options:
         return said.upper()
     texts = {letter: plain(text) for letter, text in options.items()}
@@ -242,7 +246,7 @@ def right_letters(answer: str, options: dict[str, str], several: bool = False) -
             return lead[1].upper()
         if not number and len(found) == 1:
             return found[0]
-    words = [word for word in re.split(rf"(?:{MARKS}|[/&+|-])+", said) if word and word.lower() not in ("and", "or")]
+    words = [word for word in BETWEEN.split(said) if word and word.lower() not in ("and", "or")]
     letters = "".join(words).upper()
     if several and letters and set(letters) <= set(options) and (all(len(word) == 1 for word in words) or letters == "".join(words)):
         return "".join(sorted(set(letters)))
@@ -259,7 +263,7 @@ def number_words(text: str) -> str:
     text = re.sub(
         rf"(?i)\b(?:{names})\b(?:(?:\s+and)?[\s-]+(?:{names})\b)*", lambda match: _value_of(match[0].lower()), text
     )
-    return re.sub(r"\d+\.\d+", lambda match: f"{float(match[0]):g}" if len(match[0]) < 16 else match[0], text)
+    return re.sub(r"(?<!\d)\d+\.\d+", lambda match: f"{float(match[0]):g}" if len(match[0]) < 16 else match[0], text)
 
 
 def _value_of(words: str) -> str:

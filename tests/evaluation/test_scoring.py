@@ -225,3 +225,9 @@ def test_many_boxes_are_worth_no_more_than_one():
     assert worth("tree-bench", 1, "B", two, boxes=boxes) == 1
     assert worth("tree-bench", 1, "B", many, boxes=boxes) == pytest.approx(2 / 256)
     assert worth("tree-bench", 1, "B", "[0, 0, 10, 10] [0, 0, 10, 10]", boxes=boxes) == 0.5
+
+
+def test_a_long_answer_is_read_as_soon_as_a_short_one():
+    long = "the answer is " * 2000 + "(" * 5000 + " " * 5000 + "I " * 2000 + "1" * 5000
+    assert read_letter(sample("A"), f"{long}. Answer: b") == "B"
+    assert read_letters(sample("A"), f"<think>{long}</think>{long} option c") == "C"
