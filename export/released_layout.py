@@ -126,7 +126,7 @@ def make_config(released: dict, tensors: dict, vision_heads: int | None = None) 
 
     vision_config, *notes = _vision_config(tensors, vision_heads)
     feature_layer = released.get("mm_vision_select_layer", -2)
-    if vision_config["model_type"] == "siglip_vision_model" and not _has_pooling(tensors):
+    if vision_config["model_type"] == "siglip_vision_model" and not _is_whole(vision_config, tensors):
         # The code that made these files cuts off what stands behind the layer that it reads, whatever its config says.
         feature_layer = -1
         notes.append("vision tower: its last layer in the file is the one that is read")
@@ -223,8 +223,10 @@ def _region_focus(released, tensors, family) -> dict | None:
     return {"layers": layers, "n_max": MAX_TILES[family], "separator_token_id": SEPARATORS[family]}
 
 
-def _has_pooling(tensors) -> bool:
-    return any((tower_part(name) or "").startswith(POOLING) for name in tensors)
+def _is_whole(tower, tensors) -> bool:
+    """Whether a SigLIP tower has all of its layers: what comes behind them, or those of so400m."""
+    has_pooling = any((tower_part(name) or "").startswith(POOLING) for name in tensors)
+    return has_pooling or (tower["hidden_size"], tower["num_hidden_layers"]) == (1152, 27)
 
 
 def _vision_config(tensors, heads):

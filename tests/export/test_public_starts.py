@@ -14,6 +14,8 @@ from uhr_bat.export import convert_checkpoint
 from uhr_bat.export.checkpoint_files import CheckpointError
 from uhr_bat.export.convert_checkpoint import convert
 
+TOWER = "model.vision_tower.vision_tower.vision_model."
+
 
 def heads(form):
     """Of the tower, which the original layout does not record."""
@@ -67,6 +69,24 @@ def test_a_start_is_trained_for_two_steps_and_exported_again(form, tmp_path):
     before = load_clean(start).state_dict()
     assert any(not torch.equal(tensor, before[name]) for name, tensor in trained.items())
     assert again.config.text_config.model_type == load_clean(start).config.text_config.model_type
+
+
+@pytest.mark.parametrize("whole", [False, True])
+def test_siglips_tower_is_read_under_other_names_and_whole(whole, tmp_path):
+    """Other releases leave out a level of the names; other code keeps the layers behind the one that is read, and the pooling."""
+    form, start = "llava-onevision-qwen2-ov", make_start("llava-onevision-qwen2-ov")
+    folder = write_form(tmp_path / "start", form, start)
+    tensors = load_file(folder / "model.safetensors")
+    if whole:
+        tensors[TOWER + "head.probe"] = torch.ones(1, 1, 16)
+    else:
+        tensors = {name.replace(TOWER, "model.vision_tower.vision_tower."): one for name, one in tensors.items()}
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    output = convert(start=folder, output=tmp_path / "out", scales=[TILE], budgets=[NUM_TOKENS], vision_heads=4)
+    pixels = torch.randn(1, 3, TILE + 2, TILE + 2, generator=torch.Generator().manual_seed(0))
+    start.config.vision_feature_layer = -2 if whole else -1
+    _, tokens = answer_of(start, torch.tensor([[5, *[IMAGE] * NUM_TOKENS, 7]]), pixels)
+    assert torch.equal(load_clean(output).encode_image(pixels[:, None, :, :TILE, :TILE])[0].tokens[0], tokens)
 
 
 # What a start may lack or have too much of
