@@ -25,7 +25,7 @@ def model_name(folder) -> str:
 def base_of(folder) -> str | None:
     """The model that an adapter of peft was trained on; None for a model folder, or a name that is no folder's.
 
-    The adapter names it as a path, from here or from its own folder, or as a repository, which may be in the Hub's cache.
+    The adapter names it as a path, from here or from its own folder, or as a repository, in the Hub's cache or not.
 
     Raises:
         FileNotFoundError: it is nowhere.
@@ -35,15 +35,18 @@ def base_of(folder) -> str | None:
     if not Path(folder).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
         path = _of_hub(str(folder)) or path
     if not path.is_file() or any(path.parent.glob("model*.safetensors")):
-        if not (Path(folder) / "config.json").exists() and (parts := sorted(Path(folder).glob("*/adapter_config.json"))):
-            raise ValueError(f"{folder}: holds several adapters. Name one: {', '.join(str(one.parent) for one in parts)}.")
+        several = sorted(str(one.parent) for one in Path(folder).glob("*/adapter_config.json"))
+        if several and not (Path(folder) / "config.json").exists():
+            raise ValueError(f"{folder}: holds several adapters. Name one: {', '.join(several)}.")
         return None
     try:
         name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
     except (ValueError, AttributeError) as error:
         raise ValueError(f"{path}: not a JSON object ({error}).") from None
     if not name or not isinstance(name, str):
-        raise ValueError(f"{path}: names no base model. Write its folder or repository there, as `base_model_name_or_path`.")
+        raise ValueError(
+            f"{path}: names no base model. Write its folder or repository there, as `base_model_name_or_path`."
+        )
     for place in (Path(name), Path(folder) / name):
         if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
             raise ValueError(f"{folder}: is an adapter of the adapter {place}. Merge that into its model first.")
@@ -55,8 +58,8 @@ def base_of(folder) -> str | None:
         cached_file(name, "config.json")
     except (OSError, ValueError) as error:
         raise FileNotFoundError(
-            f"{folder}: an adapter of {name!r}, which is no model folder (from here or from the adapter) and no repository that "
-            f"could be fetched. Write where the model is into {path}, as `base_model_name_or_path`."
+            f"{folder}: an adapter of {name!r}, which is no model folder (from here or from the adapter) and no repository "
+            f"that could be fetched. Write where the model is into {path}, as `base_model_name_or_path`."
         ) from error
     return name
 

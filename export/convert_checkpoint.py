@@ -51,8 +51,9 @@ BITS = {
 }
 # What to do where a start holds parts that the model has not.
 START_HINT = (
-    "A start is a CLIP or SigLIP tower, a projector of two linear layers and a decoder of Qwen or Llama. A resampler, Q-Former or "
-    "other part between them has no place here: start from a model without it, or take tensors that nothing reads out of the file."
+    "A start is a CLIP or SigLIP tower, a projector of two linear layers and a decoder of Qwen or Llama. "
+    "A resampler, Q-Former or other part between them has no place here: start from a model without it, or take tensors "
+    "that nothing reads out of the file."
 )
 
 
@@ -259,7 +260,16 @@ class Plan:
 
     @classmethod
     def of(
-        cls, checkpoint, *, is_start=False, adapters=(), dtype="auto", license=None, base_model=None, vision_heads=None, **new
+        cls,
+        checkpoint,
+        *,
+        is_start=False,
+        adapters=(),
+        dtype="auto",
+        license=None,
+        base_model=None,
+        vision_heads=None,
+        **new,
     ) -> "Plan":
         """Reads headers and small files alone.
 
@@ -281,8 +291,9 @@ class Plan:
         else:
             config, notes, is_released = read_config(folder, source.tensors, vision_heads)
             rename = released_layout.rename if is_released else nest_tower
-        if is_start and is_released and (rows := model_folder.rows_for_image_token(folder, config)) > config.text_config.vocab_size:
-            notes.append(f"new, for <image>: embeddings and head have {rows} rows, the last ones the mean of the others")
+        rows = model_folder.rows_for_image_token(folder, config) if is_start and is_released else 0
+        if rows > config.text_config.vocab_size:
+            notes.append(f"new, for <image>: embeddings and head have {rows} rows, the last the mean of the others")
             source, config.text_config.vocab_size = GrownTables(source, rows), rows
         entries = make_plan(source, config, rename, DTYPES[dtype], hint)
         kept = [entry for entry in entries if entry.name]
@@ -432,7 +443,9 @@ def find_adapters(checkpoint, merge_adapter) -> tuple[str | Path, list[Path]]:
         try:
             base = base_of(adapter)
         except (OSError, ValueError) as error:
-            raise CheckpointError(f"{error} Or give the model as --checkpoint, and the adapter behind --merge-adapter.") from error
+            raise CheckpointError(
+                f"{error} Or give the model as --checkpoint, and the adapter behind --merge-adapter."
+            ) from error
         return base, [adapter]
     adapters = [locate(one) for one in ([merge_adapter] if isinstance(merge_adapter, (str, Path)) else merge_adapter)]
     for adapter in adapters:

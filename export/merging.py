@@ -58,8 +58,8 @@ class MergedModel:
             off, size = (wanted - found).abs().max().item(), wanted.abs().max().item()
             if not off <= allowed * size:
                 raise CheckpointError(
-                    f"{named}: cannot be merged: merged, the model's outputs are off by {off:.3g}, up to {size:.3g} large, "
-                    f"where rounding allows {allowed:g} of that. Use the adapter without a merge."
+                    f"{named}: cannot be merged: merged, the model's outputs are off by {off:.3g}, "
+                    f"up to {size:.3g} large, where rounding allows {allowed:g} of that. Use the adapter without a merge."
                 )
         self.weights = model.state_dict()
         if {name: tensor.shape for name, tensor in self.weights.items()} != expected:
@@ -77,7 +77,7 @@ class MergedModel:
 
 
 def untie(model):
-    """If an adapter changes the head's or the embeddings' weights, each gets its own: merging must not reach the other."""
+    """If an adapter changes the head or the embeddings, each gets weights of its own: merging must not reach the other."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [model.get_output_embeddings(), model.get_input_embeddings()]
@@ -90,7 +90,7 @@ def untie(model):
 
 @torch.no_grad()
 def probe(model) -> list[torch.Tensor]:
-    """Outputs that show what an adapter does: logits of a text of ids from all over the vocabulary, and tokens of a tile."""
+    """Outputs that show what an adapter does: logits of ids from all over the vocabulary, and tokens of a tile."""
     config = model.config
     ids = torch.linspace(0, config.text_config.vocab_size - 1, 32).long()
     ids = ids[ids != config.image_token_index][None]

@@ -127,8 +127,8 @@ def write_tokenizer(output: Path, source: Path, config: UHRBatConfig, image_toke
     if tokenizer.pad_token is None:
         if tokenizer.eos_token is None:
             raise CheckpointError(
-                f"{source}: the tokenizer has neither a padding token, which batches need, nor an end token, that could be "
-                "one. Name one in tokenizer_config.json, as `pad_token`."
+                f"{source}: the tokenizer has neither a padding token, which batches need, nor an end token, that could "
+                "be one. Name one in tokenizer_config.json, as `pad_token`."
             )
         settings["pad_token"] = tokenizer.eos_token
         print(f"tokenizer: no padding token, so its end token {tokenizer.eos_token!r} is it")
@@ -146,8 +146,9 @@ def write_tokenizer(output: Path, source: Path, config: UHRBatConfig, image_toke
     last, last_id = max(tokenizer.get_vocab().items(), key=lambda item: item[1])
     if last != IMAGE_TOKEN and last_id >= num_rows:
         raise CheckpointError(
-            f"{source}: the tokenizer has ids up to {last_id} ({last!r}), but the embedding table has {num_rows} rows. Give the "
-            f"checkpoint more rows (`model.resize_token_embeddings({last_id + 1})`), or take the tokens out of the tokenizer."
+            f"{source}: the tokenizer has ids up to {last_id} ({last!r}), but the embedding table has {num_rows} rows. "
+            f"Give the checkpoint more rows (`model.resize_token_embeddings({last_id + 1})`), or take the tokens out of "
+            "the tokenizer."
         )
     if len(ids) != 1 or ids[0] >= num_rows or image_token_index not in (None, ids[0]):
         wanted = f"one id below {num_rows}, the rows of the embedding table"
@@ -175,7 +176,7 @@ def _copy_tokenizer(output, source):
     for name in names:
         shutil.copyfile(source / name, output / name)
     tokenizer = _load_tokenizer(output, source)
-    if not {"tokenizer.json", "vocab.json"} & set(names):  # Llama's own file, which needs another library wherever it is read
+    if not {"tokenizer.json", "vocab.json"} & set(names):  # Llama's own file, which needs another library to be read
         tokenizer.save_pretrained(output)
         (output / SENTENCEPIECE).unlink()
     return tokenizer

@@ -41,7 +41,7 @@ RENAMES = {
 PRUNER, PRUNER_LAYERS = "pruner", [1, 5, 11, 14]
 # Id of ":", the separator, and the most tiles of a level, N_max, by the decoder's family.
 SEPARATORS, MAX_TILES = {"qwen2": 25, "qwen3": 25, "llama": 29901}, {"qwen2": 80, "qwen3": 80, "llama": 40}
-# What the name of an architecture says of its decoder, the first that it holds: `LlavaLlamaForCausalLM`, `GeoChatLlamaForCausalLM`.
+# Word in an architecture's name -> its decoder, the first that is found: `LlavaLlamaForCausalLM`, `GeoChatLlamaForCausalLM`.
 FAMILIES = {"mistral": "llama", "llama": "llama", "qwen3": "qwen3", "qwen": "qwen2"}
 
 # Parts that the released code makes and never uses, and buffers that are computed.
@@ -183,16 +183,16 @@ def _decoder_family(released, tensors) -> str:
             return family
     if released.get("hidden_act", "silu") != "silu":  # Gemma's, whose tensors have the names and shapes of Llama's
         raise CheckpointError(
-            f"The decoder of `architectures` {released.get('architectures')} with `hidden_act` {released['hidden_act']!r} is "
-            f"unknown. Known are {', '.join(FAMILIES)}."
+            f"The decoder of `architectures` {released.get('architectures')} with `hidden_act` "
+            f"{released['hidden_act']!r} is unknown. Known are {', '.join(FAMILIES)}."
         )
     return "qwen2" if layer + "q_proj.bias" in tensors else "llama"
 
 
 def full_attention(text: dict) -> tuple[dict, list[str]]:
-    """A decoder's fields without Mistral's sliding window, and a note if there was one: Mistral is Llama with that window.
+    """A decoder's fields without Mistral's sliding window, and a note if there was one.
 
-    Up to the window's length both are the same, so the context window becomes no longer than it.
+    Mistral is Llama with that window. Up to the window's length both are the same, so the context window becomes no longer than it.
     """
     if text["model_type"] not in ("llama", "mistral"):
         return text, []
@@ -202,7 +202,8 @@ def full_attention(text: dict) -> tuple[dict, list[str]]:
     if not window or window >= longest:
         return full, []
     full["max_position_embeddings"] = window
-    return full, [f"context window: {window} tokens of {longest}, its sliding window, within which all attention is full"]
+    note = f"context window: {window} tokens of {longest}, its sliding window, within which all attention is full"
+    return full, [note]
 
 
 def _region_focus(released, tensors, family) -> dict | None:
@@ -236,8 +237,8 @@ def _vision_config(tensors, heads):
     def shape(name, num_axes):
         if name not in parts:
             raise CheckpointError(
-                f"Tensor {VISION_TOWER + name!r} is missing: it tells the size of the vision tower. Where the checkpoint holds no "
-                "tower, --start takes its folder by --vision-tower."
+                f"Tensor {VISION_TOWER + name!r} is missing: it tells the size of the vision tower. Where the checkpoint "
+                "holds no tower, --start takes its folder by --vision-tower."
             )
         info = parts[name]
         if len(info.shape) != num_axes or 0 in info.shape:

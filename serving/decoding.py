@@ -95,8 +95,8 @@ def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = N
         )
     if hasattr(model, "peft_config"):
         raise ValueError(
-            "The decoder of an adapter cannot be written out. Merge it into its model (uhr-bat export --merge-adapter), or serve it "
-            "with --backend transformers."
+            "The decoder of an adapter cannot be written out. Merge it into its model (uhr-bat export --merge-adapter), or "
+            "serve it with --backend transformers."
         )
     if cache_home is None:
         cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhr-bat/decoders"

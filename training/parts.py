@@ -78,8 +78,8 @@ def continue_adapter(model, folder):
     adapted = attach_adapter(model, folder, is_trainable=True)
     config = adapted.active_peft_config
     logger.warning(
-        f"The run goes on from the adapter {folder}, with its rank {config.r} and alpha {config.lora_alpha}: options of a new one "
-        "(`lora_r`, `lora_target_modules` and so on) are not read."
+        f"The run goes on from the adapter {folder}, with its rank {config.r} and alpha {config.lora_alpha}: options of a "
+        "new one (`lora_r`, `lora_target_modules` and so on) are not read."
     )
     return _name_base(adapted)
 

@@ -73,7 +73,7 @@ def test_a_start_is_trained_for_two_steps_and_exported_again(form, tmp_path):
 
 @pytest.mark.parametrize("whole", [False, True])
 def test_siglips_tower_is_read_under_other_names_and_whole(whole, tmp_path):
-    """Other releases leave out a level of the names; other code keeps the layers behind the one that is read, and the pooling."""
+    """Other releases leave out a level of the names; other code keeps what stands behind the layer that is read."""
     form, start = "llava-onevision-qwen2-ov", make_start("llava-onevision-qwen2-ov")
     folder = write_form(tmp_path / "start", form, start)
     tensors = load_file(folder / "model.safetensors")
