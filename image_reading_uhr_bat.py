@@ -33,6 +33,7 @@ from .picture_reading_uhr_bat import (
     to_rgb,
 )
 from .raster_files_uhr_bat import GDAL_NAME, driver_of, import_rasterio, is_dataset, is_raster, reason
+from .raster_mosaics_uhr_bat import is_placed_array, mosaic_vrt, placed_bytes
 from .raster_reading_uhr_bat import RasterImage
 
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
@@ -125,6 +126,10 @@ class _Reader(NamedTuple):
         """Any source; files are closed by `files`."""
         if isinstance(source, (str, os.PathLike)):
             return self.open_text(os.fspath(source), files)
+        if isinstance(source, (list, tuple)) and source and all(isinstance(one, (str, os.PathLike)) for one in source):
+            return self.open_mosaic(source, f"mosaic of {len(source)} files")
+        if is_placed_array(source):
+            return self.open_raster(placed_bytes(source), "array", "GTiff")
         kind = kind_of(source)
         if kind == "picture":
             source = source.image
@@ -227,11 +232,17 @@ class _Reader(NamedTuple):
             raise FileNotFoundError(f"{name}: there is no such file, and it is no URL or base64 image.") from error
 
     def open_folder(self, path, name) -> _Opened:
-        """From a folder that GDAL knows as one raster (Zarr, SAFE)."""
+        """From a folder that GDAL knows as one raster (Zarr, SAFE), or as the mosaic of the rasters in it."""
         try:
             return self.open_raster(path, name)
         except (OSError, ImportError) as error:
-            raise IsADirectoryError(f"{name}: it is a folder, and none that is a raster, as those of Zarr are.") from error
+            files = [entry.path for entry in sorted(os.scandir(path), key=lambda one: one.name) if _is_raster_file(entry)]
+            if not files:
+                raise IsADirectoryError(f"{name}: it is a folder, and none that is a raster or has rasters in it.") from error
+        return self.open_mosaic(files, name)
+
+    def open_mosaic(self, paths, name) -> _Opened:
+        return self.open_raster(mosaic_vrt([os.fspath(path) for path in paths]), name, "VRT")
 
     # Images in memory
 
@@ -271,6 +282,13 @@ def _fetch(url, name, headers=None) -> tuple[int, bytes]:
             f"{name}: the image cannot be fetched, the server answers {response.status_code} {response.reason_phrase}."
         )
     return response.status_code, response.content
+
+
+def _is_raster_file(entry) -> bool:
+    if not entry.is_file() or entry.name.startswith("."):
+        return False
+    with open(entry.path, "rb") as file:
+        return is_raster(file.read(16))
 
 
 def _has_rasterio() -> bool:
@@ -384,7 +402,8 @@ def read_image(
               frames of a picture the first is taken. Of a raster at a URL only the parts that are needed are fetched,
               where the server sends parts;
             - the bytes of a file, or a file that is open for reading bytes, which is read from its start;
-            - an open dataset of rasterio;
+            - an open dataset of rasterio, or an array of xarray with rioxarray's transform;
+            - a folder, or a list of paths: the rasters of one grid in it, as one mosaic;
             - a PIL image of any mode (`to_rgb`), which comes back itself where it is RGB;
             - a NumPy array or a torch tensor [h, w], [h, w, C] or [C, h, w] with 1, 3 or 4 channels, the fourth of
               which is dropped. Values: 8 bits; bool; 16 bits, scaled by their full range; other integers that are in

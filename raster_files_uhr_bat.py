@@ -11,6 +11,7 @@ import threading
 import warnings
 from collections.abc import Sequence
 from contextlib import contextmanager
+from importlib import import_module
 from typing import Any
 
 from PIL.TiffImagePlugin import ImageFileDirectory_v2
@@ -41,13 +42,13 @@ def reason(error: BaseException) -> str:
 # GDAL
 
 
-def import_rasterio():
-    """The optional library, or `ImportError` with what to install."""
+def import_rasterio(part: str = ""):
+    """The optional library, or a module of it; or `ImportError` with what to install. By its name in a string: of a model on
+    the Hub, transformers asks for whatever an `import` names."""
     try:
-        import rasterio
+        return import_module(f"rasterio.{part}" if part else "rasterio")
     except ImportError as error:
         raise ImportError('Reading GeoTIFF and other rasters needs rasterio: pip install "uhr-bat[geo]"') from error
-    return rasterio
 
 
 def gdal_settings(source, driver="") -> dict:
@@ -88,11 +89,9 @@ def complaints_are_errors():
 def open_dataset(source, name, driver=None):
     """rasterio's dataset of a path or a name that GDAL knows. Raises `OSError`."""
     rasterio = import_rasterio()
-    from rasterio.errors import NotGeoreferencedWarning
-
     try:
         with warnings.catch_warnings(), rasterio.Env(**gdal_settings(source)):
-            warnings.simplefilter("ignore", NotGeoreferencedWarning)  # a plain image is welcome
+            warnings.simplefilter("ignore", import_rasterio("errors").NotGeoreferencedWarning)  # a plain image is welcome
             return rasterio.open(source, driver=driver)
     except Exception as error:
         raise OSError(f"{name}: the image cannot be opened ({reason(error)}).") from error

@@ -89,9 +89,7 @@ def parse_crs(crs: Any, name: str):
     Raises:
         ValueError: anything else: an address, a path, a string of PROJ, a code that there is not.
     """
-    import_rasterio()
-    from rasterio.crs import CRS
-    from rasterio.errors import CRSError
+    CRS, CRSError = import_rasterio("crs").CRS, import_rasterio("errors").CRSError
 
     shown = repr(crs if len(str(crs)) <= 80 else f"{str(crs)[:80]}...")
     try:
@@ -161,7 +159,7 @@ def upright_transform(transform, upright: tuple[bool, bool, bool], size: tuple[i
 def _period(crs) -> float | None:
     """By how much x grows once around the globe, where the same place comes again then: in degrees, and in projections
     onto a cylinder; None in others."""
-    from rasterio.warp import transform
+    transform = import_rasterio("warp").transform
 
     if crs.is_geographic:
         return 2 * math.pi / crs.units_factor[1]
@@ -181,7 +179,7 @@ def _outline(bounds, crs, to_crs, period):
 
     Where the border goes around a pole, so do the points: all that lies between it and the pole is inside.
     """
-    from rasterio.warp import transform
+    transform = import_rasterio("warp").transform
 
     west, south, east, north = bounds
     steps = np.linspace(0, 1, NUM_POINTS)
@@ -348,9 +346,7 @@ def of_gcps(dataset, name: str) -> tuple:
     points, crs = dataset.gcps
     if len(points) < 3 or crs is None:
         return None, None
-    from rasterio.transform import from_gcps
-
-    transform = from_gcps(points)
+    transform = import_rasterio("transform").from_gcps(points)
     found = apply(~transform, *(np.array([getattr(point, axis) for point in points]) for axis in "xy"))
     off = max(np.abs(np.subtract(found, [[p.col for p in points], [p.row for p in points]])).max(axis=1))
     if off > 1:
@@ -429,12 +425,9 @@ def area_window(shapes: list, name: str) -> tuple[int, int, int, int]:
 
 def outside_area(shapes: list, box, size: tuple[int, int]) -> np.ndarray:
     """bool[size]: pixels of a box (top, left, bottom, right), read in a size, whose centres lie in none of the polygons."""
-    from rasterio import Affine
-    from rasterio.features import geometry_mask
-
     top, left, bottom, right = box
-    transform = Affine((right - left) / size[1], 0, left, 0, (bottom - top) / size[0], top)
-    return geometry_mask(shapes, out_shape=size, transform=transform)
+    transform = import_rasterio().Affine((right - left) / size[1], 0, left, 0, (bottom - top) / size[0], top)
+    return import_rasterio("features").geometry_mask(shapes, out_shape=size, transform=transform)
 
 
 def check_no_rpcs(dataset, name: str):

@@ -21,6 +21,7 @@ MODEL = (
     "raster_files",
     "raster_windows",
     "raster_values",
+    "raster_mosaics",
     "image_sources",
     "raster_reading",
     "picture_reading",

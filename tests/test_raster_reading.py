@@ -540,6 +540,44 @@ def test_a_range_that_leaves_nearly_everything_outside_is_warned_of(tmp_path, ba
     quiet(path, value_range=(100, 150))
 
 
+def test_a_folder_or_a_list_of_rasters_is_their_mosaic_and_what_none_covers_is_no_part_of_it(tmp_path, bands):
+    whole = np.concatenate([bands] * 2, axis=2)
+    paths = [
+        write_raster(tmp_path / f"{number}.tif", part, crs="EPSG:32654", transform=rasterio.Affine(10, 0, left, 0, -10, 4_000_450))
+        for number, (part, left) in enumerate(((bands, 500_000), (bands[:, :20], 500_700)))
+    ]  # fmt: skip
+    for source in (tmp_path, paths, tuple(paths)):
+        image = read_image(source, LIMIT)
+        ((strip, mask),) = image.masked_strips(100)
+        expected = np.ones((45, 140), bool)
+        expected[20:, 70:] = False
+        np.testing.assert_array_equal(mask, expected)
+        np.testing.assert_array_equal(np.asarray(strip)[expected], rgb_of(whole)[expected])
+        assert image.crs.to_epsg() == 32654 and image.transform * (0, 0) == (500_000, 4_000_450)
+    coarse = write_raster(tmp_path / "c.tif", bands, crs="EPSG:32654", transform=rasterio.Affine(20, 0, 0, 0, -20, 0))
+    with pytest.raises(ValueError, match="0.tif and .*c.tif are no mosaic: their pixel's size are .10.0, 10.0. and .20.0"):
+        read(tmp_path)
+
+
+def test_an_array_of_xarray_has_the_place_that_rioxarray_knows(bands):
+    class Rio:
+        x_dim, y_dim, nodata, crs = "x", "y", None, rasterio.crs.CRS.from_epsg(32654)
+
+        def transform(self):
+            return rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_450)
+
+    class DataArray:
+        rio = Rio()
+
+        def __init__(self, values, dims):
+            self.values, self.dims = values, dims
+
+    for array in (DataArray(bands, ("band", "y", "x")), DataArray(rgb_of(bands), ("y", "x", "band"))):
+        image = read_image(array, LIMIT, window=(500_200, 4_000_150, 500_600, 4_000_350, "EPSG:32654"))
+        np.testing.assert_array_equal(image, rgb_of(bands)[10:30, 20:60])
+    assert read(DataArray(bands[0], ("y", "x")))[..., 0].tolist() == bands[0].tolist()
+
+
 def test_control_points_are_the_place_of_an_image(tmp_path, bands):
     path = write_raster(tmp_path / "gcps.tif", bands)
     transform = rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_450)
