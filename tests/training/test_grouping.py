@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from own_data import make_rows, write_rows
+from own_data import ask, make_rows, paint_images, write_rows
 from uhr_bat.common.loading import load_model
 from uhr_bat.training import sft
 from uhr_bat.training.collator import UHRBatDataCollator
@@ -41,6 +41,14 @@ def test_an_order_is_random_whole_and_keeps_images_together(data, small_folder):
     for order in (first, second):
         named = [json.dumps(images[idx]) for idx in order]
         assert sum(one != other for one, other in zip(named, named[1:])) == 4  # five runs
+
+
+def test_the_questions_of_a_conversation_follow_one_another(tmp_path, processor):
+    turns = ask("<image>\nWhat?", "Red.", "And where?", "Here.")
+    rows = [{"image": path, "conversations": turns} for path, _ in paint_images(tmp_path, 4)]
+    samples = load_samples(write_rows(tmp_path / "data.json", rows), processor)
+    order = list(GroupedByImage(samples["images"], seed=1))
+    assert len(samples) == 8 and [idx // 2 for idx in order[::2]] == [idx // 2 for idx in order[1::2]]
 
 
 VISUAL = ["vision_tower", "multi_modal_projector", "scale_embedding"]
