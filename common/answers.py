@@ -1,4 +1,5 @@
-"""What an answer in words says: the letters of options, a number, words without what does not matter, boxes. Pure functions of
+"""What an answer in words says: the letters of options, a number, words without what does not matter, boxes. Pure
+functions of
 texts and numbers.
 
 `options` is {letter: text}, as `option_lines` makes it.
@@ -66,7 +67,8 @@ def plain(text: str) -> str:
 
 
 def after_thinking(text: str) -> str:
-    """What stands behind the last "</think>", and before a "<think>" that does not end: that one never came to an answer."""
+    """What stands behind the last "</think>", and before a "<think>" that does not end: that one never came to an
+    answer."""
     kept = re.split(r"(?i)</\s*(?:think|thinking|reasoning)\s*>", text)[-1]
     return re.split(r"(?i)<\s*(?:think|thinking|reasoning)\s*>", kept)[0].strip()
 
@@ -89,7 +91,9 @@ def option_quoted(options: dict[str, str], text: str) -> str:
             longest = max(found, key=lambda letter: len(options[letter]))
             inside = all(options[letter] in options[longest] for letter in found)
             equal = sum(options[letter] == options[longest] for letter in found)
-            return longest if inside and equal == 1 and (len(found) == 1 or _once(options, found, longest, text)) else ""
+            return (
+                longest if inside and equal == 1 and (len(found) == 1 or _once(options, found, longest, text)) else ""
+            )
     return ""
 
 
@@ -102,11 +106,15 @@ def _once(options, found, longest, text) -> bool:
 
 
 def letters_said(text: str, options: dict[str, str], several: bool = False) -> str:
-    """The letter of the option that an answer chooses, "" where it names none; all of them, sorted, where `several` may be right.
+    """The letter of the option that an answer chooses, "" where it names none; all of them, sorted, where `several` may
+    be right.
 
-    Only letters of the options are letters, in either case. What a model thinks before "</think>" does not count. A letter
-    alone is the answer; else what is declared last ("The answer is B", "option b", "B is correct", a last line "B"); else the
-    last "(B)", of several all; else the first capital that stands alone, of several all; else the option that is quoted. "I"
+    Only letters of the options are letters, in either case. What a model thinks before "</think>" does not count. A
+    letter
+    alone is the answer; else what is declared last ("The answer is B", "option b", "B is correct", a last line "B");
+    else the
+    last "(B)", of several all; else the first capital that stands alone, of several all; else the option that is
+    quoted. "I"
     and "A" are no letters where they are words of a sentence.
 
         "I considered (A). Final answer: B." -> B        "answer: b" -> B        "<think>A or C?</think>B" -> B
@@ -150,7 +158,9 @@ def _declared(text, options) -> str:
         if not re.match(DENIES, text[match.end() : match.end() + NEAR], re.IGNORECASE):
             places.append((match.start(1), "names"))
     for match in re.finditer(rf"(?<![\w'])([{''.join(options)}])(?![\w'])[\s)\]}}*.:]{{0,8}}(?i:{CONFIRMS})", text):
-        if not (match[1] in "AI" and re.match(r"\s+(?!is|are|seems|must|would)", text[match.end(1) : match.end(1) + NEAR])):
+        if not (
+            match[1] in "AI" and re.match(r"\s+(?!is|are|seems|must|would)", text[match.end(1) : match.end(1) + NEAR])
+        ):
             places.append((match.start(1), "names"))
     for match in re.finditer(rf"(?i:\b(?:it|that)(?:['\u2019]s|\s+is)\s+)([{group}])\s*(?:[.!)]|$)", text):
         places.append((match.start(1), "names"))
@@ -187,7 +197,9 @@ def _letters_at(text, place, options, group) -> str:
         return ""
     found = [letter]
     position = match.end()
-    while following := re.match(rf"\s*(?:,|;|/|&|\band\b|\bor\b|\s)\s*(?:and\s+|or\s+)?{one}(?![\w'])(?!\s+[a-z])", rest[position:]):
+    while following := re.match(
+        rf"\s*(?:,|;|/|&|\band\b|\bor\b|\s)\s*(?:and\s+|or\s+)?{one}(?![\w'])(?!\s+[a-z])", rest[position:]
+    ):
         if following[1].islower() != letter.islower():
             break
         found.append(following[1])
@@ -227,7 +239,8 @@ def _standing(text, options) -> str:
 
 
 def right_letters(answer: str, options: dict[str, str], several: bool = False) -> str:
-    """The letters of a right answer as a file has it: "B", "(b)", "B.", "B. blue", "blue"; where several may be right, "AC",
+    """The letters of a right answer as a file has it: "B", "(b)", "B.", "B. blue", "blue"; where several may be right,
+    "AC",
     "A, C", "(A) (C)".
 
     Raises:
@@ -248,9 +261,16 @@ def right_letters(answer: str, options: dict[str, str], several: bool = False) -
             return found[0]
     words = [word for word in BETWEEN.split(said) if word and word.lower() not in ("and", "or")]
     letters = "".join(words).upper()
-    if several and letters and set(letters) <= set(options) and (all(len(word) == 1 for word in words) or letters == "".join(words)):
+    if (
+        several
+        and letters
+        and set(letters) <= set(options)
+        and (all(len(word) == 1 for word in words) or letters == "".join(words))
+    ):
         return "".join(sorted(set(letters)))
-    raise ValueError(f"{answer!r} is no option: these are {', '.join(f'{one}. {text}' for one, text in options.items())}.")
+    raise ValueError(
+        f"{answer!r} is no option: these are {', '.join(f'{one}. {text}' for one, text in options.items())}."
+    )
 
 
 # ---- Numbers and words -----------------------------------------------------------------------------------------------
@@ -285,10 +305,15 @@ def number_said(text: str) -> float | None:
 
 
 def tolerant_words(text: str) -> str:
-    """A word or phrase without what does not matter: what was thought, case, punctuation, articles; numbers in digits, units in
+    """A word or phrase without what does not matter: what was thought, case, punctuation, articles; numbers in digits,
+    units in
     short, none before "there are" and "it is"."""
     text = plain(after_thinking(text))
-    text = re.sub(r"\bsq(?:uare|\.)?\s*(km|m)\b", r"\g<1>2", re.sub(r"\bsquare (kilo)?met(?:re|er)s?\b", lambda found: "km2" if found[1] else "m2", text))
+    text = re.sub(
+        r"\bsq(?:uare|\.)?\s*(km|m)\b",
+        r"\g<1>2",
+        re.sub(r"\bsquare (kilo)?met(?:re|er)s?\b", lambda found: "km2" if found[1] else "m2", text),
+    )
     text = re.sub(r"(?<=\d)(?=[a-z%\u00b0])|(?<=\d)\s+(?=[%\u00b0])", " ", number_words(text).replace("m2", "m\u00b2"))
     text = re.sub(r"^(?:the answer is|answer:|there (?:is|are)|it is|it's|they are|this is)\s+", "", text)
     words = re.findall(r"-?\d+(?:\.\d+)?|[^\W_]+(?:['\u2019][^\W_]+)?|[%\u00b0\u00b2]", text.replace("m\u00b2", "m2"))
@@ -313,7 +338,8 @@ def overlap(one, other) -> float:
 
 
 def paired_overlap(boxes, said) -> float:
-    """Mean IoU of boxes paired one to one, as well as they can be, over the longer of the two lists: a box too many costs as much
+    """Mean IoU of boxes paired one to one, as well as they can be, over the longer of the two lists: a box too many
+    costs as much
     as a missing one."""
     from scipy.optimize import linear_sum_assignment
 

@@ -7,7 +7,8 @@ from argparse import Namespace
 
 
 def tells_errors(main):
-    """A command's `main(arguments)` whose errors, of the kinds that users can mend, are one line and the exit code 2."""
+    """A command's `main(arguments)` whose errors, of the kinds that users can mend, are one line and the exit code
+    2."""
 
     @functools.wraps(main)
     def told(arguments=None) -> int:
@@ -33,7 +34,8 @@ def _is_refusal(error) -> bool:
 
 
 def check_range(args: Namespace, low: float, high: float, *names: str, above: bool = False):
-    """Raises `ValueError` where an option, or one of its numbers, is not `low` to `high`; over `low` with `above`. None is not
+    """Raises `ValueError` where an option, or one of its numbers, is not `low` to `high`; over `low` with `above`. None
+    is not
     looked at."""
     for name in names:
         value = getattr(args, name)

@@ -25,7 +25,8 @@ def interval(values, groups, rng) -> tuple[float, float, float]:
 
 
 def wilson(share: float, trials: int) -> tuple[float, float, float]:
-    """A share, 0 to 1, of so many independent trials, and Wilson's 95 % of it: not empty at 0, at 1 and of one trial."""
+    """A share, 0 to 1, of so many independent trials, and Wilson's 95 % of it: not empty at 0, at 1 and of one
+    trial."""
     z = 1.959964
     middle = (share + z * z / (2 * trials)) / (1 + z * z / trials)
     half = z / (1 + z * z / trials) * np.sqrt(max(share * (1 - share), 0) / trials + (z / (2 * trials)) ** 2)
@@ -33,7 +34,8 @@ def wilson(share: float, trials: int) -> tuple[float, float, float]:
 
 
 def mean_of_intervals(intervals, signs=None) -> tuple[float, float, float]:
-    """The mean of independent (mean, low, high), or their sum with `signs` +1 and -1 for a difference, with 95 % of it (Zou and
+    """The mean of independent (mean, low, high), or their sum with `signs` +1 and -1 for a difference, with 95 % of it
+    (Zou and
     Donner 2008, MOVER)."""
     values, lows, highs = np.array(intervals, float).T
     weights = np.full(len(values), 1 / len(values)) if signs is None else np.array(signs, float)

@@ -1,4 +1,5 @@
-"""What was asked, in a few letters: digests of samples, of pictures and of a model's folder, which tie answers to them."""
+"""What was asked, in a few letters: digests of samples, of pictures and of a model's folder, which tie answers to
+them."""
 
 import hashlib
 import json
@@ -19,7 +20,8 @@ LETTERS = 12
 def file_digest(path) -> str:
     """12 letters that differ between files of different length or content.
 
-    Of a file over 4 MiB, 4 KiB at every MiB count: a tensor of a MiB or a picture that was made anew is noticed, a single
+    Of a file over 4 MiB, 4 KiB at every MiB count: a tensor of a MiB or a picture that was made anew is noticed, a
+    single
     pixel in an uncompressed file need not be.
     """
     size, found = os.path.getsize(path), hashlib.sha256()
@@ -38,7 +40,9 @@ def folder_digest(folder: Path) -> str:
     """Of a model folder: its weights, configuration and tokenizer; of an adapter's, those of its model too."""
     base = base_of(folder)
     places = [Path(folder)] + ([Path(base)] if base is not None and Path(base).is_dir() else [])
-    files = [path for place in places for path in sorted(place.iterdir()) if path.suffix in MODEL_FILES and path.is_file()]
+    files = [
+        path for place in places for path in sorted(place.iterdir()) if path.suffix in MODEL_FILES and path.is_file()
+    ]
     return _digest([base is not None, *([path.name, file_digest(path)] for path in files)])
 
 
@@ -71,8 +75,11 @@ def same_question(one: str, other: str) -> bool:
     return one.split("/")[0] == other.split("/")[0]
 
 
-def check_asked(place, samples: Iterable[Sample], lines: dict, pictures: bool = True, mend: str = "Give another --output."):
-    """Raises `ValueError` where `lines` {(sample, view): line} hold answers to other questions than the samples, or about
+def check_asked(
+    place, samples: Iterable[Sample], lines: dict, pictures: bool = True, mend: str = "Give another --output."
+):
+    """Raises `ValueError` where `lines` {(sample, view): line} hold answers to other questions than the samples, or
+    about
     other pictures; a failed answer is none."""
     of = {sample.id: sample for sample in samples}
     if missing := sorted({name for name, _ in lines} - set(of)):

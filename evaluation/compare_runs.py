@@ -37,7 +37,9 @@ def compare(runs, names=None, suite=None, data=None, limit=None) -> str:
     settings = [None if Path(run).is_file() else figures.read_settings(Path(run)) for run in runs]
     told = [one for one in settings if one is not None]
     if len(told) == 2 and told[0]["suite"] != told[1]["suite"]:
-        raise ValueError(f"{runs[0]} is a run of {told[0]['suite']}, {runs[1]} one of {told[1]['suite']}: they cannot be paired.")
+        raise ValueError(
+            f"{runs[0]} is a run of {told[0]['suite']}, {runs[1]} one of {told[1]['suite']}: they cannot be paired."
+        )
     if told:
         suite, data, limit = (told[0][name] for name in ("suite", "data", "limit"))
     elif suite is None:
@@ -46,7 +48,8 @@ def compare(runs, names=None, suite=None, data=None, limit=None) -> str:
     samples = suite.load(data, limit)
     every = samples if limit is None or told == settings else suite.load(data)
     both = [
-        other_answers(run, samples, every) if one is None else read_predictions(Path(run)) for run, one in zip(runs, settings)
+        other_answers(run, samples, every) if one is None else read_predictions(Path(run))
+        for run, one in zip(runs, settings)
     ]
     check_pairs(runs, settings, samples, both)
     rows = figures.compare(suite, samples, *both, scorers_of(suite, names))
@@ -69,7 +72,9 @@ def check_pairs(runs, settings, samples, both):
                 f"{len(answered - here)} others. Finish both with the same --data and --limit first."
             )
         if one is not None:
-            check_asked(run, samples, lines, pictures=False, mend="The runs are on other samples: they cannot be paired.")
+            check_asked(
+                run, samples, lines, pictures=False, mend="The runs are on other samples: they cannot be paired."
+            )
         check_answered(lines, run)
     if None in settings:
         return

@@ -61,7 +61,8 @@ def means(values, groups, images, seed=0) -> Means:
 
 
 def wilson_means(values, groups, images) -> dict:
-    """{"micro", "macro", "groups"} as `means` has them, with Wilson's 95 %: an image is a trial, however many questions it has."""
+    """{"micro", "macro", "groups"} as `means` has them, with Wilson's 95 %: an image is a trial, however many questions
+    it has."""
     values, groups, images = np.asarray(values, float), np.asarray(groups), np.asarray(images)
     of_group = {}
     for name in np.unique(groups):
@@ -291,7 +292,8 @@ def compare(suite: Suite, samples: list[Sample], one: dict, other: dict, scorers
 
 
 def difference_of(one, other, part: Part) -> Interval:
-    """The micro difference with 95 % from both runs' Wilson's intervals, as if they were independent: too wide, never empty."""
+    """The micro difference with 95 % from both runs' Wilson's intervals, as if they were independent: too wide, never
+    empty."""
     pair = [wilson_means(values, part.groups, part.images)["micro"] for values in (one, other)]
     return Interval(*mean_of_intervals(pair, (1, -1)))
 

@@ -3,7 +3,8 @@
     python -m lmms_eval --model uhr_bat --model_args pretrained=DIR,budgets=16:24:40:66,selector=distinct \\
         --tasks xlrs-lite --batch_size 8
 
-`max_tiles=128,native=True` encodes an image where the question looks, down to its own pixels. `budgets`: one number for all scales, or one a scale with colons between them (commas separate arguments there).
+`max_tiles=128,native=True` encodes an image where the question looks, down to its own pixels. `budgets`: one number for
+all scales, or one a scale with colons between them (commas separate arguments there).
 """
 
 import hashlib
@@ -45,7 +46,8 @@ class UHRBat(lmms):
         pretrained: model folder; UHR-BAT-Tiny where none is given.
         budgets: visual tokens, see above; those of the folder where none are given.
         selector: name of the rule that chooses them; the folder's where none is given.
-        max_tiles, native: tiles that may be encoded for a question, and whether levels go down to the image's own pixels.
+        max_tiles, native: tiles that may be encoded for a question, and whether levels go down to the image's own
+            pixels.
         batch_size: prompts that are answered together.
         device: "cpu", "cuda:0", ...; that of the process where none is given.
         dtype: of the weights, "auto" for that of the folder.

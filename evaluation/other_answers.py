@@ -7,7 +7,8 @@
 | JSON, JSONL, TSV, CSV of one's own | anybody | `id`, `question_id`, `Question_id` or `index` | a field of `SAID`; `answer` where nothing else can be meant |
 | predictions.jsonl | `uhr-bat evaluate` | `id` | `answer` of the view with the image |
 
-`answer` is the model's where no record has it beside another answer's field, or beside a question or its options. What the file
+`answer` is the model's where no record has it beside another answer's field, or beside a question or its options. What
+the file
 says of the question and of the right answer is held against the data: answers to other questions are refused.
 """
 
@@ -126,7 +127,8 @@ def other_answers(path, samples, unlimited=None) -> dict:
         unlimited: all samples of the data where `samples` are some of them: answers to the others are left.
 
     Raises:
-        ValueError: no field of answers, two answers to one sample, samples that the suite does not have, or another question.
+        ValueError: no field of answers, two answers to one sample, samples that the suite does not have, or another
+        question.
     """
     records = read_answers(path)
     fields = field_of(path, records)
@@ -135,7 +137,9 @@ def other_answers(path, samples, unlimited=None) -> dict:
     for sample in unlimited or samples:
         name = str(sample.row) if lmms else sample.id
         if name in of:
-            raise ValueError(f"{path} names rows of the data, but row {name} has several questions: give lines with `id`.")
+            raise ValueError(
+                f"{path} names rows of the data, but row {name} has several questions: give lines with `id`."
+            )
         of[name] = sample
     found, unknown = {}, set()
     for record in records:

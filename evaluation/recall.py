@@ -90,7 +90,8 @@ def slots_of(model, processor, question, features, method, fraction) -> list[tor
 
 
 def boxes_of(samples, image_size, grids) -> tuple[dict, list[dict]]:
-    """{sample: [(box, its tokens of every grid)]} of the boxes that lie in the image, and {"image", "error"} of the others."""
+    """{sample: [(box, its tokens of every grid)]} of the boxes that lie in the image, and {"image", "error"} of the
+    others."""
     found, errors = {}, []
     for sample in samples:
         found[sample.id] = []
@@ -103,7 +104,8 @@ def boxes_of(samples, image_size, grids) -> tuple[dict, list[dict]]:
 
 
 def records_of(model, processor, suite, prompt, group, fractions, methods, errors, options) -> list[dict]:
-    """One record an object, method and fraction: kept, share, pixels; for all questions about one image. Boxes that do not lie
+    """One record an object, method and fraction: kept, share, pixels; for all questions about one image. Boxes that do
+    not lie
     in it are added to `errors`. `options`: of reading."""
     config = model.config
     image = processor.image_processor.process_image(suite.open(group[0].pictures[0]), **options)

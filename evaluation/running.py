@@ -179,7 +179,8 @@ def compress(model, processor, questions, features, budgets=None, rules=None, co
 
 
 def looking_closer(budgets, default, max_tiles, native) -> tuple[dict, list[int] | int | None]:
-    """The image processor's options and the budgets of a model that encodes an image where the question looks: levels of an
+    """The image processor's options and the budgets of a model that encodes an image where the question looks: levels
+    of an
     image's own share one budget, so that several become their sum.
 
     Args:
@@ -209,7 +210,8 @@ def looking_closer(budgets, default, max_tiles, native) -> tuple[dict, list[int]
 
 
 class Cut(Dataset):
-    """The images of every group of samples, read and cut into tiles, or the reason why that failed. `options`: of the image
+    """The images of every group of samples, read and cut into tiles, or the reason why that failed. `options`: of the
+    image
     processor."""
 
     def __init__(self, suite: Suite, image_processor, groups: list[list[Sample]], options=None):
@@ -301,7 +303,8 @@ def units_of(groups: list[list[Sample]], batch_size: int) -> list[list[list[Samp
 def ask_unit(model, processor, suite, unit, cuts, blank, done, settings) -> Iterator[dict]:
     """The lines of the questions about the images of a unit that are not `done` yet.
 
-    Batches are the same ones whatever is done: an answer does not depend on where a run was stopped. `cuts`: what `Cut` made of
+    Batches are the same ones whatever is done: an answer does not depend on where a run was stopped. `cuts`: what `Cut`
+    made of
     every group.
     """
     ask, size = suite.prompts[settings.prompt], settings.batch_size

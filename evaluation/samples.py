@@ -129,7 +129,8 @@ def with_right_letters(sample: Sample, several: bool) -> Sample:
 
 
 def written_list(text: str) -> list[str] | None:
-    """["a", "b"] from "['a', 'b']" or '["a", "b"]', as tables have several pictures in a cell; None where it is none."""
+    """["a", "b"] from "['a', 'b']" or '["a", "b"]', as tables have several pictures in a cell; None where it is
+    none."""
     if not (text.startswith("[") and text.endswith("]")):
         return None
     try:
@@ -143,7 +144,8 @@ def written_list(text: str) -> list[str] | None:
 
 
 def find_files(data: str, patterns, version: str | None = None, split: str | None = None) -> list[Path]:
-    """The files of a benchmark: one that is named, or those of a folder that fit the first pattern that any fits, if they are
+    """The files of a benchmark: one that is named, or those of a folder that fit the first pattern that any fits, if
+    they are
     one file or the shards of one split.
 
     Args:

@@ -89,7 +89,8 @@ def same_letter(sample: Sample, said: str) -> bool:
 
 
 def option_of_text(sample: Sample, text: str) -> str:
-    """Version 1: the letter of the one option that an answer quotes, or that quotes the answer; "" where that is not one."""
+    """Version 1: the letter of the one option that an answer quotes, or that quotes the answer; "" where that is not
+    one."""
     text = text.strip().strip(".").lower()
     options = {letter: option.lower() for letter, option in option_lines(sample.options).items() if option}
     for fits in (
@@ -114,7 +115,8 @@ def read_letter(sample: Sample, text: str) -> str:
 
 
 def letters_of(sample: Sample, text: str) -> list[str]:
-    """Version 1: letters that an answer chooses, in its order: all "(X)", else an answer of letters only, else capitals that are
+    """Version 1: letters that an answer chooses, in its order: all "(X)", else an answer of letters only, else capitals
+    that are
     words, else the option that is quoted.
 
     "A. Farm land" is A, "The answer is C" C, "a, c" and "AC" are A and C; "Blue" is the option Blue, "A red car" the

@@ -25,7 +25,8 @@ class UHRBat(BaseModel):
         model_path: model folder; UHR-BAT-Tiny where none is given.
         budgets: int[S] or one number, visual tokens; those of the folder where none are given.
         selector: name of the rule that chooses them; the folder's where none is given.
-        max_tiles, native: tiles that may be encoded for a question, and whether levels go down to the image's own pixels.
+        max_tiles, native: tiles that may be encoded for a question, and whether levels go down to the image's own
+            pixels.
         generation: arguments of `generate`, as `max_new_tokens`.
     """
 

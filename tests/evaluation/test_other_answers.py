@@ -18,7 +18,14 @@ RIGHT = "ABC"
 @pytest.fixture
 def data(tmp_path):
     records = [
-        {"index": 10 + n, "image": "a.png", "question": text, "multi-choice options": OPTIONS, "answer": answer, "category": "c"}
+        {
+            "index": 10 + n,
+            "image": "a.png",
+            "question": text,
+            "multi-choice options": OPTIONS,
+            "answer": answer,
+            "category": "c",
+        }
         for n, (text, answer) in enumerate(zip(QUESTIONS, RIGHT))
     ]
     return write_lines(tmp_path / "data.jsonl", records)
@@ -72,10 +79,14 @@ def lmms_line(row, target, answer, **more):
 
 def test_lmms_evals_samples_are_told_by_their_row_and_answer_by_what_was_filtered(samples, tmp_path):
     lines = [
-        lmms_line(2, "C", "D", resps=["<think>C</think>D"]), lmms_line(0, "A", "The answer is (B)"), lmms_line(1, "B", ["A"])
+        lmms_line(2, "C", "D", resps=["<think>C</think>D"]),
+        lmms_line(0, "A", "The answer is (B)"),
+        lmms_line(1, "B", ["A"]),
     ]
     assert said(write_lines(tmp_path / "samples.jsonl", lines), samples) == ["The answer is (B)", "A", "D"]
-    raw = [{name: value for name, value in line.items() if name != "filtered_resps"} | {"resps": [["B"]]} for line in lines]
+    raw = [
+        {name: value for name, value in line.items() if name != "filtered_resps"} | {"resps": [["B"]]} for line in lines
+    ]
     assert said(write_lines(tmp_path / "raw.jsonl", raw), samples) == ["B", "B", "B"]
     assert said(write_lines(tmp_path / "one.jsonl", lines[:1]), samples) == [None, None, "D"]
 
@@ -138,8 +149,14 @@ def test_a_file_that_answers_nothing_is_no_score(data, tmp_path, capsys):
 
 
 def test_answers_of_two_programs_are_compared(data, tmp_path, capsys):
-    paths = [str(write_lines(tmp_path / f"{name}.jsonl", kit_records(letters))) for name, letters in (("one", "ABC"), ("two", "ABD"))]
-    assert compare_runs.main([*paths, "--suite", "xlrs-bench", "--data", str(data), "--scorers", "xlrs-bench/letters-2"]) == 0
+    paths = [
+        str(write_lines(tmp_path / f"{name}.jsonl", kit_records(letters)))
+        for name, letters in (("one", "ABC"), ("two", "ABD"))
+    ]
+    assert (
+        compare_runs.main([*paths, "--suite", "xlrs-bench", "--data", str(data), "--scorers", "xlrs-bench/letters-2"])
+        == 0
+    )
     assert "| 100.0 [100.0, 100.0] | 66.7 [" in capsys.readouterr().out
     assert compare_runs.main(paths) == 2
     assert "give --suite and --data" in capsys.readouterr().err
