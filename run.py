@@ -40,11 +40,13 @@ OVERLAY_TESTS = [
 ]
 
 # What vLLM and no other release decodes has a lane of its own, and so have engines that train in several processes.
-PINNED_TESTS = ["tests", "--ignore=tests/cluster", "-m", "not vllm"]
+PINNED_TESTS = ["tests", "--ignore=tests/cluster", "--ignore=tests/clients", "-m", "not vllm"]
 VLLM_TESTS = ["tests/serving", "-m", "vllm"]
 # A page in a browser and a batch on Ray take minutes, and a Pillow that constraints.txt is ahead of.
 EXTRAS_TESTS = ["tests/serving_extras"]
 CLUSTER_TESTS = ["tests/cluster"]
+# The server as LangChain, LiteLLM and LlamaIndex ask it, with some fifty packages of their own.
+CLIENTS_TESTS = ["tests/clients"]
 # What requirements.txt brings today, be it newer than constraints.txt, is tested at every door of the library.
 NEWEST_TESTS = ["tests/doors", "tests/test_generation.py", "tests/test_released_api.py", "tests/test_threads.py"]
 
@@ -188,6 +190,7 @@ LANES = {
     **{f"transformers-{version}": partial(run_older_tests, version, OVERLAYS[version]) for version in OVERLAYS},
     "vllm": partial(run_other_tests, "vllm", "serving/vllm_cpu.txt", VLLM_TESTS),
     "demo-and-batch": partial(run_other_tests, "demo-and-batch", "serving/demo_and_batch.txt", EXTRAS_TESTS),
+    "clients": partial(run_other_tests, "clients", "serving/clients.txt", CLIENTS_TESTS),
     "cluster": partial(run_other_tests, "cluster", "tests/cluster/deepspeed.txt", CLUSTER_TESTS),
 }
 
