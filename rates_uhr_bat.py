@@ -31,8 +31,8 @@ PROBE_SECONDS, MOST_CALLS = 0.2, 50
 # Tokens that are read, sides of images in pixels, tokens and regions that are clustered, in probes.
 PROBE_TOKENS, PROBE_SIDES, PROBE_KMEANS = (256, 1024, 4096), (256, 2048), (4096, 256)
 # Rates were measured on a busy machine where the yardstick took so many times as long then as it takes now: they are measured
-# again. The yardstick is a product of matrices with this side.
-FAR_OFF, YARDSTICK = 1.5, {"cpu": 512, "cuda": 4096}
+# again.
+FAR_OFF = 1.5
 _looked_at = set()  # files of rates that this process has held against the yardstick
 
 
@@ -44,7 +44,7 @@ class Rates:
         tower, decoder, kmeans: of a FLOP in the vision tower, in the decoder where it reads a prompt, in the clustering.
         decoder_layer: of one layer of the decoder that reads one token: its weights' way to the processor.
         pixel, view_pixel: of a pixel of the image that is resized, and of a pixel of its views.
-        yardstick: of the product that says whether the machine was busy; 0: not known.
+        yardstick: of a tile in two layers of the tower, the longest while the rest was measured; 0: not known.
     """
 
     tower: float
@@ -106,7 +106,7 @@ def rates_of(config, device: torch.device, dtype: torch.dtype) -> Rates:
     _looked_at.add(path)
     if rates is None:
         rates = measure_rates(config, device, dtype)
-    elif looked_at or not rates.yardstick or rates.yardstick < FAR_OFF * measure_yardstick(device):
+    elif looked_at or not rates.yardstick or rates.yardstick < FAR_OFF * measure_yardstick(config, device, dtype):
         return rates
     else:
         # What is measured is never too fast: of both, the faster one is nearer to the truth.
@@ -178,13 +178,14 @@ def free_bytes(device: torch.device) -> int:
         return free
 
 
-def measure_yardstick(device: torch.device) -> float:
-    """Seconds of a product of two matrices, the least of some."""
-    side = YARDSTICK[device.type]
-    one, taken = torch.ones(side, side, device=device), []
+@torch.inference_mode()
+def measure_yardstick(config, device: torch.device, dtype: torch.dtype) -> float:
+    """Seconds that two layers of the tower take for a tile, the least of some."""
+    model, taken = _layers(config.vision_config, 2, device, dtype), []
+    tile = torch.zeros(1, 3, config.tile_size, config.tile_size, device=device, dtype=dtype)
     for _ in range(8):
         start = time.perf_counter()
-        (one @ one)[0, 0].item()  # waits for a GPU
+        model(tile)[0].flatten()[0].item()  # waits for a GPU
         taken.append(time.perf_counter() - start)
     return min(taken[1:])
 
@@ -224,21 +225,21 @@ def measure_rates(config, device: torch.device, dtype: torch.dtype) -> Rates:
         return model(inputs_embeds=torch.zeros(1, size, text.hidden_size, device=device, dtype=dtype))
 
     chunk = config.vision_chunk_size
-    yardsticks = [measure_yardstick(device)]
+    yardsticks = [measure_yardstick(config, device, dtype)]
     tiles, tower = per_layer(vision, see, [size for size in (1, 4, 16, 64) if size < chunk] + [chunk])
     _, one_token = per_layer(text, read, [1])
     tokens, decoder = per_layer(text, read, PROBE_TOKENS)
-    yardsticks.append(measure_yardstick(device))
+    yardsticks.append(measure_yardstick(config, device, dtype))
     kmeans = _kmeans_rate(config.text_config.hidden_size, device, dtype, clocked)
     pixels = _pixel_rates(config, clocked)
-    yardsticks.append(measure_yardstick(device))
+    yardsticks.append(measure_yardstick(config, device, dtype))
     return Rates(
         tower / tower_layer_flops(config, tiles),
         max(decoder - one_token, decoder / 8) / decoder_layer_flops(config, tokens),
         one_token,
         kmeans,
         *pixels,
-        sorted(yardsticks)[1],
+        max(yardsticks),
     )
 
 

@@ -141,7 +141,7 @@ def test_without_a_folder_for_the_cache_rates_are_measured_and_used(cache, monke
 
 def test_rates_of_a_busy_machine_are_measured_again_when_it_is_idle(cache, monkeypatch):
     config, cpu, now = small_config(), torch.device("cpu"), [1.0]
-    monkeypatch.setattr(rates, "measure_yardstick", lambda device: now[0])
+    monkeypatch.setattr(rates, "measure_yardstick", lambda *device: now[0])
     monkeypatch.setattr(rates, "measure_rates", lambda *device: cache.append(device) or replace(SLOW, tower=now[0], yardstick=now[0]))
 
     def next_process():
