@@ -59,6 +59,11 @@ GEOMETRIES = {
         lambda: _config(64, 768, [672, 1344, 2016], [2000, 4000, 9000], region_method="grid"), torch.float32, (1500, 1500)
     ),
 }  # fmt: skip
+# Questions that are answered at once about one image, where they are several.
+AT_ONCE = {"eight questions at once": 8}
+GEOMETRIES["eight questions at once"] = (
+    lambda: _config(64, 512, [672, 1344], [400, 800], region_method="grid"), torch.float32, (1500, 1500)
+)  # fmt: skip
 QUICK = {"quick": (sides.quick_config, torch.float32, (400, 300))}
 
 
@@ -75,8 +80,10 @@ def peaks_of(name, quick=False) -> dict:
 
     model = sides.build_model(make()).to(dtype)
     meters.reset_peak()
-    _run(model, (height, width), mark)
-    plan = model.plan((height, width), seconds=False, text_before=sides.TEXT_BEFORE, text_after=sides.TEXT_AFTER)
+    at_once = AT_ONCE.get(name, 1)
+    _run(model, (height, width), mark, at_once)
+    text = {"text_before": sides.TEXT_BEFORE, "text_after": sides.TEXT_AFTER, "num_answer_tokens": sides.ANSWER_TOKENS}
+    plan = model.plan((height, width), seconds=False, num_questions=at_once, **text)
     return _compared(plan, measured)
 
 
@@ -101,8 +108,8 @@ def _compared(plan, measured) -> dict:
 
 
 @torch.no_grad()
-def _run(model, size, mark):
-    """One question about a made-up image, whose pixel values and tokens are held to the end."""
+def _run(model, size, mark, at_once=1):
+    """Questions about a made-up image, whose pixel values and tokens are held to the end."""
     side, (height, width) = sides.Ours(model), size
     image = Image.effect_noise((width, height), 64).convert("RGB")
     inputs = side.preprocess(image).to(model.device)
@@ -110,8 +117,8 @@ def _run(model, size, mark):
     del image
     features = model.encode_image(**inputs)
     mark("encode")
-    ids = sides.prompt_ids(model.config).to(model.device)
-    compressed = model.compress(input_ids=ids, image_features=features)
+    ids = sides.prompt_ids(model.config).to(model.device).repeat(at_once, 1)
+    compressed = model.compress(input_ids=ids, image_features=features * at_once)
     mark("compress")
     ids, attention_mask, _ = model.expand_placeholders(ids, torch.ones_like(ids), compressed)
     model.generate(
