@@ -343,6 +343,8 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
             peaks.append({"tokens of all scales": before + added, "tower's chunk": 0})
         stages["encode"] = held | max(peaks, key=lambda terms: sum(terms.values()))
 
+    if question.max_tiles is not None:  # images keep their encoded tiles for further questions
+        held["kept tiles"] = question.num_images * min(config.tile_cache_bytes, sum(of_scales))
     # Positions, regions and their copies: a few whole numbers for a token.
     held = held | {"tokens of all scales": question.num_images * (sum(of_scales) + anchor + 32 * sum(question.available))}
     passes = [question.available[question.anchor_idx], *(number for number, _, _ in candidates_of(config, question))]
