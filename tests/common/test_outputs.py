@@ -170,3 +170,13 @@ def test_a_model_is_never_written_over_the_one_that_it_is_made_from(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     with pytest.raises(ValueError, match="model.safetensors: --output would write over a file that is read"):
         check_outputs([tmp_path], Output("--output", tmp_path, names=MODEL_FILES))
+
+
+def test_answers_of_another_program_never_touch_a_run(tmp_path, capsys):
+    for name in ("settings.json", "figures.json"):
+        (tmp_path / name).write_text("{}")
+    answers = tmp_path / "said.json"
+    answers.write_text("[]")
+    assert cli.main(["evaluate", "scenes", "--predictions", str(answers), "--output", str(tmp_path)]) == 2
+    assert f"{tmp_path} holds a run, whose figures --predictions would replace" in capsys.readouterr().err
+    assert (tmp_path / "figures.json").read_text() == "{}"
