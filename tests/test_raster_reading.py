@@ -889,6 +889,32 @@ def test_of_a_file_with_overviews_at_a_url_a_part_is_fetched(pyramid, processor)
     np.testing.assert_array_equal(batch.pixel_values, processor(path).pixel_values)
 
 
+def test_a_raster_with_overviews_has_no_limit_of_size_and_one_without_has(tmp_path, bands, processor):
+    write_raster(tmp_path / "small.tif", bands)
+    size = 'xSize="110162" ySize="51992"'
+    sources = "".join(
+        f'<VRTRasterBand dataType="Byte" band="{band}"><SimpleSource><SourceFilename relativeToVRT="1">small.tif'
+        f'</SourceFilename><SourceBand>{band}</SourceBand><SrcRect xOff="0" yOff="0" xSize="70" ySize="45"/>'
+        f'<DstRect xOff="0" yOff="0" {size}/></SimpleSource></VRTRasterBand>'
+        for band in (1, 2, 3)
+    )
+    path = tmp_path / "large.vrt"
+    overviews = f"<OverviewList>{' '.join(str(2**level) for level in range(1, 11))}</OverviewList>"
+    path.write_text(f'<VRTDataset rasterXSize="110162" rasterYSize="51992">{sources}{overviews}</VRTDataset>')
+    image = processor.open_image(path)
+    assert (image.height, image.width) == (51_992, 110_162) and processor(path).pixel_values.shape[1] == 21
+    (pyramid,) = processor(path, max_tiles=40, native=True)["image_pyramids"]
+    assert pyramid.scales[-1] >= 110_162 and pyramid.tiles(len(pyramid.scales) - 1, [3_000_000]).shape == (1, 3, 28, 28)
+    # A view, and nothing else, is read whole.
+    with pytest.raises(ValueError, match="are over the limit of 1000000 pixels"):
+        processor.open_image(path, max_image_pixels=1_000_000)
+    with pytest.raises(ValueError, match="51992 x 110162 = 5727542704 pixels are over the limit of 1000000000 pixels"):
+        processor.open_image(path, overviews="off")
+    path.write_text(path.read_text().replace(overviews, ""))
+    with pytest.raises(ValueError, match="5727542704 pixels are over the limit"):
+        processor(path)
+
+
 def test_percentiles_are_the_same_with_and_without_overviews(tmp_path, processor, monkeypatch):
     from uhr_bat import raster_reading_uhr_bat
 
