@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from ..common.extras import require
 from ..common.images import local_path
+from ..picture_reading_uhr_bat import PICTURE_FORMATS
 from ..raster_files_uhr_bat import upright_by
 
 
@@ -58,6 +59,8 @@ def read_georeference(path: str) -> Georeference:
         ImportError: rasterio is missing; says what to install.
     """
     require("geo", "rasterio")
+    if str(path).startswith(("http://", "https://", "data:")):  # what a server sends is no name for GDAL to open
+        return PLAIN
     import rasterio
     from rasterio.errors import NotGeoreferencedWarning, RasterioIOError
 
@@ -81,7 +84,7 @@ def _orientation(raster, path) -> int:
     stated = raster.tags().get("EXIF_Orientation")
     if stated is None:
         try:
-            with warnings.catch_warnings(), Image.open(local_path(os.fspath(path))) as image:
+            with warnings.catch_warnings(), Image.open(local_path(os.fspath(path)), formats=tuple(PICTURE_FORMATS)) as image:
                 warnings.simplefilter("ignore")  # of its size, which was checked when it was read
                 stated = image.getexif().get(274)
         except Exception:  # no picture of Pillow's
