@@ -279,7 +279,7 @@ def test_answers_of_another_program_are_scored_without_a_model(tmp_path, capsys)
         (["scenes", "--limit", "1", "--model", "nowhere"], "nowhere: this is no model folder"),
         (["scenes", "--data", "x"], "there is no --data to give"),
         (["scenes", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1. Got 0."),
-        (["scenes", "--limit", "1", "--budgets", "0"], "Every budget must be at least 1 token per image"),
+        (["scenes", "--limit", "1", "--budgets", "0"], "must be at least 1 token per image"),
         (["scenes", "--limit", "1", "--selector", "foo"], "Field 'selector' expected one of"),
         (["scenes", "--batch-size", "0"], "--batch-size must be at least 1. Got 0."),
         (["scenes", "--limit", "1", "--native"], "give max_tiles with it"),
