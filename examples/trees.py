@@ -5,8 +5,8 @@
     uhr-bat train --config tiny_laptop --train_data trees/train.json --eval_data trees/test.json --output_dir runs/trees
 
 Which quarter of a part of a picture has most trees? Parts of three pictures (NEON, in the package deepforest, MIT), drawn at random,
-turned, mirrored and recoloured, are learnt from. Parts of the picture of another site are asked about, mirrored such that
-every answer is as often right: whoever does not look is right a quarter of the time.
+turned, mirrored and recoloured, are learnt from. Parts of another picture are asked about, mirrored such that
+every answer is as often right: whoever does not look is right a quarter of the time. What came out: training/README.md.
 """
 
 import argparse
