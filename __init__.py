@@ -20,6 +20,8 @@ _MODULES = {
     "evidence_frame": "geo",
     "load_model": "common.loading",
     "save_model": "common.loading",
+    "plan": "planning",
+    "planner_of": "planning",
     "UHRBatDataCollator": "training.collator",
     "WithAnswerMask": "training.collator",
     "UHRBatTrainer": "training.trainer",

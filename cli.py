@@ -6,7 +6,7 @@ from importlib import import_module
 # Verb: module with a `main(arguments)`, which is imported when the verb is called, and one line for --help.
 VERBS = {
     "ask": ("examples.ask", "ask about an image, and see where the visual tokens and the seconds go"),
-    "plan": ("examples.plan", "what a question about an image will cost, and the budgets that fit"),
+    "plan": ("planning.__main__", "what a question about an image will cost, and the budgets that fit"),
     "pictures": ("pictures.__main__", "draw what the model looked at and what it kept"),
     "evidence-map": ("geo.__main__", "what was kept as GeoJSON, GeoPackage, GeoTIFF and a page with a map"),
     "regions": ("regions.cache", "make SAM's label maps of many images, once"),

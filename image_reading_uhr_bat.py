@@ -2,7 +2,7 @@
 
 `read_image` is the one door: what comes out of it has been checked, and nothing behind it checks again. Pictures (JPEG,
 PNG, WebP and so on) are decoded by Pillow; rasters (TIFF, JPEG 2000, and what Pillow does not know) are read by rasterio
-(`raster_reading_uhr_bat.py`). In this order: pixels to 8-bit RGB, files, the door. Sizes are (height, width).
+(`image_rasters_uhr_bat.py`). In this order: pixels to 8-bit RGB, files, the door. Sizes are (height, width).
 """
 
 import base64
@@ -20,8 +20,7 @@ import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image
 
-from .image_sources_uhr_bat import ImageSource, as_source
-from .picture_reading_uhr_bat import (
+from .image_pictures_uhr_bat import (
     PICTURE_NAMES,
     PILLOW_ERRORS,
     array_to_image,
@@ -32,9 +31,10 @@ from .picture_reading_uhr_bat import (
     pillow_misreads,
     to_rgb,
 )
-from .raster_files_uhr_bat import GDAL_NAME, driver_of, import_rasterio, is_dataset, is_raster, reason
-from .raster_mosaics_uhr_bat import is_placed_array, mosaic_vrt, placed_bytes
-from .raster_reading_uhr_bat import RasterImage
+from .image_raster_files_uhr_bat import GDAL_NAME, driver_of, import_rasterio, is_dataset, is_raster, reason
+from .image_raster_mosaics_uhr_bat import is_placed_array, mosaic_vrt, placed_bytes
+from .image_rasters_uhr_bat import RasterImage
+from .image_sources_uhr_bat import ImageSource, as_source
 
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
 # 1,000,000 x 1 pixels.

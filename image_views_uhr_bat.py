@@ -21,7 +21,7 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging
 
 from .geometry_uhr_bat import letterbox
-from .raster_reading_uhr_bat import PAD_COLOR, RasterImage
+from .image_rasters_uhr_bat import PAD_COLOR, RasterImage
 
 # Pixels of one strip of rows on its way to the scales. Pillow prepares every strip anew, so larger strips are faster;
 # of a raster, strips are a good part of the memory.

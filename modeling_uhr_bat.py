@@ -9,6 +9,8 @@ and not the letterbox, B a budget, D decoder width, M text tokens. Tokens of a s
 grid, unless "tile by tile" is said.
 """
 
+import warnings
+from importlib import import_module
 from itertools import groupby
 
 import torch
@@ -20,19 +22,18 @@ from transformers.processing_utils import Unpack
 from transformers.utils import can_return_tuple, logging, torch_compilable_check
 
 from .budgets_uhr_bat import is_one_budget, settle_counts, split_budgets
-from .compression_uhr_bat import CompressionRules, compress_image
 from .configuration_uhr_bat import UHRBatConfig, refuse_own_folder
-from .dynamic_pyramid_uhr_bat import is_dynamic
-from .encoding_uhr_bat import UHRBatEncodingMixin
-from .generation_uhr_bat import UHRBatGenerationMixin
-from .importance_uhr_bat import UHRBatImportanceMixin
-from .layers_uhr_bat import (
+from .image_pyramids_uhr_bat import is_dynamic
+from .modeling_encoding_uhr_bat import UHRBatEncodingMixin
+from .modeling_generation_uhr_bat import UHRBatGenerationMixin
+from .modeling_importance_uhr_bat import UHRBatImportanceMixin
+from .modeling_layers_uhr_bat import (
     UHRBatMultiModalProjector,
     UHRBatScaleEmbedding,
     UHRBatVisionTower,
     call_reader,
 )
-from .outputs_uhr_bat import (
+from .modeling_outputs_uhr_bat import (
     CACHE,
     IMAGE_INPUTS,
     UHRBatCausalLMOutputWithPast,
@@ -45,9 +46,8 @@ from .outputs_uhr_bat import (
     accept_region_labels,
     has_images,
 )
+from .modeling_region_focus_uhr_bat import UHRBatRegionFocusMixin, UHRBatRegionFocusModule
 from .pipeline_uhr_bat import UHRBatPipeline  # saved beside the model, which names it
-from .planning_uhr_bat import UHRBatPlanningMixin
-from .region_focus_uhr_bat import UHRBatRegionFocusMixin, UHRBatRegionFocusModule
 from .released_api_uhr_bat import (
     RELEASED_ARGUMENTS,
     KeywordsStoppingCriteria,
@@ -56,6 +56,7 @@ from .released_api_uhr_bat import (
     tokenizer_image_token,
     translate_released_call,
 )
+from .token_rules_uhr_bat import CompressionRules, compress_image
 
 logger = logging.get_logger(__name__)
 
@@ -352,7 +353,7 @@ def _seen(text, spots, run, answer_mask) -> torch.Tensor:
     return seen
 
 
-class UHRBatForConditionalGeneration(UHRBatPlanningMixin, UHRBatPreTrainedModel, UHRBatGenerationMixin):
+class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixin):
     """UHR-BAT with a language modelling head: `generate` answers questions about images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
@@ -364,6 +365,16 @@ class UHRBatForConditionalGeneration(UHRBatPlanningMixin, UHRBatPreTrainedModel,
         self.model = UHRBatModel(config)
         self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
         self.post_init()
+
+    def planner(self, device=None):
+        """Moved to `uhr_bat.planner_of(model)`; goes with the next release."""
+        warnings.warn("`model.planner()` is `uhr_bat.planner_of(model)` now.", FutureWarning, stacklevel=2)
+        return import_module("uhr_bat.planning").planner_of(self, device)
+
+    def plan(self, image_size, budgets=None, **options):
+        """Moved to `uhr_bat.plan(model, image_size)`; goes with the next release."""
+        warnings.warn("`model.plan(...)` is `uhr_bat.plan(model, ...)` now.", FutureWarning, stacklevel=2)
+        return import_module("uhr_bat.planning").plan(self, image_size, budgets, **options)
 
     def get_input_embeddings(self):
         return self.model.get_input_embeddings()

@@ -16,12 +16,10 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 
 from .budgets_uhr_bat import count_tokens, is_one_budget, split_budgets
 from .configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig, refuse_own_folder
-from .dynamic_pyramid_uhr_bat import is_dynamic
 from .geometry_uhr_bat import grids, shown_patches
 from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs
+from .image_pyramids_uhr_bat import ImagePyramid, UnreadImage, is_dynamic
 from .image_reading_uhr_bat import flatten_images
-from .pyramid_uhr_bat import ImagePyramid, UnreadImage
-
 
 # Behind every letter of a control token that a message spells: the tokenizer then finds none, and its normalizer drops
 # the mark. Unicode keeps this code point for programs; no text has it.
@@ -78,7 +76,7 @@ class UHRBatProcessor(ProcessorMixin):
             split_budgets(default_budgets, image_processor.scales)
         budgets = PAPER_BUDGETS if default_budgets is None else default_budgets
         self.default_budgets = budgets if is_one_budget(budgets) else list(budgets)
-        self.planner = None  # a model's, for budgets that are limits: `model.planner()`
+        self.planner = None  # a model's, for budgets that are limits: `uhr_bat.planner_of(model)`
         self.image_token = image_token
         self.image_token_id = tokenizer.convert_tokens_to_ids(image_token)
         if self.image_token_id is None or self.image_token_id == tokenizer.unk_token_id:
@@ -106,7 +104,7 @@ class UHRBatProcessor(ProcessorMixin):
                 that is asked about in several prompts.
             budgets: int[S], visual tokens that each scale may spend in one prompt; one number for all scales together. Or
                 a limit, "24GiB" of memory or "5s" from the tiles to the answer, for the largest budgets that stay below
-                it: of one image, and once `processor.planner = model.planner()` has said what the model takes.
+                it: of one image, and once `processor.planner = uhr_bat.planner_of(model)` has said what the model takes.
             max_tiles: tiles that may go through the vision tower for one prompt, shared by its images: tiles of finer
                 scales are then read and encoded where the question looks. With `native` the scales are levels down to
                 the image's own resolution; a list of default budgets then counts as their sum.
@@ -279,14 +277,14 @@ class UHRBatProcessor(ProcessorMixin):
         """The largest budgets that stay below a limit, of one image that is cut or encoded."""
         if self.planner is None:
             raise ValueError(
-                f"`budgets={limit!r}` needs the numbers of a model: set `processor.planner = model.planner()` first."
+                f"`budgets={limit!r}` needs the numbers of a model: set `processor.planner = uhr_bat.planner_of(model)` first."
             )
         if len(available) != 1:
             raise ValueError(f"`budgets={limit!r}` is the limit of one image. Got {len(available)} images.")
         if "image_pyramids" in inputs or hasattr(inputs.get("image_features", [None])[0], "pyramid"):
             raise ValueError(
                 f"`budgets={limit!r}` is for images whose tiles are all encoded. With `max_tiles`, ask "
-                "`model.plan(image_size, limit, max_tiles=...)` and pass its `budgets`."
+                "`uhr_bat.plan(model, image_size, limit, max_tiles=...)` and pass its `budgets`."
             )
         mask = inputs.get("pixel_attention_mask")
         return self.planner.budgets_within(limit, available[0], None if mask is None else np.asarray(mask)[0])

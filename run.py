@@ -34,7 +34,7 @@ OVERLAYS = {
 OVERLAY_TESTS = [
     "tests/doors/test_quick_start.py",
     "tests/doors/test_remote_code.py",
-    "tests/test_generation.py",
+    "tests/test_modeling_generation.py",
     "tests/test_released_api.py",
     "tests/test_threads.py",
 ]
@@ -48,7 +48,7 @@ CLUSTER_TESTS = ["tests/cluster"]
 # The server as LangChain, LiteLLM and LlamaIndex ask it, with some fifty packages of their own.
 CLIENTS_TESTS = ["tests/clients"]
 # What requirements.txt brings today, be it newer than constraints.txt, is tested at every door of the library.
-NEWEST_TESTS = ["tests/doors", "tests/test_generation.py", "tests/test_released_api.py", "tests/test_threads.py"]
+NEWEST_TESTS = ["tests/doors", "tests/test_modeling_generation.py", "tests/test_released_api.py", "tests/test_threads.py"]
 
 
 def set_up(extra=""):

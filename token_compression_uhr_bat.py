@@ -2,7 +2,7 @@
 
 Bring the importance to the grid of a scale (`align_importance`), decide which tokens stay and which are merged in every
 region (`select_tokens`), and apply that decision to the tokens (`merge_tokens`); the regions themselves come out of
-`clustering_uhr_bat.py`. Nothing here knows a model. The decision is made of indices only, so it can be applied to any
+`token_clustering_uhr_bat.py`. Nothing here knows a model. The decision is made of indices only, so it can be applied to any
 tensor of the scale, and it is the provenance of every visual token.
 
 Axes: N tokens of a scale in raster order, D width of a token, R regions, H and W height and width of a grid of tokens.
@@ -13,7 +13,7 @@ GPU too: `index_add_` there does not.
 import torch
 import torch.nn.functional as F
 
-from .clustering_uhr_bat import block_length, cluster_regions, grid_regions, runs_of, vote_labels, vote_regions
+from .token_clustering_uhr_bat import block_length, cluster_regions, grid_regions, runs_of, vote_labels, vote_regions
 
 # Types of devices that have no float64.
 WITHOUT_FLOAT64 = ("mps",)

@@ -16,12 +16,12 @@ from transformers.utils import logging
 
 from ..common.loading import ROOT
 from ..common.prompts import expand_placeholder
-from ..compression_uhr_bat import CompressionRules, compress_image, partition
 from ..configuration_uhr_bat import UHRBatConfig
-from ..costs_uhr_bat import ANSWER_TOKENS, TEXT_AFTER, TEXT_BEFORE
 from ..image_processing_uhr_bat import UHRBatImageProcessor
+from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
 from ..modeling_uhr_bat import UHRBatForConditionalGeneration
-from ..outputs_uhr_bat import UHRBatCompressionOutput
+from ..planning.costs import ANSWER_TOKENS, TEXT_AFTER, TEXT_BEFORE
+from ..token_rules_uhr_bat import CompressionRules, compress_image, partition
 from .straightforward import Straightforward
 
 STAGES = ("read", "preprocess", "encode", "importance", "regions", "selection", "prefill", "answer")

@@ -4,7 +4,6 @@ from argparse import ArgumentParser, Namespace
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-
 # Those of them that are the image processor's, by its names.
 OPTIONS = ("bands", "value_range", "window", "nodata", "area", "max_image_pixels")
 
@@ -119,6 +118,6 @@ def local_path(text: str) -> str:
 
 def is_file_name(text: str) -> bool:
     """Whether it names a file of this machine, and no URL or name of GDAL's."""
-    from ..raster_files_uhr_bat import GDAL_NAME
+    from ..image_raster_files_uhr_bat import GDAL_NAME
 
     return GDAL_NAME.match(text) is None

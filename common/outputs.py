@@ -191,7 +191,7 @@ def _gdal_files(name) -> list[str]:
         import rasterio
     except ImportError:
         return []
-    from ..raster_files_uhr_bat import gdal_settings
+    from ..image_raster_files_uhr_bat import gdal_settings
 
     try:
         with warnings.catch_warnings(), rasterio.Env(**gdal_settings(name)):

@@ -34,9 +34,10 @@ from ..common.loading import ROOT, check_files, load_model, model_name
 from ..common.outputs import Output, check_outputs
 from ..common.tables import interval, percent_interval, table
 from ..configuration_uhr_bat import UHRBatConfig
-from ..costs_uhr_bat import ANSWER_TOKENS
 from ..image_reading_uhr_bat import resize_image
 from ..modeling_uhr_bat import UHRBatForConditionalGeneration
+from ..planning import planner_of
+from ..planning.costs import ANSWER_TOKENS
 from .choices import PAPER, PROPORTIONS, RULES
 from .evaluate import add_suite_arguments, prompt_of, stay_offline
 from .running import answers, compress, encode, generate_text, list_errors, measure_groups
@@ -273,7 +274,7 @@ def prices(config, thousands, dtype, device) -> list[dict]:
     """Table 4 by formula: a question about a square image with `ANSWER_TOKENS` of answer, for a model without weights; memory
     from its tiles on, on a kind of device."""
     with torch.device("meta"):
-        planner = UHRBatForConditionalGeneration(config).to(dtype).planner(device)
+        planner = planner_of(UHRBatForConditionalGeneration(config).to(dtype), device)
     found = []
     for number in thousands:
         question = planner.plan((max(config.scales),) * 2, seconds=False).question

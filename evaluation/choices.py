@@ -9,9 +9,9 @@ import torch
 from ..export.build_tiny import BUDGETS
 from ..export.build_tiny import RULES as SHIPPED
 from ..geometry_uhr_bat import patch_centres
-from ..layers_uhr_bat import UHRBatScaleEmbedding
-from ..selectors_uhr_bat import diversity, similarity_merging, uniform
+from ..modeling_layers_uhr_bat import UHRBatScaleEmbedding
 from ..token_compression_uhr_bat import cluster_regions, merge_tokens
+from ..token_selectors_uhr_bat import diversity, similarity_merging, uniform
 
 PAPER, TOP_K, DISTINCT, REFINED = "preserve-and-merge", "top-k per scale", "distinct", "distinct, refined"
 # Of each scale after the anchor, how many tokens the question looks at once more, and up to which decoder layer.

@@ -32,7 +32,7 @@ from ..common.loading import ROOT, check_files, load_model
 from ..common.outputs import Output, check_outputs
 from ..common.prompts import expand_placeholder, write_prompt
 from ..common.tables import interval, percent, percent_interval, table
-from ..outputs_uhr_bat import UHRBatCompressionOutput
+from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
 from ..scenes import questions
 from ..scenes.evidence import evidence_of
 from ..scenes.layout import FINETUNING_SEED, OBJECTS_OUTSIDE, TEST_SEEDS, make_scene

@@ -21,7 +21,7 @@ from ..budgets_uhr_bat import is_one_budget
 from ..common.files import whole_files, write_json
 from ..common.prompts import prompt_text
 from ..common.runs import Line, check_same_settings, whole_lines
-from ..raster_files_uhr_bat import reason
+from ..image_raster_files_uhr_bat import reason
 from .asked import asked, check_asked
 from .samples import Sample
 from .suites import Suite

@@ -19,7 +19,7 @@ from PIL import Image
 from ..common.files import whole_files
 from ..common.outputs import Output, check_outputs
 from ..evaluation.suites import SUITES
-from ..picture_reading_uhr_bat import PICTURE_FORMATS
+from ..image_pictures_uhr_bat import PICTURE_FORMATS
 from ..scenes.layout import QUADRANTS
 
 ASKED = "2019_YELL_2_528000_4978000_image_crop2"  # the largest picture; the others are learnt from

@@ -20,7 +20,7 @@ from ..common.files import whole_outputs
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
 from ..common.outputs import Output, check_outputs
-from ..raster_reading_uhr_bat import RasterImage
+from ..image_rasters_uhr_bat import RasterImage
 from . import Georeference, check_vectors, evidence_frame, read_georeference, write_page, write_raster, write_vectors
 from .styles import style_path, write_style
 from .writing import GEOJSON, GEOPACKAGE, LAYER, check_layer, shown_importance

@@ -6,8 +6,8 @@ from typing import Any, NamedTuple
 
 from ..common.extras import require
 from ..common.images import local_path
-from ..picture_reading_uhr_bat import PICTURE_FORMATS
-from ..raster_files_uhr_bat import upright_by
+from ..image_pictures_uhr_bat import PICTURE_FORMATS
+from ..image_raster_files_uhr_bat import upright_by
 
 
 class Georeference(NamedTuple):

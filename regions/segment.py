@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from ..clustering_uhr_bat import vote_labels
 from ..geometry_uhr_bat import letterbox
 from ..image_reading_uhr_bat import RasterImage, resize_image
+from ..token_clustering_uhr_bat import vote_labels
 
 BACKGROUND = 0
 # SAM sees 1024 px whatever it is given: a finer view only costs memory and time, unless it is cut into crops.

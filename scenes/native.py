@@ -12,7 +12,7 @@ from functools import cached_property
 import numpy as np
 from PIL import Image, ImageDraw
 
-from ..raster_reading_uhr_bat import ImageSource
+from ..image_rasters_uhr_bat import ImageSource
 from .layout import NATIVE_WIDTHS, WIDTH, Scene, make_scene
 from .painting import RENDER_WIDTH, YARD, Painter, draw_land, draw_light, flood, in_light
 

@@ -30,7 +30,7 @@ from ..common.images import add_image_arguments, add_tile_arguments, image_optio
 from ..common.loading import ROOT, check_files, load_model
 from ..common.outputs import Output, check_outputs
 from ..common.runs import Line, check_same_settings, whole_lines
-from ..raster_files_uhr_bat import reason
+from ..image_raster_files_uhr_bat import reason
 from .batch_inputs import BatchImage, plan, read_images, read_questions
 
 # Entry of the results' metadata that says what they were asked with.

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..outputs_uhr_bat import TileCache, TokenMaps
+from ..modeling_outputs_uhr_bat import TileCache, TokenMaps
 
 
 def count_bytes(value: Any) -> int:

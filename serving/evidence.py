@@ -11,7 +11,7 @@ import numpy as np
 from ..common.extras import require
 from ..geo import evidence_frame, geojson_bytes
 from ..geometry_uhr_bat import token_box
-from ..raster_files_uhr_bat import reason
+from ..image_raster_files_uhr_bat import reason
 from .front import EncodedImage, Selection
 
 logger = logging.getLogger(__name__)

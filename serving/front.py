@@ -17,7 +17,8 @@ from torch.utils import _pytree as pytree
 
 from ..common.loading import base_of
 from ..geo import Georeference
-from ..outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
+from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
+from ..planning import planner_of
 from .cache import Abandoned, ContentCache
 from .digests import DIGESTS
 
@@ -106,7 +107,7 @@ class Front:
     def __init__(self, processor, model, model_key: str, cache: ContentCache, workers: int):
         self.processor, self.model, self.model_key, self.cache = processor, model, model_key, cache
         self._work = threading.BoundedSemaphore(workers)
-        processor.planner = model.planner()  # budgets may be limits
+        processor.planner = planner_of(model)  # budgets may be limits
 
     def encode(
         self, source: UnreadImage, max_tiles: int | None = None, native: bool | None = None, **options

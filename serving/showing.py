@@ -20,8 +20,8 @@ from ..budgets_uhr_bat import apportion, is_one_budget
 from ..common.prompts import answer_text, user_prompt
 from ..geo import Georeference, Served, evidence_frame, geojson_bytes, overview_jpeg, page_html
 from ..geo.pages import PAGE_SIDE
-from ..outputs_uhr_bat import UHRBatCompressionOutput
-from ..raster_reading_uhr_bat import RasterImage
+from ..image_rasters_uhr_bat import RasterImage
+from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
 from .front import EncodedImage, Front, UnreadImage
 from .refusals import LETTERS_PER_TOKEN, check_count
 

@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote, unquote_to_bytes, urlsplit, urlunsplit
 
-from ..raster_files_uhr_bat import is_raster
+from ..image_raster_files_uhr_bat import is_raster
 from .digests import DIGESTS
 from .front import UnreadImage
 from .refusals import Refusal

@@ -10,10 +10,8 @@ import pytest
 from images import random_image
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
-
-from uhr_bat.raster_reading_uhr_bat import RasterImage
+from uhr_bat.image_rasters_uhr_bat import RasterImage
 from uhr_bat.image_views_uhr_bat import image_to_tiles, normalize_tiles, normalize_views
-
 
 PAD = (122, 116, 104)
 TILE = 28

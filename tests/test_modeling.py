@@ -3,11 +3,10 @@ import torch
 import torch.nn.functional as F
 from recorder import Recorder
 from small import BUDGETS, GRIDS, IMAGE, SIZES, count_tiles, pad_left, prompt, random_pixels, small_config, small_model
-from uhr_bat import compression_uhr_bat
-from uhr_bat.encoding_uhr_bat import first_identical_tile
+from uhr_bat import token_rules_uhr_bat
+from uhr_bat.modeling_encoding_uhr_bat import first_identical_tile
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from uhr_bat.token_compression_uhr_bat import align_importance, merge_tokens, select_tokens
-
 
 QUESTION = prompt(5, "image", 6, 7, 8)
 OTHER_QUESTION = prompt(5, "image", 30, 31, 32, 33)
@@ -286,8 +285,8 @@ def test_an_image_is_clustered_once_for_any_number_of_questions(monkeypatch):
         calls.append(len(args[0]))
         return cluster_regions(*args, **kwargs)
 
-    cluster_regions = compression_uhr_bat.cluster_regions
-    monkeypatch.setattr(compression_uhr_bat, "cluster_regions", cluster)
+    cluster_regions = token_rules_uhr_bat.cluster_regions
+    monkeypatch.setattr(token_rules_uhr_bat, "cluster_regions", cluster)
     model = small_model()
     features = model.encode_image(random_pixels())
     for ids in (QUESTION, OTHER_QUESTION, QUESTION):

@@ -8,8 +8,8 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 
-from ...clustering_uhr_bat import CLUSTERINGS, cluster_regions
 from ...configuration_uhr_bat import PAPER_BUDGETS, PAPER_SCALES
+from ...token_clustering_uhr_bat import CLUSTERINGS, cluster_regions
 from ...token_compression_uhr_bat import merge_tokens, select_tokens
 from .. import meters, sides, straightforward
 from ..compare import Row, alternate, check_regions, check_tokens, ratios, show_ratio, spread

@@ -1,4 +1,4 @@
-"""FLOPs of one question by formula (`costs_uhr_bat.py`), for both sides: the 7B model fits no counter's machine.
+"""FLOPs of one question by formula (`planning/costs.py`), for both sides: the 7B model fits no counter's machine.
 
 The formula is held against a counter: over a whole question on a small geometry of the same form, and over the 7B towers
 on the meta device.
@@ -7,13 +7,13 @@ on the meta device.
 import torch
 from PIL import Image
 
-from ... import costs_uhr_bat as costs
 from ...common.loading import ROOT
-from ...compression_uhr_bat import CompressionRules
 from ...configuration_uhr_bat import UHRBatConfig
+from ...evaluation.choices import REFINEMENT
 from ...geometry_uhr_bat import shown_patches
 from ...modeling_uhr_bat import UHRBatForConditionalGeneration
-from ...evaluation.choices import REFINEMENT
+from ...planning import costs
+from ...token_rules_uhr_bat import CompressionRules
 from .. import meters
 from ..compare import Row, expect
 from ..images import photograph

@@ -9,12 +9,13 @@ import torch
 from PIL import Image
 
 from ...common.loading import ROOT
-from ...clustering_uhr_bat import CLUSTERINGS
 from ...configuration_uhr_bat import UHRBatConfig
-from ...costs_uhr_bat import key_value_cache, question_flops, question_of, region_counts
 from ...geometry_uhr_bat import patch_centres
+from ...modeling_outputs_uhr_bat import CACHE
 from ...modeling_uhr_bat import UHRBatForConditionalGeneration
-from ...outputs_uhr_bat import CACHE
+from ...planning import plan
+from ...planning.costs import key_value_cache, question_flops, question_of, region_counts
+from ...token_clustering_uhr_bat import CLUSTERINGS
 from ...token_compression_uhr_bat import select_tokens
 from .. import meters, sides
 from ..compare import Row, expect
@@ -83,8 +84,8 @@ def peaks_of(name, quick=False) -> dict:
     at_once = AT_ONCE.get(name, 1)
     _run(model, (height, width), mark, at_once)
     text = {"text_before": sides.TEXT_BEFORE, "text_after": sides.TEXT_AFTER, "num_answer_tokens": sides.ANSWER_TOKENS}
-    plan = model.plan((height, width), seconds=False, num_questions=at_once, **text)
-    return _compared(plan, measured)
+    planned = plan(model, (height, width), seconds=False, num_questions=at_once, **text)
+    return _compared(planned, measured)
 
 
 def peaks_on_gpu() -> dict:
@@ -99,7 +100,7 @@ def peaks_on_gpu() -> dict:
     torch.cuda.reset_peak_memory_stats(device)
     _run(model, (8500, 8500), mark)
     measured.pop("preprocess")  # is the host's
-    return _compared(model.plan((8500, 8500), seconds=False), measured)
+    return _compared(plan(model, (8500, 8500), seconds=False), measured)
 
 
 def _compared(plan, measured) -> dict:

@@ -14,7 +14,7 @@ from uhr_bat.benchmarks.measures import MEASURES, compression, flops
 from uhr_bat.benchmarks.meters import FlopMeter, SyncMeter
 from uhr_bat.benchmarks.sides import SIDES, STAGES, Meter, ask, prompt_ids, side_of
 from uhr_bat.benchmarks.straightforward import Straightforward, cluster, select
-from uhr_bat.clustering_uhr_bat import cluster_regions
+from uhr_bat.token_clustering_uhr_bat import cluster_regions
 from uhr_bat.token_compression_uhr_bat import merge_tokens, select_tokens
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")

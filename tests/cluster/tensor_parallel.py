@@ -4,7 +4,7 @@ import sys
 from pathlib import Path
 
 import torch
-from uhr_bat.dynamic_pyramid_uhr_bat import DynamicPyramid
+from uhr_bat.image_pyramids_uhr_bat import DynamicPyramid
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
 

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 from uhr_bat.geometry_uhr_bat import shown_patches
-from uhr_bat.outputs_uhr_bat import UHRBatCompressionOutput
+from uhr_bat.modeling_outputs_uhr_bat import UHRBatCompressionOutput
 
 SCALES, GRIDS = (8, 16, 24), ((2, 2), (4, 4), (6, 6))
 # Turned by 30 degrees, pixels of 2 m and mirrored as north-up rasters are; in UTM zone 54 north.

@@ -7,12 +7,11 @@ import pytest
 import torch
 from PIL import Image
 from uhr_bat.geometry_uhr_bat import token_box
-from uhr_bat.outputs_uhr_bat import TokenMaps, UHRBatCompressionOutput
+from uhr_bat.modeling_outputs_uhr_bat import TokenMaps, UHRBatCompressionOutput
 from uhr_bat.pictures import __main__ as command
 from uhr_bat.pictures import drawing, pages
 from uhr_bat.scenes import painting
 from uhr_bat.token_compression_uhr_bat import cluster_regions, select_tokens
-
 
 GRIDS = ((8, 8), (16, 16), (40, 40))
 # (height, width), and the object's (top, left, bottom, right) in pixels: whole tokens of the anchor.

@@ -9,11 +9,10 @@ import pytest
 import torch
 from PIL import Image
 from small import GRIDS, prompt, random_pixels, small_model
-from uhr_bat.clustering_uhr_bat import vote_regions
 from uhr_bat.regions import segment
 from uhr_bat.regions.segment import MaskSettings
 from uhr_bat.scenes import painting
-
+from uhr_bat.token_clustering_uhr_bat import vote_regions
 
 # A random model's masks are all bad: nothing is filtered out by their quality.
 EVERY_MASK = MaskSettings(points_per_side=3, pred_iou_thresh=-100, stability_score_thresh=0)

@@ -4,7 +4,7 @@ import threading
 
 import pytest
 import torch
-from uhr_bat.outputs_uhr_bat import TokenMaps, UHRBatImageFeatures
+from uhr_bat.modeling_outputs_uhr_bat import TokenMaps, UHRBatImageFeatures
 from uhr_bat.serving.cache import ContentCache, count_bytes
 
 KIB = 256  # numbers of 4 bytes

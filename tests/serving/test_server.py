@@ -18,6 +18,7 @@ from asking import data_uri, picture
 from PIL import Image
 from uhr_bat.common.loading import load_model
 from uhr_bat.common.prompts import prompt_text
+from uhr_bat.planning import planner_of
 
 SHIPS, TRUCKS = "How many ships are there?", "What colour is the truck at the road?"
 NUM_TOKENS = 8
@@ -103,7 +104,7 @@ def test_a_request_looks_closer_as_the_processor_does(client, loaded, case):
     fields, (processor, model) = CLOSER[case], loaded
     image = LARGE if "max_tiles" in fields else picture()
     answer = ask(client, image, extra_body=fields | {"evidence": True})
-    processor.planner = model.planner()
+    processor.planner = planner_of(model)
     text, length = expected(loaded, image, **fields)
     assert (answer.choices[0].message.content, answer.usage.prompt_tokens) == (text, length)
     scales = {token["scale"] for token in answer.evidence[0]["tokens"]}

@@ -9,7 +9,8 @@ from peft import LoraConfig, get_peft_model
 from PIL import Image
 from safetensors.torch import load_file
 from uhr_bat.common.loading import load_model
-from uhr_bat.examples import ask, plan
+from uhr_bat.examples import ask
+from uhr_bat.planning import __main__ as plan
 from uhr_bat.serving.decoding import decoder_folder
 from uhr_bat.serving.front import fingerprint
 from uhr_bat.training import memory, sft

@@ -6,7 +6,7 @@ from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
 from ...common.files import whole_files
-from ...outputs_uhr_bat import UHRBatImageFeatures
+from ...modeling_outputs_uhr_bat import UHRBatImageFeatures
 from ...scenes.layout import make_scene
 from ...scenes.painting import paint
 

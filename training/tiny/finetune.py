@@ -27,11 +27,11 @@ from ...common.budgets import counts_of_fraction
 from ...common.commands import tells_errors
 from ...common.loading import load_model, save_model
 from ...common.prompts import expand_placeholder
-from ...compression_uhr_bat import CompressionRules, compress_image
-from ...outputs_uhr_bat import CACHE, UHRBatCompressionOutput
+from ...modeling_outputs_uhr_bat import CACHE, UHRBatCompressionOutput
 from ...scenes.evidence import evidence_tokens, site_cells, site_tokens
 from ...scenes.layout import FINETUNING_SEED, make_scene
 from ...scenes.questions import draw_question
+from ...token_rules_uhr_bat import CompressionRules, compress_image
 from ..collator import IGNORED
 from .encoding import VISION, all_tokens, cached_features
 from .stages import make_parser, read_arguments, train

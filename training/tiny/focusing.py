@@ -20,10 +20,10 @@ from transformers import Trainer
 
 from ...common.commands import tells_errors
 from ...common.loading import load_model, save_model
-from ...configuration_uhr_bat import UHRBatConfig
 from ...common.prompts import expand_placeholder, write_prompt
-from ...layers_uhr_bat import last_token_logits
-from ...outputs_uhr_bat import UHRBatCompressionOutput
+from ...configuration_uhr_bat import UHRBatConfig
+from ...modeling_layers_uhr_bat import last_token_logits
+from ...modeling_outputs_uhr_bat import UHRBatCompressionOutput
 from ...scenes.evidence import site_cells
 from ...scenes.layout import FINETUNING_SEED, VALIDATION_SEEDS, make_scene
 from ...scenes.native import native_scene, picture_of

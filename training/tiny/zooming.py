@@ -28,7 +28,7 @@ from ...common.loading import load_model, save_model
 from ...common.prompts import expand_placeholder
 from ...export.build_tiny import NATIVE_SCALES
 from ...geometry_uhr_bat import grids, positions_of
-from ...outputs_uhr_bat import UHRBatCompressionOutput
+from ...modeling_outputs_uhr_bat import UHRBatCompressionOutput
 from ...scenes.evidence import site_cells, tokens_at
 from ...scenes.layout import FINETUNING_SEED, WIDTH, make_scene
 from ...scenes.native import native_scene

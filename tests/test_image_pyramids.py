@@ -8,13 +8,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from images import random_image
-
 from uhr_bat.geometry_uhr_bat import pyramid_scales, shown_patches
+from uhr_bat.image_pyramids_uhr_bat import ImagePyramid
+from uhr_bat.image_rasters_uhr_bat import RasterImage
 from uhr_bat.image_reading_uhr_bat import read_image
 from uhr_bat.image_views_uhr_bat import image_to_tiles
-from uhr_bat.pyramid_uhr_bat import ImagePyramid
-from uhr_bat.raster_reading_uhr_bat import RasterImage
-
 
 TILE, PATCH = 16, 4
 
@@ -97,7 +95,7 @@ def test_tiles_of_a_raster_are_those_of_the_overview_that_they_come_from(cog):
 
 def test_masks_of_deep_levels_are_learnt_from_the_tiles_that_are_read(cog, monkeypatch):
     known = pyramid_of(read_image(cog, 10**9)).shown(5, [0, 5, 900])
-    monkeypatch.setattr("uhr_bat.pyramid_uhr_bat.MASK_SIDE", 64)
+    monkeypatch.setattr("uhr_bat.image_pyramids_uhr_bat.MASK_SIDE", 64)
     pyramid = pyramid_of(read_image(cog, 10**9))
     assert pyramid.is_known(1) and not pyramid.is_known(5)
     np.testing.assert_array_equal(pyramid.shown(5, [0, 5, 900]), known)

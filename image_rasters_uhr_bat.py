@@ -1,6 +1,6 @@
 """UHR-BAT raster reading: GeoTIFF and whatever else GDAL opens becomes 8-bit RGB, some rows at a time.
 
-How files are opened, and their bands and parts chosen, is in `raster_files_uhr_bat.py`. Sizes are (height, width),
+How files are opened, and their bands and parts chosen, is in `image_raster_files_uhr_bat.py`. Sizes are (height, width),
 coordinates (row, column).
 
 Letters: C bands, h and w height and width in pixels.
@@ -21,7 +21,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .raster_files_uhr_bat import (
+from .image_raster_files_uhr_bat import (
     CHUNK_BYTES,
     SEQUENTIAL,
     check_page,
@@ -36,8 +36,7 @@ from .raster_files_uhr_bat import (
     tiff_pages,
     upright_by,
 )
-from .image_sources_uhr_bat import ImageSource
-from .raster_values_uhr_bat import (
+from .image_raster_values_uhr_bat import (
     COLLAR_SIDE,
     SAMPLE_BLOCKS,
     SAMPLE_PIXELS,
@@ -48,7 +47,7 @@ from .raster_values_uhr_bat import (
     stretch,
     value_tables,
 )
-from .raster_windows_uhr_bat import (
+from .image_raster_windows_uhr_bat import (
     area_window,
     check_no_rpcs,
     choose_window,
@@ -59,6 +58,7 @@ from .raster_windows_uhr_bat import (
     upright_transform,
     wkt_names_file,
 )
+from .image_sources_uhr_bat import ImageSource
 
 # CLIP's mean colour in 8 bits, the letterbox of the released code; what is no part of an image takes it too.
 PAD_COLOR = (122, 116, 104)

@@ -20,9 +20,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from .configuration_uhr_bat import UHRBatConfig
-from .dynamic_pyramid_uhr_bat import POOLING, DynamicLevel
-from .layers_uhr_bat import call_reader, last_token_logits
-from .outputs_uhr_bat import TileCache, TokenMaps, UHRBatCompressionOutput, UHRBatDynamicFeatures
+from .image_pyramids_uhr_bat import POOLING, DynamicLevel
+from .modeling_layers_uhr_bat import call_reader, last_token_logits
+from .modeling_outputs_uhr_bat import TileCache, TokenMaps, UHRBatCompressionOutput, UHRBatDynamicFeatures
 
 
 class UHRBatRegionFocusModule(nn.Module):

@@ -10,7 +10,7 @@ from transformers import GenerationMixin
 from transformers.generation import utils as generation_utils
 from transformers.utils import logging
 
-from .outputs_uhr_bat import (
+from .modeling_outputs_uhr_bat import (
     CACHE,
     IMAGE_INPUTS,
     UHRBatCompressionOutput,

@@ -22,9 +22,9 @@ import transformers
 from PIL import Image
 from transformers import AutoModel
 
-from .clustering_uhr_bat import cluster_regions
-from .costs_uhr_bat import decoder_layer_flops, tower_layer_flops
-from .image_views_uhr_bat import image_to_tiles, normalize_views
+from ..image_views_uhr_bat import image_to_tiles, normalize_views
+from ..token_clustering_uhr_bat import cluster_regions
+from .costs import decoder_layer_flops, tower_layer_flops
 
 # A probe is made larger until it takes so many seconds.
 PROBE_SECONDS, MOST_CALLS = 0.2, 50

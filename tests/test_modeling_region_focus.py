@@ -5,11 +5,11 @@ import pytest
 import torch
 from PIL import Image
 from small import IMAGE, PAD, small_config, small_model
-from uhr_bat.dynamic_pyramid_uhr_bat import DynamicPyramid, dynamic_levels
 from uhr_bat.geo import evidence_frame
+from uhr_bat.image_pyramids_uhr_bat import DynamicPyramid, dynamic_levels
+from uhr_bat.modeling_region_focus_uhr_bat import next_tiles
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from uhr_bat.pictures import attention_picture, kept_picture
-from uhr_bat.region_focus_uhr_bat import next_tiles
 
 TILE, PATCH, SEPARATOR = 8, 2, 4
 FOCUS = {"layers": [0, 2], "separator_token_id": SEPARATOR}

@@ -3,9 +3,8 @@
 import pytest
 import torch
 from small import BUDGETS, GRIDS, IMAGE, SIZES, prompt, random_pixels, small_config, small_model
-from uhr_bat.compression_uhr_bat import CompressionRules, choose_of_all_scales, look_up
 from uhr_bat.token_compression_uhr_bat import align_importance, distinctiveness
-
+from uhr_bat.token_rules_uhr_bat import CompressionRules, choose_of_all_scales, look_up
 
 QUESTION = torch.tensor([[5, IMAGE, 6, 7, 8]])
 REFINED = {"refinement": [6, 10], "refinement_layers": [0, 2]}

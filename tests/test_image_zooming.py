@@ -9,11 +9,8 @@ import pytest
 import torch
 from images import raises, random_image
 from small import BUDGETS, IMAGE, count_tiles, pad_left, prompt, small_model
-
-from uhr_bat.outputs_uhr_bat import TileCache
-from uhr_bat.pyramid_uhr_bat import ImagePyramid
-from uhr_bat.zooming_uhr_bat import best_tiles, least_tokens, overlapping_tiles, split_tiles
-
+from uhr_bat.image_pyramids_uhr_bat import ImagePyramid, best_tiles, least_tokens, overlapping_tiles, split_tiles
+from uhr_bat.modeling_outputs_uhr_bat import TileCache
 
 NATIVE = {"selector": "distinct", "refinement": [3, 5], "refinement_layers": [1, 1]}
 

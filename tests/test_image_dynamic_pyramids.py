@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 from PIL import Image
-from uhr_bat.dynamic_pyramid_uhr_bat import DynamicPyramid, dynamic_levels, level_ratios
+from uhr_bat.image_pyramids_uhr_bat import DynamicPyramid, dynamic_levels, level_ratios
 
 AS_THEY_ARE = (None, None, None)
 

@@ -4,8 +4,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
-from uhr_bat.selectors_uhr_bat import SELECTORS, distinct, diversity, similarity_merging, top_k, uniform
 from uhr_bat.token_compression_uhr_bat import distinctiveness, merge_tokens
+from uhr_bat.token_selectors_uhr_bat import SELECTORS, distinct, diversity, similarity_merging, top_k, uniform
 
 
 def problem(N=60, D=8, R=5, seed=0):

@@ -32,7 +32,7 @@ def image_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def planner_of(folder: Path, device: str | None = None, dtype: str | None = None):
+def planner_of_folder(folder: Path, device: str | None = None, dtype: str | None = None):
     """The planner of a model folder, without its weights.
 
     Args:
@@ -42,12 +42,13 @@ def planner_of(folder: Path, device: str | None = None, dtype: str | None = None
     import torch
 
     from ..modeling_uhr_bat import UHRBatForConditionalGeneration
+    from . import planner_of
 
     config = load_config(folder)
     dtype = config.dtype or torch.float32 if dtype is None else getattr(torch, dtype)
     with torch.device("meta"):
         model = UHRBatForConditionalGeneration(config).to(dtype)
-    return model.planner(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return planner_of(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
 def device_of(text: str) -> str:
@@ -57,9 +58,9 @@ def device_of(text: str) -> str:
 
 
 def plan(args) -> str:
-    from ..rates_uhr_bat import check_device, is_here, known_rates
+    from .rates import check_device, is_here, known_rates
 
-    planner = planner_of(args.model, args.device, args.dtype)
+    planner = planner_of_folder(args.model, args.device, args.dtype)
     here = is_here(planner.device)
     if args.seconds is not None:
         check_device(planner.device)

@@ -11,19 +11,17 @@ import pytest
 import rasterio.control
 import rasterio.rpc
 import shapely
-from images import random_image, raises
+from images import raises, random_image
 from PIL import Image
 from rasterio.shutil import copy
 from rasterio.warp import transform_bounds
 from rasters import random_bands, rasterio, rgb_of, write_raster
 from served import serve
-
 from uhr_bat import image_reading_uhr_bat
 from uhr_bat.geometry_uhr_bat import shown_patches
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
+from uhr_bat.image_rasters_uhr_bat import PAD_COLOR
 from uhr_bat.image_reading_uhr_bat import PlainImage, RasterImage, read_image
-from uhr_bat.raster_reading_uhr_bat import PAD_COLOR
-
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset has no geotransform")  # tests write plain images
 LIMIT = 1_000_000_000
@@ -916,9 +914,9 @@ def test_a_raster_with_overviews_has_no_limit_of_size_and_one_without_has(tmp_pa
 
 
 def test_percentiles_are_the_same_with_and_without_overviews(tmp_path, processor, monkeypatch):
-    from uhr_bat import raster_reading_uhr_bat
+    from uhr_bat import image_rasters_uhr_bat
 
-    monkeypatch.setattr(raster_reading_uhr_bat, "SAMPLE_PIXELS", 2**14)
+    monkeypatch.setattr(image_rasters_uhr_bat, "SAMPLE_PIXELS", 2**14)
     values = np.asarray(random_image(16, 24).resize((600, 400), Image.Resampling.BICUBIC)).astype(np.uint16) * 8
     for options in ({"driver": "COG", "blocksize": 128}, {}):  # with overviews and without
         path = write_raster(tmp_path / "deep.tif", np.moveaxis(values, -1, 0), **options)
@@ -936,9 +934,9 @@ def test_percentiles_are_the_same_with_and_without_overviews(tmp_path, processor
 @pytest.mark.parametrize("num_rows", [1, 7, 16, 45, 100])
 @pytest.mark.parametrize("tiles", [True, False])
 def test_strips_of_any_height_are_the_image(tmp_path, bands, num_rows, tiles, monkeypatch):
-    from uhr_bat import raster_reading_uhr_bat
+    from uhr_bat import image_rasters_uhr_bat
 
-    monkeypatch.setattr(raster_reading_uhr_bat, "CHUNK_BYTES", 2000)
+    monkeypatch.setattr(image_rasters_uhr_bat, "CHUNK_BYTES", 2000)
     path = write_raster(tmp_path / "image.tif", bands, tiles=tiles, compress="lzw")
     for window in (None, (9, 3, 44, 60)):
         strips = [np.asarray(strip) for strip in RasterImage(path, window=window).strips(num_rows)]

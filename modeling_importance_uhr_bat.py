@@ -8,11 +8,11 @@ from functools import partial
 import torch
 from transformers.masking_utils import create_causal_mask
 
-from .compression_uhr_bat import look_up
 from .geometry_uhr_bat import positions_of, tile_of
-from .layers_uhr_bat import question_attention
-from .outputs_uhr_bat import UHRBatImageFeatures, UHRBatPyramidFeatures
-from .zooming_uhr_bat import best_tiles, overlapping_tiles
+from .image_pyramids_uhr_bat import best_tiles, overlapping_tiles
+from .modeling_layers_uhr_bat import question_attention
+from .modeling_outputs_uhr_bat import UHRBatImageFeatures, UHRBatPyramidFeatures
+from .token_rules_uhr_bat import look_up
 
 
 class UHRBatImportanceMixin:
@@ -133,7 +133,7 @@ class UHRBatImportanceMixin:
         """The tokens that a question has to choose from, and the importance of each (`refine_importance`).
 
         Of an image that is encoded whole these are all of it. Of a pyramid, what is important at a level decides which
-        tiles of the next one are read and encoded (`zooming_uhr_bat.py`); the deeper levels, more than the configuration
+        tiles of the next one are read and encoded (`image_pyramids_uhr_bat.py`); the deeper levels, more than the configuration
         has scales, are refined as its finest scale is.
 
         Args:

@@ -11,7 +11,7 @@ from xml.sax.saxutils import escape
 
 import numpy as np
 
-from .raster_files_uhr_bat import import_rasterio, open_dataset
+from .image_raster_files_uhr_bat import import_rasterio, open_dataset
 
 # Names of GDAL's types.
 TYPES = {

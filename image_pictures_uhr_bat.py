@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from transformers.image_utils import ChannelDimension
 
-from .raster_files_uhr_bat import reason
+from .image_raster_files_uhr_bat import reason
 
 # Formats that are opened, and Pillow's module that knows each of them, common ones first.
 PICTURE_FORMATS = {

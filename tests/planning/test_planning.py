@@ -8,13 +8,13 @@ import pytest
 import torch
 from PIL import Image
 from small import small_config, small_model
-from uhr_bat import planning_uhr_bat as planning
-from uhr_bat import rates_uhr_bat as rates
 from uhr_bat.common.loading import load_model
-from uhr_bat.examples import plan as command
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
-from uhr_bat.planning_uhr_bat import parse_limit
-from uhr_bat.rates_uhr_bat import Rates, known_rates, rates_of
+from uhr_bat.planning import __main__ as command
+from uhr_bat.planning import plan, planner_of, rates
+from uhr_bat.planning import planner as planning
+from uhr_bat.planning.planner import parse_limit
+from uhr_bat.planning.rates import Rates, known_rates, rates_of
 
 SLOW = Rates(tower=1e-9, decoder=1e-9, decoder_layer=1e-4, kmeans=1e-9, pixel=1e-8, view_pixel=1e-8)
 SIZE = (300, 400)
@@ -64,7 +64,7 @@ def test_what_is_no_limit_is_refused_with_an_example_and_the_units(text):
 @pytest.mark.parametrize("limit", ["0.000001s", "1KiB"])
 @pytest.mark.parametrize("pixels", [1, 3_000, 9_000_000, 999_999_999])
 def test_what_would_fit_fits(limit, pixels):
-    planner, size = bigger_model().planner("cpu"), (max(1, pixels // 30_000), min(pixels, 30_000))
+    planner, size = planner_of(bigger_model(), "cpu"), (max(1, pixels // 30_000), min(pixels, 30_000))
     with pytest.raises(ValueError) as told:
         planner.plan(size, limit)
     planner.plan(size, re.search('"([^"]+)" would fit', str(told.value))[1])
@@ -73,11 +73,11 @@ def test_what_would_fit_fits(limit, pixels):
 @pytest.mark.parametrize("size", [(0, 0), (0, 5), (3, -1), (100_001, 4), (40_000, 40_000)])
 def test_a_size_that_reading_refuses_is_refused_by_a_plan(size):
     with pytest.raises(ValueError, match=r"pixels .*(show nothing|over the limit of 1000000000|side over)|over the limit of"):
-        bigger_model().planner("cpu").plan(size)
+        planner_of(bigger_model(), "cpu").plan(size)
 
 
 def test_levels_down_to_the_images_own_resolution_are_planned_for_any_size():
-    planner = bigger_model().planner("cpu")
+    planner = planner_of(bigger_model(), "cpu")
     plan = planner.plan((51_992, 110_162), max_tiles=400, native=True)
     assert sum(plan.question.tiles) == 400 and plan.budgets == 200 and len(plan.question.tiles) > 3
     # The image is read part by part.
@@ -91,7 +91,7 @@ def test_levels_down_to_the_images_own_resolution_are_planned_for_any_size():
 
 
 def test_questions_at_once_and_users_cost_what_is_theirs():
-    planner = bigger_model().planner("cpu")
+    planner = planner_of(bigger_model(), "cpu")
     one, batch, users = (
         planner.plan(SIZE, **numbers)
         for numbers in ({}, {"num_questions": 8}, {"num_questions": 8, "num_images": 8})
@@ -110,8 +110,8 @@ def test_questions_at_once_and_users_cost_what_is_theirs():
 def test_free_memory_is_what_the_device_has_left_and_the_weights_that_are_there(monkeypatch):
     monkeypatch.setattr(planning, "free_bytes", lambda device: 2**21)
     model = small_model()
-    planner = model.planner()
-    assert planner.is_loaded and not bigger_model().planner("cpu").is_loaded
+    planner = planner_of(model)
+    assert planner.is_loaded and not planner_of(bigger_model(), "cpu").is_loaded
     plan = planner.plan((24, 24), " Free ")
     assert plan.budgets == planner.plan((24, 24), f"{(2**21 + planner.weights) / 2**10}KiB").budgets
     with pytest.raises(ValueError, match="stay below free: they take .* of which weights"):
@@ -124,7 +124,7 @@ def test_free_memory_of_this_machine_is_more_than_nothing_and_less_than_a_millio
 
 def test_a_device_that_is_not_here_is_planned_without_seconds_and_refused_by_name_for_them():
     for device in ("cuda:77", "meta"):
-        planner = bigger_model().planner(device)
+        planner = planner_of(bigger_model(), device)
         assert planner.plan(SIZE).seconds is None
         assert planner.plan(SIZE, "24GiB").seconds is None
         for limit in ("5s", "free"):
@@ -134,7 +134,7 @@ def test_a_device_that_is_not_here_is_planned_without_seconds_and_refused_by_nam
 
 def test_without_a_folder_for_the_cache_rates_are_measured_and_used(cache, monkeypatch):
     monkeypatch.setenv("XDG_CACHE_HOME", "/proc/none")
-    planner = bigger_model().planner("cpu")
+    planner = planner_of(bigger_model(), "cpu")
     assert planner.plan(SIZE, "24GiB").seconds and planner.plan(SIZE, "99s").seconds
     assert len(cache) == 1
 
@@ -158,7 +158,7 @@ def test_rates_of_a_busy_machine_are_measured_again_when_it_is_idle(cache, monke
 
 
 def test_a_plan_says_budgets_tiles_flops_memory_and_seconds_before_there_is_an_image():
-    plan = bigger_model().planner("cpu").plan(SIZE)
+    plan = planner_of(bigger_model(), "cpu").plan(SIZE)
     assert plan.budgets == [20, 60, 120] and plan.question.counts == [20, 60, 120]
     assert set(plan.flops) == {"encode", "importance", "regions", "prefill", "answer"}
     assert plan.peak_bytes == sum(plan.memory[plan.peak_stage].values())
@@ -170,7 +170,7 @@ def test_a_plan_says_budgets_tiles_flops_memory_and_seconds_before_there_is_an_i
 
 @pytest.mark.parametrize("unit, kind", [("MiB", "peak_bytes"), ("s", "total_seconds")])
 def test_a_limit_is_used_to_the_last_token(unit, kind):
-    planner = bigger_model().planner("cpu")
+    planner = planner_of(bigger_model(), "cpu")
     small, large = (planner.plan(SIZE, budgets) for budgets in ([1, 1, 1], [256, 1024, 3000]))
     scale = 2**20 if unit == "MiB" else 1
     limit = (getattr(small, kind) + getattr(large, kind)) / 2
@@ -182,7 +182,7 @@ def test_a_limit_is_used_to_the_last_token(unit, kind):
 
 
 def test_a_limit_that_nothing_fits_names_the_term_and_what_would_fit():
-    planner = bigger_model().planner("cpu")
+    planner = planner_of(bigger_model(), "cpu")
     with pytest.raises(
         ValueError, match=r"Not even budgets of \[1, 1, 1\] stay below 0.1MiB.* of which .*MiB.* would fit"
     ) as told:
@@ -194,7 +194,7 @@ def test_a_limit_that_nothing_fits_names_the_term_and_what_would_fit():
 
 
 def test_fewer_tiles_cost_less_and_are_known_before():
-    planner = bigger_model().planner("cpu")
+    planner = planner_of(bigger_model(), "cpu")
     whole, some = planner.plan(SIZE), planner.plan(SIZE, max_tiles=200)
     assert sum(some.question.tiles) == 200 < sum(whole.question.tiles)
     assert some.flops["encode"] == whole.flops["encode"] * 200 // sum(whole.question.tiles)
@@ -226,7 +226,7 @@ def test_the_processor_takes_a_limit_once_it_knows_the_model():
     image, text = Image.new("RGB", (400, 300), "green"), "<image> What colour?"
     with pytest.raises(ValueError, match=r"set `processor.planner = model.planner\(\)` first"):
         processor(text=text, images=image, budgets="24GiB")
-    processor.planner = model.planner()
+    processor.planner = planner_of(model)
     inputs = processor(text=text, images=image, budgets="24GiB", return_tensors="pt")
     assert inputs["token_counts"].sum() > 1000  # all that the context window holds
     encoded = model.encode_image(**processor.image_processor(image, return_tensors="pt"))
@@ -266,4 +266,4 @@ def test_the_command_plans_by_the_configuration_alone(capsys):
 
 def test_a_model_plans_itself():
     model = small_model()
-    assert model.plan((24, 24), seconds=False).budgets == list(model.config.budgets)
+    assert plan(model, (24, 24), seconds=False).budgets == list(model.config.budgets)

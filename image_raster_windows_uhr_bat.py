@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from .raster_files_uhr_bat import import_rasterio
+from .image_raster_files_uhr_bat import import_rasterio
 
 # Authorities of PROJ's database, and the form of their codes.
 AUTHORITIES = ("EPSG", "ESRI", "IAU_2015", "IGNF", "NKG", "NRCAN", "OGC")

@@ -1,6 +1,6 @@
 """UHR-BAT planning: what a question about an image will cost, and the largest budgets that stay below a limit.
 
-FLOPs and memory are formulas (`costs_uhr_bat.py`); seconds are these FLOPs at the rates of a device (`rates_uhr_bat.py`).
+FLOPs and memory are formulas (`costs.py`); seconds are these FLOPs at the rates of a device (`rates.py`).
 
 Letters: S scales.
 """
@@ -12,11 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from .budgets_uhr_bat import apportion, is_one_budget
-from .configuration_uhr_bat import UHRBatConfig
-from .costs_uhr_bat import (
-    Question,
+from ..budgets_uhr_bat import apportion, is_one_budget
+from ..configuration_uhr_bat import UHRBatConfig
+from ..image_reading_uhr_bat import check_image_size
+from .costs import (
     NF4_BYTES,
+    Question,
     candidates_of,
     host_bytes,
     layer_weights,
@@ -26,8 +27,7 @@ from .costs_uhr_bat import (
     reading_layer,
     tiles_of,
 )
-from .image_reading_uhr_bat import check_image_size
-from .rates_uhr_bat import Rates, check_device, free_bytes, is_here, rates_of
+from .rates import Rates, check_device, free_bytes, is_here, rates_of
 
 # In the order in which they run.
 STAGES = (
@@ -320,24 +320,19 @@ def _ascending(budgets) -> list[int]:
     return [max(budgets[: place + 1]) for place in range(len(budgets))]
 
 
-class UHRBatPlanningMixin:
-    """For a model: what it costs, asked of the model itself."""
+def planner_of(model, device=None) -> UHRBatPlanner:
+    """All of a model that its plans need; `processor.planner = planner_of(model)` lets the processor take limits.
 
-    def planner(self, device=None) -> UHRBatPlanner:
-        """All of this model that plans need; `processor.planner = model.planner()` lets the processor take limits.
-
-        Args:
-            device: that the plans are for; None for the model's own.
-        """
-        tensors = {id(one): one for one in (*self.parameters(), *self.buffers())}.values()
-        weights = sum(one.numel() * one.element_size() for one in tensors)
-        device = torch.device(self.device if device is None else device)
-        embeddings = self.get_input_embeddings().weight
-        return UHRBatPlanner(self.config, weights, device, embeddings.dtype, embeddings.device.type == device.type)
-
-    def plan(self, image_size: tuple[int, int], budgets=None, **options) -> UHRBatPlan:
-        """See [`UHRBatPlanner.plan`]."""
-        return self.planner().plan(image_size, budgets, **options)
+    Args:
+        device: that the plans are for; None for the model's own.
+    """
+    tensors = {id(one): one for one in (*model.parameters(), *model.buffers())}.values()
+    weights = sum(one.numel() * one.element_size() for one in tensors)
+    device = torch.device(model.device if device is None else device)
+    embeddings = model.get_input_embeddings().weight
+    return UHRBatPlanner(model.config, weights, device, embeddings.dtype, embeddings.device.type == device.type)
 
 
-__all__ = ["UHRBatPlan", "UHRBatPlanner"]
+def plan(model, image_size: tuple[int, int], budgets=None, **options) -> UHRBatPlan:
+    """What a question about an image of (height, width) pixels costs: see [`UHRBatPlanner.plan`]."""
+    return planner_of(model).plan(image_size, budgets, **options)

@@ -1,6 +1,6 @@
 """UHR-BAT compression of one image: the rules of a configuration, applied to what the question looks at (section 3.4).
 
-Importance of every scale (eq. 6-7), its regions (eq. 13-15), which tokens stay (`selectors_uhr_bat.py`), and their
+Importance of every scale (eq. 6-7), its regions (eq. 13-15), which tokens stay (`token_selectors_uhr_bat.py`), and their
 means (eq. 10). It knows no model: the rules come as arguments, the image as features.
 
 Axes: S scales, N tokens of a scale, V of them that show the image, H and W height and width of a grid, D decoder width.
@@ -13,12 +13,11 @@ from typing import NamedTuple
 
 import torch
 
-from .clustering_uhr_bat import cluster_regions, grid_regions, vote_regions
 from .geometry_uhr_bat import patch_centres
-from .outputs_uhr_bat import TokenMaps, UHRBatImageFeatures, on_grid
-from .selectors_uhr_bat import SELECTORS
+from .modeling_outputs_uhr_bat import TokenMaps, UHRBatImageFeatures, on_grid
+from .token_clustering_uhr_bat import cluster_regions, grid_regions, vote_regions
 from .token_compression_uhr_bat import WITHOUT_FLOAT64, align_importance, merge_tokens
-
+from .token_selectors_uhr_bat import SELECTORS
 
 # Fewer places of a grid than one in so many are looked up one by one.
 FEW = 16

@@ -6,8 +6,7 @@ import pytest
 import torch
 from small import BUDGETS, IMAGE, PAD, count_tiles, pad_left, prompt, random_pixels, small_model
 from transformers import TextStreamer
-from uhr_bat.outputs_uhr_bat import CACHE
-
+from uhr_bat.modeling_outputs_uhr_bat import CACHE
 
 QUESTION = prompt(5, "image", 6, 7, 8)
 SHORT = torch.tensor([[5, IMAGE, 6, 7, 8]])

@@ -8,9 +8,7 @@ import torch
 import torch.nn.functional as F
 from images import raises
 from recorder import Recorder
-
-from uhr_bat.clustering_uhr_bat import cluster_regions, grid_regions, vote_labels, vote_regions
-
+from uhr_bat.token_clustering_uhr_bat import cluster_regions, grid_regions, vote_labels, vote_regions
 
 # What may be held at once beside a few numbers per token, 2^21 elements of float32.
 BLOCK_BYTES = 4 * 2**21

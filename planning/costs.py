@@ -10,12 +10,11 @@ decoder, F width of an MLP, R regions, b bytes of a value.
 
 from dataclasses import dataclass
 
-from .budgets_uhr_bat import count_tokens, is_one_budget
-from .clustering_uhr_bat import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, PCA_WIDTH
-from .geometry_uhr_bat import shown_patches
-from .image_reading_uhr_bat import HELD_PIXELS
-from .pyramid_uhr_bat import ImagePyramid, UnreadImage
-from .zooming_uhr_bat import split_tiles
+from ..budgets_uhr_bat import count_tokens, is_one_budget
+from ..geometry_uhr_bat import shown_patches
+from ..image_pyramids_uhr_bat import ImagePyramid, UnreadImage, split_tiles
+from ..image_reading_uhr_bat import HELD_PIXELS
+from ..token_clustering_uhr_bat import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, PCA_WIDTH
 
 # Text tokens of a prompt before and after the image (the chat template with a question of a dozen words), and those of
 # an answer, where nobody says how many.

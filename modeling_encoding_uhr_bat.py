@@ -15,9 +15,9 @@ import torch
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.utils import can_return_tuple, logging
 
-from .dynamic_pyramid_uhr_bat import is_dynamic
 from .geometry_uhr_bat import positions_of, tile_of
-from .outputs_uhr_bat import (
+from .image_pyramids_uhr_bat import is_dynamic
+from .modeling_outputs_uhr_bat import (
     TileCache,
     UHRBatImageFeatures,
     UHRBatPyramidFeatures,

@@ -13,7 +13,7 @@ Axes: N tokens, row by row and scale after scale; D width of a token; R regions;
 import torch
 import torch.nn.functional as F
 
-from .clustering_uhr_bat import block_length
+from .token_clustering_uhr_bat import block_length
 from .token_compression_uhr_bat import distinctiveness, select_tokens
 
 

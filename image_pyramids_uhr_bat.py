@@ -1,24 +1,126 @@
-"""UHR-BAT pyramid: an image from the anchor down to its own resolution, whose tiles are read when they are asked for.
+"""UHR-BAT image pyramids: levels of an image whose tiles are read when they are asked for, and which tiles these are.
 
-A level is a view of the letterboxed square, as the scales are, but nothing of it exists before somebody asks for some of
-its tiles: these are then read from the file by window, from the coarsest overview that is no smaller, or cut from an
-image in memory. Tiles of a level are numbered row by row, tokens have positions on the level's grid as everywhere.
+Which tiles (decisions alone, which know no model and no image). The anchor is encoded whole. What the question looks at
+there says which tiles of the next level are read and encoded, what it looks at in these says which of the level after,
+and so on down to the image's own resolution:
 
-Letters: T tiles, p patches a side of a tile. Sizes are (height, width).
+    level 0, whole      level 1: two tiles      level 2: five of those that lie on these
+    +---+---+           +-+-+-+-+               . . . . . . . .
+    | * |   |           |#| | | |               . # . . . . . .
+    +---+---+    ->     +-+-+-+-+        ->     . # # . . . . .
+    |   | * |           | | |#| |               . . . . # . . .
+    +---+---+           +-+-+-+-+               . . . . # . . .
+
+How many tiles each level gets follows from their numbers alone (`split_tiles`), so the number of visual tokens is known
+before the model runs (`least_tokens`).
+
+[`ImagePyramid`]: a level is a view of the letterboxed square, as the scales are, but nothing of it exists before somebody
+asks for some of its tiles. These are then read from the file by window, from the coarsest overview that is no smaller, or
+cut from an image in memory. Tiles of a level are numbered row by row; tokens have positions on the level's grid.
+
+[`DynamicPyramid`]: an image as the system of LRS-VQA has it (arXiv 2503.07588, "Dynamic Image Pyramid"). A thumbnail of
+one tile, and levels that keep the image's proportions: its own size, half of it, a quarter, down to the level whose long
+side is `MINIMUM_TILES` tiles. Each is stretched until one side is whole tiles and padded below and on the right. Each
+tile's tokens are pooled 2 x 2 and every row of tokens ends with a newline.
+
+    4000 x 4000 px, tiles of 336 px of 24 x 24 patches:
+    thumbnail 336 px, 1 tile    level 1: 1008 px, 3 x 3 tiles, 36 x 36 tokens    level 2: 6 x 6    level 3: 12 x 12
+
+Letters: L levels, T tiles of a level, V tokens, p patches a side of a tile. Sizes are (height, width).
 """
 
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
+from dataclasses import dataclass
+from math import ceil
 
 import numpy as np
+import torch
 from PIL import Image
 
 from .geometry_uhr_bat import grids, letterbox, pyramid_scales, shown_lines
 from .image_reading_uhr_bat import ImageSource, kind_of
-from .image_views_uhr_bat import PAD_COLOR, mark_shown, normalize_tiles, part_of_view, valid_patches
-from .zooming_uhr_bat import least_tokens, split_tiles
+from .image_views_uhr_bat import PAD_COLOR, mark_shown, normalize_tiles, part_of_resized, part_of_view, valid_patches
+
+
+def split_tiles(num_tiles: Sequence[int], max_tiles: int) -> list[int]:
+    """int[L], tiles of every level that go through the vision tower: all of the anchor, and of what is left an equal share
+    for every finer level; what a level cannot use goes to the finer ones.
+
+    Args:
+        num_tiles: int[L], tiles of every level that show the image.
+        max_tiles: of all levels together, the anchor's included.
+
+    Raises:
+        ValueError: the anchor alone has more tiles.
+    """
+    if max_tiles < num_tiles[0]:
+        raise ValueError(
+            f"`max_tiles` is {max_tiles}, but the {num_tiles[0]} tiles of the anchor are always encoded, and count."
+        )
+    chosen, left = [num_tiles[0]], max_tiles - num_tiles[0]
+    for level_idx, number in enumerate(num_tiles[1:], 1):
+        chosen.append(min(number, left // (len(num_tiles) - level_idx)))
+        left -= chosen[-1]
+    return chosen
+
+
+def least_tokens(num_shown: np.ndarray, num_tiles: int, counts: np.ndarray | None = None) -> int:
+    """Tokens that some tiles of a level have at least, whichever are chosen of those that show the image.
+
+    Args:
+        num_shown: long[T], tokens of every tile that show the image.
+        num_tiles: how many tiles are chosen.
+        counts: long[T], how many tiles each of these stands for; by default one.
+    """
+    counts = np.ones_like(num_shown) if counts is None else counts
+    order = np.argsort(num_shown)[np.count_nonzero(num_shown <= 0) :]
+    fewest, counts = num_shown[order], counts[order]
+    taken = (num_tiles - (counts.cumsum() - counts)).clip(0, counts)
+    return int((fewest * taken).sum())
+
+
+def overlapping_tiles(tile_idx: torch.Tensor, width: int, finer_width: int) -> torch.Tensor:
+    """long[T'], ascending: the tiles of a finer level that lie on some tiles of this one, at least with a part.
+
+    Args:
+        tile_idx: long[T], of a level that is `width` tiles wide.
+        finer_width: width of the finer level in tiles.
+    """
+    reach = -(-finer_width // width) + 1  # a tile overlaps no more of them in a row
+    steps = torch.arange(reach, device=tile_idx.device)
+    found = []
+    for idx in (tile_idx // width, tile_idx % width):
+        first, last = idx * finer_width // width, ((idx + 1) * finer_width - 1) // width
+        found.append((first[:, None] + steps).minimum(last[:, None]))
+    rows, columns = found
+    return (rows[:, :, None] * finer_width + columns[:, None]).flatten().unique()
+
+
+def best_tiles(scores: torch.Tensor, tile_idx: torch.Tensor, num_tiles: int, num_shown: np.ndarray | None) -> torch.Tensor:
+    """long[num_tiles], ascending: the tiles of greatest score, of equals the first.
+
+    Where there are fewer candidates, further tiles of the level that show the image are taken, the first of them: the
+    number of tiles, and with it that of the visual tokens, is a promise.
+
+    Args:
+        scores: float[T] of the candidates.
+        tile_idx: long[T], ascending, which they are; all show the image.
+        num_tiles: how many to choose, no more than the level has.
+        num_shown: long[tiles of the level], tokens of every tile that show the image; looked at only where there are fewer
+            candidates.
+    """
+    chosen = tile_idx[scores.argsort(descending=True, stable=True)[:num_tiles]]
+    if len(chosen) < num_tiles:
+        others = torch.from_numpy(np.setdiff1d(np.flatnonzero(num_shown), chosen.cpu().numpy()))
+        chosen = torch.cat((chosen, others[: num_tiles - len(chosen)].to(chosen)))
+    return chosen.sort().values
+
+
+# ---- Levels of the letterboxed square ------------------------------------------------------------
+
 
 # Side in pixels up to which a level's masks are known without its tiles being read, where the file has a mask: the
 # overview of this side is read for them, once.
@@ -285,4 +387,145 @@ def _runs(tile_idx: np.ndarray, width: int) -> Iterator[tuple[int, int, int]]:
         yield row, first, first + int(stop - start)
 
 
-__all__ = ["HeldImage", "ImagePyramid", "UnreadImage"]
+# ---- Levels of LRS-VQA's system ------------------------------------------------------------
+
+
+# Long side of the first level in tiles: 1,008 px of 336.
+MINIMUM_TILES = 3
+# The tokens of a level are means of so many by so many; the thumbnail's are not pooled.
+POOLING = 2
+
+
+@dataclass(frozen=True)
+class DynamicLevel:
+    """A level of the pyramid.
+
+    Attributes:
+        size: of the image on this level in pixels, without padding.
+        tiles: rows and columns of tiles.
+        grid: rows and columns of pooled tokens that show the image; the padding's are cut off below and on the right.
+    """
+
+    size: tuple[int, int]
+    tiles: tuple[int, int]
+    grid: tuple[int, int]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole level, with a newline at the end of each row."""
+        return self.grid[0] * (self.grid[1] + 1)
+
+
+def thumbnail_size(image_size: tuple[int, int], tile_size: int) -> tuple[int, int]:
+    """(height, width) whose long side is a tile."""
+    return tuple(max(1, round(side * tile_size / max(image_size))) for side in image_size)
+
+
+def level_ratios(side: int, tile_size: int) -> list[float]:
+    """By how much each level is smaller than the image, whose long side is `side` pixels, the coarsest level first.
+
+    An image that is no larger than a tile has none: its thumbnail shows all of it.
+    """
+    if side <= tile_size:
+        return []
+    least = min(1, MINIMUM_TILES * tile_size / side)
+    ratios = [1.0]
+    while ratios[-1] / 2 >= least:
+        ratios.append(ratios[-1] / 2)
+    return [least] * (least < ratios[-1]) + ratios[::-1]
+
+
+def dynamic_levels(image_size: tuple[int, int], tile_size: int, patch_size: int) -> list[DynamicLevel]:
+    """The levels of an image of (height, width) pixels from coarse to its own resolution, known from its size alone."""
+    p, levels = tile_size // patch_size // POOLING, []
+    for ratio in level_ratios(max(image_size), tile_size):
+        small = [max(1, round(ratio * side)) for side in image_size]
+        stretch = min(tile_size * ceil(side / tile_size) / side for side in small)
+        size = tuple(round(stretch * side) for side in small)
+        tiles = tuple(ceil(side / tile_size) for side in size)
+        levels.append(DynamicLevel(size, tiles, _shown(size, [p * number for number in tiles])))
+    return levels
+
+
+def _shown(size, grid) -> tuple[int, int]:
+    """Rows and columns of a grid of tokens that are left without its padding, by the rule of LLaVA's `unpad_image`."""
+    (height, width), (rows, columns) = size, grid
+    if width * rows > columns * height:
+        return max(1, int(height * columns / width)), columns
+    return rows, max(1, int(width * rows / height))
+
+
+class DynamicPyramid:
+    """An image whose tiles are read when they are asked for. Threads may share it.
+
+    Args:
+        image: RGB image, or any [`ImageSource`], as `UHRBatImageProcessor.process_image` returns it.
+        tile_size, patch_size: in pixels.
+        pad_color, resample, arithmetic: see [`ImagePyramid`].
+
+    Attributes:
+        levels: [`DynamicLevel`] of each level; what `tiles` calls level 0 is the thumbnail, the first of these is 1.
+        image_size: of the image in pixels.
+    """
+
+    def __init__(
+        self,
+        image,
+        *,
+        tile_size: int,
+        patch_size: int,
+        pad_color: Sequence[int] = PAD_COLOR,
+        resample: int = Image.Resampling.BICUBIC,
+        arithmetic: tuple = (),
+    ):
+        image = image.image if kind_of(image) == "picture" else image
+        self.image: ImageSource = HeldImage(image) if isinstance(image, Image.Image) else image
+        self.image_size = self.image.height, self.image.width
+        self.tile_size, self.patch_size = tile_size, patch_size
+        self.levels = dynamic_levels(self.image_size, tile_size, patch_size)
+        self._pad_color, self._resample, self._arithmetic = tuple(pad_color), resample, arithmetic
+
+    @property
+    def scales(self) -> list[int]:
+        """Long side of the thumbnail and of every level in pixels."""
+        return [self.tile_size, *(max(level.size) for level in self.levels)]
+
+    @property
+    def grids(self) -> list[tuple[int, int]]:
+        """(height, width) in tokens of the thumbnail and of every level."""
+        p = self.tile_size // self.patch_size
+        return [(p, p), *(level.grid for level in self.levels)]
+
+    def tiles(self, level_idx: int, tile_idx: Sequence[int]) -> np.ndarray:
+        """float32[T, 3, tile, tile] of some tiles of a level, row by row numbered, as `pixel_values` are.
+
+        Raises:
+            OSError: the file of a raster turns out to be damaged.
+        """
+        level = self.levels[level_idx - 1] if level_idx else None
+        size, width = (level.size, level.tiles[1]) if level else (thumbnail_size(self.image_size, self.tile_size), 1)
+        image, side = self.image.for_scale(max(size)), self.tile_size
+        found = np.empty((len(tile_idx), side, side, 3), np.uint8)
+        found[:] = self._pad_color
+        with image.parts() as read:
+            for place in np.argsort(tile_idx, kind="stable"):  # from top to bottom
+                row, column = divmod(int(tile_idx[place]), width)
+                spans = [(side * at, min(side * (at + 1), end)) for at, end in zip((row, column), size)]
+                part, _, _ = part_of_resized(
+                    read, (image.height, image.width), size, *spans, self._pad_color, self._resample
+                )
+                found[place, : part.shape[0], : part.shape[1]] = part
+        return normalize_tiles(found.transpose(0, 3, 1, 2), *self._arithmetic)
+
+    def __repr__(self):
+        sizes = ", ".join(f"{height} x {width}" for height, width in (level.size for level in self.levels))
+        return f"DynamicPyramid({self.image_size[0]} x {self.image_size[1]}, levels of {sizes or 'nothing but the thumbnail'})"
+
+
+def is_dynamic(pyramid) -> bool:
+    """Whether it is a [`DynamicPyramid`]: by its looks, as a processor and a model that are loaded as remote code may have two
+    classes of this name."""
+    return hasattr(pyramid, "levels")
+
+
+__all__ = ["DynamicLevel", "DynamicPyramid", "HeldImage", "ImagePyramid", "UnreadImage", "best_tiles", "dynamic_levels", "is_dynamic", "least_tokens", "level_ratios", "overlapping_tiles", "split_tiles"]
