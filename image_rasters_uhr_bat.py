@@ -249,7 +249,7 @@ class RasterImage(ImageSource):
             self.masked = True
         self._tables, self._ranges, self._inverted = value_tables(
             dataset, self.bands, value_range, lambda: self._look(dataset), self.filename,
-            nodata is None and not self._remote,  # of what lies elsewhere a look is a request
+            nodata is None and not (self._remote or self._sequential),  # a request, or the whole file decoded
         )
 
     def _place_of(self, dataset):

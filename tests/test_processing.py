@@ -135,7 +135,7 @@ def test_clips_image_processor_is_turned_into_ours(processor):
         ({"text": "<image>", "images": image(), "budgets": [1, 2]}, "Got 2 budgets [1, 2] and 3 scales [28, 56, 84]"),
         ({"text": "<image>", "images": image(), "budgets": [-1, 2, 3]}, "Got [-1, 2, 3] for 1 image"),
         ({"text": "<image>", "images": image(), "budgets": [9, 2, 3]}, "must not decrease from one scale to the next"),
-        ({"text": "<image>" * 5, "images": [image()] * 5}, "Got [4, 8, 16] for 5 image(s) in one prompt"),
+        ({"text": "<image>" * 17, "images": [image()] * 17}, "Got [4, 8, 16] for 17 image(s) in one prompt"),
         (
             {"text": "<image>" + " word" * 4096, "images": image()},
             "but the context window holds 4096. Shorten the text or lower the budgets: nothing is cut silently.",

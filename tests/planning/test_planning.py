@@ -224,7 +224,7 @@ def test_rates_are_measured_once_and_kept_whole(cache):
 def test_the_processor_takes_a_limit_once_it_knows_the_model():
     processor, model = load_model(device_map=None)
     image, text = Image.new("RGB", (400, 300), "green"), "<image> What colour?"
-    with pytest.raises(ValueError, match=r"set `processor.planner = model.planner\(\)` first"):
+    with pytest.raises(ValueError, match=r"set `processor.planner = uhr_bat.planner_of\(model\)` first"):
         processor(text=text, images=image, budgets="24GiB")
     processor.planner = planner_of(model)
     inputs = processor(text=text, images=image, budgets="24GiB", return_tensors="pt")

@@ -290,7 +290,7 @@ def test_control_tokens_that_a_user_spells_are_text(client, loaded, images):
     assert answer.choices[0].message.content
 
 
-@pytest.mark.parametrize("number", [8, 16])
+@pytest.mark.parametrize("number", [8, pytest.param(16, marks=pytest.mark.slow)])
 def test_as_many_images_as_a_request_may_have_share_the_budgets_of_a_conversation(client, loaded, number):
     images, turns = [picture(seed) for seed in range(number)], []
     for image in images:
@@ -304,7 +304,7 @@ def test_as_many_images_as_a_request_may_have_share_the_budgets_of_a_conversatio
     assert (inputs["token_counts"].sum(1) > 0).all() and (inputs["token_counts"].sum(0) <= torch.tensor(BUDGETS)).all()
     output = model.generate(**inputs, do_sample=False, max_new_tokens=4)
     said = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    assert answer.choices[0].message.content == said
+    assert answer.choices[0].message.content == said.lstrip()
 
 
 # Log probabilities
