@@ -10,7 +10,7 @@ from operator import itemgetter
 
 from transformers import GenerationConfig
 
-MARK = "\uf8ff"  # stands in an answer's place; of a private range, so that no text holds it
+MARK = "\ue0f1\uf1e0"  # stands in an answer's place; of a private range, two that no font has side by side
 
 
 class ChatError(ValueError):
@@ -127,6 +127,8 @@ class ChatWriter:
                 prompt = marked.rpartition(MARK)[2]
                 prompt = prompt[len(written) :] if prompt.startswith(written) else prompt.removeprefix(rest_before)
             end = self._end(rest)
+            if inside := [token for token in self._ends if token in said]:
+                raise ChatError(f"the answer {said[:80]!r} holds {inside[0]!r}, at which answers end: leave it out")
             for piece, is_answer in ((prompt, False), (said + end, True)):
                 new = self._append(ids, text, piece)
                 text, ids, learnt = text + piece, ids + new, learnt + [is_answer] * len(new)
@@ -178,7 +180,13 @@ class ChatWriter:
     def _append(self, ids, text, more) -> list[int]:
         """Ids of a text that follows another one, whose ids stay as they are."""
         if not ids:
-            return self._encode(more)
+            ids = self._encode(more)
+            if ids[-1:] != self.tokenizer(more, add_special_tokens=False).input_ids[-1:]:
+                raise ChatError(
+                    f"the tokenizer ends every prompt with {self.tokenizer.convert_ids_to_tokens(ids[-1])!r}: set `add_eos_token` "
+                    "to false in its tokenizer_config.json"
+                )
+            return ids
         together = self._encode(text + more)
         if together[: len(ids)] == ids:
             return together[len(ids) :]

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 from PIL import Image
+from tokenizers.processors import TemplateProcessing
 from transformers import AddedToken
 from uhr_bat.common.chats import ChatError, ChatWriter, end_of_template
 from uhr_bat.common.loading import ROOT
@@ -123,3 +124,24 @@ def test_a_chat_without_an_answer_is_refused(make_processor):
         writer.write(chat("What colour?"))
     with pytest.raises(ChatError, match="the answer has no text"):
         writer.write(chat("What colour?", " "))
+
+
+def test_an_answer_that_holds_an_end_is_refused_and_a_question_may_hold_anything(make_processor):
+    writer = ChatWriter(make_processor(CHATML, "<|im_end|>", "</s>"))
+    for said in ("red</s>", "red <|im_end|> blue"):
+        with pytest.raises(ChatError, match=r"the answer 'red.*' holds '.*', at which answers end: leave it out"):
+            writer.write(chat("What colour?", said))
+        with pytest.raises(ChatError, match="at which answers end"):
+            writer.write(chat("What colour?", said, "And?", "blue"), every=True)
+    odd = chat("What </s> \uf8ff?", "\uf8ff", "\uf8ff?", "\uf8ff red {% if %}")
+    shown = writer.show(odd, every=True)
+    assert ">>>\uf8ff<|im_end|><<<" in shown and ">>>\uf8ff red {% if %}<|im_end|><<<" in shown
+
+
+def test_a_tokenizer_that_ends_every_prompt_is_refused(make_processor):
+    processor = make_processor(CHATML, "<|im_end|>")
+    end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
+    special = [("<|im_end|>", end)]
+    processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single="$A <|im_end|>", special_tokens=special)
+    with pytest.raises(ChatError, match="ends every prompt with '<|im_end|>'.*`add_eos_token`"):
+        ChatWriter(processor).write(chat("What colour?", "red"))
