@@ -12,9 +12,9 @@ LETTERS = "ABCDEFGH"  # of options that stand nowhere
 # What says that the answer comes now.
 DECLARES = re.compile(
     r"\b(?:answers?|options?|choices?)(?:\(s\))?(?:\s{1,4}(?:to|for)\s{1,4}(?:the|this|that)\s{1,4}question)?[\s*_]{0,8}(?:\((?:is|are)\))?"
-    r"[\s*_]{0,8}(?:is|are|would\s+be|should\s+be|must\s+be|might\s+be|will\s+be|[:=\uff1a]|->|\u2192)"
+    r"[\s*_\"']{0,8}(?:is|are|would\s+be|should\s+be|must\s+be|might\s+be|will\s+be|[:=\uff1a]|->|\u2192)"
     r"|\bI(?:\s+would|\s+will|'d|'ll)?\s+(?:choose|select|pick|go\s+with|say)\b"
-    r"|(?:\u7b54\u6848|\u6b63\u786e\u9009\u9879)(?:\u662f|\u4e3a|[:\uff1a])"
+    r"|(?:\u7b54\u6848|\u6b63\u786e\u9009\u9879)(?:\u662f|\u4e3a|[:\uff1a])|\u9009\u62e9?(?=\s{0,4}[(\uff08]?[A-Za-z][^A-Za-z]|\s{0,4}[A-Z]$)"
     r"|\\boxed|<answer>",
     re.IGNORECASE,
 )
@@ -28,7 +28,14 @@ DENIES = (
     r"[\s\])}*]{0,8}(?:is|are|was|can be|seems|looks)?\s{0,4}(?:clearly\s{1,4})?(?:wrong|incorrect|not\b|false|eliminated|excluded|"
     r"ruled\s+out|out\b|unlikely|impossible|isn't|aren't|cannot\b|can't|does\s*n[o']t)"
 )
+DENIED_BEFORE = (
+    r"(?:\b(?:not|cannot|neither|nor|except|excluding|exclude|eliminate|reject|rule\s+out|rather\s+than|instead\s+of|other\s+than)"
+    r"|n['\u2019]t)\s{1,4}(?:be\s{1,4}|options?\s{1,4}|choices?\s{1,4}|the\s{1,4}|\w+\s{1,4}(?=[(\uff08])){0,2}"
+)
 MARKS = " \t\r\n*_\"'`[](){}<>.,:;!$\uff08\uff09\u3002"
+# Letters of full width, and marks that nobody sees.
+WIDE = {0xFEE0 + ord(letter): letter for letter in "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"}
+WIDE |= dict.fromkeys((0x200B, 0x200E, 0x200F, 0xFEFF))
 BETWEEN = re.compile(rf"[{re.escape(MARKS)}/&+|-]+")
 DECLARED = 20  # declarations that are looked at, from the last on
 NEAR = 60  # characters beside a letter that say what is said of it
@@ -119,10 +126,12 @@ def letters_said(text: str, options: dict[str, str], several: bool = False) -> s
 
         "I considered (A). Final answer: B." -> B        "answer: b" -> B        "<think>A or C?</think>B" -> B
     """
-    text = after_thinking(text)
+    text = after_thinking(text).translate(WIDE)
     options = options or dict.fromkeys(LETTERS, "")
-    found = _bare(text, options) or _declared(text, options)
+    found = _bare(text, options) or _whole(text, options) or _declared(text, options, several)
+    found = found or ("" if several else _leading(text, options))
     if not found:
+        text = _without_denied(text, options)
         found = _in_brackets(text, options)
         found = found if several else found[-1:]
     found = found or _standing(text, options)
@@ -149,7 +158,14 @@ def _bare(text, options) -> str:
     return "".join(words).upper() if alone else ""
 
 
-def _declared(text, options) -> str:
+def _whole(text, options) -> str:
+    """The option whose text the answer is, where that has a letter in it: "route A" may be option C."""
+    return next(
+        (letter for letter in [option_quoted(options, text)] if letter and plain(options[letter]) == plain(text)), ""
+    )
+
+
+def _declared(text, options, several) -> str:
     """The letters that are declared last, or those of the option that is quoted there."""
     group, places = _class(options), []
     for match in DECLARES.finditer(text):
@@ -157,24 +173,54 @@ def _declared(text, options) -> str:
     for match in re.finditer(rf"(?i:\b(?:option|choice)[\s*_\"'`(\[]{{0,8}})([{group}])(?![\w'])", text):
         if not re.match(DENIES, text[match.end() : match.end() + NEAR], re.IGNORECASE):
             places.append((match.start(1), "names"))
-    for match in re.finditer(rf"(?<![\w'])([{''.join(options)}])(?![\w'])[\s)\]}}*.:]{{0,8}}(?i:{CONFIRMS})", text):
+    lower = "".join(options).lower().translate({ord("a"): None, ord("i"): None})  # words of a sentence
+    for match in re.finditer(
+        rf"(?<![\w'])([{''.join(options)}{lower}])(?![\w'])[\s)\]}}*.:]{{0,8}}(?i:{CONFIRMS})", text
+    ):
         if not (
             match[1] in "AI" and re.match(r"\s+(?!is|are|seems|must|would)", text[match.end(1) : match.end(1) + NEAR])
         ):
             places.append((match.start(1), "names"))
     for match in re.finditer(rf"(?i:\b(?:it|that)(?:['\u2019]s|\s+is)\s+)([{group}])\s*(?:[.!)]|$)", text):
         places.append((match.start(1), "names"))
+    ends = rf"(?:[(\[*_]{{0,3}}([{''.join(options)}])(?![\w'])[)\]*_]{{0,3}}\s*(?:$|[.\n]|because\b|since\b))"
+    concludes = r"\b(?:so|therefore|thus|hence|conclusion|result|verdict|solution|finally)\b[\s:,*=>-]{1,6}(?:it\s+is\s+|it's\s+)?"
+    for match in re.finditer(rf"(?i:{concludes}){ends}", text):
+        places.append((match.start(1), "names"))
+    if match := re.search(rf"(?i:\banswer)\s+([{group}])\s*[.)]?\s*$", text):
+        places.append((match.start(1), "names"))
     lines = list(re.finditer(r"[^\n]+", text))
     if len(lines) > 1 and (found := _bare(lines[-1][0], options)):
         places.append((lines[-1].start(), "line"))
     # "Option B is right" says more than "option A" beside it: names count where nothing is declared behind a colon or verb.
     for kind in (("declares", "line"), ("names",)):
+        named = ""
         for place, _ in sorted((one for one in places if one[1] in kind), reverse=True)[:DECLARED]:
-            if found := _letters_at(text, FILLERS.match(text, place).end(), options, group):
-                return found
+            start = FILLERS.match(text, place).end()
+            if found := _letters_at(text, start, options, group):
+                if not several:
+                    return found
+                if kind[0] == "declares":
+                    rest = _without_denied(
+                        _sentence(text[start - 1 if text[start - 1 : start] in "([" else start :]), options
+                    )
+                    return found + (_in_brackets(rest, options) if re.match(r"[*_]*[(\[]", rest) else "")
+                named += found
             if kind[0] == "declares" and (found := _quoted_at(text, place, options)):
                 return found
+        if named:
+            return named + (_in_list(text, options) if several else "")
     return ""
+
+
+def _in_list(text, options) -> str:
+    """The letters before the last of a list that is said to be right: "A, C and D are correct"."""
+    one = rf"(?<![\w'])[(\[*_]{{0,3}}[{''.join(options)}](?![\w'])[)\]*_]{{0,3}}"
+    lists = re.findall(
+        rf"{one}(?:(?:\s{{0,2}},|\s{{1,2}}and|\s{{1,2}}or|,\s{{0,2}}and)\s{{1,2}}{one}){{1,8}}\s{{1,2}}(?i:{CONFIRMS})",
+        text,
+    )
+    return "".join(re.findall(rf"(?<![\w'])([{''.join(options)}])(?![\w'])", " ".join(lists)))
 
 
 def _letters_at(text, place, options, group) -> str:
@@ -189,7 +235,11 @@ def _letters_at(text, place, options, group) -> str:
     sentence = re.match(r"\s+[a-z]", behind)
     if re.match(DENIES, behind, re.IGNORECASE):
         return ""
-    if letter.islower() and sentence and not re.match(r"\s+(?:and|or|because|as|since)\b", behind):
+    if (
+        letter.islower()
+        and sentence
+        and not re.match(r"\s+(?:and|or|because|as|since|is\s+(?:correct|right))\b", behind)
+    ):
         return ""  # "the answer is a car"
     if letter == "A" and sentence and (quoted := option_quoted(options, _sentence(rest))):
         return quoted
@@ -219,6 +269,32 @@ def _quoted_at(text, place, options) -> str:
     return "" if re.match(r"(?i)not\b", rest) else option_quoted(options, rest)
 
 
+def _leading(text, options) -> str:
+    """The letter that an answer begins with, as "B. blue, not red (A)"; "" where other lines begin so, too."""
+    found = re.findall(
+        rf"(?m)^[\s*_#(\[]{{0,8}}([{''.join(options)}])(?:[)\]*_]{{0,4}}[.:)][)\]*_]{{0,4}}(?:\s|$)|[)\]*_]{{0,4}}$)",
+        text,
+    )
+    first = re.match(rf"[\s*_#(\[]{{0,8}}([{''.join(options)}])(?![\w'])", text)
+    return (
+        found[0] if first and found == [first[1]] and not re.match(DENIES, text[first.end() :], re.IGNORECASE) else ""
+    )
+
+
+def _without_denied(text, options) -> str:
+    """The text without the letters of which it says that they are wrong: "not (A)", "A, B and C are wrong"."""
+    one = rf"(?<![\w'])[(\[*_\uff08]{{0,3}}([{''.join(options)}])(?![\w'])[)\]*_\uff09]{{0,3}}"
+    several = rf"{one}(?:\s{{0,2}}(?:,|/|&|\band\b|\bor\b)\s{{0,2}}(?:(?:and|or)\s)?{one}){{0,8}}"
+
+    def kept(match):
+        # "(B) not visible" may be an option's own text.
+        text, letter = plain(match.string[match.end(1) :].lstrip(MARKS)), options[match[1]]
+        return match[0] if letter and text.startswith(plain(letter)) else " "
+
+    text = re.sub(rf"{several}(?:(?i:{DENIES})|(?i::\s{{0,2}}(?:no|wrong|incorrect|false)\b))", kept, text)
+    return re.sub(rf"(?i:{DENIED_BEFORE}){several}", " ", text)
+
+
 def _in_brackets(text, options) -> str:
     return "".join(re.findall(rf"[(\uff08]\s{{0,2}}([{_class(options)}])\s{{0,2}}[)\uff09]", text)).upper()
 
@@ -233,7 +309,8 @@ def _standing(text, options) -> str:
             continue
         found.append(match[1])
     article = set(found) == {"A"} and re.search(r"(?<!\w)A\s+[a-z]", text)
-    if article or not found:
+    inside = any(re.search(rf"(?<![\w'])[{''.join(options)}](?![\w'])", option) for option in options.values())
+    if article or inside or not found:
         return option_quoted(options, text) or "".join(found)
     return "".join(found)
 

@@ -185,6 +185,45 @@ def test_the_letter_that_is_declared_last_is_the_answer(text, letter):
     assert read_letter(sample("A"), text) == letter
 
 
+@pytest.mark.parametrize(
+    "text, letter",
+    [
+        ("Among the options, A, B and C are wrong. D", "D"), ("(B) white, (A) is not visible", "B"), ("(B), not (A)", "B"),
+        ("The answer is not (A)", ""), ("Not (A)", ""), ("Options A and C can be excluded, so D", "D"), ("A: no\nB: yes", "B"),
+        ("The answer cannot be A; it must be D.", "D"), ("B\nBecause (A) is wrong", "B"), ("{'answer': 'D'}", "D"), ("\u9009B", "B"),
+        ("B. The roof is blue rather than red (A) or green (C).", "B"), ("I choose option B over option C", "B"), ("answer b", "B"),
+        ("Step 1: consider A. Step 2: consider D. Conclusion: D", "D"), ("c is correct", "C"), ("\uff08\uff22\uff09", "B"),
+        ("A. red\nB. blue\nC. a farm\nD. white\nAnswer: C", "C"), ("(A) is incorrect, (B) is incorrect, so (D)", "D"),
+    ],
+)  # fmt: skip
+def test_a_letter_that_is_said_to_be_wrong_is_not_the_answer(text, letter):
+    assert read_letter(sample("A"), text) == letter
+
+
+@pytest.mark.parametrize(
+    "options, text, letter",
+    [
+        (("route C", "route D", "route A"), "route A", "C"), (("route C", "route D", "route A"), "The best route is route A", "C"),
+        (("visible", "not visible"), "(B) not visible", "B"), (("visible", "not visible"), "It is not visible", "B"),
+        (("A ship", "A car"), "A car is visible", "B"), (("1", "11", "2"), "There are 2 ships", "C"), (("red", "red"), "red", ""),
+        (("Yes", "No"), "No, it is not", "B"),
+    ],
+)  # fmt: skip
+def test_an_option_that_is_quoted_counts_whatever_letters_are_in_it(options, text, letter):
+    assert read_letter(sample("A", options), text) == letter
+
+
+@pytest.mark.parametrize(
+    "text, letters",
+    [
+        ("A, C and D are correct; B is wrong", "ACD"), ("A is correct. C is correct. B is wrong.", "AC"), ("A\nC", "AC"),
+        ("The correct options are (A) red and (C) a farm.", "AC"), ("(A), (C); not (B)", "AC"), ("A. red\nC. a farm", "AC"),
+    ],
+)  # fmt: skip
+def test_all_letters_that_are_said_to_be_right_count_where_several_may_be(text, letters):
+    assert read_letters(sample("A"), text) == letters
+
+
 def test_several_letters_are_read_where_they_are_declared():
     assert read_letters(sample("A"), "I considered B. The answers are A and C.") == "AC"
     assert read_letters(sample("A"), "The answer(s) is(are): A C") == "AC"
