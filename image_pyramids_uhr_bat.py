@@ -1,3 +1,8 @@
+# Copyright 2026 The UHR-BAT authors. Licensed under the Apache License, Version 2.0 (the "License"); you may not use this
+# file except in compliance with the License. You may obtain a copy of the License at
+# http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software distributed
+# under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or
+# implied. See the License for the specific language governing permissions and limitations under the License.
 """UHR-BAT image pyramids: levels of an image whose tiles are read when they are asked for, and which tiles these are.
 
 Which tiles (decisions alone, which know no model and no image). The anchor is encoded whole. What the question looks at

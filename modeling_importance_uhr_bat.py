@@ -1,3 +1,8 @@
+# Copyright 2026 The UHR-BAT authors. Licensed under the Apache License, Version 2.0 (the "License"); you may not use this
+# file except in compliance with the License. You may obtain a copy of the License at
+# http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software distributed
+# under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or
+# implied. See the License for the specific language governing permissions and limitations under the License.
 """UHR-BAT importance: what the question looks at (section 3.2, eq. 2 and 6-7), read at a layer of the decoder.
 
 Axes: M text tokens, V tokens of a scale that show the image, S scales, D decoder width.
@@ -55,6 +60,7 @@ class UHRBatImportanceMixin:
         question_start = min(stop, last) if question_tokens == "all" else last
 
         decoder = self.language_model
+        # CODEPATH: checkpoints with a distilled module may be weighed by it, all others by their decoder.
         if layer is None and self.config.importance_source == "region_focus":
             layers = self.region_focus.layers
         else:

@@ -1,3 +1,8 @@
+# Copyright 2026 The UHR-BAT authors. Licensed under the Apache License, Version 2.0 (the "License"); you may not use this
+# file except in compliance with the License. You may obtain a copy of the License at
+# http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software distributed
+# under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or
+# implied. See the License for the specific language governing permissions and limitations under the License.
 """UHR-BAT region focus: the system of LRS-VQA (arXiv 2503.07588) as a mode, by its paper's Algorithm 1.
 
 A Region Focus Module, a few decoder layers of its own, says which tokens of a level the question looks at. Their tiles of the
@@ -133,6 +138,7 @@ class UHRBatRegionFocusMixin:
         inside = (rows < H) & (columns < W)
         rows, places = rows[inside], (rows * (W + 1) + columns)[inside]
         tokens = pooled.permute(0, 2, 3, 1).flatten(0, 2)[inside]
+        # CODEPATH: checkpoints of LRS-VQA's released code let newlines vote, those that were distilled here do not.
         ends = torch.arange(H, device=device) if self.config.focus.newline_votes else rows.unique()
         places = torch.cat((places, ends * (W + 1) + W))
         tokens = torch.cat((tokens, self.image_newline.to(tokens).expand(len(ends), -1)))
@@ -147,6 +153,7 @@ class UHRBatRegionFocusMixin:
         """
         num_places, places = found.level.num_tokens, found.places
         layers = self.region_focus.layers
+        # CODEPATH: LRS-VQA's checkpoints were trained with its own mask ("upstream"), those distilled here without.
         if self.config.focus.mask_mode == "upstream":
             local = before.new_zeros(num_places, before.shape[1]).index_copy(0, places, found.tokens.to(before))
             there = torch.zeros(num_places, dtype=torch.long, device=places.device).index_fill(0, places, 1)
@@ -225,6 +232,7 @@ class UHRBatRegionFocusMixin:
 
     def _by_score(self, found, scores) -> torch.Tensor:
         """long[..]: the tokens of a level that vote, those that are looked at most first."""
+        # CODEPATH: as above, where the newlines of a level are made.
         voting = torch.ones_like(found.is_newline) if self.config.focus.newline_votes else ~found.is_newline
         return scores.masked_fill(~voting, -1).argsort(descending=True, stable=True)[: int(voting.sum())]
 

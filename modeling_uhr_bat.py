@@ -1,3 +1,8 @@
+# Copyright 2026 The UHR-BAT authors. Licensed under the Apache License, Version 2.0 (the "License"); you may not use this
+# file except in compliance with the License. You may obtain a copy of the License at
+# http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software distributed
+# under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or
+# implied. See the License for the specific language governing permissions and limitations under the License.
 """UHR-BAT: question-guided, region-faithful compression of ultra-high-resolution images for a vision-language model.
 
 Holds the towers and what happens between them: images are encoded once (sections 3.2 and 3.3), the question weighs the
@@ -125,9 +130,11 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusM
         self.vision_tower = UHRBatVisionTower(config)
         self.multi_modal_projector = UHRBatMultiModalProjector(config.vision_config.hidden_size, width, activation)
         self.scale_embedding = UHRBatScaleEmbedding(config)
+        # CODEPATH: released weights have the MLP after the selection, UHR-BAT-Tiny has none.
         self.token_mlp = UHRBatMultiModalProjector(width, width, activation) if config.token_mlp else None
         self.language_model = AutoModel.from_config(config.text_config)
         self.region_focus = self.image_newline = None
+        # CODEPATH: LRS-VQA's checkpoints, and what was distilled like them, have the module; the others have none.
         if config.region_focus is not None:
             self.region_focus = UHRBatRegionFocusModule(config, self.language_model)
             self.image_newline = nn.Parameter(torch.zeros(width))

@@ -1,3 +1,8 @@
+# Copyright 2026 The UHR-BAT authors. Licensed under the Apache License, Version 2.0 (the "License"); you may not use this
+# file except in compliance with the License. You may obtain a copy of the License at
+# http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software distributed
+# under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or
+# implied. See the License for the specific language governing permissions and limitations under the License.
 """UHR-BAT processor: images and text to model inputs, one placeholder per image to the budget's visual tokens.
 
 The number of visual tokens is known here, before the model runs: n = sum over scales of min(B_s, tokens of the scale
@@ -42,7 +47,6 @@ class UHRBatImagesKwargs(UHRBatImageProcessorKwargs, total=False):
 
 class UHRBatProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: UHRBatImagesKwargs
-    _defaults = {"text_kwargs": {"padding": False}}
 
 
 class UHRBatProcessor(ProcessorMixin):
