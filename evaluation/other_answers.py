@@ -7,25 +7,47 @@
 | JSON, JSONL, TSV, CSV of one's own | anybody | `id`, `question_id`, `Question_id` or `index` | a field of `SAID`; `answer` where nothing else can be meant |
 | predictions.jsonl | `uhr-bat evaluate` | `id` | `answer` of the view with the image |
 
-`answer` is the model's where no record has it beside another answer's field, or beside a question or its options. What
-the file
-says of the question and of the right answer is held against the data: answers to other questions are refused.
+`answer` is the model's where no record has it beside another answer's field, beside a question or its options, or beside a
+text of a field that is not known here: that may be the model's. What the file says of the question, its options and the right
+answer is held against the data: answers to other questions are refused.
 """
 
+import warnings
 from pathlib import Path
+from string import ascii_uppercase
 
 from ..common.answers import option_lines, plain, right_letters
 from ..common.extras import require
 from .running import IMAGE
-from .samples import first, read_lines, text_of
+from .samples import first, option_columns, read_lines, text_of
 
 LMMS = ("filtered_resps", "resps")
-SAID = ("prediction", "pred", "Output", "output", "response", "model_answer", "model_output", "generated_text")
+SAID = (
+    "prediction", "pred", "Output", "output", "response", "model_answer", "model_output", "generated_text", "predict", "predicted",
+    "predicted_answer", "model_prediction", "model_response", "generated_answer", "completion",
+)  # fmt: skip
 IDS = ("id", "question_id", "Question_id", "index", "sample_id")
-RIGHT = ("ground_truth", "Ground truth", "gt_answer", "gt", "target", "label", "gold")
+RIGHT = (
+    "ground_truth",
+    "Ground truth",
+    "gt_answer",
+    "gt",
+    "target",
+    "label",
+    "gold",
+    "correct_answer",
+    "answer_key",
+    "gt_option",
+)
 ASKED = ("question", "Question", "Text", "prompt", "input")
 OPTIONS = ("options", "multi-choice options", "Answer choices", "choices", "A", "B")
 LLAVA = ("prompt", "answer_id", "model_id", "metadata")  # beside `text`, the answer of LLaVA's own scripts
+# Fields beside `answer` that are no answer of anybody's.
+NEUTRAL = {
+    "image", "images", "Image", "image_id", "image_path", "category", "Category", "l2-category", "cycle_category", "task", "Task",
+    "subtask", "Subtask", "type", "question_type", "Question Type", "dataset", "split", "source", "suite", "model", "model_id",
+    "answer_id", "metadata", "view", "error", "hint", "asked",
+}  # fmt: skip
 FAILED = "Failed to obtain answer via API."  # what VLMEvalKit writes where a model gave none
 SUFFIXES = (".xlsx", ".tsv", ".csv", ".json", ".jsonl")
 
@@ -55,8 +77,16 @@ def read_answers(path: Path) -> list[dict]:
             if kind == ".xlsx":
                 table = pandas.read_excel(path, engine="openpyxl", **options)
             else:
-                options |= {"dtype": str, "encoding": "utf-8-sig", "sep": "\t" if kind == ".tsv" else ","}
-                table = pandas.read_csv(path, **options)
+                options |= {
+                    "dtype": str,
+                    "index_col": False,
+                    "on_bad_lines": "error",
+                    "encoding": "utf-8-sig",
+                    "sep": "\t" if kind == ".tsv" else ",",
+                }
+                with warnings.catch_warnings():  # of cells that are one too many
+                    warnings.simplefilter("error", pandas.errors.ParserWarning)
+                    table = pandas.read_csv(path, **options)
         except OSError:
             raise
         except Exception as error:
@@ -78,12 +108,20 @@ def field_of(path, records) -> tuple[str, ...]:
         return tuple(found)
     if all("view" in record for record in records):
         return ("answer",)
-    said = [name for name in SAID if name in fields]
+    # Beside "instruction", "output" is the right answer, as in the files that are trained on.
+    said = [name for name in SAID if name in fields and not (name == "output" and "instruction" in fields)]
     if "text" in fields and set(LLAVA) & fields and not {"answer", "ground_truth", *said} & fields:
         return ("text",)
     both = any("answer" in record and any(name in record for name in said) for record in records)
     beside = sorted(fields & {*ASKED[:3], *OPTIONS})
     if "answer" in fields and not both and not (beside and not set(RIGHT) & fields):
+        if not said and (
+            unknown := sorted(name for name in fields - KNOWN if any(holds_text(one.get(name)) for one in records))
+        ):
+            raise ValueError(
+                f"{path}: beside {', '.join(unknown)} it is not told whether the field answer is the model's or the right one. Call the "
+                'model\'s answers "prediction".'
+            )
         return (*said, "answer")
     if said:
         return tuple(said)
@@ -98,6 +136,13 @@ def field_of(path, records) -> tuple[str, ...]:
     )
 
 
+KNOWN = {"answer", *SAID, *IDS, *RIGHT, *ASKED, *OPTIONS, *ascii_uppercase} - {"output"} | NEUTRAL
+
+
+def holds_text(value) -> bool:
+    return isinstance(value, (str, list, dict)) and bool(value)
+
+
 def said_by(path, record, fields) -> tuple[str | None, str | None]:
     """(answer, None) of a record, or (None, why there is none)."""
     present = [name for name in fields if name in record]
@@ -106,18 +151,17 @@ def said_by(path, record, fields) -> tuple[str | None, str | None]:
     if not present:
         raise ValueError(f"{path}: a record has none of the fields {list(fields)}: its fields are {sorted(record)}.")
     value = record[present[0]]
-    while present[0] in LMMS and isinstance(value, (list, tuple)) and len(value) == 1:
+    while isinstance(value, (list, tuple)) and len(value) == 1:
         value = value[0]
-    if isinstance(value, (list, tuple, dict)):
+    if isinstance(value, (list, tuple, dict)) and value:
         raise ValueError(
             f"{path}: {present[0]} holds {len(value)} values for a sample, as likelihoods of options or several tries do. An "
             "answer is one text."
         )
-    if value is None or isinstance(value, float) and value != value:
+    if value is None or value in ([], (), {}) or isinstance(value, float) and value != value:
         return None, f"the field {present[0]} is empty"
-    if text_of(value).startswith(FAILED):
-        return None, text_of(value)
-    return text_of(value), None
+    text = text_of(value).encode("utf-8", "replace").decode()  # half a character is none
+    return (None, text) if text.startswith(FAILED) else (text, None)
 
 
 def other_answers(path, samples, unlimited=None) -> dict:
@@ -145,8 +189,9 @@ def other_answers(path, samples, unlimited=None) -> dict:
     for record in records:
         if record.get("view", IMAGE) != IMAGE:  # a run's own file has its controls, too
             continue
-        name = text_of(first(record, *(("doc_id",) if lmms else IDS)))
-        sample = of.get(name)
+        name = text_of(first(record, *(("doc_id",) if lmms else IDS))).strip()
+        # Tables make 3.0 of 3 where a row has no number.
+        sample = of.get(name) or of.get(name.removesuffix(".0"))
         if sample is None:
             unknown.add(name)
             continue
@@ -167,6 +212,9 @@ def other_answers(path, samples, unlimited=None) -> dict:
 
 def check_question(path, record, sample, fields):
     """Raises `ValueError` where a record says of its question or right answer what the sample does not."""
+    if isinstance(record.get("doc"), dict):  # lmms-eval's, with its record of the data
+        check_question(path, record["doc"], sample, ())
+    check_options(path, record, sample)
     wanted = squeezed(sample.question)
     for name in ASKED:
         text = record.get(name)
@@ -185,6 +233,19 @@ def check_question(path, record, sample, fields):
             raise ValueError(
                 f"{path} answers another question than {sample.id!r}: its {name} is {text_of(value)[:80]!r}, that of the data "
                 f"{sample.answer[:80]!r}."
+            )
+
+
+def check_options(path, record, sample):
+    """Raises `ValueError` where an option of the sample has another letter in a record: it says "B" of another one."""
+    lists = [record[name] for name in OPTIONS[:-2] if isinstance(record.get(name), (list, tuple))]
+    there = option_lines([text_of(one) for one in lists[0]] if lists else option_columns(record))
+    here = {letter: squeezed(text) for letter, text in option_lines(sample.options).items()}
+    for letter, text in there.items():
+        if here.get(letter) != squeezed(text) and squeezed(text) in here.values():
+            raise ValueError(
+                f"{path} answers {sample.id!r} with its options in another order: its {letter} is {text[:80]!r}. Its letters "
+                "are not those of the data."
             )
 
 

@@ -224,13 +224,15 @@ def read_lines(path: Path) -> list[dict]:
     text = path.read_text(encoding="utf-8-sig")
     try:
         found = json.loads(text)
+    except RecursionError as error:
+        raise ValueError(f"{path}: lists in lists without end are no records.") from error
     except json.JSONDecodeError:
         found = []
         for number, line in enumerate(text.split("\n"), 1):
             if line.strip():
                 try:
                     found.append(json.loads(line))
-                except json.JSONDecodeError as error:
+                except (json.JSONDecodeError, RecursionError) as error:
                     raise ValueError(f"{path}, line {number}: this is no JSON ({error}).") from error
     if isinstance(found, dict):
         # A single line is a record, and so is what talks; of any other dictionary its one list of records is meant.

@@ -112,6 +112,12 @@ def test_of_a_part_of_the_samples_answers_to_the_others_are_left(data, samples, 
         ([lmms_line(0, "A", [["0.5", "True"], ["0.7", "False"]])], "filtered_resps holds 2 values"),
         ([{"prediction": "A"}], "A record has none of the fields"),
         (["A"], "holds no records of answers"),
+        ([{"id": 10, "answer": "A", "my_model": "D"}], "beside my_model it is not told whether the field answer"),
+        ([{"id": 10, "answer": "A", "Prediction": "D"}], "beside Prediction it is not told whether the field answer"),
+        ([{"id": 10, "instruction": QUESTIONS[0], "output": "A"}], "has no field of the model's answers"),
+        ([{"id": 10, "prediction": "A", "A": "white", "B": "blue", "C": "green", "D": "red"}], "options in another order"),
+        ([{"id": 10, "prediction": "A", "options": ["white", "green", "blue", "red"]}], "options in another order"),
+        ([lmms_line(0, "A", "B", doc={"question": QUESTIONS[1]})], "answers another question than '10'"),
     ],
 )
 def test_what_cannot_be_the_models_answers_to_these_questions_is_refused(records, message, samples, tmp_path):
@@ -129,10 +135,18 @@ def test_what_cannot_be_the_models_answers_to_these_questions_is_refused(records
         ([{"id": 10, "prediction": "Failed to obtain answer via API."}], [None, None, None]),
         ([{"id": 10, "view": IMAGE, "answer": "B", "error": None}, {"id": 10, "view": "text only", "answer": "C"}], ["B", None, None]),
         ([{"id": 10, "answer": 3}], ["3", None, None]),
+        ([{"id": " 10.0 ", "answer": "A", "model_response": ["D"]}], ["D", None, None]),
+        ([{"id": 10, "prediction": []}, {"id": 11, "prediction": "\ud800"}], [None, "?", None]),
     ],
 )  # fmt: skip
 def test_the_field_of_the_answer_is_told_by_those_beside_it(records, answers, samples, tmp_path):
     assert said(write_lines(tmp_path / "said.jsonl", records), samples) == answers
+
+
+def test_a_line_of_a_table_with_a_comma_too_many_is_refused(samples, tmp_path):
+    (tmp_path / "said.csv").write_text("index,prediction\n10,B, because A is wrong\n")
+    with pytest.raises(ValueError, match="no table that can be read"):
+        other_answers(tmp_path / "said.csv", samples)
 
 
 def test_a_pickle_is_refused_with_what_to_write_instead(samples, tmp_path):
