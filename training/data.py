@@ -25,6 +25,7 @@ its selection is the one that `generate` makes. A sample, which the collator tak
 """
 
 import json
+import math
 import re
 from collections import Counter
 from dataclasses import dataclass
@@ -39,7 +40,7 @@ from ..common.data_tables import leave_files_closed
 from ..common.extras import require
 from ..regions.cache import name_output
 from .collator import scale_budgets
-from .rows import COLUMNS, read_rows
+from .rows import COLUMNS, LINES, read_rows
 
 logger = logging.get_logger(__name__)
 
@@ -47,13 +48,17 @@ ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assi
 # A plain question, by the name of its column, and the name of its answer's: ours, ms-swift's, Alpaca's.
 PLAIN = {"question": "answer", "query": "response", "instruction": "output"}
 IMAGE_KEYS = ("path", "url", "image")  # of a part of the type "image", as transformers' chat templates take them
-TEXT_FILES = (".json", ".jsonl", ".csv", ".tsv")
-ROWS_VERSION = 1  # of what `read_rows` makes of a file: goes up with it, as results are kept
+TEXT_FILES = (".json", *LINES, ".csv", ".tsv")
+ROWS_VERSION = 2  # of what `read_rows` makes of a file: goes up with it, as results are kept
 MOST_TIMES = 20  # that a sample is taken
 
 
 def _are_numbers(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(isinstance(one, (int, float)) for one in value)
+    return isinstance(value, list) and bool(value) and all(type(one) in (int, float) for one in value)
+
+
+def _is_range(value) -> bool:
+    return _are_numbers(value) and len(value) == 2 and value[0] < value[1] and all(map(math.isfinite, value))
 
 
 # What a row may say of its images, and whether that can be it; a file decides the rest when it is read.
@@ -67,8 +72,8 @@ ROW_OPTIONS = {
         or len(value) == 2 and all(_are_numbers(one) and len(one) == 2 for one in value)
     ),
     "value_range": lambda value: value in ("dtype", "percentile")
-    or isinstance(value, list) and (_are_numbers(value) and len(value) == 2 or all(map(_are_numbers, value))),
-    "budgets": lambda value: isinstance(value, int) and value > 0
+    or _is_range(value) or isinstance(value, list) and all(map(_is_range, value)),
+    "budgets": lambda value: type(value) is int and value > 0
     or _are_numbers(value) and all(isinstance(one, int) and one >= 0 for one in value),
 }
 NAMED = 5  # bad samples of each kind that a message names
@@ -184,6 +189,8 @@ def read_images(row: dict, named=()) -> list[dict]:
     """
     column = find_key(row, "image", "images")
     images = row[column] if column else []
+    if column == "image" and row.get("images") not in (None, "", [], images, [images]):
+        raise BadSample("with images in two columns", "`image` and `images` differ")
     images = [image for image in (images if isinstance(images, list) else [images]) if image not in (None, "")]
     if named and images not in ([], named):
         raise BadSample("with images in turns and in a column", f"{len(named)} and {len(images)}")
@@ -191,7 +198,7 @@ def read_images(row: dict, named=()) -> list[dict]:
     for image in named or images:
         if isinstance(image, (str, int, float)) and not isinstance(image, bool):
             image = {"path": as_text(image), "bytes": None}
-        if not isinstance(image, dict):
+        if not isinstance(image, dict) or image.get("path") is None and image.get("bytes") is None:
             raise BadSample("whose image is no path and no file", repr(image)[:60])
         found.append(image)
     return found
@@ -372,21 +379,24 @@ class SampleReader:
 
 def open_table(source: str, split: str):
     """A file (JSON, JSON lines, CSV, TSV, parquet), a folder that `save_to_disk` wrote, or a data set of the Hub or of a
-    folder, with files left closed."""
+    folder, with files left closed. Raises `FileNotFoundError`, or `ValueError` for what cannot be read."""
     require("train", "datasets")
     from datasets import Dataset, Features, Value, load_dataset, load_from_disk
 
     path = Path(source)
-    if path.suffix in (*TEXT_FILES, ".parquet") and not path.is_file():
+    suffix = path.suffix.lower()
+    if suffix in (*TEXT_FILES, ".parquet") and not path.is_file():
         raise FileNotFoundError(f"{source}: there is no such file of training data.")
-    if path.suffix in TEXT_FILES:
+    if path.is_file() and suffix not in (*TEXT_FILES, ".parquet"):
+        raise ValueError(f"{source}: a file of training data ends in {', '.join(TEXT_FILES)} or .parquet.")
+    if suffix in TEXT_FILES:
         stat = path.stat()
         return Dataset.from_generator(
             read_rows,
             features=Features(dict.fromkeys(COLUMNS, Value("large_string"))),
             gen_kwargs={"path": str(path.absolute()), "stamp": (stat.st_mtime_ns, stat.st_size, ROWS_VERSION)},
         )
-    if path.suffix == ".parquet":
+    if suffix == ".parquet":
         try:
             table = load_dataset("parquet", data_files=str(source), split="train")
         except Exception as error:  # whatever pyarrow and datasets raise for a file that is none
@@ -399,7 +409,12 @@ def open_table(source: str, split: str):
                 raise ValueError(f"{source}: there is no split {split}. There are: {', '.join(table)}.")
             table = table[split]
     else:
-        table = load_dataset(source, split=split)
+        try:
+            table = load_dataset(source, split=split)
+        except (FileNotFoundError, ConnectionError):  # they say what is missing
+            raise
+        except Exception as error:  # whatever datasets raises for what it cannot read
+            raise ValueError(f"{source}: it cannot be read as a data set ({error.__cause__ or error}).") from error
     return leave_files_closed(table, ("image", "images"))
 
 

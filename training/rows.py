@@ -13,6 +13,7 @@ from pathlib import Path
 # Of a row of a file, as `SampleReader` takes it: JSON, or what is wrong with it.
 COLUMNS = ("row_json", "row_kind", "row_detail")
 NO_JSON = "that are no JSON"
+LINES = (".jsonl", ".ndjson")
 # One of them tells a row from a turn of a conversation.
 ROW_KEYS = ("conversations", "messages", "question", "query", "instruction", "image", "images")
 LIST_COLUMNS = (
@@ -28,7 +29,7 @@ def read_rows(path: str, stamp=None) -> Iterator[dict]:
     Args:
         stamp: no part of the result; tells a changed file from its earlier self where results are kept.
     """
-    suffix, found = Path(path).suffix, False
+    suffix, found = Path(path).suffix.lower(), False
     rows = _csv_rows(path, "\t" if suffix == ".tsv" else ",") if suffix in (".csv", ".tsv") else _json_rows(path)
     for value in rows:
         found = True
@@ -56,7 +57,7 @@ class NoRow:
 def _json_rows(path):
     with open(path, "rb") as file:
         start = file.read(4096).lstrip(b"\xef\xbb\xbf \t\r\n")
-    if Path(path).suffix == ".jsonl" and not start.startswith(b"["):
+    if Path(path).suffix.lower() in LINES and not start.startswith(b"["):
         with open(path, "rb") as file:
             yield from _line_rows(file)
         return
@@ -173,6 +174,9 @@ def _csv_rows(path, separator):
                     continue
                 if names is None:
                     names = cells
+                    if twice := sorted({name for name in names if names.count(name) > 1}):
+                        yield NoRow("of files with two columns of a name", f"{where}: {', '.join(twice)}")
+                        return
                 elif len(cells) != len(names):
                     yield NoRow(
                         "with other numbers of cells than of columns", f"{where}: {len(cells)} and {len(names)}"

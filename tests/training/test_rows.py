@@ -114,6 +114,10 @@ BROKEN = {
     "an empty answer": (json.dumps([{"conversations": ask("a", "", "b", "c")}]), "turn 2, assistant"),
     "a role of another type": ('[{"conversations": [{"from": ["human"], "value": "a"}]}]', "['human'] is none of"),
     "an image of another type": ('[{"image": true, "question": "a", "answer": "b"}]', "no path and no file"),
+    "images in two columns": ('[{"image": "a.png", "images": ["b.png"], "question": "a", "answer": "b"}]', "`images` differ"),
+    "an image without a name": ('[{"image": {"url": "a.png"}, "question": "a", "answer": "b"}]', "no path and no file"),
+    "a range that is none": ('[{"question": "a", "answer": "b", "value_range": [9, 1]}]', "`value_range` cannot be read"),
+    "no number of tokens": ('[{"question": "a", "answer": "b", "budgets": [true, 3]}]', "`budgets` cannot be read"),
     "two systems": ('[{"system": "a", "messages": [{"role": "system", "content": "b"}]}]', "two system texts"),
 }
 
@@ -143,6 +147,24 @@ def test_a_line_that_is_no_json_or_a_cell_too_many_ends_no_other_row(tmp_path, p
         assert told in str(refused.value)
     samples = load_samples([tmp_path / "data.jsonl", tmp_path / "data.csv"], processor, bad_samples="skip")
     assert answers(samples) == ["1", "3", "4", "8"]
+
+
+def test_files_are_known_by_their_ending_in_any_case_and_others_are_refused(tmp_path, processor):
+    row = '{"question": "a", "answer": "b"}'
+    texts = {"A.JSON": f"[{row}]", "A.JSONL": f"{row}\n", "a.ndjson": f"{row}\n", "A.Csv": "question,answer\na,b\n"}
+    for name, text in texts.items():
+        (tmp_path / name).write_text(text)
+        assert answers(load_samples(tmp_path / name, processor)) == ["b"]
+    (tmp_path / "a.txt").write_text(row)
+    with pytest.raises(ValueError, match=r"a.txt: a file of training data ends in .json, .*parquet"):
+        load_samples(tmp_path / "a.txt", processor)
+    (tmp_path / "twice.csv").write_text("question,answer,answer\na,b,c\n")
+    with pytest.raises(ValueError, match="two columns of a name\n.*twice.csv, row 1: line 1: answer"):
+        load_samples(tmp_path / "twice.csv", processor)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "train.json").write_text("nothing")
+    with pytest.raises(ValueError, match="folder: it cannot be read as a data set"):
+        load_samples(tmp_path / "folder", processor)
 
 
 def test_a_file_that_is_no_parquet_is_named_like_a_row(tmp_path, processor):
