@@ -7,6 +7,7 @@ same command is given again. `output_dir` becomes a model folder, or the folder 
 import json
 import os
 import sys
+from hashlib import blake2b
 from pathlib import Path
 
 from transformers import EarlyStoppingCallback, set_seed
@@ -23,7 +24,7 @@ from .grouping import hold_out
 from .options import read_options
 from .parts import add_adapter, continue_adapter, freeze_parts, quantization
 from .scores import check_scores
-from .trainer import KeptPictures, UHRBatTrainer
+from .trainer import KeptPictures, RunFacts, UHRBatTrainer
 
 logger = logging.get_logger(__name__)
 
@@ -90,6 +91,47 @@ def last_whole_checkpoint(folder: str) -> str | None:
     return None
 
 
+def check_kind(checkpoint: str | None, use_peft: bool):
+    """Raises `ValueError` where a run would go on from a checkpoint of an adapter with whole weights, or the other way round."""
+    if checkpoint is None:
+        return
+    kinds = ("the whole model", "an adapter")
+    was = any(Path(checkpoint).glob("adapter_*"))
+    if was != use_peft:
+        raise ValueError(
+            f"{checkpoint} is of a run that trains {kinds[was]}, and this one trains {kinds[use_peft]}. Give another --output_dir."
+        )
+
+
+def facts_of(options, samples) -> dict:
+    """What a run is of: the model that it begins with, and a digest of what is learnt."""
+    digest = blake2b(digest_size=16)
+    for batch in samples.select_columns(["messages", "options"]).iter(1000):
+        digest.update(repr(batch).encode("utf-8", "surrogatepass"))
+    return {
+        "model": Path(options.model_name_or_path).name, "samples": len(samples), "data": digest.hexdigest(),
+    }  # fmt: skip
+
+
+def tell_changes(checkpoint: str | None, facts: dict):
+    """A warning where a run goes on with another model or with other data than those of its checkpoint."""
+    if checkpoint is None:
+        return
+    state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
+    kept = (state.get("stateful_callbacks") or {}).get("RunFacts")
+    was = kept["args"]["facts"] if kept else facts
+    if was["model"] != facts["model"]:
+        logger.warning(
+            f"The weights are those of {checkpoint}, whose run began with {was['model']}, not with {facts['model']}. For "
+            "a run of its own give another --output_dir."
+        )
+    if (was["samples"], was["data"]) != (facts["samples"], facts["data"]):
+        logger.warning(
+            f"The run goes on from {checkpoint} with other data: {was['samples']} samples before, {facts['samples']} now, not "
+            "the same ones. It skips as many steps as were made. For a run of its own give another --output_dir."
+        )
+
+
 def train(options, data, training) -> UHRBatTrainer:
     """Train by a recipe, see [`read_options`]. Raises whatever is wrong with the data before the model is loaded."""
     require("train", "datasets", "peft")
@@ -100,9 +142,14 @@ def train(options, data, training) -> UHRBatTrainer:
     if base_of(options.model_name_or_path) is not None:
         options.use_peft = True
     quantization(options)
+    named = training.resume_from_checkpoint
+    checkpoint = named if named and str(named).lower() != "true" else last_whole_checkpoint(training.output_dir)
+    check_kind(checkpoint, options.use_peft)
     budgets = {} if data.budgets is None else {"default_budgets": data.budgets}
     processor = load_processor(options.model_name_or_path, **budgets)
     samples, held_out = read_data(data, processor, training.data_seed or training.seed)
+    facts = facts_of(options, samples)
+    tell_changes(checkpoint, facts)
     collator = UHRBatDataCollator(
         processor,
         budget_range=data.budget_range,
@@ -122,6 +169,7 @@ def train(options, data, training) -> UHRBatTrainer:
         eval_max_new_tokens=data.eval_max_new_tokens,
         eval_scores=data.eval_scores,
     )
+    trainer.add_callback(RunFacts(facts))
     if training.early_stopping_patience is not None:
         patience = training.early_stopping_patience, training.early_stopping_threshold
         trainer.add_callback(EarlyStoppingCallback(*patience))
@@ -133,8 +181,10 @@ def train(options, data, training) -> UHRBatTrainer:
         first = samples[0]
         shown = collator.writer.show(first["messages"], first["answers"] == "all")
         print(f"What bears loss, between >>> and <<<, of {first['name']}:\n{shown}", flush=True)
-    checkpoint = training.resume_from_checkpoint or last_whole_checkpoint(training.output_dir)
-    trainer.train(resume_from_checkpoint=checkpoint)
+    if checkpoint and trainer.load_finished(checkpoint):
+        logger.warning(f"{checkpoint}: the run has made its {trainer.state.global_step} steps. Nothing more is trained.")
+    else:
+        trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
     if collator.num_skipped:
         logger.warning(f"{collator.num_skipped} samples were skipped, as an image of theirs could not be read.")

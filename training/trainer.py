@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
 from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
+from transformers.trainer_callback import ExportableState, TrainerState
 
 from ..common.chats import as_parts
 from ..pictures.pages import kept_picture
@@ -50,6 +51,16 @@ class SeededDraws(TrainerCallback):
     on_train_begin = on_epoch_begin  # an evaluation comes before the first step
 
 
+class RunFacts(TrainerCallback, ExportableState):
+    """What a run is of, kept in the state of each checkpoint: whoever goes on from one can tell that it is another run."""
+
+    def __init__(self, facts: dict):
+        self.facts = facts
+
+    def state(self) -> dict:
+        return {"args": {"facts": self.facts}, "attributes": {}}
+
+
 class UHRBatTrainer(Trainer):
     """Trainer for [`UHRBatDataCollator`], with [`UHRBatTrainingArguments`].
 
@@ -85,6 +96,17 @@ class UHRBatTrainer(Trainer):
                 )
         return super().train(*args, **kwargs)
 
+    def load_finished(self, checkpoint: str) -> bool:
+        """Whether a checkpoint has made all of `max_steps`; its model and state, or the best one's, are then loaded. The library
+        would make a step more."""
+        state = TrainerState.load_from_json(str(Path(checkpoint, "trainer_state.json")))
+        if not 0 < self.args.max_steps <= state.global_step or self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return False
+        best = state.best_model_checkpoint if self.args.load_best_model_at_end else None
+        self._load_from_checkpoint(best if best and Path(best).is_dir() else checkpoint)
+        self.state = state
+        return True
+
     @property
     def shares_weights(self) -> bool:
         """Whether a process holds a part of the weights only."""
@@ -100,6 +122,9 @@ class UHRBatTrainer(Trainer):
     def _save_checkpoint(self, model, trial):
         """As the library's. A checkpoint that cannot be written to its end is removed."""
         folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        for callback in self.callback_handler.callbacks:  # the library looks for those that its checkpoint did not have
+            if isinstance(callback, ExportableState):
+                self.state.stateful_callbacks.setdefault(type(callback).__name__, callback.state())
         try:
             with tells_what_was_not_written(folder):
                 super()._save_checkpoint(model, trial)

@@ -233,6 +233,10 @@ def test_settings_that_cannot_be_are_refused(processor):
     for wrong in ({"budget_range": (2, 1)}, {"padding_side": "top"}, {"bad_images": "ignore"}):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             UHRBatDataCollator(processor, **wrong)
+    (bare := copy.copy(processor)).tokenizer = copy.deepcopy(processor.tokenizer)
+    bare.tokenizer.pad_token = None
+    with pytest.raises(ValueError, match="neither a padding token nor an end token: set `tokenizer.pad_token`"):
+        UHRBatDataCollator(bare)
     row = {"messages": [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hi"}], "name": "row 7"}
     with pytest.raises(ValueError, match="row 7: 0 placeholders, but 1 images"):
         UHRBatDataCollator(processor)([copy.deepcopy(row) | {"images": [Image.new("RGB", (8, 8))]}])

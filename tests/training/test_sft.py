@@ -323,6 +323,24 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(arguments, tmp_path
 
 
 @pytest.mark.slow
+def test_a_run_that_goes_on_as_another_one_says_so(arguments, data, tmp_path, caplog, capsys):
+    more = ["--save_steps", "1", "--eval_max_new_tokens", "0", "--eval_share", "0.3"]
+    run(arguments, *more)
+    assert sft.main([*arguments, *more, "--use_peft", "true"]) == 2
+    assert "checkpoint-2 is of a run that trains the whole model, and this one trains an adapter" in capsys.readouterr().err
+    with caplog.at_level("WARNING"):
+        before = load_file(tmp_path / "out" / "model.safetensors")
+        again = run(arguments, *more)
+        assert "The run goes on" not in caplog.text and "the run has made its 2 steps" in caplog.text
+        after = load_file(tmp_path / "out" / "model.safetensors")
+        assert again.state.global_step == 2 and all(torch.equal(one, after[name]) for name, one in before.items())
+        # An option whose callback the checkpoint did not have.
+        more += ["--max_steps", "3", "--early_stopping_patience", "2", "--eval_strategy", "steps", "--eval_steps", "1"]
+        trainer = run(arguments, *more, "--train_data", str(data), f"{data}:2")
+    assert "with other data: 8 samples before, 24 now, not the same ones" in caplog.text and trainer.state.global_step == 3
+
+
+@pytest.mark.slow
 def test_a_run_that_goes_on_draws_what_the_whole_run_drew(arguments, tmp_path):
     more = ["--budget_range", "0.5", "2", "--max_steps", "9", "--save_steps", "4", "--logging_steps", "1"]
     more += ["--use_peft", "true", "--lora_dropout", "0.3", "--dataloader_num_workers", "2", "--learning_rate", "1e-3"]
