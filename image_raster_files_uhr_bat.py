@@ -11,6 +11,7 @@ coordinates (row, column).
 
 import io
 import logging
+import os
 import re
 import threading
 import warnings
@@ -30,6 +31,8 @@ SEQUENTIAL = ("JPEG", "PNG")
 # What GDAL opens without being a file here: a virtual file system, a store, a part of a file (rasterio writes its driver in
 # small letters). One letter is a drive of Windows.
 GDAL_NAME = re.compile(r"/vsi|[A-Za-z][A-Za-z0-9_+]+:")
+# A file beside that of an image, where GDAL writes overviews.
+BESIDE = re.compile(r"\w[\w. -]*")
 # First bytes of files, and the driver of GDAL that reads them.
 SIGNATURES = {
     "GTiff": (b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"),
@@ -97,9 +100,25 @@ def open_dataset(source, name, driver=None):
     try:
         with warnings.catch_warnings(), rasterio.Env(**gdal_settings(source)):
             warnings.simplefilter("ignore", import_rasterio("errors").NotGeoreferencedWarning)  # a plain image is welcome
-            return rasterio.open(source, driver=driver)
+            dataset = rasterio.open(source, driver=driver)
     except Exception as error:
         raise OSError(f"{name}: the image cannot be opened ({reason(error)}).") from error
+    check_overviews(dataset, name)
+    return dataset
+
+
+def check_overviews(dataset, name):
+    """Raises `OSError` for a file whose metadata has its overviews elsewhere: GDAL would open whatever is named there, be it
+    an address, as soon as it is asked for overviews. A file beside it is welcome, which is how GDAL writes them."""
+    named = dataset.get_tag_item("OVERVIEW_FILE", "OVERVIEWS")  # as GDAL itself looks for it, in letters of any case
+    if named is not None and not (
+        os.path.dirname(named) == os.path.dirname(dataset.name) and BESIDE.fullmatch(os.path.basename(named))
+    ):
+        dataset.close()
+        raise OSError(
+            f"{name}: its metadata names {named[:100]!r} as the file of its overviews, which is not opened. Write the image "
+            f"without it: gdal_translate -nomd."
+        )
 
 
 # What a file says about itself

@@ -49,6 +49,8 @@ PROJECTIONS = frozenset(("merc", "geos", "longlat", "eqc", "utm", "tmerc", "ster
 PIXEL_ERROR = 1e-6
 # Points along each side of bounds whose places in another coordinate system are looked at.
 NUM_POINTS = 513
+# Of coordinates, in whatever unit: GDAL takes whole turns off a place of EPSG:3857 one by one, for 1e30 without an end.
+MAX_PLACE = 1e10
 FORMS = (
     "A window is (top, left, bottom, right) in pixels, ((top, bottom), (left, right)), rasterio's Window, or (west, south, "
     "east, north, crs)."
@@ -310,6 +312,8 @@ def _window_of_bounds(dataset, crs, transform, bounds, bounds_crs, size, name):
         raise ValueError(f"{name}: it has no coordinate system that bounds could be given in. Pass pixels.")
     bounds_crs = parse_crs(bounds_crs, name)
     given = _told((*bounds, bounds_crs.to_string()))
+    if max(map(abs, bounds)) > MAX_PLACE:
+        raise ValueError(f"{name}: the bounds {given} reach beyond {MAX_PLACE:g}, where no coordinate system has a place.")
     west, south, east, north = bounds
     if bounds_crs.is_geographic:
         turn, quarter = (angle / bounds_crs.units_factor[1] for angle in (2 * math.pi, math.pi / 2))

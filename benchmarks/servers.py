@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 # Seconds for a server to load, and for an answer.
-START_SECONDS, ANSWER_SECONDS = 300, 120
+# vLLM imports itself in three processes, one after the other: 36 s of a core, minutes of a busy one.
+START_SECONDS, ANSWER_SECONDS = 600, 120
 
 
 class Answer(NamedTuple):

@@ -21,9 +21,9 @@ from .engine import Engine, Piece
 from .evidence import evidence_of
 from .limits import Limits
 from .metrics import Metrics
-from .refusals import Refusal
+from .refusals import LETTERS_PER_TOKEN, Refusal
 from .sources import SourceRules
-from .structure import schema_text
+from .structure import FormError, schema_text
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,8 @@ FAILED = Refusal("The server failed; its log says why.", 500)
 DEFAULT_TOKENS = 256
 # A request's bytes beside those of an image, in base64.
 TEXT_BYTES = 2**20
+# Of a letter in JSON: two escapes of six letters.
+LETTER_BYTES = 12
 # Of an answer in parts: proxies hand each part on as it comes, and keep none.
 STREAM_HEADERS = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 
@@ -59,13 +61,16 @@ class _Asked:
         answer = self.engine.answer(self.selection, self.sampling, self.request.stop_words)
         begins = not self.request.goes_on()  # the blank before a first word is none of an answer
         async with aclosing(answer) as pieces:
-            async for piece in pieces:
-                if begins:
-                    piece = piece._replace(text=piece.text.lstrip())
-                    begins = not piece.text
-                self.num_tokens, self.finish_reason = piece.num_tokens, piece.finish_reason
-                if piece.text or piece.tokens:
-                    yield piece
+            try:
+                async for piece in pieces:
+                    if begins:
+                        piece = piece._replace(text=piece.text.lstrip())
+                        begins = not piece.text
+                    self.num_tokens, self.finish_reason = piece.num_tokens, piece.finish_reason
+                    if piece.text or piece.tokens:
+                        yield piece
+            except FormError as error:  # some schemas are found too much on the way alone
+                raise no_form(error) from error
 
     async def evidence(self) -> dict:
         """{"evidence": ...} if it was asked for."""
@@ -138,8 +143,10 @@ class Service:
             try:
                 await engine.check_schema(schema)
             except (ValueError, ImportError) as error:
-                raise Refusal(str(error), param="response_format", code="invalid_request") from error
-        urls, prompt = request.image_urls(), await asyncio.to_thread(request.prompt, processor)
+                raise no_form(error) from error
+        urls = request.image_urls()
+        request.check_limit(len(urls))
+        prompt = await asyncio.to_thread(request.prompt, processor)
         try:
             # Of a prompt that is too long no image is read.
             num_tokens = len(await asyncio.to_thread(processor.tokenizer.encode, prompt))
@@ -165,7 +172,7 @@ class Service:
             max_new_tokens=wanted or max(1, min(DEFAULT_TOKENS, room)),
             temperature=request.temperature or 0.0,
             top_p=request.top_p or 1.0,
-            seed=request.seed,
+            seed=request.seed if request.seed is None else request.seed % 2**63,  # vLLM's -1 is none at all
             top_logprobs=top_logprobs,
             schema=schema,
         )
@@ -242,20 +249,28 @@ class Service:
         return {"id": f"chatcmpl-{uuid4().hex}", "object": kind, "created": int(time.time()), "model": self.name}
 
 
+def no_form(error: Exception) -> Refusal:
+    """What a schema that cannot be kept to raised, as a refusal."""
+    return Refusal(str(error), param="response_format", code="invalid_request")
+
+
 def sse(value) -> str:
     return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
 
 
 async def after(first: str, events: AsyncIterator[str], on_failure) -> AsyncIterator[str]:
-    """Events behind the first one; an error becomes the last of them, and is told by a call."""
+    """Events behind the first one; an error becomes the last of them, and its status is told by a call."""
     async with aclosing(events):
         yield first
         try:
             async for event in events:
                 yield event
+        except Refusal as refusal:
+            on_failure(refusal.status)
+            yield sse(refusal.body())
         except Exception:
             logger.exception("An answer failed on its way.")
-            on_failure()
+            on_failure(FAILED.status)
             yield sse(FAILED.body())
 
 
@@ -329,7 +344,7 @@ def make_app(
             first = await unless_gone(request, anext(events))
             if first is None:
                 return GONE
-            events = after(first, events, lambda: count(FAILED.status))
+            events = after(first, events, count)
             return _Stream(events, media_type="text/event-stream", headers=STREAM_HEADERS)
         answer = await unless_gone(request, service.whole(asked_for))
         return GONE if answer is None else JSONResponse(answer)
@@ -356,7 +371,8 @@ def make_app(
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
     # Around the application's own errors too, which `add_middleware` is not.
-    limited = Limits(app, service.sources.max_bytes * 4 // 3 + TEXT_BYTES, max_requests, on_refusal=count)
+    text_bytes = engine.window * LETTERS_PER_TOKEN * LETTER_BYTES + TEXT_BYTES
+    limited = Limits(app, max_bytes, max_requests, min(max_bytes, text_bytes), on_refusal=count)
     doors = Doors(limited, keys, hosts)
     if origins:
         doors = CORSMiddleware(

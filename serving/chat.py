@@ -4,12 +4,14 @@ What a client asks for and is not there is refused by its name, nothing is passe
 (`frequency_penalty` 0, `tools` []), as many clients always send, is taken.
 """
 
+from codecs import BOM_UTF8
 from typing import Annotated, Any, ClassVar, Literal
 from uuid import uuid4
 
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
+from ..planning.planner import FREE, parse_limit
 from .refusals import LETTERS_PER_TOKEN, Refusal, check_count, clip
 from .refusals import NAME_LETTERS as PLACE_LETTERS
 
@@ -35,11 +37,13 @@ NAMED = {
     "bands": ("band",),
     "value_range": ("range of values",),
     "window": ("window", "bounds"),
+    "nodata": ("nodata",),
     "page": ("page",),
 }
 
 
 Number = Annotated[float, Field(allow_inf_nan=False, ge=-MAX_NUMBER, le=MAX_NUMBER)]
+Value = Annotated[float, Field(allow_inf_nan=False)]  # as -3.4028235e38 of many rasters
 Whole = Annotated[int, Field(ge=-MAX_COUNT, le=MAX_COUNT)]
 Budget = Annotated[int, Field(ge=0, le=MAX_COUNT)]
 Count = Annotated[int, Field(ge=1, le=MAX_COUNT)]
@@ -124,6 +128,8 @@ class Message(_Strict):
 
 
 class StreamOptions(_Strict):
+    nothing = {"include_obfuscation": (False,)}
+
     include_usage: bool = False
 
 
@@ -183,7 +189,7 @@ class ChatRequest(_Strict):
     max_completion_tokens: Count | None = None
     temperature: Annotated[Number, Field(ge=0, le=2)] | None = None
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
-    seed: Annotated[int, Field(ge=0, lt=2**63)] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
     stop: Name | Annotated[list[Name], Field(max_length=4)] | None = None
     n: Literal[1] | None = None
     stream: bool | None = None
@@ -203,6 +209,7 @@ class ChatRequest(_Strict):
         Literal["dtype", "percentile"] | Pair | Annotated[list[Pair], Field(max_length=3, fail_fast=True)] | None
     ) = None
     window: Annotated[list[Whole | Number | System], Field(min_length=4, max_length=5, fail_fast=True)] | None = None
+    nodata: Value | Annotated[list[Value], Field(min_length=2, max_length=2, fail_fast=True)] | None = None
     page: Count | None = None
     evidence: bool = False
 
@@ -223,7 +230,7 @@ class ChatRequest(_Strict):
 
     @property
     def reader_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("bands", "value_range", "window", "page", "max_tiles", "native")}
+        return {name: getattr(self, name) for name in ("bands", "value_range", "window", "nodata", "page", "max_tiles", "native")}
 
     def refusal(self, error: Exception) -> Refusal:
         """What reading and compressing raised, as a refusal that names the field that is meant: the one that the error names."""
@@ -235,9 +242,21 @@ class ChatRequest(_Strict):
         named += [
             name
             for name, words in NAMED.items()
-            if getattr(self, name) is not None and any(word in text for word in words)
+            if getattr(self, name) is not None and any(word in text.lower() for word in words)
         ]
         return Refusal(text, param=(named or ["messages"])[0], code="invalid_request")
+
+    def check_limit(self, num_images: int):
+        """Raises `Refusal` for budgets that are a limit and cannot be kept to, before an image is read."""
+        if not isinstance(self.budgets, str):
+            return
+        try:
+            if self.budgets.strip().lower() != FREE:
+                parse_limit(self.budgets)
+            if num_images > 1:
+                raise ValueError(f"`budgets={self.budgets!r}` is the limit of one image. Got {num_images} images.")
+        except ValueError as error:
+            raise Refusal(str(error), param="budgets", code="invalid_request") from error
 
     def image_urls(self) -> list[str]:
         """In the order of the text.
@@ -344,7 +363,7 @@ def read_request(body: bytes, window: int) -> ChatRequest:
     """
     check_values(body, window)
     try:
-        data = from_json(body)
+        data = from_json(body.removeprefix(BOM_UTF8))
     except ValueError as error:
         raise Refusal(f"The request is no JSON: {error}.", code="invalid_json") from None
     try:

@@ -19,11 +19,20 @@ class Limits:
         app: ASGI application.
         max_bytes: of a request's body.
         max_requests: that are worked on at a time.
+        max_text_bytes: of a body without an image of its own: what has none by then is not waited for.
         on_refusal: called with the status of a request that is refused here, 499 of one that the client left.
     """
 
-    def __init__(self, app, max_bytes: int, max_requests: int, on_refusal=lambda status: None):
+    def __init__(
+        self,
+        app,
+        max_bytes: int,
+        max_requests: int,
+        max_text_bytes: int | None = None,
+        on_refusal=lambda status: None,
+    ):
         self.app, self.max_bytes, self.max_requests, self.on_refusal = app, max_bytes, max_requests, on_refusal
+        self.max_text_bytes = max_bytes if max_text_bytes is None else max_text_bytes
         self.active = self.held_bytes = 0
 
     async def __call__(self, scope, receive, send):
@@ -54,7 +63,11 @@ class Limits:
 
     async def read(self, scope, receive, body: bytearray) -> bool:
         """Appends what arrives to `body`; whether all of it did, and the client did not go."""
-        stated = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        encoding = headers.get(b"content-encoding", b"identity").decode("latin-1")
+        if encoding.lower() not in ("", "identity"):
+            raise Refusal(f"A request is sent as it is, without {encoding[:50]!r} (Content-Encoding).", status=415)
+        stated = headers.get(b"content-length", b"0")
         if stated.isdigit():
             self.check_size(int(stated))
         try:
@@ -67,8 +80,11 @@ class Limits:
                     self.check_size(len(body) + len(part))
                     if self.held_bytes + len(part) > HELD_REQUESTS * self.max_bytes:
                         raise busy("The server holds as many bytes of requests as it may.")
+                    was_text = len(body) <= self.max_text_bytes
                     body += part
                     self.held_bytes += len(part)
+                    if was_text and len(body) > self.max_text_bytes:
+                        self.check_image(body)
                     if not message.get("more_body", False):
                         return True
         except TimeoutError:
@@ -80,6 +96,15 @@ class Limits:
         if num_bytes > self.max_bytes:
             raise Refusal(
                 f"The request has {num_bytes} bytes or more, over the limit of {self.max_bytes} bytes.",
+                status=413,
+                code="request_too_large",
+            )
+
+    def check_image(self, body):
+        if not any(word in body for word in (b"data:", b"DATA:")):
+            raise Refusal(
+                f"The request has {len(body)} bytes or more without an image of its own (data: URL), over the limit of "
+                f"{self.max_text_bytes} bytes for text.",
                 status=413,
                 code="request_too_large",
             )

@@ -16,6 +16,10 @@ from ..common.extras import require
 SCHEMA_LETTERS = 50_000
 
 
+class FormError(ValueError):
+    """No answer keeps to a schema, or none goes on from what was said of it."""
+
+
 class Forms:
     """Makes the forms of answers. Safe to share among threads.
 
@@ -39,11 +43,11 @@ class Forms:
         """The form of an answer that keeps to a schema, JSON.
 
         Raises:
-            ValueError: it is none, or llguidance does not know how to keep to it.
+            FormError: it is none, or llguidance does not know how to keep to it.
             ImportError: llguidance is missing; says what to install.
         """
         if len(schema) > SCHEMA_LETTERS:
-            raise ValueError(f"The schema has {len(schema)} letters, more than the {SCHEMA_LETTERS} of one.")
+            raise FormError(f"The schema has {len(schema)} letters, more than the {SCHEMA_LETTERS} of one.")
         require("structured", "llguidance")
         return Form(self.tokens, schema)
 
@@ -61,10 +65,11 @@ class Form:
 
     def _check(self):
         if self._matcher.is_error():
-            raise ValueError(f"No answer of this schema can be made: {self._matcher.get_error().splitlines()[0]}.")
+            why = (self._matcher.get_error() or "it says nothing more").splitlines()[0]
+            raise FormError(f"No answer of this schema can be made: {why}.")
 
     def allowed(self) -> torch.Tensor:
-        """bool[V], tokens that may come next."""
+        """bool[V], tokens that may come next. Raises `FormError` where there is none, or they are too much to tell."""
         bits = np.unpackbits(np.frombuffer(self._matcher.compute_bitmask(), np.uint8), bitorder="little")
         self._check()
         return torch.from_numpy(bits[: self._size].astype(bool))

@@ -1,5 +1,6 @@
 """Rasters of every layout through `read_image`: the pixels that were written, or an error that names the file."""
 
+import io
 import itertools
 import re
 import threading
@@ -13,6 +14,7 @@ import rasterio.rpc
 import shapely
 from images import raises, random_image
 from PIL import Image
+from PIL.TiffImagePlugin import ImageFileDirectory_v2
 from rasterio.shutil import copy
 from rasterio.warp import transform_bounds
 from rasters import random_bands, rasterio, rgb_of, write_raster
@@ -666,9 +668,34 @@ def test_a_window_that_is_not_inside_the_image_is_refused(placed, tmp_path, band
         ValueError, match="lie outside the image, whose own are .500000.0, 4000000.0, 500700.0, 4000450.0."
     ):
         read(placed, window=(0, 0, 1, 1, "EPSG:32654"))
+    for bounds in ((0, 0, 1e30, 1e30, "EPSG:3857"), (-1e30, 0, 1, 1, "EPSG:4326")):  # PROJ would never be done with them
+        with pytest.raises(ValueError, match="reach beyond 1e.10, where no coordinate system has a place"):
+            read(placed, window=bounds)
     path = write_raster(tmp_path / "plain.tif", bands)
     with raises(ValueError, f"{path}: it has no coordinate system that bounds could be given in. Pass pixels."):
         read(path, window=(0, 0, 1, 1, "EPSG:4326"))
+
+
+def overviews_named(name, key="OVERVIEW_FILE"):
+    """Bytes of a TIFF whose metadata says in which file its overviews are."""
+    tags = ImageFileDirectory_v2()
+    tags.tagtype[42112] = 2
+    tags[42112] = f'<GDALMetadata><Item name="{key}" domain="OVERVIEWS">{name}</Item></GDALMetadata>'
+    file = io.BytesIO()
+    Image.new("L", (60, 40)).save(file, "TIFF", tiffinfo=tags)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("key", ["OVERVIEW_FILE", "overview_file", "OVERVIEW&#95;FILE"])
+def test_a_file_that_a_raster_names_as_that_of_its_overviews_is_not_opened(tmp_path, key):
+    other = write_raster(tmp_path / "secret.tif", np.zeros((1, 20, 30), np.uint8))
+    names = [str(other), f"/vsicurl/http://127.0.0.1:9/{key}.tif", ":::BASE:::../secret.tif", "&lt;VRTDataset/&gt;"]
+    for name in names:
+        path = tmp_path / "named.tif"
+        path.write_bytes(overviews_named(name, key))
+        for source in (path.read_bytes(), path if name != str(other) else path.read_bytes()):
+            with pytest.raises(OSError, match="as the file of its overviews, which is not opened"):
+                read(source)
 
 
 WKT_GRIDS = (

@@ -57,6 +57,15 @@ def test_a_request_in_parts_reaches_the_application_whole():
     assert client.status == 200 and client.sent[1]["body"] == b"1234567890"
 
 
+def test_what_is_longer_than_any_text_and_no_image_is_not_waited_for():
+    settings = {"max_bytes": 100, "max_text_bytes": 20}
+    assert call(guard(**settings), Client(b'"data:', b"1" * 40, b"2" * 40)).status == 200
+    client = call(guard(**settings), Client(b"1" * 15, b"2" * 15, b"data:" * 5, waits=True))
+    assert client.status == 413 and "30 bytes or more without an image" in client.reason
+    compressed = call(guard(), Client(b"1"), headers=[(b"content-encoding", b"gzip")])
+    assert compressed.status == 415 and "'gzip'" in compressed.reason
+
+
 @pytest.mark.parametrize("headers, parts", [([(b"content-length", b"11")], []), ([], [b"12345678", b"9012"])])
 def test_a_request_that_is_too_large_is_refused_before_it_is_read_to_its_end(headers, parts):
     client = call(guard(), Client(*parts, waits=True), headers=headers)

@@ -1,6 +1,7 @@
 """The server as OpenAI's client meets it, and what strangers may do to it."""
 
 import base64
+import gzip
 import io
 import json
 import re
@@ -260,6 +261,11 @@ WRONG = {
                                              "invalid_request"),
     "a band that is not there": ({"bands": [9]}, "bands", "invalid_request"),
     "a window elsewhere": ({"window": [0, 0, 900, 900]}, "window", "invalid_request"),
+    "bounds upside down": ({"window": [0, 9, 9, 0, "EPSG:4326"]}, "window", "invalid_request"),
+    "a limit of two images": ({"messages": messages(picture(1), picture(2)), "budgets": "5s"}, "budgets", "invalid_request"),
+    "a limit of no image": ({"messages": messages(), "budgets": "0s"}, "budgets", "invalid_request"),
+    "nodata that is a word": ({"nodata": "nan"}, "nodata", None),
+    "nodata without an end": ({"nodata": [0, -1]}, "nodata", "invalid_request"),
     "a range from high to low": ({"value_range": [9, 1]}, "value_range", "invalid_request"),
     "text and image": ({"messages": messages(picture(), question="ship " * 4060)}, "messages", "context_length_exceeded"),
     "an answer too long": ({"max_tokens": 4090}, "max_tokens", "context_length_exceeded"),
@@ -380,6 +386,19 @@ BAD_FORMS = {
     "another address": form({"$ref": "http://127.0.0.1:9/schema"}),
     "too much": form({"enum": ["x" * 1000 + str(idx) for idx in range(60)]}),
 }
+
+
+def test_a_form_that_turns_out_too_much_on_the_way_is_one_named_error(client, address):
+    pytest.importorskip("llguidance")
+    fields = {f"p{idx}": {"type": "integer"} for idx in range(1500)}
+    options = {"response_format": form({"type": "object", "properties": fields}), "max_tokens": 8}
+    with ThreadPoolExecutor(2) as users:
+        beside = users.submit(ask, client, max_tokens=30)
+        with pytest.raises(openai.BadRequestError, match="No answer of this schema can be made") as refused:
+            ask(client, **options)
+    assert refused.value.param == "response_format" and beside.result().choices[0].finish_reason == "length"
+    with pytest.raises(openai.APIError, match="No answer of this schema can be made"):
+        list(ask(client, stream=True, **options))
 
 
 @pytest.mark.parametrize("case", BAD_FORMS)
@@ -548,6 +567,22 @@ ENDLESS = b'{"model": "endless", "messages": [{"role": "user", "content": "a"}],
 def test_what_is_no_request_is_refused(address, body):
     response = httpx.post(f"{address}/v1/chat/completions", content=body)
     assert response.status_code == 400 and response.json()["error"]["message"]
+
+
+def test_a_mark_before_a_request_is_none_of_it_and_a_compressed_request_is_named(address):
+    body = json.dumps({"model": "endless", "messages": messages(), "max_tokens": 1}).encode()
+    url = f"{address}/v1/chat/completions"
+    assert httpx.post(url, content=b"\xef\xbb\xbf" + body).status_code == 200
+    refused = httpx.post(url, content=gzip.compress(body), headers={"Content-Encoding": "gzip"})
+    assert refused.status_code == 415 and "'gzip'" in refused.json()["error"]["message"]
+
+
+def test_nodata_is_no_part_of_an_image_and_any_seed_is_taken(client):
+    def spent(**fields):
+        answer = ask(client, png(picture()), seed=-(2**63), extra_body={"evidence": True, **fields})
+        return len(answer.evidence[0]["tokens"])
+
+    assert spent(nodata=-3.4e38) == spent() == spent(nodata=[300, 1])
 
 
 GIANT = 10**6
