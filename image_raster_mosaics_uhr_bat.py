@@ -12,17 +12,32 @@ part of it. Sizes are (height, width).
 import os
 from collections.abc import Sequence
 from typing import Any
+from urllib.parse import urlparse
+from urllib.request import url2pathname
 from xml.sax.saxutils import escape
 
 import numpy as np
 
-from .image_raster_files_uhr_bat import import_rasterio, open_dataset
+from .image_raster_files_uhr_bat import GDAL_NAME, import_rasterio, open_dataset
 
 # Names of GDAL's types.
 TYPES = {
     "uint8": "Byte", "int8": "Int8", "uint16": "UInt16", "int16": "Int16", "uint32": "UInt32", "int32": "Int32",
     "float32": "Float32", "float64": "Float64",
 }  # fmt: skip
+# Parts of a pixel that a file may lie beside the grid of the first, or become so to its far edge: what corners are rounded by.
+BESIDE_GRID = 0.05
+
+
+def _name_of(path) -> str:
+    """What GDAL calls a file of a list, wherever the mosaic is read from."""
+    text = os.fspath(path)
+    if text.startswith(("http://", "https://")):
+        raise ValueError(
+            f"{text}: what a server sends is not read as a part of a mosaic unless it is said so: pass '/vsicurl/{text}'."
+        )
+    text = url2pathname(urlparse(text).path) if text.startswith("file://") else text
+    return text if not os.path.exists(text) and GDAL_NAME.match(text) else os.path.abspath(text)
 
 
 def _facts(path):
@@ -35,10 +50,11 @@ def _facts(path):
         if dataset.count < 1 or "palette" in colours or not set(dataset.dtypes) <= set(TYPES):
             raise ValueError(f"{path}: a mosaic is made of bands of numbers, and these are {colours} of {dataset.dtypes}.")
         return {
-            "path": path, "height": dataset.height, "width": dataset.width, "place": step, "nodata": dataset.nodata,
+            # rasterio's own addresses (zip://, s3://) mean nothing to GDAL, which has names for them.
+            "path": dataset.files[0] if "://" in path and dataset.files else path, "height": dataset.height, "width": dataset.width, "place": step, "nodata": dataset.nodata,
             "overviews": dataset.overviews(1), "block": dataset.block_shapes[0],
             "coordinate system": dataset.crs, "types of bands": dataset.dtypes, "colours of bands": tuple(colours),
-            "pixel's size": (round(step.a, 9), round(-step.e, 9)), "scales": dataset.scales, "offsets": dataset.offsets,
+            "scales": dataset.scales, "offsets": dataset.offsets,
         }  # fmt: skip
 
 
@@ -50,41 +66,67 @@ def mosaic_vrt(paths: Sequence[str]) -> str:
         OSError: a file cannot be opened.
         ValueError: files that are no mosaic; names both, and what they differ in.
     """
-    files = [_facts(os.path.abspath(path)) for path in paths]
+    files = [_facts(_name_of(path)) for path in paths]
     first = files[0]
-    for other in files[1:]:
-        for fact in ("coordinate system", "pixel's size", "types of bands", "colours of bands", "scales", "offsets"):
-            if other[fact] != first[fact]:
+    step_x, step_y = first["place"].a, -first["place"].e
+    places = []
+    for other in files:
+        steps = other["place"].a, -other["place"].e
+        facts = [(fact, first[fact], other[fact]) for fact in ("coordinate system", "types of bands", "colours of bands")]
+        facts += [(fact, first[fact], other[fact]) for fact in ("scales", "offsets")]
+        grown = max(
+            abs(one / step - 1) * other[length] for one, step, length in zip(steps, (step_x, step_y), ("width", "height"))
+        )
+        if grown > BESIDE_GRID:
+            facts.append(("pixel's size", (step_x, step_y), steps))
+        place = (other["place"].c - first["place"].c) / step_x, (first["place"].f - other["place"].f) / step_y
+        places.append(tuple(map(round, place)))
+        if max(abs(edge - whole) for edge, whole in zip(place, places[-1])) > BESIDE_GRID:
+            facts.append(("upper left corners", (first["place"].c, first["place"].f), (other["place"].c, other["place"].f)))
+        for fact, ours, theirs in facts:
+            if ours != theirs:
+                more = ", no whole number of pixels apart" if fact.startswith("upper") else ""
                 raise ValueError(
-                    f"{first['path']} and {other['path']} are no mosaic: their {fact} are {first[fact]} and {other[fact]}. "
+                    f"{first['path']} and {other['path']} are no mosaic: their {fact} are {ours} and {theirs}{more}. "
                     f"Warp them to one grid first."
                 )
-    left, top = min(file["place"].c for file in files), max(file["place"].f for file in files)
-    step_x, step_y = first["place"].a, -first["place"].e
-    places = [((file["place"].c - left) / step_x, (top - file["place"].f) / step_y) for file in files]
-    width = round(max(column + file["width"] for (column, _), file in zip(places, files)))
-    height = round(max(row + file["height"] for (_, row), file in zip(places, files)))
+    stated = {repr(file["nodata"]): file["path"] for file in files if file["nodata"] is not None}
+    if len(stated) > 1:
+        raise ValueError(
+            f"{' and '.join(list(stated.values())[:2])} are no mosaic: their nodata are {' and '.join(list(stated)[:2])}. Write "
+            f"them with one value."
+        )
+    first_column, first_row = min(column for column, _ in places), min(row for _, row in places)
+    left, top = first["place"].c + first_column * step_x, first["place"].f - first_row * step_y
+    places = [(column - first_column, row - first_row) for column, row in places]
+    width = max(column + file["width"] for (column, _), file in zip(places, files))
+    height = max(row + file["height"] for (_, row), file in zip(places, files))
+    nodata = next((file["nodata"] for file in files if file["nodata"] is not None), None)
 
-    def sources(band):
+    def sources(band, masks=False):
         for (column, row), file in zip(places, files):
             size = f'xSize="{file["width"]}" ySize="{file["height"]}"'
-            # A later file hides an earlier one only where it has pixels.
-            nodata = 0 if str(band).startswith("mask") else file["nodata"]
-            yield (
-                f"<ComplexSource><SourceFilename>{escape(file['path'])}</SourceFilename><SourceBand>{band}</SourceBand>"
-                f'<SrcRect xOff="0" yOff="0" {size}/><DstRect xOff="{column:.9g}" yOff="{row:.9g}" {size}/>'
-                + ("" if nodata is None else f"<NODATA>{nodata}</NODATA>")
-                + "</ComplexSource>"
-            )
+            # A later file hides an earlier one only where it has pixels: of a mask where any band has.
+            hidden = 0 if masks else file["nodata"]
+            bands = range(1, len(file["types of bands"]) + 1) if masks and file["nodata"] is not None else [band]
+            for number in bands:
+                yield (
+                    f"<ComplexSource><SourceFilename>{escape(file['path'])}</SourceFilename>"
+                    f"<SourceBand>{'mask,' if masks else ''}{number}</SourceBand>"
+                    f'<SrcRect xOff="0" yOff="0" {size}/><DstRect xOff="{column}" yOff="{row}" {size}/>'
+                    + ("" if hidden is None else f"<NODATA>{hidden}</NODATA>")
+                    + "</ComplexSource>"
+                )
 
     blocks = f'blockXSize="{first["block"][1]}" blockYSize="{first["block"][0]}"'
     bands = "".join(
         f'<VRTRasterBand dataType="{TYPES[dtype]}" band="{number}" {blocks}><ColorInterp>{colour.capitalize()}</ColorInterp>'
+        f"{'' if nodata is None else f'<NoDataValue>{nodata}</NoDataValue>'}"
         f"<Offset>{first['offsets'][number - 1]}</Offset><Scale>{first['scales'][number - 1]}</Scale>"
         f"{''.join(sources(number))}</VRTRasterBand>"
         for number, (dtype, colour) in enumerate(zip(first["types of bands"], first["colours of bands"]), 1)
     )
-    mask = f'<MaskBand><VRTRasterBand dataType="Byte" {blocks}>{"".join(sources("mask,1"))}</VRTRasterBand></MaskBand>'
+    mask = f'<MaskBand><VRTRasterBand dataType="Byte" {blocks}>{"".join(sources(1, masks=True))}</VRTRasterBand></MaskBand>'
     shared = sorted(set.intersection(*(set(file["overviews"]) for file in files)))
     overviews = f'<OverviewList resampling="average">{" ".join(map(str, shared))}</OverviewList>' if shared else ""
     return (

@@ -102,8 +102,8 @@ def parse_crs(crs: Any, name: str):
     try:
         if hasattr(crs, "to_wkt"):
             return CRS.from_user_input(crs)
-        if isinstance(crs, int) and not isinstance(crs, bool):
-            return CRS.from_epsg(crs)
+        if isinstance(crs, (int, np.integer)) and not isinstance(crs, bool):
+            return CRS.from_epsg(int(crs))
         if isinstance(crs, str):
             text = crs.strip()
             if code := CODE.fullmatch(text):
@@ -173,6 +173,8 @@ def _period(crs) -> float | None:
     try:
         x, y = transform("EPSG:4326", crs, [float(degree) for degree in range(-180, 180)], [0.0] * 360)
     except Exception:  # of another planet, of a building site
+        return None
+    if not np.isfinite(x).all():
         return None
     steps = np.diff(x)
     step = np.median(steps)
@@ -370,13 +372,14 @@ def of_gcps(dataset, name: str) -> tuple:
 # Areas
 
 
-def read_area(area: Any, crs, transform, name: str) -> list:
+def read_area(area: Any, crs, transform, size: tuple[int, int], name: str) -> list:
     """Polygons in pixels of the image, (column, row).
 
     Args:
         area: the path of a GeoJSON or a GeoPackage or another file of polygons; a GeoJSON as a dictionary, or an object
             with `__geo_interface__`, in longitude and latitude unless it says otherwise.
         crs, transform: of the image.
+        size: (height, width) of the image.
 
     Raises:
         ImportError: geopandas is not installed.
@@ -387,7 +390,7 @@ def read_area(area: Any, crs, transform, name: str) -> list:
         raise ValueError(f"{name}: it has no coordinate system that an area could be given in. Pass a window in pixels.")
     try:
         import geopandas
-        import shapely
+        import shapely.affinity
     except ImportError as error:
         raise ImportError('Reading an area needs geopandas: pip install "uhr-bat[geo]"') from error
 
@@ -402,14 +405,16 @@ def read_area(area: Any, crs, transform, name: str) -> list:
     else:
         shape = getattr(area, "__geo_interface__", area)
         features = shape.get("features") if isinstance(shape, dict) else None
-        shapes = [part["geometry"] for part in features] if features is not None else [shape]
+        shapes = features if features is not None else [shape]
         try:
-            shapes = [shapely.geometry.shape(part.get("geometry", part)) for part in shapes]
+            shapes = [part["geometry"] if "geometry" in part else part for part in shapes]
+            shapes = [shapely.geometry.shape(part) for part in shapes if part is not None]
         except Exception as error:
             raise ValueError(f"{name}: {shown!r} is no area: pass a file, a GeoJSON or a polygon.") from error
-        found = geopandas.GeoDataFrame(geometry=shapes, crs=getattr(area, "crs", None) or "EPSG:4326")
-    shapes = found[found.geometry.notna()]
-    shapes = shapes[shapes.geom_type.isin(("Polygon", "MultiPolygon")) & ~shapes.is_empty]
+        stated = getattr(area, "crs", None) or _stated_crs(shape, name) or "EPSG:4326"
+        found = geopandas.GeoDataFrame(geometry=shapes, crs=stated)
+    shapes = found[found.geometry.notna()].explode(ignore_index=True)
+    shapes = shapes[(shapes.geom_type == "Polygon") & ~shapes.is_empty]
     if not len(shapes):
         raise ValueError(f"{shown}: the area has no polygon.")
     if shapes.crs is None:
@@ -417,9 +422,49 @@ def read_area(area: Any, crs, transform, name: str) -> list:
     # Straight lines of one system are none of the other.
     bounds = shapes.total_bounds
     longest = max(bounds[2] - bounds[0], bounds[3] - bounds[1]) / NUM_POINTS
-    shapes = shapes.geometry.segmentize(longest).to_crs(crs.to_wkt())
-    a, b, c, d, e, f = tuple(~transform)[:6]
-    return list(shapes.affine_transform([a, b, d, e, c, f]))
+    try:
+        moved = shapes.geometry.segmentize(longest).to_crs(crs.to_wkt())
+        if period := _period(crs):
+            (height, width), corners = size, np.array([(0, 0), (1, 0), (0, 1), (1, 1)])
+            moved = _around(moved, period, apply(transform, width * corners[:, 0], height * corners[:, 1]))
+        a, b, c, d, e, f = tuple(~transform)[:6]
+        return list(moved.affine_transform([a, b, d, e, c, f]))
+    except Exception as error:  # places that the image's system does not have
+        raise ValueError(f"{name}: the area {shown} has no place in the image's coordinate system ({error}).") from error
+
+
+def _stated_crs(shape, name):
+    """That of a GeoJSON's member `crs`, which its older form has; None without."""
+    member = shape.get("crs") if isinstance(shape, dict) else None
+    if member is None:
+        return None
+    stated = str((member.get("properties") or {}).get("name")) if isinstance(member, dict) else str(member)
+    urn = re.fullmatch(r"urn:ogc:def:crs:(\w+):[\w.]*:(\w+)", stated)
+    return parse_crs(f"{urn[1]}:{urn[2]}" if urn else stated, name).to_wkt()
+
+
+def _around(shapes, period, corners):
+    """Polygons whose x comes again after a period: in one piece, and wherever they meet an image with these corners (x, y)."""
+    import geopandas
+    import shapely.affinity
+
+    whole = []
+    for shape in shapes:
+        rings = [np.array(ring.coords) for ring in (shape.exterior, *shape.interiors)]
+        for ring in rings:
+            ring[:, 0] = np.unwrap(ring[:, 0], period=period)
+        for ring in rings[1:]:  # holes lie within
+            ring[:, 0] += period * np.round((rings[0][:, 0].mean() - ring[:, 0].mean()) / period)
+        whole.append(shapely.Polygon(rings[0], rings[1:]))
+    (left, right), found = (corners[0].min(), corners[0].max()), []
+    for shape in whole:
+        first, _, last, _ = shape.bounds
+        if not math.isfinite(first + last):
+            found.append(shape)
+            continue
+        turns = range(math.ceil((left - last) / period), math.floor((right - first) / period) + 1)
+        found += [shapely.affinity.translate(shape, turn * period) for turn in turns] or [shape]
+    return geopandas.GeoSeries(found)
 
 
 def area_window(shapes: list, name: str) -> tuple[int, int, int, int]:

@@ -218,7 +218,7 @@ class RasterImage(ImageSource):
         self._area = None
         if area is not None:
             check_no_rpcs(dataset, self.filename)
-            self._area = read_area(area, crs, transform, self.filename)
+            self._area = read_area(area, crs, transform, size, self.filename)
             inside = area_window(self._area, self.filename)
             self._part = tuple(
                 choose(one, other) for choose, one, other in zip((max, max, min, min), self._part, inside)

@@ -290,7 +290,8 @@ def _fetch(url, name, headers=None) -> tuple[int, bytes]:
 
 
 def _is_raster_file(entry) -> bool:
-    if not entry.is_file() or entry.name.startswith("."):
+    """Of a folder: none of the overviews and masks, TIFFs too, that GDAL keeps beside a file."""
+    if not entry.is_file() or entry.name.startswith(".") or entry.name.lower().endswith((".ovr", ".msk")):
         return False
     with open(entry.path, "rb") as file:
         return is_raster(file.read(16))

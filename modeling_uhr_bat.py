@@ -469,6 +469,8 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
         }
         if compress_only:
             rules = kwargs.pop("rules", None)
+            if kwargs:
+                raise TypeError(f"`compress` has no argument {min(kwargs)!r}.")
             return self.model.compress(input_ids, attention_mask, inputs_embeds, answer_mask, rules, **images)
         if kwargs.keys() & set(RELEASED_ARGUMENTS):
             input_ids, kwargs = translate_released_call(self.config, input_ids, kwargs)

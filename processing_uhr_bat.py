@@ -13,6 +13,7 @@ Letters: B prompts, I images, S scales, T tiles and N patches of all scales, M t
 
 import re
 from dataclasses import fields, is_dataclass
+from difflib import get_close_matches
 
 import numpy as np
 from tokenizers import normalizers
@@ -32,6 +33,9 @@ MARK = "\ufdd0"
 
 # What says where on the Hub a file lies.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "token", "revision", "subfolder")
+
+# What the library passes of its own to any processor.
+LIBRARY_OPTIONS = ("videos", "audio", "common_kwargs", "load_audio_from_video")
 
 
 class UHRBatImagesKwargs(UHRBatImageProcessorKwargs, total=False):
@@ -124,9 +128,10 @@ class UHRBatProcessor(ProcessorMixin):
             images_per_prompt: long[B].
 
         Raises:
-            TypeError: text that is no text.
+            TypeError: text that is no text, or an argument that there is not.
             ValueError: counts of images and placeholders that differ; wrong budgets; a prompt over the context window.
         """
+        self._check_names(kwargs)
         prompts = [text] if isinstance(text, str) else text
         if prompts is not None and not (
             isinstance(prompts, (list, tuple)) and all(isinstance(prompt, str) for prompt in prompts)
@@ -154,6 +159,17 @@ class UHRBatProcessor(ProcessorMixin):
                 f"{self.tokenizer.model_max_length}. Shorten the text or lower the budgets: nothing is cut silently."
             )
         return inputs
+
+    def _check_names(self, kwargs):
+        """Raises `TypeError` for an argument that there is not, which the library would warn of and leave out."""
+        kinds = self.valid_processor_kwargs.__annotations__
+        known = {*LIBRARY_OPTIONS, *kinds}
+        known.update(name for kind in kinds.values() for name in getattr(kind, "__annotations__", ()))
+        if unknown := sorted(kwargs.keys() - known):
+            near = get_close_matches(unknown[0], sorted(known), n=1)
+            raise TypeError(
+                f"{type(self).__name__} has no argument {unknown[0]!r}" + (f": did you mean {near[0]!r}?" if near else ".")
+            )
 
     def adds_special_tokens(self, text: str) -> bool:
         """Whether the tokenizer puts its first token before a prompt: not where the chat template wrote it."""

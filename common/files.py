@@ -1,5 +1,6 @@
 """Files and folders that are written whole or not at all."""
 
+import fcntl
 import json
 import os
 import shutil
@@ -45,6 +46,46 @@ def whole_outputs(paths: Iterable[Path]):
     with ExitStack() as stack:
         folders = {folder: stack.enter_context(whole_files(folder)) for folder in {path.parent for path in paths}}
         yield {path: folders[path.parent] / path.name for path in paths}
+
+
+# What SQLite keeps beside a database that a program has open, or writes to.
+JOURNALS = ("-wal", "-journal")
+
+
+def journals(path: Path) -> list[Path]:
+    """Those of a database that are there."""
+    return [one for ending in JOURNALS if (one := Path(f"{path}{ending}")).exists()]
+
+
+@contextmanager
+def edited_alone(path: Path | None):
+    """For a `with` block around a file's changed copy and its replacement by it: no other run of ours edits a file of that
+    folder meanwhile, and later ones wait. None says nothing.
+
+    Yields:
+        A function to call before the file is replaced, which raises `OSError` where another program has changed it.
+    """
+    if path is None:
+        yield lambda: None
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        before = _state_of(path)
+
+        def check():
+            if _state_of(path) != before:
+                raise OSError(f"{path}: another program has changed it since it was read. Nothing is written: ask again.")
+
+        yield check
+    finally:
+        os.close(folder)
+
+
+def _state_of(path):
+    stats = [one.stat() for one in (path, *journals(path)) if one.exists()]
+    return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 
 @contextmanager

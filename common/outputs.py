@@ -155,6 +155,10 @@ def files_read(source: Any) -> Iterator[Path]:
         folder, is_store = Path(text), any(os.path.exists(os.path.join(text, name)) for name in STORES)
         patterns = ("**/*",) if is_store else MODEL_FILES
         yield from (path for pattern in patterns for path in folder.glob(pattern) if path.is_file())
+        for path in () if is_store else folder.iterdir():  # a mosaic
+            if path.is_file() and _starts_as_raster(path):
+                yield from _image_files(str(path), set())
+        yield from map(Path, _gdal_files(text))
         return
     yield Path(text)  # it may be yet to come
     yield from _image_files(text, set())
@@ -200,6 +204,16 @@ def _gdal_files(name) -> list[str]:
                 return list(raster.files)
     except Exception:  # whatever reads it says what is wrong with it
         return []
+
+
+def _starts_as_raster(path) -> bool:
+    from ..image_raster_files_uhr_bat import is_raster
+
+    try:
+        with open(path, "rb") as file:
+            return is_raster(file.read(16))
+    except OSError:
+        return False
 
 
 def _is_vrt(path) -> bool:

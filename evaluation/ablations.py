@@ -371,7 +371,7 @@ def main(arguments=None) -> int:
     stay_offline(args.data)
     require("evaluate", "matplotlib", "datasets")
     check_files(None, args.model)
-    check_outputs((args.data, args.model), Output("--output", args.output, names=report_files(args.name)))
+    check_outputs((args.data, args.model, args.area), Output("--output", args.output, names=report_files(args.name)))
     result = measure(args)
     text = report(result)
     write_report(args.output, args.name, result, text, partial(plot, result))

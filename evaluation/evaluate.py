@@ -137,7 +137,7 @@ def main(arguments=None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     suite = SUITES[args.suite]
     args.output = args.output or Path("runs", suite.name)
-    check_outputs((args.data, args.model, args.predictions), Output("--output", args.output, names=FILES))
+    check_outputs((args.data, args.model, args.predictions, args.area), Output("--output", args.output, names=FILES))
     if args.predictions and (args.output / SETTINGS).exists():
         raise ValueError(f"{args.output} holds a run, whose figures --predictions would replace. Give another --output.")
     require("evaluate", "datasets")

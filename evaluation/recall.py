@@ -243,7 +243,7 @@ def main(arguments=None) -> int:
     stay_offline(args.data)
     require("evaluate", "matplotlib", "datasets")
     check_files(None, args.model)
-    check_outputs((args.data, args.model), Output("--output", args.output, names=report_files("recall")))
+    check_outputs((args.data, args.model, args.area), Output("--output", args.output, names=report_files("recall")))
     result = measure(args)
     text = report(result)
     write_report(args.output, "recall", result, text, partial(plot, result["rows"]))

@@ -18,7 +18,7 @@ from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import budgets
 from ..common.commands import tells_errors
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
-from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
+from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model, load_processor
 from ..scenes import painting
 
 QUESTION = "What colour is the plane at the runway?"
@@ -53,22 +53,23 @@ def token_bar(total):
 def ask(image_path, question, model_path, budgets, max_new_tokens, options, tiles):
     """Run every stage by itself and print the answer and what it cost."""
     seconds = {}
+    with timed(seconds, "open"):  # a raster is decoded while it is resized
+        image_processor = load_processor(model_path).image_processor
+        image = image_processor.open_image(image_path, **options)
+    print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
+    if model_path.resolve() == ROOT:
+        print(WEIGHTS_NOTE)
+
+    with timed(seconds, "preprocess"):  # whatever is wrong with the image is said before the model is loaded
+        image_inputs = image_processor(
+            image, max_image_pixels=options["max_image_pixels"], return_tensors="pt", **tiles
+        )
     with timed(seconds, "load"):
         import torch
 
         from ..common.prompts import answer_text, prompt_text
 
         processor, model = load_model(model_path)
-    with timed(seconds, "open"):  # a raster is decoded while it is resized
-        image = processor.image_processor.open_image(image_path, **options)
-    print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
-    if model_path.resolve() == ROOT:
-        print(WEIGHTS_NOTE)
-
-    with timed(seconds, "preprocess"):
-        image_inputs = processor.image_processor(
-            image, max_image_pixels=options["max_image_pixels"], return_tensors="pt", **tiles
-        )
         image_inputs = image_inputs.to(model.device)
     with torch.inference_mode():
         with timed(seconds, "encode"):

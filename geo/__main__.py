@@ -13,12 +13,13 @@ import os
 import sys
 from pathlib import Path
 
+from ..budgets_uhr_bat import split_budgets
 from ..common.budgets import budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
-from ..common.files import whole_outputs
+from ..common.files import edited_alone, whole_outputs
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
-from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
+from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model, load_processor
 from ..common.outputs import Output, check_outputs
 from ..image_rasters_uhr_bat import RasterImage
 from . import Georeference, check_vectors, evidence_frame, read_georeference, write_page, write_raster, write_vectors
@@ -33,19 +34,17 @@ ENDINGS = {
 }
 
 
-def ask(processor, model, image, question, budgets, max_new_tokens, **options):
-    """(what `compress` returned, the answer) for one image; `options` are those of the image processor."""
+def ask(processor, model, image_inputs, question, budgets, max_new_tokens):
+    """(what `compress` returned, the answer) for one image, of which `image_inputs` are what the image processor gave."""
     import torch
 
     from ..common.prompts import answer_text, prompt_text
 
     print("Encoding ...", file=sys.stderr, flush=True)
     with torch.inference_mode():
-        image_inputs = processor.image_processor(image, return_tensors="pt", **options)
-        image_inputs = image_inputs.to(model.device)
         inputs = processor(
             text=prompt_text(processor, question),
-            image_features=model.encode_image(**image_inputs),
+            image_features=model.encode_image(**image_inputs.to(model.device)),
             budgets=budgets,
             return_tensors="pt",
         ).to(model.device)
@@ -63,8 +62,8 @@ def ask(processor, model, image, question, budgets, max_new_tokens, **options):
 
 def draw(args):
     """Ask, write the files that were asked for, and print their names."""
-    print("Loading ...", file=sys.stderr, flush=True)
-    processor, model = load_model(args.model)
+    print("Reading ...", file=sys.stderr, flush=True)
+    processor = load_processor(args.model)
     image = processor.image_processor.open_image(args.image, **image_options(args))
     # A raster knows the place of the part that is read; beside a picture a file of its own may name it.
     is_raster = isinstance(image, RasterImage)
@@ -72,7 +71,12 @@ def draw(args):
     if args.geojson:
         check_vectors(args.geojson, georeference.crs)
     options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}
-    compressed, answer = ask(processor, model, image, args.question, args.budgets, args.max_new_tokens, **options)
+    image_inputs = processor.image_processor(image, return_tensors="pt", **options)
+    if args.budgets is not None and not args.native:
+        split_budgets(args.budgets, processor.image_processor.scales)
+    print("Loading ...", file=sys.stderr, flush=True)
+    processor, model = load_model(args.model)
+    compressed, answer = ask(processor, model, image_inputs, args.question, args.budgets, args.max_new_tokens)
 
     about = {"image": Path(args.image).name, "question": args.question, "answer": answer}
     if args.model.resolve() == ROOT:
@@ -93,9 +97,10 @@ def draw(args):
         args.page: lambda path: write_page(path, compressed, pixel_frame, image, seen[1], about, georeference),
     }
     writers.pop(None, None)
-    with whole_outputs(writers) as built:
+    with edited_alone(args.geopackage) as check, whole_outputs(writers) as built:
         for path, write in writers.items():
             write(built[path])
+        check()
     print(f"Question: {args.question}\nAnswer: {answer}")
     if "note" in about:
         print(about["note"])
@@ -132,7 +137,7 @@ def main(arguments=None) -> int:
         raise ValueError("Nothing to write: give --geojson, --geopackage, --raster or --page a file.")
     require("geo", "rasterio", "geopandas", "pyogrio")
     style = args.raster and style_path(args.raster)
-    check_outputs((args.image, args.model), *outputs, Output("--raster", style))
+    check_outputs((args.image, args.model, args.area), *outputs, Output("--raster", style))
     if args.geopackage:
         check_layer(args.geopackage, args.layer)
     draw(args)

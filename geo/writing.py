@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..common.extras import require
-from ..common.files import whole_files
+from ..common.files import edited_alone, journals, whole_files
 from ..geometry_uhr_bat import pixel_tokens
 from .degrees import in_degrees
 from .frames import COLUMNS
@@ -54,11 +54,12 @@ def check_layer(path: Path, layer: str):
         raise ValueError(f"{path}: no layer can be called {layer!r}.")
     if not path.exists():
         return
-    for journal in ("-wal", "-journal"):
-        if Path(f"{path}{journal}").exists() and Path(f"{path}{journal}").stat().st_size:
-            raise ValueError(f"{path}: another program has it open and writes to it. Close it there first.")
-    try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as file:
+    if found := journals(path):
+        raise ValueError(
+            f"{path}: another program has it open and may write to it ({found[0].name} is there). Close it there first."
+        )
+    try:  # immutable: SQLite makes no file beside it
+        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro&immutable=1", uri=True)) as file:
             names = [name for (name,) in file.execute("SELECT name FROM sqlite_master")]
             if "gpkg_contents" not in names:
                 raise ValueError(f"{path}: this is no GeoPackage. Give another name.")
@@ -86,17 +87,24 @@ def write_vectors(
             GeoPackage, too.
         words: what coordinates without a CRS mean.
         layer: of a GeoPackage, added or replaced.
-        onto: the GeoPackage whose other layers stay; None for the one at `path`.
+        onto: the GeoPackage whose other layers stay, which the caller edits (`edited_alone`); None for the one at `path`.
 
     Raises:
         ValueError: what `check_vectors` refuses.
         ImportError: pyogrio is missing; says what to install.
     """
     require("geo", "pyogrio")
+    path = Path(path)
+    if onto is None and path.suffix.lower() == GEOPACKAGE:
+        with edited_alone(path) as check:
+            _write_vectors(frame, path, about, words, layer, path, check)
+    else:
+        _write_vectors(frame, path, about, words, layer, path if onto is None else Path(onto), lambda: None)
+
+
+def _write_vectors(frame, path, about, words, layer, onto, check):
     import pyogrio
 
-    path = Path(path)
-    onto = path if onto is None else Path(onto)
     check_vectors(onto, frame.crs, layer)
     if frame.crs is None:
         about = {**about, "coordinate_space": words}
@@ -125,6 +133,7 @@ def write_vectors(
             with closing(sqlite3.connect(onto)) as old, closing(sqlite3.connect(built / path.name)) as new:
                 old.backup(new)
         pyogrio.write_dataframe(frame, built / path.name, layer=layer, **options)
+        check()
 
 
 def geojson_bytes(frame, about: dict[str, str], words: str = "") -> bytes:

@@ -17,7 +17,7 @@ from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
-from ..common.loading import ROOT, check_files, load_model
+from ..common.loading import ROOT, check_files, load_model, load_processor
 from ..common.outputs import Output, check_outputs
 from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
 
@@ -38,20 +38,23 @@ def budget_name(budgets):
 
 def draw(image_path, question, output, budgets, model_path, width, options, tiles):
     """Write the pictures into `output`, and print their names."""
-    print("Loading ...", file=sys.stderr, flush=True)
+    print("Reading ...", file=sys.stderr, flush=True)
     import torch
 
     from ..common.prompts import write_prompt
 
+    image_processor = load_processor(model_path).image_processor
+    image = image_processor.open_image(image_path, **options)
+    limit = options["max_image_pixels"]
+    image_inputs = image_processor(image, max_image_pixels=limit, return_tensors="pt", **tiles)
+
+    print("Loading ...", file=sys.stderr, flush=True)
     processor, model = load_model(model_path)
-    image = processor.image_processor.open_image(image_path, **options)
     budgets = budgets or [model.config.budgets]
 
     print("Encoding ...", file=sys.stderr, flush=True)
     inputs = write_prompt(processor, question).to(model.device)
     with torch.inference_mode():
-        limit = options["max_image_pixels"]
-        image_inputs = processor.image_processor(image, max_image_pixels=limit, return_tensors="pt", **tiles)
         features = model.encode_image(**image_inputs.to(model.device))
         seen = features[0].available
         if tiles["native"]:  # levels of its own, which share one budget
@@ -109,7 +112,7 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     check_files(args.image, args.model)
-    check_outputs((args.image, args.model), Output("--output", args.output, names=FILES))
+    check_outputs((args.image, args.model, args.area), Output("--output", args.output, names=FILES))
     if args.width < 600:
         raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")
     require("pictures", "matplotlib", "sklearn")

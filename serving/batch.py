@@ -408,7 +408,7 @@ def main(arguments=None) -> int:
     check_address(args.address)
     check_files(None, args.model)
     outputs = Output("--output", args.output, tuple(READERS)), Output("--output", lines_path(args.output))
-    check_outputs((args.images, args.questions, args.model), *outputs)
+    check_outputs((args.images, args.questions, args.model, args.area), *outputs)
     require("batch", "ray.data")
     settings = {
         "model": str(args.model.resolve()),

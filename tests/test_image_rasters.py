@@ -2,9 +2,11 @@
 
 import io
 import itertools
+import os
 import re
 import threading
 import warnings
+import zipfile
 
 import geopandas
 import numpy as np
@@ -559,6 +561,44 @@ def test_a_folder_or_a_list_of_rasters_is_their_mosaic_and_what_none_covers_is_n
         read(tmp_path)
 
 
+NORTH_UP = {"crs": "EPSG:32654", "transform": rasterio.Affine(10, 0, 500_000, 0, -10, 4_000_450)}
+BESIDE = {"crs": "EPSG:32654", "transform": rasterio.Affine(10, 0, 500_700, 0, -10, 4_000_450)}
+
+
+def test_a_pixel_that_is_nodata_in_one_band_alone_is_part_of_a_mosaic_too(tmp_path, bands):
+    bands = np.maximum(bands, 1)
+    bands[:, 5:10], bands[0, 20:30], bands[2, 30:40] = 9, 9, 9
+    paths = [write_raster(tmp_path / "0.tif", bands, nodata=9, **NORTH_UP), write_raster(tmp_path / "1.tif", bands, **BESIDE)]
+    ((strip, mask),) = read_image(paths, LIMIT).masked_strips(100)
+    expected = np.ones((45, 140), bool)
+    expected[:, :70] = ~(bands == 9).all(axis=0)
+    np.testing.assert_array_equal(mask, expected)
+    np.testing.assert_array_equal(np.asarray(strip)[expected], np.concatenate([rgb_of(bands)] * 2, axis=1)[expected])
+
+
+def test_files_of_two_grids_or_of_two_values_without_data_are_no_mosaic(tmp_path, bands):
+    path = write_raster(tmp_path / "0.tif", bands, nodata=0, **NORTH_UP)
+    half = {**BESIDE, "transform": rasterio.Affine(10, 0, 500_705, 0, -10, 4_000_450)}
+    with pytest.raises(ValueError, match="0.tif and .*half.tif are no mosaic: their upper left corners .* no whole number"):
+        read([path, write_raster(tmp_path / "half.tif", bands, **half)])
+    with pytest.raises(ValueError, match="0.tif and .*white.tif are no mosaic: their nodata are 0.0 and 255.0"):
+        read([path, write_raster(tmp_path / "white.tif", bands, nodata=255, **BESIDE)])
+    with pytest.raises(ValueError, match="https://none/a.tif: what a server sends .* pass '/vsicurl/https://none/a.tif'"):
+        read([path, "https://none/a.tif"])
+
+
+def test_a_mosaic_is_named_as_its_files_are_and_what_gdal_keeps_beside_them_is_no_part_of_it(tmp_path, bands):
+    path = write_raster(tmp_path / "0.tif", bands, **NORTH_UP)
+    with rasterio.Env(TIFF_USE_OVR=True, GDAL_TIFF_INTERNAL_MASK=False), rasterio.open(path, "r+") as file:
+        file.build_overviews([2])
+        file.write_mask(np.full((45, 70), 255, np.uint8))
+    with zipfile.ZipFile(tmp_path / "a b.zip", "w") as file:
+        file.write(path, "c d/0.tif")
+    assert {"0.tif.ovr", "0.tif.msk"} <= set(os.listdir(tmp_path))
+    for source in (tmp_path, [f"file://{path}"], [f"/vsizip/{tmp_path}/a b.zip/c d/0.tif"]):
+        np.testing.assert_array_equal(read(source), rgb_of(bands))
+
+
 def test_an_array_of_xarray_has_the_place_that_rioxarray_knows(bands):
     class Rio:
         x_dim, y_dim, nodata, crs = "x", "y", None, rasterio.crs.CRS.from_epsg(32654)
@@ -625,6 +665,33 @@ def test_what_lies_outside_an_area_is_no_part_of_the_image(placed, bands, tmp_pa
         read(placed, area="none.geojson")
     with pytest.raises(ValueError, match="no coordinate system that an area could be given in"):
         read(write_raster(tmp_path / "plain.tif", bands), area=tmp_path / "area.gpkg")
+
+
+@pytest.mark.parametrize("west", [178, -182, 538])
+@pytest.mark.parametrize(
+    "area",
+    [
+        shapely.box(179.5, 0, 180.5, 0.1),
+        shapely.box(-180.5, 0, -179.5, 0.1),
+        shapely.MultiPolygon([shapely.box(179.5, 0, 180, 0.1), shapely.box(-180, 0, -179.5, 0.1)]),
+    ],
+)
+def test_an_area_across_the_antimeridian_is_the_same_however_its_longitudes_and_those_of_the_image_are_told(
+    tmp_path, bands, west, area
+):
+    place = rasterio.Affine(0.1, 0, west, 0, -0.1, 1)
+    image = read_image(write_raster(tmp_path / "a.tif", bands, crs="EPSG:4326", transform=place), LIMIT, area=area)
+    np.testing.assert_array_equal(image, rgb_of(bands)[9:10, 15:25])
+
+
+def test_an_area_is_in_the_system_that_its_geojson_states_and_lines_and_nothing_in_it_do_no_harm(placed, bands):
+    square = shapely.geometry.mapping(shapely.box(500_100, 4_000_000, 500_500, 4_000_400))
+    features = [{"type": "Feature", "properties": {}, "geometry": one} for one in (None, square)]
+    name = {"type": "name", "properties": {"name": "urn:ogc:def:crs:EPSG::32654"}}
+    area = {"type": "FeatureCollection", "crs": name, "features": features}
+    np.testing.assert_array_equal(read(placed, area=area), rgb_of(bands)[5:45, 10:50])
+    with pytest.raises(ValueError, match="has no place in the image's coordinate system"):
+        read(placed, area=square)  # metres for degrees
 
 
 def test_an_image_without_any_valid_pixel_is_refused(tmp_path, processor):

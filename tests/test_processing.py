@@ -32,6 +32,21 @@ def count_placeholders(processor, inputs):
     return (inputs["input_ids"] == processor.image_token_id).sum(1).tolist()
 
 
+def test_an_argument_that_there_is_not_is_refused_by_its_name_at_every_door(processor):
+    chat = [{"role": "user", "content": [{"type": "image", "image": image()}, {"type": "text", "text": "q"}]}]
+    tokenized = {"tokenize": True, "return_dict": True, "return_tensors": "pt"}
+    for ask in (
+        lambda: processor(text="<image>\nq", images=image(), band=[4, 3, 2]),
+        lambda: processor.apply_chat_template(chat, processor_kwargs={"band": [4, 3, 2]}, **tokenized),
+        lambda: processor.apply_chat_template(chat, band=[4, 3, 2], **tokenized),
+    ):
+        with pytest.raises(TypeError, match="^UHRBatProcessor has no argument 'band': did you mean 'bands'"):
+            ask()
+    # What any tokenizer takes, and what the library passes of its own, is welcome.
+    options = {"padding_side": "left", "videos": None, "audio": None, "text_kwargs": {"padding": True}}
+    assert "input_ids" in processor(text="<image>\nq", images=image(), **options)
+
+
 def test_an_image_takes_exactly_its_budget(processor):
     inputs = processor(text="<image>\nHow many?", images=image(), return_tensors="pt")
     assert count_placeholders(processor, inputs) == [28]

@@ -49,6 +49,8 @@ def image(tmp_path_factory):
         ("/vsisubfile/0_9,{0}/a b.tif", "a b.tif"),
         ("/vsizip/{{{0}/c.zip}}/a.tif", "c.zip"),
         ("zip://{0}/c.zip!a.tif", "c.zip"),
+        ("{0}", "a b.tif"),  # a mosaic of the folder
+        ("{0}", "a b.tif.ovr"),
         (str(ROOT), str(ROOT / "config.json")),
     ],
 )

@@ -124,6 +124,11 @@ def test_the_documented_python_runs(scene, monkeypatch, capsys):
         (["--page", "kept.html", "--model", "nowhere"], "nowhere: this is no model folder"),
         (["--geojson", "{scene}/x.GEOJSON", "--raster", "{scene}/scene.tif"], "would write over a file that is read"),
         (["--geopackage", "{scene}/scene.tif.gpkg", "--layer", "gpkg_a"], "no layer can be called 'gpkg_a'"),
+        (["--geojson", "x.json", "--area", "./x.json"], "--geojson would write over a file that is read"),
+        (["--geojson", "x.json", "--bands", "9"], "`bands` is one band or three, numbers from 1 to 3. Got [9]."),
+        (["--geojson", "x.json", "--window", "0,0,1,1,EPSG:0"], "the coordinate system 'EPSG:0' of the window is not known"),
+        (["--geojson", "x.json", "--max-tiles", "1"], "`max_tiles` is 1, but the 4 tiles of the anchor"),
+        (["--geojson", "x.json", "--budgets", "4,8"], "budgets"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(scene, capsys, monkeypatch, arguments, message):

@@ -3,6 +3,7 @@
 import json
 import sqlite3
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 from xml.etree import ElementTree
 
@@ -271,6 +272,13 @@ def test_a_layer_that_is_not_ours_is_never_replaced(package, layer, why):
     assert package.read_bytes() == before
 
 
+def test_runs_that_add_to_one_geopackage_at_once_lose_no_layer(package):
+    frame = evidence_frame(compression(SIZE), SIZE, SCALES, transform=ROTATED, crs="EPSG:32654")
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda number: write_vectors(frame, package, ABOUT, layer=f"e{number}"), range(4)))
+    assert {"e0", "e1", "e2", "e3", "parcels"} <= {layer for layer, _ in pyogrio.list_layers(package)}
+
+
 def test_a_geopackage_that_another_program_writes_to_is_left_alone(package, tmp_path):
     frame = evidence_frame(compression(SIZE), SIZE, SCALES, transform=ROTATED, crs="EPSG:32654")
     with closing(sqlite3.connect(package)) as file:
@@ -279,6 +287,13 @@ def test_a_geopackage_that_another_program_writes_to_is_left_alone(package, tmp_
         file.commit()
         with pytest.raises(ValueError, match="another program has it open"):
             write_vectors(frame, package, ABOUT)
+    with closing(sqlite3.connect(package)) as file:  # as QGIS does to look at it
+        assert file.execute("SELECT * FROM notes").fetchall() == [("keep",), ("new",)]
+        with pytest.raises(ValueError, match="another program has it open"):
+            write_vectors(frame, package, ABOUT)
+    with pytest.raises(ValueError, match="layer parcels of other columns"):
+        write_vectors(frame, package, ABOUT, layer="parcels")
+    assert [path.name for path in tmp_path.iterdir()] == [package.name]  # no journal of our looking
     (tmp_path / "no.gpkg").write_text("text")
     with pytest.raises(ValueError, match="this is no GeoPackage"):
         write_vectors(frame, tmp_path / "no.gpkg", ABOUT)
