@@ -21,16 +21,21 @@ class Line:
 
 
 def whole_lines(path: Path) -> Iterator[dict]:
-    """The records of a file that `Line` wrote; one that was torn by a killed process is left out."""
-    for line in path.read_text(encoding="utf-8").split("\n"):
+    """The records of a file that `Line` wrote; one that was torn by a killed process is left out, wherever that was."""
+    for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
-            yield json.loads(line)
+            record = json.loads(line)
         except json.JSONDecodeError:
             continue
+        if not isinstance(record, dict):
+            raise ValueError(f"{path}: {line[:80]!r} is no line of a run.")
+        yield record
 
 
 def check_same_settings(place: Path, old: dict, new: dict):
     """Raises `ValueError` where a run at `place` had other settings, and names the first one that differs."""
+    if not isinstance(old, dict):
+        raise ValueError(f"{place}: its settings are no record of settings. Give another --output.")
     for name, value in json.loads(json.dumps(new)).items():
         if old.get(name) != value:
             raise ValueError(

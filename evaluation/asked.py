@@ -11,24 +11,26 @@ from pathlib import Path
 from ..common.loading import base_of
 from .samples import Picture, Sample
 
-WHOLE = 4 << 20  # bytes of a file of which every one counts
+WHOLE = 4 << 20  # bytes of a file of weights of which every one counts
+WHOLE_PICTURE = 4 << 30  # of a picture: half a GiB a second, where reading and decoding it takes longer
 BLOCK, STEP = 4096, 1 << 20  # of a larger one: so many bytes at every so many, and its end
 MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
 LETTERS = 12
 
 
-def file_digest(path) -> str:
+def file_digest(path, whole: int = WHOLE) -> str:
     """12 letters that differ between files of different length or content.
 
-    Of a file over 4 MiB, 4 KiB at every MiB count: a tensor of a MiB or a picture that was made anew is noticed, a
-    single
-    pixel in an uncompressed file need not be.
+    Args:
+        whole: bytes up to which every one counts. Of a larger file, 4 KiB at every MiB: a tensor of a MiB or a picture that
+            was made anew is noticed, a single weight or pixel need not be.
     """
     size, found = os.path.getsize(path), hashlib.sha256()
     found.update(str(size).encode())
     with open(path, "rb") as file:
-        if size <= WHOLE:
-            found.update(file.read())
+        if size <= whole:
+            while block := file.read(STEP):
+                found.update(block)
         else:
             for start in (*range(0, size, STEP), size - BLOCK):
                 file.seek(start)
@@ -37,7 +39,8 @@ def file_digest(path) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Of a model folder: its weights, configuration and tokenizer; of an adapter's, those of its model too."""
+    """Of a model folder: its weights, of large files samples, configuration and tokenizer; of an adapter's, those of its model,
+    too."""
     base = base_of(folder)
     places = [Path(folder)] + ([Path(base)] if base is not None and Path(base).is_dir() else [])
     files = [
@@ -53,7 +56,7 @@ def _digest(value) -> str:
 @cache
 def _file_digest(path: str, size: int, changed: int) -> str:
     """A picture of many questions is looked at once, as long as nobody writes it anew."""
-    return file_digest(path)
+    return file_digest(path, WHOLE_PICTURE)
 
 
 def picture_digest(picture: Picture) -> str:

@@ -275,6 +275,8 @@ def read_predictions(folder: Path) -> dict[tuple[str, str], dict]:
     found = {}
     for path in sorted(folder.glob("predictions*.jsonl")):
         for record in whole_lines(path):
+            if not {"id", "view", "answer", "error"} <= set(record):
+                raise ValueError(f"{path}: {str(record)[:80]} is no line of a run. Give another --output.")
             key = record["id"], record["view"]
             if key not in found or found[key]["error"] is not None:  # it may have been asked again
                 found[key] = record

@@ -133,7 +133,7 @@ def test_what_cannot_be_the_models_answers_to_these_questions_is_refused(records
         ([{"id": 10, "answer": "A", "output": None}], [None, None, None]),
         ([{"question_id": 10, "prompt": QUESTIONS[0], "text": "C", "model_id": "m"}], ["C", None, None]),
         ([{"id": 10, "prediction": "Failed to obtain answer via API."}], [None, None, None]),
-        ([{"id": 10, "view": IMAGE, "answer": "B", "error": None}, {"id": 10, "view": "text only", "answer": "C"}], ["B", None, None]),
+        ([{"id": 10, "view": IMAGE, "prompt": "xlrs/1", "answer": "B", "error": None}, {"id": 10, "view": "text only", "answer": "C"}], ["B", None, None]),
         ([{"id": 10, "answer": 3}], ["3", None, None]),
         ([{"id": " 10.0 ", "answer": "A", "model_response": ["D"]}], ["D", None, None]),
         ([{"id": 10, "prediction": []}, {"id": 11, "prediction": "\ud800"}], [None, "?", None]),

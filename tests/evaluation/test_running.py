@@ -111,6 +111,17 @@ def test_an_image_that_fails_is_a_line_and_no_stop(tiny, samples, tmp_path):
     assert ask(tiny, samples, tmp_path / "run", retry=True)["one/0", IMAGE]["error"] is None
 
 
+def test_a_line_that_was_torn_anywhere_is_left_out_and_what_is_no_line_is_refused(tmp_path):
+    whole = json.dumps({"id": "1", "view": IMAGE, "answer": "\u00e9", "error": None}, ensure_ascii=False).encode()
+    for length in range(1, len(whole)):
+        (tmp_path / "predictions.jsonl").write_bytes(whole + b"\n" + whole[:length])
+        assert list(read_predictions(tmp_path)) == [("1", IMAGE)]
+    for line in ("7", "null", '{"id": "1"}'):
+        (tmp_path / "predictions.jsonl").write_text(line)
+        with pytest.raises(ValueError, match="is no line of a run"):
+            read_predictions(tmp_path)
+
+
 def test_another_run_in_the_folder_is_refused_with_what_differs(tmp_path):
     (tmp_path / "settings.json").write_text(json.dumps({**SETTINGS.__dict__, "budgets": 14}))
     with pytest.raises(ValueError, match=r"holds a run with budgets 14, but \[2, 3, 4, 5\] is asked for"):
@@ -118,7 +129,7 @@ def test_another_run_in_the_folder_is_refused_with_what_differs(tmp_path):
 
 
 def test_of_a_sample_that_was_asked_again_the_answer_counts(tmp_path):
-    lines = [{"id": "1", "view": IMAGE, "error": error} for error in ("OSError", None)]
+    lines = [{"id": "1", "view": IMAGE, "answer": None, "error": error} for error in ("OSError", None)]
     write_lines(tmp_path / "predictions-0.jsonl", lines)
     assert read_predictions(tmp_path)["1", IMAGE]["error"] is None
 

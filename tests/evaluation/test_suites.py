@@ -8,6 +8,7 @@ import pytest
 from benchmark_files import FORMS, encoded, picture, write_lines, xlrs
 from PIL import Image
 from uhr_bat.common.loading import ROOT
+from uhr_bat.evaluation import asked as digests
 from uhr_bat.evaluation.suites import SUITES
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
 
@@ -52,6 +53,23 @@ def test_equal_pictures_in_a_table_are_one_and_others_are_not(tmp_path):
     samples = load("xlrs-bench-lite", tmp_path)
     keys = [sample.picture_keys for sample in samples]
     assert keys[0] == keys[1] and keys[2] == keys[3] and keys[0] != keys[2]
+
+
+def test_one_pixel_makes_another_picture(tmp_path):
+    """Whatever its edges are: mosaics with black ones are alike at both ends of their files."""
+    from datasets import Dataset
+
+    pixels = np.zeros((1300, 1300, 3), np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "one.bmp")
+    pixels[650, 650] = 255
+    Image.fromarray(pixels).save(tmp_path / "other.bmp")
+    names = [tmp_path / "one.bmp", tmp_path / "other.bmp"]
+    records = [{"question": "q", "answer": "yes", "image": {"bytes": name.read_bytes(), "path": None}} for name in names]
+    Dataset.from_list(records).to_parquet(tmp_path / "q.parquet")
+    one, other = SUITES["own"].load(str(tmp_path / "q.parquet"))
+    assert one.picture_keys != other.picture_keys
+    named = SUITES["own"].load(str(write_lines(tmp_path / "q.jsonl", [{**records[0], "image": name.name} for name in names])))
+    assert len({digests.asked(sample) for sample in named}) == 2
 
 
 def test_mme_realworld_takes_its_remote_sensing_part_alone(tmp_path):
