@@ -1,6 +1,7 @@
 """What a batch is made of: images, from a folder, a list or a STAC item collection, and the questions about each."""
 
 import csv
+import io
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -58,11 +59,20 @@ def read_images(path: Path, asset: str | None = None) -> list[BatchImage]:
     elif path.suffix.lower() in (".json", ".geojson"):
         found = _read_items(path, asset)
     else:
-        lines = (line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines())
+        lines = (line.strip() for line in _text(path).split("\n"))
         found = [_named(line, path) for line in lines if line and not line.startswith("#")]
     if not found:
         raise ValueError(f"{path}: there is no image in it. A folder is searched for {' '.join(IMAGE_ENDINGS)}.")
     return list(dict.fromkeys(found))
+
+
+def _text(path, newline=None) -> str:
+    """What a file of text holds. Raises `ValueError` for another encoding than UTF-8."""
+    try:
+        with open(path, encoding="utf-8-sig", newline=newline) as file:
+            return file.read()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path}: it is no text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
 
 
 def _is_image(path, folder) -> bool:
@@ -128,12 +138,11 @@ def read_questions(path: Path) -> list[tuple[str | None, str]]:
         raise FileNotFoundError(f"{path}: there is no such file of questions.")
     ending = path.suffix.lower()
     if ending == ".txt":
-        rows = [line.strip() for line in path.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+        rows = [line.strip() for line in _text(path).split("\n") if line.strip()]
     elif ending in (".json", ".jsonl"):
         rows = read_lines(path)
     elif ending == ".csv":
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+        rows = list(csv.DictReader(io.StringIO(_text(path, newline=""), newline="")))
     else:
         raise ValueError(f"{path}: questions are .txt, .json, .jsonl or .csv.")
     found = [_question(row, number, path) for number, row in enumerate(rows, 1)]

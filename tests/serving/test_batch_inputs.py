@@ -95,3 +95,17 @@ def test_a_question_is_about_all_images_or_the_one_that_it_names():
 def test_a_question_about_no_image_or_several_is_an_error(name, number):
     with pytest.raises(ValueError, match=f"{name!r}, which is the name of {number} of the 3 images: 'How many"):
         plan([A, BatchImage("/other/a.tif"), B], [(name, "How many?")])
+
+
+@pytest.mark.parametrize("name", ["list.txt", "questions.txt", "questions.csv"])
+def test_a_file_in_another_encoding_is_named(tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes("question\nWie groß?\n".encode("latin-1"))
+    with pytest.raises(ValueError, match=f"{name}: it is no text in UTF-8"):
+        read_images(path) if name == "list.txt" else read_questions(path)
+
+
+def test_lines_of_a_list_end_where_lines_of_files_do(tmp_path):
+    path = tmp_path / "list.txt"
+    path.write_bytes("\ufeffa b/ü.tif\r\n\r\n/data/x\u2028y.tif\r\n".encode())
+    assert [image.source for image in read_images(path)] == [str(tmp_path / "a b/ü.tif"), "/data/x\u2028y.tif"]
