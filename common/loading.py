@@ -107,18 +107,28 @@ def attach_adapter(model, folder, name="default", **options):
         ValueError: the adapter lacks a part, or does not fit the model.
     """
     require("train", "peft")
-    from peft import PeftModel
+    from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
+    if Path(folder).is_dir() and not any(Path(folder).glob("adapter_model.*")):
+        raise ValueError(f"{folder}: an adapter without weights, there is no adapter_model.safetensors in it.")
     try:
         with warnings.catch_warnings():
             # A part that the adapter lacks would be as if it were not trained.
             warnings.filterwarnings("error", message="Found missing adapter keys")
             if isinstance(model, PeftModel):
                 model.load_adapter(str(folder), name, **options)
-                return model
-            return PeftModel.from_pretrained(model, str(folder), name, **options)
+            else:
+                model = PeftModel.from_pretrained(model, str(folder), name, **options)
+            # What it has too much of, peft drops in silence.
+            found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), name)
     except Exception as error:  # of a wrong adapter peft raises whatever it likes
         raise ValueError(f"{folder}: the adapter does not fit ({type(error).__name__}: {error}).") from error
+    if found.unexpected_keys:
+        raise ValueError(
+            f"{folder}: the adapter is of another model: {len(found.unexpected_keys)} of its tensors have no place, as "
+            f"{found.unexpected_keys[0]}."
+        )
+    return model
 
 
 def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config=None, **changes):

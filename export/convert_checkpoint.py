@@ -450,6 +450,8 @@ def find_adapters(checkpoint, merge_adapter) -> tuple[str | Path, list[Path]]:
     adapters = [locate(one) for one in ([merge_adapter] if isinstance(merge_adapter, (str, Path)) else merge_adapter)]
     for adapter in adapters:
         read_json(adapter / "adapter_config.json")
+    if len(set(map(os.path.realpath, adapters))) < len(adapters):
+        raise CheckpointError(f"--merge-adapter names an adapter twice, whose changes would count twice: {merge_adapter}.")
     return checkpoint, adapters
 
 

@@ -7,9 +7,11 @@ import torch
 from own_data import make_rows, write_rows
 from peft import LoraConfig, get_peft_model
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from uhr_bat.common.loading import load_model
 from uhr_bat.examples import ask
+from uhr_bat.export.checkpoint_files import CheckpointError
+from uhr_bat.export.convert_checkpoint import convert
 from uhr_bat.planning import __main__ as plan
 from uhr_bat.serving.decoding import decoder_folder
 from uhr_bat.serving.front import fingerprint
@@ -90,6 +92,19 @@ def test_commands_take_an_adapter(adapter, tmp_path, capsys):
     (adapter / "adapter_config.json").write_text('{"base_model_name_or_path": "nowhere/at-all"}')
     assert ask.main([str(picture), "What colour?", "--model", str(adapter)]) == 2
     assert "an adapter of 'nowhere/at-all'" in capsys.readouterr().err
+
+
+def test_an_adapter_of_a_larger_model_or_without_weights_or_named_twice_is_refused(adapter, small_folder, tmp_path):
+    kept = weights(adapter)
+    more = {name.replace("layers.1.", "layers.7."): one.clone() for name, one in kept.items() if "layers.1." in name}
+    save_file(kept | more, adapter / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=f"of another model: {len(more)} of its tensors have no place, as .*layers.7."):
+        load_model(adapter, device_map=None)
+    with pytest.raises(CheckpointError, match="names an adapter twice"):
+        convert(str(small_folder), tmp_path / "out", merge_adapter=[str(adapter), f"{adapter}/../adapter"])
+    (adapter / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="an adapter without weights, there is no adapter_model.safetensors"):
+        load_model(adapter, device_map=None)
 
 
 def test_a_served_adapter_is_known_by_its_weights_and_its_models(adapter, small_folder, tmp_path):
