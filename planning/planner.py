@@ -72,6 +72,7 @@ class UHRBatPlan:
         memory: {stage: {term: bytes}} of the device that the model is on.
         host: bytes of the machine beside a GPU; 0 where the model is on a CPU.
         seconds: {stage: seconds}, or None where the device was not measured.
+        load: of the machine when it was measured, see [`Rates`].
     """
 
     question: Question
@@ -79,6 +80,7 @@ class UHRBatPlan:
     memory: dict[str, dict[str, int]]
     host: int
     seconds: dict[str, float] | None
+    load: float = 0.0
 
     @property
     def budgets(self) -> list[int] | int:
@@ -121,6 +123,10 @@ class UHRBatPlan:
         terms = sorted(self.memory[self.peak_stage].items(), key=lambda term: -term[1])
         terms = ", ".join(f"{name} {show_bytes(number)}" for name, number in terms if number)
         lines.append(f"Peak of memory, in {self.peak_stage}: {terms}.")
+        if self.seconds and self.load > 1:
+            lines.append(
+                f"Seconds were measured on a busy machine, with {self.load:.1f} processes for each processor: they are likely too many."
+            )
         if question.num_questions > 1 or question.num_images > 1:
             lines.append(f"{question.num_questions} questions at once, about {question.num_images} images.")
         if self.host:
@@ -246,7 +252,8 @@ class UHRBatPlanner:
         flops = question_flops(self.config, question)
         memory = question_bytes(self.config, question, self.weights, b, on_gpu)
         host = host_bytes(self.config, question) if on_gpu and question.num_pixels else 0
-        return UHRBatPlan(question, flops, memory, host, rates and self._seconds(question, flops, rates))
+        seconds = rates and self._seconds(question, flops, rates)
+        return UHRBatPlan(question, flops, memory, host, seconds, rates.load if rates else 0.0)
 
     def _seconds(self, question, flops, rates: Rates) -> dict[str, float]:
         text, seconds = self.config.text_config, {}

@@ -45,6 +45,7 @@ class Rates:
         decoder_layer: of one layer of the decoder that reads one token: its weights' way to the processor.
         pixel, view_pixel: of a pixel of the image that is resized, and of a pixel of its views.
         yardstick: of a tile in two layers of the tower, the longest while the rest was measured; 0: not known.
+        load: processes that ran or waited for each processor of the machine before it was measured; over 1 it was busy.
     """
 
     tower: float
@@ -54,6 +55,15 @@ class Rates:
     pixel: float
     view_pixel: float
     yardstick: float = 0.0
+    load: float = 0.0
+
+
+def machine_load() -> float:
+    """Processes that run or wait for each processor, over the last minute; 0 where the machine does not say."""
+    try:
+        return os.getloadavg()[0] / (os.cpu_count() or 1)
+    except OSError:
+        return 0.0
 
 
 def _cpu_name() -> str:
@@ -106,7 +116,7 @@ def rates_of(config, device: torch.device, dtype: torch.dtype) -> Rates:
     _looked_at.add(path)
     if rates is None:
         rates = measure_rates(config, device, dtype)
-    elif looked_at or not rates.yardstick or rates.yardstick < FAR_OFF * measure_yardstick(config, device, dtype):
+    elif looked_at or not _far_off(rates, config, device, dtype):
         return rates
     else:
         # What is measured is never too fast: of both, the faster one is nearer to the truth.
@@ -115,6 +125,14 @@ def rates_of(config, device: torch.device, dtype: torch.dtype) -> Rates:
     if not _keep(path, {"of": key, "rates": vars(rates)}):
         _unkept[path] = rates
     return rates
+
+
+def _far_off(rates, config, device, dtype) -> bool:
+    """Whether the machine was much busier when the rates were measured: by its load, as short probes fit between the turns of
+    others where long ones do not, or by the yardstick."""
+    if rates.load > 1 and rates.load > FAR_OFF * machine_load():
+        return True
+    return bool(rates.yardstick) and rates.yardstick >= FAR_OFF * measure_yardstick(config, device, dtype)
 
 
 _unkept = {}  # rates by their file, where it may not be written
@@ -193,6 +211,7 @@ def measure_yardstick(config, device: torch.device, dtype: torch.dtype) -> float
 @torch.inference_mode()
 def measure_rates(config, device: torch.device, dtype: torch.dtype) -> Rates:
     """Rates of a device, with one and with two layers of the model's towers."""
+    load = machine_load()
     vision, text = config.vision_config, copy.deepcopy(config.text_config)
     text.vocab_size = 8  # no embedding table is needed
     text.pad_token_id = text.eos_token_id = None
@@ -240,6 +259,7 @@ def measure_rates(config, device: torch.device, dtype: torch.dtype) -> Rates:
         kmeans,
         *pixels,
         max(yardsticks),
+        load,
     )
 
 

@@ -267,3 +267,11 @@ def test_the_command_plans_by_the_configuration_alone(capsys):
 def test_a_model_plans_itself():
     model = small_model()
     assert plan(model, (24, 24), seconds=False).budgets == list(model.config.budgets)
+
+
+def test_seconds_of_a_busy_machine_say_so(monkeypatch):
+    planner = planner_of(small_model())
+    for load in (4.5, 0.5):
+        monkeypatch.setattr(planning, "rates_of", lambda *args, load=load: replace(SLOW, load=load))
+        said = str(planner.plan((300, 200)))
+        assert ("busy machine, with 4.5 processes for each processor" in said) == (load > 1)
