@@ -51,6 +51,7 @@ class UHRBatImagesKwargs(UHRBatImageProcessorKwargs, total=False):
 
 class UHRBatProcessorKwargs(ProcessingKwargs, total=False):
     images_kwargs: UHRBatImagesKwargs
+    _defaults = {"text_kwargs": {"padding": False}}
 
 
 class UHRBatProcessor(ProcessorMixin):
