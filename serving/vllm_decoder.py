@@ -76,6 +76,8 @@ class VLLMDecoder:
             seed=sampling.seed,
             max_tokens=sampling.max_new_tokens,
             stop_token_ids=sorted(self.end_ids),
+            # The folder's ends alone count, not the tokenizer's; but what keeps to a schema ends by the latter.
+            ignore_eos=sampling.schema is None,
             detokenize=False,
             logprobs=sampling.top_logprobs,
             structured_outputs=sampling.schema and StructuredOutputsParams(json=sampling.schema),
