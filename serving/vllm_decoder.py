@@ -87,7 +87,10 @@ class VLLMDecoder:
         outputs = self._engine.generate({"prompt_embeds": embeds}, params, uuid4().hex)
         try:
             async for output in outputs:
-                yield scored(output.outputs[0], sampling.top_logprobs)
+                tokens = scored(output.outputs[0], sampling.top_logprobs)
+                if sampling.schema and output.outputs[0].finish_reason == "stop" and tokens:
+                    tokens[-1] = min(self.end_ids)  # the tokenizer's end, which the folder may not know as one
+                yield tokens
         finally:
             self.running -= 1
             await outputs.aclose()  # ends a request that nobody wants any more
