@@ -111,14 +111,22 @@ def check_overviews(dataset, name):
     """Raises `OSError` for a file whose metadata has its overviews elsewhere: GDAL would open whatever is named there, be it
     an address, as soon as it is asked for overviews. A file beside it is welcome, which is how GDAL writes them."""
     named = dataset.get_tag_item("OVERVIEW_FILE", "OVERVIEWS")  # as GDAL itself looks for it, in letters of any case
-    if named is not None and not (
-        os.path.dirname(named) == os.path.dirname(dataset.name) and BESIDE.fullmatch(os.path.basename(named))
-    ):
+    if named is None:
+        return
+    beside = os.path.dirname(named) == os.path.dirname(dataset.name) and BESIDE.fullmatch(os.path.basename(named))
+    # A folder that is a raster (Zarr) has them in it.
+    within = dataset.driver == "Zarr" and named == os.path.normpath(named) and f"{os.sep}." in named
+    if not beside and not (within and named.startswith(_folder_of(dataset) + os.sep)):
         dataset.close()
         raise OSError(
             f"{name}: its metadata names {named[:100]!r} as the file of its overviews, which is not opened. Write the image "
             f"without it: gdal_translate -nomd."
         )
+
+
+def _folder_of(dataset) -> str:
+    """The folder of a Zarr store, of its path or of the name of one of its arrays."""
+    return re.sub(r'^ZARR:"?|"?(:.*)?$', "", dataset.name)
 
 
 # What a file says about itself

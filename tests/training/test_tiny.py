@@ -160,7 +160,8 @@ def test_questions_asked_together_have_the_loss_of_each_asked_alone(encoded, tmp
     assert set(together) == {
         f"whole_{name}" for name in ("look_at_words", "look_at_sites", "then_at_sites", "read_evidence")
     }
-    assert together == {name: pytest.approx([np.mean(parts)], rel=1e-3) for name, parts in alone.items()}
+    # Shares of attention are rounded at 6e-8.
+    assert together == {name: pytest.approx([np.mean(parts)], rel=1e-3, abs=1e-7) for name, parts in alone.items()}
 
 
 @pytest.mark.slow
