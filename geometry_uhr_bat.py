@@ -181,7 +181,9 @@ def token_box(positions, image_size: tuple[int, int], grid: tuple[int, int]) -> 
         ValueError: a position that is no whole number, or none of the grid's.
     """
     positions = np.asarray(positions)
-    if positions.size and (positions.dtype.kind not in "iu" or not 0 <= positions.min() <= positions.max() < grid[0] * grid[1]):
+    if positions.size and (
+        positions.dtype.kind not in "iu" or not 0 <= positions.min() <= positions.max() < grid[0] * grid[1]
+    ):
         raise ValueError(
             f"The tokens of a grid of {grid[0]} x {grid[1]} are whole numbers from 0 to {grid[0] * grid[1] - 1}. Got "
             f"{positions.min()} to {positions.max()}, {positions.dtype}."

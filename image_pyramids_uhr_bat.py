@@ -104,7 +104,9 @@ def overlapping_tiles(tile_idx: torch.Tensor, width: int, finer_width: int) -> t
     return (rows[:, :, None] * finer_width + columns[:, None]).flatten().unique()
 
 
-def best_tiles(scores: torch.Tensor, tile_idx: torch.Tensor, num_tiles: int, num_shown: np.ndarray | None) -> torch.Tensor:
+def best_tiles(
+    scores: torch.Tensor, tile_idx: torch.Tensor, num_tiles: int, num_shown: np.ndarray | None
+) -> torch.Tensor:
     """long[num_tiles], ascending: the tiles of greatest score, of equals the first.
 
     Where there are fewer candidates, further tiles of the level that show the image are taken, the first of them: the
@@ -533,4 +535,17 @@ def is_dynamic(pyramid) -> bool:
     return hasattr(pyramid, "levels")
 
 
-__all__ = ["DynamicLevel", "DynamicPyramid", "HeldImage", "ImagePyramid", "UnreadImage", "best_tiles", "dynamic_levels", "is_dynamic", "least_tokens", "level_ratios", "overlapping_tiles", "split_tiles"]
+__all__ = [
+    "DynamicLevel",
+    "DynamicPyramid",
+    "HeldImage",
+    "ImagePyramid",
+    "UnreadImage",
+    "best_tiles",
+    "dynamic_levels",
+    "is_dynamic",
+    "least_tokens",
+    "level_ratios",
+    "overlapping_tiles",
+    "split_tiles",
+]

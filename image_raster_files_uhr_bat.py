@@ -99,7 +99,9 @@ def open_dataset(source, name, driver=None):
     rasterio = import_rasterio()
     try:
         with warnings.catch_warnings(), rasterio.Env(**gdal_settings(source)):
-            warnings.simplefilter("ignore", import_rasterio("errors").NotGeoreferencedWarning)  # a plain image is welcome
+            warnings.simplefilter(
+                "ignore", import_rasterio("errors").NotGeoreferencedWarning
+            )  # a plain image is welcome
             dataset = rasterio.open(source, driver=driver)
     except Exception as error:
         raise OSError(f"{name}: the image cannot be opened ({reason(error)}).") from error

@@ -45,10 +45,14 @@ def _facts(path):
     with dataset:
         step = dataset.transform
         if dataset.crs is None or step.b or step.d or step.a <= 0 or step.e >= 0:
-            raise ValueError(f"{path}: a mosaic is made of rasters that have coordinates and stand north up, and this is none.")
+            raise ValueError(
+                f"{path}: a mosaic is made of rasters that have coordinates and stand north up, and this is none."
+            )
         colours = [colour.name for colour in dataset.colorinterp]
         if dataset.count < 1 or "palette" in colours or not set(dataset.dtypes) <= set(TYPES):
-            raise ValueError(f"{path}: a mosaic is made of bands of numbers, and these are {colours} of {dataset.dtypes}.")
+            raise ValueError(
+                f"{path}: a mosaic is made of bands of numbers, and these are {colours} of {dataset.dtypes}."
+            )
         return {
             # rasterio's own addresses (zip://, s3://) mean nothing to GDAL, which has names for them.
             "path": dataset.files[0] if "://" in path and dataset.files else path, "height": dataset.height, "width": dataset.width, "place": step, "nodata": dataset.nodata,
@@ -72,17 +76,22 @@ def mosaic_vrt(paths: Sequence[str]) -> str:
     places = []
     for other in files:
         steps = other["place"].a, -other["place"].e
-        facts = [(fact, first[fact], other[fact]) for fact in ("coordinate system", "types of bands", "colours of bands")]
+        facts = [
+            (fact, first[fact], other[fact]) for fact in ("coordinate system", "types of bands", "colours of bands")
+        ]
         facts += [(fact, first[fact], other[fact]) for fact in ("scales", "offsets")]
         grown = max(
-            abs(one / step - 1) * other[length] for one, step, length in zip(steps, (step_x, step_y), ("width", "height"))
+            abs(one / step - 1) * other[length]
+            for one, step, length in zip(steps, (step_x, step_y), ("width", "height"))
         )
         if grown > BESIDE_GRID:
             facts.append(("pixel's size", (step_x, step_y), steps))
         place = (other["place"].c - first["place"].c) / step_x, (first["place"].f - other["place"].f) / step_y
         places.append(tuple(map(round, place)))
         if max(abs(edge - whole) for edge, whole in zip(place, places[-1])) > BESIDE_GRID:
-            facts.append(("upper left corners", (first["place"].c, first["place"].f), (other["place"].c, other["place"].f)))
+            facts.append(
+                ("upper left corners", (first["place"].c, first["place"].f), (other["place"].c, other["place"].f))
+            )
         for fact, ours, theirs in facts:
             if ours != theirs:
                 more = ", no whole number of pixels apart" if fact.startswith("upper") else ""
@@ -152,7 +161,9 @@ def placed_bytes(array: Any) -> bytes:
     profile = {"count": len(values), "height": values.shape[1], "width": values.shape[2], "dtype": values.dtype}
     crs = None if rio.crs is None else rio.crs.to_wkt()
     with import_rasterio().MemoryFile() as memory:
-        with memory.open(driver="GTiff", crs=crs, transform=rio.transform(), nodata=rio.nodata, BIGTIFF="IF_SAFER", **profile) as file:
+        with memory.open(
+            driver="GTiff", crs=crs, transform=rio.transform(), nodata=rio.nodata, BIGTIFF="IF_SAFER", **profile
+        ) as file:
             file.write(values)
         return bytes(memory.getbuffer())
 

@@ -78,7 +78,9 @@ def is_close(values: np.ndarray, value: float, tolerance: float) -> np.ndarray:
     """bool[h, w]: where all bands of values [C, h, w] are within a tolerance of a value."""
     if tolerance == 0:
         return (values == value).all(axis=0)
-    return (np.abs(values.astype(np.float32 if values.dtype.itemsize < 4 else np.float64) - value) <= tolerance).all(axis=0)
+    return (np.abs(values.astype(np.float32 if values.dtype.itemsize < 4 else np.float64) - value) <= tolerance).all(
+        axis=0
+    )
 
 
 def beside_border(close: np.ndarray) -> np.ndarray:
@@ -94,7 +96,9 @@ def beside_border(close: np.ndarray) -> np.ndarray:
                     grid[row] |= grid[row - 1 if order.step > 0 else row + 1] & allowed[row]
     padded = np.pad(reached, 1)
     height, width = close.shape
-    return np.any([padded[row : row + height, column : column + width] for row in range(3) for column in range(3)], axis=0)
+    return np.any(
+        [padded[row : row + height, column : column + width] for row in range(3) for column in range(3)], axis=0
+    )
 
 
 def at_pixels(cells: np.ndarray, box, size: tuple[int, int], whole: tuple[int, int]) -> np.ndarray:
@@ -186,12 +190,12 @@ def _stored(ranges, scales):
 
 def _warn_of_cut_off(seen, ranges, stated, name):
     num_values = sum(map(len, seen))
-    outside = sum(
-        np.count_nonzero((band < min(limits)) | (band > max(limits))) for band, limits in zip(seen, ranges)
-    )
+    outside = sum(np.count_nonzero((band < min(limits)) | (band > max(limits))) for band, limits in zip(seen, ranges))
     if num_values and outside > CUT_OFF * num_values:
         lows, highs = ([getattr(band, which)() for band in seen if len(band)] for which in ("min", "max"))
-        scaled = "" if np.array_equal(ranges, stated) else ", whose scale and offset make value_range one of stored values"
+        scaled = (
+            "" if np.array_equal(ranges, stated) else ", whose scale and offset make value_range one of stored values"
+        )
         warnings.warn(
             f"{name}: {outside / num_values:.0%} of the values lie outside value_range={np.round(stated, 6).tolist()}{scaled}, "
             f"so that nearly nothing is to be seen: stored values go from {min(lows):.6g} to {max(highs):.6g}, black and "
@@ -230,7 +234,12 @@ def _warn_of_collar(values, valid, name):
     collar = beside_border(close) & close
     exact = is_close(values, float(value), tolerance / COLLAR_NOISE) | ~valid
     left = collar & valid  # of a collar that the file knows, nothing or what JPEG made of it
-    if collar.mean() <= COLLAR_PART or left.sum() < 0.02 * collar.sum() or exact[collar].mean() < 0.5 or left.sum() < 16:
+    if (
+        collar.mean() <= COLLAR_PART
+        or left.sum() < 0.02 * collar.sum()
+        or exact[collar].mean() < 0.5
+        or left.sum() < 16
+    ):
         return
     noise = np.abs(values[:, left].astype(float) - float(value)).max()
     number = int(value) if float(value).is_integer() else float(value)

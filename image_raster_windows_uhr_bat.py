@@ -266,9 +266,7 @@ def _numbers(values, window, name) -> list[float]:
     raise ValueError(f"{name}: the edges of a window are finite numbers. Got {str(window)[:200]}. {FORMS}")
 
 
-def choose_window(
-    dataset, crs, window, size: tuple[int, int], name: str, transform=None
-) -> tuple[int, int, int, int]:
+def choose_window(dataset, crs, window, size: tuple[int, int], name: str, transform=None) -> tuple[int, int, int, int]:
     """The part of an image that is read, (top, left, bottom, right) in pixels.
 
     Args:
@@ -315,7 +313,9 @@ def _window_of_bounds(dataset, crs, transform, bounds, bounds_crs, size, name):
     bounds_crs = parse_crs(bounds_crs, name)
     given = _told((*bounds, bounds_crs.to_string()))
     if max(map(abs, bounds)) > MAX_PLACE:
-        raise ValueError(f"{name}: the bounds {given} reach beyond {MAX_PLACE:g}, where no coordinate system has a place.")
+        raise ValueError(
+            f"{name}: the bounds {given} reach beyond {MAX_PLACE:g}, where no coordinate system has a place."
+        )
     west, south, east, north = bounds
     if bounds_crs.is_geographic:
         turn, quarter = (angle / bounds_crs.units_factor[1] for angle in (2 * math.pi, math.pi / 2))
@@ -344,10 +344,7 @@ def _window_of_bounds(dataset, crs, transform, bounds, bounds_crs, size, name):
         height, width = size
         columns, rows = apply(transform, np.array([0, width, 0, width]), np.array([0, 0, height, height]))
         own = columns.min(), rows.min(), columns.max(), rows.max()
-        raise ValueError(
-            f"{name}: the bounds {given} lie outside the image, whose own are "
-            f"{tuple(map(float, own))}."
-        )
+        raise ValueError(f"{name}: the bounds {given} lie outside the image, whose own are {tuple(map(float, own))}.")
     return part
 
 
@@ -387,7 +384,9 @@ def read_area(area: Any, crs, transform, size: tuple[int, int], name: str) -> li
         ValueError: no polygons, or an image without coordinates.
     """
     if crs is None or transform is None:
-        raise ValueError(f"{name}: it has no coordinate system that an area could be given in. Pass a window in pixels.")
+        raise ValueError(
+            f"{name}: it has no coordinate system that an area could be given in. Pass a window in pixels."
+        )
     try:
         import geopandas
         import shapely.affinity
@@ -430,7 +429,9 @@ def read_area(area: Any, crs, transform, size: tuple[int, int], name: str) -> li
         a, b, c, d, e, f = tuple(~transform)[:6]
         return list(moved.affine_transform([a, b, d, e, c, f]))
     except Exception as error:  # places that the image's system does not have
-        raise ValueError(f"{name}: the area {shown} has no place in the image's coordinate system ({error}).") from error
+        raise ValueError(
+            f"{name}: the area {shown} has no place in the image's coordinate system ({error})."
+        ) from error
 
 
 def _stated_crs(shape, name):

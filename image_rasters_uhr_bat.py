@@ -253,7 +253,11 @@ class RasterImage(ImageSource):
         if area is not None:
             self.masked = True
         self._tables, self._ranges, self._inverted = value_tables(
-            dataset, self.bands, value_range, lambda: self._look(dataset), self.filename,
+            dataset,
+            self.bands,
+            value_range,
+            lambda: self._look(dataset),
+            self.filename,
             nodata is None and not (self._remote or self._sequential),  # a request, or the whole file decoded
         )
 

@@ -241,9 +241,13 @@ class _Reader(NamedTuple):
         try:
             return self.open_raster(path, name)
         except (OSError, ImportError) as error:
-            files = [entry.path for entry in sorted(os.scandir(path), key=lambda one: one.name) if _is_raster_file(entry)]
+            files = [
+                entry.path for entry in sorted(os.scandir(path), key=lambda one: one.name) if _is_raster_file(entry)
+            ]
             if not files:
-                raise IsADirectoryError(f"{name}: it is a folder, and none that is a raster or has rasters in it.") from error
+                raise IsADirectoryError(
+                    f"{name}: it is a folder, and none that is a raster or has rasters in it."
+                ) from error
         return self.open_mosaic(files, name)
 
     def open_mosaic(self, paths, name) -> _Opened:
@@ -370,7 +374,7 @@ def resize_image(
 
 
 def kind_of(image: Any) -> str | None:
-    """"raster", "picture" or "source": what it is by what it has, of any copy of this package or of somebody's own; None
+    """ "raster", "picture" or "source": what it is by what it has, of any copy of this package or of somebody's own; None
     of everything else."""
     kind = getattr(image, "kind", None)
     if isinstance(kind, str) and kind in ("raster", "picture", "source"):

@@ -169,7 +169,8 @@ class UHRBatProcessor(ProcessorMixin):
         if unknown := sorted(kwargs.keys() - known):
             near = get_close_matches(unknown[0], sorted(known), n=1)
             raise TypeError(
-                f"{type(self).__name__} has no argument {unknown[0]!r}" + (f": did you mean {near[0]!r}?" if near else ".")
+                f"{type(self).__name__} has no argument {unknown[0]!r}"
+                + (f": did you mean {near[0]!r}?" if near else ".")
             )
 
     def adds_special_tokens(self, text: str) -> bool:
@@ -408,7 +409,9 @@ def _share_tiles(images, max_tiles, images_per_prompt):
     except ValueError as error:
         if max(numbers) == 1:
             raise
-        raise ValueError(f"{error} The {max_tiles} tiles of a prompt are shared by its {max(numbers)} images.") from None
+        raise ValueError(
+            f"{error} The {max_tiles} tiles of a prompt are shared by its {max(numbers)} images."
+        ) from None
 
 
 def _is_encoded(image) -> bool:

@@ -41,7 +41,8 @@ OVERLAY_TESTS = [
 
 # What vLLM and no other release decodes has a lane of its own, and so have engines that train in several processes.
 PINNED_TESTS = ["tests", "--ignore=tests/cluster", "--ignore=tests/clients", "-m", "not vllm"]
-VLLM_TESTS = ["tests/serving", "-m", "vllm"]
+# What is refused before a decoder sees it is tested in the main lane.
+VLLM_TESTS = ["tests/serving", "-m", "vllm", "-k", "not refused and not names_the_field"]
 # A page in a browser and a batch on Ray take minutes, and a Pillow that constraints.txt is ahead of.
 EXTRAS_TESTS = ["tests/serving_extras"]
 CLUSTER_TESTS = ["tests/cluster"]

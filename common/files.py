@@ -31,7 +31,9 @@ def whole_files(folder: Path):
         paths = sorted(Path(built).iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
         for path in paths:
             if (folder / path.name).is_dir():
-                raise IsADirectoryError(f"{folder / path.name}: a file of this name is to be written, and this is a folder.")
+                raise IsADirectoryError(
+                    f"{folder / path.name}: a file of this name is to be written, and this is a folder."
+                )
         for path in paths:
             for sidecar in stale_sidecars(folder / path.name):
                 sidecar.unlink()
@@ -76,7 +78,9 @@ def edited_alone(path: Path | None):
 
         def check():
             if _state_of(path) != before:
-                raise OSError(f"{path}: another program has changed it since it was read. Nothing is written: ask again.")
+                raise OSError(
+                    f"{path}: another program has changed it since it was read. Nothing is written: ask again."
+                )
 
         yield check
     finally:

@@ -66,7 +66,9 @@ def check_outputs(reads: Iterable[Any], *outputs: Output):
         for key in _keys(path):
             other = taken.setdefault(key, output)
             if other is not output:
-                raise ValueError(f"{path}: {other.option} and {output.option} would be one file. Give another name to one.")
+                raise ValueError(
+                    f"{path}: {other.option} and {output.option} would be one file. Give another name to one."
+                )
     replaced = {key: (output, path) for output, path in written for key in _keys(path)}
     for output, path in written:
         for sidecar in stale_sidecars(path):
@@ -168,7 +170,9 @@ def _image_files(name, seen) -> Iterator[Path]:
     for path in _named_in(name):
         yield path
         for ending in BESIDE:
-            yield from (one for one in (Path(f"{path}{ending}"), path.with_suffix(ending)) if one != path and one.is_file())
+            yield from (
+                one for one in (Path(f"{path}{ending}"), path.with_suffix(ending)) if one != path and one.is_file()
+            )
     if name in seen:
         return
     seen.add(name)

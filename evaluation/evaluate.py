@@ -25,7 +25,17 @@ from ..common.outputs import Output, check_outputs
 from . import figures
 from .asked import folder_digest
 from .other_answers import other_answers
-from .running import IMAGE, PREDICTIONS, SETTINGS, Settings, check_settings, looking_closer, process_state, run, versions
+from .running import (
+    IMAGE,
+    PREDICTIONS,
+    SETTINGS,
+    Settings,
+    check_settings,
+    looking_closer,
+    process_state,
+    run,
+    versions,
+)
 from .suites import SUITES
 
 # What is in the folder of a run.
@@ -83,7 +93,10 @@ def parser():
     add_tile_arguments(parser)
     parser.add_argument("--retry", action="store_true", help="ask again what failed")
     parser.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="score these answers (lmms-eval's samples, VLMEvalKit's tables, JSON lines), ask nothing",
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="score these answers (lmms-eval's samples, VLMEvalKit's tables, JSON lines), ask nothing",
     )
     return parser
 
@@ -139,7 +152,9 @@ def main(arguments=None) -> int:
     args.output = args.output or Path("runs", suite.name)
     check_outputs((args.data, args.model, args.predictions, args.area), Output("--output", args.output, names=FILES))
     if args.predictions and (args.output / SETTINGS).exists():
-        raise ValueError(f"{args.output} holds a run, whose figures --predictions would replace. Give another --output.")
+        raise ValueError(
+            f"{args.output} holds a run, whose figures --predictions would replace. Give another --output."
+        )
     require("evaluate", "datasets")
     scorers, prompt = scorers_of(suite, args.scorers), prompt_of(suite, args.prompt)
     samples = suite.load(args.data, args.limit)

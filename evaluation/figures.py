@@ -232,7 +232,19 @@ def scores_table(result) -> str:
             f"{row['average']}, {len(row['groups'])}",
         ]
         rows.append([row["scorer"], row["section"], row["view"], row["samples"], *figures, *differences])
-    header = ["score", "part", "shown", "samples", "micro", "Wilson's", "macro", "Wilson's", "groups", f"minus {BLANK}", f"minus {TEXT}"]
+    header = [
+        "score",
+        "part",
+        "shown",
+        "samples",
+        "micro",
+        "Wilson's",
+        "macro",
+        "Wilson's",
+        "groups",
+        f"minus {BLANK}",
+        f"minus {TEXT}",
+    ]
     return table(header, rows)
 
 

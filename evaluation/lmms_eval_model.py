@@ -70,7 +70,9 @@ class UHRBat(lmms):
         self.model.eval()
         budgets = None if budgets is None else read_budgets(str(budgets), ":")
         self.tiles, self.budgets = looking_closer(budgets, self.processor.default_budgets, max_tiles, native)
-        split_budgets(self.processor.default_budgets if self.budgets is None else self.budgets, self.model.config.scales)
+        split_budgets(
+            self.processor.default_budgets if self.budgets is None else self.budgets, self.model.config.scales
+        )
         self.batch_size = int(batch_size)
         self.encoded = {}
 

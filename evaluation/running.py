@@ -197,7 +197,9 @@ def looking_closer(budgets, default, max_tiles, native) -> tuple[dict, list[int]
         native = native.lower() in ("true", "1")
     if max_tiles is None:
         if native:
-            raise ValueError("native levels are encoded where the question looks, so many tiles: give max_tiles with it.")
+            raise ValueError(
+                "native levels are encoded where the question looks, so many tiles: give max_tiles with it."
+            )
         return {}, budgets
     if int(max_tiles) < 1:
         raise ValueError(f"max_tiles must be at least 1. Got {max_tiles}.")
@@ -423,7 +425,12 @@ def run(
         if settings.tiles:
             workers = 0  # tiles are read when a question looks at them, by the process that asks
         loader = DataLoader(
-            Cut(suite, image_processor, [group for unit in mine for group in unit], settings.tiles | (settings.image or {})),
+            Cut(
+                suite,
+                image_processor,
+                [group for unit in mine for group in unit],
+                settings.tiles | (settings.image or {}),
+            ),
             batch_size=None,
             num_workers=workers,
             prefetch_factor=1 if workers else None,

@@ -189,7 +189,9 @@ def _of_one_split(folder, names, split) -> list[Path]:
         groups[name.parent, base, base != name.stem].append(name)
     if len(groups) > 1:
         for wanted in ((split,) if split else (), *SPLITS):
-            found = [group for group in groups if set(wanted) & set(re.split(r"[^a-z0-9]+", str(Path(*group[:2])).lower()))]
+            found = [
+                group for group in groups if set(wanted) & set(re.split(r"[^a-z0-9]+", str(Path(*group[:2])).lower()))
+            ]
             if len(found) == 1:
                 return groups[found[0]]
             if found:
@@ -236,14 +238,14 @@ def read_lines(path: Path) -> list[dict]:
     if isinstance(found, dict):
         # A single line is a record, and so is what talks; of any other dictionary its one list of records is meant.
         alone = path.suffix == ".jsonl" or TALKS & set(found)
-        lists = [value for value in found.values() if isinstance(value, list) and all(isinstance(one, dict) for one in value)]
+        lists = [
+            value for value in found.values() if isinstance(value, list) and all(isinstance(one, dict) for one in value)
+        ]
         found = lists[0] if len(lists) == 1 and not alone else [found]
     return found
 
 
-def read_records(
-    data: str, patterns=(), split=None, name=None, version=None
-) -> Iterator[tuple[dict, list[Path]]]:
+def read_records(data: str, patterns=(), split=None, name=None, version=None) -> Iterator[tuple[dict, list[Path]]]:
     """(record, folders that its pictures are looked for in) of every row of a benchmark.
 
     Args:
@@ -366,7 +368,10 @@ def _cell(value, table, row, column, position):
     buffer = memoryview(value.as_buffer())
     if pa.types.is_string(value.type) or pa.types.is_large_string(value.type):
         if position is None and buffer[:1] == b"[" and (several := written_list(value.as_py())) is not None:
-            return [one if len(one) < 1024 else _picture(one.encode(), table, row, column, at) for at, one in enumerate(several)]
+            return [
+                one if len(one) < 1024 else _picture(one.encode(), table, row, column, at)
+                for at, one in enumerate(several)
+            ]
         if len(buffer) < 1024:
             return value.as_py()
     return _picture(buffer, table, row, column, position)

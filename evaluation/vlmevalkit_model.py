@@ -38,7 +38,9 @@ class UHRBat(BaseModel):
         self.processor, self.model = load_model(Path(model_path or ROOT), **changes)
         self.model.eval()
         self.tiles, self.budgets = looking_closer(budgets, self.processor.default_budgets, max_tiles, native)
-        split_budgets(self.processor.default_budgets if self.budgets is None else self.budgets, self.model.config.scales)
+        split_budgets(
+            self.processor.default_budgets if self.budgets is None else self.budgets, self.model.config.scales
+        )
         self.generation = {"max_new_tokens": 512} | generation
         self.encoded = None, []
 

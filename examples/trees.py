@@ -188,7 +188,9 @@ def main():
     share = right_of_linear(learnt, asked).float().mean().item()
     always = sum(max(map(said.count, answers)) for answers in QUESTIONS.values()) / len(said)
     number = len({row["image"] for row in rows})
-    print(f"A linear classifier on the tokens: {percent_interval(wilson(share, number))} %; one answer every time: {100 * always:.1f} %")
+    print(
+        f"A linear classifier on the tokens: {percent_interval(wilson(share, number))} %; one answer every time: {100 * always:.1f} %"
+    )
 
 
 if __name__ == "__main__":

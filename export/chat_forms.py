@@ -42,7 +42,9 @@ def _header(role):
 
 VICUNA = _turns("text ~ ' '", "'USER: ' ~ text ~ ' '", "'ASSISTANT: ' ~ text ~ eos_token", "'ASSISTANT:'").replace(
     "{%- for message in messages -%}",
-    "{%- if not messages or messages[0]['role'] != 'system' -%}\n{{- " + repr(VICUNA_SYSTEM + " ") + " -}}\n{%- endif -%}\n"
+    "{%- if not messages or messages[0]['role'] != 'system' -%}\n{{- "
+    + repr(VICUNA_SYSTEM + " ")
+    + " -}}\n{%- endif -%}\n"
     "{%- for message in messages -%}",
     1,
 )

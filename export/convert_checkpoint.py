@@ -451,7 +451,9 @@ def find_adapters(checkpoint, merge_adapter) -> tuple[str | Path, list[Path]]:
     for adapter in adapters:
         read_json(adapter / "adapter_config.json")
     if len(set(map(os.path.realpath, adapters))) < len(adapters):
-        raise CheckpointError(f"--merge-adapter names an adapter twice, whose changes would count twice: {merge_adapter}.")
+        raise CheckpointError(
+            f"--merge-adapter names an adapter twice, whose changes would count twice: {merge_adapter}."
+        )
     return checkpoint, adapters
 
 

@@ -120,7 +120,12 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--layer", default=LAYER, metavar="NAME", help=f"of the GeoPackage; its other ones stay (default: {LAYER})"
     )
-    parser.add_argument("--raster", type=Path, metavar="FILE", help="importance as a GeoTIFF, a band for every scale, with a style for QGIS")
+    parser.add_argument(
+        "--raster",
+        type=Path,
+        metavar="FILE",
+        help="importance as a GeoTIFF, a band for every scale, with a style for QGIS",
+    )
     parser.add_argument("--page", type=Path, metavar="FILE", help="an HTML page with a map that opens offline")
     parser.add_argument(
         "--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"

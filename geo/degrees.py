@@ -82,7 +82,9 @@ class _Places:
             back = pyproj.Transformer.from_crs("EPSG:4326", crs, always_xy=True)
             poles = np.stack(back.transform([0, 0], [90, -90]), axis=1)
             # A CRS may show a pole where it has none to show: it must come back.
-            self._poles = [pole for pole, lat in zip(poles, (90, -90)) if abs(self.degrees(pole[None])[0, 1] - lat) < POLE]
+            self._poles = [
+                pole for pole, lat in zip(poles, (90, -90)) if abs(self.degrees(pole[None])[0, 1] - lat) < POLE
+            ]
 
     def degrees(self, points) -> np.ndarray:
         """float[n, 2] longitude and latitude of float[n, 2]. Longitudes of a CRS in degrees keep their turn, as 190."""
@@ -121,7 +123,9 @@ class _Places:
     def _bent(self, points):
         """The ring with more points where its edges are bent in degrees, or leave the Earth."""
         steps = np.arange(PIECES)[:, None] / PIECES
-        points = np.concatenate([*(start + (end - start) * steps for start, end in zip(points, points[1:])), points[-1:]])
+        points = np.concatenate(
+            [*(start + (end - start) * steps for start, end in zip(points, points[1:])), points[-1:]]
+        )
         for _ in range(HALVINGS):
             degrees, middles = self.degrees(points), (points[1:] + points[:-1]) / 2
             seen, lost = self.degrees(middles), np.isnan(degrees).any(1)

@@ -84,7 +84,10 @@ def _orientation(raster, path) -> int:
     stated = raster.tags().get("EXIF_Orientation")
     if stated is None:
         try:
-            with warnings.catch_warnings(), Image.open(local_path(os.fspath(path)), formats=tuple(PICTURE_FORMATS)) as image:
+            with (
+                warnings.catch_warnings(),
+                Image.open(local_path(os.fspath(path)), formats=tuple(PICTURE_FORMATS)) as image,
+            ):
                 warnings.simplefilter("ignore")  # of its size, which was checked when it was read
                 stated = image.getexif().get(274)
         except Exception:  # no picture of Pillow's

@@ -90,20 +90,30 @@ def main(arguments=None) -> int:
     parser.add_argument("--image-size", type=image_size, required=True, metavar="WxH", help="as 30000x20000, in pixels")
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument(
-        "--memory", metavar="SIZE", help="the largest budgets in so much memory, as 24GiB, or free: what the device has left"
+        "--memory",
+        metavar="SIZE",
+        help="the largest budgets in so much memory, as 24GiB, or free: what the device has left",
     )
     limit.add_argument("--seconds", type=float, metavar="S", help="the largest budgets that are answered in this time")
     limit.add_argument("--tokens", type=int, metavar="N", help="visual tokens of all scales together")
     parser.add_argument(
         "--max-tiles", type=int, metavar="N", help="that are encoded, where the question looks (default: all)"
     )
-    parser.add_argument("--native", action="store_true", help="with --max-tiles: levels down to the image's own resolution")
-    parser.add_argument("--questions", type=int, default=1, metavar="N", help="answered at once about an image (default: 1)")
+    parser.add_argument(
+        "--native", action="store_true", help="with --max-tiles: levels down to the image's own resolution"
+    )
+    parser.add_argument(
+        "--questions", type=int, default=1, metavar="N", help="answered at once about an image (default: 1)"
+    )
     parser.add_argument(
         "--users", type=int, default=1, metavar="N", help="at a time, each with an image and a question (default: 1)"
     )
     parser.add_argument(
-        "--max-pixels", type=int, dest="max_image_pixels", metavar="N", help="of the largest image (default: the model's)"
+        "--max-pixels",
+        type=int,
+        dest="max_image_pixels",
+        metavar="N",
+        help="of the largest image (default: the model's)",
     )
     parser.add_argument("--device", type=device_of, help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the folder)")

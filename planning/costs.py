@@ -108,7 +108,9 @@ def question_of(config, image_size: tuple[int, int], budgets=None, max_tiles=Non
     num_pixels, budgets = image_size[0] * image_size[1], config.budgets if budgets is None else budgets
     if native:
         if max_tiles is None:
-            raise ValueError("`native` levels are encoded where the question looks, so many tiles: pass `max_tiles` with it.")
+            raise ValueError(
+                "`native` levels are encoded where the question looks, so many tiles: pass `max_tiles` with it."
+            )
         pyramid = ImagePyramid(
             UnreadImage(*image_size), anchor=config.scales[0], tile_size=config.tile_size, patch_size=config.patch_size,
             mask_padding=config.mask_padding, max_tiles=max_tiles,
@@ -241,7 +243,11 @@ def question_flops(config, question: Question) -> dict[str, int]:
     P = (config.tile_size // config.patch_size) ** 2
     num_tiles, before, after = sum(question.tiles), question.text_before, question.text_after
     num_rows = after if config.question_tokens == "all" else 1
-    anchor, steps, at_once = question.available[question.anchor_idx], range(question.num_answer_tokens - 1), question.num_questions
+    anchor, steps, at_once = (
+        question.available[question.anchor_idx],
+        range(question.num_answer_tokens - 1),
+        question.num_questions,
+    )
     flops = {
         "encode": vision_tower(config, num_tiles, up_to_features=True) + projector(config, num_tiles * P),
         "importance": weighing(config, anchor, reading_layer(config), num_rows, question.num_text),
@@ -335,7 +341,11 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
     if not encoded:
         peaks = []
         for scale_idx, (N, T) in enumerate(zip(question.available, question.tiles)):
-            before = others * (sum(of_scales) + anchor) + sum(of_scales[:scale_idx]) + (anchor if scale_idx > question.anchor_idx else 0)
+            before = (
+                others * (sum(of_scales) + anchor)
+                + sum(of_scales[:scale_idx])
+                + (anchor if scale_idx > question.anchor_idx else 0)
+            )
             projected, added = tokens_at_work(config, N, T, b)
             chunk = tower_chunk(config, T, b, on_gpu)
             peaks.append({"tokens of all scales": before + projected, "tower's chunk": chunk})
@@ -345,7 +355,9 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
     if question.max_tiles is not None:  # images keep their encoded tiles for further questions
         held["kept tiles"] = question.num_images * min(config.tile_cache_bytes, sum(of_scales))
     # Positions, regions and their copies: a few whole numbers for a token.
-    held = held | {"tokens of all scales": question.num_images * (sum(of_scales) + anchor + 32 * sum(question.available))}
+    held = held | {
+        "tokens of all scales": question.num_images * (sum(of_scales) + anchor + 32 * sum(question.available))
+    }
     passes = [question.available[question.anchor_idx], *(number for number, _, _ in candidates_of(config, question))]
     M = question.num_text + max(passes)
     scores = 10 * config.text_config.num_attention_heads * min(64, question.text_after) * M
@@ -354,7 +366,10 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
     blocks = [kmeans_blocks(config, N, R, on_gpu) for N, R in zip(question.available, regions)]
     stages["regions"] = held | {"k-means blocks": max(blocks)}
     joined = sum(of_scales) if is_one_budget(question.budgets) else 0
-    stages["selection"] = held | {"tokens of all scales in one": joined, "visual tokens": at_once * b * D * sum(question.counts)}
+    stages["selection"] = held | {
+        "tokens of all scales in one": joined,
+        "visual tokens": at_once * b * D * sum(question.counts),
+    }
     # Visual tokens, the embedded prompt, and the prompt with both.
     visual = {"visual tokens": at_once * 3 * b * D * question.prompt}
     cache = at_once * key_value_cache(config, question.prompt, b)

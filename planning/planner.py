@@ -37,7 +37,9 @@ UNITS = {
     "TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "s": 1,
 }  # fmt: skip
 # In any case; a letter alone is of two to the tenth, as in "24g".
-_UNITS = {name.lower(): number for name, number in UNITS.items()} | {name[0].lower(): n for name, n in UNITS.items() if name[1:] == "iB"}
+_UNITS = {name.lower(): number for name, number in UNITS.items()} | {
+    name[0].lower(): n for name, n in UNITS.items() if name[1:] == "iB"
+}
 LIMIT = re.compile(rf"\s*(\d+\.?\d*|\.\d+)\s*({'|'.join(_UNITS)})\s*", re.IGNORECASE)
 FREE = "free"
 
@@ -153,8 +155,15 @@ class UHRBatPlanner:
     is_loaded: bool = False
 
     def plan(
-        self, image_size: tuple[int, int], budgets=None, *, max_tiles: int | None = None, native: bool = False,
-        seconds: bool = True, max_image_pixels: int | None = None, **others
+        self,
+        image_size: tuple[int, int],
+        budgets=None,
+        *,
+        max_tiles: int | None = None,
+        native: bool = False,
+        seconds: bool = True,
+        max_image_pixels: int | None = None,
+        **others,
     ) -> UHRBatPlan:
         """What a question about an image of (height, width) pixels costs.
 

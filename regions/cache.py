@@ -199,7 +199,9 @@ def main(arguments=None) -> int:
         check_job(job)
         outputs = name_outputs(args.images, args.output)
         names = tuple(path.name for path in outputs.values())
-        check_outputs((*args.images, job.checkpoint, job.model, args.area), Output("--output", args.output, names=names))
+        check_outputs(
+            (*args.images, job.checkpoint, job.model, args.area), Output("--output", args.output, names=names)
+        )
         processor = UHRBatImageProcessor.from_pretrained(base_of(job.model) or job.model)
     except (OSError, ValueError, ImportError) as error:
         print(f"Error: {error}", file=sys.stderr)

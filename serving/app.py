@@ -320,6 +320,7 @@ def make_app(
 
     app = FastAPI(title="UHR-BAT", docs_url=None, redoc_url=None, lifespan=lifespan)
     max_bytes = service.sources.max_bytes * 4 // 3 + TEXT_BYTES
+
     @app.exception_handler(Refusal)
     async def refuse(request, refusal):
         count(refusal.status)

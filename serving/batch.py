@@ -192,7 +192,9 @@ def telling_of_the_wait(address: str | None):
         start = time.monotonic()
         while not done.wait(ANSWER_SECONDS):
             waited = time.monotonic() - start
-            print(f"Waiting for Ray at {address or 'this machine'}, {waited:.0f} s so far.", file=sys.stderr, flush=True)
+            print(
+                f"Waiting for Ray at {address or 'this machine'}, {waited:.0f} s so far.", file=sys.stderr, flush=True
+            )
 
     threading.Thread(target=tell, daemon=True).start()
     try:
@@ -349,8 +351,7 @@ def run(work: list[tuple[BatchImage, list[str]]], output: Path, settings: dict, 
     done = {key for key, row in found.items() if row["error"] is None}
     order = [(image.source, image.item, question) for image, questions in work for question in questions]
     left = [
-        (image, [one for one in questions if (image.source, image.item, one) not in done])
-        for image, questions in work
+        (image, [one for one in questions if (image.source, image.item, one) not in done]) for image, questions in work
     ]
     left = [(image, questions) for image, questions in left if questions]
     if left:

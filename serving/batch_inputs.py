@@ -72,7 +72,9 @@ def _text(path, newline=None) -> str:
         with open(path, encoding="utf-8-sig", newline=newline) as file:
             return file.read()
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path}: it is no text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8.") from error
+        raise ValueError(
+            f"{path}: it is no text in UTF-8 ({error.reason} at byte {error.start}). Save it as UTF-8."
+        ) from error
 
 
 def _is_image(path, folder) -> bool:

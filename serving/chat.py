@@ -230,7 +230,10 @@ class ChatRequest(_Strict):
 
     @property
     def reader_options(self) -> dict[str, Any]:
-        return {name: getattr(self, name) for name in ("bands", "value_range", "window", "nodata", "page", "max_tiles", "native")}
+        return {
+            name: getattr(self, name)
+            for name in ("bands", "value_range", "window", "nodata", "page", "max_tiles", "native")
+        }
 
     def refusal(self, error: Exception) -> Refusal:
         """What reading and compressing raised, as a refusal that names the field that is meant: the one that the error names."""

@@ -206,9 +206,7 @@ def build_page(desk, rules, note: str):
     def open_image(seat, name_source, texts):
         """What changes when an image is opened: its status, map, budget and answer, and an empty place to drop."""
         try:
-            name = seat.open(
-                lambda: desk.open(name_source(), **read_options(**dict(zip(READING, texts))), **limits)
-            )
+            name = seat.open(lambda: desk.open(name_source(), **read_options(**dict(zip(READING, texts))), **limits))
             if name is None:
                 return [gr.skip()] * 5
             usual, most = desk.budget_range(name)

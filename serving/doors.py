@@ -98,8 +98,9 @@ class Doors:
             given = key.strip() if kind.lower() == b"bearer" else b""
             if not any([hmac.compare_digest(given, one) for one in self.keys]):
                 raise Refusal(
-                    "The API key is wrong." if given else "An API key is missing: send the header "
-                    "`Authorization: Bearer KEY`.",
+                    "The API key is wrong."
+                    if given
+                    else "An API key is missing: send the header `Authorization: Bearer KEY`.",
                     status=401,
                     code="invalid_api_key",
                 )

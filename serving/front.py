@@ -124,7 +124,9 @@ class Front:
         options = {name: value for name, value in options.items() if value is not None}
         levels = "whole" if max_tiles is None else "native" if native else "scales"
         if native and max_tiles is None:
-            raise ValueError("`native` levels are encoded where the question looks, so many tiles: give `max_tiles` too.")
+            raise ValueError(
+                "`native` levels are encoded where the question looks, so many tiles: give `max_tiles` too."
+            )
         key = ("image", self.model_key, source.digest, levels, repr(sorted(options.items())))
         tiles = {} if max_tiles is None else {"max_tiles": max_tiles, "native": native}
         return self.cache.get(key, lambda: self._compute(self._encode, key, source, options, tiles))

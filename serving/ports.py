@@ -43,7 +43,9 @@ def take_port(host: str, port: int) -> list[socket.socket]:
         for one in taken:
             one.close()
         if error.errno == errno.EADDRINUSE:
-            raise OSError(f"Port {port} of {host} is in use: give another --port, or 0 for one that is free.") from error
+            raise OSError(
+                f"Port {port} of {host} is in use: give another --port, or 0 for one that is free."
+            ) from error
         raise OSError(f"Port {port} of {host} cannot be used ({error.strerror}).") from error
     return taken
 

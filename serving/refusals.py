@@ -1,6 +1,5 @@
 """What a request may not do, as OpenAI's servers say it."""
 
-
 # Letters of text for every token of the context window: more cannot fit, and are not given to the tokenizer.
 LETTERS_PER_TOKEN = 32
 # Letters of an error, and of the name of a field in it: what was given is shown, a giant of it not repeated.

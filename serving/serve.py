@@ -119,7 +119,9 @@ def build(args):
     if args.backend == "vllm":
         from .vllm_decoder import VLLMDecoder
 
-        decoder = VLLMDecoder(model, decoder_folder(model, processor.tokenizer, model_key), args.max_batch, dict(args.vllm))
+        decoder = VLLMDecoder(
+            model, decoder_folder(model, processor.tokenizer, model_key), args.max_batch, dict(args.vllm)
+        )
     else:
         from .transformers_decoder import TransformersDecoder
 

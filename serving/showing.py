@@ -261,7 +261,9 @@ class Desk:
         check_count(len(question), LETTERS_PER_TOKEN * window, "letters", "The question")
         start = time.perf_counter()
         budgets = self.share(image_name, num_tokens)
-        selection = self.front.select(user_prompt(processor, question.strip()), [image.encoded], budgets, image.max_tiles)
+        selection = self.front.select(
+            user_prompt(processor, question.strip()), [image.encoded], budgets, image.max_tiles
+        )
         compressed_at = time.perf_counter()
         with self._decoding:
             embeds = selection.embeds[None].to(model.device)

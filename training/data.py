@@ -63,18 +63,29 @@ def _is_range(value) -> bool:
 
 # What a row may say of its images, and whether that can be it; a file decides the rest when it is read.
 ROW_OPTIONS = {
-    "bands": lambda value: isinstance(value, int)
-    or isinstance(value, list) and all(isinstance(one, (int, str)) for one in value),
-    "window": lambda value: isinstance(value, list)
-    and (
-        len(value) == 4 and _are_numbers(value)
-        or len(value) == 5 and _are_numbers(value[:4])
-        or len(value) == 2 and all(_are_numbers(one) and len(one) == 2 for one in value)
+    "bands": lambda value: (
+        isinstance(value, int) or isinstance(value, list) and all(isinstance(one, (int, str)) for one in value)
     ),
-    "value_range": lambda value: value in ("dtype", "percentile")
-    or _is_range(value) or isinstance(value, list) and all(map(_is_range, value)),
-    "budgets": lambda value: type(value) is int and value > 0
-    or _are_numbers(value) and all(isinstance(one, int) and one >= 0 for one in value),
+    "window": lambda value: (
+        isinstance(value, list)
+        and (
+            len(value) == 4
+            and _are_numbers(value)
+            or len(value) == 5
+            and _are_numbers(value[:4])
+            or len(value) == 2
+            and all(_are_numbers(one) and len(one) == 2 for one in value)
+        )
+    ),
+    "value_range": lambda value: (
+        value in ("dtype", "percentile") or _is_range(value) or isinstance(value, list) and all(map(_is_range, value))
+    ),
+    "budgets": lambda value: (
+        type(value) is int
+        and value > 0
+        or _are_numbers(value)
+        and all(isinstance(one, int) and one >= 0 for one in value)
+    ),
 }
 NAMED = 5  # bad samples of each kind that a message names
 
@@ -212,7 +223,8 @@ def read_options(row: dict, budgets) -> str:
             raise BadSample(f"whose `{name}` cannot be read", f"{json.dumps(options[name])}")
     if "budgets" in options and is_one_budget(options["budgets"]) != is_one_budget(budgets):
         raise BadSample(
-            "with budgets of another kind", f"{options['budgets']}, but the run has {budgets}: one number, or one per scale"
+            "with budgets of another kind",
+            f"{options['budgets']}, but the run has {budgets}: one number, or one per scale",
         )
     return json.dumps(options) if options else ""
 

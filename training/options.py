@@ -26,7 +26,8 @@ class ModelOptions:
     model_name_or_path: str = HfArg(default=str(ROOT), help="Model folder or repository to start from.")
     dtype: str = HfArg(default="auto", help="Of the weights in memory: auto, float32, bfloat16.")
     freeze: list[str] = HfArg(
-        default_factory=lambda: ["vision_tower"], help="Parts that are not trained, by their names in the model; or none."
+        default_factory=lambda: ["vision_tower"],
+        help="Parts that are not trained, by their names in the model; or none.",
     )
     use_peft: bool = HfArg(default=False, help="Train a LoRA adapter.")
     lora_r: int = HfArg(default=16, help="Rank of the adapter.")
@@ -60,8 +61,9 @@ class DataOptions:
     )
     eval_data: list[str] | None = HfArg(default=None, help="The same, held out.")
     eval_share: float = HfArg(
-        default=0.0, help="Share of the training data that is held out, where there is no eval_data, by its images: what is asked about one "
-        "is either learnt or held out."
+        default=0.0,
+        help="Share of the training data that is held out, where there is no eval_data, by its images: what is asked about one "
+        "is either learnt or held out.",
     )
     train_split: str = HfArg(default="train", help="Of data sets of the Hub.")
     eval_split: str = HfArg(default="validation", help="Of data sets of the Hub.")
@@ -100,7 +102,9 @@ class DataOptions:
 
     def __post_init__(self):
         if not 0 <= self.eval_share < 1:
-            raise ValueError(f"`eval_share` is a share of the samples, 0 or more and less than 1. Got {self.eval_share}.")
+            raise ValueError(
+                f"`eval_share` is a share of the samples, 0 or more and less than 1. Got {self.eval_share}."
+            )
         if isinstance(self.image_options, str):
             self.image_options = json.loads(self.image_options)
         if isinstance(self.budgets, list) and len(self.budgets) == 1:
@@ -142,7 +146,9 @@ class UHRBatTrainingArguments(TrainingArguments):
     def __post_init__(self):
         if self.early_stopping_patience is not None:
             if self.early_stopping_patience < 1:
-                raise ValueError(f"`early_stopping_patience` is at least 1 evaluation. Got {self.early_stopping_patience}.")
+                raise ValueError(
+                    f"`early_stopping_patience` is at least 1 evaluation. Got {self.early_stopping_patience}."
+                )
             if str(self.eval_strategy).endswith("no"):
                 raise ValueError("`early_stopping_patience` needs evaluations: set `eval_strategy` to epoch or steps.")
             self.load_best_model_at_end = True
@@ -177,7 +183,13 @@ def read_options(arguments, prog="uhr-bat train") -> tuple[ModelOptions, DataOpt
         known = {one.name for kind in KINDS for one in fields(kind)}
         if unknown := sorted(set(recipe) - known):
             raise ValueError(f"{config}: there is no option {', '.join(unknown)}.")
-        for name in ("train_data", "eval_data", "freeze", "budgets", "eval_scores"):  # a list of one may be written without brackets
+        for name in (
+            "train_data",
+            "eval_data",
+            "freeze",
+            "budgets",
+            "eval_scores",
+        ):  # a list of one may be written without brackets
             if name in recipe and not isinstance(recipe[name], (list, type(None))):
                 recipe[name] = [recipe[name]]
         parser.set_defaults(**recipe)

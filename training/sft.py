@@ -182,7 +182,9 @@ def train(options, data, training) -> UHRBatTrainer:
         shown = collator.writer.show(first["messages"], first["answers"] == "all")
         print(f"What bears loss, between >>> and <<<, of {first['name']}:\n{shown}", flush=True)
     if checkpoint and trainer.load_finished(checkpoint):
-        logger.warning(f"{checkpoint}: the run has made its {trainer.state.global_step} steps. Nothing more is trained.")
+        logger.warning(
+            f"{checkpoint}: the run has made its {trainer.state.global_step} steps. Nothing more is trained."
+        )
     else:
         trainer.train(resume_from_checkpoint=checkpoint)
     trainer.save_model()
