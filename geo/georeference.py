@@ -8,6 +8,7 @@ from ..common.extras import require
 from ..common.images import local_path
 from ..image_pictures_uhr_bat import PICTURE_FORMATS
 from ..image_raster_files_uhr_bat import upright_by
+from ..image_raster_windows_uhr_bat import upright_transform
 
 
 class Georeference(NamedTuple):
@@ -68,13 +69,14 @@ def read_georeference(path: str) -> Georeference:
         warnings.simplefilter("ignore", NotGeoreferencedWarning)
         try:
             with rasterio.open(path) as raster:
-                transform, crs = raster.transform, raster.crs
-                turn = upright_pixels(_orientation(raster, path), raster.shape)
+                transform, crs, size = raster.transform, raster.crs, raster.shape
+                upright = upright_by(_orientation(raster, path))
         except RasterioIOError:  # the image itself was read: a format that GDAL was built without
             return PLAIN
     if crs is None and transform.is_identity:
         return PLAIN
-    return Georeference(transform @ turn, crs)
+    transposed = upright[0]
+    return Georeference(upright_transform(transform, upright, size[::-1] if transposed else size), crs)
 
 
 def _orientation(raster, path) -> int:
@@ -93,18 +95,3 @@ def _orientation(raster, path) -> int:
         except Exception:  # no picture of Pillow's
             stated = None
     return int(stated) if str(stated) in "12345678" else 1
-
-
-def upright_pixels(orientation: int, stored_size: tuple[int, int]):
-    """`Affine` from (column, row) of a picture that stands upright by its orientation in EXIF to those of its stored
-    pixels, of which there are (height, width)."""
-    from affine import Affine
-
-    transposed, rows_reversed, columns_reversed = upright_by(orientation)
-    height, width = stored_size[::-1] if transposed else stored_size
-    back = Affine.identity()
-    if columns_reversed:
-        back = Affine(-1, 0, width, 0, 1, 0)
-    if rows_reversed:
-        back = Affine(1, 0, 0, 0, -1, height) @ back
-    return Affine(0, 1, 0, 1, 0, 0) @ back if transposed else back
