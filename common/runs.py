@@ -3,7 +3,10 @@ for the whole run."""
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+from filelock import FileLock, Timeout
 
 
 class Line:
@@ -18,6 +21,26 @@ class Line:
     def write(self, record: dict):
         self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
         self.file.flush()
+
+
+@contextmanager
+def alone(lines: Path):
+    """Nobody else writes these lines meanwhile: their folder is made, and a second run is refused. A killed run's lock is free.
+
+    Raises:
+        ValueError: a run that goes on writes them.
+    """
+    lines.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(lines.with_name(f"{lines.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise ValueError(f"{lines}: another run is writing it. Wait for that run, or give another --output.") from None
+    try:
+        yield
+    finally:
+        Path(lock.lock_file).unlink(missing_ok=True)
+        lock.release()
 
 
 def whole_lines(path: Path) -> Iterator[dict]:

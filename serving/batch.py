@@ -29,7 +29,7 @@ from ..common.files import whole_files
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, check_files, load_model
 from ..common.outputs import Output, check_outputs
-from ..common.runs import Line, check_same_settings, whole_lines
+from ..common.runs import Line, alone, check_same_settings, whole_lines
 from ..image_raster_files_uhr_bat import reason
 from .batch_inputs import BatchImage, plan, read_images, read_questions
 
@@ -345,6 +345,11 @@ def run(work: list[tuple[BatchImage, list[str]]], output: Path, settings: dict, 
         output: file of results. What an earlier run with the same settings left there stays.
         settings, options: see `ask`.
     """
+    with alone(lines_path(output)):
+        return _run_alone(work, output, settings, options)
+
+
+def _run_alone(work, output, settings, options):
     from tqdm import tqdm
 
     found = {_key(row): row for row in read_results(output, settings)}
@@ -355,7 +360,6 @@ def run(work: list[tuple[BatchImage, list[str]]], output: Path, settings: dict, 
     ]
     left = [(image, questions) for image, questions in left if questions]
     if left:
-        output.parent.mkdir(parents=True, exist_ok=True)
         lines = None
         with tqdm(total=sum(len(questions) for _, questions in left), desc="Asking", unit="answer") as bar:
             for row in ask(left, settings, **options):

@@ -59,6 +59,19 @@ def test_results_are_in_the_order_of_the_work_and_say_what_they_were_asked_with(
     assert list((tmp_path / "new").iterdir()) == [tmp_path / "new/results.parquet"]
 
 
+def test_two_runs_into_one_output_do_not_mix_their_lines(tmp_path, workers, monkeypatch):
+    output = tmp_path / "results.jsonl"
+
+    def ask_while_another_begins(work, settings, **options):
+        with pytest.raises(ValueError, match="another run is writing it"):
+            run(WORK, output, SETTINGS)
+        yield from workers.ask(work, settings)
+
+    monkeypatch.setattr(batch, "ask", ask_while_another_begins)
+    assert keys(run(WORK, output, SETTINGS)) == EXPECTED
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["results.jsonl", "results.jsonl.settings.json"]
+
+
 def test_a_stopped_run_goes_on_where_it_was(tmp_path, workers):
     output = tmp_path / "results.parquet"
     workers.stop_after = 3
