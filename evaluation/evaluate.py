@@ -22,6 +22,7 @@ from ..common.extras import require
 from ..common.images import add_image_arguments, add_tile_arguments, image_options
 from ..common.loading import ROOT, check_files, load_config, load_model, load_processor
 from ..common.outputs import Output, check_outputs
+from ..common.runs import alone
 from . import figures
 from .asked import folder_digest
 from .other_answers import other_answers
@@ -123,7 +124,8 @@ def ask_suite(args, suite, samples, prompt):
     # Each process has the whole model on its own device.
     device_map = "auto" if state.num_processes == 1 else {"": state.device}
     processor, model = load_model(args.model, device_map=device_map, **changes)
-    return run(model.eval(), processor, suite, samples, settings, args.output, args.workers, args.retry)
+    with alone(args.output / f"predictions-{state.process_index}.jsonl"):
+        return run(model.eval(), processor, suite, samples, settings, args.output, args.workers, args.retry)
 
 
 def check_answered(lines, where):

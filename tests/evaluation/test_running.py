@@ -14,6 +14,7 @@ import pytest
 from benchmark_files import conversations, picture, write_lines, xlrs
 from small import count_tiles
 from uhr_bat.common.loading import ROOT, load_model
+from uhr_bat.common.runs import alone
 from uhr_bat.evaluation import compare_runs, evaluate, running
 from uhr_bat.evaluation.asked import folder_digest
 from uhr_bat.evaluation.running import BLANK, IMAGE, TEXT, VIEWS, Settings, read_predictions, run, versions
@@ -309,6 +310,13 @@ def test_wordnet_is_asked_for_before_a_model_runs(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path)
     assert done.returncode == 2
     assert "python -m nltk.downloader wordnet" in done.stderr and "--scorers lrs-vqa/exact-1" in done.stderr
+
+
+@pytest.mark.slow
+def test_two_runs_into_one_folder_do_not_mix_their_lines(tmp_path, capsys):
+    with alone(tmp_path / "predictions-0.jsonl"):
+        assert evaluate.main(["scenes", "--limit", "1", "--output", str(tmp_path)]) == 2
+    assert "another run is writing it" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
 def evaluate_command(folder, *launcher):
