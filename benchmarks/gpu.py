@@ -1,7 +1,7 @@
 """The 7B geometry on a GPU: seconds by stage and peak memory of both sides over budgets, beside the paper's Table 4.
 
-    uhr-bat bench-gpu [--device cuda] [--budgets 3000 5000 8000 12000] [--repetitions 3] [--compile] [--output DIR]
-    uhr-bat bench-gpu --quick --device cpu      a tiny geometry: shows that it runs, and nothing else
+    uhr-bat bench gpu [--device cuda] [--budgets 3000 5000 8000 12000] [--repetitions 3] [--compile] [--output DIR]
+    uhr-bat bench gpu --quick --device cpu      a tiny geometry: shows that it runs, and nothing else
 
 The weights are random and in bfloat16, so the answer means nothing; the image is the made-up scene of 8,500 x 8,500
 pixels. Both sides share the weights and take turns. In bfloat16 they round differently (ours keeps the attention in
@@ -237,7 +237,7 @@ def report(result) -> str:
 
 @tells_errors
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="uhr-bat bench-gpu", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat bench gpu", description=__doc__.splitlines()[0])
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--budgets", type=int, nargs="+", metavar="B", help="default: 3000 5000 8000 12000")
     parser.add_argument("--repetitions", type=int, default=3, metavar="N")

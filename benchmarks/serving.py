@@ -1,8 +1,8 @@
 """A server for many users against a loop over `generate` and against `transformers serve`: the same questions, the same
 answers.
 
-    uhr-bat bench-serve [--backend vllm] [--users 1,4,16] [--repetitions 3] [--output benchmarks]
-    uhr-bat bench-serve --backend vllm --soak 1000     a thousand requests: memory, errors, answers
+    uhr-bat bench serve [--backend vllm] [--users 1,4,16] [--repetitions 3] [--output benchmarks]
+    uhr-bat bench serve --backend vllm --soak 1000     a thousand requests: memory, errors, answers
 
 Every user asks eight questions about an image of its own, one after the other. The sides take turns. Exit status 1 where
 they do not answer the same.
@@ -233,7 +233,7 @@ def compare(args) -> int:
         load = os.getloadavg()[0]
         sides = Sides(args, Path(folder), stack)
         results = {users: measure(sides, scenes[:users], args.repetitions) for users in tqdm(args.users, desc="users")}
-    command = f"uhr-bat bench-serve --backend {args.backend}"
+    command = f"uhr-bat bench serve --backend {args.backend}"
     result = {
         "command": command, "own": sides.own, "machine": machine(), "load": load, "loop_threads": args.loop_threads,
         "users": results,
@@ -301,7 +301,7 @@ def soak(args) -> int:
 
 @tells_errors
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="uhr-bat bench-serve", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat bench serve", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--backend", choices=BACKENDS, default=BACKENDS[0])
     parser.add_argument(

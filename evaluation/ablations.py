@@ -1,6 +1,6 @@
 """The paper's Table 4 and its ablations, each by one command, on UHR-BAT-Tiny or on any model folder and suite.
 
-    uhr-bat ablations NAME [--suite scenes] [--data DIR] [--model DIR] [--limit 60] [--output DIR]
+    uhr-bat evidence ablations NAME [--suite scenes] [--data DIR] [--model DIR] [--limit 60] [--output DIR]
 
 NAME is one of table-4 (tokens, FLOPs, memory, seconds; for the 7B model by formula), figure-3-clusters, figure-3-tokens, table-5 (tokens and image
 resolution), table-6, which is figure 4 (the budget of one scale, 0 and decreasing ones too), table-7 (k), table-8
@@ -359,7 +359,7 @@ def measure(args) -> dict:
 
 @tells_errors
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="uhr-bat ablations", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat evidence ablations", description=__doc__.splitlines()[0])
     parser.add_argument("name", metavar="NAME", choices=ABLATIONS, help=", ".join(ABLATIONS))
     parser.add_argument("--suite", default="scenes", choices=SUITES, metavar="SUITE", help="default: scenes")
     add_suite_arguments(parser)

@@ -1,10 +1,10 @@
 """Objects of a few native pixels in images of 4,000 to 16,000 px: fixed scales against levels down to the image's own pixels.
 
-    uhr-bat evidence-native [--model DIR] [--focus DIR] [--scenes 60] [--tiles 128] [--output DIR]
+    uhr-bat evidence native [--model DIR] [--focus DIR] [--scenes 60] [--tiles 128] [--output DIR]
 
 Questions about made-up scenes that nothing was trained on (`scenes/native.py`), each answered from all tokens of the fixed
 scales, and from so many of them by the paper's rule and by ours, and of an image's own levels by ours, encoded where the
-question looks; with `--focus`, by LRS-VQA's system too, a model that has its module (`uhr-bat train-focus`). Writes native.json, native.md and native.png. Intervals are 95 % of a bootstrap over scenes, differences
+question looks; with `--focus`, by LRS-VQA's system too, a model that has its module (`uhr-bat tiny focus`). Writes native.json, native.md and native.png. Intervals are 95 % of a bootstrap over scenes, differences
 are paired by question.
 """
 
@@ -225,7 +225,7 @@ def evaluate(folder, seeds, fractions=FRACTIONS, rows=ROWS, tiles=TILES, workers
 
 @tells_errors
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="uhr-bat evidence-native", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat evidence native", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument(
         "--focus", type=Path, metavar="DIR", help="model folder with a region focus module: LRS-VQA's mode"
@@ -246,7 +246,8 @@ def main(arguments=None) -> int:
     records = evaluate(args.model, TEST_SEEDS[: args.scenes], tiles=args.tiles, workers=args.workers, focus=args.focus)
     result = summarise(records)
     result["about"] = {
-        "command": f"uhr-bat evidence-native{' --focus DIR' * bool(args.focus)} --scenes {args.scenes} --tiles {args.tiles}",
+        "command": "uhr-bat evidence native"
+        f"{' --focus DIR' * bool(args.focus)} --scenes {args.scenes} --tiles {args.tiles}",
         "questions": sum(record["method"] == FULL for record in records),
         "scenes": args.scenes,
         "tiles": args.tiles,

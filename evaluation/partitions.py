@@ -1,6 +1,6 @@
 """Region partitions compared over budgets, and k-means over k: the paper's Tables 8 and 7 on the embedded default.
 
-    uhr-bat partitions [--output DIR] [--questions N] [--checkpoint SAM | --masks FILE.pt]
+    uhr-bat evidence partitions [--output DIR] [--questions N] [--checkpoint SAM | --masks FILE.pt]
 
 The paper's tables hold accuracy: `uhr-bat evidence` measures that. What this measures, on a made-up scene
 with ships planted at known places: the share of ships whose token keeps a slot of its own at the two finest scales, the
@@ -261,7 +261,7 @@ def plot(result: dict):
 
 @tells_errors
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="uhr-bat partitions", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat evidence partitions", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--output", type=Path, default=Path("partitions_out"), metavar="DIR", help="default: partitions_out"
     )

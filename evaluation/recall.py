@@ -1,6 +1,6 @@
 """Evidence recall at budget: of the objects that a question needs, how many does each choice of tokens keep?
 
-    uhr-bat recall SUITE --data DIR --model DIR [--fractions 0.01 0.02 0.04] [--methods ...] [--output DIR]
+    uhr-bat evidence recall SUITE --data DIR --model DIR [--fractions 0.01 0.02 0.04] [--methods ...] [--output DIR]
 
 Objects are the boxes that a suite has: LRS-VQA's hbox, the objects of the made-up scenes, the trees of DeepForest's
 pictures (pascal-voc). An object is kept where one of the tokens that show it, at one of the two finest scales, has a
@@ -229,7 +229,7 @@ def measure(args) -> dict:
 
 @tells_errors
 def main(arguments=None) -> int:
-    parser = argparse.ArgumentParser(prog="uhr-bat recall", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat evidence recall", description=__doc__.splitlines()[0])
     parser.add_argument(
         "suite", metavar="SUITE", choices=SUITES, help="one with boxes: scenes, lrs-vqa, pascal-voc, ..."
     )

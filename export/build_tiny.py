@@ -1,7 +1,7 @@
 """UHR-BAT-Tiny, the embedded default, before it is trained: a tokenizer learnt from made-up questions, and a model of
 seeded random weights.
 
-    uhr-bat build-tiny --output DIR [--seed N]
+    uhr-bat tiny build --output DIR [--seed N]
 
 DIR becomes a whole model folder, the start of `training/`; weights that are there already are never replaced. Its
 configuration and tokenizer are those of the repository's root.
@@ -203,7 +203,7 @@ def main(arguments=None):
     from .model_folder import CHAT_TEMPLATE, write_code
 
     parser = argparse.ArgumentParser(
-        prog="uhr-bat build-tiny", description="UHR-BAT-Tiny before it is trained, as a whole model folder."
+        prog="uhr-bat tiny build", description="UHR-BAT-Tiny before it is trained, as a whole model folder."
     )
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder without weights")
     parser.add_argument("--seed", type=int, default=0, help="seed of the random weights")

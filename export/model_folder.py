@@ -1,7 +1,7 @@
 """All that a model folder holds besides its weights: code, configuration, tokenizer, processors and chat template;
 and the names of the weights in it.
 
-    uhr-bat build-7b-config [--output DIR]      writes the configuration files of the 7B model
+    uhr-bat export 7b-config [--output DIR]      writes the configuration files of the 7B model
 """
 
 import argparse
@@ -293,7 +293,7 @@ def write_7b(output: Path):
 
 @tells_errors
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="uhr-bat build-7b-config", description="The configuration of the 7B model.")
+    parser = argparse.ArgumentParser(prog="uhr-bat export 7b-config", description="The configuration of the 7B model.")
     parser.add_argument("--output", type=Path, default=Path("uhr_bat_7b"), metavar="DIR", help="default: uhr_bat_7b")
     output = parser.parse_args(arguments).output
     check_outputs((), Output("--output", output, names=MODEL_FILES))

@@ -145,7 +145,7 @@ def name_outputs(image_paths: list[Path], output: Path) -> dict[Path, Path]:
 
 
 def add_segmenter_arguments(parser):
-    """The arguments that name and set up SAM; `uhr-bat partitions` takes them too."""
+    """The arguments that name and set up SAM; `uhr-bat evidence partitions` takes them too."""
     defaults = MaskSettings()
     parser.add_argument(
         "--checkpoint", type=Path, metavar="SAM", help="*.pth of segment-anything, or folder of SamModel"

@@ -95,17 +95,67 @@ def test_every_verb_is_a_module_with_a_main_and_a_line_of_help(capsys):
     assert cli.main(["--help"]) == 0
     printed = capsys.readouterr().out
     for verb, (module, text) in cli.VERBS.items():
-        assert f"  {verb} " in printed and text in printed
+        group, *act = verb.split()
+        if act:
+            assert cli.acts(group)[act[0]] == text
+            assert re.search(rf"\b{group} [\w|-]*\b{act[0]}\b", printed)
+        else:
+            assert f"  {verb} " in printed and text in printed
+        if module is None:
+            assert cli.acts(verb)
+            continue
         path = ROOT.joinpath(*module.split(".")).with_suffix(".py")
         names = {node.name for node in ast.parse(path.read_text(encoding="utf-8")).body if hasattr(node, "name")}
         assert "main" in names, module
 
 
-@pytest.mark.parametrize("verb", cli.VERBS)
+@pytest.mark.parametrize("verb", [verb for verb, (module, _) in cli.VERBS.items() if module])
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as ended:
-        cli.main([verb, "--help"])
-    assert ended.value.code == 0 and f"usage: uhr-bat {verb} " in capsys.readouterr().out
+        cli.main([*verb.split(), "--help"])
+    printed = capsys.readouterr().out
+    assert ended.value.code == 0 and f"usage: uhr-bat {verb} " in printed
+    assert all(f"  {verb} {act} " in printed for act in cli.acts(verb))
+
+
+def test_a_group_lists_its_acts(capsys):
+    assert cli.main(["tiny", "--help"]) == 0
+    printed = capsys.readouterr().out
+    assert all(f"  tiny {act} " in printed and text in printed for act, text in cli.acts("tiny").items())
+
+
+@pytest.mark.parametrize("arguments, message", [
+    (["tiny"], "which act of tiny? It has build, vision, finetune, zoom, focus, exchange"),
+    (["tiny", "--model", "x"], "which act of tiny?"),
+    (["tiny", "visoin"], "tiny has no 'visoin'. It has build, vision,"),
+    (["train", "memroy"], "train has no 'memroy'. It has memory, engine"),
+    (["bench", "cpu", "--quick"], "bench has no 'cpu'. It has gpu, serve"),
+    (["export", "7b"], "export has no '7b'. It has 7b-config"),
+])  # fmt: skip
+def test_a_second_word_that_a_group_lacks_is_refused_with_those_that_it_has(arguments, message, capsys):
+    assert cli.main(arguments) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_options_of_a_group_that_does_something_by_itself_are_its_own(tmp_path, capsys):
+    assert cli.main(["train", "--train_data", "none.json", "--output_dir", str(tmp_path), "--use_cpu", "true"]) == 2
+    assert "none.json" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "--only", "gpu"])
+    assert "unknown measures: gpu" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("old, new", cli.OLD_NAMES.items())
+def test_an_old_name_runs_and_names_the_new_one(old, new, capsys):
+    assert new in cli.VERBS and old not in cli.VERBS
+    with pytest.raises(SystemExit) as ended:
+        cli.main([old, "--help"])
+    printed = capsys.readouterr()
+    assert ended.value.code == 0 and printed.out.startswith(f"usage: uhr-bat {new} ")
+    assert (
+        printed.err
+        == f"FutureWarning: `uhr-bat {old}` is `uhr-bat {new}` now. The old name goes with the next release.\n"
+    )
 
 
 @pytest.mark.parametrize("arguments, message", [([], "a verb is missing"), (["sing"], "there is no verb 'sing'")])
@@ -154,9 +204,7 @@ def test_model_files_import_what_a_plain_installation_brings(path):
 def test_no_file_is_used_by_one_that_it_uses():
     files = [*MODEL_FILES, *TOOL_FILES]
     # A package is what its `__init__` imports.
-    names = {
-        path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files
-    }
+    names = {path: ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__") for path in files}
     uses = {names[path]: imported(path) & set(names.values()) for path in files}
     order = []
     while free := [name for name in uses if name not in order and uses[name] <= set(order)]:

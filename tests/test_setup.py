@@ -14,7 +14,7 @@ import pytest
 import run
 from packaging.requirements import Requirement
 from packaging.version import Version
-from uhr_bat.cli import VERBS
+from uhr_bat.cli import VERBS, acts
 
 ROOT = Path(run.__file__).parent
 
@@ -90,15 +90,18 @@ def test_ci_runs_the_readmes_test_command():
     assert script.read_text().splitlines()[-1] == "exec python3 run.py test"
 
 
-def test_every_command_of_the_readme_exists():
-    pages = [path.read_text(encoding="utf-8") for path in (ROOT / "README.md", *ROOT.glob("*/README.md"))]
+def test_every_command_of_the_pages_and_docstrings_exists():
+    pages = [ROOT / "README.md", *ROOT.glob("*/README.md"), *ROOT.glob("*/*/README.md"), *ROOT.glob("docs/*.md")]
+    code = [path for path in (*ROOT.glob("*/*.py"), *ROOT.glob("*/*/*.py")) if "tests" not in path.parts]
 
-    def named(pattern):
-        return {name for page in pages for name in re.findall(pattern, page, re.M)}
+    def named(pattern, files=pages):
+        return {name for file in files for name in re.findall(pattern, file.read_text(encoding="utf-8"), re.M)}
 
-    commands, verbs = named(r"python3? run\.py (\w+)"), named(r"(?:^uhr-bat|`uhr-bat|-m uhr_bat) ([a-z][\w-]*)")
+    commands = named(r"python3? run\.py (\w+)")
     assert commands and commands <= {"ask", "test"}
-    assert verbs and verbs <= VERBS.keys()
+    verbs = named(r"(?:^ *uhr-bat|[`(\"]uhr-bat|-m uhr_bat) ([a-z][\w-]*)(?: (\w[\w-]*))?", pages + code)
+    assert {verb for verb, _ in verbs} == {verb for verb in VERBS if " " not in verb}
+    assert {f"{verb} {act}" for verb, act in verbs if acts(verb) and act} == {verb for verb in VERBS if " " in verb}
     for module in named(r"python3? -m ([\w.]+)"):
         assert find_spec(module), module
 

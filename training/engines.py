@@ -1,6 +1,6 @@
-"""Engines that train on several processes: files of `accelerate launch`, which users name by `uhr-bat train-engine NAME`.
+"""Engines that train on several processes: files of `accelerate launch`, named by `uhr-bat train engine NAME`.
 
-accelerate launch --config_file $(uhr-bat train-engine fsdp2) -m uhr_bat train --config paper_7b ...
+accelerate launch --config_file $(uhr-bat train engine fsdp2) -m uhr_bat train --config paper_7b ...
 """
 
 import argparse
@@ -13,7 +13,7 @@ ENGINES = {path.stem: path for path in sorted((ROOT / "training" / "engines").gl
 
 def main(arguments=None) -> int:
     """Print the path of an engine's file."""
-    parser = argparse.ArgumentParser(prog="uhr-bat train-engine", description="The path of an engine's file.")
+    parser = argparse.ArgumentParser(prog="uhr-bat train engine", description="The path of an engine's file.")
     parser.add_argument("name", choices=ENGINES)
     print(ENGINES[parser.parse_args(arguments).name])
     return 0

@@ -1,4 +1,4 @@
-"""What a recipe needs of a GPU's memory, by a formula, before it runs: `uhr-bat train-memory --config FILE`.
+"""What a recipe needs of a GPU's memory, by a formula, before it runs: `uhr-bat train memory --config FILE`.
 
 Letters: B samples of a batch, M tokens of the longest, L layers of the decoder, D its width, K the width of its keys, F
 that of its MLP, R its vocabulary; N tokens of all scales of an image before they are compressed, C width of the tower.
@@ -110,7 +110,7 @@ def main(arguments=None) -> int:
     """Print what a recipe needs; its options are those of `uhr-bat train`."""
     # The recipe's own device may not be here: `bf16` is refused on a CPU that nobody asked for.
     arguments = [*(sys.argv[1:] if arguments is None else arguments), "--use_cpu", "true"]
-    options, data, training = read_options(arguments, prog="uhr-bat train-memory")
+    options, data, training = read_options(arguments, prog="uhr-bat train memory")
     config = load_config(options.model_name_or_path)
     print(predict_memory(config, options, data, training))
     return 0

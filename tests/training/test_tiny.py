@@ -37,7 +37,7 @@ def features_path(tmp_path_factory):
 def finetune(features_path):
     def run(output, *arguments, launcher=("-m",), steps=2):
         command = [
-            sys.executable, *launcher, "uhr_bat", "train-finetune", "--model", str(ROOT), "--output", str(output),
+            sys.executable, *launcher, "uhr_bat", "tiny", "finetune", "--model", str(ROOT), "--output", str(output),
             "--features", str(features_path), "--scenes", str(SCENES), "--steps", str(steps), "--workers", "0",
             "--batch-size", "1", *arguments,
         ]  # fmt: skip

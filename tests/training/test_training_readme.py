@@ -27,7 +27,7 @@ def test_the_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     assert len(commands) == 8
     for command in commands:
         arguments = re.findall(r'"[^"]*"|\S+', command.removeprefix("uhr-bat "))
-        arguments = [one.strip('"') for one in arguments] + (SHORTER.split() if " train " in command else [])
+        arguments = [one.strip('"') for one in arguments] + (SHORTER.split() if " train --" in command else [])
         assert cli.main(arguments) == 0, (command, capsys.readouterr().err[-2000:])
     assert pushed == [(tmp_path / "runs" / "pushed", "USER/NAME")]
     for name in ("whole", "merged", "release", "pushed"):

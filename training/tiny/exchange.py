@@ -1,6 +1,6 @@
 """Give a trained decoder another vision tower, and rotate its tokens back to those that the decoder was trained on.
 
-    uhr-bat train-exchange --model runs/tiny --tower runs/vision_longer --output runs/exchanged
+    uhr-bat tiny exchange --model runs/tiny --tower runs/vision_longer --output runs/exchanged
 
 A tower that was trained further by itself reads more, but its tokens have moved. The rotation, the factor and the shift
 that bring them closest to those of the model's own tower (orthogonal Procrustes problem, Schönemann 1966) go into the
@@ -43,7 +43,7 @@ def exchange_tower(model, other, image_processor, seeds) -> float:
 
 @tells_errors
 def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="uhr-bat train-exchange", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="uhr-bat tiny exchange", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, required=True, metavar="DIR", help="model folder of the decoder")
     parser.add_argument("--tower", type=Path, required=True, metavar="DIR", help="model folder of the tower")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")

@@ -1,8 +1,8 @@
 """Stages 2 to 4: the decoder learns where to look and to answer, from images that are encoded once.
 
-    uhr-bat train-finetune --model runs/vision --output runs/taught --fresh --taught
-    uhr-bat train-finetune --model runs/taught --output runs/alone --budget 0.02 0.4 --batch-size 12 --steps 180
-    uhr-bat train-finetune --model runs/alone --output runs/tiny --budget 0.02 0.08 --batch-size 2 --together 16
+    uhr-bat tiny finetune --model runs/vision --output runs/taught --fresh --taught
+    uhr-bat tiny finetune --model runs/taught --output runs/alone --budget 0.02 0.4 --batch-size 12 --steps 180
+    uhr-bat tiny finetune --model runs/alone --output runs/tiny --budget 0.02 0.08 --batch-size 2 --together 16
 
 The loss is the sum of the language model's on the answers, through the ordinary `forward` with visual tokens at a budget
 that is drawn anew for every step; of the KL divergence of the question's attention (`estimate_importance`, eq. 2) from
@@ -382,7 +382,7 @@ def prepare_decoder(model, features):
 
 @tells_errors
 def main(arguments=None):
-    parser = make_parser("train-finetune", __doc__, steps=2000, batch_size=32, learning_rate=5e-4)
+    parser = make_parser("tiny finetune", __doc__, steps=2000, batch_size=32, learning_rate=5e-4)
     parser.add_argument("--scenes", type=int, default=2000, help="training scenes, encoded once before the first step")
     parser.add_argument("--first-seed", type=int, default=FINETUNING_SEED, help="of the scenes")
     parser.add_argument("--features", type=Path, metavar="FILE", help="safetensors file that keeps the encoded scenes")

@@ -1,8 +1,8 @@
 """LRS-VQA's system on UHR-BAT-Tiny: the region focus module learns from the decoder where to look, and the decoder to answer
 from what the module finds.
 
-    uhr-bat train-focus --model . --output runs/taught --freeze-decoder --steps 400
-    uhr-bat train-focus --model runs/taught --output runs/focus --steps 400
+    uhr-bat tiny focus --model . --output runs/taught --freeze-decoder --steps 400
+    uhr-bat tiny focus --model runs/taught --output runs/focus --steps 400
 
 The module begins as the decoder's own layers (`--layers`), or as that of the model. A step takes some scenes, ordinary ones and ones with objects of a
 few native pixels, and asks four questions about each. From thumbnail and first level the module's attention is drawn to the
@@ -199,7 +199,7 @@ def show(measured) -> str:
 
 @tells_errors
 def main(arguments=None):
-    parser = make_parser("train-focus", __doc__, steps=250, batch_size=2, learning_rate=3e-4)
+    parser = make_parser("tiny focus", __doc__, steps=250, batch_size=2, learning_rate=3e-4)
     parser.add_argument(
         "--layers", type=int, nargs="+", default=[0, 2], help="of the decoder, which those of a new module begin as"
     )

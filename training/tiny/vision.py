@@ -1,6 +1,6 @@
 """Stage 1: the vision tower, the projector and the scale embedding learn to read what a token shows, and where.
 
-    uhr-bat train-vision --model runs/start --output runs/vision
+    uhr-bat tiny vision --model runs/start --output runs/vision
 
 Linear heads read from every token of a crowded scene, at every scale, the colour and the type of the object whose centre
 it holds, the site it lies in, and its row and column in the image. Colour and type have separate heads: joint targets
@@ -149,7 +149,7 @@ def name_words(pretraining, embedding, tokenizer):
 
 @tells_errors
 def main(arguments=None):
-    parser = make_parser("train-vision", __doc__, steps=2000, batch_size=2, learning_rate=1e-3)
+    parser = make_parser("tiny vision", __doc__, steps=2000, batch_size=2, learning_rate=1e-3)
     parser.add_argument("--first-seed", type=int, default=0, help="of the scenes")
     parser.add_argument("--test-scenes", type=int, default=20)
     args = read_arguments(parser, arguments)

@@ -1,6 +1,6 @@
 """The last stage: the decoder learns to look closer, level by level down to an image's own pixels, and to answer from there.
 
-    uhr-bat train-zoom --model runs/tiny --output runs/zoom --fresh --pools DIR [--native 600] [--fixed 400]
+    uhr-bat tiny zoom --model runs/tiny --output runs/zoom --fresh --pools DIR [--native 600] [--fixed 400]
                        [--steps 1500] [--minutes 5] [--workers 16]
 
 Scenes with objects of a few native pixels, and ordinary ones, are encoded once, as pools of tiles (`pools.py`). A step
@@ -410,7 +410,7 @@ def pooled_scenes(model, lay_out, pools, start):
 
 @tells_errors
 def main(arguments=None):
-    parser = make_parser("train-zoom", __doc__, steps=1500, batch_size=18, learning_rate=3e-4)
+    parser = make_parser("tiny zoom", __doc__, steps=1500, batch_size=18, learning_rate=3e-4)
     parser.add_argument("--pools", type=Path, required=True, metavar="DIR", help="keeps the encoded scenes")
     parser.add_argument("--fresh", action="store_true", help="levels beyond the scales are untrained: prepare them")
     parser.add_argument("--native", type=int, default=600, help="scenes with native objects")
