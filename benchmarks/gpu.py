@@ -29,7 +29,6 @@ from .compare import TOKEN_TOLERANCE, spread
 from .images import photograph
 from .measures import flops
 from .meters import peak_bytes, reset_peak
-from .report import stages_table
 from .sides import (
     ANSWER_TOKENS,
     SIDES,
@@ -42,6 +41,7 @@ from .sides import (
     model_on,
     prompt_ids,
 )
+from .tables import stages_table
 
 # Table 4 of the paper: {kept tokens: (TFLOPs, total seconds, seconds of the generation)}, per sample, on the authors'
 # machine. The copy at hand has lost two decimal points: 5,000 tokens "27491" TFLOPs, 12,000 tokens "2279" seconds.
@@ -153,7 +153,7 @@ def first_token_of_a_part(device, model, path, repetitions, total) -> dict:
     }  # fmt: skip
 
 
-def measure(device, sides, path, repetitions) -> dict:
+def time_budget(device, sides, path, repetitions) -> dict:
     """One budget, both sides in turns after a turn that warms up."""
     config = sides["ours"].model.config
     ids = prompt_ids(config).to(device.device)
@@ -169,7 +169,7 @@ def measure(device, sides, path, repetitions) -> dict:
     tolerance = BFLOAT16_TOLERANCE if sides["ours"].model.dtype == torch.bfloat16 else TOKEN_TOLERANCE
     tokens = [torch.cat(results[name]["visual_tokens"]).float() for name in sides]
     same = ((tokens[0] - tokens[1]).abs().amax(1) <= tolerance).float().mean().item()
-    counted = flops.question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
+    counted = flops.flops_of_sides(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
     stages = {}
     for stage in runs["ours"][0]:
         taken = {name: [run[stage] for run in runs[name]] for name in sides}
@@ -261,7 +261,7 @@ def main(arguments=None) -> int:
         totals = args.budgets or ([76, 152] if args.quick else [3000, 5000, 8000, 12_000])
         for total in tqdm(totals, desc="budgets"):
             model.config.budgets = share_out(total, weights)
-            result["budgets"][str(total)] = measure(device, sides, path, args.repetitions)
+            result["budgets"][str(total)] = time_budget(device, sides, path, args.repetitions)
         model.config.budgets = share_out(totals[0], weights)
         result["part"] = first_token_of_a_part(device, model, path, args.repetitions, totals[0])
     if args.compile:

@@ -18,8 +18,8 @@ from ..common.files import whole_files, write_json
 from ..common.outputs import Output, check_outputs
 from .compare import Disagreement, Row, Sizes
 from .measures import MEASURES
-from .report import goals_table, machine, stages_table
 from .sides import one_thread
+from .tables import goals_table, machine, stages_table
 
 
 def report(result) -> str:

@@ -18,7 +18,7 @@ from typing import NamedTuple
 START_SECONDS, ANSWER_SECONDS = 600, 120
 
 
-class Answer(NamedTuple):
+class Reply(NamedTuple):
     """What a user got.
 
     Attributes:
@@ -100,7 +100,7 @@ def request_body(model: str, image_url: str | None, question: str, max_tokens: i
     ).encode()
 
 
-def ask_at_once(address: str, users: list[list[bytes]]) -> tuple[list[list[Answer]], float]:
+def ask_at_once(address: str, users: list[list[bytes]]) -> tuple[list[list[Reply]], float]:
     """The answers of every user, who asks one question after the other, all users at the same time; and the seconds
     that passed."""
     return asyncio.run(_ask_at_once(address, users))
@@ -120,25 +120,25 @@ async def _ask_at_once(address, users):
         return answers, time.perf_counter() - begun
 
 
-async def _ask(client, body) -> Answer:
+async def _ask(client, body) -> Reply:
     begun, first, text = time.perf_counter(), None, ""
     headers = {"Content-Type": "application/json"}
     async with client.stream("POST", "/v1/chat/completions", content=body, headers=headers) as response:
         if response.status_code != 200:
             problem = (await response.aread()).decode(errors="replace")
-            return Answer(f"{response.status_code} {problem}", 0.0, 0.0, ok=False)
+            return Reply(f"{response.status_code} {problem}", 0.0, 0.0, ok=False)
         async for line in response.aiter_lines():
             if not line.startswith("data: {"):
                 continue
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
-                return Answer(line, 0.0, 0.0, ok=False)
+                return Reply(line, 0.0, 0.0, ok=False)
             part = (event["choices"][0]["delta"].get("content") or "") if event.get("choices") else ""
             if part and first is None:
                 first = time.perf_counter() - begun
             text += part
     seconds = time.perf_counter() - begun
-    return Answer(text, seconds if first is None else first, seconds)
+    return Reply(text, seconds if first is None else first, seconds)
 
 
 def family(process: subprocess.Popen) -> list:

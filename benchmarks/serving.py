@@ -38,9 +38,9 @@ from ..scenes.painting import render
 from ..scenes.questions import draw_question
 from ..serving.serve import BACKENDS
 from .compare import Disagreement, expect, spread
-from .report import machine
-from .servers import Answer, ask_at_once, request_body, resident_of, server, worked_by
+from .servers import Reply, ask_at_once, request_body, resident_of, server, worked_by
 from .sides import one_process
+from .tables import machine
 
 QUESTIONS, IMAGE_SIDE = 8, 2048
 MAX_TOKENS = 32
@@ -89,7 +89,7 @@ _loaded = []  # processor and model of this process
 
 def ask_in_a_loop(
     folder: str, content: bytes, questions: list[str], encode_once: bool, threads: int
-) -> tuple[list[Answer], float]:
+) -> tuple[list[Reply], float]:
     """What a script does: a call of `generate` for each question; and the processor's seconds of all."""
     torch.set_num_threads(threads)
     if not _loaded:
@@ -109,7 +109,7 @@ def ask_in_a_loop(
         output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
         text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         seconds, begun = time.perf_counter() - begun, time.perf_counter()
-        answers.append(Answer(text, seconds, seconds))
+        answers.append(Reply(text, seconds, seconds))
     return answers, time.process_time() - worked
 
 
@@ -166,7 +166,7 @@ class Sides:
         }
 
 
-def check_answers(side: str, answers: list[list[Answer]], reference: list[list[Answer]]):
+def check_answers(side: str, answers: list[list[Reply]], reference: list[list[Reply]]):
     """Raises `Disagreement` where a side does not answer as the loop does."""
     for of_user, expected in zip(answers, reference, strict=True):
         for one, other in zip(of_user, expected):  # not every side is asked all
@@ -174,7 +174,7 @@ def check_answers(side: str, answers: list[list[Answer]], reference: list[list[A
             expect(one.text.strip() == other.text.strip(), f"{side} answers {one.text!r}, the loop {other.text!r}.")
 
 
-def measure(sides: Sides, scenes: list[Scene], repetitions: int) -> dict:
+def time_users(sides: Sides, scenes: list[Scene], repetitions: int) -> dict:
     """{side: {"per_second", "first_seconds", "processor_seconds" of a question: spread, "ratio": of the questions a
     second to the loop's, turn by turn}} of one number of users."""
     functions = sides.functions(scenes)
@@ -232,7 +232,9 @@ def compare(args) -> int:
         scenes = [Scene(seed, side, QUESTIONS) for seed in tqdm(range(max(args.users)), desc="scenes")]
         load = os.getloadavg()[0]
         sides = Sides(args, Path(folder), stack)
-        results = {users: measure(sides, scenes[:users], args.repetitions) for users in tqdm(args.users, desc="users")}
+        results = {
+            users: time_users(sides, scenes[:users], args.repetitions) for users in tqdm(args.users, desc="users")
+        }
     command = f"uhr-bat bench serve --backend {args.backend}"
     result = {
         "command": command, "own": sides.own, "machine": machine(), "load": load, "loop_threads": args.loop_threads,

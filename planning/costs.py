@@ -140,7 +140,7 @@ def tower_layer_flops(config, num_tiles) -> int:
     return num_tiles * (2 * M * 4 * C**2 + 2 * M * 2 * C * vision.intermediate_size + 4 * M**2 * C)
 
 
-def vision_tower(config, num_tiles, up_to_features=False) -> int:
+def tower_flops(config, num_tiles, up_to_features=False) -> int:
     """All layers of the tower; ours ends at the one that the features are read from."""
     vision = config.vision_config
     num_layers = vision.num_hidden_layers
@@ -150,7 +150,7 @@ def vision_tower(config, num_tiles, up_to_features=False) -> int:
     return num_tiles * patches + num_layers * tower_layer_flops(config, num_tiles)
 
 
-def projector(config, N) -> int:
+def projector_flops(config, N) -> int:
     C, D = config.vision_config.hidden_size, config.text_config.hidden_size
     return 2 * N * (C * D + D * D)
 
@@ -171,26 +171,26 @@ def decoder_layer_flops(config, M, num_cached=0) -> int:
     return 2 * M * layer_weights(config) + 4 * M * (num_cached + M) * attention_widths(config)[0]
 
 
-def decoder(config, M, num_cached=0) -> int:
+def decoder_flops(config, M, num_cached=0) -> int:
     """All layers, for M new tokens behind `num_cached` ones."""
     return config.text_config.num_hidden_layers * decoder_layer_flops(config, M, num_cached)
 
 
-def head(config, M) -> int:
+def head_flops(config, M) -> int:
     return 2 * M * config.text_config.hidden_size * config.text_config.vocab_size
 
 
-def question_rows(config, M, num_rows) -> int:
+def question_rows_flops(config, M, num_rows) -> int:
     """At the importance layer: queries and keys of all rows, and the scores of the question's."""
     query, key = attention_widths(config)
     return 2 * M * config.text_config.hidden_size * (query + key) + 2 * num_rows * M * query
 
 
-def weighing(config, num_tokens, layer, num_rows, num_text) -> int:
+def weighing_flops(config, num_tokens, layer, num_rows, num_text) -> int:
     """The question weighs tokens of the image, in a pass up to a layer that reads one row more than it scores."""
     num_layers, M = config.text_config.num_hidden_layers, num_text + num_tokens
     whole = layer % num_layers * decoder_layer_flops(config, M) + decoder_layer_flops(config, 1)
-    return whole + question_rows(config, M, num_rows)
+    return whole + question_rows_flops(config, M, num_rows)
 
 
 def reading_layer(config) -> int:
@@ -227,7 +227,7 @@ def region_counts(config, question) -> list[int]:
     return [R if count and R < N else 0 for R, count, N in limits]
 
 
-def kmeans(config, sizes, regions) -> int:
+def kmeans_flops(config, sizes, regions) -> int:
     """Distances of every token to every centre, in all iterations. Of "kmeans_pca" the products on its axes: how many of
     the last assignment are needed depends on the image."""
     D, projection = config.text_config.hidden_size, 0
@@ -241,20 +241,18 @@ def question_flops(config, question: Question) -> dict[str, int]:
     """{stage: FLOPs} of a question: "encode", "importance", "regions", "prefill", "answer"; "refinement" where there is
     one."""
     P = (config.tile_size // config.patch_size) ** 2
-    num_tiles, before, after = sum(question.tiles), question.text_before, question.text_after
-    num_rows = after if config.question_tokens == "all" else 1
-    anchor, steps, at_once = (
-        question.available[question.anchor_idx],
-        range(question.num_answer_tokens - 1),
-        question.num_questions,
-    )
+    num_tiles, at_once = sum(question.tiles), question.num_questions
+    num_rows = question.text_after if config.question_tokens == "all" else 1
+    anchor, steps = question.available[question.anchor_idx], range(question.num_answer_tokens - 1)
     flops = {
-        "encode": vision_tower(config, num_tiles, up_to_features=True) + projector(config, num_tiles * P),
-        "importance": weighing(config, anchor, reading_layer(config), num_rows, question.num_text),
-        "refinement": sum(weighing(config, *one, question.num_text) for one in candidates_of(config, question)),
-        "regions": kmeans(config, question.available, region_counts(config, question)),
-        "prefill": decoder(config, question.prompt) + head(config, 1),
-        "answer": sum(decoder(config, 1, question.prompt + step) + head(config, 1) for step in steps),
+        "encode": tower_flops(config, num_tiles, up_to_features=True) + projector_flops(config, num_tiles * P),
+        "importance": weighing_flops(config, anchor, reading_layer(config), num_rows, question.num_text),
+        "refinement": sum(
+            weighing_flops(config, *of_scale, question.num_text) for of_scale in candidates_of(config, question)
+        ),
+        "regions": kmeans_flops(config, question.available, region_counts(config, question)),
+        "prefill": decoder_flops(config, question.prompt) + head_flops(config, 1),
+        "answer": sum(decoder_flops(config, 1, question.prompt + step) + head_flops(config, 1) for step in steps),
     }
     # Where the question looks its tiles are its own.
     encoded = at_once if question.max_tiles is not None else question.num_images
@@ -265,7 +263,7 @@ def question_flops(config, question: Question) -> dict[str, int]:
 # ---- Bytes -----------------------------------------------------------------------------------------------------------
 
 
-def tower_chunk(config, num_tiles, b, on_gpu) -> int:
+def tower_chunk_bytes(config, num_tiles, b, on_gpu) -> int:
     """A chunk of tiles in the tower, at its widest: where patches are embedded, or in a layer's MLP.
 
     Before patches are embedded, a CPU's convolution pads the three colours to 16, beside the chunk and its copy. A layer
@@ -279,18 +277,18 @@ def tower_chunk(config, num_tiles, b, on_gpu) -> int:
     return max(22 * pixels, 3 * pixels + layer)
 
 
-def decoder_pass(config, M, b, on_gpu) -> int:
+def decoder_pass_bytes(config, M, b, on_gpu) -> int:
     """A layer of the decoder while its MLP runs: sequence, residual and normed states, and the MLP's three products; and in
     a CPU's heap the room of the attention's queries, before and after they are turned, keys, values and output."""
     query, key = (0, 0) if on_gpu else attention_widths(config)
     return b * M * (3 * (config.text_config.hidden_size + config.text_config.intermediate_size) + 4 * query + 2 * key)
 
 
-def key_value_cache(config, M, b) -> int:
+def key_value_bytes(config, M, b) -> int:
     return 2 * b * M * config.text_config.num_hidden_layers * attention_widths(config)[1]
 
 
-def kmeans_blocks(config, N, R, on_gpu) -> int:
+def kmeans_bytes(config, N, R, on_gpu) -> int:
     """Three blocks in float32, three sets of centres, and order and labels of the tokens."""
     if not R:
         return 0
@@ -347,7 +345,7 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
                 + (anchor if scale_idx > question.anchor_idx else 0)
             )
             projected, added = tokens_at_work(config, N, T, b)
-            chunk = tower_chunk(config, T, b, on_gpu)
+            chunk = tower_chunk_bytes(config, T, b, on_gpu)
             peaks.append({"tokens of all scales": before + projected, "tower's chunk": chunk})
             peaks.append({"tokens of all scales": before + added, "tower's chunk": 0})
         stages["encode"] = held | max(peaks, key=lambda terms: sum(terms.values()))
@@ -361,9 +359,9 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
     passes = [question.available[question.anchor_idx], *(number for number, _, _ in candidates_of(config, question))]
     M = question.num_text + max(passes)
     scores = 10 * config.text_config.num_attention_heads * min(64, question.text_after) * M
-    stages["importance"] = held | {"importance pass": decoder_pass(config, M, b, on_gpu) + scores}
+    stages["importance"] = held | {"importance pass": decoder_pass_bytes(config, M, b, on_gpu) + scores}
     regions = region_counts(config, question)
-    blocks = [kmeans_blocks(config, N, R, on_gpu) for N, R in zip(question.available, regions)]
+    blocks = [kmeans_bytes(config, N, R, on_gpu) for N, R in zip(question.available, regions)]
     stages["regions"] = held | {"k-means blocks": max(blocks)}
     joined = sum(of_scales) if is_one_budget(question.budgets) else 0
     stages["selection"] = held | {
@@ -372,12 +370,12 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
     }
     # Visual tokens, the embedded prompt, and the prompt with both.
     visual = {"visual tokens": at_once * 3 * b * D * question.prompt}
-    cache = at_once * key_value_cache(config, question.prompt, b)
+    cache = at_once * key_value_bytes(config, question.prompt, b)
     stages["prefill"] = held | visual | {
-        "KV cache": cache, "prefill": decoder_pass(config, at_once * question.prompt, b, on_gpu)
+        "KV cache": cache, "prefill": decoder_pass_bytes(config, at_once * question.prompt, b, on_gpu)
     }  # fmt: skip
     # Keys and values of a layer are copied when a token is added.
-    grown = at_once * key_value_cache(config, question.prompt + question.num_answer_tokens, b)
+    grown = at_once * key_value_bytes(config, question.prompt + question.num_answer_tokens, b)
     grown += grown // config.text_config.num_hidden_layers
     stages["answer"] = held | visual | {"KV cache": grown, "scores": 8 * at_once * config.text_config.vocab_size}
     return stages

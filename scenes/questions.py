@@ -26,7 +26,7 @@ TEMPLATES = {
 
 
 @dataclass(frozen=True)
-class Question:
+class SceneQuestion:
     """`sites`: indices of the sites it names. `objects`: those that have to be seen for the answer. `words`: what it
     asks about, as it stands in the text."""
 
@@ -49,7 +49,7 @@ def _single(things, name):
     return [thing for thing, value in zip(things, values) if values.count(value) == 1]
 
 
-def make_question(scene: Scene, kind: str, site: int | None = None, *, rng) -> Question | None:
+def make_question(scene: Scene, kind: str, site: int | None = None, *, rng) -> SceneQuestion | None:
     """A question of one kind about a site, or about any that allows it; None where none does.
 
     Args:
@@ -103,10 +103,10 @@ def make_question(scene: Scene, kind: str, site: int | None = None, *, rng) -> Q
         named, things = (site, other), things + tuple(contents[other])
         answer = scene.sites[max(named, key=lambda one: len(contents[one]))].kind
         words["other"] = scene.sites[other].kind
-    return Question(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things, tuple(words.values()))
+    return SceneQuestion(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things, tuple(words.values()))
 
 
-def draw_question(scene: Scene, rng) -> Question:
+def draw_question(scene: Scene, rng) -> SceneQuestion:
     """A question about a scene, of a kind drawn by FREQUENCIES among those that it allows."""
     order = rng.choice(KINDS, len(KINDS), replace=False, p=list(FREQUENCIES.values()))
     drawn = (make_question(scene, kind, rng=rng) for kind in order)

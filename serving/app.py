@@ -18,7 +18,7 @@ from .chat import ChatRequest, read_request
 from .decoding import Sampling
 from .doors import Doors, Named
 from .engine import Engine, Piece
-from .evidence import evidence_of
+from .evidence import evidence_members
 from .limits import Limits
 from .metrics import Metrics
 from .refusals import LETTERS_PER_TOKEN, Refusal
@@ -76,7 +76,7 @@ class _Asked:
         """{"evidence": ...} if it was asked for."""
         if not self.request.evidence:
             return {}
-        return {"evidence": await asyncio.to_thread(evidence_of, self.selection, self.images)}
+        return {"evidence": await asyncio.to_thread(evidence_members, self.selection, self.images)}
 
     def logprobs(self, pieces: list[Piece]) -> dict | None:
         """The member `logprobs` of a choice, of its tokens in some parts."""

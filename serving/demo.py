@@ -151,7 +151,7 @@ def name_image(text: str, rules):
     """
     import asyncio
 
-    from .front import UnreadImage
+    from .front import ImageFile
 
     if not text.strip():
         raise ValueError("There is no path or address.")
@@ -159,20 +159,20 @@ def name_image(text: str, rules):
         return asyncio.run(rules.read(text.strip()))
     if not is_file_name(text.strip()):
         # What lies elsewhere may have changed since it was last opened: it is encoded anew.
-        return UnreadImage(urlsplit(text).path.rpartition("/")[2] or text, text.strip(), secrets.token_hex())
+        return ImageFile(urlsplit(text).path.rpartition("/")[2] or text, text.strip(), secrets.token_hex())
     path = Path(text.strip()).expanduser()
     check_files(str(path), ROOT)
-    return UnreadImage.of_file(path)
+    return ImageFile.of_file(path)
 
 
 def receive_image(path: str, rules):
     """The image that somebody dropped, as `name_image`: of a stranger's, nothing that it names is opened."""
     from dataclasses import replace
 
-    from .front import UnreadImage
+    from .front import ImageFile
 
     if rules is None:
-        return UnreadImage.of_file(Path(path))
+        return ImageFile.of_file(Path(path))
     return replace(rules, folder=Path(path).parent.resolve()).open_path(path)
 
 

@@ -17,7 +17,7 @@ from .front import EncodedImage, Selection
 logger = logging.getLogger(__name__)
 
 
-def evidence_of(selection: Selection, images: list[EncodedImage]) -> list[dict]:
+def evidence_members(selection: Selection, images: list[EncodedImage]) -> list[dict]:
     """For every image {"image_size": [height, width], "tokens": [...], "geojson": FeatureCollection or None,
     "geojson_error": why there is none of a georeferenced image, or None}.
 

@@ -39,7 +39,7 @@ def fingerprint(folder: Path) -> str:
 
 
 @dataclass(frozen=True)
-class UnreadImage:
+class ImageFile:
     """An image that nothing was read of yet.
 
     Attributes:
@@ -53,11 +53,11 @@ class UnreadImage:
     digest: str
 
     @classmethod
-    def of_bytes(cls, content: bytes, name="image") -> "UnreadImage":
+    def of_bytes(cls, content: bytes, name="image") -> "ImageFile":
         return cls(name, content, hashlib.sha256(content).hexdigest())
 
     @classmethod
-    def of_file(cls, path: Path) -> "UnreadImage":
+    def of_file(cls, path: Path) -> "ImageFile":
         return cls(Path(path).name, str(path), DIGESTS.of(path))
 
 
@@ -110,7 +110,7 @@ class Front:
         processor.planner = planner_of(model)  # budgets may be limits
 
     def encode(
-        self, source: UnreadImage, max_tiles: int | None = None, native: bool | None = None, **options
+        self, source: ImageFile, max_tiles: int | None = None, native: bool | None = None, **options
     ) -> EncodedImage:
         """The encoded image, from the cache where the same file was read in the same way before.
 

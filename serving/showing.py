@@ -22,7 +22,7 @@ from ..geo import Georeference, Served, evidence_frame, geojson_bytes, overview_
 from ..geo.pages import PAGE_SIDE
 from ..image_rasters_uhr_bat import RasterImage
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
-from .front import EncodedImage, Front, UnreadImage
+from .front import EncodedImage, Front, ImageFile
 from .refusals import LETTERS_PER_TOKEN, check_count
 
 # Opened images that are kept, 800 MB each at most (what is larger is read from its file), and answers about them.
@@ -149,7 +149,7 @@ class OpenImage:
 
 
 @dataclass(frozen=True)
-class Answer:
+class ShownAnswer:
     """An answer, and what it was read from.
 
     Attributes:
@@ -190,7 +190,7 @@ class Desk:
     def config(self):
         return self.front.model.config
 
-    def open(self, source: UnreadImage, tiles: tuple[int, bool] | None = None, **options) -> str:
+    def open(self, source: ImageFile, tiles: tuple[int, bool] | None = None, **options) -> str:
         """Opens and encodes an image; the name under which it is kept.
 
         Args:
@@ -204,7 +204,7 @@ class Desk:
         picture = self.front.processor.image_processor.process_image(source.content, **options)
         limit = {name: value for name, value in options.items() if name == "max_image_pixels"}
         # The front is handed the opened image: it is read and checked once. How it was read is part of what names it.
-        opened = UnreadImage(source.name, picture, f"{source.digest} {sorted(options.items())}")
+        opened = ImageFile(source.name, picture, f"{source.digest} {sorted(options.items())}")
         start = time.perf_counter()
         max_tiles, native = tiles or (None, None)
         encoded = self.front.encode(opened, max_tiles, native, **limit)
@@ -276,7 +276,7 @@ class Desk:
         text = answer_text(processor, output[:, :0], output)
         seconds = compressed_at - start, time.perf_counter() - compressed_at
         spent = sum(int(slots.max()) + 1 for slots in selection.compressed.slots[0])
-        answer = Answer(image_name, image, question.strip(), text, spent, selection.compressed, seconds)
+        answer = ShownAnswer(image_name, image, question.strip(), text, spent, selection.compressed, seconds)
         return self.answers.put(answer)
 
     # What is drawn. Each takes a name, and raises `Gone` where nothing is kept under it.

@@ -23,7 +23,7 @@ from urllib.parse import unquote, unquote_to_bytes, urlsplit, urlunsplit
 
 from ..image_raster_files_uhr_bat import is_raster
 from .digests import DIGESTS
-from .front import UnreadImage
+from .front import ImageFile
 from .refusals import Refusal
 
 # Redirects of a URL that are followed.
@@ -58,7 +58,7 @@ class SourceRules:
     folder: Path | None = None
     private_hosts: frozenset[str] = frozenset()
 
-    async def read(self, url: str) -> UnreadImage:
+    async def read(self, url: str) -> ImageFile:
         """The image that a request names.
 
         Raises:
@@ -74,20 +74,20 @@ class SourceRules:
                     content = await self.fetch(url)
             except TimeoutError:
                 raise refused(url, f"it did not arrive within {FETCH_SECONDS} seconds") from None
-            return await _on(FILES, UnreadImage.of_bytes, content, shown(url))
+            return await _on(FILES, ImageFile.of_bytes, content, shown(url))
         if scheme == "file" or url.startswith("/"):
             found = await _on(FILES, self.find, url)
-            if isinstance(found, UnreadImage):
+            if isinstance(found, ImageFile):
                 return found
             try:
-                return UnreadImage(found.name, str(found), await DIGESTS.wait_for(found))
+                return ImageFile(found.name, str(found), await DIGESTS.wait_for(found))
             except OSError:
                 raise not_there(url) from None
         raise refused(url, "it must be a data: URL, an https: URL or, where the server allows it, a path")
 
     # In the request itself
 
-    def decode(self, url: str) -> UnreadImage:
+    def decode(self, url: str) -> ImageFile:
         """The bytes of a data: URL (https://fetch.spec.whatwg.org/#data-url-processor)."""
         header, comma, payload = url.translate(LINE_BREAKS).partition("#")[0].partition(",")
         if not comma:
@@ -101,7 +101,7 @@ class SourceRules:
         except ValueError as error:
             raise refused(url, f"it is not base64 ({error})") from error
         self.check_size(len(content), "image")
-        return UnreadImage.of_bytes(content)
+        return ImageFile.of_bytes(content)
 
     def check_size(self, num_bytes, name):
         if num_bytes > self.max_bytes:
@@ -186,12 +186,12 @@ class SourceRules:
 
     # Paths
 
-    def open_path(self, url: str) -> UnreadImage:
+    def open_path(self, url: str) -> ImageFile:
         """What `read` gives for a path."""
         found = self.find(url)
-        return found if isinstance(found, UnreadImage) else UnreadImage.of_file(found)
+        return found if isinstance(found, ImageFile) else ImageFile.of_file(found)
 
-    def find(self, url: str) -> UnreadImage | Path:
+    def find(self, url: str) -> ImageFile | Path:
         """A picture, or the path of a raster that is to be read where it lies."""
         if self.folder is None:
             raise refused(url, "this server opens no paths (--allow-local-files FOLDER)", status=403)
@@ -209,7 +209,7 @@ class SourceRules:
                     return path
                 self.check_size(os.fstat(file.fileno()).st_size, path.name)
                 file.seek(0)
-                return UnreadImage.of_bytes(file.read(self.max_bytes), path.name)
+                return ImageFile.of_bytes(file.read(self.max_bytes), path.name)
         except (OSError, ValueError, RuntimeError):  # no such file, a name with a null, a circle of links
             raise not_there(url) from None
 

@@ -12,7 +12,7 @@ from torch.utils.data import Sampler
 
 from .parts import is_visual
 
-IMAGE_INPUTS = ("pixel_values", "pixel_attention_mask", "regions")
+ENCODED_INPUTS = ("pixel_values", "pixel_attention_mask", "regions")
 
 
 def image_key(images: Sequence) -> tuple:
@@ -117,7 +117,7 @@ class EncodedImages:
     def __call__(self, inputs: dict) -> dict:
         """The inputs of a batch with `image_features`, some of them the same object, in place of `pixel_values` and what
         belongs to these."""
-        images = {name: inputs[name] for name in IMAGE_INPUTS if name in inputs}
+        images = {name: inputs[name] for name in ENCODED_INPUTS if name in inputs}
         known, used = list(self.known), []
         for row in zip(*images.values()):
             found = next((one for one in known if all(map(torch.equal, one[0], row))), None)

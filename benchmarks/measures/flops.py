@@ -29,7 +29,7 @@ def square_question(config, text_before, text_after, num_answer_tokens) -> costs
     return costs.question_of(config, (max(config.scales),) * 2, **text)
 
 
-def question_flops(config, text_before, text_after, num_answer_tokens) -> dict[str, dict[str, int]]:
+def flops_of_sides(config, text_before, text_after, num_answer_tokens) -> dict[str, dict[str, int]]:
     """{"ours" and "straightforward": {stage: FLOPs}} of one question about one square image; without a refinement.
 
     Args:
@@ -41,13 +41,13 @@ def question_flops(config, text_before, text_after, num_answer_tokens) -> dict[s
     ours = costs.question_flops(config, question)
     ours.pop("refinement", None)
     sizes, num_tiles = question.available, sum(question.tiles)
-    of_all_tiles = costs.vision_tower(config, num_tiles) + costs.projector(config, sum(sizes))
+    of_all_tiles = costs.tower_flops(config, num_tiles) + costs.projector_flops(config, sum(sizes))
     return {
         "ours": ours,
         "straightforward": {
             "encode": 2 * of_all_tiles,
-            "importance": costs.decoder(config, question.num_text + sizes[0]),
-            "prefill": costs.decoder(config, question.prompt) + costs.head(config, question.prompt),
+            "importance": costs.decoder_flops(config, question.num_text + sizes[0]),
+            "prefill": costs.decoder_flops(config, question.prompt) + costs.head_flops(config, question.prompt),
             "regions": ours["regions"],
             "answer": ours["answer"],
         },
@@ -72,7 +72,7 @@ def flop_counts(sizes) -> list[Row]:
     """The 7B geometry at the paper's default budgets, by a formula that is held against a counter."""
     check_formula(sizes)
     config = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
-    counted = question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
+    counted = flops_of_sides(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
     check_towers(config, counted["straightforward"])
     totals = {name: sum(stages.values()) for name, stages in counted.items()}
     again = totals["ours"] - counted["ours"]["encode"] - counted["ours"]["regions"]
@@ -99,7 +99,7 @@ def flop_counts(sizes) -> list[Row]:
 def refinement(config, candidates, layers) -> int:
     """The passes that refine the importance; at the finest scale the last token asks alone."""
     rows = [TEXT_AFTER] * (len(candidates) - 1) + [1]
-    return sum(costs.weighing(config, *one, TEXT_BEFORE + TEXT_AFTER) for one in zip(candidates, layers, rows))
+    return sum(costs.weighing_flops(config, *one, TEXT_BEFORE + TEXT_AFTER) for one in zip(candidates, layers, rows))
 
 
 def refined(sizes) -> list[Row]:
@@ -123,7 +123,7 @@ def refined(sizes) -> list[Row]:
         ("UHR-BAT-Tiny", ROOT, (REFINEMENT["refinement"], REFINEMENT["refinement_layers"])),
     ):
         config = UHRBatConfig.from_pretrained(folder)
-        stages = question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)["ours"]
+        stages = flops_of_sides(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)["ours"]
         again = sum(stages.values()) - stages["encode"] - stages["regions"]
         price = refinement(config, candidates, layers)
         rows.append(
@@ -144,7 +144,7 @@ def zoomed(sizes) -> list[Row]:
     check_zoomed(sizes)
     config = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
     tiles = [(scale // config.tile_size) ** 2 for scale in config.scales]
-    counted = question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
+    counted = flops_of_sides(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
     straightforward = sum(counted["straightforward"].values())
     rest = counted["ours"]["prefill"] + counted["ours"]["answer"]
     rows = []
@@ -203,7 +203,7 @@ def check_formula(sizes):
     for name in SIDES:
         side = side_of(name, "quick")
         config = side.model.config
-        expected = question_flops(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)[name]
+        expected = flops_of_sides(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)[name]
         with meters.FlopMeter() as meter:
             mark = Meter(meter.get_total_flops)
             ask(side, path, prompt_ids(config), mark)
@@ -222,7 +222,7 @@ def check_towers(config, expected):
             counted = [meter.get_total_flops()]
             model.lm_head(model.model.language_model(inputs_embeds=prompt).last_hidden_state)
             counted.append(meter.get_total_flops() - counted[0])
-    formula = [costs.vision_tower(config, 2), expected["prefill"]]
+    formula = [costs.tower_flops(config, 2), expected["prefill"]]
     expect(counted == formula, f"7B on the meta device: the counter says {counted}, the formula {formula}.")
 
 

@@ -129,7 +129,7 @@ def test_a_difference_makes_it_fail(in_one_process, monkeypatch, capsys, measure
 
 @pytest.mark.slow
 def test_a_formula_that_is_not_what_the_counter_says_makes_it_fail(monkeypatch, capsys):
-    monkeypatch.setattr(flops.costs, "head", lambda config, M: 0)
+    monkeypatch.setattr(flops.costs, "head_flops", lambda config, M: 0)
     assert run_quick("--only", "flop_counts") == 1
     assert "the counter says" in capsys.readouterr().err
 

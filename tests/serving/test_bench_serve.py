@@ -4,13 +4,13 @@ import json
 
 import pytest
 from uhr_bat.benchmarks import serving
-from uhr_bat.benchmarks.servers import Answer
+from uhr_bat.benchmarks.servers import Reply
 
 
 def test_a_side_that_answers_otherwise_or_fails_is_found():
-    reference = [[Answer("two", 0.1, 0.2)]]
-    serving.check_answers("ours", [[Answer("two", 0.3, 0.4)]], reference)
-    for answer in (Answer("three", 0.1, 0.2), Answer("500", 0.0, 0.0, ok=False)):
+    reference = [[Reply("two", 0.1, 0.2)]]
+    serving.check_answers("ours", [[Reply("two", 0.3, 0.4)]], reference)
+    for answer in (Reply("three", 0.1, 0.2), Reply("500", 0.0, 0.0, ok=False)):
         with pytest.raises(serving.Disagreement, match=f"ours.*{answer.text}"):
             serving.check_answers("ours", [[answer]], reference)
 

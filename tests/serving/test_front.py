@@ -10,7 +10,7 @@ from asking import PROMPT, picture
 from uhr_bat.common.loading import load_model
 from uhr_bat.serving.cache import ContentCache
 from uhr_bat.serving.engine import Engine
-from uhr_bat.serving.front import Front, UnreadImage, fingerprint
+from uhr_bat.serving.front import Front, ImageFile, fingerprint
 
 SHIPS, TRUCKS = PROMPT.format("How many ships are there?"), PROMPT.format("What colour is the truck at the road?")
 
@@ -18,7 +18,7 @@ SHIPS, TRUCKS = PROMPT.format("How many ships are there?"), PROMPT.format("What 
 def source(seed=0):
     file = io.BytesIO()
     picture(seed).save(file, "PNG")
-    return UnreadImage.of_bytes(file.getvalue())
+    return ImageFile.of_bytes(file.getvalue())
 
 
 @pytest.fixture(scope="module")

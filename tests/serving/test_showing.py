@@ -13,7 +13,7 @@ from uhr_bat.common.loading import load_model
 from uhr_bat.common.prompts import answer_text, prompt_text
 from uhr_bat.scenes import painting
 from uhr_bat.serving.cache import ContentCache
-from uhr_bat.serving.front import Front, UnreadImage
+from uhr_bat.serving.front import Front, ImageFile
 from uhr_bat.serving.refusals import Refusal
 from uhr_bat.serving.showing import Desk, Gone, Recent
 
@@ -30,7 +30,7 @@ def desk():
 def source(tmp_path_factory):
     path = tmp_path_factory.mktemp("scene") / "scene.png"
     painting.example(SIZE[::-1]).save(path)
-    return UnreadImage.of_file(path)
+    return ImageFile.of_file(path)
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def test_files_of_an_answer_hold_its_tokens_and_texts(desk, answered):
 def test_the_same_file_read_in_another_way_is_another_image(desk, tmp_path):
     path = tmp_path / "bands.png"
     random_image(40, 50).save(path)
-    source = UnreadImage.of_file(path)
+    source = ImageFile.of_file(path)
     plain, turned = (desk.images.get(desk.open(source, bands=bands)) for bands in (None, [3, 2, 1]))
     assert not turned.encoded_before and plain.encoded.key != turned.encoded.key
     with pytest.raises(ValueError, match="bands"):

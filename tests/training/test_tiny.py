@@ -21,7 +21,7 @@ from uhr_bat.scenes.painting import paint
 from uhr_bat.training.collator import IGNORED
 from uhr_bat.training.tiny.encoding import all_tokens, encode_scenes
 from uhr_bat.training.tiny.exchange import exchange_tower
-from uhr_bat.training.tiny.finetune import Collator, GuidedTrainer, Questions, choose_tokens, prepare_decoder
+from uhr_bat.training.tiny.finetune import Collator, GuidedTrainer, Questions, draw_tokens, prepare_decoder
 from uhr_bat.training.tiny.vision import HEADS, head_labels
 
 SCENES = 4
@@ -123,7 +123,7 @@ def test_what_no_question_chose_holds_all_sites_and_keeps_the_order(encoded, sha
     _, model, scene, features = encoded
     grids = model.config.grids
     sites = site_tokens(scene, range(len(scene.sites)), grids)
-    image = choose_tokens(features, sites, share, grids, torch.Generator().manual_seed(0))
+    image = draw_tokens(features, sites, share, grids, torch.Generator().manual_seed(0))
     for scale, (tokens, slots, places) in enumerate(zip(image.tokens[0], image.slots[0], features.positions)):
         needed = [token for at, token in sites if at == scale and token in places]
         assert (slots[needed] >= 0).all() and len(tokens) == max(round(share * len(places)), len(needed))

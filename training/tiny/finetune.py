@@ -83,7 +83,7 @@ class Questions(Dataset):
         }
 
 
-def choose_tokens(features, sites, fraction, grids, generator) -> UHRBatCompressionOutput:
+def draw_tokens(features, sites, fraction, grids, generator) -> UHRBatCompressionOutput:
     """All tokens of the sites and others at random, a fraction of every scale: a choice that no question made.
 
     They stand scale after scale, row by row, as all tokens do (fraction 1) when nothing is compressed.
@@ -169,7 +169,7 @@ class Collator:
     def collate_together(self, item, fraction):
         """All questions of a scene behind one sequence, which holds the same tokens for all of them."""
         generator = torch.Generator().manual_seed(item["index"])
-        image = choose_tokens(item["features"], item["sites"], fraction, self.grids, generator)
+        image = draw_tokens(item["features"], item["sites"], fraction, self.grids, generator)
         written = [self.write(question) for question, _ in item["questions"]]
         before, _, _ = written[0]  # the same for all
         start = expand_placeholder(before, self.processor.image_token_id, len(image.pooler_output[0]))

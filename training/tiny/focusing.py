@@ -163,7 +163,7 @@ class FocusTrainer(Trainer):
 
 
 @torch.no_grad()
-def measure(model, processor, number: int) -> dict[str, float]:
+def agreement(model, processor, number: int) -> dict[str, float]:
     """On validation scenes, by a question about each: the divergence of the module's attention over the first level from the
     decoder's, the share of the decoder's top quarter that is among the module's, and how much of the attention of both lies
     on the site that is asked about (0..1), against the part of the level that it takes."""
@@ -220,7 +220,7 @@ def main(arguments=None):
         model.model.image_newline.requires_grad_(False)
     for name in VISION:
         getattr(model.model, name).requires_grad_(False)
-    print(f"Before: {show(measure(model.eval(), processor, args.measured))}", flush=True)
+    print(f"Before: {show(agreement(model.eval(), processor, args.measured))}", flush=True)
     dataset = FocusScenes(args.steps * args.batch_size * args.accumulation, args.native, args.seed)
     train(
         FocusTrainer,
@@ -231,7 +231,7 @@ def main(arguments=None):
         data_collator=lambda scenes: {"scenes": scenes},
         processor=processor,
     )
-    print(f"After: {show(measure(model.eval(), processor, args.measured))}", flush=True)
+    print(f"After: {show(agreement(model.eval(), processor, args.measured))}", flush=True)
     save_model(model, processor, args.output)
 
 
