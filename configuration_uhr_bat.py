@@ -12,9 +12,9 @@ guessed from a name or a shape.
 
 import os
 from dataclasses import dataclass, fields
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
-from huggingface_hub.dataclasses import strict
+from huggingface_hub.dataclasses import strict, validated_field
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .budgets_uhr_bat import is_one_budget, split_budgets
@@ -101,8 +101,7 @@ class RegionFocus:
             raise ValueError(f"`mask_mode` is 'additive' or 'upstream'. Got {self.mask_mode!r}.")
 
 
-# Selectors that average tokens wherever they lie: a mean of tokens of two scales has no place in either.
-MERGING = ("similarity_merging", "dominant_and_contextual")
+SELECTOR_NAMES = ("preserve_and_merge", "distinct", "top_k", "uniform")
 # Scales of section 4 and budgets of appendix A.
 PAPER_SCALES = (672, 1344, 2688, 4032)
 PAPER_BUDGETS = (80, 320, 600, 2000)
@@ -127,6 +126,16 @@ QWEN2_7B = {
     "max_position_embeddings": 32768,
     "rope_parameters": {"rope_type": "default", "rope_theta": 1000000.0},
 }
+
+
+def check_selector(name):
+    """Raises `ValueError` for what is no name of a selector."""
+    if name not in SELECTOR_NAMES:
+        raise ValueError(
+            f"`selector` is one of {', '.join(SELECTOR_NAMES)} in a configuration. Got {name!r}. Any other rule is handed in as a "
+            'function: `compress(..., rules={"selector": function})`; those of other papers are in '
+            "`uhr_bat.evaluation.reducers`."
+        )
 
 
 def refuse_own_folder(source, save_directory):
@@ -209,18 +218,9 @@ class UHRBatConfig(PreTrainedConfig):
     # Whose attention eq. 2 reads at the anchor: the decoder's, or that of the region focus module, which has fewer layers.
     importance_source: Literal["decoder", "region_focus"] = "decoder"
 
-    # The rule that decides which tokens stay. "preserve_and_merge" is the paper's (eq. 8-12); "distinct" ranks tokens
-    # by importance times what differs from their region; the others are published reducers, for comparison.
-    selector: Literal[
-        "preserve_and_merge",
-        "distinct",
-        "top_k",
-        "uniform",
-        "diversity",
-        "conditional_diversity",
-        "similarity_merging",
-        "dominant_and_contextual",
-    ] = "preserve_and_merge"
+    # The rule that decides which tokens stay, one of SELECTOR_NAMES. "preserve_and_merge" is the paper's (eq. 8-12); "distinct"
+    # ranks tokens by importance times what differs from their region. `compress` takes functions of your own, too.
+    selector: Any = validated_field(check_selector, default="preserve_and_merge")
     # Weight of what differs beside the importance. On validation scenes more is better at 1 % of the tokens, less at
     # 4 %; 0.75 loses a point of the best at either.
     distinctiveness_power: float = 0.75
@@ -287,11 +287,6 @@ class UHRBatConfig(PreTrainedConfig):
 
     def validate_budgets(self):
         """One budget per scale, ascending, and together they leave room for text in the context window."""
-        if is_one_budget(self.budgets) and self.selector in MERGING and len(self.scales) > 1:
-            raise ValueError(
-                f"`selector` {self.selector!r} merges tokens of different scales, which `budgets` of one number makes compete. "
-                f"Give it {len(self.scales)} budgets, one per scale, instead of one of {self.budgets}."
-            )
         (share,) = split_budgets(self.budgets, self.scales)
         if min(share) < 1:  # a call may leave a scale out, a model reads all of its own
             raise ValueError(f"Every budget must be at least 1 token per image. Got {self.budgets}.")

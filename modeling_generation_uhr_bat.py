@@ -39,13 +39,14 @@ class UHRBatGenerationMixin(GenerationMixin):
 
         Images are compressed once, before the first step, whatever the number of beams and returned sequences. A prompt
         with one placeholder per image is expanded to the budget first. The released code's call (`inputs`,
-        `multiscale_pixels`, ...) is translated to the same arguments.
+        `multiscale_pixels`, ...) is translated to the same arguments. `rules` are those of `compress`.
 
         A conversation goes on from `cache` (or `past_key_values`, its name up to 5.23) with the images of the new turn
         alone, and either all ids so far and the new ones, or the new ones and the attention mask of all.
 
         Raises:
-            ValueError: prompts, images and budgets that do not fit each other, or a prompt over the context window.
+            ValueError: prompts, images and budgets that do not fit each other, a prompt over the context window, or `rules`
+                without images.
         """
         if inputs is None:
             inputs = kwargs.pop("input_ids", None)
@@ -53,6 +54,11 @@ class UHRBatGenerationMixin(GenerationMixin):
             kwargs[CACHE] = kwargs.pop("cache")
         inputs, kwargs = translate_released_call(self.config, inputs, kwargs)
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
+        rules = kwargs.pop("rules", None)
+        if rules is not None and not has_images(**images):
+            raise ValueError(
+                "`rules` choose among the tokens of images, but no images were passed that are not compressed yet."
+            )
         if has_images(**images):
             attention_mask, inputs_embeds = kwargs.get("attention_mask"), kwargs.get("inputs_embeds")
             prompt = inputs if inputs_embeds is None else inputs_embeds
@@ -64,7 +70,8 @@ class UHRBatGenerationMixin(GenerationMixin):
                 # Images of earlier turns are in the cache: only those of this turn are compressed.
                 known = self.model.find_placeholders(inputs, prompt)[:, :num_cached].to(visible.device)
                 visible = torch.cat((visible[:, :num_cached].masked_fill(known, 0), visible[:, num_cached:]), dim=1)
-            compressed = self.compress(input_ids=inputs, attention_mask=visible, inputs_embeds=inputs_embeds, **images)
+            prompt = {"input_ids": inputs, "attention_mask": visible, "inputs_embeds": inputs_embeds}
+            compressed = self.compress(**prompt, rules=rules, **images)
             kwargs["mm_encoder_outputs"] = {"image": compressed}
             if inputs_embeds is None:
                 inputs, kwargs["attention_mask"], _ = self.expand_placeholders(

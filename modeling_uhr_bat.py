@@ -169,7 +169,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusM
             inputs_embeds: float[B, M, D] instead of `input_ids`.
             answer_mask: bool[B, M], True where a token is part of an answer. The question of an image ends where the
                 first answer after it begins: the selection never sees the answer.
-            rules: other values for fields of [`CompressionRules`] than those of the configuration, for this call.
+            rules: other values for fields of [`CompressionRules`], for this call; `selector` may be a function.
             images: see [`UHRBatImageInputs`].
 
         Raises:
@@ -314,12 +314,13 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusM
         mm_encoder_outputs=None,
         answer_mask=None,
         cache=None,
+        rules=None,
         **kwargs: Unpack[UHRBatImageInputs],
     ) -> UHRBatModelOutputWithPast:
         """Text, with visual tokens in place of its image placeholders, through the decoder.
 
         Args:
-            input_ids, attention_mask, inputs_embeds, answer_mask: as in `compress`.
+            input_ids, attention_mask, inputs_embeds, answer_mask, rules: as in `compress`.
             mm_encoder_outputs: {"image": what `compress` returned} instead of images, as `generate` passes it on.
             cache, past_key_values: keys and values of what was read before, under either name.
             kwargs: images, see [`UHRBatImageInputs`]; the rest goes to the decoder.
@@ -333,7 +334,7 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusM
         if has_images(**images):
             if compressed is not None:
                 raise ValueError("You cannot specify both images and mm_encoder_outputs at the same time")
-            compressed = self.compress(input_ids, attention_mask, inputs_embeds, answer_mask, **images)
+            compressed = self.compress(input_ids, attention_mask, inputs_embeds, answer_mask, rules, **images)
         if compressed is not None:
             visual_tokens = torch.cat(compressed.pooler_output).to(inputs_embeds)
             mask = self.get_placeholder_mask(input_ids, inputs_embeds, visual_tokens, compressed.tokens_per_prompt)

@@ -11,18 +11,19 @@ means (eq. 10). It knows no model: the rules come as arguments, the image as fea
 Axes: S scales, N tokens of a scale, V of them that show the image, H and W height and width of a grid, D decoder width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 from itertools import product
 from typing import NamedTuple
 
 import torch
 
+from .configuration_uhr_bat import check_selector
 from .geometry_uhr_bat import patch_centres
 from .modeling_outputs_uhr_bat import TokenMaps, UHRBatImageFeatures, on_grid
 from .token_clustering_uhr_bat import cluster_regions, grid_regions, vote_regions
 from .token_compression_uhr_bat import WITHOUT_FLOAT64, align_importance, merge_tokens
-from .token_selectors_uhr_bat import SELECTORS
+from .token_selectors_uhr_bat import SELECTORS, check_slots, name_of
 
 # Fewer places of a grid than one in so many are looked up one by one.
 FEW = 16
@@ -30,9 +31,10 @@ FEW = 16
 
 @dataclass(frozen=True)
 class CompressionRules:
-    """The fields of the configuration that decide which tokens stay; each is explained there."""
+    """The fields of the configuration that decide which tokens stay; each is explained there. `selector` is a name or, in a
+    call, a function (importance, regions, tokens, budget) -> slots, see `token_selectors_uhr_bat.py`."""
 
-    selector: str
+    selector: str | Callable
     distinctiveness_power: float
     refinement: list[int]
     refinement_layers: list[int]
@@ -46,8 +48,18 @@ class CompressionRules:
 
     @classmethod
     def of(cls, config, changes: dict | None = None) -> "CompressionRules":
-        """The rules of a configuration, with other values for this call where `changes` has them."""
-        return replace(cls(**{one.name: getattr(config, one.name) for one in fields(cls)}), **(changes or {}))
+        """The rules of a configuration, with other values for this call where `changes` has them.
+
+        Raises:
+            ValueError: a rule that there is not, or a selector that is neither a name nor a function.
+        """
+        rules = {one.name: getattr(config, one.name) for one in fields(cls)}
+        if unknown := sorted(set(changes or {}) - set(rules)):
+            raise ValueError(f"There is no rule {unknown[0]!r}. There are: {', '.join(rules)}.")
+        rules |= changes or {}
+        if not callable(rules["selector"]):
+            check_selector(rules["selector"])
+        return cls(**rules)
 
 
 class CompressedImage(NamedTuple):
@@ -134,6 +146,8 @@ def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, r
 
 def choose_tokens(importance, regions, tokens, budget, rules: CompressionRules) -> torch.Tensor:
     """`slots` long[N] of N tokens by the selector of the rules."""
+    if callable(rules.selector):
+        return check_slots(rules.selector(importance, regions, tokens, budget), rules.selector, tokens, budget)
     select, settings = SELECTORS[rules.selector]
     return select(importance, regions, tokens, budget, **{name: getattr(rules, name) for name in settings})
 
@@ -159,7 +173,7 @@ def choose_of_all_scales(importance, regions, tokens, budget, rules: Compression
         counts.append(len(places))
     if sum(counts) != min(budget, len(joined)):
         raise ValueError(
-            f"The selector {rules.selector!r} merges tokens of different scales. Give it `budgets` per scale instead "
+            f"The selector {name_of(rules.selector)} merges tokens of different scales. Give it `budgets` per scale instead "
             f"of one of {budget} tokens."
         )
     return slots, counts

@@ -11,7 +11,8 @@ from ..export.build_tiny import RULES as SHIPPED
 from ..geometry_uhr_bat import patch_centres
 from ..modeling_layers_uhr_bat import UHRBatScaleEmbedding
 from ..token_compression_uhr_bat import cluster_regions, merge_tokens
-from ..token_selectors_uhr_bat import diversity, similarity_merging, uniform
+from ..token_selectors_uhr_bat import uniform
+from .reducers import conditional_diversity, diversity, dominant_and_contextual, similarity_merging
 
 PAPER, TOP_K, DISTINCT, REFINED = "preserve-and-merge", "top-k per scale", "distinct", "distinct, refined"
 # Of each scale after the anchor, how many tokens the question looks at once more, and up to which decoder layer.
@@ -36,8 +37,8 @@ RULES = {
     "distinct, regions told of": (_rules("distinct", coverage=True), None),
     REFINED: (_rules("distinct", **REFINEMENT), None),
     "distinct, refined, budgets per scale": (_rules(**SHIPPED), FINE_PROPORTIONS),
-    "CDPruner": (_rules("conditional_diversity"), PROPORTIONS),
-    "VisionZip": (_rules("dominant_and_contextual"), PROPORTIONS),
+    "CDPruner": (_rules(conditional_diversity), PROPORTIONS),
+    "VisionZip": (_rules(dominant_and_contextual), PROPORTIONS),
 }
 # Blind to the question: chosen once per image.
 BLIND = {"DivPrune": diversity, "ToMe": similarity_merging, "uniform": uniform}

@@ -26,6 +26,7 @@ from ..common.runs import alone
 from . import figures
 from .asked import folder_digest
 from .other_answers import other_answers
+from .reducers import find_selector
 from .running import (
     IMAGE,
     PREDICTIONS,
@@ -105,8 +106,7 @@ def parser():
 def ask_suite(args, suite, samples, prompt):
     """The lines of a run, asked or found, and its settings."""
     check_files(None, args.model)
-    changes = {} if args.selector is None else {"selector": args.selector}
-    config, default = load_config(args.model, **changes), load_processor(args.model).default_budgets
+    config, default = load_config(args.model), load_processor(args.model).default_budgets
     tiles, budgets = looking_closer(args.budgets, default, args.max_tiles, args.native)
     budgets = default if budgets is None else budgets
     split_budgets(budgets, config.scales)
@@ -114,16 +114,17 @@ def ask_suite(args, suite, samples, prompt):
     read = json.loads(json.dumps(read, default=str))  # as settings.json holds them
     settings = Settings(
         suite=suite.name, data=args.data, model=str(args.model), prompt=prompt,
-        budgets=budgets, selector=config.selector,
+        budgets=budgets, selector=args.selector or config.selector,
         seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
         versions=versions(), **tiles, weights=folder_digest(args.model), image=read or None,
         batch_size=args.batch_size,
     )  # fmt: skip
+    find_selector(settings.selector, budgets)
     check_settings(args.output, settings)
     state = process_state()
     # Each process has the whole model on its own device.
     device_map = "auto" if state.num_processes == 1 else {"": state.device}
-    processor, model = load_model(args.model, device_map=device_map, **changes)
+    processor, model = load_model(args.model, device_map=device_map)
     with alone(args.output / f"predictions-{state.process_index}.jsonl"):
         return run(model.eval(), processor, suite, samples, settings, args.output, args.workers, args.retry)
 

@@ -18,6 +18,7 @@ from tqdm import tqdm
 from ..budgets_uhr_bat import split_budgets
 from ..common.budgets import budgets as read_budgets
 from ..common.loading import ROOT, load_model
+from .reducers import find_selector
 from .running import answers, compress, encode, looking_closer
 
 ARGUMENTS = ("pretrained", "budgets", "selector", "max_tiles", "native", "batch_size", "device", "dtype")
@@ -63,13 +64,13 @@ class UHRBat(lmms):
             raise ValueError(f"uhr_bat has no model argument {', '.join(unknown)}. It has: {', '.join(ARGUMENTS)}.")
         self.accelerator = Accelerator(cpu=not torch.accelerator.is_available())
         self._rank, self._world_size = self.accelerator.process_index, self.accelerator.num_processes
-        changes = {} if selector is None else {"selector": selector}
         dtype = dtype if dtype == "auto" else getattr(torch, dtype)
         where = str(self.accelerator.device) if device is None or self._world_size > 1 else device
-        self.processor, self.model = load_model(pretrained or ROOT, dtype, {"": where}, **changes)
+        self.processor, self.model = load_model(pretrained or ROOT, dtype, {"": where})
         self.model.eval()
         budgets = None if budgets is None else read_budgets(str(budgets), ":")
         self.tiles, self.budgets = looking_closer(budgets, self.processor.default_budgets, max_tiles, native)
+        self.rules = None if selector is None else {"selector": find_selector(selector, self.budgets)}
         split_budgets(
             self.processor.default_budgets if self.budgets is None else self.budgets, self.model.config.scales
         )
@@ -108,7 +109,7 @@ class UHRBat(lmms):
             stops = options.pop("until")
             said = answers(
                 self.model, self.processor, contexts, self.features_of(zip(*where)), budgets=self.budgets,
-                max_tiles=self.tiles.get("max_tiles"), **options,
+                rules=self.rules, max_tiles=self.tiles.get("max_tiles"), **options,
             )  # fmt: skip
             for number, (text, _) in zip(numbers, said):
                 for stop in stops:
@@ -138,7 +139,13 @@ class UHRBat(lmms):
 
     def losses(self, contexts, continuations, features) -> list[Loss]:
         prompt, seen, _ = compress(
-            self.model, self.processor, contexts, features, self.budgets, max_tiles=self.tiles.get("max_tiles")
+            self.model,
+            self.processor,
+            contexts,
+            features,
+            self.budgets,
+            self.rules,
+            max_tiles=self.tiles.get("max_tiles"),
         )
         tokenizer, device = self.processor.tokenizer, self.model.device
         endings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in map(str, continuations)]

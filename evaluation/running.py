@@ -23,6 +23,7 @@ from ..common.prompts import prompt_text
 from ..common.runs import Line, check_same_settings, whole_lines
 from ..image_raster_files_uhr_bat import reason
 from .asked import asked, check_asked
+from .reducers import find_selector
 from .samples import Sample
 from .suites import Suite
 
@@ -359,7 +360,7 @@ def answers_or_errors(model, processor, questions, settings) -> list[tuple[str |
             texts, features = zip(*(questions[number] for number in numbers))
             said = answers(
                 model, processor, list(texts), list(features), budgets=settings.budgets, max_tiles=settings.max_tiles,
-                max_new_tokens=settings.max_new_tokens,
+                rules={"selector": find_selector(settings.selector)}, max_new_tokens=settings.max_new_tokens,
             )  # fmt: skip
             for number, (text, spent) in zip(numbers, said):
                 found[number] = text, None, spent

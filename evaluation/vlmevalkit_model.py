@@ -15,6 +15,7 @@ from vlmeval.vlm.base import BaseModel
 
 from ..budgets_uhr_bat import split_budgets
 from ..common.loading import ROOT, load_model
+from .reducers import find_selector
 from .running import answers, encode, looking_closer
 
 
@@ -34,10 +35,10 @@ class UHRBat(BaseModel):
     INTERLEAVE = True
 
     def __init__(self, model_path=None, budgets=None, selector=None, max_tiles=None, native=False, **generation):
-        changes = {} if selector is None else {"selector": selector}
-        self.processor, self.model = load_model(Path(model_path or ROOT), **changes)
+        self.processor, self.model = load_model(Path(model_path or ROOT))
         self.model.eval()
         self.tiles, self.budgets = looking_closer(budgets, self.processor.default_budgets, max_tiles, native)
+        self.rules = None if selector is None else {"selector": find_selector(selector, self.budgets)}
         split_budgets(
             self.processor.default_budgets if self.budgets is None else self.budgets, self.model.config.scales
         )
@@ -52,7 +53,7 @@ class UHRBat(BaseModel):
         features = self.features_of(paths)
         ((text, _),) = answers(
             self.model, self.processor, ["\n".join(parts)], [features], budgets=self.budgets,
-            max_tiles=self.tiles.get("max_tiles"), **self.generation,
+            rules=self.rules, max_tiles=self.tiles.get("max_tiles"), **self.generation,
         )  # fmt: skip
         return text
 

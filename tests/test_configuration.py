@@ -44,8 +44,6 @@ def test_the_image_token_has_one_number_under_two_names():
         ({"budgets": [5, 2, 7]}, "must not decrease from one scale to the next finer one. Got [5, 2, 7]"),
         ({"budgets": [0, 2, 7]}, "at least 1 token per image. Got [0, 2, 7]"),
         ({"budgets": [80, 80, 96]}, "sum to 256 visual tokens, but the context window holds 256 tokens"),
-        ({"budgets": 9, "selector": "similarity_merging"}, "Give it 3 budgets, one per scale, instead of one of 9"),
-        ({"budgets": 9, "selector": "dominant_and_contextual"}, "merges tokens of different scales"),
         ({"importance_layer": 3}, "`importance_layer` is 3, but the decoder has 3 layers"),
         ({"vision_feature_layer": -4}, "`vision_feature_layer` is -4, but the vision tower has 3 layers"),
         ({"vision_feature_layer": 0}, "`vision_feature_layer` is 0, but the vision tower has 3 layers"),

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from small import BUDGETS, GRIDS, IMAGE, SIZES, prompt, random_pixels, small_config, small_model
+from uhr_bat.evaluation.reducers import diversity, similarity_merging
 from uhr_bat.token_compression_uhr_bat import align_importance, distinctiveness
 from uhr_bat.token_rules_uhr_bat import CompressionRules, choose_of_all_scales, look_up
 
@@ -19,10 +20,10 @@ def half_shown():
 
 
 @pytest.mark.parametrize("budget", [1, 5, 14, 55, 56, 70])
-@pytest.mark.parametrize("selector", ["preserve_and_merge", "distinct", "top_k", "uniform", "diversity"])
+@pytest.mark.parametrize("selector", ["preserve_and_merge", "distinct", "top_k", "uniform", diversity])
 def test_one_budget_is_spent_exactly_among_all_scales(selector, budget):
-    model = small_model(selector=selector)
-    out = model.compress(input_ids=QUESTION, pixel_values=random_pixels(), budgets=budget)
+    rules = {"selector": selector}
+    out = small_model().compress(input_ids=QUESTION, pixel_values=random_pixels(), budgets=budget, rules=rules)
     assert len(out.pooler_output[0]) == min(budget, 56)
     for tokens, slots in zip(out.tokens[0], out.slots[0]):
         assert sorted(set(slots.tolist()) - {-1}) == list(range(len(tokens)))
@@ -41,10 +42,10 @@ def test_the_best_tokens_of_all_scales_are_kept_scale_by_scale_in_order():
 
 
 def test_a_selector_that_merges_across_scales_is_refused_one_budget():
-    model = small_model(selector="similarity_merging")
+    model, rules = small_model(), {"selector": similarity_merging}
     with pytest.raises(ValueError, match="'similarity_merging' merges tokens of different scales.*one of 9 tokens"):
-        model.compress(input_ids=QUESTION, pixel_values=random_pixels(), budgets=9)
-    out = model.compress(input_ids=QUESTION, pixel_values=random_pixels())
+        model.compress(input_ids=QUESTION, pixel_values=random_pixels(), budgets=9, rules=rules)
+    out = model.compress(input_ids=QUESTION, pixel_values=random_pixels(), rules=rules)
     assert [len(tokens) for tokens in out.tokens[0]] == list(BUDGETS)
 
 

@@ -1,11 +1,18 @@
-"""Every selector keeps the same promises; this project's rule against a plain loop; the reducers on small cases."""
+"""Every selector keeps the same promises; this project's rule against a plain loop; a function of the user's own."""
+
+import json
 
 import pytest
 import torch
 import torch.nn.functional as F
-from uhr_bat.configuration_uhr_bat import UHRBatConfig
+from PIL import Image
+from small import BUDGETS, IMAGE, random_pixels, small_model
+from uhr_bat.configuration_uhr_bat import SELECTOR_NAMES, UHRBatConfig
+from uhr_bat.evaluation.reducers import REDUCERS
 from uhr_bat.token_compression_uhr_bat import distinctiveness, merge_tokens
-from uhr_bat.token_selectors_uhr_bat import SELECTORS, distinct, diversity, similarity_merging, top_k, uniform
+from uhr_bat.token_selectors_uhr_bat import SELECTORS, distinct, top_k, uniform
+
+NAMES = (*SELECTORS, *REDUCERS)  # the model's own, and published ones that evaluation compares with
 
 
 def problem(N=60, D=8, R=5, seed=0):
@@ -19,7 +26,7 @@ def problem(N=60, D=8, R=5, seed=0):
 
 
 def select(name, *arguments, **settings):
-    return SELECTORS[name][0](*arguments, **settings)
+    return (REDUCERS.get(name) or SELECTORS[name][0])(*arguments, **settings)
 
 
 def distinct_oracle(importance, regions, tokens, budget, power):
@@ -37,14 +44,24 @@ def distinct_oracle(importance, regions, tokens, budget, power):
 
 
 def test_the_configuration_knows_every_selector():
+    assert tuple(SELECTORS) == SELECTOR_NAMES
     for name in SELECTORS:
         assert UHRBatConfig(selector=name).selector == name
-    with pytest.raises(Exception, match="selector"):
-        UHRBatConfig(selector="best")
+
+
+@pytest.mark.parametrize("selector", ["best", "conditional_diversity", top_k, None])
+def test_what_a_configuration_cannot_name_is_refused_with_the_mend(selector, tmp_path):
+    with pytest.raises(Exception, match=r'compress\(..., rules=\{"selector": function\}\)'):
+        UHRBatConfig(selector=selector)
+    UHRBatConfig().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text()) | {"selector": str(selector)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(Exception, match="those of other papers are in `uhr_bat.evaluation.reducers`"):
+        UHRBatConfig.from_pretrained(tmp_path)
 
 
 @pytest.mark.parametrize("budget", [1, 2, 7, 31, 59, 60, 99])
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_budget_is_spent_exactly_and_no_place_is_empty(name, budget):
     importance, regions, tokens = problem()
     slots = select(name, importance, regions, tokens, budget)
@@ -53,7 +70,7 @@ def test_the_budget_is_spent_exactly_and_no_place_is_empty(name, budget):
     assert merge_tokens(tokens, slots, n).shape == (n, 8)
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_the_same_input_gives_the_same_places_and_is_left_as_it_is(name):
     arguments = problem(seed=1)
     before = [value.clone() for value in arguments]
@@ -61,13 +78,13 @@ def test_the_same_input_gives_the_same_places_and_is_left_as_it_is(name):
     assert all(map(torch.equal, arguments, before))
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_equal_tokens_of_equal_importance_are_no_obstacle(name):
     slots = select(name, torch.zeros(12), torch.zeros(12, dtype=torch.long), torch.ones(12, 4), 5)
     assert sorted(set(slots.tolist()) - {-1}) == list(range(5))
 
 
-@pytest.mark.parametrize("name", SELECTORS)
+@pytest.mark.parametrize("name", NAMES)
 def test_wrong_arguments_are_errors_with_both_numbers(name):
     importance, regions, tokens = problem()
     with pytest.raises(ValueError, match="at least 1 token. Got 0"):
@@ -127,7 +144,7 @@ def test_a_region_may_be_kept_whole_with_coverage():
     assert slots.tolist() == [0, 1, 2, 3]
 
 
-# ---- Reducers for comparison ----------------------------------------------------------------------------------------
+# ---- The simplest ones -----------------------------------------------------------------------------------------------
 
 
 def test_top_k_keeps_the_most_important_in_order_and_the_first_of_equals():
@@ -141,28 +158,84 @@ def test_uniform_keeps_the_middle_of_equal_stretches():
     assert (slots >= 0).nonzero()[:, 0].tolist() == [1, 4, 7]
 
 
-def test_diversity_takes_one_of_each_kind_before_a_second_of_any():
-    kinds = torch.eye(5)[torch.tensor([0, 0, 1, 1, 1, 2, 3, 3, 4, 4])] + 0.01 * torch.randn(10, 5)
-    slots = diversity(torch.rand(10), torch.zeros(10, dtype=torch.long), kinds, 5)
-    assert kinds[slots >= 0].argmax(1).sort().values.tolist() == [0, 1, 2, 3, 4]
+# ---- A function of the user's own ------------------------------------------------------------------------------------
+
+QUESTION = {"input_ids": torch.tensor([[5, IMAGE, 6, 7]])}
 
 
-def test_conditional_diversity_leaves_out_what_is_alike_and_what_is_not_asked_for():
-    kinds = torch.eye(3)[torch.tensor([0, 0, 1, 1, 2, 2])]
-    importance = torch.tensor([0.9, 0.8, 0.7, 0.6, 0.0, 0.1])
-    slots = select("conditional_diversity", importance, torch.zeros(6, dtype=torch.long), kinds, 2)
-    assert (slots >= 0).nonzero()[:, 0].tolist() == [0, 2]
+def last_ones(importance, regions, tokens, budget):
+    """The last tokens of a scale; the earliest of them holds all that stand before it."""
+    return torch.arange(len(tokens)).sub(len(tokens) - budget).clamp_min(0)
 
 
-def test_similarity_merging_joins_the_most_similar_pairs():
-    tokens = torch.tensor([[1.0, 0], [1, 0.01], [0, 1], [0.3, 1], [-1, 0], [-1, -1]])
-    slots = similarity_merging(torch.rand(6), torch.zeros(6, dtype=torch.long), tokens, 4)
-    assert slots[0] == slots[1] and slots[2] == slots[3] and len(slots.unique()) == 4
+def test_a_function_decides_which_tokens_of_every_scale_stay():
+    model = small_model()
+    (features,) = model.encode_image(random_pixels())
+    out = model.compress(**QUESTION, image_features=[features], rules={"selector": last_ones})
+    for tokens, kept, slots, budget in zip(features.tokens, out.tokens[0], out.slots[0], BUDGETS):
+        first = len(tokens) - budget
+        assert slots.tolist() == [0] * first + list(range(budget))
+        torch.testing.assert_close(kept, torch.cat((tokens[: first + 1].mean(0, keepdim=True), tokens[first + 1 :])))
+    one = model.compress(**QUESTION, image_features=[features], budgets=9, rules={"selector": top_k})
+    named = model.compress(**QUESTION, image_features=[features], budgets=9, rules={"selector": "top_k"})
+    assert torch.equal(one.pooler_output[0], named.pooler_output[0])
 
 
-def test_the_rest_joins_the_contextual_token_that_it_resembles_most():
-    tokens = torch.eye(3)[torch.tensor([0, 1, 1, 2, 2, 2, 1, 0])]
-    importance = torch.tensor([9.0, 0, 0, 0, 0, 0, 0, 8])
-    slots = select("dominant_and_contextual", importance, torch.zeros(8, dtype=torch.long), tokens, 4, contextual=0.5)
-    assert len(slots[[1, 2, 6]].unique()) == 1 and len(slots[[3, 4, 5]].unique()) == 1
-    assert slots[0] != slots[7] and (torch.bincount(slots)[slots[[0, 7]]] == 1).all()
+@torch.no_grad()
+def test_a_function_reaches_the_selection_through_generate_and_forward_too():
+    model, (features,) = small_model(), small_model().encode_image(random_pixels())
+    images, rules = {"image_features": [features]}, {"selector": last_ones}
+    kept = model.compress(**QUESTION, **images, rules=rules)
+    ids, mask, _ = model.expand_placeholders(QUESTION["input_ids"], torch.ones(1, 4, dtype=torch.long), kept)
+    prompt, greedy = {"input_ids": ids, "attention_mask": mask}, {"do_sample": False, "max_new_tokens": 4}
+    by_hand = model.generate(**prompt, mm_encoder_outputs={"image": kept}, **greedy)
+    assert torch.equal(model.generate(**QUESTION, **images, rules=rules, **greedy), by_hand)
+    assert torch.equal(
+        model(**prompt, **images, rules=rules).logits, model(**prompt, mm_encoder_outputs={"image": kept}).logits
+    )
+    with pytest.raises(ValueError, match="`rules` choose among the tokens of images"):
+        model.generate(input_ids=torch.tensor([[5, 6]]), rules=rules)
+
+
+@pytest.mark.parametrize(
+    ("returned", "message"),
+    [
+        (lambda n, budget: list(range(n)), "'mine' must return slots as a tensor of torch.int64.*Got a list"),
+        (lambda n, budget: torch.zeros(n), "torch.int64, one for each token. Got torch.float32"),
+        (lambda n, budget: torch.ones(n, dtype=torch.bool), "Got torch.bool"),
+        (lambda n, budget: torch.arange(budget), r"a slot for each of 4 tokens. Got the shape \[2\]"),
+        (lambda n, budget: torch.zeros(n, 1, dtype=torch.long), r"Got the shape \[4, 1\]"),
+        (lambda n, budget: torch.arange(n), r"slots in -1..1 for a budget of 2. Got 0..3"),
+        (lambda n, budget: torch.arange(n) % 2 - 2, r"slots in -1..1 for a budget of 2. Got -2..-1"),
+        (lambda n, budget: torch.zeros(n, dtype=torch.long), "all 2 slots of a budget of 2 for 4 tokens. Got 1"),
+    ],
+)
+def test_what_is_no_slots_is_refused_with_both_numbers(returned, message):
+    def mine(importance, regions, tokens, budget):
+        return returned(len(tokens), budget)
+
+    with pytest.raises((ValueError, TypeError), match=message):
+        small_model().compress(**QUESTION, pixel_values=random_pixels(), rules={"selector": mine})
+
+
+def test_rules_that_there_are_not_are_refused_before_a_selection():
+    model = small_model()
+    for rules, message in (
+        ({"selectr": last_ones}, "There is no rule 'selectr'. There are: selector, distinctiveness_power"),
+        ({"selector": "diversity"}, "Got 'diversity'. Any other rule is handed in as a function"),
+        ({"selector": 3}, "Got 3"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model.compress(**QUESTION, pixel_values=random_pixels(), rules=rules)
+
+
+def test_what_a_function_kept_is_drawn_and_mapped_as_any_other_choice():
+    pytest.importorskip("geopandas", reason="geopandas is not installed")
+    from uhr_bat.geo.frames import evidence_frame
+    from uhr_bat.pictures.pages import kept_picture
+
+    out = small_model().compress(**QUESTION, pixel_values=random_pixels(), rules={"selector": last_ones})
+    frame = evidence_frame(out, (24, 24), out.scales[0])
+    assert len(frame) == sum(BUDGETS)
+    assert frame["tokens"].tolist() == [3, 1, 12, 1, 1, 1, 1, 30, 1, 1, 1, 1, 1, 1]
+    assert kept_picture(out, Image.new("RGB", (24, 24))).width > 0

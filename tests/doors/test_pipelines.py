@@ -62,6 +62,23 @@ def test_a_chat_comes_back_with_the_answer_as_its_last_turn(pipe, images):
     assert reply == {"role": "assistant", "content": pipe(text=messages, **NEW_TEXT)[0]["generated_text"]}
 
 
+def test_a_function_of_the_users_own_decides_which_tokens_answer(pipe, images):
+    asked = []
+
+    def first_ones(importance, regions, tokens, budget):
+        asked.append(budget)
+        return torch.arange(len(tokens)).where(torch.arange(len(tokens)) < budget, -1)
+
+    messages = chat(images[0], question=QUESTIONS[0])
+    options = {"generate_kwargs": {**GENERATION, "rules": {"selector": first_ones}}, "return_full_text": False}
+    text = pipe(text=messages, **options)[0]["generated_text"]
+    assert asked == [4, 8, 40, 94]
+    prompt = pipe.processor.apply_chat_template(messages, add_generation_prompt=True)
+    inputs = pipe.processor(text=[prompt], images=[[images[0]]], return_tensors="pt")
+    ids = pipe.model.generate(**inputs, **GENERATION, rules={"selector": first_ones})
+    assert text == pipe.processor.decode(ids[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("form", ["image", "list", "path"])
 def test_images_and_a_text(pipe, images, paths, form):

@@ -106,7 +106,7 @@ def test_lmms_eval_gets_the_mean_loss_of_a_continuation_and_whether_it_is_the_li
         inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
         labels = torch.where(torch.arange(inputs["input_ids"].shape[1]) < prompt, -100, inputs["input_ids"])
         with torch.no_grad():
-            output = model(**inputs, labels=labels)
+            output = model(**inputs, labels=labels, rules=batched.rules)
         assert loss == pytest.approx(output.loss.item(), abs=1e-4)
         assert likeliest == (output.logits[0, prompt - 1 : -1].argmax(-1).tolist() == ending)
     likeliest = processor.tokenizer.decode(output.logits[0, prompt - 1].argmax())

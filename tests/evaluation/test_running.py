@@ -292,7 +292,7 @@ def test_answers_of_another_program_are_scored_without_a_model(tmp_path, capsys)
         (["scenes", "--data", "x"], "there is no --data to give"),
         (["scenes", "--max-new-tokens", "0"], "--max-new-tokens must be at least 1. Got 0."),
         (["scenes", "--limit", "1", "--budgets", "0"], "must be at least 1 token per image"),
-        (["scenes", "--limit", "1", "--selector", "foo"], "Field 'selector' expected one of"),
+        (["scenes", "--limit", "1", "--selector", "foo"], "There is no selector 'foo'. There are: preserve_and_merge"),
         (["scenes", "--batch-size", "0"], "--batch-size must be at least 1. Got 0."),
         (["scenes", "--limit", "1", "--native"], "give max_tiles with it"),
     ],
