@@ -15,7 +15,6 @@ from pathlib import Path, PurePosixPath, PureWindowsPath
 import torch
 from safetensors import SafetensorError, safe_open
 
-
 # Where weights are looked for, in the order of transformers; then shards without an index.
 WEIGHT_FILES = (
     "model.safetensors",

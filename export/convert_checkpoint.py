@@ -28,10 +28,10 @@ import torch
 from huggingface_hub import HfApi, snapshot_download, split_torch_state_dict_into_shards
 from safetensors.torch import save_file
 from tqdm import tqdm
-from uhr_bat.common.files import whole_folder, write_json
-from uhr_bat.common.outputs import Output, check_outputs
 from uhr_bat.common.budgets import budgets as read_budgets
+from uhr_bat.common.files import whole_folder, write_json
 from uhr_bat.common.loading import base_of
+from uhr_bat.common.outputs import Output, check_outputs
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 
 from . import model_folder, released_layout
@@ -39,7 +39,7 @@ from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
 from .merging import MergedModel
 from .model_card import read_provenance, write_model_card
 from .model_folder import EMBEDDINGS, HEAD, meta_model
-from .start_model import GrownTables, read_start
+from .start_model import Contents, GrownTables, read_start
 
 DTYPES = {"auto": None, "bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 # What weights may be, and integers of the same size, in which numbers that are not finite are comparable too.
@@ -177,6 +177,11 @@ def make_plan(checkpoint: Checkpoint, config: UHRBatConfig, rename, dtype=None, 
     return plan
 
 
+def is_untrained(tensors, entry: Entry) -> bool:
+    """Whether a tensor is a scale table that is still the noise that it began as."""
+    return ".scale_embedding.tables." in entry.name and released_layout.looks_untrained(tensors.read(entry.source))
+
+
 def nest_tower(name: str) -> str:
     """The name of a tensor of this project's own layout: some checkpoints hold the vision tower one level higher."""
     nested, flat = "model.vision_tower.vision_model.", "model.vision_tower."
@@ -259,71 +264,69 @@ class Plan:
     adapters: list[Path] = field(default_factory=list)
 
     @classmethod
-    def of(
-        cls,
-        checkpoint,
-        *,
-        is_start=False,
-        adapters=(),
-        dtype="auto",
-        license=None,
-        base_model=None,
-        vision_heads=None,
-        **new,
-    ) -> "Plan":
-        """Reads headers and small files alone.
-
-        Args:
-            checkpoint: folder or repository.
-            is_start: whether it is a model of the LLaVA family, that becomes an untrained one of ours.
-            adapters: folders of adapters to merge.
-            dtype, license, base_model, vision_heads: as on the command line.
-            new: more arguments of `read_start`.
+    def of(cls, checkpoint, *, merge_adapter=None, vision_heads=None, **output) -> "Plan":
+        """Of a checkpoint, folder or repository, from its headers and small files alone. The arguments are those of the
+        command line; `output`: those of [`Plan.of_contents`].
 
         Raises:
             CheckpointError: whatever is wrong with the checkpoint.
         """
-        folder, hint = locate(checkpoint), ""
-        source = Checkpoint(folder)
-        if is_start:
-            config, notes, source, rename, is_released = read_start(folder, source, vision_heads=vision_heads, **new)
-            hint = START_HINT
-        else:
-            config, notes, is_released = read_config(folder, source.tensors, vision_heads)
-            rename = released_layout.rename if is_released else nest_tower
-        rows = model_folder.rows_for_image_token(folder, config) if is_start and is_released else 0
+        checkpoint, adapters = find_adapters(checkpoint, merge_adapter)
+        folder = locate(checkpoint)
+        tensors = Checkpoint(folder)
+        config, notes, is_released = read_config(folder, tensors.tensors, vision_heads)
+        contents = Contents(config, notes, tensors, released_layout.rename if is_released else nest_tower, is_released)
+        return cls.of_contents(checkpoint, folder, contents, adapters=adapters, **output)
+
+    @classmethod
+    def of_start(cls, start, *, vision_heads=None, vision_tower=None, scales=None, budgets=None, **output) -> "Plan":
+        """Of a model of the LLaVA family, which becomes an untrained one of ours; otherwise as `of`."""
+        folder = locate(start)
+        contents = read_start(folder, Checkpoint(folder), scales, budgets, vision_tower, vision_heads)
+        config = contents.config
+        rows = model_folder.rows_for_image_token(folder, config) if contents.is_released else 0
         if rows > config.text_config.vocab_size:
-            notes.append(f"new, for <image>: embeddings and head have {rows} rows, the last the mean of the others")
-            source, config.text_config.vocab_size = GrownTables(source, rows), rows
-        entries = make_plan(source, config, rename, DTYPES[dtype], hint)
+            new = f"new, for <image>: embeddings and head have {rows} rows, the last the mean of the others"
+            contents.notes.append(new)
+            contents, config.text_config.vocab_size = (
+                contents._replace(tensors=GrownTables(contents.tensors, rows)),
+                rows,
+            )
+        return cls.of_contents(start, folder, contents, is_start=True, **output)
+
+    @classmethod
+    def of_contents(
+        cls, name, folder, contents, *, is_start=False, adapters=(), dtype="auto", license=None, base_model=None
+    ) -> "Plan":
+        """Of what was read of a checkpoint.
+
+        Args:
+            name: of the checkpoint, as it was given: a folder, or a repository that lies in `folder`.
+            contents: [`Contents`].
+            adapters: folders of what is merged into the weights.
+            dtype, license, base_model: as on the command line.
+        """
+        config, notes, tensors, rename, is_released = contents
+        entries = make_plan(tensors, config, rename, DTYPES[dtype], START_HINT if is_start else "")
         kept = [entry for entry in entries if entry.name]
         numbers = Counter()
         for entry in kept:
             numbers[entry.dtype] += entry.num_parameters
         config.dtype = _word(numbers.most_common(1)[0][0])
-        untrained = [
-            entry.source
-            for entry in kept
-            if ".scale_embedding.tables." in entry.name and released_layout.looks_untrained(source.read(entry.source))
-        ]
+        untrained = [entry.source for entry in kept if is_untrained(tensors, entry)]
         stated_license, base_models = read_provenance(folder, config)
         license = license or stated_license
-        if base_model or not Path(checkpoint).is_dir():
-            base_models = [base_model or str(checkpoint)]
+        if base_model or not Path(name).is_dir():
+            base_models = [base_model or str(name)]
         if dropped := [entry.source for entry in entries if entry.action == "drop"]:
             notes.append("dropped, nothing here uses it:" + _lines(dropped))
         if untrained:
             notes.append("never trained, still noise of deviation 1/sqrt(width):" + _lines(untrained))
         notes.append(f"model card: licence {license}, base model {', '.join(base_models) or 'unknown'}")
-        plan = cls(source, entries, config, notes, tempfile.TemporaryDirectory(), {}, list(adapters))
+        plan = cls(tensors, entries, config, notes, tempfile.TemporaryDirectory(), {}, list(adapters))
         notes.append(
             f"weights: {len(kept)} tensors, {numbers.total():,} parameters, {plan.num_bytes:,} bytes, {config.dtype}"
         )
-        # A Trainer that was given the processor saves it beside the adapter.
-        beside = [adapter for adapter in plan.adapters if (adapter / "tokenizer_config.json").is_file()]
-        files = Path(plan.files.name)
-        has_tokenizer = model_folder.write_processing(files, beside[-1] if beside else folder, config, is_released)
-        config.budgets = read_json(files / "processor_config.json")["default_budgets"]
         plan.card = {
             "origin": _origin(folder, is_start, is_released) + " and LoRA" * bool(adapters),
             "num_parameters": numbers.total(),
@@ -331,9 +334,18 @@ class Plan:
             "base_models": base_models,
             "limits": ["The scale tables of this checkpoint are noise: they were never trained."] * bool(untrained)
             + ["**This model is a start: nothing in it was trained to read an image at several scales.**"] * is_start,
-            "has_tokenizer": has_tokenizer,
+            "has_tokenizer": plan.make_files(folder, is_released),
         }
         return plan
+
+    def make_files(self, folder: Path, is_released: bool) -> bool:
+        """Tokenizer, processors and chat template of the output, and its budgets; whether the checkpoint has a tokenizer."""
+        # A Trainer that was given the processor saves it beside the adapter.
+        beside = [adapter for adapter in self.adapters if (adapter / "tokenizer_config.json").is_file()]
+        files = Path(self.files.name)
+        has_tokenizer = model_folder.write_processing(files, beside[-1] if beside else folder, self.config, is_released)
+        self.config.budgets = read_json(files / "processor_config.json")["default_budgets"]
+        return has_tokenizer
 
     @property
     def num_bytes(self) -> int:
@@ -386,40 +398,27 @@ def convert(
     checkpoint: str | None = None,
     output: str | Path = "",
     max_shard_size: str = "5GB",
-    dtype: str = "auto",
-    merge_adapter: str | list[str] | bool | None = None,
-    vision_heads: int | None = None,
-    push_to_hub: str | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
-    dry_run: bool = False,
+    *,
     start: str | None = None,
-    vision_tower: str | None = None,
-    scales: list[int] | None = None,
-    budgets: list[int] | int | None = None,
+    push_to_hub: str | None = None,
+    dry_run: bool = False,
+    **options,
 ) -> Path:
-    """Builds the model folder `output`: a [`Plan`], and the end of it. The arguments are those of the command line.
+    """Builds the model folder `output`: a [`Plan`], and the end of it.
+
+    Args:
+        options: of [`Plan.of`], or with `start` of [`Plan.of_start`]. All are those of the command line.
 
     Raises:
         CheckpointError: whatever is wrong with the checkpoint or the output. Then there is no output.
     """
-    output = Path(os.path.abspath(output))
-    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
-        raise CheckpointError(f"{output}: is there and not an empty folder. Nothing is overwritten.")
-    try:
-        check_outputs((), Output("--output", output, names=()))
-    except (OSError, ValueError) as error:
-        raise CheckpointError(str(error)) from error
-    if start and merge_adapter not in (None, False):
+    output = free_folder(output)
+    options = {name: value for name, value in options.items() if value is not None and value is not False}
+    if start and "merge_adapter" in options:
         raise CheckpointError("--merge-adapter is for --checkpoint: merge an adapter of a start model into it first.")
-    if not start and (vision_tower or scales or budgets):
+    if not start and options.keys() & {"vision_tower", "scales", "budgets"}:
         raise CheckpointError("--vision-tower, --scales and --budgets are for --start: a checkpoint states its own.")
-    new = {"scales": scales, "budgets": budgets, "vision_tower": vision_tower} if start else {}
-    checkpoint, adapters = find_adapters(start or checkpoint, merge_adapter)
-    plan = Plan.of(
-        checkpoint, is_start=bool(start), adapters=adapters, dtype=dtype, license=license, base_model=base_model,
-        vision_heads=vision_heads, **new,
-    )  # fmt: skip
+    plan = Plan.of_start(start, **options) if start else Plan.of(checkpoint, **options)
     if dry_run:
         print(plan)
     print(*plan.notes, sep="\n")
@@ -430,6 +429,18 @@ def convert(
     print(f"{output}: complete. Every tensor was read back and is equal.")
     if push_to_hub:
         push(output, push_to_hub)
+    return output
+
+
+def free_folder(output: str | Path) -> Path:
+    """The whole path of a folder that is to be made, or is empty. Raises `CheckpointError` where it is neither."""
+    output = Path(os.path.abspath(output))
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise CheckpointError(f"{output}: is there and not an empty folder. Nothing is overwritten.")
+    try:
+        check_outputs((), Output("--output", output, names=()))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(str(error)) from error
     return output
 
 
@@ -447,7 +458,7 @@ def find_adapters(checkpoint, merge_adapter) -> tuple[str | Path, list[Path]]:
                 f"{error} Or give the model as --checkpoint, and the adapter behind --merge-adapter."
             ) from error
         return base, [adapter]
-    adapters = [locate(one) for one in ([merge_adapter] if isinstance(merge_adapter, (str, Path)) else merge_adapter)]
+    adapters = [locate(name) for name in ([merge_adapter] if isinstance(merge_adapter, (str, Path)) else merge_adapter)]
     for adapter in adapters:
         read_json(adapter / "adapter_config.json")
     if len(set(map(os.path.realpath, adapters))) < len(adapters):
@@ -480,7 +491,9 @@ def push(folder: Path, repository: str):
 
 
 def _bar(plan, what):
-    return tqdm(total=sum(e.dtype.itemsize * e.num_parameters for e in plan), desc=what, unit="B", unit_scale=True)
+    return tqdm(
+        total=sum(entry.dtype.itemsize * entry.num_parameters for entry in plan), desc=what, unit="B", unit_scale=True
+    )
 
 
 def _word(dtype):

@@ -10,7 +10,6 @@ from uhr_bat.configuration_uhr_bat import QWEN2_7B, UHRBatConfig
 
 from .checkpoint_files import read_json
 
-
 CARD = """---
 {front_matter}
 ---

@@ -22,7 +22,6 @@ from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from .chat_forms import chat_template
 from .checkpoint_files import CheckpointError, read_json
 
-
 EMBEDDINGS, HEAD = "model.language_model.embed_tokens.weight", "lm_head.weight"
 IMAGE_TOKEN = "<image>"
 CHAT_TEMPLATE = "chat_template.jinja"

@@ -11,7 +11,6 @@ from uhr_bat.configuration_uhr_bat import PAPER_BUDGETS, PAPER_SCALES, UHRBatCon
 
 from .checkpoint_files import CheckpointError
 
-
 VISION_TOWER = "model.vision_tower.vision_tower.vision_model."
 # The same in files that other releases of the libraries wrote.
 ANY_TOWER = re.compile(r"model\.vision_tower\.(vision_tower\.)?(vision_model\.)?")

@@ -39,8 +39,8 @@ DROPPED = re.compile(r"(model\.)?image_newline$|.*vision_tower\.(vision_model\.)
 TOWER_PARTS = ("embeddings.", "encoder.", "pre_layrnorm.", "post_layernorm.")
 
 
-class Start(NamedTuple):
-    """A start model as the exporter reads it: configuration, notes, tensors, the new name of each (see `make_plan`), and
+class Contents(NamedTuple):
+    """A checkpoint as the exporter reads it: configuration, notes, tensors, the new name of each (see `make_plan`), and
     whether its layout is that of the released checkpoints, LongVA's."""
 
     config: UHRBatConfig
@@ -96,7 +96,7 @@ class Zeros:
 
 def read_start(
     folder: Path, checkpoint: Checkpoint, scales=None, budgets=None, vision_tower=None, vision_heads=None
-) -> Start:
+) -> Contents:
     """A start model, whatever its layout.
 
     Args:
@@ -136,7 +136,7 @@ def read_start(
     config = _make_config(vision_config or released.vision_config, fields, scales, budgets, notes)
     new = _new_parts(config, set(map(rename_known(rename), present.tensors)), _dtype_of(checkpoint))
     notes.append(f"new, zero at the start: {', '.join(new.tensors)}")
-    return Start(
+    return Contents(
         config, notes, TensorsOf(present, new), lambda name: name if name in new.tensors else rename(name), is_released
     )
 
