@@ -16,6 +16,7 @@ import re
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -24,6 +25,9 @@ ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 MADE = VENV / "made.stamp"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+
+# Python compiles what is imported when it is first imported: a small part of what is installed.
+UNCOMPILED = ["--no-compile"]
 
 # Older supported releases of transformers, and what of their requirements differs from constraints.txt. They go into
 # folders of their own that come first on PYTHONPATH: an environment each would repeat PyTorch's 800 MB.
@@ -49,7 +53,12 @@ CLUSTER_TESTS = ["tests/cluster"]
 # The server as LangChain, LiteLLM and LlamaIndex ask it, with some fifty packages of their own.
 CLIENTS_TESTS = ["tests/clients"]
 # What requirements.txt brings today, be it newer than constraints.txt, is tested at every door of the library.
-NEWEST_TESTS = ["tests/doors", "tests/test_modeling_generation.py", "tests/test_released_api.py", "tests/test_threads.py"]
+NEWEST_TESTS = [
+    "tests/doors",
+    "tests/test_modeling_generation.py",
+    "tests/test_released_api.py",
+    "tests/test_threads.py",
+]
 
 
 def set_up(extra=""):
@@ -73,7 +82,7 @@ def set_up_overlay(name, packages):
     def install():
         shutil.rmtree(folder, ignore_errors=True)  # pip leaves what is there already as it is
         if packages:
-            pip("--no-deps", "--target", folder, *packages)
+            check(call_pip("install", *UNCOMPILED, "--quiet", "--no-deps", "--target", folder, *packages))
 
     once(name, packages, install)
     return folder
@@ -118,7 +127,7 @@ def once(name, inputs, action):
 def pip(*arguments):
     # A pip that is killed can leave half a package, which the next one takes for a whole one: .venv/ is made anew then.
     MADE.unlink()
-    code = call_pip("install", *arguments)
+    code = call_pip("install", *UNCOMPILED, *arguments)
     MADE.touch()
     check(code)
 
@@ -140,18 +149,25 @@ def check(code):
 
 
 def run_tests(lane, arguments, overlay=None):
-    """Run pytest and return (passed, failed, skipped)."""
+    """Run pytest and return (passed, failed, skipped).
+
+    With an overlay it is one process beside that of another lane, and what it prints comes whole when it ends.
+    """
     report = VENV / f"tests-{lane}.xml"
     report.unlink(missing_ok=True)
     environment = dict(os.environ)
     if overlay:
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
         environment["PATH"] = os.pathsep.join([str(overlay / "bin"), os.environ["PATH"]])
-    print(f"\nTests: {lane}", flush=True)
-    # Two processes, a file of tests each: what a file sets up is set up once.
-    workers = ["-n", "2", "--dist", "loadfile"]
-    command = [PYTHON, "-m", "pytest", *workers, "--timeout=900", f"--junitxml={report}", *arguments]
-    code = subprocess.call(command, cwd=ROOT, env=environment)
+    command = [PYTHON, "-m", "pytest", "--timeout=900", f"--junitxml={report}", *arguments]
+    if overlay:
+        done = subprocess.run(command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        print(f"\nTests: {lane}\n{done.stdout.decode(errors='replace')}", flush=True)
+        code = done.returncode
+    else:
+        print(f"\nTests: {lane}", flush=True)
+        # Two processes: each has half of the files, and who is done takes over half of what the other has left.
+        code = subprocess.call([*command, "-n", "2", "--dist", "worksteal"], cwd=ROOT, env=environment)
     passed, failed, skipped = count(report)
     # A run that collected nothing or died on the way reports no failure, but it is one.
     return passed, max(failed, int(code != 0)), skipped
@@ -185,14 +201,14 @@ def run_other_tests(lane, file, tests):
     return run_tests(lane, tests, overlay)
 
 
-# What is tested beside the pinned releases, in this order; `--without NAME` leaves one out.
+# What is tested beside the pinned releases; `--without NAME` leaves one out. The longest begin.
 LANES = {
-    "transformers-newest": run_newest_tests,
-    **{f"transformers-{version}": partial(run_older_tests, version, OVERLAYS[version]) for version in OVERLAYS},
     "vllm": partial(run_other_tests, "vllm", "serving/vllm_cpu.txt", VLLM_TESTS),
-    "demo-and-batch": partial(run_other_tests, "demo-and-batch", "serving/demo_and_batch.txt", EXTRAS_TESTS),
-    "clients": partial(run_other_tests, "clients", "serving/clients.txt", CLIENTS_TESTS),
+    "transformers-newest": run_newest_tests,
     "cluster": partial(run_other_tests, "cluster", "tests/cluster/deepspeed.txt", CLUSTER_TESTS),
+    "demo-and-batch": partial(run_other_tests, "demo-and-batch", "serving/demo_and_batch.txt", EXTRAS_TESTS),
+    **{f"transformers-{version}": partial(run_older_tests, version, OVERLAYS[version]) for version in OVERLAYS},
+    "clients": partial(run_other_tests, "clients", "serving/clients.txt", CLIENTS_TESTS),
 }
 
 
@@ -231,10 +247,11 @@ def test(arguments):
     set_up("[test]")
     pinned = f"transformers-{pins()['transformers']}"
     results = {pinned: run_tests(pinned, arguments or PINNED_TESTS)}
-    if not arguments:
-        for name in LANES:
-            if name not in options.without:
-                results[name] = run_lane(name)
+    lanes = [] if arguments else [name for name in LANES if name not in options.without]
+    if lanes:
+        print(f"\nTwo lanes at a time, each printed when it ends: {', '.join(lanes)}", flush=True)
+        with ThreadPoolExecutor(2) as pool:
+            results |= zip(lanes, pool.map(run_lane, lanes))
     summary = "{} passed, {} failed, {} skipped".format
     print()
     for lane, counts in results.items():
