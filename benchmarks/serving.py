@@ -26,12 +26,12 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from ..common import asking
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.files import whole_files, write_json
 from ..common.loading import ROOT, load_model
 from ..common.outputs import Output, check_outputs
-from ..common.prompts import prompt_text
 from ..common.tables import table
 from ..scenes.layout import make_scene
 from ..scenes.painting import render
@@ -101,13 +101,13 @@ def ask_in_a_loop(
         image = Image.open(BytesIO(content))
         if encode_once:
             if features is None:
-                features = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
+                features = asking.encode(model, processor.image_processor(image, return_tensors="pt"))
             images = {"image_features": features}
         else:
             images = {"images": image}
-        inputs = processor(text=prompt_text(processor, question), **images, return_tensors="pt").to(model.device)
-        output = model.generate(**inputs, do_sample=False, max_new_tokens=MAX_TOKENS)
-        text = processor.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        text = asking.prompt_text(processor, question)
+        inputs = processor(text=text, **images, return_tensors="pt").to(model.device)
+        (text,) = asking.answer_texts(processor, asking.generate(model, inputs, max_new_tokens=MAX_TOKENS))
         seconds, begun = time.perf_counter() - begun, time.perf_counter()
         answers.append(Reply(text, seconds, seconds))
     return answers, time.process_time() - worked

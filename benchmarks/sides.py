@@ -14,8 +14,8 @@ import torch
 from transformers.generation import BaseStreamer
 from transformers.utils import logging
 
+from ..common import asking
 from ..common.loading import ROOT
-from ..common.prompts import expand_placeholder
 from ..configuration_uhr_bat import UHRBatConfig
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
@@ -140,7 +140,7 @@ class Ours:
         return self.processor(image, return_tensors="pt")
 
     def encode(self, inputs):
-        return self.model.encode_image(**inputs.to(self.model.device))[0]
+        return asking.encode(self.model, inputs)[0]
 
     def importance(self, features, input_ids) -> torch.Tensor:
         return self.model.estimate_importance(input_ids[0], features.anchor_tokens)
@@ -163,17 +163,11 @@ class Ours:
     def answer(self, input_ids, visual_tokens, num_tokens, mark) -> list[int]:
         """Greedy ids; `mark` is told the end of the prefill and that of the answer."""
         visual_tokens = torch.cat(visual_tokens)
-        ids = expand_placeholder(input_ids[0], self.model.config.image_token_id, len(visual_tokens))[None]
+        ids = asking.expand_placeholder(input_ids[0], self.model.config.image_token_id, len(visual_tokens))[None]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         compressed = UHRBatCompressionOutput(pooler_output=[visual_tokens], images_per_prompt=[1])
-        output = self.model.generate(
-            ids,
-            attention_mask=torch.ones_like(ids),
-            mm_encoder_outputs={"image": compressed},
-            do_sample=False,
-            max_new_tokens=num_tokens,
-            streamer=_Marks(mark),
-        )
-        return output[0, ids.shape[1] :].tolist()
+        options = {"max_new_tokens": num_tokens, "streamer": _Marks(mark)}
+        return asking.generate(self.model, inputs, compressed, **options)[0].tolist()
 
 
 SIDES = {"ours": Ours, "straightforward": Straightforward}

@@ -25,6 +25,7 @@ import numpy as np
 import torch
 
 from ..budgets_uhr_bat import is_one_budget
+from ..common.asking import answer_texts, answers, compress, encode, generate, write_prompts
 from ..common.budgets import counts_of_fraction
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
@@ -40,7 +41,7 @@ from ..planning import planner_of
 from ..planning.costs import ANSWER_TOKENS
 from .choices import PAPER, PROPORTIONS, RULES
 from .evaluate import add_suite_arguments, prompt_of, stay_offline
-from .running import answers, compress, encode, generate_text, list_errors, measure_groups
+from .running import list_errors, measure_groups
 from .suites import SUITES
 
 PAPER_TOKENS = 131_328
@@ -181,16 +182,12 @@ def records_of(model, processor, suite, prompt, group, rows, options) -> list[di
             features, encoding = encoded[row.resolution]
             counts = row.counts(features.available)
             features.partitions.clear()  # every question pays for its regions
-            question = model, processor, [suite.prompts[prompt](sample)], [[features]]
-            rules = {"rules": row.rules, "counts": [counts]}
-            (inputs, seen, (spent,)), compressing = timed(
-                lambda question=question, rules=rules: compress(*question, **rules)
-            )
-            (text,), generating = timed(
-                lambda inputs=inputs, seen=seen: generate_text(
-                    model, processor, inputs, seen, max_new_tokens=suite.max_new_tokens
-                )
-            )
+            question = [suite.prompts[prompt](sample)]
+            inputs = write_prompts(model, processor, question, [[features]], counts=[counts])
+            compressed, compressing = timed(partial(compress, model, inputs, row.rules))
+            limit = {"max_new_tokens": suite.max_new_tokens}
+            ids, generating = timed(partial(generate, model, inputs, compressed, **limit))
+            (text,), (spent,) = answer_texts(processor, ids), compressed.tokens_per_prompt
             records.append({
                 "row": row.name, "sample": sample.id, "image": sample.pictures[0].key, "section": sample.section,
                 "right": suite.scorers[0].score(sample, text), "tokens": spent,

@@ -24,13 +24,13 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..common.asking import expand_placeholder, write_prompt
 from ..common.budgets import counts_of_fraction
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files, write_report
 from ..common.loading import ROOT, check_files, load_model
 from ..common.outputs import Output, check_outputs
-from ..common.prompts import expand_placeholder, write_prompt
 from ..common.tables import interval, percent, percent_interval, table
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
 from ..scenes import questions

@@ -16,10 +16,11 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from ..budgets_uhr_bat import split_budgets
+from ..common.asking import answers, compress, encode, visual_inputs, write_prompts
 from ..common.budgets import budgets as read_budgets
 from ..common.loading import ROOT, load_model
 from .reducers import find_selector
-from .running import answers, compress, encode, looking_closer
+from .running import looking_closer
 
 ARGUMENTS = ("pretrained", "budgets", "selector", "max_tiles", "native", "batch_size", "device", "dtype")
 
@@ -138,15 +139,9 @@ class UHRBat(lmms):
         return found
 
     def losses(self, contexts, continuations, features) -> list[Loss]:
-        prompt, seen, _ = compress(
-            self.model,
-            self.processor,
-            contexts,
-            features,
-            self.budgets,
-            self.rules,
-            max_tiles=self.tiles.get("max_tiles"),
-        )
+        options = {"budgets": self.budgets, "max_tiles": self.tiles.get("max_tiles")}
+        prompt = write_prompts(self.model, self.processor, contexts, features, **options)
+        compressed = compress(self.model, prompt, self.rules)
         tokenizer, device = self.processor.tokenizer, self.model.device
         endings = [tokenizer(text, add_special_tokens=False)["input_ids"] for text in map(str, continuations)]
         # Continuations are padded on the right; what stands behind one is not looked at by it.
@@ -155,12 +150,11 @@ class UHRBat(lmms):
             [ids + [tokenizer.pad_token_id or 0] * (length - len(ids)) for ids in endings], device=device
         )
         mask = torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids in endings], device=device)
-        output = self.model(
-            input_ids=torch.cat((prompt["input_ids"], ends), 1),
-            attention_mask=torch.cat((prompt["attention_mask"], mask), 1),
-            logits_to_keep=length + 1,
-            **seen,
-        )
+        inputs = {"input_ids": torch.cat((prompt["input_ids"], ends), 1)}
+        inputs["attention_mask"] = torch.cat((prompt["attention_mask"], mask), 1)
+        if compressed is not None:
+            inputs |= visual_inputs(self.model, **inputs, compressed=compressed)
+        output = self.model(**inputs, logits_to_keep=length + 1)
         scores = output.logits[:, :-1].float().log_softmax(-1)
         chosen = scores.gather(-1, ends[..., None])[..., 0]
         likeliest = (scores.argmax(-1) == ends) | ~mask.bool()

@@ -11,8 +11,8 @@ Letters: S scales, N tokens of a scale. Sizes are (height, width), except those 
 """
 
 import argparse
-import math
 import dataclasses
+import math
 import os
 import sys
 import time
@@ -22,12 +22,12 @@ import numpy as np
 import torch
 from PIL import ImageDraw
 
+from ..common.asking import write_prompt
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files, whole_files, write_json
 from ..common.loading import ROOT, check_files, load_model
 from ..common.outputs import Output, check_outputs
-from ..common.prompts import write_prompt
 from ..common.tables import percent, table
 from ..geometry_uhr_bat import tokens_of_points
 from ..regions.cache import add_segmenter_arguments, check_job, job_from, read_labels

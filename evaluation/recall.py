@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from ..common.asking import compress, encode, write_prompts
 from ..common.budgets import counts_of_fraction
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
@@ -31,7 +32,7 @@ from ..common.tables import interval, percent_interval, table, wilson
 from ..geometry_uhr_bat import letterbox, tokens_of_points
 from .choices import CHOICES, PROPORTIONS, RULES, alone, choose
 from .evaluate import add_suite_arguments, prompt_of, stay_offline
-from .running import compress, encode, list_errors, measure_groups
+from .running import list_errors, measure_groups
 from .suites import SUITES
 
 FRACTIONS = (0.01, 0.02, 0.04)
@@ -79,8 +80,8 @@ def slots_of(model, processor, question, features, method, fraction) -> list[tor
     if method in RULES:
         rules, proportions = RULES[method]
         counts = counts_of_fraction(fraction, features.available, proportions)
-        _, seen, _ = compress(model, processor, [question], [[features]], rules=rules, counts=[counts])
-        return seen["mm_encoder_outputs"]["image"].slots[0]
+        inputs = write_prompts(model, processor, [question], [[features]], counts=[counts])
+        return compress(model, inputs, rules).slots[0]
     chosen = choose(method, model, features, counts_of_fraction(fraction, features.available, PROPORTIONS))
     sizes = [height * width for height, width in model.config.grids]
     return [

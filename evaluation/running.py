@@ -18,8 +18,8 @@ from PIL import Image
 from torch.utils.data import DataLoader, Dataset
 
 from ..budgets_uhr_bat import is_one_budget
+from ..common.asking import answers, encode
 from ..common.files import whole_files, write_json
-from ..common.prompts import prompt_text
 from ..common.runs import Line, check_same_settings, whole_lines
 from ..image_raster_files_uhr_bat import reason
 from .asked import asked, check_asked
@@ -106,79 +106,6 @@ def process_state():
 # ---- Answers ---------------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
-def answers(
-    model,
-    processor,
-    questions,
-    features,
-    *,
-    budgets=None,
-    rules=None,
-    counts=None,
-    max_tiles=None,
-    max_new_tokens=16,
-    **generation,
-) -> list[tuple[str, int]]:
-    """Answers to a batch of questions about encoded images, and the visual tokens that each took.
-
-    Args:
-        questions: texts, without or with placeholders for their images.
-        features: for every question the list of what `encode_image` returned for its images; empty for text alone.
-        budgets: int[S] or one number; None for those of the model.
-        rules, counts, max_tiles: see `compress`.
-        generation: other arguments of `generate`; the best token every time unless they say otherwise.
-    """
-    inputs, seen, spent = compress(model, processor, questions, features, budgets, rules, counts, max_tiles)
-    said = generate_text(model, processor, inputs, seen, max_new_tokens=max_new_tokens, **generation)
-    return list(zip(said, spent))
-
-
-def generate_text(model, processor, inputs, seen, **generation) -> list[str]:
-    """What the model says to prompts that `compress` returned."""
-    output = model.generate(**inputs, **seen, **{"do_sample": False} | generation)
-    said = processor.batch_decode(output[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-    return [text.strip() for text in said]
-
-
-@torch.no_grad()
-def compress(model, processor, questions, features, budgets=None, rules=None, counts=None, max_tiles=None):
-    """Prompts with their images compressed.
-
-    Args:
-        questions, features, budgets: see `answers`.
-        rules: see the model's `compress`.
-        counts: int[I][S], exact visual tokens of every image instead of budgets: of any order, which budgets are not.
-        max_tiles: that the pyramids of a prompt share; None for what each has.
-
-    Returns:
-        (input_ids and attention_mask long[B, M] with a placeholder per visual token, padded on the left; what a call of
-        the model takes beside them; int[B] visual tokens of each prompt)
-    """
-    texts = [prompt_text(processor, question, len(images)) for question, images in zip(questions, features)]
-    images = [image for of_question in features for image in of_question]
-    if counts is None:
-        inputs = processor(
-            text=texts,
-            image_features=images or None,
-            budgets=budgets,
-            max_tiles=max_tiles,
-            padding=True,
-            return_tensors="pt",
-        )
-    else:
-        inputs = processor.tokenizer(texts, padding=True, return_tensors="pt")
-        inputs |= {"image_features": images, "token_counts": torch.tensor(counts)}
-        inputs["images_per_prompt"] = torch.tensor([len(of_question) for of_question in features])
-    inputs = inputs.to(model.device)
-    prompt = {name: inputs[name] for name in ("input_ids", "attention_mask")}
-    if not images:
-        return prompt, {}, [0] * len(texts)
-    compressed = model.compress(**inputs, rules=rules)
-    prompt["input_ids"], prompt["attention_mask"], _ = model.expand_placeholders(**prompt, compressed=compressed)
-    return prompt, {"mm_encoder_outputs": {"image": compressed}}, compressed.tokens_per_prompt
-
-
 def looking_closer(budgets, default, max_tiles, native) -> tuple[dict, list[int] | int | None]:
     """The image processor's options and the budgets of a model that encodes an image where the question looks: levels
     of an
@@ -259,10 +186,6 @@ def measure_groups(samples: Iterable[Sample], measure, description: str) -> tupl
 def list_errors(errors: list[dict], what="images failed") -> str:
     """How many images failed, and which."""
     return f"{len(errors)} {what}." + "".join(f"\n- {one['image']}: {one['error']}" for one in errors)
-
-
-def encode(model, inputs) -> list:
-    return model.encode_image(**inputs.to(model.device))
 
 
 def blank_image(config, pad_color) -> Image.Image:

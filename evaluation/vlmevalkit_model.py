@@ -14,9 +14,10 @@ import torch
 from vlmeval.vlm.base import BaseModel
 
 from ..budgets_uhr_bat import split_budgets
+from ..common.asking import answers, encode
 from ..common.loading import ROOT, load_model
 from .reducers import find_selector
-from .running import answers, encode, looking_closer
+from .running import looking_closer
 
 
 class UHRBat(BaseModel):

@@ -65,31 +65,20 @@ def ask(image_path, question, model_path, budgets, max_new_tokens, options, tile
             image, max_image_pixels=options["max_image_pixels"], return_tensors="pt", **tiles
         )
     with timed(seconds, "load"):
-        import torch
-
-        from ..common.prompts import answer_text, prompt_text
+        from ..common import asking
 
         processor, model = load_model(model_path)
-        image_inputs = image_inputs.to(model.device)
-    with torch.inference_mode():
-        with timed(seconds, "encode"):
-            features = model.encode_image(**image_inputs)
-        inputs = processor(
-            text=prompt_text(processor, question), image_features=features, budgets=budgets, return_tensors="pt"
-        ).to(model.device)
-        with timed(seconds, "compress"):
-            compressed = model.compress(**inputs)
-        with timed(seconds, "generate"):
-            output = model.generate(
-                inputs["input_ids"],
-                attention_mask=inputs["attention_mask"],
-                mm_encoder_outputs={"image": compressed},
-                do_sample=False,
-                max_new_tokens=max_new_tokens,
-                streamer=token_bar(max_new_tokens),
-            )
+    with timed(seconds, "encode"):
+        features = asking.encode(model, image_inputs)
+    inputs = asking.write_prompts(model, processor, [question], [features], budgets)
+    with timed(seconds, "compress"):
+        compressed = asking.compress(model, inputs)
+    with timed(seconds, "generate"):
+        streamer = token_bar(max_new_tokens)
+        ids = asking.generate(model, inputs, compressed, max_new_tokens=max_new_tokens, streamer=streamer)
     spent = [len(tokens) for tokens in compressed.tokens[0]]
-    print(f"\nQuestion: {question}\nAnswer: {answer_text(processor, inputs['input_ids'], output)}\n")
+    (text,) = asking.answer_texts(processor, ids)
+    print(f"\nQuestion: {question}\nAnswer: {asking.printable(text)}\n")
     counts = inputs["token_counts"][0].tolist()
     seen = [int((importance > 0).sum()) for importance in compressed.importance[0]]
     print_tokens(features[0], seen, budgets or model.config.budgets, counts, spent)

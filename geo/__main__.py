@@ -36,28 +36,16 @@ ENDINGS = {
 
 def ask(processor, model, image_inputs, question, budgets, max_new_tokens):
     """(what `compress` returned, the answer) for one image, of which `image_inputs` are what the image processor gave."""
-    import torch
-
-    from ..common.prompts import answer_text, prompt_text
+    from ..common import asking
 
     print("Encoding ...", file=sys.stderr, flush=True)
-    with torch.inference_mode():
-        inputs = processor(
-            text=prompt_text(processor, question),
-            image_features=model.encode_image(**image_inputs.to(model.device)),
-            budgets=budgets,
-            return_tensors="pt",
-        ).to(model.device)
-        print("Answering ...", file=sys.stderr, flush=True)
-        compressed = model.compress(**inputs)
-        output = model.generate(
-            inputs["input_ids"],
-            attention_mask=inputs["attention_mask"],
-            mm_encoder_outputs={"image": compressed},
-            do_sample=False,
-            max_new_tokens=max_new_tokens,
-        )
-    return compressed, answer_text(processor, inputs["input_ids"], output)
+    features = asking.encode(model, image_inputs)
+    inputs = asking.write_prompts(model, processor, [question], [features], budgets)
+    print("Answering ...", file=sys.stderr, flush=True)
+    compressed = asking.compress(model, inputs)
+    ids = asking.generate(model, inputs, compressed, max_new_tokens=max_new_tokens)
+    (text,) = asking.answer_texts(processor, ids)
+    return compressed, asking.printable(text)
 
 
 def draw(args):

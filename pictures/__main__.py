@@ -39,9 +39,7 @@ def budget_name(budgets):
 def draw(image_path, question, output, budgets, model_path, width, options, tiles):
     """Write the pictures into `output`, and print their names."""
     print("Reading ...", file=sys.stderr, flush=True)
-    import torch
-
-    from ..common.prompts import write_prompt
+    from ..common import asking
 
     image_processor = load_processor(model_path).image_processor
     image = image_processor.open_image(image_path, **options)
@@ -53,23 +51,20 @@ def draw(image_path, question, output, budgets, model_path, width, options, tile
     budgets = budgets or [model.config.budgets]
 
     print("Encoding ...", file=sys.stderr, flush=True)
-    inputs = write_prompt(processor, question).to(model.device)
-    with torch.inference_mode():
-        features = model.encode_image(**image_inputs.to(model.device))
-        seen = features[0].available
-        if tiles["native"]:  # levels of its own, which share one budget
-            budgets, seen = [one if is_one_budget(one) else sum(one) for one in budgets], [sum(seen)]
-        chosen = {
-            budget_name(budget): model.compress(**inputs, image_features=features, budgets=budget) for budget in budgets
-        }
-        pruned = {
-            f"Prune {percent:g} %": model.compress(
-                **inputs,
-                image_features=features,
-                budgets=sum(pruned_budgets(seen, percent)) if tiles["native"] else pruned_budgets(seen, percent),
-            )
-            for percent in PRUNING
-        }
+    features = asking.encode(model, image_inputs)
+
+    def compressed(budgets):
+        return asking.compress(model, asking.write_prompts(model, processor, [question], [features], budgets))
+
+    seen = features[0].available
+    if tiles["native"]:  # levels of its own, which share one budget
+        budgets, seen = [one if is_one_budget(one) else sum(one) for one in budgets], [sum(seen)]
+    chosen = {budget_name(budget): compressed(budget) for budget in budgets}
+    pruned = {percent: pruned_budgets(seen, percent) for percent in PRUNING}
+    pruned = {
+        f"Prune {percent:g} %": compressed(sum(budget) if tiles["native"] else budget)
+        for percent, budget in pruned.items()
+    }
 
     first = next(iter(chosen.values()))
     drawings = {

@@ -111,12 +111,12 @@ class Worker:
         return [dict.fromkeys(COLUMNS) | about | one for one in rows]
 
     def answer_all(self, image, rows):
-        import torch
+        from ..common import asking
 
         inputs = self.cut(image)
-        with self.at_work, torch.inference_mode():
+        with self.at_work:
             start = time.perf_counter()
-            features = self.model.encode_image(**inputs.to(self.model.device))
+            features = asking.encode(self.model, inputs)
             rows[0]["encoding_seconds"] = time.perf_counter() - start
             for first in range(0, len(rows), self.batch_size):
                 self.answer(rows[first : first + self.batch_size], features)
@@ -127,7 +127,7 @@ class Worker:
 
     def answer(self, rows, features):
         """Adds the answers to rows with questions about the same encoded image."""
-        from ..evaluation.running import answers
+        from ..common.asking import answers
 
         start = time.perf_counter()
         options = {name: self.settings[name] for name in ("budgets", "max_new_tokens")}

@@ -15,6 +15,7 @@ import torch
 from PIL import Image
 from torch.utils import _pytree as pytree
 
+from ..common import asking
 from ..common.loading import base_of
 from ..geo import Georeference
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
@@ -140,8 +141,8 @@ class Front:
     def _encode(self, key, source, options, tiles):
         image = self.processor.image_processor.process_image(source.content, **options)
         limit = {"max_image_pixels": options["max_image_pixels"]} if "max_image_pixels" in options else {}
-        inputs = self.processor.image_processor(image, **limit, **tiles, return_tensors="pt").to(self.model.device)
-        (features,) = self.model.encode_image(**inputs)
+        inputs = self.processor.image_processor(image, **limit, **tiles, return_tensors="pt")
+        (features,) = asking.encode(self.model, inputs)
         place = Georeference(getattr(image, "transform", None), getattr(image, "crs", None))
         held = 0
         if tiles and isinstance(image, Image.Image):
@@ -187,15 +188,13 @@ class Front:
         embeds = self.model.get_input_embeddings()(inputs["input_ids"])
         if not images:
             return Selection(embeds[0].cpu(), None)
-        compressed = self.model.compress(**inputs)
+        compressed = asking.compress(self.model, inputs)
         for image, seen in zip(images, features):  # regions that were computed on another device
             for name, regions in getattr(seen, "partitions", {}).items():
                 image.features.partitions.setdefault(name, regions.cpu())
         visual_tokens = torch.cat(compressed.pooler_output).to(embeds)
-        mask = self.model.model.get_placeholder_mask(
-            inputs["input_ids"], embeds, visual_tokens, compressed.tokens_per_prompt
-        )
-        embeds = embeds.masked_scatter(mask, visual_tokens)
+        placeholder = inputs["input_ids"] == self.model.config.image_token_id
+        embeds = embeds.masked_scatter(placeholder[..., None], visual_tokens)
         kept = UHRBatCompressionOutput(
             importance=_to_cpu(compressed.importance),
             regions=_to_cpu(compressed.regions),

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..budgets_uhr_bat import apportion, is_one_budget
-from ..common.prompts import answer_text, user_prompt
+from ..common import asking
 from ..geo import Georeference, Served, evidence_frame, geojson_bytes, overview_jpeg, page_html
 from ..geo.pages import PAGE_SIDE
 from ..image_rasters_uhr_bat import RasterImage
@@ -262,18 +262,15 @@ class Desk:
         start = time.perf_counter()
         budgets = self.share(image_name, num_tokens)
         selection = self.front.select(
-            user_prompt(processor, question.strip()), [image.encoded], budgets, image.max_tiles
+            asking.user_prompt(processor, question.strip()), [image.encoded], budgets, image.max_tiles
         )
         compressed_at = time.perf_counter()
         with self._decoding:
             embeds = selection.embeds[None].to(model.device)
-            output = model.generate(
-                inputs_embeds=embeds,
-                attention_mask=torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device),
-                do_sample=False,
-                max_new_tokens=self.max_new_tokens,
-            )
-        text = answer_text(processor, output[:, :0], output)
+            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device)
+            inputs = {"inputs_embeds": embeds, "attention_mask": mask}
+            ids = asking.generate(model, inputs, max_new_tokens=self.max_new_tokens)
+        text = asking.printable(*asking.answer_texts(processor, ids))
         seconds = compressed_at - start, time.perf_counter() - compressed_at
         spent = sum(int(slots.max()) + 1 for slots in selection.compressed.slots[0])
         answer = ShownAnswer(image_name, image, question.strip(), text, spent, selection.compressed, seconds)

@@ -6,9 +6,8 @@ Skipped where there is no GPU.
 import numpy as np
 import pytest
 import torch
-
+from uhr_bat.common.asking import answer_texts, prompt_text
 from uhr_bat.common.loading import load_model
-from uhr_bat.common.prompts import answer_text, prompt_text
 from uhr_bat.scenes.layout import make_scene
 from uhr_bat.scenes.painting import paint
 from uhr_bat.scenes.questions import KINDS, make_question
@@ -35,7 +34,7 @@ def ask(device, dtype="float32", kernel="sdpa"):
             inputs = processor(text=prompt, image_features=features, return_tensors="pt").to(device)
             kept.append(torch.cat(model.compress(**inputs).slots[0]).cpu() >= 0)
             output = model.generate(**inputs, do_sample=False, max_new_tokens=8)
-            answers.append(answer_text(processor, inputs["input_ids"], output))
+            answers.append(answer_texts(processor, output[:, inputs["input_ids"].shape[1] :])[0])
     return torch.stack(kept), answers
 
 

@@ -13,6 +13,7 @@ from transformers import Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState, TrainerState
 
+from ..common import asking
 from ..common.chats import as_parts
 from ..pictures.pages import kept_picture
 from .collator import UHRBatDataCollator, as_image
@@ -194,14 +195,9 @@ class UHRBatTrainer(Trainer):
         for batch in tqdm(loader, desc="Answering", disable=self.args.disable_tqdm, leave=False):
             inputs = self._prepare_inputs(batch["inputs"])
             with self.accelerator.autocast():
-                ids = model.generate(
-                    **inputs,
-                    do_sample=False,
-                    max_new_tokens=self.eval_max_new_tokens,
-                    synced_gpus=self.shares_weights,
-                )
-            ids = ids[:, inputs["input_ids"].shape[1] :]
-            answers = self.processing_class.tokenizer.batch_decode(ids, skip_special_tokens=True)
+                options = {"max_new_tokens": self.eval_max_new_tokens, "synced_gpus": self.shares_weights}
+                ids = asking.generate(model, inputs, **options)
+            answers = asking.answer_texts(self.processing_class, ids)
             for pair in zip(answers, batch["answers"]):
                 worth = [score(name, *pair) for name in self.eval_scores] if next(counted) else []
                 for column, value in enumerate(worth):
@@ -233,7 +229,8 @@ class KeptPictures(TrainerCallback):
         processor = self.collator.processor
         inputs = self.collator.ask([sample])["inputs"]
         training = model.training
-        compressed = model.eval().compress(**{name: value.to(model.device) for name, value in inputs.items()})
+        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        compressed = asking.compress(model.eval(), inputs)
         model.train(training)
         image = processor.image_processor.process_image(as_image(sample["images"][0]), **self.collator.image_options)
         question = " ".join(part["text"] for part in as_parts(sample["messages"][-2]) if part["type"] == "text")

@@ -11,8 +11,8 @@ from importlib.util import find_spec
 import torch
 from tqdm import tqdm
 
+from ...common import asking
 from ...common.loading import load_model
-from ...common.prompts import prompt_text
 from .. import meters, sides
 from ..compare import CLOCK, NO_RASTERIO, Row, alternate, check_question, ratios, show_ratio
 from ..images import compressed_tiff, photograph, tiled_tiff
@@ -170,9 +170,9 @@ def closer_alone(path) -> int:
 def look_closer(processor, model, path) -> int:
     """Ask a question of 8 tokens about a file; the bytes that were asked of files meanwhile."""
     before = meters.read_bytes()
-    text = prompt_text(processor, "What colour is the plane at the runway?")
+    text = asking.prompt_text(processor, "What colour is the plane at the runway?")
     inputs = processor(text=text, images=path, max_tiles=MAX_TILES, native=True, return_tensors="pt")
-    model.generate(**inputs, do_sample=False, min_new_tokens=8, max_new_tokens=8)
+    asking.generate(model, inputs, min_new_tokens=8, max_new_tokens=8)
     return meters.read_bytes() - before
 
 
@@ -186,15 +186,11 @@ def many_questions(sizes) -> list[Row]:
 
     @torch.no_grad()
     def ask(questions, **image):
-        texts = [prompt_text(processor, question) for question in questions]
+        texts = [asking.prompt_text(processor, question) for question in questions]
         inputs = processor(text=texts, padding=True, return_tensors="pt", **image)
-        return model.generate(**inputs, do_sample=False, min_new_tokens=4, max_new_tokens=4)
+        return asking.generate(model, inputs, min_new_tokens=4, max_new_tokens=4)
 
-    @torch.no_grad()
-    def encoded():
-        return model.encode_image(**processor.image_processor(path, return_tensors="pt"))
-
-    features = encoded()
+    features = asking.encode(model, processor.image_processor(path, return_tensors="pt"))
     functions = {
         "first": lambda: ask(asked[:1], images=path),
         "second": lambda: ask(asked[1:2], image_features=features),

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from PIL import Image
 
+from ...common import asking
 from ...common.loading import ROOT
 from ...configuration_uhr_bat import UHRBatConfig
 from ...geometry_uhr_bat import patch_centres
@@ -116,19 +117,13 @@ def _run(model, size, mark, at_once=1):
     inputs = side.preprocess(image).to(model.device)
     mark("preprocess")
     del image
-    features = model.encode_image(**inputs)
+    features = asking.encode(model, inputs)
     mark("encode")
     ids = sides.prompt_ids(model.config).to(model.device).repeat(at_once, 1)
     compressed = model.compress(input_ids=ids, image_features=features * at_once)
     mark("compress")
-    ids, attention_mask, _ = model.expand_placeholders(ids, torch.ones_like(ids), compressed)
-    model.generate(
-        ids,
-        attention_mask=attention_mask,
-        mm_encoder_outputs={"image": compressed},
-        do_sample=False,
-        max_new_tokens=sides.ANSWER_TOKENS,
-    )
+    inputs = dict(zip(asking.PROMPT, model.expand_placeholders(ids, torch.ones_like(ids), compressed)))
+    asking.generate(model, inputs, compressed, max_new_tokens=sides.ANSWER_TOKENS)
     mark("generate")
 
 

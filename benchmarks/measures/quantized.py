@@ -6,9 +6,8 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from ...common import asking
 from ...common.loading import load_model
-from ...common.prompts import write_prompt
-from ...evaluation.evidence import answer
 from ...scenes.layout import TEST_SEEDS, make_scene
 from ...scenes.painting import paint
 from ...scenes.questions import draw_question
@@ -17,6 +16,7 @@ from ..compare import Row
 
 NAME = "UHR-BAT-Tiny, {}: kept tokens the same as in bfloat16; answers the same; answers right"
 QUESTIONS = 4  # about a scene
+MAX_NEW_TOKENS = 6
 
 
 def decoders() -> dict:
@@ -37,14 +37,15 @@ def quantized(sizes) -> list[Row]:
     processor, reference = loaded["bfloat16"]
     for seed in tqdm(TEST_SEEDS[: 2 if sizes.quick else 60], desc="quantized", leave=False):
         scene, rng = make_scene(seed), np.random.default_rng([seed, 4])
-        features = reference.encode_image(**processor.image_processor(paint(scene), return_tensors="pt"))
+        features = asking.encode(reference, processor.image_processor(paint(scene), return_tensors="pt"))
         for question in [draw_question(scene, rng) for _ in range(QUESTIONS)]:
             found = {}
             for name, (_, model) in loaded.items():
-                prompt = write_prompt(processor, question.text)
-                compressed = model.compress(**prompt, image_features=features)
+                inputs = asking.write_prompts(model, processor, [question.text], [features])
+                compressed = asking.compress(model, inputs)
                 kept = [torch.as_tensor(slots) >= 0 for slots in compressed.slots[0]]
-                (said,) = answer(model, processor, prompt, [compressed.pooler_output[0]])
+                ids = asking.generate(model, inputs, compressed, max_new_tokens=MAX_NEW_TOKENS)
+                (said,) = asking.answer_texts(processor, ids)
                 found[name] = torch.cat(kept), said
             kept, said = found["bfloat16"]
             for name, (own, own_said) in found.items():

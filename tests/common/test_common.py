@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import torch
 import uhr_bat
+from uhr_bat.common.asking import answer_texts, expand_placeholder, printable, write_prompt
 from uhr_bat.common.budgets import budgets
 from uhr_bat.common.extras import require
 from uhr_bat.common.files import whole_files, whole_folder
 from uhr_bat.common.loading import ROOT, load_model, save_model
-from uhr_bat.common.prompts import answer_text, expand_placeholder, write_prompt
 from uhr_bat.common.tables import interval, percent_interval, table
 
 LOAD_ALONE = """
@@ -51,18 +51,12 @@ def test_what_is_saved_loads_where_the_package_is_not(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_the_answer_is_what_follows_the_prompt_and_prints():
+def test_an_answer_ends_where_its_tokens_do_and_is_shown_without_what_does_not_print():
     processor, _ = load_model()
-    input_ids = write_prompt(processor, "How many?")["input_ids"]
-    answer = processor.tokenizer("two\nships", return_tensors="pt")
+    answer = processor.tokenizer(" two\nships\n", return_tensors="pt")
     end = torch.tensor([[processor.tokenizer.eos_token_id]])
-    assert answer_text(processor, input_ids, torch.cat((input_ids, answer["input_ids"], end), 1)) == "two\nships"
-
-    class Decoder:
-        def decode(self, ids, skip_special_tokens):
-            return " a\x1b[31mb\n"
-
-    assert answer_text(Decoder(), input_ids, input_ids) == "a\ufffd[31mb"
+    assert answer_texts(processor, torch.cat((answer["input_ids"], end), 1)) == ["two\nships"]
+    assert printable("a\x1b[31mb\n\u200b") == "a\ufffd[31mb\n\ufffd"
 
 
 def test_a_placeholder_is_repeated_once_per_visual_token():

@@ -11,9 +11,8 @@ import pytest
 import torch
 from images import random_image
 from small import count_tiles
+from uhr_bat.common.asking import answers, encode, prompt_text
 from uhr_bat.common.loading import load_model
-from uhr_bat.common.prompts import prompt_text
-from uhr_bat.evaluation.running import answers, encode
 
 BUDGETS = [2, 3, 5, 6]
 QUESTIONS = ("How many ships?", "What colour is the plane at the runway?", "Where is the pier?", "Is there a car?")

@@ -17,8 +17,8 @@ import pytest
 import torch
 from asking import data_uri, picture
 from PIL import Image
+from uhr_bat.common.asking import prompt_text
 from uhr_bat.common.loading import load_model
-from uhr_bat.common.prompts import prompt_text
 from uhr_bat.planning import planner_of
 
 SHIPS, TRUCKS = "How many ships are there?", "What colour is the truck at the road?"

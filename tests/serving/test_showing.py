@@ -9,8 +9,8 @@ import torch
 from images import random_image
 from PIL import Image
 from small import count_tiles
+from uhr_bat.common.asking import answer_texts, prompt_text
 from uhr_bat.common.loading import load_model
-from uhr_bat.common.prompts import answer_text, prompt_text
 from uhr_bat.scenes import painting
 from uhr_bat.serving.cache import ContentCache
 from uhr_bat.serving.front import Front, ImageFile
@@ -50,7 +50,7 @@ def test_an_answer_at_the_usual_budget_is_that_of_generate(desk, source, answere
     with torch.inference_mode():
         output = model.generate(**inputs, do_sample=False, max_new_tokens=desk.max_new_tokens)
     answer = desk.answers.get(answered)
-    assert answer.text == answer_text(processor, inputs["input_ids"], output) != ""
+    assert answer.text == answer_texts(processor, output[:, inputs["input_ids"].shape[1] :])[0] != ""
     assert answer.num_tokens == inputs["token_counts"].sum()
 
 
@@ -67,7 +67,7 @@ def test_a_question_looks_closer_where_the_image_was_opened_so(desk, source):
     with torch.inference_mode():
         output = model.generate(**inputs, do_sample=False, max_new_tokens=desk.max_new_tokens)
     answer = desk.answers.get(answered)
-    assert answer.text == answer_text(processor, inputs["input_ids"], output) and answer.num_tokens == 60
+    assert answer.text == answer_texts(processor, output[:, inputs["input_ids"].shape[1] :])[0] and answer.num_tokens == 60
     assert len(json.loads(desk.geojson(answered))["features"]) == 60
     assert desk.page(answered, "{}") != desk.page(name, "{}") and desk.kept_png(answered)
 

@@ -10,8 +10,8 @@ pytest.importorskip("pystac", reason='pip install "uhr-bat[batch]"')
 
 import pyarrow.parquet as pq
 import torch
+from uhr_bat.common.asking import answer_texts, prompt_text
 from uhr_bat.common.loading import ROOT, load_model
-from uhr_bat.common.prompts import answer_text, prompt_text
 from uhr_bat.scenes import painting
 from uhr_bat.serving import batch
 from uhr_bat.serving.batch_inputs import read_images
@@ -45,7 +45,7 @@ def test_two_workers_answer_as_the_model_does_and_failures_stop_nothing(tmp_path
             inputs = processor(text=prompt_text(processor, row["question"]), images=row["image"], return_tensors="pt")
             with torch.inference_mode():
                 expected = model.generate(**inputs, do_sample=False, max_new_tokens=6)
-            assert row["answer"] == answer_text(processor, inputs["input_ids"], expected)
+            assert row["answer"] == answer_texts(processor, expected[:, inputs["input_ids"].shape[1] :])[0]
             assert (row["error"], row["visual_tokens"], row["model"]) == (None, 146, str(ROOT)) and row["seconds"] > 0
     encoded = [row["image"] for row in rows if row["encoding_seconds"] is not None]
     assert encoded == list(map(str, scenes))  # each once

@@ -5,8 +5,8 @@ import pytest
 import torch
 from small import small_config, small_model
 from torch.utils.data import DataLoader
+from uhr_bat.common.asking import prompt_text
 from uhr_bat.common.loading import ROOT, load_model
-from uhr_bat.common.prompts import prompt_text
 from uhr_bat.modeling_layers_uhr_bat import last_token_logits
 from uhr_bat.training.tiny import focusing
 from uhr_bat.training.tiny.focusing import FocusScenes, distillation_loss, pairs_of

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import TrainingArguments
+from uhr_bat.common.asking import write_prompt
 from uhr_bat.common.budgets import counts_of_fraction
 from uhr_bat.common.loading import ROOT, load_model
-from uhr_bat.common.prompts import write_prompt
 from uhr_bat.evaluation import evidence
 from uhr_bat.scenes import questions
 from uhr_bat.scenes.evidence import site_cells, site_tokens, tokens_at

@@ -23,10 +23,10 @@ from accelerate import PartialState
 from torch.utils.data import Dataset
 from transformers import Trainer
 
+from ...common.asking import expand_placeholder
 from ...common.budgets import counts_of_fraction
 from ...common.commands import tells_errors
 from ...common.loading import load_model, save_model
-from ...common.prompts import expand_placeholder
 from ...modeling_outputs_uhr_bat import CACHE, UHRBatCompressionOutput
 from ...scenes.evidence import evidence_tokens, site_cells, site_tokens
 from ...scenes.layout import FINETUNING_SEED, make_scene

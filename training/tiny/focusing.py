@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch.utils.data import Dataset
 from transformers import Trainer
 
+from ...common.asking import expand_placeholder, write_prompt
 from ...common.commands import tells_errors
 from ...common.loading import load_model, save_model
-from ...common.prompts import expand_placeholder, write_prompt
 from ...configuration_uhr_bat import UHRBatConfig
 from ...modeling_layers_uhr_bat import last_token_logits
 from ...modeling_outputs_uhr_bat import UHRBatCompressionOutput

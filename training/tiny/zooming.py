@@ -23,9 +23,9 @@ from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
 from transformers import TrainerCallback
 
+from ...common.asking import expand_placeholder
 from ...common.commands import tells_errors
 from ...common.loading import load_model, save_model
-from ...common.prompts import expand_placeholder
 from ...export.build_tiny import NATIVE_SCALES
 from ...geometry_uhr_bat import grids, positions_of
 from ...modeling_outputs_uhr_bat import UHRBatCompressionOutput

@@ -1,0 +1,139 @@
+"""Asking: the way from questions to answers, whose steps can be called apart, to time, to draw or to share them.
+
+    images, cut --encode--> features          once for an image, whatever is asked
+    questions, features --write_prompts--> inputs      a placeholder per visual token
+    inputs --compress--> what was kept        what a question needs of its images
+    inputs, kept --generate--> ids --answer_texts--> text
+
+`answers` takes them from the features on. They call nothing of a model but what this repository's models have in
+common: `encode_image`, `compress`, `generate`, and the call of its processor.
+
+Letters: B prompts of a batch, I images of all prompts, S scales, M tokens of a prompt.
+"""
+
+import re
+
+import torch
+
+PROMPT = ("input_ids", "attention_mask")
+
+# ---- Prompts ---------------------------------------------------------------------------------------------------------
+
+
+def prompt_text(processor, question, num_images=1) -> str:
+    """The text of a question about some images, with one placeholder for each: where the question has them, if it has
+    as many as there are images, else before it."""
+    if question.count(processor.image_token) != num_images:
+        return user_prompt(processor, question.replace(processor.image_token, "").strip(), num_images)
+    messages = [{"role": "user", "content": question}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True)
+
+
+def user_prompt(processor, text, num_images=1) -> str:
+    """The text of a question about some images that stand before it; whatever control tokens it spells are text."""
+    content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
+    messages = [{"role": "user", "content": content}]
+    return processor.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
+
+
+def write_prompt(processor, question):
+    """input_ids and attention_mask, long[1, M], of a question about one image, with one placeholder for it."""
+    return _tokenize(processor, [prompt_text(processor, question)])
+
+
+def _tokenize(processor, texts):
+    special = processor.adds_special_tokens(texts[0])
+    return processor.tokenizer(texts, add_special_tokens=special, padding=True, return_tensors="pt")
+
+
+def expand_placeholder(input_ids: torch.Tensor, image_token_id: int, num_tokens: int) -> torch.Tensor:
+    """long[M + num_tokens - 1]: the ids long[M] of a prompt with its placeholder once per visual token.
+
+    [7, 8, image, 9], 3 tokens -> [7, 8, image, image, image, 9]
+    """
+    return input_ids.repeat_interleave(torch.where(input_ids == image_token_id, num_tokens, 1))
+
+
+# ---- The steps -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def encode(model, image_inputs) -> list:
+    """What `encode_image` returns of images that the image processor cut."""
+    return model.encode_image(**image_inputs.to(model.device))
+
+
+def write_prompts(model, processor, questions, features, budgets=None, counts=None, max_tiles=None):
+    """Inputs of questions about encoded images, on the model's device: `input_ids` and `attention_mask` long[B, M], padded
+    on the left, with a placeholder per visual token, and where there are images what `compress` takes beside them.
+
+    Args:
+        questions: texts, without or with placeholders for their images.
+        features: for every question the list of what `encode` returned for its images; empty for text alone.
+        budgets: int[S], one number or a limit, see [`UHRBatProcessor`]; None for those of the model.
+        counts: int[I][S], exact visual tokens of every image instead of budgets: of any order, which budgets are not.
+        max_tiles: that the pyramids of a prompt share; None for what each has.
+    """
+    texts = [prompt_text(processor, question, len(images)) for question, images in zip(questions, features)]
+    images = [image for of_question in features for image in of_question]
+    if counts is None:
+        options = {"image_features": images, "budgets": budgets, "max_tiles": max_tiles} if images else {}
+        return processor(text=texts, **options, padding=True, return_tensors="pt").to(model.device)
+    numbers = map(sum, counts)
+    expanded = [re.sub(re.escape(processor.image_token), lambda one: one[0] * next(numbers), text) for text in texts]
+    inputs = _tokenize(processor, expanded)
+    inputs |= {"image_features": images, "token_counts": torch.tensor(counts)}
+    inputs["images_per_prompt"] = torch.tensor([len(of_question) for of_question in features])
+    return inputs.to(model.device)
+
+
+@torch.no_grad()
+def compress(model, inputs, rules=None):
+    """What `model.compress` keeps of the images of `inputs`; None for text alone. `rules`: see there."""
+    return model.compress(**inputs, rules=rules) if inputs.keys() - set(PROMPT) else None
+
+
+def visual_inputs(model, input_ids, attention_mask, compressed) -> dict:
+    """The arguments of the model's call and of `generate` that hand it the visual tokens of its prompts."""
+    return {"mm_encoder_outputs": {"image": compressed}}
+
+
+@torch.no_grad()
+def generate(model, inputs, compressed=None, **generation) -> torch.Tensor:
+    """long[B, new]: the ids of the answers.
+
+    Args:
+        inputs: `input_ids` and `attention_mask`, with a placeholder per visual token; or `inputs_embeds` that hold them.
+        compressed: what `compress` returned for them; None for text alone, or where `inputs` hold what it takes too.
+        generation: other arguments of `generate`; the best token every time unless they say otherwise.
+    """
+    if compressed is not None:
+        prompt = {name: inputs[name] for name in PROMPT}
+        inputs = prompt | visual_inputs(model, *prompt.values(), compressed)
+    output = model.generate(**inputs, **{"do_sample": False} | generation)
+    return output[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else output
+
+
+def answer_texts(processor, ids) -> list[str]:
+    """The texts of answers long[B, new]."""
+    return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
+
+
+def printable(text: str) -> str:
+    """A text for a terminal or a page: what does not print is "\ufffd"."""
+    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
+
+
+# ---- All of them -----------------------------------------------------------------------------------------------------
+
+
+def answers(
+    model, processor, questions, features, *, budgets=None, rules=None, counts=None, max_tiles=None, max_new_tokens=16,
+    **generation,
+) -> list[tuple[str, int]]:  # fmt: skip
+    """Answers to a batch of questions about encoded images, and the visual tokens that each took: see the steps."""
+    inputs = write_prompts(model, processor, questions, features, budgets, counts, max_tiles)
+    compressed = compress(model, inputs, rules)
+    ids = generate(model, inputs, compressed, max_new_tokens=max_new_tokens, **generation)
+    spent = [0] * len(questions) if compressed is None else compressed.tokens_per_prompt
+    return list(zip(answer_texts(processor, ids), spent))
