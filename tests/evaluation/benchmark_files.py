@@ -162,7 +162,8 @@ def conversations(folder):
         {"id": "two", "image": "b.png", "conversations": turns[:2]},
         {"id": "text", "conversations": [{"from": "human", "value": "Hello?"}, {"from": "gpt", "value": "Hello."}]},
     ]
-    picture(folder / "images", "a.png", 1), picture(folder / "images", "b.png", 2)
+    for number, name in enumerate(("a.png", "b.png")):
+        picture(folder / "images", name, number + 1, size=(160, 20))
     write_lines(folder / "talks.jsonl", records)
     return folder
 

@@ -99,7 +99,9 @@ def test_intervals_beside_the_bootstrap_hold_where_all_is_right_and_of_one_image
         assert found["micro"][1:] == pytest.approx((low, high), abs=1e-4) == found["macro"][1:]
     asked = samples(2)
     result = figures.evaluate(SUITE, asked, lines(asked, "AA"), SUITE.scorers[:1])
-    assert result["scores"][0]["micro"] == (1, 1, 1) and result["scores"][0]["wilson"]["micro"][1] == pytest.approx(0.2065, abs=1e-4)
+    assert result["scores"][0]["micro"] == (1, 1, 1) and result["scores"][0]["wilson"]["micro"][1] == pytest.approx(
+        0.2065, abs=1e-4
+    )
     assert "100.0 [20.7, 100.0]" in figures.report(SUITE, result, settings())
     (row, *_) = figures.compare(SUITE, asked, lines(asked, "AA"), lines(asked, "AA"), SUITE.scorers[:1])
     assert row["wilson_difference"] == pytest.approx((0, -0.7935, 0.7935), abs=1e-4)

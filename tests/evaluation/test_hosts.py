@@ -126,7 +126,10 @@ def test_lmms_eval_looks_closer_where_the_question_looks(lmms_eval_model):
         said = answers(model, processor, [document["question"]], [features], budgets=14, max_tiles=24, max_new_tokens=4)
         assert said[0][0] == text
     assert all(loss > 0 for loss, _ in closer.loglikelihood(requests(lambda number: "white")))
-    for wrong, message in (({"native": True}, "give max_tiles with it"), ({"max_tiles": 0}, "must be at least 1. Got 0")):
+    for wrong, message in (
+        ({"native": True}, "give max_tiles with it"),
+        ({"max_tiles": 0}, "must be at least 1. Got 0"),
+    ):
         with pytest.raises(ValueError, match=message):
             make(lmms_eval_model, budgets=14, **wrong)
 

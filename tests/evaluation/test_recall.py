@@ -114,11 +114,17 @@ def test_a_box_that_lies_nowhere_is_named_and_the_others_count(tmp_path, capsys)
     assert recall.main([*arguments, "--output", str(tmp_path / "out")]) == 0
     result = json.loads((tmp_path / "out" / "recall.json").read_text())
     assert result["rows"][0]["objects"] == 3 and result["errors"] == []
-    assert [one["error"][:21] for one in result["boxes"]] == ["b/Car: The box (9.0, ", "b/Car: The box (90.0,", "b/Car: The box (nan, "]
+    assert [one["error"][:21] for one in result["boxes"]] == [
+        "b/Car: The box (9.0, ",
+        "b/Car: The box (90.0,",
+        "b/Car: The box (nan, ",
+    ]
     assert "3 boxes are left out." in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("fraction", ["0", "-1", "nan", "1.5"])
 def test_fractions_that_cannot_be_are_refused_at_the_door(fraction, tmp_path, capsys):
     assert recall.main(["scenes", "--fractions", fraction, "--output", str(tmp_path / "out")]) == 2
-    assert "--fractions must be over 0 and at most 1. Got" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    assert (
+        "--fractions must be over 0 and at most 1. Got" in capsys.readouterr().err and not (tmp_path / "out").exists()
+    )

@@ -229,7 +229,9 @@ def test_several_letters_are_read_where_they_are_declared():
     assert read_letters(sample("A"), "The answer(s) is(are): A C") == "AC"
 
 
-@pytest.mark.parametrize("text, letter", [("I think it is C", "C"), ("I", "I"), ("The answer is I.", "I"), ("(I)", "I")])
+@pytest.mark.parametrize(
+    "text, letter", [("I think it is C", "C"), ("I", "I"), ("The answer is I.", "I"), ("(I)", "I")]
+)
 def test_i_is_a_letter_only_where_it_is_no_word(text, letter):
     nine = tuple(f"({letter}) option {number}" for number, letter in enumerate("ABCDEFGHI"))
     assert read_letter(sample("A", nine), text) == letter

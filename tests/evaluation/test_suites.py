@@ -64,11 +64,15 @@ def test_one_pixel_makes_another_picture(tmp_path):
     pixels[650, 650] = 255
     Image.fromarray(pixels).save(tmp_path / "other.bmp")
     names = [tmp_path / "one.bmp", tmp_path / "other.bmp"]
-    records = [{"question": "q", "answer": "yes", "image": {"bytes": name.read_bytes(), "path": None}} for name in names]
+    records = [
+        {"question": "q", "answer": "yes", "image": {"bytes": name.read_bytes(), "path": None}} for name in names
+    ]
     Dataset.from_list(records).to_parquet(tmp_path / "q.parquet")
     one, other = SUITES["own"].load(str(tmp_path / "q.parquet"))
     assert one.picture_keys != other.picture_keys
-    named = SUITES["own"].load(str(write_lines(tmp_path / "q.jsonl", [{**records[0], "image": name.name} for name in names])))
+    named = SUITES["own"].load(
+        str(write_lines(tmp_path / "q.jsonl", [{**records[0], "image": name.name} for name in names]))
+    )
     assert len({digests.asked(sample) for sample in named}) == 2
 
 
@@ -212,7 +216,16 @@ def mme(answer="A", **more):
 
 @pytest.mark.parametrize(
     "answer, letter",
-    [("B", "B"), ("(A)", "A"), ("b", "B"), ("B.", "B"), ("C. Green", "C"), ("White", "D"), ("(D) white", "D"), ("[c]", "C")],
+    [
+        ("B", "B"),
+        ("(A)", "A"),
+        ("b", "B"),
+        ("B.", "B"),
+        ("C. Green", "C"),
+        ("White", "D"),
+        ("(D) white", "D"),
+        ("[c]", "C"),
+    ],
 )
 def test_a_right_answer_is_read_in_any_form_of_an_option(answer, letter, tmp_path):
     path = write_lines(tmp_path / "data.jsonl", [mme(answer)])
@@ -276,7 +289,9 @@ def test_pictures_that_were_named_elsewhere_are_found(tmp_path):
     picture(tmp_path / "images", "caf\u00e9.png")
     names = ("images\\caf\u00e9.png", "images/cafe\u0301.png")
     path = write_lines(tmp_path / "q.jsonl", [{"question": "q", "answer": "a", "image": name} for name in names])
-    assert {one.pictures[0].source for one in SUITES["own"].load(str(path))} == {str(tmp_path / "images" / "caf\u00e9.png")}
+    assert {one.pictures[0].source for one in SUITES["own"].load(str(path))} == {
+        str(tmp_path / "images" / "caf\u00e9.png")
+    }
 
 
 def test_a_number_behind_an_id_is_no_other_samples_id(tmp_path):
@@ -290,7 +305,10 @@ def test_a_suite_of_ones_own_needs_no_code(tmp_path):
     (tmp_path / "mine.tsv").write_text(text)
     which, many = SUITES["own"].load(str(tmp_path))
     assert (which.id, which.answer, many.answer, many.options) == ("5", "B", "two", ())
-    assert asked("own", which) == "Which?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
+    assert (
+        asked("own", which)
+        == "Which?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
+    )
     assert [scorer.score(which, "The answer is b.") for scorer in SUITES["own"].scorers] == [1, 1]
     assert [scorer.score(many, "2") for scorer in SUITES["own"].scorers] == [0, 1]
 
