@@ -174,6 +174,7 @@ class ImagePyramid:
         max_tiles: tiles that go through the vision tower for a question, those of the anchor included.
 
     Attributes:
+        kind: "pyramid".
         image, scales, tile_size, patch_size, max_tiles: as above.
         grids: (height, width) in tokens of every level.
         num_chosen: int[L], tiles of every level that a question uses, exactly; None without `max_tiles`, as the next.
@@ -184,6 +185,8 @@ class ImagePyramid:
     Raises:
         ValueError: no pixel of the image is valid, or the anchor alone has more tiles.
     """
+
+    kind = "pyramid"
 
     def __init__(
         self,
@@ -471,9 +474,12 @@ class DynamicPyramid:
         pad_color, resample, arithmetic: see [`ImagePyramid`].
 
     Attributes:
+        kind: "dynamic".
         levels: [`DynamicLevel`] of each level; what `tiles` calls level 0 is the thumbnail, the first of these is 1.
         image_size: of the image in pixels.
     """
+
+    kind = "dynamic"
 
     def __init__(
         self,
@@ -529,12 +535,6 @@ class DynamicPyramid:
         return f"DynamicPyramid({self.image_size[0]} x {self.image_size[1]}, levels of {sizes or 'nothing but the thumbnail'})"
 
 
-def is_dynamic(pyramid) -> bool:
-    """Whether it is a [`DynamicPyramid`]: by its looks, as a processor and a model that are loaded as remote code may have two
-    classes of this name."""
-    return hasattr(pyramid, "levels")
-
-
 __all__ = [
     "DynamicLevel",
     "DynamicPyramid",
@@ -543,7 +543,6 @@ __all__ = [
     "UnreadImage",
     "best_tiles",
     "dynamic_levels",
-    "is_dynamic",
     "least_tokens",
     "level_ratios",
     "overlapping_tiles",

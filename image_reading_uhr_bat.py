@@ -41,6 +41,8 @@ from .image_raster_mosaics_uhr_bat import is_placed_array, mosaic_vrt, placed_by
 from .image_rasters_uhr_bat import RasterImage
 from .image_sources_uhr_bat import ImageSource, as_source
 
+# What an image is called (`kind`): one whose pixels can be asked for, and one that a model has encoded.
+IMAGES, ENCODED = ("raster", "picture", "source"), ("whole", "pyramid", "dynamic")
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
 # 1,000,000 x 1 pixels.
 MAX_SIDE = 100_000
@@ -374,10 +376,10 @@ def resize_image(
 
 
 def kind_of(image: Any) -> str | None:
-    """ "raster", "picture" or "source": what it is by what it has, of any copy of this package or of somebody's own; None
-    of everything else."""
+    """What an image is, by the name that it has in any copy of this package (`IMAGES`, `ENCODED`); "source" of somebody's own
+    that has what a source has; None of everything else."""
     kind = getattr(image, "kind", None)
-    if isinstance(kind, str) and kind in ("raster", "picture", "source"):
+    if isinstance(kind, str) and kind in (*IMAGES, *ENCODED):
         return kind
     is_source = callable(getattr(image, "parts", None)) and hasattr(image, "height") and hasattr(image, "width")
     return "source" if is_source else None
@@ -386,7 +388,7 @@ def kind_of(image: Any) -> str | None:
 def is_image(source: Any) -> bool:
     """Whether it is an image already, not where one is: PIL, NumPy or torch, what `open_image` returns, or any other
     [`ImageSource`]."""
-    return kind_of(source) is not None or is_valid_image(source)
+    return kind_of(source) in IMAGES or is_valid_image(source)
 
 
 def read_image(
@@ -457,6 +459,7 @@ def flatten_images(images: Any) -> list:
 
 
 __all__ = [
+    "ENCODED",
     "ImageSource",
     "PlainImage",
     "RasterImage",

@@ -17,11 +17,9 @@ from dataclasses import replace
 
 import numpy as np
 import torch
-from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.utils import can_return_tuple, logging
+from transformers.utils import logging
 
 from .geometry_uhr_bat import positions_of, tile_of
-from .image_pyramids_uhr_bat import is_dynamic
 from .modeling_outputs_uhr_bat import (
     TileCache,
     UHRBatImageFeatures,
@@ -42,8 +40,41 @@ def first_identical_tile(tiles) -> torch.Tensor:
     return torch.where(plain, alike.int().argmax(1), torch.arange(len(tiles), device=tiles.device))
 
 
+class MachineNumber:
+    """A number of the machine that a model runs on, at least 1, which no checkpoint holds: an attribute of a model with a
+    default, kept by its base model."""
+
+    def __init__(self, default: int):
+        self.default = default
+
+    def __set_name__(self, owner, name):
+        self.name = name
+
+    def __get__(self, model, owner=None):
+        return self if model is None else vars(self._base(model)).get(f"_{self.name}", self.default)
+
+    def __set__(self, model, value):
+        if value < 1:
+            raise ValueError(f"`{self.name}` must be at least 1. Got {value}.")
+        vars(self._base(model))[f"_{self.name}"] = value
+
+    @staticmethod
+    def _base(model):
+        return getattr(model, "base_model", model)
+
+
 class UHRBatEncodingMixin:
-    """For a model with a `vision_tower`, a `multi_modal_projector`, a `scale_embedding` and text embeddings."""
+    """For a [`VisionLanguageModel`].
+
+    Attributes:
+        vision_chunk_size: tiles that go through the vision tower at once: 16 tiles of 577 tokens fill a GPU and keep
+            activations small.
+        tile_cache_bytes: bytes of encoded tiles that an image keeps for further questions, where tiles are encoded when a
+            question looks at them (`max_tiles`): 500 tiles of the 7B model in bfloat16.
+    """
+
+    vision_chunk_size = MachineNumber(16)
+    tile_cache_bytes = MachineNumber(2**31)
 
     @accept_region_labels
     def encode_image(
@@ -65,10 +96,7 @@ class UHRBatEncodingMixin:
             ValueError: a shape that does not fit the configuration, or an image that shows nothing.
         """
         if has_images(image_pyramids=image_pyramids):
-            return [
-                self.open_dynamic(pyramid) if is_dynamic(pyramid) else self._open_pyramid(pyramid)
-                for pyramid in image_pyramids
-            ]
+            return [self.open_pyramid(pyramid) for pyramid in image_pyramids]
         if not has_images(pixel_values):
             return []
         self._check_image_inputs(pixel_values, pixel_attention_mask, regions)
@@ -78,26 +106,26 @@ class UHRBatEncodingMixin:
         return [self._encode_one(*rows) for rows in zip(pixel_values, masks, regions)]
 
     def _check_image_inputs(self, pixel_values, pixel_attention_mask, regions):
-        config = self.config
-        num_tiles = sum((scale // config.tile_size) ** 2 for scale in config.scales)
-        expected = [num_tiles, 3, config.tile_size, config.tile_size]
+        scales, side = self.config.scales, self.tile_size
+        num_tiles = sum((scale // side) ** 2 for scale in scales)
+        expected = [num_tiles, 3, side, side]
         if list(pixel_values.shape[1:]) != expected:
             raise ValueError(
                 f"`pixel_values` must have the shape [images, {', '.join(map(str, expected))}] for the scales "
-                f"{config.scales}. Got {list(pixel_values.shape)}."
+                f"{scales}. Got {list(pixel_values.shape)}."
             )
-        expected = [len(pixel_values), sum(height * width for height, width in config.grids)]
+        expected = [len(pixel_values), num_tiles * self.patches_per_side**2]
         for name, value in (("pixel_attention_mask", pixel_attention_mask), ("regions", regions)):
             if value is not None and list(value.shape) != expected:
                 raise ValueError(
                     f"`{name}` must have the shape {expected}: one row per image, one number per patch of the scales "
-                    f"{config.scales}. Got {list(value.shape)}."
+                    f"{scales}. Got {list(value.shape)}."
                 )
 
     def _encode_one(self, pixel_values, pixel_attention_mask, regions) -> UHRBatImageFeatures:
-        config = self.config
-        p = config.tile_size // config.patch_size
-        sizes = [height * width for height, width in config.grids]
+        scales, times, p = self.config.scales, self.config.scale_embedding_additions, self.patches_per_side
+        of_scales = [(scale // self.tile_size * p,) * 2 for scale in scales]
+        sizes = [height * width for height, width in of_scales]
         device = pixel_values.device
         if pixel_attention_mask is None:
             pixel_attention_mask = torch.ones(sum(sizes), dtype=torch.bool, device=device)
@@ -107,49 +135,54 @@ class UHRBatEncodingMixin:
 
         tokens, anchor_tokens, anchor_positions = [], None, None
         for scale_idx, tiles in enumerate(pixel_values.split([size // p**2 for size in sizes])):
-            places = positions[scale_idx]
+            places, scale = positions[scale_idx], scales[scale_idx]
             if not len(places):
-                tokens.append(self.get_input_embeddings().weight.new_empty(0, config.text_config.hidden_size))
+                tokens.append(None)
                 continue
-            tile_idx, patch_idx = tile_of(places, config.grids[scale_idx][1], p)
+            tile_idx, patch_idx = tile_of(places, of_scales[scale_idx][1], p)
             encoded_idx, copy_idx = first_identical_tile(tiles)[tile_idx].unique(return_inverse=True)
-            scale = config.scales[scale_idx]
-            projected = self._project_tiles(tiles, encoded_idx, desc=f"Encoding {scale} px")
+            projected = self._project_in_chunks(tiles, encoded_idx, desc=f"Encoding {scale} px")
             projected = projected.flatten(0, 1)[(copy_idx * p**2 + patch_idx).to(projected.device)]
             places = positions[scale_idx] = places.to(projected.device)
-            tokens.append(self._add_scale_embedding(projected, scale, places, config.scale_embedding_additions))
+            tokens.append(self._add_scale(projected, scale, places, times))
             if anchor_tokens is None:
                 # The pass reads the anchor tile by tile, as the tower emits it and the released weights were trained.
                 order = (tile_idx * p**2 + patch_idx).argsort().to(projected.device)
                 anchor_positions = places[order]
-                anchor_tokens = self._add_scale_embedding(projected[order], scale, anchor_positions, 1)
+                anchor_tokens = self._add_scale(projected[order], scale, anchor_positions, 1)
 
         device = anchor_tokens.device
         positions = [places.to(device) for places in positions]
-        tokens = [scale.to(anchor_tokens) for scale in tokens]
+        tokens = [anchor_tokens[:0] if scale is None else scale.to(anchor_tokens) for scale in tokens]
         if regions is not None:
             regions = [one.to(device)[places] for one, places in zip(regions.split(sizes), positions)]
-        return UHRBatImageFeatures(
-            anchor_tokens, anchor_positions, tokens, positions, config.scales, config.grids, regions
-        )
+        return UHRBatImageFeatures(anchor_tokens, anchor_positions, tokens, positions, scales, of_scales, regions)
 
     # ---- Pyramids --------------------------------------------------------------------------------------------------
 
-    def _open_pyramid(self, pyramid) -> UHRBatPyramidFeatures:
+    def open_pyramid(self, pyramid) -> UHRBatPyramidFeatures:
+        """An [`ImagePyramid`], with its anchor encoded."""
+        if pyramid.kind != "pyramid":
+            raise ValueError(
+                "A dynamic pyramid is read by a region focus module: `region_focus` of the configuration is None."
+            )
         if pyramid.max_tiles is None:
             raise ValueError(f"{pyramid} does not say how many tiles a question may use: pass `max_tiles`.")
-        tiles = (pyramid.tile_size, pyramid.patch_size)
-        if tiles != (self.config.tile_size, self.config.patch_size):
-            raise ValueError(
-                f"{pyramid} has tiles of {tiles[0]} px with patches of {tiles[1]} px, but the model's have "
-                f"{self.config.tile_size} and {self.config.patch_size} px."
-            )
-        cache = TileCache(self.config.tile_cache_bytes, self.device)
-        image = UHRBatPyramidFeatures(None, None, pyramid, cache)
+        image = UHRBatPyramidFeatures(None, None, pyramid, self._tile_cache(pyramid))
         tile_idx = torch.from_numpy(np.flatnonzero(pyramid.num_shown(0)))
         projected, positions = self._encode_shown(image, 0, tile_idx)
-        tokens = self._add_scale_embedding(projected, pyramid.scales[0], positions, 1)
+        tokens = self._add_scale(projected, pyramid.scales[0], positions, 1)
         return replace(image, anchor_tokens=tokens, anchor_positions=positions)
+
+    def _tile_cache(self, pyramid) -> TileCache:
+        """For the tiles of a pyramid, which have to be this model's."""
+        given, own = (pyramid.tile_size, pyramid.patch_size), (self.tile_size, self.tile_size // self.patches_per_side)
+        if given != own:
+            raise ValueError(
+                f"{pyramid} has tiles of {given[0]} px with patches of {given[1]} px, but the model's have "
+                f"{own[0]} and {own[1]} px."
+            )
+        return TileCache(self.tile_cache_bytes, self.device)
 
     def encode_level(self, image: UHRBatPyramidFeatures, level_idx: int, tile_idx) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens of some tiles of a level, read and encoded unless the image keeps them from an earlier question.
@@ -164,7 +197,7 @@ class UHRBatEncodingMixin:
         order = positions.argsort()
         projected, positions = projected[order], positions[order]
         times = self.config.scale_embedding_additions
-        return self._add_scale_embedding(projected, image.scales[level_idx], positions, times), positions
+        return self._add_scale(projected, image.scales[level_idx], positions, times), positions
 
     def _encode_shown(self, image, level_idx, tile_idx):
         """(float[V, D] without a scale embedding, long[V] their positions) of what shows the image, tile by tile."""
@@ -176,57 +209,33 @@ class UHRBatEncodingMixin:
     def encode_tiles(self, image: UHRBatPyramidFeatures, level_idx: int, tile_idx: list[int]) -> torch.Tensor:
         """float[T, P, D] of some tiles of a level, all their patches, without a scale embedding: read and encoded, or from
         what the image keeps."""
-        pyramid, p = image.pyramid, image.pyramid.tile_size // image.pyramid.patch_size
+        pyramid = image.pyramid
         found = image.cache.find(level_idx, tile_idx)
         missing = [tile for tile in tile_idx if tile not in found]
         if missing:
             tiles = torch.from_numpy(pyramid.tiles(level_idx, missing)).to(image.cache.device)
             every = torch.arange(len(tiles), device=tiles.device)
-            projected = self._project_tiles(tiles, every, desc=f"Encoding {pyramid.scales[level_idx]} px")
+            projected = self._project_in_chunks(tiles, every, desc=f"Encoding {pyramid.scales[level_idx]} px")
             found |= dict(zip(missing, projected))
             if not torch.is_grad_enabled():  # what is kept for the next question has no gradient
                 # Copies: a row of a tensor would keep the whole of it.
                 image.cache.keep(level_idx, {tile: found[tile].clone() for tile in missing})
         if not tile_idx:
-            return self.get_input_embeddings().weight.new_empty(0, p * p, self.config.text_config.hidden_size)
+            return image.anchor_tokens.new_empty(0, self.patches_per_side**2, self.row_width)
         return torch.stack([found[tile] for tile in tile_idx])
 
     # ---- Parts -----------------------------------------------------------------------------------------------------
 
-    def _project_tiles(self, tiles, encoded_idx, desc) -> torch.Tensor:
+    def _project_in_chunks(self, tiles, encoded_idx, desc) -> torch.Tensor:
         """float[T', P, D] of the chosen tiles, through the tower in chunks; only a chunk's activations are held."""
-        chunks = encoded_idx.split(self.config.vision_chunk_size)
+        chunks = encoded_idx.split(self.vision_chunk_size)
         bar = logging.tqdm(chunks, desc=desc, unit="chunk", delay=1, leave=False, disable=self.training)
-        return torch.cat([self.multi_modal_projector(self.vision_tower(tiles[chunk])) for chunk in bar])
+        return torch.cat([self.project_tiles(tiles[chunk]) for chunk in bar])
 
-    def _add_scale_embedding(self, tokens, scale, positions, times) -> torch.Tensor:
+    def _add_scale(self, tokens, scale, positions, times) -> torch.Tensor:
         """float[V, D] plus `times` the embedding of their places, in blocks of a chunk of tiles."""
         if times == 0:
             return tokens
-        block = self.config.vision_chunk_size * (self.config.tile_size // self.config.patch_size) ** 2
-        blocks = [
-            rows + times * self.scale_embedding(scale, places).to(rows)
-            for rows, places in zip(tokens.split(block), positions.split(block))
-        ]
-        return torch.cat(blocks)
-
-    @can_return_tuple
-    def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs) -> BaseModelOutputWithPooling:
-        """The uncompressed image: the tower's outputs, and in `pooler_output` float[V, D] per image, all tokens.
-
-        Use `encode_image` for large images: this one holds what the tower returns for all tiles at once.
-        """
-        I, T = pixel_values.shape[:2]
-        tower = self.vision_tower.vision_model  # all of it, to its last layer
-        outputs = tower(pixel_values.flatten(0, 1).to(tower.dtype), **kwargs)
-        features = self.encode_image(pixel_values, pixel_attention_mask)
-
-        def by_image(states):
-            return None if states is None else tuple(state.unflatten(0, (I, T)) for state in states)
-
-        return BaseModelOutputWithPooling(
-            last_hidden_state=outputs.last_hidden_state.unflatten(0, (I, T)),
-            pooler_output=[torch.cat(image.tokens) for image in features],
-            hidden_states=by_image(outputs.hidden_states),
-            attentions=by_image(outputs.attentions),
-        )
+        block = self.vision_chunk_size * self.patches_per_side**2
+        parts = zip(tokens.split(block), positions.split(block))
+        return torch.cat([self.add_scale(rows, scale, places, times) for rows, places in parts])

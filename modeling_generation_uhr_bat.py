@@ -29,7 +29,8 @@ logger = logging.get_logger(__name__)
 
 
 class UHRBatGenerationMixin(GenerationMixin):
-    """The library's mixin for a model with `compress` and with `model.find_placeholders`."""
+    """The library's mixin for a [`VisionLanguageModel`] with `compress` and `find_placeholders`, and the library's
+    `generation_config`."""
 
     @accept_past_key_values("6.0.0")
     @accept_region_labels
@@ -68,16 +69,17 @@ class UHRBatGenerationMixin(GenerationMixin):
             visible = attention_mask
             if num_cached:
                 # Images of earlier turns are in the cache: only those of this turn are compressed.
-                known = self.model.find_placeholders(inputs, prompt)[:, :num_cached].to(visible.device)
+                known = self.find_placeholders(inputs, prompt)[:, :num_cached].to(visible.device)
                 visible = torch.cat((visible[:, :num_cached].masked_fill(known, 0), visible[:, num_cached:]), dim=1)
             prompt = {"input_ids": inputs, "attention_mask": visible, "inputs_embeds": inputs_embeds}
             compressed = self.compress(**prompt, rules=rules, **images)
-            kwargs["mm_encoder_outputs"] = {"image": compressed}
             if inputs_embeds is None:
-                inputs, kwargs["attention_mask"], _ = self.expand_placeholders(
+                inputs, attention_mask, _ = self.expand_placeholders(
                     inputs, attention_mask, compressed, num_cached=num_cached
                 )
-        self._check_prompt(inputs, kwargs)
+                kwargs["attention_mask"] = attention_mask
+            kwargs |= self.visual_inputs(inputs, attention_mask, compressed)
+        self._check_prompt(inputs, kwargs, has_images(**images))
         return super().generate(inputs, *args, **kwargs)
 
     @staticmethod
@@ -102,7 +104,7 @@ class UHRBatGenerationMixin(GenerationMixin):
         new_ids = input_ids[:, num_cached:]
         num_old = attention_mask.shape[1] - new_ids.shape[1]
         new_mask = attention_mask[:, num_old:]
-        placeholder = (new_ids == self.config.image_token_id) & new_mask.bool()
+        placeholder = (new_ids == self.image_token_id) & new_mask.bool()
         sizes = [len(tokens) for tokens in compressed.pooler_output]
         if int(placeholder.sum()) == sum(sizes):
             return input_ids, attention_mask, labels
@@ -121,23 +123,23 @@ class UHRBatGenerationMixin(GenerationMixin):
             labels,
         )
 
-    def _check_prompt(self, input_ids, kwargs):
+    def _check_prompt(self, input_ids, kwargs, held):
         """Raises `ValueError` for image tokens without images, and for a prompt over the context window."""
         if input_ids is None:
             return
-        num_placeholders = int((input_ids == self.config.image_token_id).sum())
+        num_placeholders = int((input_ids == self.image_token_id).sum())
         # The images of a conversation that goes on are in its cache; embeddings may hold them already.
-        held = kwargs.get(CACHE) is not None or kwargs.get("inputs_embeds") is not None
-        if num_placeholders and not held and not kwargs.get("mm_encoder_outputs"):
+        held |= any(kwargs.get(name) is not None for name in (CACHE, "inputs_embeds", "mm_encoder_outputs"))
+        if num_placeholders and not held:
             raise ValueError(
                 f"Image features and image tokens do not match, tokens: {num_placeholders} image tokens in the "
                 "prompts, but no images were passed."
             )
-        window = self.config.text_config.max_position_embeddings
+        window = self.context_window
         # Where a conversation goes on with its new ids alone, the mask still covers all of it.
         mask = kwargs.get("attention_mask")
         length = max(input_ids.shape[-1], 0 if mask is None else mask.shape[-1])
-        if length >= window:
+        if window is not None and length >= window:
             raise ValueError(
                 f"The prompt has {length} tokens with its images, but the context window holds {window} "
                 "and the answer needs room. Shorten the text or lower the budgets: nothing is cut silently."

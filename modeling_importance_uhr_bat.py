@@ -3,40 +3,34 @@
 # http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software distributed
 # under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or
 # implied. See the License for the specific language governing permissions and limitations under the License.
-"""UHR-BAT importance: what the question looks at (section 3.2, eq. 2 and 6-7), read at a layer of the decoder.
+"""UHR-BAT importance: what the question looks at (section 3.2, eq. 2 and 6-7), by whatever [`VisionLanguageModel`] reads it.
 
 Axes: M text tokens, V tokens of a scale that show the image, S scales, D decoder width.
 """
 
-from functools import partial
-
 import torch
-from transformers.masking_utils import create_causal_mask
 
 from .geometry_uhr_bat import positions_of, tile_of
 from .image_pyramids_uhr_bat import best_tiles, overlapping_tiles
-from .modeling_layers_uhr_bat import question_attention
-from .modeling_outputs_uhr_bat import UHRBatImageFeatures, UHRBatPyramidFeatures
+from .modeling_outputs_uhr_bat import Places, UHRBatImageFeatures
 from .token_rules_uhr_bat import look_up
 
 
 class UHRBatImportanceMixin:
-    """For a model with a `language_model`, text embeddings, `find_placeholders` and `encode_level`."""
+    """For a [`VisionLanguageModel`] with `encode_level`."""
 
     def estimate_importance(
-        self, input_ids, anchor_tokens, inputs_embeds=None, *, layer=None, question_tokens=None
+        self, input_ids, anchor_tokens, inputs_embeds=None, *, layer=None, question_tokens=None, places=None
     ) -> torch.Tensor:
-        """Eq. 2: attention that the question pays to the anchor tokens at the importance layer.
-
-        One pass over the text before the image, the anchor tokens and the text after it, through the decoder's own
-        layers up to the importance layer, where it stops, or through those of the region focus module
-        (`importance_source`). Differentiable, so that it can be trained.
+        """Eq. 2: attention that the question pays to the anchor tokens at the importance layer. Differentiable, so that it
+        can be trained.
 
         Args:
             input_ids: long[M], a prompt with one image, its placeholders in one run.
             anchor_tokens: float[V, D], what stands in for the placeholders.
             inputs_embeds: float[M, D] instead of the embeddings of `input_ids`, which may then be None.
             layer, question_tokens: instead of the configuration's `importance_layer` and `question_tokens`.
+            places: [`Places`] of the tokens, for models that look at where they lie (`anchor_places`).
 
         Returns:
             float32[V], averaged over heads and over the question's tokens: all text after the image, or the last
@@ -47,71 +41,10 @@ class UHRBatImportanceMixin:
         """
         if input_ids is not None and input_ids.ndim != 1:
             raise ValueError(f"`input_ids` must be one prompt, long[M]. Got the shape {list(input_ids.shape)}.")
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        where = self.find_placeholders(input_ids, inputs_embeds).nonzero()[:, 0].tolist()
-        if not where:
-            raise ValueError("The prompt holds no image token, so there is nothing to weigh.")
-        before, question = inputs_embeds[: where[0]], inputs_embeds[where[-1] + 1 :]
-        sequence = torch.cat((before, anchor_tokens.to(before), question))[None]
-        start, stop = len(before), len(before) + len(anchor_tokens)
-        last = sequence.shape[1] - 1
-        question_tokens = self.config.question_tokens if question_tokens is None else question_tokens
-        question_start = min(stop, last) if question_tokens == "all" else last
-
-        decoder = self.language_model
-        # CODEPATH: checkpoints with a distilled module may be weighed by it, all others by their decoder.
-        if layer is None and self.config.importance_source == "region_focus":
-            layers = self.region_focus.layers
-        else:
-            last_layer = self.config.importance_layer if layer is None else layer
-            layers = decoder.layers[: last_layer % len(decoder.layers) + 1]
-        (row,) = self.read_layers(layers, sequence, partial(question_attention, question_start=question_start))
-        return row[start:stop]
-
-    def read_layers(self, layers, sequence, read, read_at=(-1,), position_ids=None, attention_mask=None) -> list:
-        """What is read at some of a stack of decoder layers, up to the last of them, where the pass stops.
-
-        Args:
-            layers: of the decoder, or of the region focus module.
-            sequence: float[1, M, D].
-            read: (attention module, its input float[1, M, D], (cos, sin)) -> what is read.
-            read_at: ascending indices of layers.
-            position_ids: long[1, M]; counted where not given.
-            attention_mask: long[1, M], 0 where there is nothing; None where everything is there.
-        """
-        decoder, found = self.language_model, []
-        if position_ids is None:
-            position_ids = torch.arange(sequence.shape[1], device=sequence.device)[None]
-        position_embeddings = decoder.rotary_emb(sequence, position_ids)
-        # By position: the names of these arguments differ between releases.
-        causal_mask = create_causal_mask(decoder.config, sequence, attention_mask, None)
-        read_at = [layer_idx % len(layers) for layer_idx in read_at]
-        for layer_idx, layer in enumerate(layers[: read_at[-1] + 1]):
-            options = {}
-            if layer_idx in read_at:
-
-                def read_attention(attention, layer=layer, sequence=sequence):
-                    found.append(read(attention, layer.input_layernorm(sequence), position_embeddings))
-
-                # The layer calls the reader when its weights are in place (see `call_reader`).
-                options["read_attention"] = read_attention
-            if layer_idx == read_at[-1]:  # what it puts out is not needed: it is called with a single row
-                layer(
-                    sequence[:, :1],
-                    position_ids=position_ids[:, :1],
-                    position_embeddings=tuple(part[:, :1] for part in position_embeddings),
-                    **options,
-                )
-            else:
-                sequence = layer(
-                    sequence,
-                    attention_mask=causal_mask,
-                    position_ids=position_ids,
-                    position_embeddings=position_embeddings,
-                    **options,
-                )
-        return found
+        places = None if places is None else [places]
+        return self.read_attention(
+            input_ids, anchor_tokens, places, inputs_embeds, layer=layer, question_tokens=question_tokens
+        )
 
     def refine_importance(self, input_ids, image, anchor_importance, rules, inputs_embeds=None) -> list[torch.Tensor]:
         """Importance of every scale, refined from scale to scale by the question's attention to its own tokens.
@@ -150,7 +83,7 @@ class UHRBatImportanceMixin:
             (the encoded image as far as this question looks at it, list[S] of float32[V_s]).
         """
         grids, anchor_idx = image.grids, image.anchor_idx
-        zooms = isinstance(image, UHRBatPyramidFeatures)
+        zooms = image.kind == "pyramid"
         values, positions = anchor_importance, image.anchor_positions
         ascending = positions.argsort()
         values, positions = values[ascending], positions[ascending]
@@ -182,9 +115,10 @@ class UHRBatImportanceMixin:
                 prior = prior / prior.sum()
                 n = min(rules.refinement[step], len(places))
                 chosen = prior.argsort(descending=True, stable=True)[:n].sort().values
-                attention = self.estimate_importance(
+                attention = self.read_attention(
                     input_ids,
                     tokens[chosen],
+                    [Places(places[chosen], grids[scale_idx], scale_idx)],
                     inputs_embeds,
                     layer=rules.refinement_layers[step] if rules.refinement_layers else None,
                     question_tokens="last" if last else None,

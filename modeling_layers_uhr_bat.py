@@ -9,13 +9,18 @@ Axes: T tiles, P patches of a tile, C width of the tower, V tokens of a scale th
 tokens of a sequence.
 """
 
+from functools import partial
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from transformers import AutoModel
 from transformers.activations import ACT2FN
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen2.modeling_qwen2 import apply_rotary_pos_emb, repeat_kv
+from transformers.utils import can_return_tuple
 
 from .configuration_uhr_bat import UHRBatConfig
 from .geometry_uhr_bat import scale_place
@@ -247,3 +252,119 @@ def call_reader(attention: nn.Module, args, kwargs):
     if read_attention is not None:
         read_attention(attention)
     return args, kwargs
+
+
+class UHRBatTowersMixin:
+    """What a [`VisionLanguageModel`] has to do, done by UHR-BAT's own towers: `vision_tower`, `multi_modal_projector`,
+    `scale_embedding` and `language_model`."""
+
+    def project_tiles(self, tiles: torch.Tensor) -> torch.Tensor:
+        """float[T, 3, tile, tile] -> float[T, P, D]"""
+        return self.multi_modal_projector(self.vision_tower(tiles))
+
+    def add_scale(self, rows, scale, positions, times) -> torch.Tensor:
+        """float[V, D] plus `times` the embedding of their places (eq. 5)."""
+        return rows + times * self.scale_embedding(scale, positions).to(rows)
+
+    def read_attention(
+        self, input_ids, rows, places, inputs_embeds=None, *, layer=None, question_tokens=None
+    ) -> torch.Tensor:
+        """Eq. 2 over rows float[V, D] in place of the image; the decoder knows their order alone, not their `places`.
+
+        One pass over the text before the image, the rows and the text after it, through the decoder's own layers up to the
+        importance layer, where it stops, or through those of the region focus module (`importance_source`).
+
+        Returns:
+            float32[V]
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        where = self.find_placeholders(input_ids, inputs_embeds).nonzero()[:, 0].tolist()
+        if not where:
+            raise ValueError("The prompt holds no image token, so there is nothing to weigh.")
+        before, question = inputs_embeds[: where[0]], inputs_embeds[where[-1] + 1 :]
+        sequence = torch.cat((before, rows.to(before), question))[None]
+        start, stop = len(before), len(before) + len(rows)
+        last = sequence.shape[1] - 1
+        question_tokens = self.config.question_tokens if question_tokens is None else question_tokens
+        question_start = min(stop, last) if question_tokens == "all" else last
+
+        decoder = self.language_model
+        # CODEPATH: checkpoints with a distilled module may be weighed by it, all others by their decoder.
+        if layer is None and self.config.importance_source == "region_focus":
+            layers = self.region_focus.layers
+        else:
+            last_layer = self.config.importance_layer if layer is None else layer
+            layers = decoder.layers[: last_layer % len(decoder.layers) + 1]
+        (row,) = self.read_layers(layers, sequence, partial(question_attention, question_start=question_start))
+        return row[start:stop]
+
+    def compress_one(self, *args):
+        """See [`UHRBatCompressionMixin`], with the token MLP after the selection."""
+        one = super().compress_one(*args)
+        return one if self.token_mlp is None else one._replace(tokens=[self.token_mlp(rows) for rows in one.tokens])
+
+    def read_layers(self, layers, sequence, read, read_at=(-1,), position_ids=None, attention_mask=None) -> list:
+        """What is read at some of a stack of decoder layers, up to the last of them, where the pass stops.
+
+        Args:
+            layers: of the decoder, or of the region focus module.
+            sequence: float[1, M, D].
+            read: (attention module, its input float[1, M, D], (cos, sin)) -> what is read.
+            read_at: ascending indices of layers.
+            position_ids: long[1, M]; counted where not given.
+            attention_mask: long[1, M], 0 where there is nothing; None where everything is there.
+        """
+        decoder, found = self.language_model, []
+        if position_ids is None:
+            position_ids = torch.arange(sequence.shape[1], device=sequence.device)[None]
+        position_embeddings = decoder.rotary_emb(sequence, position_ids)
+        # By position: the names of these arguments differ between releases.
+        causal_mask = create_causal_mask(decoder.config, sequence, attention_mask, None)
+        read_at = [layer_idx % len(layers) for layer_idx in read_at]
+        for layer_idx, layer in enumerate(layers[: read_at[-1] + 1]):
+            options = {}
+            if layer_idx in read_at:
+
+                def read_attention(attention, layer=layer, sequence=sequence):
+                    found.append(read(attention, layer.input_layernorm(sequence), position_embeddings))
+
+                # The layer calls the reader when its weights are in place (see `call_reader`).
+                options["read_attention"] = read_attention
+            if layer_idx == read_at[-1]:  # what it puts out is not needed: it is called with a single row
+                layer(
+                    sequence[:, :1],
+                    position_ids=position_ids[:, :1],
+                    position_embeddings=tuple(part[:, :1] for part in position_embeddings),
+                    **options,
+                )
+            else:
+                sequence = layer(
+                    sequence,
+                    attention_mask=causal_mask,
+                    position_ids=position_ids,
+                    position_embeddings=position_embeddings,
+                    **options,
+                )
+        return found
+
+    @can_return_tuple
+    def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs) -> BaseModelOutputWithPooling:
+        """The uncompressed image: the tower's outputs, and in `pooler_output` float[V, D] per image, all tokens.
+
+        Use `encode_image` for large images: this one holds what the tower returns for all tiles at once.
+        """
+        I, T = pixel_values.shape[:2]
+        tower = self.vision_tower.vision_model  # all of it, to its last layer
+        outputs = tower(pixel_values.flatten(0, 1).to(tower.dtype), **kwargs)
+        features = self.encode_image(pixel_values, pixel_attention_mask)
+
+        def by_image(states):
+            return None if states is None else tuple(state.unflatten(0, (I, T)) for state in states)
+
+        return BaseModelOutputWithPooling(
+            last_hidden_state=outputs.last_hidden_state.unflatten(0, (I, T)),
+            pooler_output=[torch.cat(image.tokens) for image in features],
+            hidden_states=by_image(outputs.hidden_states),
+            attentions=by_image(outputs.attentions),
+        )

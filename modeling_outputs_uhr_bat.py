@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import torch
 import torch.utils._pytree as pytree
@@ -33,11 +33,40 @@ def accept_past_key_values(version):
     return deprecate_kwarg("past_key_values", new_name="cache", version=version)
 
 
+class Places(NamedTuple):
+    """Where rows of one level lie.
+
+    Attributes:
+        positions: long[V], row * width + column on the level's grid, in the order of the rows.
+        grid: (height, width) of the level in rows.
+        level: index of the scale or level, 0 = the coarsest.
+    """
+
+    positions: torch.Tensor
+    grid: tuple[int, int]
+    level: int
+
+
+class KeptPlaces(NamedTuple):
+    """Where the visual tokens of one level lie.
+
+    Attributes:
+        points: float32[B_s, 2], (row, column) on the level's grid, in the order of the visual tokens: whole numbers where a
+            token stands for itself, the mean of the places that were merged into it otherwise.
+        grid, level: as in [`Places`].
+    """
+
+    points: torch.Tensor
+    grid: tuple[int, int]
+    level: int
+
+
 @dataclass
 class UHRBatImageFeatures:
     """One encoded image: all that does not depend on the question. Encode once, ask many.
 
     Attributes:
+        kind: "whole". All that is encoded says by this name what it is.
         anchor_tokens: float[V_1, D], tokens of the anchor, the coarsest scale that shows the image, with the scale
             embedding added once, tile by tile, as the importance pass reads them.
         anchor_positions: long[V_1], place of each anchor token on the anchor grid.
@@ -57,6 +86,17 @@ class UHRBatImageFeatures:
     grids: list[tuple[int, int]]
     regions: list[torch.Tensor] | None = None
     partitions: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+
+    kind = "whole"
+
+    def places(self, scale_idx: int) -> Places:
+        """Where the `tokens` of a scale lie."""
+        return Places(self.positions[scale_idx], self.grids[scale_idx], scale_idx)
+
+    @property
+    def anchor_places(self) -> Places:
+        """Where the `anchor_tokens` lie."""
+        return self.places(self.anchor_idx)._replace(positions=self.anchor_positions)
 
     @property
     def anchor_idx(self) -> int:
@@ -135,6 +175,7 @@ class UHRBatPyramidFeatures(_Levels):
     when a question looks at them, and kept for the next one. Ask any number of questions, from several threads too.
 
     Attributes:
+        kind: "pyramid".
         anchor_tokens, anchor_positions: as in [`UHRBatImageFeatures`].
         pyramid: the [`ImagePyramid`], with the number of tiles that a question may use.
         cache: tiles that were encoded so far, before the scale embedding.
@@ -145,7 +186,13 @@ class UHRBatPyramidFeatures(_Levels):
     pyramid: Any
     cache: TileCache
 
+    kind = "pyramid"
     anchor_idx = 0
+
+    @property
+    def anchor_places(self) -> Places:
+        """Where the `anchor_tokens` lie."""
+        return Places(self.anchor_positions, self.grids[0], 0)
 
     @property
     def available(self) -> list[int]:
@@ -168,6 +215,7 @@ class UHRBatDynamicFeatures(_Levels):
     looks at them, and kept for the next one. Threads may share it.
 
     Attributes:
+        kind: "dynamic".
         thumbnail: float[P, D].
         pyramid: the [`DynamicPyramid`].
         cache: tiles that were encoded so far.
@@ -176,6 +224,8 @@ class UHRBatDynamicFeatures(_Levels):
     thumbnail: torch.Tensor
     pyramid: Any
     cache: TileCache
+
+    kind = "dynamic"
 
     def to(self, device, non_blocking=False) -> "UHRBatDynamicFeatures":
         """The same on another device, with an empty cache of its own."""
@@ -309,6 +359,23 @@ class UHRBatCompressionOutput(ModelOutput):
                 "What a Region Focus Module keeps (`dynamic_pyramid`) lies on levels without a letterbox, which cannot be "
                 "drawn or mapped. Read the image without `dynamic_pyramid`."
             )
+
+    def places(self, image_idx: int) -> list[KeptPlaces]:
+        """Where the visual tokens of an image lie, level by level, in the order of `pooler_output`.
+
+        Raises:
+            ValueError: what a Region Focus Module keeps, which has no grid (`check_letterbox`).
+        """
+        self.check_letterbox()
+        maps, found = self.slots[image_idx], []
+        for level, (slots, positions, grid) in enumerate(zip(maps.values, maps.positions, maps.grids)):
+            slots, positions, device = slots.cpu(), positions.cpu(), slots.device  # not every device has float64
+            kept = slots >= 0
+            counts = slots[kept].bincount()
+            axes = (positions // grid[1], positions % grid[1])
+            sums = [slots[kept].bincount(axis[kept].double()) for axis in axes]
+            found.append(KeptPlaces((torch.stack(sums, dim=1) / counts[:, None]).float().to(device), grid, level))
+        return found
 
     @property
     def tokens_per_prompt(self) -> list[int] | None:

@@ -24,10 +24,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from .budgets_uhr_bat import is_one_budget, split_budgets
 from .configuration_uhr_bat import UHRBatConfig
 from .image_pyramids_uhr_bat import POOLING, DynamicLevel
 from .modeling_layers_uhr_bat import call_reader, last_token_logits
-from .modeling_outputs_uhr_bat import TileCache, TokenMaps, UHRBatCompressionOutput, UHRBatDynamicFeatures
+from .modeling_outputs_uhr_bat import TokenMaps, UHRBatDynamicFeatures
+from .token_rules_uhr_bat import CompressedImage
 
 
 class UHRBatRegionFocusModule(nn.Module):
@@ -100,21 +102,15 @@ def next_tiles(places: torch.Tensor, level, finer) -> torch.Tensor:
 
 
 class UHRBatRegionFocusMixin:
-    """For a model with a `region_focus`, an `image_newline`, text embeddings, `read_layers` and `encode_tiles`."""
+    """For UHR-BAT's own towers, with a `region_focus` and an `image_newline`: what is done of dynamic pyramids; other images
+    are left to the mixins that it comes before."""
 
-    def open_dynamic(self, pyramid) -> UHRBatDynamicFeatures:
-        """The thumbnail of a [`DynamicPyramid`], encoded; tiles of its levels are when a question looks at them."""
-        if self.config.region_focus is None:
-            raise ValueError(
-                "A dynamic pyramid is read by a region focus module: `region_focus` of the configuration is None."
-            )
-        sides = (pyramid.tile_size, pyramid.patch_size)
-        if sides != (self.config.tile_size, self.config.patch_size):
-            raise ValueError(
-                f"{pyramid} has tiles of {sides[0]} px with patches of {sides[1]} px, but the model's have "
-                f"{self.config.tile_size} and {self.config.patch_size} px."
-            )
-        image = UHRBatDynamicFeatures(None, pyramid, TileCache(self.config.tile_cache_bytes, self.device))
+    def open_pyramid(self, pyramid):
+        """The thumbnail of a [`DynamicPyramid`], encoded, to [`UHRBatDynamicFeatures`]; tiles of its levels are when a
+        question looks at them."""
+        if pyramid.kind != "dynamic" or self.config.region_focus is None:
+            return super().open_pyramid(pyramid)
+        image = UHRBatDynamicFeatures(None, pyramid, self._tile_cache(pyramid))
         return replace(image, thumbnail=self.encode_tiles(image, 0, [0])[0])
 
     def level_tokens(self, image: UHRBatDynamicFeatures, level_idx: int, tile_idx: list[int]) -> LevelTokens:
@@ -256,24 +252,40 @@ class UHRBatRegionFocusMixin:
         ends = found.is_newline if votes else found.is_newline & torch.isin(rows, rows[best])
         return torch.cat((best[~found.is_newline[best]], ends.nonzero()[:, 0])).sort().values
 
-    def focus_images(self, prompts, image_features, images_per_prompt, budget) -> UHRBatCompressionOutput:
-        """What `compress` returns, by Algorithm 1.
+    def settle_counts(self, placeholder, image_features, images):
+        """As of other images, of prompts that hold one placeholder per image: how many visual tokens there will be is known
+        when the question has looked. What an image may spend is int[1], or None."""
+        kinds = {image.kind for image in image_features}
+        if "dynamic" not in kinds:
+            return super().settle_counts(placeholder, image_features, images)
+        numbers, budget = placeholder.sum(1).tolist(), images.get("budgets")
+        if kinds != {"dynamic"}:
+            raise ValueError("Images of a batch are dynamic pyramids, all of them or none.")
+        if sum(numbers) != len(image_features):
+            raise ValueError(
+                f"{sum(numbers)} placeholders came with {len(image_features)} dynamic pyramids: a prompt holds one for each."
+            )
+        budget = budget.tolist() if isinstance(budget, torch.Tensor) else budget
+        if budget is None:
+            return numbers, [None] * len(image_features)
+        if not is_one_budget(budget):
+            raise ValueError(f"The budget of a dynamic pyramid is one number. Got {budget}.")
+        return numbers, [share for number in numbers if number for share in split_budgets(budget, ["all"], number)]
 
-        Args:
-            prompts: (before, after) of every image, float[.., D] each.
-            image_features: [`UHRBatDynamicFeatures`] of every image.
-            images_per_prompt: int[B].
-            budget: of every image, or None.
-        """
-        tokens, importance, slots = [], [], []
-        for (before, after), image, one in zip(prompts, image_features, budget):
-            levels, maps, of_levels = self.focus_image(before, after, image, one)
-            # The thumbnail is read, not weighed.
-            of_thumbnail = torch.zeros(len(of_levels[0]), device=levels[0].device), of_levels[0]
-            values, positions = zip(of_thumbnail, *maps)
-            tokens.append(levels)
-            importance.append(TokenMaps(values, positions, image.grids[: len(values)], 0))
-            slots.append(of_levels)
-        visual_tokens = [torch.cat(levels) for levels in tokens]
-        scales = [list(image.scales) for image in image_features]
-        return UHRBatCompressionOutput(visual_tokens, tokens, importance, None, slots, images_per_prompt, scales)
+    @torch.no_grad()
+    def _focus(self, input_ids, inputs_embeds, image, counts) -> CompressedImage:
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        place = int(self.find_placeholders(input_ids, inputs_embeds).nonzero()[0, 0])
+        before, after = inputs_embeds[:place], inputs_embeds[place + 1 :]
+        tokens, maps, slots = self.focus_image(before, after, image, counts and counts[0])
+        # The thumbnail is read, not weighed.
+        of_thumbnail = torch.zeros(len(slots[0]), device=tokens[0].device), slots[0]
+        values, positions = zip(of_thumbnail, *maps)
+        return CompressedImage(tokens, TokenMaps(values, positions, image.grids[: len(values)], 0), None, slots)
+
+    def compress_one(self, input_ids, inputs_embeds, image, counts, rules) -> CompressedImage:
+        """As of other images, by Algorithm 1."""
+        if image.kind == "dynamic":
+            return self._focus(input_ids, inputs_embeds, image, counts)
+        return super().compress_one(input_ids, inputs_embeds, image, counts, rules)

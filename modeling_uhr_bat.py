@@ -16,7 +16,6 @@ grid, unless "tile by tile" is said.
 
 import warnings
 from importlib import import_module
-from itertools import groupby
 
 import torch
 from torch import nn
@@ -24,17 +23,17 @@ from transformers import AutoModel, PreTrainedModel
 from transformers import initialization as init
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.processing_utils import Unpack
-from transformers.utils import can_return_tuple, logging, torch_compilable_check
+from transformers.utils import can_return_tuple, torch_compilable_check
 
-from .budgets_uhr_bat import is_one_budget, settle_counts, split_budgets
 from .configuration_uhr_bat import UHRBatConfig, refuse_own_folder
-from .image_pyramids_uhr_bat import is_dynamic
+from .modeling_compression_uhr_bat import UHRBatCompressionMixin
 from .modeling_encoding_uhr_bat import UHRBatEncodingMixin
 from .modeling_generation_uhr_bat import UHRBatGenerationMixin
 from .modeling_importance_uhr_bat import UHRBatImportanceMixin
 from .modeling_layers_uhr_bat import (
     UHRBatMultiModalProjector,
     UHRBatScaleEmbedding,
+    UHRBatTowersMixin,
     UHRBatVisionTower,
     call_reader,
 )
@@ -61,9 +60,6 @@ from .released_api_uhr_bat import (
     tokenizer_image_token,
     translate_released_call,
 )
-from .token_rules_uhr_bat import CompressionRules, compress_image
-
-logger = logging.get_logger(__name__)
 
 
 class UHRBatPreTrainedModel(PreTrainedModel):
@@ -78,6 +74,21 @@ class UHRBatPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
+
+    # What a [`VisionLanguageModel`] says of itself.
+    tile_size = property(lambda self: self.config.tile_size)
+    patches_per_side = property(lambda self: self.config.tile_size // self.config.patch_size)
+    image_token_id = property(lambda self: self.config.image_token_id)
+    row_width = property(lambda self: self.config.text_config.hidden_size)
+    context_window = property(lambda self: self.config.text_config.max_position_embeddings)
+
+    def features_of(self, rows):
+        """All of float[V, D]."""
+        return rows
+
+    def visual_inputs(self, input_ids, attention_mask, compressed) -> dict:
+        """The library's own name for images that are encoded already."""
+        return {"mm_encoder_outputs": {"image": compressed}}
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -121,8 +132,16 @@ class UHRBatPreTrainedModel(PreTrainedModel):
         super().save_pretrained(save_directory, *args, save_original_format=save_original_format, **kwargs)
 
 
-class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusMixin, UHRBatPreTrainedModel):
-    """Vision tower, projector, scale embedding, compression and decoder, without a language modelling head."""
+class UHRBatModel(
+    UHRBatRegionFocusMixin,
+    UHRBatTowersMixin,
+    UHRBatEncodingMixin,
+    UHRBatImportanceMixin,
+    UHRBatCompressionMixin,
+    UHRBatPreTrainedModel,
+):
+    """Vision tower, projector, scale embedding, compression and decoder, without a language modelling head: a
+    [`VisionLanguageModel`]."""
 
     def __init__(self, config: UHRBatConfig):
         super().__init__(config)
@@ -147,138 +166,6 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusM
 
     def set_input_embeddings(self, value):
         self.language_model.set_input_embeddings(value)
-
-    # ---- Images and a question -------------------------------------------------------------------------------------
-
-    @torch.compiler.disable
-    @accept_region_labels
-    def compress(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        answer_mask=None,
-        rules=None,
-        **images: Unpack[UHRBatImageInputs],
-    ) -> UHRBatCompressionOutput:
-        """C of eq. 3: exactly the budgeted number of visual tokens per image, guided by the question (section 3.4).
-
-        Args:
-            input_ids: long[B, M], prompts with one placeholder per image or as many as it has visual tokens.
-            attention_mask: int[B, M], 0 where a prompt is padded. Padding has no influence.
-            inputs_embeds: float[B, M, D] instead of `input_ids`.
-            answer_mask: bool[B, M], True where a token is part of an answer. The question of an image ends where the
-                first answer after it begins: the selection never sees the answer.
-            rules: other values for fields of [`CompressionRules`], for this call; `selector` may be a function.
-            images: see [`UHRBatImageInputs`].
-
-        Raises:
-            ValueError: counts of images, placeholders and budgets that do not fit each other.
-        """
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
-        if attention_mask is not None and attention_mask.ndim != 2:
-            raise ValueError(f"`attention_mask` must be [batch, sequence] here. Got {list(attention_mask.shape)}.")
-        if answer_mask is None and self.training and torch.is_grad_enabled():
-            logger.warning_once(
-                "Training without `labels` and without `answer_mask`: answers in the text are seen by the selection of the "
-                "visual tokens. Pass `answer_mask`, bool[B, M], True where a token is part of an answer."
-            )
-        rules = CompressionRules.of(self.config, rules)
-        image_features = images.get("image_features")
-        if image_features is None:
-            encoded = ("pixel_values", "pixel_attention_mask", "regions", "image_pyramids")
-            image_features = self.encode_image(**{name: images.get(name) for name in encoded})
-
-        visible = torch.ones(inputs_embeds.shape[:2], dtype=torch.bool, device=inputs_embeds.device)
-        if attention_mask is not None:
-            visible = attention_mask[:, -inputs_embeds.shape[1] :].to(visible.device).bool()
-        placeholder = self.find_placeholders(input_ids, inputs_embeds) & visible
-        if any(is_dynamic(getattr(image, "pyramid", None)) for image in image_features):
-            return self._focus(inputs_embeds, visible, placeholder, answer_mask, image_features, images)
-        images_per_prompt, token_counts = self._settle_counts(placeholder, image_features, images)
-
-        of_images, grad = iter(zip(image_features, token_counts)), torch.is_grad_enabled()
-        compressed = []
-        for row, num_images in enumerate(images_per_prompt):
-            text = visible[row] & ~placeholder[row]
-            spots = placeholder[row].nonzero()[:, 0]
-            group = [next(of_images) for _ in range(num_images)]
-            # A prompt that is not expanded yet holds one placeholder per image.
-            sizes = [1] * num_images if len(spots) == num_images else [sum(counts) for _, counts in group]
-            for (image, counts), run in zip(group, spots.split(sizes)):
-                seen = _seen(text, spots, run, None if answer_mask is None else answer_mask[row])
-                with torch.no_grad():
-                    ids = None if input_ids is None else input_ids[row][seen]
-                    embeds = inputs_embeds[row][seen]
-                    importance = self.estimate_importance(ids, image.anchor_tokens, embeds)
-                    image, importance = self.look_closer(ids, image, importance, rules, embeds, grad=grad)
-                one = compress_image(image, importance, counts, self.config, rules)
-                tokens = one.tokens if self.token_mlp is None else [self.token_mlp(scale) for scale in one.tokens]
-                compressed.append(one._replace(tokens=tokens))
-
-        tokens, importance, regions, slots = map(list, zip(*compressed)) if compressed else ([], [], [], [])
-        visual_tokens = [torch.cat(scales) for scales in tokens]
-        scales = [list(image.scales) for image in image_features]
-        return UHRBatCompressionOutput(visual_tokens, tokens, importance, regions, slots, images_per_prompt, scales)
-
-    def _focus(
-        self, inputs_embeds, visible, placeholder, answer_mask, image_features, images
-    ) -> UHRBatCompressionOutput:
-        """`compress` by Algorithm 1 of LRS-VQA, of prompts that hold one placeholder per image: how many visual tokens there
-        will be is known when it has looked."""
-        numbers, budget = placeholder.sum(1).tolist(), images.get("budgets")
-        if not all(is_dynamic(getattr(image, "pyramid", None)) for image in image_features):
-            raise ValueError("Images of a batch are dynamic pyramids, all of them or none.")
-        if sum(numbers) != len(image_features):
-            raise ValueError(
-                f"{sum(numbers)} placeholders came with {len(image_features)} dynamic pyramids: a prompt holds one for each."
-            )
-        budget = budget.tolist() if isinstance(budget, torch.Tensor) else budget
-        if budget is not None and not is_one_budget(budget):
-            raise ValueError(f"The budget of a dynamic pyramid is one number. Got {budget}.")
-        shares = [None] * len(image_features)
-        if budget is not None:
-            shares = [share for number in numbers if number for (share,) in split_budgets(budget, ["all"], number)]
-        prompts = []
-        for row in range(len(placeholder)):
-            spots = placeholder[row].nonzero()[:, 0]
-            for spot in spots:
-                text = visible[row] & ~placeholder[row]
-                seen = _seen(text, spots, spot[None], None if answer_mask is None else answer_mask[row])
-                place = int(seen[:spot].sum())
-                embeds = inputs_embeds[row][seen]
-                prompts.append((embeds[:place], embeds[place + 1 :]))
-        with torch.no_grad():
-            return self.focus_images(prompts, image_features, numbers, shares)
-
-    def find_placeholders(self, input_ids, inputs_embeds) -> torch.Tensor:
-        """bool[..., M]: image tokens, from ids or, where there are none, from the embeddings."""
-        if input_ids is not None:
-            return (input_ids == self.config.image_token_id).to(inputs_embeds.device)
-        image_id = torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
-        return (inputs_embeds == self.get_input_embeddings()(image_id)).all(-1)
-
-    def _settle_counts(self, placeholder, image_features, images) -> tuple[list[int], list[list[int]]]:
-        """`images_per_prompt` and `token_counts` of a batch as lists (see `settle_counts`)."""
-        names = ("budgets", "token_counts", "images_per_prompt")
-        budgets, token_counts, images_per_prompt = (
-            value.tolist() if isinstance(value, torch.Tensor) else value for value in map(images.get, names)
-        )
-        if isinstance(budgets, list) and budgets and isinstance(budgets[0], list):  # the old name of the counts
-            budgets, token_counts = None, budgets
-        runs = [[len(list(run)) for is_image, run in groupby(row) if is_image] for row in placeholder.tolist()]
-        return settle_counts(
-            budgets,
-            token_counts,
-            images_per_prompt,
-            runs,
-            self.config.scales,
-            self.config.budgets,
-            [image.available for image in image_features],
-        )
-
-    # ---- The decoder -----------------------------------------------------------------------------------------------
 
     def get_placeholder_mask(self, input_ids, inputs_embeds, image_features, tokens_per_prompt=None) -> torch.Tensor:
         """bool[B, M, 1], where visual tokens go; as many places as float[n, D] `image_features` has rows.
@@ -350,23 +237,15 @@ class UHRBatModel(UHRBatEncodingMixin, UHRBatImportanceMixin, UHRBatRegionFocusM
         return UHRBatModelOutputWithPast(**outputs, image_outputs=compressed)
 
 
-def _seen(text, spots, run, answer_mask) -> torch.Tensor:
-    """bool[M]: what an image's importance is estimated on: its prompt `text` bool[M] and its own places `run`, of all `spots`
-    of images, without the other images, and up to the first answer after it."""
-    seen = text.index_fill(0, run, True)
-    if answer_mask is not None:
-        answered = answer_mask.to(text.device).index_fill(0, spots, False)
-        answered[: run[-1] + 1] = False
-        seen = seen & (answered.cumsum(0) == 0)
-    return seen
-
-
 class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixin):
     """UHR-BAT with a language modelling head: `generate` answers questions about images."""
 
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
     _tp_plan = {"lm_head": "colwise_gather_output"}
     accepts_loss_kwargs = True
+    # The machine's, not the checkpoint's: `model.vision_chunk_size = 4`.
+    vision_chunk_size = UHRBatModel.vision_chunk_size
+    tile_cache_bytes = UHRBatModel.tile_cache_bytes
 
     def __init__(self, config: UHRBatConfig):
         super().__init__(config)
@@ -404,9 +283,13 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
         """See [`UHRBatModel.encode_image`]. Without gradients: training goes through `forward`."""
         return self.model.encode_image(pixel_values, pixel_attention_mask, regions, image_pyramids)
 
-    def estimate_importance(self, input_ids, anchor_tokens, inputs_embeds=None) -> torch.Tensor:
+    def estimate_importance(self, input_ids, anchor_tokens, inputs_embeds=None, **options) -> torch.Tensor:
         """See [`UHRBatModel.estimate_importance`]."""
-        return self.model.estimate_importance(input_ids, anchor_tokens, inputs_embeds)
+        return self.model.estimate_importance(input_ids, anchor_tokens, inputs_embeds, **options)
+
+    def find_placeholders(self, input_ids, inputs_embeds=None) -> torch.Tensor:
+        """See [`UHRBatModel.find_placeholders`]."""
+        return self.model.find_placeholders(input_ids, inputs_embeds)
 
     @can_return_tuple
     def get_image_features(self, pixel_values, pixel_attention_mask=None, **kwargs) -> BaseModelOutputWithPooling:

@@ -24,8 +24,8 @@ from .budgets_uhr_bat import count_tokens, is_one_budget, split_budgets
 from .configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig, refuse_own_folder
 from .geometry_uhr_bat import grids, shown_patches
 from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs
-from .image_pyramids_uhr_bat import ImagePyramid, UnreadImage, is_dynamic
-from .image_reading_uhr_bat import flatten_images
+from .image_pyramids_uhr_bat import ImagePyramid, UnreadImage
+from .image_reading_uhr_bat import ENCODED, flatten_images, kind_of
 
 # Behind every letter of a control token that a message spells: the tokenizer then finds none, and its normalizer drops
 # the mark. Unicode keeps this code point for programs; no text has it.
@@ -266,9 +266,10 @@ class UHRBatProcessor(ProcessorMixin):
         scales = kwargs.get("scales") or self.image_processor.scales
         if images_per_prompt is None:
             images_per_prompt = [1] * len(images)
-        if kwargs.get("dynamic_pyramid") or any(is_dynamic(getattr(image, "pyramid", image)) for image in images):
+        kinds = set(map(kind_of, images))
+        if kwargs.get("dynamic_pyramid") or "dynamic" in kinds:
             return self._process_dynamic(images, budgets, images_per_prompt, kwargs)
-        if all(map(_is_encoded, images)):
+        if kinds <= set(ENCODED):
             images = _share_tiles(images, kwargs.get("max_tiles"), images_per_prompt)
             inputs, available = {"image_features": images}, [image.available for image in images]
         else:
@@ -281,7 +282,7 @@ class UHRBatProcessor(ProcessorMixin):
                 available = self.count_shown(inputs["pixel_attention_mask"], scales)
         if isinstance(budgets, str):
             budgets = self._budgets_within(budgets, available, inputs)
-        own_levels = any(list(getattr(image, "scales", scales)) != list(scales) for image in images)
+        own_levels = "pixel_values" not in inputs and any(list(image.scales) != list(scales) for image in images)
         if budgets is None:
             budgets = self.default_budgets
             if own_levels and not is_one_budget(budgets):
@@ -303,7 +304,7 @@ class UHRBatProcessor(ProcessorMixin):
             )
         if len(available) != 1:
             raise ValueError(f"`budgets={limit!r}` is the limit of one image. Got {len(available)} images.")
-        if "image_pyramids" in inputs or hasattr(inputs.get("image_features", [None])[0], "pyramid"):
+        if "image_pyramids" in inputs or kind_of(inputs.get("image_features", [None])[0]) == "pyramid":
             raise ValueError(
                 f"`budgets={limit!r}` is for images whose tiles are all encoded. With `max_tiles`, ask "
                 "`uhr_bat.plan(model, image_size, limit, max_tiles=...)` and pass its `budgets`."
@@ -313,7 +314,7 @@ class UHRBatProcessor(ProcessorMixin):
 
     def _process_dynamic(self, images, budgets, images_per_prompt, kwargs):
         """Dynamic pyramids, whose visual tokens are counted when the model has looked: the text keeps a placeholder each."""
-        if all(map(_is_encoded, images)):
+        if set(map(kind_of, images)) <= set(ENCODED):
             inputs = {"image_features": images}
         else:
             inputs = {**self.image_processor(images, **kwargs)}
@@ -403,7 +404,7 @@ def _share_tiles(images, max_tiles, images_per_prompt):
     shares = [share for number in numbers for (share,) in split_budgets(max_tiles, ["all"], number)]
     try:
         return [
-            image.with_max_tiles(share) if hasattr(image, "with_max_tiles") else image
+            image.with_max_tiles(share) if image.kind == "pyramid" else image
             for image, share in zip(images, shares)
         ]
     except ValueError as error:
@@ -412,11 +413,6 @@ def _share_tiles(images, max_tiles, images_per_prompt):
         raise ValueError(
             f"{error} The {max_tiles} tiles of a prompt are shared by its {max(numbers)} images."
         ) from None
-
-
-def _is_encoded(image) -> bool:
-    """Whether an image is what `encode_image` returned. The model's file is not imported here to ask for its class."""
-    return hasattr(image, "anchor_tokens") or is_dynamic(getattr(image, "pyramid", None))
 
 
 __all__ = ["UHRBatProcessor"]

@@ -112,8 +112,9 @@ def _look_up_few(importance, positions, grid, finer_positions, finer_grid):
     return (total / mass).to(importance)
 
 
-def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, rules: CompressionRules) -> torch.Tensor:
-    """long[V]: the one place where a region partition is chosen (eq. 4, appendix C.2); kept with the image."""
+def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, model, rules: CompressionRules) -> torch.Tensor:
+    """long[V]: the one place where a region partition is chosen (eq. 4, appendix C.2); kept with the image. The arguments
+    are those of `compress_image`."""
     if image.regions is not None:
         key = (scale_idx, "given")
     else:
@@ -131,9 +132,9 @@ def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, config, r
         elif rules.region_method == "grid":
             regions = grid_regions(positions, grid, num_regions)
         else:
-            extent = (config.tile_size // config.patch_size,) * 2 if rules.coord_frame == "tile" else None
+            extent = (model.patches_per_side,) * 2 if rules.coord_frame == "tile" else None
             regions = cluster_regions(
-                image.tokens[scale_idx].detach(),
+                model.features_of(image.tokens[scale_idx]).detach(),
                 patch_centres(positions, grid, extent),
                 num_regions,
                 method=rules.region_method,
@@ -180,7 +181,7 @@ def choose_of_all_scales(importance, regions, tokens, budget, rules: Compression
 
 
 def compress_image(
-    image: UHRBatImageFeatures, importance: list[torch.Tensor], counts: list[int], config, rules: CompressionRules
+    image: UHRBatImageFeatures, importance: list[torch.Tensor], counts: list[int], model, rules: CompressionRules
 ) -> CompressedImage:
     """Tokens, importance, regions and slots of every scale of one image (eq. 8-12).
 
@@ -188,7 +189,7 @@ def compress_image(
         image: the encoded image.
         importance: float32[V_s] of every scale, what the question pays to its tokens.
         counts: int[S], exact visual tokens of every scale, or int[1], of all scales together.
-        config: the configuration, for its tile.
+        model: [`VisionLanguageModel`], for `patches_per_side` of its tile and what of a row its `features_of` are.
         rules: which tokens stay.
     """
     one_budget = len(counts) < len(image.grids)
@@ -199,15 +200,16 @@ def compress_image(
             budgets = [share if size else 0 for size in image.available]
         # A scale that spends nothing has no regions either.
         regions = [
-            partition(image, scale_idx, budget, config, rules) if budget else torch.full_like(positions, -1)
+            partition(image, scale_idx, budget, model, rules) if budget else torch.full_like(positions, -1)
             for scale_idx, (positions, budget) in enumerate(zip(image.positions, budgets))
         ]
+        features = [model.features_of(tokens) for tokens in image.tokens]
         if one_budget:
-            slots, counts = choose_of_all_scales(importance, regions, image.tokens, counts[0], rules)
+            slots, counts = choose_of_all_scales(importance, regions, features, counts[0], rules)
         else:
             slots = [
                 choose_tokens(*scale, budget, rules) if budget else torch.full_like(scale[1], -1)
-                for *scale, budget in zip(importance, regions, image.tokens, counts)
+                for *scale, budget in zip(importance, regions, features, counts)
             ]
     tokens = [
         merge_tokens(tokens, slot, count) if count else tokens[:0]

@@ -147,15 +147,14 @@ class Ours:
 
     def regions(self, features) -> list[torch.Tensor]:
         """long[V] for every scale; clustered once per image, where they stay."""
-        config, counts = self.model.config, enumerate(self._counts(features))
-        rules = CompressionRules.of(config)
-        return [partition(features, scale_idx, count, config, rules) for scale_idx, count in counts]
+        rules, counts = CompressionRules.of(self.model.config), enumerate(self._counts(features))
+        return [partition(features, scale_idx, count, self.model, rules) for scale_idx, count in counts]
 
     def select(self, features, importance, regions) -> list[torch.Tensor]:
         """float[n, D] for every scale. `regions` are with the image already."""
-        config, rules = self.model.config, CompressionRules.of(self.model.config)
+        rules = CompressionRules.of(self.model.config)
         of_scales = self.model.model.refine_importance(None, features, importance, rules)
-        return compress_image(features, of_scales, self._counts(features), config, rules).tokens
+        return compress_image(features, of_scales, self._counts(features), self.model, rules).tokens
 
     def _counts(self, features) -> list[int]:
         return [min(pair) for pair in zip(self.model.config.budgets, features.available)]

@@ -96,7 +96,8 @@ def print_tokens(image, seen, budgets, counts, spent):
         print(row(f"{scale} px", f"{height} x {width}", *numbers))
     total = budgets if is_one_budget(budgets) else sum(budgets)
     print(row("all", "", sum(seen), total, sum(spent)))
-    if pyramid := getattr(image, "pyramid", None):
+    if image.kind == "pyramid":
+        pyramid = image.pyramid
         print(f"Tiles encoded: {sum(pyramid.num_chosen)} of {sum(map(pyramid.num_tiles, range(len(image.scales)))):,}")
 
 

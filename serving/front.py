@@ -208,7 +208,7 @@ class Front:
     def _to(features, device):
         """The same features where they are there already: what they learn of their regions is kept with them. What keeps its
         tiles stays where they are encoded."""
-        if isinstance(features, UHRBatPyramidFeatures):
+        if features.kind == "pyramid":
             return features
         here = features.anchor_tokens.device.type == torch.device(device).type
         return features if here else features.to(device)

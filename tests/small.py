@@ -41,15 +41,15 @@ def small_config(**changes) -> UHRBatConfig:
         "importance_layer": 1,
         "num_regions": 6,
         "scale_embedding_grid": 2,
-        "vision_chunk_size": 4,
         "initializer_range": 0.3,
     }
     return UHRBatConfig(**{**settings, **changes})
 
 
-def small_model(seed=0, **changes) -> UHRBatForConditionalGeneration:
+def small_model(seed=0, vision_chunk_size=4, **changes) -> UHRBatForConditionalGeneration:
     torch.manual_seed(seed)
     model = UHRBatForConditionalGeneration(small_config(**changes)).eval()
+    model.vision_chunk_size = vision_chunk_size
     model.generation_config.pad_token_id = PAD
     return model
 

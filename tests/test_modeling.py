@@ -53,7 +53,7 @@ def test_every_tile_goes_through_the_vision_tower_once():
     with torch.no_grad():
         model(input_ids=QUESTION, pixel_values=random_pixels())
     assert sum(calls) == 14
-    assert max(calls) <= model.config.vision_chunk_size
+    assert max(calls) <= model.vision_chunk_size
 
 
 def test_tiles_that_show_only_the_letterbox_are_not_encoded():

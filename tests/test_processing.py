@@ -235,7 +235,8 @@ def test_a_processor_survives_saving(processor, tmp_path):
 def encoded(processor, image):
     """As much of an encoded image as the processor looks at."""
     mask = processor.image_processor(image, return_tensors="pt")["pixel_attention_mask"][0]
-    return SimpleNamespace(anchor_tokens=None, available=[int(shown.sum()) for shown in mask.split([4, 16, 36])])
+    available = [int(shown.sum()) for shown in mask.split([4, 16, 36])]
+    return SimpleNamespace(kind="whole", scales=processor.image_processor.scales, available=available)
 
 
 def test_encoded_images_expand_the_prompt_as_the_images_themselves_do_and_are_handed_on(processor):

@@ -31,9 +31,7 @@ def encoding_memory(sizes) -> list[Row]:
     for name in sides.SIDES:
         side = sides.side_of(name, "quick")
         held[name] = most_tiles_alive(side, path)
-    config = side.model.config
-    chunk = config.vision_chunk_size
-    layers = config.vision_config.num_hidden_layers
+    chunk, layers = side.model.vision_chunk_size, side.model.config.vision_config.num_hidden_layers
     result = (
         f"{held['ours']} tiles' states at once against {held['straightforward']} (chunks of {chunk} tiles; a tower of "
         f"{layers} layers)"

@@ -55,7 +55,7 @@ GEOMETRIES = {
         lambda: _config(64, 1536, [672, 1344, 2688], [80, 320, 600], num_regions=100), torch.bfloat16, (1500, 2000)
     ),
     "the tower's chunk": (
-        lambda: _config(512, 64, [672, 1344], [80, 320], num_regions=100, vision_chunk_size=16), torch.float32, (1500, 1500)
+        lambda: _config(512, 64, [672, 1344], [80, 320], num_regions=100), torch.float32, (1500, 1500)
     ),
     "a long prompt": (
         lambda: _config(64, 768, [672, 1344, 2016], [2000, 4000, 9000], region_method="grid"), torch.float32, (1500, 1500)
@@ -156,7 +156,7 @@ class _Walked(UHRBatForConditionalGeneration):
 
     def __init__(self, config):
         super().__init__(config)
-        self.model.find_placeholders = lambda input_ids, inputs_embeds: input_ids == config.image_token_id
+        self.model.find_placeholders = lambda input_ids, inputs_embeds=None: input_ids == config.image_token_id
 
 
 @torch.no_grad()
@@ -181,9 +181,9 @@ def walk(config, num_answer_tokens=3) -> tuple[dict, dict, dict]:
         tokens = []
         for scale_idx, (N, T) in enumerate(zip(question.available, question.tiles)):
             tiles, chosen = torch.empty(T, 3, config.tile_size, config.tile_size), torch.arange(T)
-            projected = model.model._project_tiles(tiles, chosen, desc="").flatten(0, 1)
+            projected = model.model._project_in_chunks(tiles, chosen, desc="").flatten(0, 1)
             added = config.scale_embedding_additions
-            tokens.append(model.model._add_scale_embedding(projected, config.scales[scale_idx], torch.arange(N), added))
+            tokens.append(model.model._add_scale(projected, config.scales[scale_idx], torch.arange(N), added))
         mark("encode")
         shapes["tokens"] = [list(one.shape) for one in tokens]
 

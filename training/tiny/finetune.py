@@ -255,7 +255,7 @@ class GuidedTrainer(Trainer):
             if rules.refinement:
                 looks["refined"].append(self.divergence_of_scales(maps, features.positions, wanted))
             maps = [one.detach() for one in maps]
-            rows.append(compress_image(features, maps, counts, inner.config, rules))
+            rows.append(compress_image(features, maps, counts, inner, rules))
         tokens, importance, regions, slots = map(list, zip(*rows))
         compressed = UHRBatCompressionOutput(
             [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)

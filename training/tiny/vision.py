@@ -154,7 +154,7 @@ def main(arguments=None):
     parser.add_argument("--test-scenes", type=int, default=20)
     args = read_arguments(parser, arguments)
     processor, model = load_model(args.model, torch.float32, device_map=None)
-    chunk_size, model.config.vision_chunk_size = model.config.vision_chunk_size, 128
+    model.vision_chunk_size = 128
     model.set_attn_implementation({"vision_config": "eager"})  # 17 tokens a tile: faster than the fused kernels
     model.model.language_model.requires_grad_(False)
     pretraining = VisionPretraining(model.model)
@@ -164,7 +164,6 @@ def main(arguments=None):
     test = LabelledTiles(processor.image_processor, model.config, TEST_SEEDS[: args.test_scenes])
     for name, fractions in accuracy(trainer.model, test, model.config).items():
         print(f"{name:>7} by scale: {fractions}")
-    model.config.vision_chunk_size = chunk_size
     name_words(pretraining, model.get_input_embeddings(), processor.tokenizer)
     save_model(model, processor, args.output)
 
