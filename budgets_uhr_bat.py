@@ -9,6 +9,15 @@
 spend at every scale: a fact, min(share of the budget, tokens that show the image), known before the model runs. One
 budget for all scales is a single number, for which the tokens of all scales compete; its counts are int[I][1].
 
+A total, of tokens or of tiles, is divided here and nowhere else:
+
+| among | in proportions of | by | what does not come out even |
+|---|---|---|---|
+| images of a prompt | equal shares | `split_budgets` | goes to the first image |
+| scales | their budgets | `apportion` | goes token by token to the scale that is furthest behind |
+| scales, as budgets | their budgets | `budgets_of_total` | as above, never decreasing |
+| levels | any weights | `share_in_order` | is passed on to the next finer level |
+
 Letters: I images, S scales, B prompts. `available` int[I][S]: tokens of every image and scale that show the image.
 """
 
@@ -88,25 +97,70 @@ def count_tokens(budgets, scales, images_per_prompt: Sequence[int], available) -
     return [[min(pair) for pair in zip(*rows)] for rows in zip(shares, available)]
 
 
-def apportion(total: int, budgets: Sequence[int], available: Sequence[int]) -> list[int]:
+def apportion(total: int, budgets: Sequence[int], available: Sequence[int] | None = None, least: int = 0) -> list[int]:
     """int[S] that add up to `total`, in the proportions of `budgets`, at most `available` each.
 
-    Webster's method: token by token to the scale that is furthest behind. It returns the exact proportion where that
-    is whole, and so finds min(budgets, available) again from its sum.
+    Webster's method: token by token to the scale that is furthest behind; of equal budgets, to the finer one. It returns
+    the exact proportion where that is whole, and so finds min(budgets, available) again from its sum.
+
+    Args:
+        available: int[S], or None for any number.
+        least: that every scale gets first, as far as it has them.
 
     Raises:
         ValueError: the scales have fewer tokens than `total`.
     """
+    available = [total] * len(budgets) if available is None else available
     limits = [limit if budget else 0 for budget, limit in zip(budgets, available)]
     if total > sum(limits):
         raise ValueError(
             f"{total} visual tokens were asked for, but the image has {sum(limits)} at the scales with a budget. Lower "
             f"`budgets`."
         )
+    first = [min(least, limit) for limit in limits]
     counts = [0] * len(limits)
-    for _ in range(total):
-        open_scales = [scale for scale, limit in enumerate(limits) if counts[scale] < limit]
-        counts[max(open_scales, key=lambda scale: budgets[scale] / (2 * counts[scale] + 1))] += 1
+    for _ in range(total - sum(first)):
+        behind = [
+            (budgets[scale] / (2 * counts[scale] + 1), -budgets[scale], scale)
+            for scale, limit in enumerate(limits)
+            if first[scale] + counts[scale] < limit
+        ]
+        counts[max(behind)[-1]] += 1
+    return [sum(pair) for pair in zip(first, counts)]
+
+
+def budgets_of_total(total: int, budgets: Sequence[int] | int, available: Sequence[int], least: int = 0):
+    """Budgets, int[S] or one number as `budgets` are, of which `total` tokens are spent, in the proportions of `budgets`.
+
+    They never decrease, as budgets must not: what is asked of a scale beyond its tokens is not spent.
+
+    Args:
+        available, least: see `apportion`; a scale without tokens gets a budget of `least`, too.
+    """
+    if is_one_budget(budgets):
+        return total
+    shares = [max(share, least) for share in apportion(total, budgets, available, least)]
+    return [share and max(shares[: place + 1]) for place, share in enumerate(shares)]
+
+
+def share_in_order(
+    total: int, weights: Sequence[float], available: Sequence[int], least=0, rounding=round
+) -> list[int]:
+    """int[L], at most `available` each: in order, every level gets its part of what is left, and what it cannot use goes to
+    the finer ones; what the finest cannot use, to the coarser ones.
+
+    Args:
+        total: to share; what no level can use stays.
+        weights: of the levels.
+        least: that every level gets in any case, as far as it has them.
+        rounding: of a part to whole numbers.
+    """
+    counts = []
+    for place, limit in enumerate(available):
+        part = rounding((total - sum(counts)) * weights[place] / sum(weights[place:]))
+        counts.append(min(max(part, least), limit))
+    for place in reversed(range(len(counts))):
+        counts[place] = min(available[place], counts[place] + max(total - sum(counts), 0))
     return counts
 
 
@@ -211,7 +265,18 @@ def settle_counts(
 ) -> tuple[list[int], list[list[int]]]:
     """`images_per_prompt` int[B] and `token_counts` int[I][S] of a batch, from whatever came with it.
 
-    Exact counts first; else what `budgets`, or the default ones, give; else what the prompts say, if they are expanded.
+    Exact counts first; else what `budgets`, or the default ones, give; else what the prompts say, if they are expanded. With
+    two scales, default budgets [16, 24] and more tokens than that in the image ("<" is a placeholder):
+
+    | came in: prompt | `token_counts` | `budgets` | came out: counts | because |
+    |---|---|---|---|---|
+    | "< how many?" | | | [16, 24] | the default budgets |
+    | "< how many?" | | [4, 6] | [4, 6] | the given budgets |
+    | "< how many?" | | 10 | [10] | one number: all scales compete |
+    | "< how many?" | [9, 1] | any | [9, 1] | exact counts go first |
+    | "<<<<< <<<<< how?", 2 images | | [4, 6] | [2, 3], [2, 3] | images of a prompt share its budgets |
+    | "<<<<<<<<<< how?" | | | [4, 6] | 10 tokens, in the proportions of the default |
+    | "<<<<<<<<<< how?" | | [16, 24] | refused | 10 placeholders, but 40 tokens |
 
     Args:
         budgets: int[S] or None; token_counts: int[I][S] or None; images_per_prompt: int[B] or None.

@@ -39,12 +39,13 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
-from math import ceil
+from math import ceil, floor
 
 import numpy as np
 import torch
 from PIL import Image
 
+from .budgets_uhr_bat import share_in_order
 from .geometry_uhr_bat import grids, letterbox, pyramid_scales, shown_lines
 from .image_reading_uhr_bat import ImageSource, kind_of
 from .image_views_uhr_bat import PAD_COLOR, mark_shown, normalize_tiles, part_of_resized, part_of_view, valid_patches
@@ -65,11 +66,8 @@ def split_tiles(num_tiles: Sequence[int], max_tiles: int) -> list[int]:
         raise ValueError(
             f"`max_tiles` is {max_tiles}, but the {num_tiles[0]} tiles of the anchor are always encoded, and count."
         )
-    chosen, left = [num_tiles[0]], max_tiles - num_tiles[0]
-    for level_idx, number in enumerate(num_tiles[1:], 1):
-        chosen.append(min(number, left // (len(num_tiles) - level_idx)))
-        left -= chosen[-1]
-    return chosen
+    anchor, *finer = num_tiles
+    return [anchor, *share_in_order(max_tiles - anchor, [1] * len(finer), finer, rounding=floor)]
 
 
 def least_tokens(num_shown: np.ndarray, num_tiles: int, counts: np.ndarray | None = None) -> int:

@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 from transformers.utils import logging
 
+from ..budgets_uhr_bat import apportion
 from ..common.commands import tells_errors
 from ..common.files import whole_files, write_json
 from ..common.outputs import Output, check_outputs
@@ -56,12 +57,6 @@ PAPER_TABLE_4 = {
 }
 # Visual tokens in bfloat16, whose steps near 1 are 1/128.
 BFLOAT16_TOLERANCE = 0.05
-
-
-def share_out(total, weights) -> list[int]:
-    """`total` tokens over the scales, as `weights` have it; what rounding leaves goes to the finest."""
-    budgets = [total * weight // sum(weights) for weight in weights]
-    return [*budgets[:-1], total - sum(budgets[:-1])]
 
 
 class Device:
@@ -260,9 +255,9 @@ def main(arguments=None) -> int:
         path = photograph(Path(folder), (600, 600) if args.quick else (8500, 8500))
         totals = args.budgets or ([76, 152] if args.quick else [3000, 5000, 8000, 12_000])
         for total in tqdm(totals, desc="budgets"):
-            model.config.budgets = share_out(total, weights)
+            model.config.budgets = apportion(total, weights)
             result["budgets"][str(total)] = time_budget(device, sides, path, args.repetitions)
-        model.config.budgets = share_out(totals[0], weights)
+        model.config.budgets = apportion(totals[0], weights)
         result["part"] = first_token_of_a_part(device, model, path, args.repetitions, totals[0])
     if args.compile:
         result["decoding"] = compiled_decoding(model, args.repetitions)

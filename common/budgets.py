@@ -1,6 +1,6 @@
-"""Budgets as commands take them, and a fraction of an image's tokens as numbers of tokens."""
+"""Budgets as commands take them, times a factor, and as a fraction of an image's tokens."""
 
-import numpy as np
+from ..budgets_uhr_bat import is_one_budget, share_in_order
 
 
 def budgets(text: str, separator=",") -> list[int] | int:
@@ -18,14 +18,12 @@ def counts_of_fraction(fraction, available, proportions=None) -> list[int]:
         available: int[S], tokens of every scale that show the image.
         proportions: of the scales; what a scale does not hold goes to the next finer ones. None: one budget for all.
     """
-    total, counts = max(round(fraction * sum(available)), len(available)), []
-    if proportions is None:
-        return [total]
-    weights = np.asarray(proportions, float)
-    for scale, limit in enumerate(available):
-        wanted = round((total - sum(counts)) * weights[scale] / weights[scale:].sum())
-        counts.append(min(max(wanted, 1), limit))
-    # Coarser scales take what the finest cannot hold.
-    for scale in reversed(range(len(available))):
-        counts[scale] = min(available[scale], counts[scale] + max(total - sum(counts), 0))
-    return counts
+    total = max(round(fraction * sum(available)), len(available))
+    return [total] if proportions is None else share_in_order(total, proportions, available, least=1)
+
+
+def scale_budgets(budgets: list[int] | int, factor: float, least: int = 1) -> list[int] | int:
+    """Budgets times a factor, at least `least` each; a scale that is left out (0) stays so."""
+    if is_one_budget(budgets):
+        return max(round(factor * budgets), least)
+    return [max(round(factor * budget), least) if budget else 0 for budget in budgets]

@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
-from ..common.budgets import budgets
+from ..common.budgets import budgets, scale_budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
@@ -23,11 +23,6 @@ from . import attention_picture, budgets_picture, kept_picture, regions_picture,
 
 PRUNING = (85, 95, 97.5)
 FILES = tuple(f"{name}.png" for name in ("attention", "regions", "kept", "budgets", "pruning", "tsne"))
-
-
-def pruned_budgets(seen: list[int], percent: float) -> list[int]:
-    """Budgets int[S] that drop so many percent of the tokens that each scale shows of the image, int[S]."""
-    return [max(1, round(num_tokens * (1 - percent / 100))) for num_tokens in seen]
 
 
 def budget_name(budgets):
@@ -58,13 +53,9 @@ def draw(image_path, question, output, budgets, model_path, width, options, tile
 
     seen = features[0].available
     if tiles["native"]:  # levels of its own, which share one budget
-        budgets, seen = [one if is_one_budget(one) else sum(one) for one in budgets], [sum(seen)]
+        budgets, seen = [one if is_one_budget(one) else sum(one) for one in budgets], sum(seen)
     chosen = {budget_name(budget): compressed(budget) for budget in budgets}
-    pruned = {percent: pruned_budgets(seen, percent) for percent in PRUNING}
-    pruned = {
-        f"Prune {percent:g} %": compressed(sum(budget) if tiles["native"] else budget)
-        for percent, budget in pruned.items()
-    }
+    pruned = {f"Prune {percent:g} %": compressed(scale_budgets(seen, 1 - percent / 100)) for percent in PRUNING}
 
     first = next(iter(chosen.values()))
     drawings = {

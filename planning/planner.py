@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..budgets_uhr_bat import apportion, is_one_budget
+from ..budgets_uhr_bat import budgets_of_total
 from ..configuration_uhr_bat import UHRBatConfig
 from ..image_reading_uhr_bat import check_image_size
 from .costs import (
@@ -247,13 +247,10 @@ class UHRBatPlanner:
                 f"{total:,} visual tokens cannot be spent: the image has {most:,}, and each of its {least} scales takes one at "
                 "least."
             )
-        if is_one_budget(self.config.budgets) or question.native:
-            return replace(question, budgets=total)
-        budgets = self.config.budgets
-        least = [int(bool(number)) for number in question.available]
-        rest = [number - one for number, one in zip(question.available, least)]
-        shares = apportion(total - sum(least), budgets, rest)
-        return replace(question, budgets=_ascending([max(1, sum(pair)) for pair in zip(least, shares)]))
+        budgets = total
+        if not question.native:
+            budgets = budgets_of_total(total, self.config.budgets, question.available, least=1)
+        return replace(question, budgets=budgets)
 
     def _price(self, question, rates) -> UHRBatPlan:
         on_gpu = self.device.type != "cpu"
@@ -329,11 +326,6 @@ def _rounded_up(number: float) -> str:
     places = max(0, 2 - math.floor(math.log10(number)))
     text = f"{math.ceil(number * 10**places) / 10**places:.{places}f}"
     return text if float(text) >= number else f"{float(text) + 10**-places:.{places}f}"
-
-
-def _ascending(budgets) -> list[int]:
-    """Budgets that never decrease, as rounding may have left them; what is asked beyond the tokens is not spent."""
-    return [max(budgets[: place + 1]) for place in range(len(budgets))]
 
 
 def planner_of(model, device=None) -> UHRBatPlanner:

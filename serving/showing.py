@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..budgets_uhr_bat import apportion, is_one_budget
+from ..budgets_uhr_bat import budgets_of_total, is_one_budget
 from ..common import asking
 from ..geo import Georeference, Served, evidence_frame, geojson_bytes, overview_jpeg, page_html
 from ..geo.pages import PAGE_SIDE
@@ -240,11 +240,7 @@ class Desk:
     def share(self, image_name: str, num_tokens: int) -> list[int] | int:
         """Budgets whose sum is `num_tokens`, in the proportions of the model's own."""
         available, budgets = self.spending(image_name)
-        if is_one_budget(budgets):
-            return num_tokens
-        shares = apportion(num_tokens, budgets, available)
-        spending = iter(sorted(filter(None, shares)))  # of equals, the remainder goes to the finer scale
-        return [next(spending) if share else 0 for share in shares]
+        return budgets_of_total(num_tokens, budgets, available)
 
     @torch.inference_mode()
     def ask(self, image_name: str, question: str, num_tokens: int) -> str:

@@ -1,13 +1,16 @@
+from math import floor
+
 import pytest
 from uhr_bat.budgets_uhr_bat import (
     apportion,
+    budgets_of_total,
     check_counts,
     count_tokens,
     images_of_prompts,
     settle_counts,
+    share_in_order,
     split_budgets,
 )
-
 
 SCALES = [64, 128, 256, 384]
 BUDGETS = [16, 24, 40, 66]
@@ -66,6 +69,40 @@ def test_an_image_spends_no_more_than_it_shows():
 )
 def test_tokens_are_apportioned_in_the_proportions_of_the_budgets_up_to_what_there_is(total, available, expected):
     assert apportion(total, BUDGETS, available) == expected
+
+
+def test_of_equal_budgets_the_finer_scale_gets_the_token_that_is_left():
+    assert apportion(47, [16, 16, 33], [12, 19, 49]) == [11, 12, 24]
+    assert apportion(150, [16, 18, 34, 34], [14, 44, 55, 58], least=1) == [14, 29, 53, 54]
+
+
+@pytest.mark.parametrize(
+    ("total", "budgets", "available", "least", "expected"),
+    [
+        (73, 146, AVAILABLE, 0, 73),
+        (73, BUDGETS, AVAILABLE, 0, [8, 12, 20, 33]),
+        (5, BUDGETS, AVAILABLE, 1, [1, 1, 1, 2]),
+        (40, [16, 0, 24], [20, 30, 8], 0, None),
+        (24, [16, 0, 24], [20, 30, 8], 0, [16, 0, 16]),  # 16 + 0 + 8 are spent
+        (16, BUDGETS, [16, 0, 0, 0], 1, [16, 16, 16, 16]),
+    ],
+)
+def test_budgets_of_a_total_spend_it_and_never_decrease(total, budgets, available, least, expected):
+    if expected is None:
+        with pytest.raises(ValueError, match="40 visual tokens.*has 28"):
+            budgets_of_total(total, budgets, available, least)
+        return
+    found = budgets_of_total(total, budgets, available, least)
+    assert found == expected
+    if isinstance(found, list):
+        assert sum(map(min, found, available)) == total
+
+
+def test_what_a_level_cannot_use_goes_to_the_finer_ones_and_then_to_the_coarser_ones():
+    assert share_in_order(56, [1, 1, 1], [16, 64, 144]) == [16, 20, 20]
+    assert share_in_order(146, BUDGETS, [10, 200, 200, 50]) == [10, 25, 61, 50]
+    assert share_in_order(5, [1, 1], [9, 9], rounding=floor) == [2, 3]
+    assert share_in_order(3, BUDGETS, AVAILABLE, least=1) == [1, 1, 1, 1]
 
 
 def test_more_tokens_than_the_image_has_are_refused_with_both_numbers():

@@ -13,7 +13,8 @@ from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import get_worker_info
 from transformers.utils import logging
 
-from ..budgets_uhr_bat import count_tokens, is_one_budget
+from ..budgets_uhr_bat import count_tokens
+from ..common.budgets import scale_budgets
 from ..common.chats import ChatError, ChatWriter, as_parts
 from ..regions.cache import read_labels
 
@@ -22,13 +23,6 @@ logger = logging.get_logger(__name__)
 IGNORED = -100  # a label that no loss counts
 UNSEEDED = -1  # draws are PyTorch's
 MAX_WORKERS = 1024  # that count bad images
-
-
-def scale_budgets(budgets: list[int] | int, factor: float, least: int = 1) -> list[int] | int:
-    """Budgets times a factor, at least `least` each; a scale that is left out (0) stays so."""
-    if is_one_budget(budgets):
-        return max(round(factor * budgets), least)
-    return [max(round(factor * budget), least) if budget else 0 for budget in budgets]
 
 
 class UHRBatDataCollator:

@@ -35,11 +35,11 @@ import numpy as np
 from transformers.utils import logging
 
 from ..budgets_uhr_bat import count_tokens, is_one_budget
+from ..common.budgets import scale_budgets
 from ..common.chats import ChatError, ChatWriter, answered_turns, as_parts
 from ..common.data_tables import leave_files_closed
 from ..common.extras import require
 from ..regions.cache import name_output
-from .collator import scale_budgets
 from .rows import COLUMNS, LINES, read_rows
 
 logger = logging.get_logger(__name__)

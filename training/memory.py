@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import torch
 
 from ..budgets_uhr_bat import is_one_budget
+from ..common.budgets import scale_budgets
 from ..common.commands import tells_errors
 from ..common.loading import base_of, load_config
 from ..configuration_uhr_bat import UHRBatConfig
 from ..planning.costs import NF4_BYTES
-from .collator import scale_budgets
 from .options import read_options
 from .parts import add_adapter, freeze_parts, is_visual
 

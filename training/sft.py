@@ -14,11 +14,12 @@ from transformers import EarlyStoppingCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
+from ..common.budgets import scale_budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.loading import base_of, load_model, load_processor
 from ..common.outputs import MODEL_FILES, Output, check_outputs
-from .collator import UHRBatDataCollator, answer_of, scale_budgets
+from .collator import UHRBatDataCollator, answer_of
 from .data import load_samples
 from .grouping import hold_out
 from .options import read_options

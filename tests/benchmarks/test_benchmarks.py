@@ -234,12 +234,6 @@ def test_the_table_for_a_gpu_runs_on_a_cpu(capsys, tmp_path):
     assert "the paper's Table 4" in printed
 
 
-@pytest.mark.parametrize("total", [3000, 5000, 8000, 12_000])
-def test_a_budget_is_shared_out_whole(total):
-    budgets = gpu.share_out(total, sides.UHRBatConfig().budgets)
-    assert sum(budgets) == total and budgets == sorted(budgets)
-
-
 # Images
 
 

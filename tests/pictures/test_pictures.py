@@ -268,11 +268,6 @@ def test_the_command_draws_all_pictures(image_path, tmp_path, capsys, monkeypatc
             assert picture.width == 700
 
 
-@pytest.mark.parametrize("percent, budgets", [(85, [34, 1114]), (95, [11, 371]), (97.5, [6, 186]), (100, [1, 1])])
-def test_a_share_of_the_tokens_is_pruned_at_every_scale(percent, budgets):
-    assert command.pruned_budgets([224, 7424], percent) == budgets
-
-
 @pytest.mark.parametrize(
     "arguments, message",
     [

@@ -10,9 +10,10 @@ import torch
 from own_data import BUDGETS, SCALES, ask, make_rows, paint_images, write_rows
 from PIL import Image
 from torch.utils.data import DataLoader
+from uhr_bat.common.budgets import scale_budgets
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from uhr_bat.regions.cache import to_tiles, write_whole
-from uhr_bat.training.collator import IGNORED, UHRBatDataCollator, scale_budgets
+from uhr_bat.training.collator import IGNORED, UHRBatDataCollator
 from uhr_bat.training.data import load_samples
 
 pytest.importorskip("datasets")
@@ -129,7 +130,7 @@ def test_draws_follow_from_seed_epoch_and_samples_where_a_run_says_so(samples, p
 
 @pytest.mark.parametrize(
     "budgets, factor, least, scaled",
-    [([4, 8], 1.5, 1, [6, 12]), ([0, 8], 0.01, 1, [0, 1]), ([4, 8], 0.1, 3, [3, 3]), (100, 0.5, 1, 50)],
+    [([4, 8], 1.5, 1, [6, 12]), ([0, 8], 0.01, 1, [0, 1]), ([4, 8], 0.1, 3, [3, 3]), (100, 0.5, 1, 50), ([224, 7424], 0.025, 1, [6, 186])],
 )
 def test_budgets_keep_their_proportions_and_leave_a_token_for_each_image(budgets, factor, least, scaled):
     assert scale_budgets(budgets, factor, least) == scaled
