@@ -20,16 +20,16 @@ def tokens_at(scene, points, grid, letterboxed=True) -> list[int]:
     return (rows * grid[1] + columns).tolist()
 
 
-def centres_of_tokens(grid) -> np.ndarray:
-    """float[N, 2]: (row, column) of the centres of a grid's tokens in [0, 1]."""
-    rows, columns = np.indices(grid).reshape(2, -1) + 0.5
-    return np.stack((rows / grid[0], columns / grid[1]), axis=-1)
+def centres_of_tokens(grid, positions=None) -> np.ndarray:
+    """float[N, 2]: (row, column) of the centres of a grid's tokens, or of some, in [0, 1]."""
+    positions = np.arange(grid[0] * grid[1]) if positions is None else positions
+    return (np.stack(np.divmod(positions, grid[1]), axis=-1) + 0.5) / grid
 
 
-def points_of_tokens(scene, grid) -> np.ndarray:
+def points_of_tokens(scene, grid, positions=None) -> np.ndarray:
     """float[N, 2]: the same centres as points of the scene; those of the letterbox lie outside it."""
     top = (WIDTH - scene.height) / 2
-    return centres_of_tokens(grid)[:, ::-1] * WIDTH - (0, top)
+    return centres_of_tokens(grid, positions)[:, ::-1] * WIDTH - (0, top)
 
 
 def site_cells(scene, sites, grid) -> np.ndarray:

@@ -13,6 +13,12 @@ from ...scenes.painting import paint
 VISION = ("vision_tower", "multi_modal_projector", "scale_embedding")  # what makes visual tokens
 
 
+def freeze_vision(model):
+    """Nothing that makes visual tokens is trained."""
+    for name in VISION:
+        getattr(model.model, name).requires_grad_(False)
+
+
 class SceneImages(Dataset):
     """Tiles of the scenes of some seeds, painted when they are asked for."""
 
@@ -29,8 +35,8 @@ class SceneImages(Dataset):
 def encode_scenes(model, image_processor, seeds, workers=1):
     """UHRBatImageFeatures of the scene of every seed, one after the other; tokens in bfloat16, to hold thousands."""
     tiles = DataLoader(SceneImages(image_processor, seeds), batch_size=None, num_workers=workers)
-    for one in tqdm(tiles, desc="Encoding scenes", unit="scene"):
-        features = model.encode_image(**one)[0]
+    for of_scene in tqdm(tiles, desc="Encoding scenes", unit="scene"):
+        features = model.encode_image(**of_scene)[0]
         features.anchor_tokens = features.anchor_tokens.bfloat16()
         features.tokens = [tokens.bfloat16() for tokens in features.tokens]
         yield features

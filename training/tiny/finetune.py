@@ -26,15 +26,15 @@ from transformers import Trainer
 from ...common.asking import expand_placeholder
 from ...common.budgets import counts_of_fraction
 from ...common.commands import tells_errors
-from ...common.loading import load_model, save_model
+from ...common.loading import save_model
 from ...modeling_outputs_uhr_bat import CACHE, UHRBatCompressionOutput
 from ...scenes.evidence import evidence_tokens, site_cells, site_tokens
 from ...scenes.layout import FINETUNING_SEED, make_scene
 from ...scenes.questions import draw_question
 from ...token_rules_uhr_bat import CompressionRules, compress_image
 from ..collator import IGNORED
-from .encoding import VISION, all_tokens, cached_features
-from .stages import make_parser, read_arguments, train
+from .encoding import all_tokens, cached_features, freeze_vision
+from .stages import load_with_attentions, make_parser, read_arguments, train
 
 ANSWER_WEIGHT = 3.0  # of the language model's loss, beside those that say where to look
 NOISE = 0.25  # on visual tokens of length 1 (root mean square): without it, scenes are learnt by heart
@@ -70,30 +70,36 @@ class Questions(Dataset):
             "index": index,
             "features": replace(features, anchor_tokens=noisy[0], tokens=noisy[1:], partitions={}),
             "sites": site_tokens(scene, range(len(scene.sites)), self.grids),
-            "questions": [(question, self.targets(scene, question, features.anchor_positions)) for question in drawn],
-        }
-
-    def targets(self, scene, question, anchor_positions):
-        """Where a question should look: the portion of its sites in each anchor token, and (scale, position) of all
-        tokens of its sites and of its evidence."""
-        return {
-            "cells": torch.tensor(site_cells(scene, question.sites, self.grids[0]))[anchor_positions],
-            "sites": site_tokens(scene, question.sites, self.grids),
-            "evidence": evidence_tokens(scene, question, self.grids),
-        }
+            "questions": [
+                # The portion of its sites in each anchor token, too.
+                (question, targets_of(scene, question, self.grids) | {
+                    "cells": torch.tensor(site_cells(scene, question.sites, self.grids[0]))[features.anchor_positions]
+                })
+                for question in drawn
+            ],
+        }  # fmt: skip
 
 
-def draw_tokens(features, sites, fraction, grids, generator) -> UHRBatCompressionOutput:
+def targets_of(scene, question, grids) -> dict[str, list[tuple[int, int]]]:
+    """Where a question should look: (scale, position) of all tokens of its sites and of its evidence."""
+    return {
+        "sites": site_tokens(scene, question.sites, grids),
+        "evidence": evidence_tokens(scene, question, grids),
+    }
+
+
+def draw_tokens(features, sites, fraction, grids, generator, finish=lambda rows: rows) -> UHRBatCompressionOutput:
     """All tokens of the sites and others at random, a fraction of every scale: a choice that no question made.
 
-    They stand scale after scale, row by row, as all tokens do (fraction 1) when nothing is compressed.
+    They stand scale after scale, row by row, as all tokens do (fraction 1) when nothing is compressed. `finish`: chosen
+    rows of `features.tokens` -> visual tokens.
     """
     chosen, slots = [], []
     for scale, (tokens, positions, grid) in enumerate(zip(features.tokens, features.positions, grids)):
-        needed = torch.isin(positions, torch.tensor([token for at, token in sites if at == scale]))
+        needed = torch.isin(positions, torch.tensor([token for at, token in sites if at == scale]).long())
         order = torch.rand(len(positions), generator=generator).masked_fill(needed, -1).argsort()
         kept = order[: max(round(fraction * len(positions)), int(needed.sum()))].sort().values
-        chosen.append(tokens[kept])
+        chosen.append(finish(tokens[kept.to(tokens.device)]))
         slots.append(torch.full((grid[0] * grid[1],), -1))
         slots[-1][positions[kept]] = torch.arange(len(kept))
     return UHRBatCompressionOutput([torch.cat(chosen)], [chosen], slots=[slots], images_per_prompt=[1])
@@ -137,6 +143,17 @@ class Collator:
         (image,) = (ids == self.processor.image_token_id).nonzero()[:, 0].tolist()
         return ids[: image + 1], ids[image + 1 :], ids.where(answered, IGNORED)[image + 1 :]
 
+    def sequence(self, question, num_tokens):
+        """(ids, labels) of a question about so many visual tokens, and the index of the first of these."""
+        before, after, labels = self.write(question)
+        start = expand_placeholder(before, self.processor.image_token_id, num_tokens)
+        return (torch.cat((start, after)), torch.cat((torch.full_like(start, IGNORED), labels))), len(before) - 1
+
+    def write_together(self, questions):
+        """Ids up to the image's placeholder, which all questions share, and what follows as inputs of `forward`."""
+        written = [self.write(question) for question in questions]
+        return written[0][0], self.pad([(after, labels) for _, after, labels in written])
+
     def pad(self, rows):
         """Rows of (ids, labels) -> inputs of `forward`, padded on the right."""
         ids, labels = (
@@ -159,9 +176,7 @@ class Collator:
             available = item["features"].available
             counts = counts_of_fraction(fraction, available, None if one_budget else self.processor.default_budgets)
             for question, targets in item["questions"][:NUM_ALONE]:
-                before, after, labels = self.write(question)
-                start = expand_placeholder(before, self.processor.image_token_id, sum(counts))
-                rows.append((torch.cat((start, after)), torch.cat((torch.full_like(start, IGNORED), labels))))
+                rows.append(self.sequence(question, sum(counts))[0])
                 token_counts.append(counts)
                 all_targets.append(self.with_words(question, targets))
         return {**self.pad(rows), "token_counts": torch.tensor(token_counts), "targets": all_targets}
@@ -170,13 +185,12 @@ class Collator:
         """All questions of a scene behind one sequence, which holds the same tokens for all of them."""
         generator = torch.Generator().manual_seed(item["index"])
         image = draw_tokens(item["features"], item["sites"], fraction, self.grids, generator)
-        written = [self.write(question) for question, _ in item["questions"]]
-        before, _, _ = written[0]  # the same for all
+        before, padded = self.write_together(question for question, _ in item["questions"])
         start = expand_placeholder(before, self.processor.image_token_id, len(image.pooler_output[0]))
         return {
             "start": start[None],
             "image": image,
-            **self.pad([(after, labels) for _, after, labels in written]),
+            **padded,
             "targets": [self.with_words(*pair) for pair in item["questions"]],
         }
 
@@ -254,7 +268,7 @@ class GuidedTrainer(Trainer):
             maps = inner.model.refine_importance(question, features, known, rules)
             if rules.refinement:
                 looks["refined"].append(self.divergence_of_scales(maps, features.positions, wanted))
-            maps = [one.detach() for one in maps]
+            maps = [of_scale.detach() for of_scale in maps]
             rows.append(compress_image(features, maps, counts, inner, rules))
         tokens, importance, regions, slots = map(list, zip(*rows))
         compressed = UHRBatCompressionOutput(
@@ -296,7 +310,7 @@ class GuidedTrainer(Trainer):
             inputs: `input_ids` and `labels` of those Q tokens, long[B, Q].
             slots: of every question, long[N] per scale: the slot of each token among those of the scale, -1 for none.
             starts: of every question, the index of its first visual token among the K.
-            targets: of every question, from `Questions.targets`, and its words.
+            targets: of every question, from `targets_of`, and its words.
         """
         stops, in_sequence = [], []
         for row, wanted in enumerate(targets):
@@ -393,17 +407,14 @@ def main(arguments=None):
     parser.add_argument("--taught", action="store_true", help="choose tokens by the true sites")
     parser.add_argument("--together", type=int, default=0, metavar="N", help="and ask N questions about a whole scene")
     args = read_arguments(parser, arguments, "features")
-    processor, model = load_model(args.model, torch.float32, device_map=None)
-    # The losses need attention maps, which only eager attention returns.
-    model.set_attn_implementation({"text_config": "eager"})
+    processor, model = load_with_attentions(args.model)
     seeds = range(args.first_seed, args.first_seed + args.scenes)
     path = args.features or args.output / "features.safetensors"
     with PartialState().main_process_first():
         features = cached_features(model, processor.image_processor, seeds, path, args.workers)
     if args.fresh:
         prepare_decoder(model, features)
-    for name in VISION:
-        getattr(model.model, name).requires_grad_(False)
+    freeze_vision(model)
     args.workers = 0  # encoded scenes are in memory: worker processes would copy them
     dataset = Questions(features, seeds, model.config.grids, num_questions=max(args.together, 1))
     collator = Collator(processor, model.config.grids, args.budget, args.together > 0)

@@ -30,7 +30,7 @@ from ...scenes.native import native_scene, picture_of
 from ...scenes.painting import paint
 from ...scenes.questions import draw_question
 from ..collator import IGNORED
-from .encoding import VISION
+from .encoding import freeze_vision
 from .stages import make_parser, read_arguments, train
 from .zooming import NATIVE_SEED
 
@@ -123,7 +123,7 @@ class Sight:
                 inner.language_model.layers, sequence, last_token_logits, [layer for _, layer in pairs]
             )
         is_level = torch.arange(len(image), device=sequence.device) > len(self.features.thumbnail)
-        both = [tuple(one[:, len(before) : stop] for one in pair) for pair in zip(student, teacher)]
+        both = [tuple(rows[:, len(before) : stop] for rows in pair) for pair in zip(student, teacher)]
         return both, is_level
 
 
@@ -167,10 +167,8 @@ def agreement(model, processor, number: int) -> dict[str, float]:
     """On validation scenes, by a question about each: the divergence of the module's attention over the first level from the
     decoder's, the share of the decoder's top quarter that is among the module's, and how much of the attention of both lies
     on the site that is asked about (0..1), against the part of the level that it takes."""
-    alpha, parts = (
-        model.config.focus.alpha_select,
-        {name: [] for name in ("divergence", "overlap", "mass", "teacher", "area")},
-    )
+    alpha = model.config.focus.alpha_select
+    parts = {name: [] for name in ("divergence", "overlap", "mass", "teacher", "area")}
     for seed in VALIDATION_SEEDS[:number]:
         scene = make_scene(seed, 1.0)
         question = draw_question(scene, np.random.default_rng([seed, 1]))
@@ -181,7 +179,7 @@ def agreement(model, processor, number: int) -> dict[str, float]:
         own, teacher = (logits[:, is_level].float().softmax(-1).mean(0)[cells].cpu() for logits in pairs[-1])
         own, teacher = own / own.sum(), teacher / teacher.sum()
         inside = torch.from_numpy(site_cells(scene, question.sites, sight.level.grid) > 0)
-        top = [set(one.topk(max(1, int(alpha * len(one)))).indices.tolist()) for one in (own, teacher)]
+        top = [set(paid.topk(max(1, int(alpha * len(paid)))).indices.tolist()) for paid in (own, teacher)]
         parts["divergence"].append(float((teacher * (teacher / own).log()).sum()))
         parts["overlap"].append(len(top[0] & top[1]) / len(top[1]))
         parts["mass"].append(float(own[inside].sum()))
@@ -218,19 +216,13 @@ def main(arguments=None):
         model.model.language_model.requires_grad_(False)
         model.lm_head.requires_grad_(False)
         model.model.image_newline.requires_grad_(False)
-    for name in VISION:
-        getattr(model.model, name).requires_grad_(False)
+    freeze_vision(model)
     print(f"Before: {show(agreement(model.eval(), processor, args.measured))}", flush=True)
     dataset = FocusScenes(args.steps * args.batch_size * args.accumulation, args.native, args.seed)
     train(
-        FocusTrainer,
-        model,
-        dataset,
-        args,
-        {"bf16": False},
-        data_collator=lambda scenes: {"scenes": scenes},
-        processor=processor,
-    )
+        FocusTrainer, model, dataset, args, {"bf16": False},
+        data_collator=lambda scenes: {"scenes": scenes}, processor=processor,
+    )  # fmt: skip
     print(f"After: {show(agreement(model.eval(), processor, args.measured))}", flush=True)
     save_model(model, processor, args.output)
 

@@ -4,7 +4,7 @@ Of a scene with native objects a pool has every tile of the coarse levels, and o
 question may need (objects, pads and ground of the sites), what else stands around, and others. Of an ordinary scene it
 has all tiles. Files are painted and encoded by processes of one thread; those that are there are not made again.
 
-Letters: T tiles of a pool, P patches of a tile, D decoder width, L levels.
+Letters: T tiles of a pool, P patches of a tile, D decoder width, L levels, V tokens.
 """
 
 import time
@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from ...common.files import whole_files
 from ...common.loading import load_model
-from ...geometry_uhr_bat import tile_of
-from ...scenes.evidence import tokens_at
+from ...geometry_uhr_bat import grids, positions_of, tile_of
+from ...scenes.evidence import points_of_tokens, tokens_at
 from ...scenes.layout import PAD_SIDE, SITE_SIDE, WIDTH, make_scene
 from ...scenes.native import native_scene, picture_of
 from ...scenes.painting import paint
@@ -86,6 +86,42 @@ def encode_pool(model, image_processor, scene, num_tiles) -> dict[str, torch.Ten
         parts.append((tokens, shown, torch.full((len(tiles),), level_idx), torch.from_numpy(tiles)))
     named = dict(zip(("tokens", "shown", "level", "tile"), map(torch.cat, zip(*parts))))
     return named | {"scales": torch.tensor(pyramid.scales)}
+
+
+class PooledScene:
+    """A scene and which of its tokens a pool has, by their index in one tensor of the tokens of all pools.
+
+    Args:
+        start: index of the pool's first token.
+    """
+
+    def __init__(self, scene, pool, start, patch_size):
+        self.scene, self.scales = scene, pool["scales"].tolist()
+        self.grids = grids(self.scales, patch_size)
+        p = round(pool["tokens"].shape[1] ** 0.5)
+        self.indices, self.positions, self.tiles = [], [], []
+        for level_idx, grid in enumerate(self.grids):
+            rows = (pool["level"] == level_idx).nonzero()[:, 0]
+            shown = pool["shown"][rows].flatten()
+            positions = positions_of(pool["tile"][rows], grid[1], p).flatten()
+            indices = (start + rows[:, None] * p * p + torch.arange(p * p)).flatten()
+            self.indices.append(indices[shown].numpy())
+            self.positions.append(positions[shown].numpy())
+            self.tiles.append(rows.repeat_interleave(p * p)[shown].numpy())
+        self.inside = [self._sites_of(level_idx) for level_idx in range(len(self.grids))]
+
+    def _sites_of(self, level_idx):
+        """long[V]: the site in which the centre of each token lies, -1 for none."""
+        points = points_of_tokens(self.scene, self.grids[level_idx], self.positions[level_idx])
+        sites = np.full(len(points), -1)
+        for index, site in enumerate(self.scene.sites):
+            sites[site.contains(points)] = index
+        return sites
+
+    def find(self, level_idx, points) -> np.ndarray:
+        """long[found]: places among the pool's tokens of a level of those that show points; what it lacks is left out."""
+        wanted = tokens_at(self.scene, points, self.grids[level_idx])
+        return np.flatnonzero(np.isin(self.positions[level_idx], wanted))
 
 
 _worker = {}

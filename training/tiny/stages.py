@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from transformers import TrainingArguments
 
+from ...common.loading import load_model
 from ...common.outputs import MODEL_FILES, Output, check_outputs
 
 
@@ -29,6 +30,13 @@ def read_arguments(parser, arguments, *outputs: str) -> argparse.Namespace:
     others = [Output(f"--{name}", getattr(args, name)) for name in outputs]
     check_outputs((args.model,), Output("--output", args.output, names=MODEL_FILES), *others)
     return args
+
+
+def load_with_attentions(folder):
+    """Processor and model of a stage whose losses need attention maps, which only eager attention returns."""
+    processor, model = load_model(folder, torch.float32, device_map=None)
+    model.set_attn_implementation({"text_config": "eager"})
+    return processor, model
 
 
 def computes_bfloat16() -> bool:

@@ -13,7 +13,9 @@ Letters: V tokens, Q questions, L levels.
 """
 
 import time
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import torch
@@ -25,19 +27,18 @@ from transformers import TrainerCallback
 
 from ...common.asking import expand_placeholder
 from ...common.commands import tells_errors
-from ...common.loading import load_model, save_model
+from ...common.loading import save_model
 from ...export.build_tiny import NATIVE_SCALES
-from ...geometry_uhr_bat import grids, positions_of
 from ...modeling_outputs_uhr_bat import UHRBatCompressionOutput
-from ...scenes.evidence import site_cells, tokens_at
-from ...scenes.layout import FINETUNING_SEED, WIDTH, make_scene
+from ...scenes.evidence import site_cells
+from ...scenes.layout import FINETUNING_SEED, make_scene
 from ...scenes.native import native_scene
 from ...scenes.questions import draw_question
 from ..collator import IGNORED
-from .encoding import VISION
-from .finetune import FRACTION_TOGETHER, NOISE, Collator, GuidedTrainer, look
-from .pools import make_pools
-from .stages import make_parser, read_arguments, train
+from .encoding import freeze_vision
+from .finetune import FRACTION_TOGETHER, NOISE, Collator, GuidedTrainer, draw_tokens, look, targets_of
+from .pools import PooledScene, make_pools
+from .stages import load_with_attentions, make_parser, read_arguments, train
 
 NATIVE_SEED = FINETUNING_SEED + 100_000  # of the first scene with native objects
 QUESTIONS = 4  # about a scene
@@ -52,42 +53,10 @@ EVIDENCE_SHOWN = (0.9, 0.7, 0.5, 0.3)
 # ---- Questions -------------------------------------------------------------------------------------------------------
 
 
-class PooledScene:
-    """A scene and which of its tokens a pool has, by their index in one tensor of the tokens of all pools.
-
-    Args:
-        start: index of the pool's first token.
-    """
-
-    def __init__(self, scene, pool, start, patch_size):
-        self.scene, self.scales = scene, pool["scales"].tolist()
-        self.grids = grids(self.scales, patch_size)
-        p = round(pool["tokens"].shape[1] ** 0.5)
-        self.indices, self.positions, self.tiles = [], [], []
-        for level_idx, grid in enumerate(self.grids):
-            rows = (pool["level"] == level_idx).nonzero()[:, 0]
-            shown = pool["shown"][rows].flatten()
-            positions = positions_of(pool["tile"][rows], grid[1], p).flatten()
-            indices = (start + rows[:, None] * p * p + torch.arange(p * p)).flatten()
-            self.indices.append(indices[shown].numpy())
-            self.positions.append(positions[shown].numpy())
-            self.tiles.append(rows.repeat_interleave(p * p)[shown].numpy())
-        self.inside = [self._sites_of(level_idx) for level_idx in range(len(self.grids))]
-
-    def _sites_of(self, level_idx):
-        """long[V]: the site in which the centre of each token lies, -1 for none."""
-        rows, columns = np.divmod(self.positions[level_idx], self.grids[level_idx][1])
-        centres = np.stack((columns, rows), axis=-1) + 0.5
-        points = centres / self.grids[level_idx][1] * WIDTH - (0, (WIDTH - self.scene.height) / 2)
-        sites = np.full(len(points), -1)
-        for index, site in enumerate(self.scene.sites):
-            sites[site.contains(points)] = index
-        return sites
-
-    def find(self, level_idx, points) -> np.ndarray:
-        """long[found]: places among the pool's tokens of a level of those that show points; what it lacks is left out."""
-        wanted = tokens_at(self.scene, points, self.grids[level_idx])
-        return np.flatnonzero(np.isin(self.positions[level_idx], wanted))
+def pads_of(scene, question) -> list[tuple[float, float]]:
+    """The pads of the sites of a question."""
+    sites = [scene.sites[index] for index in question.sites]
+    return [pad.centre for pad in scene.pads if any(site.contains(pad.centre) for site in sites)]
 
 
 def points_of(scene, question) -> list[tuple[float, float]]:
@@ -95,10 +64,7 @@ def points_of(scene, question) -> list[tuple[float, float]]:
     the place of."""
     if question.kind == "quadrant":
         return [scene.sites[index].centre for index in question.sites]
-    if question.objects:
-        return [thing.centre for thing in question.objects]
-    sites = [scene.sites[index] for index in question.sites]
-    return [pad.centre for pad in scene.pads if any(site.contains(pad.centre) for site in sites)]
+    return [thing.centre for thing in question.objects] or pads_of(scene, question)
 
 
 def draw_look(pooled, question, level_idx, num_tokens, rng):
@@ -143,8 +109,7 @@ def draw_answered_from(pooled, question, num_tokens, rng):
                 evidence |= found
             if rng.random() < share:
                 chosen |= found
-    sites = [pooled.scene.sites[index] for index in question.sites]
-    pads = [pad.centre for pad in pooled.scene.pads if any(site.contains(pad.centre) for site in sites)]
+    pads = pads_of(pooled.scene, question)
     for level_idx in range(num_levels):
         near = np.isin(pooled.inside[level_idx], question.sites)
         # Of coarse levels the site, of finer ones what stands out in it and some of its ground.
@@ -152,19 +117,19 @@ def draw_answered_from(pooled, question, num_tokens, rng):
         if rng.random() < 0.5:
             chosen |= {(level_idx, int(place)) for place in pooled.find(level_idx, pads)}
         chosen |= {(level_idx, int(place)) for place in rng.permutation(len(near))[: num_tokens // (2 * num_levels)]}
-    kept = rng.permutation(np.array([one for one in chosen if one not in evidence], int).reshape(-1, 2))
-    shown = [one for one in chosen if one in evidence]
-    kept = shown + [tuple(one) for one in kept[: max(0, num_tokens - len(shown))].tolist()]
-    kept.sort(key=lambda one: (one[0], pooled.positions[one[0]][one[1]]))
-    return kept, [one in evidence for one in kept]
+    others = rng.permutation(np.array([token for token in chosen if token not in evidence], int).reshape(-1, 2))
+    shown = [token for token in chosen if token in evidence]
+    kept = shown + [tuple(token) for token in others[: max(0, num_tokens - len(shown))].tolist()]
+    kept.sort(key=lambda token: (token[0], pooled.positions[token[0]][token[1]]))
+    return kept, [token in evidence for token in kept]
 
 
 class ZoomQuestions(Dataset):
     """Questions about native and ordinary scenes in turn, other ones each time that a scene comes round again."""
 
-    def __init__(self, native, fixed, rules, num_together, length):
-        self.native, self.fixed, self.rules, self.num_together = native, fixed, rules, num_together
-        self.length = length
+    def __init__(self, native, fixed, config, num_together, length):
+        self.native, self.fixed, self.num_together, self.length = native, fixed, num_together, length
+        self.refinement = config.refinement
 
     def __len__(self):
         return self.length
@@ -183,8 +148,8 @@ class ZoomQuestions(Dataset):
         anchor = site_cells(pooled.scene, question.sites, pooled.grids[0])[pooled.positions[0]]
         looks = [(0, np.arange(len(anchor)), anchor / anchor.sum())]  # in the pool's order, which is tile by tile
         for level_idx in range(1, len(pooled.grids)):
-            step = min(level_idx, len(self.rules.refinement)) - 1
-            drawn = draw_look(pooled, question, level_idx, self.rules.refinement[step], rng)
+            step = min(level_idx, len(self.refinement)) - 1
+            drawn = draw_look(pooled, question, level_idx, self.refinement[step], rng)
             if drawn is not None:
                 looks.append((level_idx, *drawn))
         num_tokens = round(np.exp(rng.uniform(*np.log(ANSWERED_FROM))))
@@ -195,12 +160,12 @@ class ZoomCollator(Collator):
     """Questions about pooled scenes -> inputs of `ZoomTrainer.compute_loss`. Visual tokens are named by their index in the
     tensor of all pools, their level's side and their position."""
 
-    def __init__(self, processor, config, rules):
+    def __init__(self, processor, config):
         super().__init__(processor, config.grids, None, True)
-        self.config, self.rules = config, rules
+        self.config = config
 
     def __call__(self, items):
-        asked = [(item["pooled"], one) for item in items for one in item["asked"]]
+        asked = [(item["pooled"], drawn) for item in items for drawn in item["asked"]]
         inputs = {"looks": self.collate_looks(asked), "answers": self.collate_answers(asked)}
         if together := next((item for item in items if "together" in item), None):
             inputs["together"] = self.collate_all(together)
@@ -212,21 +177,20 @@ class ZoomCollator(Collator):
         return np.stack((indices, np.full_like(indices, pooled.scales[level_idx]), positions), axis=-1)
 
     def collate_looks(self, asked):
+        config, num_steps = self.config, len(self.config.refinement)
         rows, tokens, portions, readers, layers, anchors = [], [], [], [], [], []
-        for pooled, one in asked:
-            before, after, labels = self.write(one["question"])
-            after = after[: int((labels != IGNORED).nonzero()[0])]  # up to the answer
-            for level_idx, places, portion in one["looks"]:
-                start = expand_placeholder(before, self.processor.image_token_id, len(places))
-                ids = torch.cat((start, after))
-                rows.append((ids, torch.full_like(ids, IGNORED)))
+        for pooled, drawn in asked:
+            for level_idx, places, portion in drawn["looks"]:
+                (ids, labels), first = self.sequence(drawn["question"], len(places))
+                end = int((labels != IGNORED).nonzero()[0])  # of the question
+                rows.append((ids[:end], labels[:end]))
                 tokens.append(self._named(pooled, level_idx, places))
                 portions.append(portion)
-                step = min(level_idx, len(self.rules.refinement)) - 1
+                step = min(level_idx, num_steps) - 1
                 # The finest scale, and what is deeper, is read by the last token alone.
-                last = level_idx > 0 and step == len(self.rules.refinement) - 1
-                readers.append((len(ids) - 1 if last else len(start), len(ids)))
-                layers.append(self.config.importance_layer if level_idx == 0 else self.rules.refinement_layers[step])
+                last = level_idx > 0 and step == num_steps - 1
+                readers.append((end - 1 if last else first + len(places), end))
+                layers.append(config.importance_layer if level_idx == 0 else config.refinement_layers[step])
                 anchors.append(level_idx == 0)
         padded = self.pad(rows)
         padded.pop("labels")
@@ -240,15 +204,13 @@ class ZoomCollator(Collator):
 
     def collate_answers(self, asked):
         rows, tokens, in_sequence, spans = [], [], [], []
-        for pooled, one in asked:
-            before, after, labels = self.write(one["question"])
-            read, shows = one["read"]
-            start = expand_placeholder(before, self.processor.image_token_id, len(read))
-            rows.append((torch.cat((start, after)), torch.cat((torch.full_like(start, IGNORED), labels))))
+        for pooled, drawn in asked:
+            question, (read, shows) = drawn["question"], drawn["read"]
+            row, first = self.sequence(question, len(read))
+            rows.append(row)
             tokens += [self._named(pooled, level_idx, np.array([place])) for level_idx, place in read]
-            first = len(before) - 1
-            inside = [pooled.inside[level_idx][place] in one["question"].sites for level_idx, place in read]
-            in_sequence.append(self.with_words(one["question"], {
+            inside = [pooled.inside[level_idx][place] in question.sites for level_idx, place in read]
+            in_sequence.append(self.with_words(question, {
                 "sites": [first + number for number, within in enumerate(inside) if within],
                 "evidence": [first + number for number, shown in enumerate(shows) if shown],
             }))  # fmt: skip
@@ -264,26 +226,18 @@ class ZoomCollator(Collator):
         """An ordinary scene's tokens of every scale, and the questions that are asked about them together."""
         pooled, rng = item["pooled"], np.random.default_rng([item["index"], 9])
         order = [positions.argsort() for positions in pooled.positions]
-        named = [torch.from_numpy(self._named(pooled, idx, places)) for idx, places in enumerate(order)]
-        targets = []
-        for question in item["together"]:
-            wanted = {"sites": [], "evidence": []}
-            points, finest = points_of(pooled.scene, question), len(pooled.grids) - 2
-            for level_idx, grid in enumerate(pooled.grids):
-                near = pooled.positions[level_idx][np.isin(pooled.inside[level_idx], question.sites)]
-                wanted["sites"] += [(level_idx, int(position)) for position in near]
-                if question.kind == "quadrant" or (level_idx >= finest and question.objects):
-                    wanted["evidence"] += [(level_idx, token) for token in tokens_at(pooled.scene, points, grid)]
-            targets.append(self.with_words(question, wanted))
-        written = [self.write(question) for question in item["together"]]
+        targets = [
+            self.with_words(question, targets_of(pooled.scene, question, pooled.grids)) for question in item["together"]
+        ]
+        before, padded = self.write_together(item["together"])
         return {
-            "named": named,
+            "named": [torch.from_numpy(self._named(pooled, idx, places)) for idx, places in enumerate(order)],
             "sites": sorted({token for target in targets for token in target["sites"]}),
             "fraction": float(np.exp(rng.uniform(*np.log(FRACTION_TOGETHER)))),
             "index": item["index"],
-            "before": written[0][0],
+            "before": before,
             "targets": targets,
-            **self.pad([(after, labels) for _, after, labels in written]),
+            **padded,
         }
 
 
@@ -368,15 +322,9 @@ class ZoomTrainer(GuidedTrainer):
 
     def loss_of_all(self, inner, named, sites, fraction, index, before, **inputs):
         """Loss of questions about one ordinary scene that share its tokens, or a fraction of them and all of the sites."""
-        generator, chosen, slots = torch.Generator().manual_seed(index), [], []
-        for level_idx, (tokens, grid) in enumerate(zip(named, inner.config.grids)):
-            positions = tokens[:, 2].cpu()
-            needed = torch.isin(positions, torch.tensor([token for at, token in sites if at == level_idx]).long())
-            order = torch.rand(len(positions), generator=generator).masked_fill(needed, -1).argsort()
-            kept = order[: max(round(fraction * len(positions)), int(needed.sum()))].sort().values
-            chosen.append(self.visual(inner, tokens[kept.to(tokens.device)]))
-            slots.append(torch.full((grid[0] * grid[1],), -1).index_copy(0, positions[kept], torch.arange(len(kept))))
-        image = UHRBatCompressionOutput([torch.cat(chosen)], [chosen], slots=[slots], images_per_prompt=[1])
+        generator = torch.Generator().manual_seed(index)
+        features = SimpleNamespace(tokens=named, positions=[tokens[:, 2].cpu() for tokens in named])
+        image = draw_tokens(features, sites, fraction, inner.config.grids, generator, partial(self.visual, inner))
         start = expand_placeholder(before, inner.config.image_token_id, len(image.pooler_output[0]))
         return self.loss_together(inner, start[None], image, **inputs)
 
@@ -434,20 +382,17 @@ def main(arguments=None):
                 ("native", True, native_seeds, seconds and seconds * 7 / 30),
             )
         )
-    processor, model = load_model(args.model, torch.float32, device_map=None)
-    # The losses need attention maps, which only eager attention returns.
-    model.set_attn_implementation({"text_config": "eager"})
+    processor, model = load_with_attentions(args.model)
     if args.fresh:
         start_native_scales(model)
-    for name in VISION:
-        getattr(model.model, name).requires_grad_(False)
+    freeze_vision(model)
     model.model.scale_embedding.scale_vectors.requires_grad_(True)
     pool_tokens = torch.cat([pool["tokens"].flatten(0, 1) for pools in (native, fixed) for pool in pools.values()])
     native, end = pooled_scenes(model, native_scene, native, 0)
     fixed, _ = pooled_scenes(model, make_scene, fixed, end)
-    rules = model.config
-    dataset = ZoomQuestions(native, fixed, rules, args.together, args.steps * args.batch_size * args.accumulation)
-    collator = ZoomCollator(processor, model.config, rules)
+    steps = args.steps * args.batch_size * args.accumulation
+    dataset = ZoomQuestions(native, fixed, model.config, args.together, steps)
+    collator = ZoomCollator(processor, model.config)
     train(
         ZoomTrainer, model, dataset, args, {"adam_beta2": 0.98},
         data_collator=collator, pool_tokens=pool_tokens, stop=seconds and start + seconds,
