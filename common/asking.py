@@ -6,7 +6,7 @@
     inputs, kept --generate--> ids --answer_texts--> text
 
 `answers` takes them from the features on. They call nothing of a model but what this repository's models have in
-common: `encode_image`, `compress`, `generate`, and the call of its processor.
+common: `encode_image`, `compress`, `visual_inputs`, `generate`, and the call of its processor.
 
 Letters: B prompts of a batch, I images of all prompts, S scales, M tokens of a prompt.
 """
@@ -93,11 +93,6 @@ def compress(model, inputs, rules=None):
     return model.compress(**inputs, rules=rules) if inputs.keys() - set(PROMPT) else None
 
 
-def visual_inputs(model, input_ids, attention_mask, compressed) -> dict:
-    """The arguments of the model's call and of `generate` that hand it the visual tokens of its prompts."""
-    return {"mm_encoder_outputs": {"image": compressed}}
-
-
 @torch.no_grad()
 def generate(model, inputs, compressed=None, **generation) -> torch.Tensor:
     """long[B, new]: the ids of the answers.
@@ -109,7 +104,7 @@ def generate(model, inputs, compressed=None, **generation) -> torch.Tensor:
     """
     if compressed is not None:
         prompt = {name: inputs[name] for name in PROMPT}
-        inputs = prompt | visual_inputs(model, *prompt.values(), compressed)
+        inputs = prompt | model.visual_inputs(**prompt, compressed=compressed)
     output = model.generate(**inputs, **{"do_sample": False} | generation)
     return output[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else output
 

@@ -16,7 +16,7 @@ from lmms_eval.api.model import lmms
 from tqdm import tqdm
 
 from ..budgets_uhr_bat import split_budgets
-from ..common.asking import answers, compress, encode, visual_inputs, write_prompts
+from ..common.asking import answers, compress, encode, write_prompts
 from ..common.budgets import budgets as read_budgets
 from ..common.loading import ROOT, load_model
 from .reducers import find_selector
@@ -153,7 +153,7 @@ class UHRBat(lmms):
         inputs = {"input_ids": torch.cat((prompt["input_ids"], ends), 1)}
         inputs["attention_mask"] = torch.cat((prompt["attention_mask"], mask), 1)
         if compressed is not None:
-            inputs |= visual_inputs(self.model, **inputs, compressed=compressed)
+            inputs |= self.model.visual_inputs(**inputs, compressed=compressed)
         output = self.model(**inputs, logits_to_keep=length + 1)
         scores = output.logits[:, :-1].float().log_softmax(-1)
         chosen = scores.gather(-1, ends[..., None])[..., 0]

@@ -274,7 +274,8 @@ class GuidedTrainer(Trainer):
         compressed = UHRBatCompressionOutput(
             [torch.cat(scales) for scales in tokens], tokens, importance, regions, slots, [1] * len(tokens)
         )
-        outputs = model(**inputs, mm_encoder_outputs={"image": compressed}, output_attentions=True)
+        seen = inner.visual_inputs(inputs["input_ids"], inputs["attention_mask"], compressed)
+        outputs = model(**inputs, **seen, output_attentions=True)
         starts = (inputs["input_ids"] == inner.config.image_token_id).int().argmax(1).tolist()
         parts = self.look(inner.config, outputs.attentions, inputs, slots, starts, targets)
         return self.total(outputs.loss, {name: torch.stack(ones).mean() for name, ones in looks.items()} | parts)
@@ -283,7 +284,8 @@ class GuidedTrainer(Trainer):
         """Loss of the questions that share the tokens of a scene, which go through the decoder once."""
         decoder = model.model.language_model
         with attention_implementation(decoder, "sdpa"):
-            cache = model.model(input_ids=start, mm_encoder_outputs={"image": image}, use_cache=True)[CACHE]
+            seen = model.visual_inputs(start, None, image)
+            cache = model.model(input_ids=start, **seen, use_cache=True)[CACHE]
         cache.batch_repeat_interleave(len(targets))
         mask = inputs.pop("attention_mask")
         mask = torch.cat((mask.new_ones(len(mask), start.shape[1]), mask), dim=1)

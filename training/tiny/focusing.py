@@ -159,7 +159,7 @@ class FocusTrainer(Trainer):
         labels = torch.cat((torch.full_like(start, IGNORED), said))[None]
         image = UHRBatCompressionOutput(pooler_output=[tokens], images_per_prompt=[1])
         ids = torch.cat((start, said))[None]
-        return model(input_ids=ids, labels=labels, mm_encoder_outputs={"image": image}).loss
+        return model(input_ids=ids, labels=labels, **inner.visual_inputs(ids, None, image)).loss
 
 
 @torch.no_grad()

@@ -316,7 +316,8 @@ class ZoomTrainer(GuidedTrainer):
         """Loss of questions that are each answered from tokens of all levels."""
         visual = self.visual(inner, tokens).split([stop - start for start, stop in spans])
         images = UHRBatCompressionOutput(pooler_output=list(visual), images_per_prompt=[1] * len(visual))
-        outputs = model(**inputs, mm_encoder_outputs={"image": images}, output_attentions=True)
+        seen = inner.visual_inputs(inputs["input_ids"], inputs["attention_mask"], images)
+        outputs = model(**inputs, **seen, output_attentions=True)
         starts, stops = zip(*spans)
         return self.total(outputs.loss, look(inner.config, outputs.attentions, inputs, starts, stops, in_sequence))
 
