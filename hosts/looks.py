@@ -1,0 +1,94 @@
+"""The look: what the question pays to the rows of an image, read inside the model's own attention.
+
+A kernel of our own stands behind the decoder's attention modules, by the library's `AttentionInterface`. It hands each call
+to the kernel that the model has, but for the module that a look is for: there it computes the question's rows, after all
+that the family does to queries and keys, and ends the pass. The look travels with its call as a keyword, so that calls of
+other threads do not see it; nothing is set and nothing has to be restored.
+"""
+
+import sys
+from copy import copy
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from transformers import AttentionInterface
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from ..modeling_layers_uhr_bat import mean_attention
+
+KERNEL = KEYWORD = "uhr_bat_look"
+
+
+class Looked(Exception):
+    """The pass has seen what it was made for."""
+
+
+@dataclass
+class Look:
+    """One look: at which module, from which row the question runs to the end. `weights`: whether eager attention of the
+    whole pass is kept, to be compared with, instead of the look."""
+
+    module: nn.Module
+    question_start: int
+    weights: bool = False
+    seen: torch.Tensor | None = None
+
+
+def look_kernel(module, query, key, value, attention_mask, **kwargs):
+    """As [`AttentionInterface`] has kernels: the model's own, or the look."""
+    look = kwargs.pop(KEYWORD, None)
+    if look is not None and look.module is module and not look.weights:
+        scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or query.shape[-1] ** -0.5
+        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+        look.seen = mean_attention(query, key, scaling, look.question_start, kwargs.get("softcap"))
+        raise Looked
+    own = module.config.kernel_of._attn_implementation
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+    found = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)(module, query, key, value, attention_mask, **kwargs)
+    if look is not None and look.module is module:
+        look.seen = found[1][0, :, look.question_start :].float().mean((0, 1))
+        raise Looked
+    return found
+
+
+AttentionInterface.register(KERNEL, look_kernel)
+
+
+def attention_modules(decoder) -> dict[int, nn.Module]:
+    """{layer: its attention module} of those layers of a decoder that attend to everything before them."""
+    types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
+    found = {}
+    for layer_idx, (layer, kind) in enumerate(zip(decoder.layers, types)):
+        for module in layer.modules():
+            if "Attention" in type(module).__name__ and hasattr(module, "config"):
+                prepare(module)
+                if kind == "full_attention":
+                    found[layer_idx] = module
+                break
+    return found
+
+
+def prepare(module):
+    """Has an attention module ask for our kernel, by a configuration of its own: the model's stays as it is, its masks and
+    what it saves follow from that."""
+    if not hasattr(module.config, "kernel_of"):
+        own = copy(module.config)
+        own.kernel_of, own._attn_implementation_internal = module.config, KERNEL
+        module.config = own
+
+
+def look(base, attention, question_start, weights=False, **inputs) -> torch.Tensor:
+    """float32[M]: mean attention of the question to every position of one prompt, over heads and the question's tokens.
+
+    Args:
+        base: the host without its head.
+        attention: one of `attention_modules`.
+        inputs: of the host's `forward`.
+    """
+    one = Look(attention, question_start, weights)
+    try:
+        base(**inputs, use_cache=False, **{KEYWORD: one})
+    except Looked:
+        return one.seen
+    raise ValueError(f"{type(base).__name__} does not hand keywords down to its attention, so it cannot be looked at.")
