@@ -9,9 +9,13 @@ from collections.abc import Iterable
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-
 # What GDAL and QGIS keep beside an image, by the whole of its name: overviews, statistics and a mask of its old pixels.
 SIDECARS = (".aux.xml", ".ovr", ".msk")
+
+
+def user_folder() -> Path:
+    """Where what was measured on this machine is kept for its user; it may not exist yet."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "uhr_bat"
 
 
 def stale_sidecars(path: Path) -> list[Path]:

@@ -6,6 +6,7 @@ import warnings
 from pathlib import Path
 
 from .extras import require
+from .files import user_folder
 from .images import is_file_name
 
 ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
@@ -131,22 +132,28 @@ def attach_adapter(model, folder, name="default", **options):
     return model
 
 
-def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config=None, **changes):
-    """Processor and model of a folder, of the classes of this package.
+def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config=None, check=True, **changes):
+    """Processor and model of a folder: of the classes of this package, or a vision-language model of another family behind
+    the same calls (`hosts/`).
 
     Args:
-        folder: model folder, UHR-BAT-Tiny where none is given; or the folder of a LoRA adapter: the model that it was
-            trained on is loaded with it, and nothing is merged, so that weights of 4 or 8 bits take one too.
+        folder: model folder or name on the Hub, UHR-BAT-Tiny where none is given; or the folder of a LoRA adapter: the
+            model that it was trained on is loaded with it, and nothing is merged, so that weights of 4 or 8 bits take one
+            too.
         dtype: torch.dtype of the weights; "auto" takes that of the folder.
         device_map: as in transformers; "auto" is the GPU where there is one, None the CPU.
         quantization_config: as in transformers; None for weights as they are.
-        changes: other values for fields of the configuration, as `selector`.
+        check: whether a model of another family is tried first (`hosts.loading.self_test`).
+        changes: other values for fields of the configuration, as `selector`, or of `hosts.settings.HostSettings`.
 
     Raises:
-        FileNotFoundError, ValueError: an adapter whose model is nowhere, or that does not fit it.
+        FileNotFoundError, ValueError: an adapter whose model is nowhere, or that does not fit it; a model of another
+            family that cannot be asked, with what it lacks.
         ImportError: an adapter, but peft is missing.
     """
     base = base_of(folder)
+    if is_host(base or folder):
+        return _load_host(folder, base, dtype, device_map, quantization_config, check, changes)
     if base is None:
         return _load(folder, load_processor(folder), dtype, device_map, quantization_config, changes)
     require("train", "peft")
@@ -158,6 +165,44 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config
     model = adapted.get_base_model()
     model.save_pretrained, model.push_to_hub = adapted.save_pretrained, adapted.push_to_hub
     return processor, model
+
+
+def is_host(folder) -> bool:
+    """Whether a model folder or repository is of another family than ours; of an adapter, ask for its base."""
+    from transformers import PreTrainedConfig
+
+    try:
+        model_type = PreTrainedConfig.get_config_dict(str(folder))[0].get("model_type")
+    except (OSError, ValueError):  # whoever loads the model says what is wrong with it
+        return False
+    # The authors' checkpoints have another name, and are converted.
+    return model_type not in (None, "uhr_bat", "llava_qwen")
+
+
+def _load_host(folder, base, dtype, device_map, quantization_config, check, changes):
+    """Processor and model of another family, with an adapter of it where `folder` is one."""
+    import torch
+
+    from ..hosts.loading import load_host
+
+    if device_map == "auto" and not torch.cuda.is_available():
+        device_map = None
+    calibrated = host_settings(base or folder)
+    processor, model = load_host(base or folder, dtype, device_map, quantization_config, check, calibrated, **changes)
+    if base is not None:
+        require("train", "peft")
+        adapted = attach_adapter(model.host, folder)
+        model.host.save_pretrained, model.host.push_to_hub = adapted.save_pretrained, adapted.push_to_hub
+    return processor, model
+
+
+def host_settings(folder) -> dict:
+    """Settings of a model of another family that were measured on it, from the user's own `hosts.json`."""
+    try:
+        found = json.loads((user_folder() / "hosts.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found.get(str(folder), {})
 
 
 def _load(folder, processor, dtype, device_map, quantization_config, changes):

@@ -163,7 +163,12 @@ class _OwnGenerate(GenerationMixin):
                 f"{len(inputs)} prompts of {self.family_name} with different numbers of visual tokens cannot have {times} "
                 "beams or answers each: the library would mix their images. Ask them one by one, or with equal budgets."
             )
-        if self.mrope and not encoded and inputs is not None and not {"position_ids", CACHE, "inputs_embeds"} & set(kwargs):
+        if (
+            self.mrope
+            and not encoded
+            and inputs is not None
+            and not {"position_ids", CACHE, "inputs_embeds"} & set(kwargs)
+        ):
             # Without them the host keeps the positions of its last call, which may be another thread's.
             mask = kwargs.get("attention_mask")
             mask = torch.ones_like(inputs) if mask is None else mask
@@ -195,8 +200,8 @@ class HostModel(
         self.family_name = host.config.model_type
         self.mrope = hasattr(host.base_model, "get_rope_index")
         text = host.config.get_text_config()
-        taken = inspect.signature(host.forward).parameters
-        self.type_names = [name for name in ("token_type_ids", "mm_token_type_ids") if name in taken]
+        self.taken = set(inspect.signature(host.forward).parameters)
+        self.type_names = [name for name in ("token_type_ids", "mm_token_type_ids") if name in self.taken]
         both_ways = getattr(text, "use_bidirectional_attention", None)
         self.bidirectional = "token_type_ids" in self.type_names or both_ways == "vision"
         self.largest_rows = None if largest is None else largest // config.patch_size
@@ -265,15 +270,15 @@ class HostModel(
             raise ValueError(
                 f"Layer {layer} cannot be looked at: those with full attention are {', '.join(map(str, self.attention))}."
             )
-        ids, start, order, inputs = self._prompt_with(input_ids, where, rows, places)
+        ids, start, order, inputs = self.prompt_with(input_ids, where, rows, places)
         stop, last = start + len(rows), len(ids) - 1
         question_tokens = question_tokens or self.config.question_tokens
         begin = min(stop, last) if question_tokens == "all" else last
         seen = look(self.host.base_model, attention, begin, **inputs)[start:stop]
         return torch.empty_like(seen).scatter(0, order.to(seen.device), seen)
 
-    def _prompt_with(self, input_ids, where, rows, places):
-        """(ids long[M] with V placeholders in one run, where it begins, the rows' order, arguments of the host's forward)."""
+    def prompt_with(self, input_ids, where, rows, places):
+        """A prompt with one image of some rows: (ids long[M] with V placeholders in one run, where it begins, the rows' order, arguments of the host's forward)."""
         before, question = input_ids[: where[0]], input_ids[where[-1] + 1 :]
         ids = torch.cat((before, input_ids.new_full((len(rows),), self.image_token_id), question))
         if places is None:
@@ -330,7 +335,9 @@ class HostModel(
 
     def _check_ids(self, input_ids):
         if input_ids is None:
-            raise ValueError(f"{self.family_name} is asked by `input_ids`: `inputs_embeds` alone do not say where images are.")
+            raise ValueError(
+                f"{self.family_name} is asked by `input_ids`: `inputs_embeds` alone do not say where images are."
+            )
 
     def _marked(self, input_ids, attention_mask, labels, kept, orders) -> dict:
         """Prompts with the words of `mark_places` between the tiles of each image, padded on the left."""

@@ -28,7 +28,11 @@ class HostProcessor(UHRBatProcessor):
         inputs, texts = super()._process_images(images, *args, **kwargs)
         p = self.image_processor.crop_size["height"] // self.image_processor.patch_size
         whole = self.image_token * p * p
-        if self.row_end and inputs["token_counts"].shape[1] == 1 and len(kwargs.get("scales") or self.image_processor.scales) == 1:
+        if (
+            self.row_end
+            and inputs["token_counts"].shape[1] == 1
+            and len(kwargs.get("scales") or self.image_processor.scales) == 1
+        ):
             rows = self.row_end.join([self.image_token * p] * p)
             texts = [rows if text == whole else text for text in texts]
         return inputs, texts
@@ -73,7 +77,9 @@ def prompts_of(config, image_processor, tokenizer, tile_inputs) -> Prompts:
                 f"({type(error).__name__}: {error})."
             ) from error
     named = {**getattr(tokenizer, "special_tokens_map", {}), **_Attributes(tokenizer)}
-    return Prompts(*(part.format_map(named) for part in (prompts.marker, prompts.before, prompts.after, prompts.row_end)))
+    return Prompts(
+        *(part.format_map(named) for part in (prompts.marker, prompts.before, prompts.after, prompts.row_end))
+    )
 
 
 class _Attributes(dict):
@@ -106,7 +112,7 @@ def make_processor(folder, config, image_processor, settings, side, p, scales, t
     tokenizer.padding_side = "left"
     prompts = prompts_of(config, image_processor, tokenizer, tile_inputs)
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
-    template = tokenizer.chat_template
+    template = ProcessorMixin.get_processor_dict(folder)[0].get("chat_template") or tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default", next(iter(template.values())))
     budgets = settings.budgets if isinstance(settings.budgets, int) else list(settings.budgets)

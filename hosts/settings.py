@@ -74,8 +74,11 @@ class Prompts:
 
 @dataclass(frozen=True)
 class Family:
+    """A family's prompts and settings, and how many of its tiles are encoded at once."""
+
     prompts: Prompts = Prompts()
     settings: HostSettings = HostSettings()
+    chunk: int = 16
 
 
 # By model type. None of the numbers was measured on trained weights.
@@ -96,7 +99,8 @@ FAMILIES = {
         Prompts(before="{fake_image_token}{global_image_token}", after="{fake_image_token}"),
         HostSettings(budgets=300, refinement=128),
     ),
-    "mistral3": Family(Prompts(after="[IMG_END]", row_end="[IMG_BREAK]")),
+    # Its tower lays all tiles of a call end to end, and its mask grows with the square of them.
+    "mistral3": Family(Prompts(after="[IMG_END]", row_end="[IMG_BREAK]"), chunk=1),
 }
 
 # Model types that cannot be hosts, and why.

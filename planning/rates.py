@@ -22,6 +22,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModel
 
+from ..common.files import user_folder
 from ..image_views_uhr_bat import image_to_tiles, normalize_views
 from ..token_clustering_uhr_bat import cluster_regions
 from .costs import decoder_layer_flops, tower_layer_flops
@@ -87,8 +88,7 @@ def rates_file(config, device: torch.device, dtype: torch.dtype) -> tuple[Path, 
         "decoder": [text.model_type, text.hidden_size, text.intermediate_size],
         "scales": config.scales,
     }
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "uhr_bat"
-    return cache / f"rates-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json", key
+    return user_folder() / f"rates-{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]}.json", key
 
 
 def known_rates(config, device: torch.device, dtype: torch.dtype) -> Rates | None:

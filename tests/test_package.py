@@ -23,7 +23,7 @@ GROUPS = (
     ("modeling",),
 )
 ROOMS = (
-    "common", "planning", "export", "scenes", "regions", "pictures", "geo", "training", "evaluation", "serving", "benchmarks", "examples",
+    "hosts", "common", "planning", "export", "scenes", "regions", "pictures", "geo", "training", "evaluation", "serving", "benchmarks", "examples",
 )  # fmt: skip
 TOP = ("__init__", "cli", "__main__", "run")  # above the rooms; nothing uses them
 FLOORS = (*ROOMS, *TOP)

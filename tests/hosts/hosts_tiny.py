@@ -1,5 +1,6 @@
 """Small random models of the library's own classes, one of each family, saved with tokenizer, template and image processor."""
 
+import inspect
 import json
 from pathlib import Path
 
@@ -40,7 +41,7 @@ FAMILIES = {
     "gemma4": {
         "class": "Gemma4",
         "text_config": {
-            **TEXT, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64,
+            **TEXT, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 2048,
             "hidden_size_per_layer_input": 4, "vocab_size_per_layer_input": 400, "global_head_dim": 16,
         },
         "vision_config": {**VISION, "num_key_value_heads": 4, "head_dim": 8, "patch_size": 2, "pooling_kernel_size": 3,
@@ -51,7 +52,7 @@ FAMILIES = {
     },
     "gemma3": {
         "class": "Gemma3",
-        "text_config": {**TEXT, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 64,
+        "text_config": {**TEXT, "layer_types": ["sliding_attention", "full_attention"] * 2, "sliding_window": 2048,
                         "query_pre_attn_scalar": 8},
         "vision_config": {**VISION, "image_size": 56, "patch_size": 7, "model_type": "siglip_vision_model"},
         "config": {"mm_tokens_per_image": 16},
@@ -180,3 +181,67 @@ def save_family(name: str, folder: Path, seed=0, **changes) -> Path:
     kind, settings = family["processor"]
     getattr(transformers, kind)(**settings).save_pretrained(folder)
     return folder
+
+
+# What keeps a tile whole, as the library's own image processors have it.
+WHOLE = {
+    "gemma3": {"do_pan_and_scan": False},
+    "internvl": {"crop_to_patches": False},
+    "llava_onevision": {"size": {"height": 56, "width": 56}},
+    "smolvlm": {"do_image_splitting": False, "size": {"longest_edge": 64}},
+    "mistral3": {"size": {"longest_edge": 128}, "patch_size": {"height": 8, "width": 8}},
+    **{
+        name: {"size": {"shortest_edge": 128**2, "longest_edge": 128**2}}
+        for name in FAMILIES
+        if name.startswith("qwen")
+    },
+}
+
+
+def plain_inputs(name, folder, input_ids, image, kept=None) -> dict:
+    """Arguments of the library's own `forward` for a prompt long[1, M] with the image of one tile, the rows but `kept`
+    bool[P] out of sight."""
+    family = FAMILIES[name]
+    processor = transformers.AutoImageProcessor.from_pretrained(folder)
+    pixels = dict(processor(images=[image], return_tensors="pt", **WHOLE.get(name, {})))
+    token = config_of(name).image_token_id
+    spots = (input_ids[0] == token).nonzero()[:, 0]
+    seen = torch.ones(len(spots), dtype=torch.bool) if kept is None else kept
+    if name == "llava_onevision":  # as one of two images: one newline behind its rows
+        pixels["batch_num_images"] = torch.tensor([2])
+        end = int(spots[-1]) + 1
+        input_ids = torch.cat((input_ids[:, :end], torch.tensor([[token]]), input_ids[:, end:]), dim=1)
+        spots, seen = torch.cat((spots, torch.tensor([end]))), torch.cat((seen, torch.tensor([False])))
+    mask = torch.ones_like(input_ids)
+    mask[0, spots] = seen.long()
+    types = (input_ids == token).long()
+    made = {"input_ids": input_ids, "attention_mask": mask}
+    if name == "gemma3":
+        made["token_type_ids"] = types
+    elif name == "gemma4" or name.startswith("qwen"):
+        made["mm_token_type_ids"] = types
+    if not bool(mask.all()):
+        if name.startswith("qwen"):
+            # Places of the whole image, whatever is seen of it.
+            made["position_ids"] = mrope_places(input_ids, types, family["rows"])
+        else:
+            made["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
+    taken = inspect.signature(
+        getattr(transformers, f"{family['class']}ForConditionalGeneration").forward
+    ).parameters  # fmt: skip
+    return made | {key: value for key, value in pixels.items() if key in taken}
+
+
+def mrope_places(input_ids, types, rows) -> torch.Tensor:
+    """[4, 1, M] of a prompt with one whole image, written out."""
+    found, at, idx = [], 0, 0
+    for is_image in types[0].tolist():
+        if is_image:
+            found.append([at, at + idx // rows, at + idx % rows])
+            idx += 1
+            at += rows if idx == rows * rows else 0
+        else:
+            found.append([at] * 3)
+            at += 1
+    number = torch.arange(len(found))[:, None]
+    return torch.cat((number, torch.tensor(found)), dim=1).T[:, None]
