@@ -189,8 +189,6 @@ class UHRBatConfig(PreTrainedConfig):
     vision_feature_layer: int = -2
     # Activation between the two linear layers of the projector and of the token MLP ("mlp2x_gelu").
     projector_hidden_act: str = "gelu"
-    # Tiles that go through the vision tower at once: 16 tiles of 577 tokens fill a GPU and keep activations small.
-    vision_chunk_size: int = 16
 
     # Decoder layer whose attention gives the importance (section 3.2 "a fixed interface layer"); negative counts from
     # the end. The last one is the only choice that is documented for the released weights.
@@ -200,9 +198,8 @@ class UHRBatConfig(PreTrainedConfig):
 
     # Region partition (appendix C.2) of an image that comes without label maps. "grid" cuts the scale into square
     # cells, known before the image is encoded. "none" makes every token a region of its own, which is plain top-k by
-    # importance: what the released code does where it has no SAM masks. "kmeans_pca" is k-means on 128 principal
-    # components with an exact assignment at the end: faster, but an approximation, hence not the default.
-    region_method: Literal["kmeans", "kmeans_pca", "birch", "grid", "none"] = "kmeans"
+    # importance: what the released code does where it has no SAM masks.
+    region_method: Literal["kmeans", "birch", "grid", "none"] = "kmeans"
     # k of the clustering (Table 7: 600 matches the granularity of SAM). `None` takes the budget of the scale.
     num_regions: int | None = 600
     # Lloyd iterations; labels rarely change after ten.
@@ -250,13 +247,6 @@ class UHRBatConfig(PreTrainedConfig):
     # Whether tokens that show only the letterbox are left out. The released code lets them be chosen.
     mask_padding: bool = True
 
-    # Bytes of encoded tiles that an image keeps for further questions, where tiles are encoded when a question looks at
-    # them (`max_tiles`): 500 tiles of the 7B model in bfloat16.
-    tile_cache_bytes: int = 2**31
-
-    # Pixels of the largest image that is read: 1 gigapixel decodes to 3 GB.
-    max_image_pixels: int = 1_000_000_000
-
     initializer_range: float = 0.02
     tie_word_embeddings: bool = False
 
@@ -270,6 +260,9 @@ class UHRBatConfig(PreTrainedConfig):
             self.budgets = list(self.budgets)
         self.refinement = list(self.refinement)
         self.refinement_layers = list(self.refinement_layers)
+        # Configurations of earlier versions have what is the machine's, and the image processor's.
+        for name in ("vision_chunk_size", "tile_cache_bytes", "max_image_pixels"):
+            kwargs.pop(name, None)
         super().__post_init__(**kwargs)
 
     def validate_towers(self):
@@ -338,14 +331,7 @@ class UHRBatConfig(PreTrainedConfig):
 
     def validate_numbers(self):
         """Counts are positive; the image token has a row in the embedding table."""
-        names = (
-            "vision_chunk_size",
-            "kmeans_iterations",
-            "scale_embedding_grid",
-            "max_image_pixels",
-            "tile_cache_bytes",
-        )
-        for name in names:
+        for name in ("kmeans_iterations", "scale_embedding_grid"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")
         if self.num_regions is not None and self.num_regions < 1:

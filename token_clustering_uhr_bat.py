@@ -5,7 +5,7 @@
 # implied. See the License for the specific language governing permissions and limitations under the License.
 """UHR-BAT regions: the tokens of a scale, or the pixels of a label map, are grouped (eq. 4, 13-15, appendix C.2).
 
-By what tokens show and where they lie (`cluster_regions`: k-means, its approximation on principal components, BIRCH),
+By what tokens show and where they lie (`cluster_regions`: k-means, BIRCH),
 by where they lie alone (`grid_regions`), or by a label map of pixels (`vote_labels`, `vote_regions`). Pure functions of
 tensors; nothing here knows a model.
 
@@ -23,10 +23,6 @@ import torch.nn.functional as F
 # a float32 copy of the tokens 1.2 GB. On a CPU 8 MiB in float32, near its caches; on a GPU, where every block is a launch
 # of kernels, 256 MiB: the four scales of the 7B model are clustered in 0.22 s there, and in 0.70 s in blocks of a CPU.
 BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS = 2**21, 2**26
-
-# Width of the features that "kmeans_pca" iterates on, and how many tokens their axes are estimated from.
-PCA_WIDTH = 128
-PCA_TOKENS = 2048
 
 # Birch groups the leaves of a tree, in memory quadratic in their number: the threshold of the tree is searched until it
 # has 1 to 4 leaves per region, in 12 trees at most, which take the threshold down to 1 / 4096.
@@ -107,67 +103,6 @@ def _kmeans(features, norms, coords, num_regions, num_iterations, generator):
     return regions
 
 
-def _principal_axes(features, norms):
-    """Mean float32[D] and leading principal axes float32[D, PCA_WIDTH] of `PCA_TOKENS` of the unit features.
-
-    Two steps of subspace iteration from random axes (Halko, Martinsson and Tropp 2011, algorithm 4.4).
-    """
-    generator = torch.Generator().manual_seed(0)
-    drawn = torch.randperm(len(features), generator=generator)[:PCA_TOKENS].to(features.device)
-    sample = features[drawn].float() / norms[drawn, None]
-    mean = sample.mean(dim=0)
-    sample -= mean
-    axes = torch.randn(features.shape[1], PCA_WIDTH, generator=generator).to(features.device)
-    for _ in range(3):
-        axes = torch.linalg.qr(sample.T @ (sample @ axes)).Q
-    return mean, axes
-
-
-def _project(vectors, mean, axes):
-    """Coordinates [n, PCA_WIDTH] of vectors [n, D] along the axes, and the length [n] of what lies across them."""
-    vectors = vectors - mean
-    along = vectors @ axes
-    across = vectors.square().sum(dim=1) - along.square().sum(dim=1)
-    return along, (across.clamp_min(0) + 1e-6).sqrt()  # not below the true length, whatever float32 rounds
-
-
-def _kmeans_pca(features, norms, coords, num_regions, num_iterations, generator):
-    """Lloyd's algorithm on the leading principal components, then one assignment in the whole space: long[N].
-
-    With p along the axes and r across them, u.c = p.p' + r.r' and |r.r'| <= |r| |r'|. The bound rules out most centres,
-    so the exact product of the last assignment is rarely needed.
-    """
-    N, D = features.shape
-    if D <= PCA_WIDTH:
-        return _kmeans(features, norms, coords, num_regions, num_iterations, generator)
-    mean, axes = _principal_axes(features, norms)
-    along, across = features.new_empty(N, PCA_WIDTH, dtype=torch.float32), torch.empty_like(norms)
-    num_rows = block_length(D, features.device)
-    for block, lengths, *out in zip(*(tensor.split(num_rows) for tensor in (features, norms, along, across))):
-        for tensor, values in zip(out, _project(block.float() / lengths[:, None], mean, axes)):
-            tensor.copy_(values)
-    regions = _kmeans(along, torch.ones_like(norms), coords, num_regions, num_iterations, generator)
-
-    used, regions = regions.unique(return_inverse=True)
-    centres = features.new_zeros(len(used), D + 2, dtype=torch.float32)
-    centres = _mean_centres(features, norms, coords, regions, centres)
-    centres_along, centres_across = _project(centres[:, :-2], mean, axes)
-    near = torch.cat([centres_along, centres[:, -2:]], dim=1)
-    offset = (near.square().sum(dim=1) + centres_across.square()) / -2
-    # Tokens of one region share their candidates, and so do regions that lie close along the first axis.
-    rank = centres_along[:, 0].argsort(stable=True).argsort()
-    for rows in rank[regions].argsort(stable=True).split(block_length(4 * (D + 2), features.device)):
-        score = torch.addmm(offset, torch.cat([along[rows], coords[rows]], dim=1), near.T)
-        slack = across[rows, None] * centres_across + 1e-5  # rounding in float32
-        possible = score + slack >= (score - slack).amax(dim=1, keepdim=True)
-        regions[rows] = _first_largest(score)
-        open_rows = possible.sum(dim=1) > 1
-        columns, rows = possible[open_rows].any(dim=0).nonzero()[:, 0], rows[open_rows]
-        if len(rows):
-            regions[rows] = columns[_nearest_centre(features[rows], norms[rows], coords[rows], centres[columns])]
-    return regions
-
-
 def _birch(features, norms, coords, num_regions, num_iterations, generator):
     """Birch of scikit-learn on the CPU: long[N]. It draws nothing and takes the whole embedding in float32."""
     try:
@@ -192,7 +127,7 @@ def _birch(features, norms, coords, num_regions, num_iterations, generator):
     return torch.from_numpy(birch.predict(embedding)).to(features.device).long()
 
 
-CLUSTERINGS = {"kmeans": _kmeans, "kmeans_pca": _kmeans_pca, "birch": _birch}
+CLUSTERINGS = {"kmeans": _kmeans, "birch": _birch}
 
 
 @torch.no_grad()
@@ -209,19 +144,14 @@ def cluster_regions(
     """Partition the tokens of a scale by what they show and where they lie (eq. 13-14).
 
     "kmeans" takes up to `num_iterations` products of [N, D + 2] with [D + 2, R] and, beside its inputs, the memory of
-    a few blocks and three sets of centres. "kmeans_pca" is an approximation of it for wide features: it iterates on
-    their 128 leading principal components, takes the means of what comes out in the whole space, and assigns every
-    token to the nearest of them exactly. On a CPU it is 8 times faster at 36,864 x 3584 and R = 600; its inertia is
-    that of k-means to 0.5 % where 128 components hold what tells regions apart, not where hundreds of unrelated kinds
-    do not fit into them. It adds N x 128 floats of memory; up to a width of 128 it is "kmeans" itself. "birch" is
-    scikit-learn's on the CPU: it builds up to 12 trees in search of a good number of leaves and needs memory for N x D
-    floats and for the square of the number of leaves.
+    a few blocks and three sets of centres. "birch" is scikit-learn's on the CPU: it builds up to 12 trees in search of
+    a good number of leaves and needs memory for N x D floats and for the square of the number of leaves.
 
     Args:
         features: float[N, D], token features; only their direction counts. A zero vector is placed by `coords` alone.
         coords: float[N, 2], (row, column) centre of every token in [0, 1] over the whole scale.
         num_regions: regions at most. From N on, every token is a region of its own.
-        method: "kmeans", "kmeans_pca" or "birch".
+        method: "kmeans" or "birch".
         coord_weight: what the coordinates are multiplied by beside features of unit length.
         num_iterations: assignments of Lloyd's algorithm at most; on a CPU it stops earlier where no token changes
             its region: the result is the same.

@@ -193,8 +193,7 @@ def deviations(config: UHRBatConfig) -> list[tuple[str, str, str, str]]:
     """(point, paper, released code, this configuration) wherever the first two differ."""
     additions = {0: "never", 1: "once", 2: "twice"}[config.scale_embedding_additions]
     layer = config.importance_layer
-    regions = {"none": "none: top-k by importance", "kmeans": "k-means", "birch": "BIRCH", "grid": "a regular grid",
-               "kmeans_pca": "k-means on principal components"}  # fmt: skip
+    regions = {"none": "none: top-k by importance", "kmeans": "k-means", "birch": "BIRCH", "grid": "a regular grid"}
     regions = regions[config.region_method]
     k = config.num_regions or "the budget of the scale"
     return [

@@ -234,7 +234,6 @@ def write_processor_configs(output: Path, config: UHRBatConfig, image_settings=N
         "patch_size": config.patch_size,
         "scales": config.scales,
         "mask_padding": config.mask_padding,
-        "max_image_pixels": config.max_image_pixels,
     })  # fmt: skip
     # CLIP's keys are all there, so that one gets CLIP's processor with the right tile without `trust_remote_code`.
     settings = {**processor.to_dict(), "default_to_square": False, "auto_map": PROCESSOR_AUTO_MAP}

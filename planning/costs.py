@@ -14,7 +14,7 @@ from ..budgets_uhr_bat import count_tokens, is_one_budget
 from ..geometry_uhr_bat import shown_patches
 from ..image_pyramids_uhr_bat import ImagePyramid, UnreadImage, split_tiles
 from ..image_reading_uhr_bat import HELD_PIXELS
-from ..token_clustering_uhr_bat import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS, PCA_WIDTH
+from ..token_clustering_uhr_bat import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS
 
 # Text tokens of a prompt before and after the image (the chat template with a question of a dozen words), and those of
 # an answer, where nobody says how many.
@@ -228,13 +228,9 @@ def region_counts(config, question) -> list[int]:
 
 
 def kmeans_flops(config, sizes, regions) -> int:
-    """Distances of every token to every centre, in all iterations. Of "kmeans_pca" the products on its axes: how many of
-    the last assignment are needed depends on the image."""
-    D, projection = config.text_config.hidden_size, 0
-    if config.region_method == "kmeans_pca" and D > PCA_WIDTH:
-        projection = sum(2 * N * D * PCA_WIDTH for N, R in zip(sizes, regions) if R)
-        D = PCA_WIDTH
-    return projection + sum(config.kmeans_iterations * 2 * N * (D + 2) * R for N, R in zip(sizes, regions))
+    """Distances of every token to every centre, in all iterations."""
+    D = config.text_config.hidden_size
+    return sum(config.kmeans_iterations * 2 * N * (D + 2) * R for N, R in zip(sizes, regions))
 
 
 def question_flops(config, question: Question) -> dict[str, int]:
@@ -264,13 +260,13 @@ def question_flops(config, question: Question) -> dict[str, int]:
 
 
 def tower_chunk_bytes(config, num_tiles, b, on_gpu) -> int:
-    """A chunk of tiles in the tower, at its widest: where patches are embedded, or in a layer's MLP.
+    """A chunk of so many tiles in the tower, at its widest: where patches are embedded, or in a layer's MLP.
 
     Before patches are embedded, a CPU's convolution pads the three colours to 16, beside the chunk and its copy. A layer
     has the residual and the normed states, and three tensors as wide as the MLP; a CPU's heap keeps the room of queries,
     keys, values and output, which the layer has given back.
     """
-    vision, num_tiles = config.vision_config, min(num_tiles, config.vision_chunk_size)
+    vision = config.vision_config
     M = (vision.image_size // vision.patch_size) ** 2 + config.tower_form.num_class_tokens
     pixels = 4 * num_tiles * config.tile_size**2
     layer = b * num_tiles * M * ((2 if on_gpu else 6) * vision.hidden_size + 3 * vision.intermediate_size)
@@ -292,13 +288,12 @@ def kmeans_bytes(config, N, R, on_gpu) -> int:
     """Three blocks in float32, three sets of centres, and order and labels of the tokens."""
     if not R:
         return 0
-    width = min(config.text_config.hidden_size, PCA_WIDTH if config.region_method == "kmeans_pca" else 2**30) + 2
+    width = config.text_config.hidden_size + 2
     block = min(GPU_BLOCK_ELEMENTS if on_gpu else BLOCK_ELEMENTS, N * max(width, R))
-    held = N * width if config.region_method == "kmeans_pca" else 0
-    return 4 * (3 * block + 3 * R * width + held) + 48 * N
+    return 4 * (3 * block + 3 * R * width) + 48 * N
 
 
-def tokens_at_work(config, N, num_tiles, b) -> tuple[int, int]:
+def tokens_at_work(config, N, num_tiles, chunk_size, b) -> tuple[int, int]:
     """Bytes of the tokens of a scale while they are made: (beside a chunk in the tower, when the scale embedding is added).
 
     First what the projector gave out of all tiles so far. Then the tokens, the blocks that have got their embedding, and
@@ -306,11 +301,13 @@ def tokens_at_work(config, N, num_tiles, b) -> tuple[int, int]:
     """
     D, P = config.text_config.hidden_size, (config.tile_size // config.patch_size) ** 2
     projected = b * num_tiles * P * D
-    block = min(config.vision_chunk_size * P, N)
+    block = min(chunk_size * P, N)
     return projected, max(2 * projected, 3 * b * N * D + 8 * block * D)
 
 
-def question_bytes(config, question: Question, weights: int, b: int, on_gpu: bool) -> dict[str, dict[str, int]]:
+def question_bytes(
+    config, question: Question, weights: int, b: int, on_gpu: bool, chunk_size: int, cache_bytes: int
+) -> dict[str, dict[str, int]]:
     """{stage: {term: bytes}} of the device that the model is on; the peak is the greatest sum of a stage.
 
     What stays is in every stage: the weights, the pixel values that the caller holds, and, once they are there, the tokens
@@ -320,6 +317,7 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
         weights: bytes of the model's parameters and buffers, as they are in memory.
         b: bytes of a value of the tokens: 4 for float32, 2 for bfloat16.
         on_gpu: whether clustering takes the blocks of a GPU.
+        chunk_size, cache_bytes: the model's `vision_chunk_size` and `tile_cache_bytes`.
     """
     D, at_once = config.text_config.hidden_size, question.num_questions
     P, encoded = (config.tile_size // config.patch_size) ** 2, not any(question.tiles)
@@ -344,14 +342,14 @@ def question_bytes(config, question: Question, weights: int, b: int, on_gpu: boo
                 + sum(of_scales[:scale_idx])
                 + (anchor if scale_idx > question.anchor_idx else 0)
             )
-            projected, added = tokens_at_work(config, N, T, b)
-            chunk = tower_chunk_bytes(config, T, b, on_gpu)
+            projected, added = tokens_at_work(config, N, T, chunk_size, b)
+            chunk = tower_chunk_bytes(config, min(T, chunk_size), b, on_gpu)
             peaks.append({"tokens of all scales": before + projected, "tower's chunk": chunk})
             peaks.append({"tokens of all scales": before + added, "tower's chunk": 0})
         stages["encode"] = held | max(peaks, key=lambda terms: sum(terms.values()))
 
     if question.max_tiles is not None:  # images keep their encoded tiles for further questions
-        held["kept tiles"] = question.num_images * min(config.tile_cache_bytes, sum(of_scales))
+        held["kept tiles"] = question.num_images * min(cache_bytes, sum(of_scales))
     # Positions, regions and their copies: a few whole numbers for a token.
     held = held | {
         "tokens of all scales": question.num_images * (sum(of_scales) + anchor + 32 * sum(question.available))

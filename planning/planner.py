@@ -14,6 +14,7 @@ import torch
 
 from ..budgets_uhr_bat import budgets_of_total
 from ..configuration_uhr_bat import UHRBatConfig
+from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..image_reading_uhr_bat import check_image_size
 from .costs import (
     NF4_BYTES,
@@ -145,6 +146,7 @@ class UHRBatPlanner:
         weights: bytes of the model in memory.
         device: that the model runs on.
         dtype: of its tokens.
+        vision_chunk_size, tile_cache_bytes: of the model, see [`UHRBatEncodingMixin`].
         is_loaded: whether the weights are in the device's memory already.
     """
 
@@ -152,6 +154,8 @@ class UHRBatPlanner:
     weights: int
     device: torch.device
     dtype: torch.dtype
+    vision_chunk_size: int
+    tile_cache_bytes: int
     is_loaded: bool = False
 
     def plan(
@@ -175,7 +179,7 @@ class UHRBatPlanner:
             native: whether these are of levels down to the image's own resolution, which share one budget.
             seconds: whether seconds are predicted, of a device that is here; the first time, it is measured, which takes
                 some itself.
-            max_image_pixels: of the largest image, None for the configuration's; levels down to the image's own resolution
+            max_image_pixels: of the largest image, None for the image processor's own; levels down to the image's own resolution
                 are read part by part, of any size.
             others: `text_before`, `text_after`, `num_answer_tokens`, and how many questions are answered at once about how
                 many images, `num_questions` and `num_images`, see [`Question`].
@@ -184,7 +188,7 @@ class UHRBatPlanner:
             ValueError: a size that no image has or that is over `max_image_pixels`; a limit that the smallest budgets exceed:
                 it names the term that is too large and what would fit.
         """
-        most = self.config.max_image_pixels if max_image_pixels is None else max_image_pixels
+        most = UHRBatImageProcessor.max_image_pixels if max_image_pixels is None else max_image_pixels
         height, width = image_size
         check_image_size((min(height, 1), min(width, 1)) if native else (height, width), most)
         limit = budgets if isinstance(budgets, str) else None
@@ -256,7 +260,8 @@ class UHRBatPlanner:
         on_gpu = self.device.type != "cpu"
         b = torch.empty((), dtype=self.dtype).element_size()
         flops = question_flops(self.config, question)
-        memory = question_bytes(self.config, question, self.weights, b, on_gpu)
+        machine = on_gpu, self.vision_chunk_size, self.tile_cache_bytes
+        memory = question_bytes(self.config, question, self.weights, b, *machine)
         host = host_bytes(self.config, question) if on_gpu and question.num_pixels else 0
         seconds = rates and self._seconds(question, flops, rates)
         return UHRBatPlan(question, flops, memory, host, seconds, rates.load if rates else 0.0)
@@ -314,7 +319,7 @@ class UHRBatPlanner:
             size = torch.empty((), dtype=self.dtype).element_size()
             advice += f", and so may weights in 4 bits, about {show_bytes(self.weights - linear * (size - NF4_BYTES))}"
         elif term == "tower's chunk":
-            advice += ", and so may a smaller `vision_chunk_size`"
+            advice += ", and so may a smaller `model.vision_chunk_size`"
         return (
             f"{budgets}: they take {show_bytes(least.peak_bytes)} in {least.peak_stage}, of which {term} "
             f"{show_bytes(terms[term])}. {advice}."
@@ -338,7 +343,8 @@ def planner_of(model, device=None) -> UHRBatPlanner:
     weights = sum(one.numel() * one.element_size() for one in tensors)
     device = torch.device(model.device if device is None else device)
     embeddings = model.get_input_embeddings().weight
-    return UHRBatPlanner(model.config, weights, device, embeddings.dtype, embeddings.device.type == device.type)
+    own = embeddings.dtype, model.vision_chunk_size, model.tile_cache_bytes
+    return UHRBatPlanner(model.config, weights, device, *own, embeddings.device.type == device.type)
 
 
 def plan(model, image_size: tuple[int, int], budgets=None, **options) -> UHRBatPlan:

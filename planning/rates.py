@@ -243,9 +243,8 @@ def measure_rates(config, device: torch.device, dtype: torch.dtype) -> Rates:
     def read(model, size):
         return model(inputs_embeds=torch.zeros(1, size, text.hidden_size, device=device, dtype=dtype))
 
-    chunk = config.vision_chunk_size
     yardsticks = [measure_yardstick(config, device, dtype)]
-    tiles, tower = per_layer(vision, see, [size for size in (1, 4, 16, 64) if size < chunk] + [chunk])
+    tiles, tower = per_layer(vision, see, (1, 4, 16))
     _, one_token = per_layer(text, read, [1])
     tokens, decoder = per_layer(text, read, PROBE_TOKENS)
     yardsticks.append(measure_yardstick(config, device, dtype))

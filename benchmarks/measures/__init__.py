@@ -15,7 +15,6 @@ MEASURES = {
         compression.synchronisations,
         compression.selection,
         compression.kmeans,
-        compression.kmeans_projection,
         compression.kmeans_memory,
         preprocessing.preprocessing,
         preprocessing.preprocessing_memory,

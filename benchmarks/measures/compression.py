@@ -6,13 +6,12 @@ Letters: N tokens, D width, R regions.
 from functools import partial
 
 import torch
-import torch.nn.functional as F
 
 from ...configuration_uhr_bat import PAPER_BUDGETS, PAPER_SCALES
-from ...token_clustering_uhr_bat import CLUSTERINGS, cluster_regions
+from ...token_clustering_uhr_bat import cluster_regions
 from ...token_compression_uhr_bat import merge_tokens, select_tokens
 from .. import meters, sides, straightforward
-from ..compare import Row, alternate, check_regions, check_tokens, ratios, show_ratio, spread
+from ..compare import Row, alternate, check_regions, check_tokens, ratios, show_ratio
 
 # The tokens of a 4,032 px view, and of a 2,688 px view.
 FINEST, SECOND = 82_944, 36_864
@@ -43,16 +42,6 @@ def grid_coords(N) -> torch.Tensor:
     side = round(N**0.5)
     place = torch.arange(N)
     return torch.stack(((place // side + 0.5) / side, (place % side + 0.5) / side), dim=1)
-
-
-def inertia(features, coords, regions, coord_weight=0.05) -> float:
-    """Mean squared distance of the clustering embedding (eq. 13) to the centre of its region."""
-    embedding = torch.cat([F.normalize(features, dim=1), coord_weight * coords], dim=1)
-    sizes = torch.bincount(regions)
-    centres = torch.zeros(len(sizes), embedding.shape[1]).index_add_(0, regions, embedding) / sizes[:, None]
-    # |u - c|^2 summed over a region is the sum of |u|^2 less R_m |c|^2.
-    total = embedding.square().sum(dtype=torch.float64) - (sizes * centres.double().square().sum(1)).sum()
-    return (total / len(embedding)).item()
 
 
 # Measures
@@ -119,35 +108,6 @@ def kmeans(sizes) -> list[Row]:
             )
         )
     return rows
-
-
-def kmeans_projection(sizes) -> list[Row]:
-    """The option that clusters a projection, against our exact k-means; as wide as the 7B decoder."""
-    name, goal = "k-means on a projection, 36,864 x 3,584, k = 600, inertia <= 1.005x", ">= 8x"
-    if "kmeans_pca" not in CLUSTERINGS:
-        return [Row(name, goal, 'not measured: there is no method="kmeans_pca"')]
-    N, R, D = (2304, 60, 256) if sizes.quick else (SECOND, 600, WIDTH_7B)
-    problem = random_features(N, D, 2 * R), grid_coords(N), R
-    functions = {
-        "ours": partial(cluster_regions, *problem, method="kmeans_pca"),
-        "straightforward": partial(straightforward.cluster, *problem, 10, 0.05),
-        "exact": partial(cluster_regions, *problem),
-    }
-    seconds, results = alternate(functions, 1, "k-means on a projection", num_warm_up=0)  # minutes each
-    of = {key: inertia(*problem[:2], regions) for key, regions in results.items()}
-    worse = of["ours"] / of["exact"]
-    exact = spread([slow / fast for fast, slow in zip(seconds["ours"], seconds["exact"])])
-    ratio = ratios(seconds)
-    return [
-        Row(
-            name,
-            goal,
-            f"{show_ratio(exact)} against our exact one, {show_ratio(ratio)} against the straightforward one, inertia "
-            f"{worse:.4f}x",
-            exact["median"] >= 8 and worse <= 1.005,
-            {"ratio_to_exact": exact, "ratio": ratio, "inertia": worse, "seconds": seconds},
-        )
-    ]
 
 
 def kmeans_memory(sizes) -> list[Row]:

@@ -172,15 +172,6 @@ def test_the_loop_over_clusters_clusters_as_ours_does(num_regions):
     assert compare.same_region(ours, labels) == compare.same_region(labels, ours) == 1
 
 
-def test_inertia_is_the_mean_squared_distance_to_the_own_centre():
-    features, coords = compression.random_features(64, 8, 5), compression.grid_coords(64)
-    regions = cluster_regions(features, coords, 4)
-    points = torch.cat([features / features.norm(dim=1, keepdim=True), 0.05 * coords], dim=1)
-    centres = torch.stack([points[regions == region].mean(0) for region in range(4)])
-    expected = (points - centres[regions]).square().sum(1).mean().item()
-    assert compression.inertia(features, coords, regions) == pytest.approx(expected, rel=1e-5)
-
-
 # Meters
 
 

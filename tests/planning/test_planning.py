@@ -107,6 +107,15 @@ def test_questions_at_once_and_users_cost_what_is_theirs():
         planner.plan(SIZE, num_questions=2, num_images=3)
 
 
+def test_what_is_set_on_the_model_is_planned_with():
+    model = bigger_model()
+    usual = planner_of(model, "cpu").plan((256, 256), max_tiles=300)
+    model.vision_chunk_size, model.tile_cache_bytes = 1, 1000
+    small = planner_of(model, "cpu").plan((256, 256), max_tiles=300)
+    assert sum(small.memory["encode"].values()) < sum(usual.memory["encode"].values())
+    assert small.memory["answer"]["kept tiles"] == 1000 < usual.memory["answer"]["kept tiles"]
+
+
 def test_free_memory_is_what_the_device_has_left_and_the_weights_that_are_there(monkeypatch):
     monkeypatch.setattr(planning, "free_bytes", lambda device: 2**21)
     model = small_model()
