@@ -14,6 +14,7 @@ import os
 import secrets
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import urlsplit
 
 from ..common import images
@@ -179,59 +180,55 @@ def receive_image(path: str, rules):
 # ---- The page --------------------------------------------------------------------------------------------------------
 
 
-def build_page(desk, rules, note: str):
-    """The page as gradio's Blocks.
+class Actions:
+    """What the page does where something is opened or asked. Each returns what changes.
 
     Args:
-        desk: `Desk`.
-        rules: see `name_image`.
-        note: about the weights, "" for none.
+        desk, rules, note: see `build_page`.
     """
-    import gradio as gr
 
-    from .refusals import Refusal
-    from .showing import Gone, Seat
+    def __init__(self, desk, rules, note):
+        from .refusals import Refusal
+        from .showing import Gone
 
-    limits = {"max_image_pixels": MAX_PIXELS} if rules is not None else {}
-    failures = (OSError, ValueError, ImportError, MemoryError, RuntimeError, Refusal, Gone)
+        self.desk, self.rules, self.note = desk, rules, note
+        self.limits = {"max_image_pixels": MAX_PIXELS} if rules is not None else {}
+        self.failures = (OSError, ValueError, ImportError, MemoryError, RuntimeError, Refusal, Gone)
 
-    class Budget(gr.Slider):
-        """A slider that leaves it to the page to say what is wrong with its number."""
+    def open_image(self, seat, name_source, texts):
+        """Status, map, budget and answer, and an empty place to drop."""
+        import gradio as gr
 
-        is_template = True  # it is drawn as what it is made of
-
-        def preprocess(self, payload):
-            return payload
-
-    def open_image(seat, name_source, texts):
-        """What changes when an image is opened: its status, map, budget and answer, and an empty place to drop."""
+        desk, options = self.desk, dict(zip(READING, texts))
         try:
-            name = seat.open(lambda: desk.open(name_source(), **read_options(**dict(zip(READING, texts))), **limits))
+            name = seat.open(lambda: desk.open(name_source(), **read_options(**options), **self.limits))
             if name is None:
                 return [gr.skip()] * 5
             usual, most = desk.budget_range(name)
             slider = gr.update(maximum=most, value=usual, interactive=True)
             return tell_image(desk.images.get(name)), show(name), slider, "", None
-        except failures as error:  # the image before stays
+        except self.failures as error:  # the image before stays
             return tell_error(error), gr.skip(), gr.skip(), gr.skip(), None
 
-    def open_path(seat, text, *texts):
-        return open_image(seat, lambda: name_image(text or "", rules), texts)
+    def open_path(self, seat, text, *texts):
+        return self.open_image(seat, lambda: name_image(text or "", self.rules), texts)
 
-    def open_upload(seat, path, *texts):
-        return open_image(seat, lambda: receive_image(path, rules), texts)
+    def open_upload(self, seat, path, *texts):
+        return self.open_image(seat, lambda: receive_image(path, self.rules), texts)
 
-    def made_up_scene():
-        if not painting.DEFAULT_PATH.exists():
-            painting.write()
-        return name_image(str(painting.DEFAULT_PATH), None)
+    def open_scene(self, seat, question):
+        def made_up_scene():
+            if not painting.DEFAULT_PATH.exists():
+                painting.write()
+            return name_image(str(painting.DEFAULT_PATH), None)
 
-    def open_scene(seat, question):
-        return *open_image(seat, made_up_scene, ()), question or QUESTION
+        return *self.open_image(seat, made_up_scene, ()), question or QUESTION
 
-    def ask(seat, question, num_tokens):
+    def ask(self, seat, question, num_tokens):
         """Answer and map."""
-        seen = seat.image_name
+        import gradio as gr
+
+        desk, seen = self.desk, seat.image_name
 
         def answer_about(name):
             if name is None:
@@ -244,49 +241,82 @@ def build_page(desk, rules, note: str):
             answer_name = seat.ask(answer_about)
             if answer_name is None:
                 return gr.skip(), gr.skip()
-            return tell_answer(answer_name, desk.answers.get(answer_name), note), show(answer_name)
-        except failures as error:
+            return tell_answer(answer_name, desk.answers.get(answer_name), self.note), show(answer_name)
+        except self.failures as error:
             return tell_error(error), gr.skip()
 
-    def ask_again(seat, *args):
+    def ask_again(self, seat, *args):
         """With another budget, once there was a question."""
-        return ask(seat, *args) if seat.has_asked else (gr.skip(), gr.skip())
+        import gradio as gr
 
+        return self.ask(seat, *args) if seat.has_asked else (gr.skip(), gr.skip())
+
+
+def lay_out(num_tokens: int) -> SimpleNamespace:
+    """The parts of the page, by name, where they stand. `num_tokens`: the budget before an image is opened."""
+    import gradio as gr
+
+    from .showing import Seat
+
+    class Budget(gr.Slider):
+        """A slider that leaves it to the page to say what is wrong with its number."""
+
+        is_template = True  # it is drawn as what it is made of
+
+        def preprocess(self, payload):
+            return payload
+
+    parts = SimpleNamespace()
+    gr.Markdown("# UHR-BAT\nAsk about a large image, and see which of its tokens the answer was read from.")
+    parts.seat = gr.State(Seat())
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            parts.upload = gr.File(label="Image: drop it here, or click to choose", height=160)
+            parts.path = gr.Textbox(label="Or its path or address", placeholder="/data/scene.tif, https://...")
+            with gr.Row():
+                parts.open_button = gr.Button("Open", scale=2, min_width=80)
+                parts.scene_button = gr.Button("Made-up scene", scale=3, min_width=150)
+            with gr.Accordion("How a raster is read", open=False):
+                parts.reading = [
+                    gr.Textbox(label=label, placeholder=example, info="Before it is opened; empty: as the file says")
+                    for label, _, example in READING.values()
+                ]
+            parts.status = gr.HTML(elem_id="status")
+            parts.question = gr.Textbox(label="Question", placeholder=QUESTION, lines=1, max_lines=1, submit_btn=False)
+            parts.ask_button = gr.Button("Ask", variant="primary")
+            parts.budget = Budget(1, num_tokens, num_tokens, step=1, label="Budget (visual tokens)", interactive=True)
+        with gr.Column(scale=3, min_width=320):
+            parts.answer = gr.HTML(elem_id="answer")
+            parts.shown = gr.HTML(NOTHING, elem_id="map")
+    return parts
+
+
+def build_page(desk, rules, note: str):
+    """The page as gradio's Blocks: its parts, and which action follows what users do with them.
+
+    Args:
+        desk: `Desk`.
+        rules: see `name_image`.
+        note: about the weights, "" for none.
+    """
+    import gradio as gr
+
+    actions, usual = Actions(desk, rules, note), desk.config.budgets
     with gr.Blocks(title="UHR-BAT", analytics_enabled=False, fill_width=True, delete_cache=(3600, 86400)) as page:
-        gr.Markdown("# UHR-BAT\nAsk about a large image, and see which of its tokens the answer was read from.")
-        seat = gr.State(Seat())
-        with gr.Row():
-            with gr.Column(scale=1, min_width=300):
-                upload = gr.File(label="Image: drop it here, or click to choose", height=160)
-                path = gr.Textbox(label="Or its path or address", placeholder="/data/scene.tif, https://...")
-                with gr.Row():
-                    open_button = gr.Button("Open", scale=2, min_width=80)
-                    scene_button = gr.Button("Made-up scene", scale=3, min_width=150)
-                with gr.Accordion("How a raster is read", open=False):
-                    reading = [
-                        gr.Textbox(
-                            label=label, placeholder=example, info="Before it is opened; empty: as the file says"
-                        )
-                        for label, _, example in READING.values()
-                    ]
-                status = gr.HTML(elem_id="status")
-                question = gr.Textbox(label="Question", placeholder=QUESTION, lines=1, max_lines=1, submit_btn=False)
-                ask_button = gr.Button("Ask", variant="primary")
-                usual = desk.config.budgets if isinstance(desk.config.budgets, int) else sum(desk.config.budgets)
-                budget = Budget(1, usual, usual, step=1, label="Budget (visual tokens)", interactive=True)
-            with gr.Column(scale=3, min_width=320):
-                answer = gr.HTML(elem_id="answer")
-                shown = gr.HTML(NOTHING, elem_id="map")
+        parts = lay_out(usual if isinstance(usual, int) else sum(usual))
         private = {"api_visibility": "private"}
-        on_open = [status, shown, budget, answer, upload]
-        upload.upload(open_upload, [seat, upload, *reading], on_open, **private)
-        gr.on([open_button.click, path.submit], open_path, [seat, path, *reading], on_open, **private)
-        scene_button.click(open_scene, [seat, question], [*on_open, question], **private)
+        on_open = [parts.status, parts.shown, parts.budget, parts.answer, parts.upload]
+        parts.upload.upload(actions.open_upload, [parts.seat, parts.upload, *parts.reading], on_open, **private)
+        named = [parts.seat, parts.path, *parts.reading]
+        gr.on([parts.open_button.click, parts.path.submit], actions.open_path, named, on_open, **private)
+        scene = [parts.seat, parts.question]
+        parts.scene_button.click(actions.open_scene, scene, [*on_open, parts.question], **private)
         # A question may wait for an image that is being opened, and holds up nobody else's.
         asking = {"concurrency_limit": MAX_WAITING, "concurrency_id": "ask"} | private
-        about, told = [seat, question, budget], [answer, shown]
-        gr.on([ask_button.click, question.submit], ask, about, told, **asking)
-        budget.input(ask_again, about, told, trigger_mode="always_last", show_progress="hidden", **asking)
+        about, told = [parts.seat, parts.question, parts.budget], [parts.answer, parts.shown]
+        gr.on([parts.ask_button.click, parts.question.submit], actions.ask, about, told, **asking)
+        again = {"trigger_mode": "always_last", "show_progress": "hidden"} | asking
+        parts.budget.input(actions.ask_again, about, told, **again)
     return page
 
 
@@ -357,9 +387,9 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
     from .showing import Desk
     from .sources import SourceRules
 
-    for one in take_port(host, port):  # gradio takes it anew: only whether it can is asked here
-        port = one.getsockname()[1]
-        one.close()
+    for taken in take_port(host, port):  # gradio takes it anew: only whether it can is asked here
+        port = taken.getsockname()[1]
+        taken.close()
     processor, loaded = load_model(model)
     note = WEIGHTS_NOTE if model.resolve() == ROOT else ""
     desk = Desk(Front(processor, loaded, fingerprint(model), ContentCache(CACHE_BYTES), WORKERS), max_new_tokens, note)
