@@ -151,9 +151,9 @@ def family(process: subprocess.Popen) -> list:
 
 def worked_by(process: subprocess.Popen) -> float:
     """The processor's seconds of a process and of all that it started."""
-    return sum(sum(one.cpu_times()[:2]) for one in family(process))
+    return sum(sum(member.cpu_times()[:2]) for member in family(process))
 
 
 def resident_of(process: subprocess.Popen) -> int:
     """Resident bytes of a process and of all that it started; what they share counts once (PSS)."""
-    return sum(one.memory_full_info().pss for one in family(process))
+    return sum(member.memory_full_info().pss for member in family(process))

@@ -169,9 +169,9 @@ class Sides:
 def check_answers(side: str, answers: list[list[Reply]], reference: list[list[Reply]]):
     """Raises `Disagreement` where a side does not answer as the loop does."""
     for of_user, expected in zip(answers, reference, strict=True):
-        for one, other in zip(of_user, expected):  # not every side is asked all
-            expect(one.ok, f"{side}: {one.text}")
-            expect(one.text.strip() == other.text.strip(), f"{side} answers {one.text!r}, the loop {other.text!r}.")
+        for reply, other in zip(of_user, expected):  # not every side is asked all
+            expect(reply.ok, f"{side}: {reply.text}")
+            expect(reply.text.strip() == other.text.strip(), f"{side} answers {reply.text!r}, the loop {other.text!r}.")
 
 
 def time_users(sides: Sides, scenes: list[Scene], repetitions: int) -> dict:
@@ -277,7 +277,9 @@ def soak(args) -> int:
                     scene = scenes[rng.integers(num_scenes)]
                     url = "data:image/jpeg;base64," + base64.b64encode(scene.content).decode()
                     chosen = rng.choice(scene.questions, 4, replace=False).tolist()
-                    users.append((scene, chosen, [request_body("bench", url, one, MAX_TOKENS) for one in chosen]))
+                    users.append(
+                        (scene, chosen, [request_body("bench", url, question, MAX_TOKENS) for question in chosen])
+                    )
                 answers, _ = ask_at_once(address, [bodies for _, _, bodies in users])
                 for (scene, chosen, _), of_user in zip(users, answers):
                     for question, answer in zip(chosen, of_user):

@@ -90,8 +90,8 @@ def print_tokens(image, seen, budgets, counts, spent):
     were promised, of every scale or of all."""
     row = "{:>9} {:>11} {:>11} {:>8} {:>8}".format
     print(row("scale", "grid", "tokens seen", "budget", "spent"))
-    one = is_one_budget(budgets) or len(counts) < len(spent)
-    per_scale = [""] * len(spent) if one else budgets
+    shared = is_one_budget(budgets) or len(counts) < len(spent)
+    per_scale = [""] * len(spent) if shared else budgets
     for scale, (height, width), *numbers in zip(image.scales, image.grids, seen, per_scale, spent):
         print(row(f"{scale} px", f"{height} x {width}", *numbers))
     total = budgets if is_one_budget(budgets) else sum(budgets)

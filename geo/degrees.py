@@ -101,8 +101,8 @@ class _Places:
         shell, *holes = (_folded(self._ring(ring.coords)) for ring in (polygon.exterior, *polygon.interiors))
         if holes:
             shell = shapely.difference(shell, shapely.union_all(holes))
-        parts = [one for one in shapely.get_parts(shell) if one.geom_type == "Polygon"]
-        return [one for one in parts if min(one.bounds[2] - one.bounds[0], one.bounds[3] - one.bounds[1]) > POLE]
+        parts = [part for part in shapely.get_parts(shell) if part.geom_type == "Polygon"]
+        return [part for part in parts if min(part.bounds[2] - part.bounds[0], part.bounds[3] - part.bounds[1]) > POLE]
 
     def _ring(self, coords):
         """A polygon whose longitudes go on beyond 180 where the ring does."""
@@ -138,7 +138,7 @@ class _Places:
             off = seen - starts - ways / 2
             off[:, 0] = (off[:, 0] + 180) % 360 - 180
             shrink = np.stack([np.cos(np.radians(seen[:, 1])), np.ones(len(seen))], axis=1)
-            off, length = (np.abs(one * shrink).max(1) for one in (off, ways))
+            off, length = (np.abs(way * shrink).max(1) for way in (off, ways))
             halved = np.nan_to_num(off > BENT * length) & (length > 1e3 * POLE) | (lost[1:] != lost[:-1])
             if not halved.any():
                 break

@@ -53,7 +53,7 @@ def draw(image_path, question, output, budgets, model_path, width, options, tile
 
     seen = features[0].available
     if tiles["native"]:  # levels of its own, which share one budget
-        budgets, seen = [one if is_one_budget(one) else sum(one) for one in budgets], sum(seen)
+        budgets, seen = [budget if is_one_budget(budget) else sum(budget) for budget in budgets], sum(seen)
     chosen = {budget_name(budget): compressed(budget) for budget in budgets}
     pruned = {f"Prune {percent:g} %": compressed(scale_budgets(seen, 1 - percent / 100)) for percent in PRUNING}
 

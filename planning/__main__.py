@@ -72,15 +72,15 @@ def plan(args) -> str:
     }  # fmt: skip
     if args.tokens is not None:
         question = planner.plan(args.image_size, seconds=False, **options).question
-        one = planner.plan_question(planner.spend(question, args.tokens), seconds=here)
+        found = planner.plan_question(planner.spend(question, args.tokens), seconds=here)
     else:
         limit = args.memory
         if args.seconds is not None:
             limit = f"{np.format_float_positional(args.seconds)}s"
-        one = planner.plan(args.image_size, limit, seconds=here, **options)
+        found = planner.plan(args.image_size, limit, seconds=here, **options)
     height, width = args.image_size
     dtype = str(planner.dtype).removeprefix("torch.")
-    return f"{model_name(args.model)}, {width:,} x {height:,} px, {dtype} on {planner.device}\n{one}"
+    return f"{model_name(args.model)}, {width:,} x {height:,} px, {dtype} on {planner.device}\n{found}"
 
 
 @tells_errors

@@ -272,8 +272,8 @@ class UHRBatPlanner:
             views = sum(scale**2 for scale in self.config.scales)
             if question.max_tiles is not None:
                 views = sum(question.tiles) * self.config.tile_size**2
-            one = question.num_held_pixels * rates.pixel + views * rates.view_pixel
-            seconds["preprocess"] = question.num_images * one
+            of_image = question.num_held_pixels * rates.pixel + views * rates.view_pixel
+            seconds["preprocess"] = question.num_images * of_image
         # A pass of the decoder takes the way of its weights, too; the head is as many layers as it has weights.
         layer = layer_weights(self.config)
         num_layers = text.num_hidden_layers
@@ -339,8 +339,8 @@ def planner_of(model, device=None) -> UHRBatPlanner:
     Args:
         device: that the plans are for; None for the model's own.
     """
-    tensors = {id(one): one for one in (*model.parameters(), *model.buffers())}.values()
-    weights = sum(one.numel() * one.element_size() for one in tensors)
+    tensors = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}.values()
+    weights = sum(tensor.numel() * tensor.element_size() for tensor in tensors)
     device = torch.device(model.device if device is None else device)
     embeddings = model.get_input_embeddings().weight
     own = embeddings.dtype, model.vision_chunk_size, model.tile_cache_bytes

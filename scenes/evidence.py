@@ -57,7 +57,7 @@ def evidence_of(scene, question, grids, letterboxed=True) -> list[list[tuple[int
     """For every object that a question needs, its (scale, position) at the two finest scales."""
     points, finest = [thing.centre for thing in question.objects], range(len(grids))[-2:]
     by_scale = [[(scale, token) for token in tokens_at(scene, points, grids[scale], letterboxed)] for scale in finest]
-    return [list(one) for one in zip(*by_scale)]
+    return [list(tokens) for tokens in zip(*by_scale)]
 
 
 def evidence_tokens(scene, question, grids) -> list[tuple[int, int]]:

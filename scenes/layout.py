@@ -200,7 +200,7 @@ def _put_on_pads(rng, height, sites, objects) -> tuple[tuple[Object, ...], tuple
         return Pad(tuple(map(float, centre)), rng.uniform(0, math.pi))
 
     def is_free(place, reach):
-        return all(math.dist(place, one.centre) > reach for one in pads)
+        return all(math.dist(place, other.centre) > reach for other in pads)
 
     pads = [pad(thing.centre) for thing in objects]
     for index, site in enumerate(sites):

@@ -60,15 +60,15 @@ def make_question(scene: Scene, kind: str, site: int | None = None, *, rng) -> S
     """
     contents = scene.objects_of
     fits = {
-        "colour": lambda one: _single(contents[one], "kind"),
-        "type": lambda one: _single(contents[one], "colour"),
+        "colour": lambda index: _single(contents[index], "kind"),
+        "type": lambda index: _single(contents[index], "colour"),
         # Asked about empty sites too, "no" would be the more frequent answer.
-        "yes/no": lambda one: contents[one],
-        "count": lambda one: True,
-        "quadrant": lambda one: True,
-        "comparison": lambda one: any(len(other) != len(contents[one]) for other in contents),
+        "yes/no": lambda index: contents[index],
+        "count": lambda index: True,
+        "quadrant": lambda index: True,
+        "comparison": lambda index: any(len(other) != len(contents[index]) for other in contents),
     }[kind]
-    sites = [one for one in range(len(contents)) if site in (None, one) and fits(one)]
+    sites = [index for index in range(len(contents)) if site in (None, index) and fits(index)]
     if not sites:
         return None
     site = sites[rng.integers(len(sites))]
@@ -99,9 +99,9 @@ def make_question(scene: Scene, kind: str, site: int | None = None, *, rng) -> S
     elif kind == "quadrant":
         answer, things = scene.quadrant(scene.sites[site]), ()
     else:
-        other = draw([one for one in range(len(contents)) if len(contents[one]) != len(things)])
+        other = draw([index for index in range(len(contents)) if len(contents[index]) != len(things)])
         named, things = (site, other), things + tuple(contents[other])
-        answer = scene.sites[max(named, key=lambda one: len(contents[one]))].kind
+        answer = scene.sites[max(named, key=lambda index: len(contents[index]))].kind
         words["other"] = scene.sites[other].kind
     return SceneQuestion(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things, tuple(words.values()))
 

@@ -279,7 +279,8 @@ def read_own(sample) -> dict:
 def same_images(first: list, second: list) -> bool:
     """Whether two lists hold the same files, bytes or objects."""
     return len(first) == len(second) and all(
-        one is other or type(one) is type(other) in (str, bytes) and one == other for one, other in zip(first, second)
+        value is other or type(value) is type(other) in (str, bytes) and value == other
+        for value, other in zip(first, second)
     )
 
 

@@ -54,7 +54,7 @@ MOST_TIMES = 20  # that a sample is taken
 
 
 def _are_numbers(value) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(one) in (int, float) for one in value)
+    return isinstance(value, list) and bool(value) and all(type(number) in (int, float) for number in value)
 
 
 def _is_range(value) -> bool:
@@ -64,7 +64,7 @@ def _is_range(value) -> bool:
 # What a row may say of its images, and whether that can be it; a file decides the rest when it is read.
 ROW_OPTIONS = {
     "bands": lambda value: (
-        isinstance(value, int) or isinstance(value, list) and all(isinstance(one, (int, str)) for one in value)
+        isinstance(value, int) or isinstance(value, list) and all(isinstance(band, (int, str)) for band in value)
     ),
     "window": lambda value: (
         isinstance(value, list)
@@ -74,7 +74,7 @@ ROW_OPTIONS = {
             or len(value) == 5
             and _are_numbers(value[:4])
             or len(value) == 2
-            and all(_are_numbers(one) and len(one) == 2 for one in value)
+            and all(_are_numbers(span) and len(span) == 2 for span in value)
         )
     ),
     "value_range": lambda value: (
@@ -84,7 +84,7 @@ ROW_OPTIONS = {
         type(value) is int
         and value > 0
         or _are_numbers(value)
-        and all(isinstance(one, int) and one >= 0 for one in value)
+        and all(isinstance(count, int) and count >= 0 for count in value)
     ),
 }
 NAMED = 5  # bad samples of each kind that a message names
@@ -232,7 +232,7 @@ def read_options(row: dict, budgets) -> str:
 def as_numbers(value):
     """What a row lists, digits in it as numbers: ["3", "2"] -> [3, 2]."""
     if isinstance(value, (list, tuple)):
-        return [as_numbers(one) for one in value]
+        return [as_numbers(part) for part in value]
     if isinstance(value, str):
         for number in (int, float):
             try:
@@ -324,7 +324,7 @@ class SampleReader:
             whole = sample | {"messages": messages, "images": images, "regions": regions, "options": options}
             own = json.loads(options).get("budgets") if options else None
             budgets = self.budgets if own is None else scale_budgets(own, self.budget_factor)
-            lengths = [self.count_tokens(one["messages"], len(one["images"]), budgets) for one in self.split(whole)]
+            lengths = [self.count_tokens(part["messages"], len(part["images"]), budgets) for part in self.split(whole)]
             sample = whole | {"lengths": lengths}
         except BadSample as problem:
             sample |= {"kind": problem.kind, "detail": problem.detail}
@@ -339,10 +339,10 @@ class SampleReader:
         found = {name: [] for name in [*columns, "length", "answers"] if name not in ("lengths", "kind", "detail")}
         for values in zip(*columns.values()):
             chat = dict(zip(columns, values))
-            for one, length in zip(self.split(chat), chat.pop("lengths")):
-                one |= {"length": length, "answers": "last" if self.sample_per == "question" else "all"}
+            for part, length in zip(self.split(chat), chat.pop("lengths")):
+                part |= {"length": length, "answers": "last" if self.sample_per == "question" else "all"}
                 for name, column in found.items():
-                    column.append(one[name])
+                    column.append(part[name])
         return found
 
     def find_image(self, image: dict, folder: Path) -> dict:
@@ -577,6 +577,6 @@ def describe_problems(samples) -> str:
         return ""
     lines = [f"{counts.total()} of {len(samples)} samples cannot be trained on:"]
     for kind, count in counts.most_common():
-        found = [f"    {name}: {detail}" for one, name, detail in zip(kinds, names, details) if one == kind]
+        found = [f"    {name}: {detail}" for its_kind, name, detail in zip(kinds, names, details) if its_kind == kind]
         lines += [f"  {count} {kind}", *found[:NAMED], *["    ..."] * (count > NAMED)]
     return "\n".join(lines)

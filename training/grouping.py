@@ -17,7 +17,7 @@ ENCODED_INPUTS = ("pixel_values", "pixel_attention_mask", "regions")
 
 def image_key(images: Sequence) -> tuple:
     """What tells the images of a sample from those of another: paths, or the bytes of files in the table."""
-    return tuple((one["path"], one["bytes"]) if isinstance(one, dict) else one for one in images or [])
+    return tuple((image["path"], image["bytes"]) if isinstance(image, dict) else image for image in images or [])
 
 
 def hold_out(images: Sequence, share: float, seed: int) -> tuple[list[int], list[int]]:
@@ -40,7 +40,7 @@ def hold_out(images: Sequence, share: float, seed: int) -> tuple[list[int], list
             parents[key] = key = parents[parents[key]]
         return key
 
-    keys = [[_file_key(one) for one in image_key(found)] or [idx] for idx, found in enumerate(images)]
+    keys = [[_file_key(key) for key in image_key(found)] or [idx] for idx, found in enumerate(images)]
     for first, *others in keys:
         for other in others:
             parents[root(other)] = root(first)
@@ -63,14 +63,14 @@ def hold_out(images: Sequence, share: float, seed: int) -> tuple[list[int], list
     return [idx for idx in range(len(keys)) if idx not in out], sorted(held)
 
 
-def _file_key(one):
+def _file_key(key):
     """What tells an image from others: the file itself where it is one."""
-    if isinstance(one, tuple):
-        path, content = one
+    if isinstance(key, tuple):
+        path, content = key
         if content is not None:
             return blake2b(content, digest_size=16).digest()  # a table's files need not all be in memory
         return path if "://" in path else os.path.realpath(path)
-    return one
+    return key
 
 
 class GroupedByImage(Sampler[int]):
@@ -85,9 +85,9 @@ class GroupedByImage(Sampler[int]):
 
     def __init__(self, images: Sequence, seed: int):
         groups = {}
-        for idx, one in enumerate(images):
+        for idx, of_sample in enumerate(images):
             # A sample of text alone is a group of its own.
-            groups.setdefault(image_key(one) or idx, []).append(idx)
+            groups.setdefault(image_key(of_sample) or idx, []).append(idx)
         self.groups, self.seed, self.epoch = list(groups.values()), seed, 0
 
     def set_epoch(self, epoch: int):
@@ -120,14 +120,14 @@ class EncodedImages:
         images = {name: inputs[name] for name in ENCODED_INPUTS if name in inputs}
         known, used = list(self.known), []
         for row in zip(*images.values()):
-            found = next((one for one in known if all(map(torch.equal, one[0], row))), None)
+            found = next((encoded for encoded in known if all(map(torch.equal, encoded[0], row))), None)
             if found is None:
                 with torch.set_grad_enabled(self.grad and torch.is_grad_enabled()):
-                    (features,) = self.model.encode_image(**{name: one[None] for name, one in zip(images, row)})
+                    (features,) = self.model.encode_image(**{name: value[None] for name, value in zip(images, row)})
                 found = row, features
                 known.append(found)
             used.append(found)
         if not self.grad:
-            self.known = [one for one in known if any(one is other for other in used)]
+            self.known = [encoded for encoded in known if any(encoded is other for other in used)]
         rest = {name: value for name, value in inputs.items() if name not in images}
         return {**rest, "image_features": [features for _, features in used]}

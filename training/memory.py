@@ -67,11 +67,11 @@ def predict_memory(config: UHRBatConfig, options, data, training) -> Memory:
     for name, parameter in model.named_parameters():
         number = parameter.numel()
         linear = "language_model.layers" in name and parameter.ndim == 2 and "lora_" not in name
-        one = NF4_BYTES if options.load_in_4bit and linear else 4 if "lora_" in name else size
-        weights += number * (one + (b if one > b and "lora_" not in name else 0))
+        width = NF4_BYTES if options.load_in_4bit and linear else 4 if "lora_" in name else size
+        weights += number * (width + (b if width > b and "lora_" not in name else 0))
         if parameter.requires_grad:
-            gradients += number * one
-            states += number * STATES[str(training.optim.value)](one)
+            gradients += number * width
+            states += number * STATES[str(training.optim.value)](width)
 
     text, vision, B = config.text_config, config.vision_config, training.per_device_train_batch_size
     L, D, F, R = text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size

@@ -180,7 +180,7 @@ def read_options(arguments, prog="uhr-bat train") -> tuple[ModelOptions, DataOpt
             recipe = yaml.safe_load(config.read_text(encoding="utf-8")) or {}
         except yaml.YAMLError as error:
             raise ValueError(f"{config}: this is no YAML ({error}).") from error
-        known = {one.name for kind in KINDS for one in fields(kind)}
+        known = {option.name for kind in KINDS for option in fields(kind)}
         if unknown := sorted(set(recipe) - known):
             raise ValueError(f"{config}: there is no option {', '.join(unknown)}.")
         for name in (

@@ -80,7 +80,7 @@ def _json_rows(path):
         yield from _line_rows(text.splitlines())
     else:
         value = first[0]
-        lists = [one for one in value.values() if isinstance(one, list)] if isinstance(value, dict) else []
+        lists = [item for item in value.values() if isinstance(item, list)] if isinstance(value, dict) else []
         is_row = isinstance(value, dict) and any(key in value for key in ROW_KEYS)
         yield from lists[0] if len(lists) == 1 and not is_row else [value]
 

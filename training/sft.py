@@ -59,11 +59,11 @@ def prepare_model(options, budgets, bf16=False):
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     base = base_of(options.model_name_or_path)
     _, model = load_model(base or options.model_name_or_path, dtype, None, quantization(options))
-    halves = [one for one in (*model.parameters(), *model.buffers()) if one.dtype == torch.float16]
+    halves = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype == torch.float16]
     if halves:
         dtype = torch.bfloat16 if bf16 else torch.float32
-        for one in halves:
-            one.data = one.data.to(dtype)
+        for tensor in halves:
+            tensor.data = tensor.data.to(dtype)
         logger.warning(
             f"{options.model_name_or_path} is saved in float16, whose range training leaves: its weights are trained in "
             f"{str(dtype).removeprefix('torch.')} (`dtype: bfloat16` or `float32` says which)."

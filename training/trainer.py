@@ -31,7 +31,7 @@ def tells_what_was_not_written(folder):
     except (OSError, RuntimeError, SafetensorError) as error:
         if str(folder) in str(error):  # told already
             raise
-        room = next(one for one in (Path(folder).absolute(), *Path(folder).absolute().parents) if one.exists())
+        room = next(place for place in (Path(folder).absolute(), *Path(folder).absolute().parents) if place.exists())
         raise OSError(
             f"{folder}: it cannot be written to its end ({error}). {shutil.disk_usage(room).free / 1e6:,.0f} MB are free there. "
             "Make room (`save_total_limit` keeps fewer checkpoints), and give the same command again: it goes on from the last "

@@ -99,7 +99,9 @@ def flop_counts(sizes) -> list[Row]:
 def refinement(config, candidates, layers) -> int:
     """The passes that refine the importance; at the finest scale the last token asks alone."""
     rows = [TEXT_AFTER] * (len(candidates) - 1) + [1]
-    return sum(costs.weighing_flops(config, *one, TEXT_BEFORE + TEXT_AFTER) for one in zip(candidates, layers, rows))
+    return sum(
+        costs.weighing_flops(config, *of_scale, TEXT_BEFORE + TEXT_AFTER) for of_scale in zip(candidates, layers, rows)
+    )
 
 
 def refined(sizes) -> list[Row]:
@@ -150,12 +152,12 @@ def zoomed(sizes) -> list[Row]:
     rows = []
     for part in (4, 8):
         max_tiles = tiles[0] + sum(tiles[1:]) // part
-        for name, one, refined in (
+        for name, priced, refined in (
             ("the anchor's importance alone", config, ((), ())),
             ("refined importance", config, REFINEMENT_7B),
             ("importance by a region focus module", focused(config), ((), ())),
         ):
-            stages = zoomed_stages(one, max_tiles, TEXT_BEFORE, TEXT_AFTER, *refined)
+            stages = zoomed_stages(priced, max_tiles, TEXT_BEFORE, TEXT_AFTER, *refined)
             total = sum(stages.values()) + rest
             rows.append(
                 Row(
@@ -163,7 +165,10 @@ def zoomed(sizes) -> list[Row]:
                     ">= 3x fewer",
                     f"{straightforward / total:.2f}x ({total / 1e12:.0f} against {straightforward / 1e12:.0f} TFLOPs)",
                     straightforward >= 3 * total,
-                    {"ratio": straightforward / total, "tflops": {key: one / 1e12 for key, one in stages.items()}},
+                    {
+                        "ratio": straightforward / total,
+                        "tflops": {key: number / 1e12 for key, number in stages.items()},
+                    },
                 )
             )
     return rows

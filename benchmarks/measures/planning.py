@@ -185,16 +185,16 @@ def walk(config, num_answer_tokens=3) -> tuple[dict, dict, dict]:
             added = config.scale_embedding_additions
             tokens.append(model.model._add_scale(projected, config.scales[scale_idx], torch.arange(N), added))
         mark("encode")
-        shapes["tokens"] = [list(one.shape) for one in tokens]
+        shapes["tokens"] = [list(rows.shape) for rows in tokens]
 
         text = torch.empty(len(ids), D, dtype=torch.bfloat16)
         shapes["importance"] = list(model.estimate_importance(ids, tokens[0], text).shape)
         mark("importance")
 
         shapes["regions"] = []
-        for one, grid, R in zip(tokens, config.grids, region_counts(config, question)):
-            coords, norms = patch_centres(torch.arange(len(one)), grid), torch.empty(len(one))
-            regions = CLUSTERINGS["kmeans"](one, norms, coords, R, config.kmeans_iterations, None) if R else norms
+        for rows, grid, R in zip(tokens, config.grids, region_counts(config, question)):
+            coords, norms = patch_centres(torch.arange(len(rows)), grid), torch.empty(len(rows))
+            regions = CLUSTERINGS["kmeans"](rows, norms, coords, R, config.kmeans_iterations, None) if R else norms
             shapes["regions"].append(list(regions.shape))
         mark("regions")
 
@@ -208,7 +208,7 @@ def walk(config, num_answer_tokens=3) -> tuple[dict, dict, dict]:
             model.lm_head(output.last_hidden_state)
         mark("answer")
         layers = output[CACHE].layers
-        cached = [one for layer in layers for one in (layer.keys, layer.values)]
+        cached = [tensor for layer in layers for tensor in (layer.keys, layer.values)]
         shapes["keys of a layer"] = list(layers[0].keys.shape)
 
     generator = torch.Generator().manual_seed(0)
@@ -219,7 +219,7 @@ def walk(config, num_answer_tokens=3) -> tuple[dict, dict, dict]:
         shapes["visual tokens"].append([int(slots.max()) + 1, D])
 
     def size(tensors):
-        return sum(one.numel() * one.element_size() for one in tensors)
+        return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
     held = {"weights": size((*model.parameters(), *model.buffers())), "tokens": size(tokens), "KV cache": size(cached)}
     return shapes, flops, held

@@ -26,7 +26,7 @@ def exchange_tower(model, other, image_processor, seeds) -> float:
 
     Returns the mean cosine between the tokens of `model` before and after, of the scenes of `seeds`.
     """
-    before, after = (all_tokens(encode_scenes(one, image_processor, seeds)) for one in (model, other))
+    before, after = (all_tokens(encode_scenes(each, image_processor, seeds)) for each in (model, other))
     centred_before, centred_after = before - before.mean(0), after - after.mean(0)
     left, _, right = torch.linalg.svd(centred_after.T @ centred_before)
     turn = left @ right * (centred_before.norm() / centred_after.norm())

@@ -50,8 +50,8 @@ def head_labels(scene, config) -> dict[str, np.ndarray]:
         colour[held] = [list(PAINTS).index(thing.colour) + 1 for thing in scene.objects]
         kind[held] = [OBJECTS.index(thing.kind) + 1 for thing in scene.objects]
         site = np.zeros(height * width, np.int64)
-        for one in scene.sites:
-            site[one.contains(points)] = SITES.index(one.kind) + 1
+        for place in scene.sites:
+            site[place.contains(points)] = SITES.index(place.kind) + 1
         cells = (centres * 8).astype(int)
         for name, values in zip(HEADS, (colour, kind, site, cells[:, 0], cells[:, 1])):
             labels[name].append(values)
@@ -93,10 +93,12 @@ class VisionPretraining(nn.Module):
         sizes = [height * width for height, width in self.model.config.grids]
         starts = np.cumsum([0, *sizes[:-1]])
         tokens = self.norm(torch.cat([torch.cat(image.tokens) for image in images]))
-        positions = [torch.cat([one + int(start) for one, start in zip(image.positions, starts)]) for image in images]
+        positions = [
+            torch.cat([of_scale + int(start) for of_scale, start in zip(image.positions, starts)]) for image in images
+        ]
         loss, logits = 0, {}
         for name, head in self.heads.items():
-            target = torch.cat([row[one] for row, one in zip(labels[name], positions)])
+            target = torch.cat([row[chosen] for row, chosen in zip(labels[name], positions)])
             weight = torch.ones(HEADS[name])
             if name in ("colour", "kind"):
                 weight[0] = NOTHING_WEIGHT
