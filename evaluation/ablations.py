@@ -14,18 +14,14 @@ compresses as much. Seconds are those of this machine, beside whatever else it d
 import argparse
 import math
 import sys
-import time
 from collections import defaultdict
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from ..budgets_uhr_bat import is_one_budget
-from ..common.asking import answer_texts, answers, compress, encode, generate, write_prompts
 from ..common.budgets import counts_of_fraction
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
@@ -33,39 +29,32 @@ from ..common.files import report_files, write_report
 from ..common.images import image_options
 from ..common.loading import ROOT, check_files, load_model, model_name
 from ..common.outputs import Output, check_outputs
-from ..common.tables import interval, percent_interval, table
+from ..common.tables import percent_interval, table
 from ..configuration_uhr_bat import UHRBatConfig
-from ..image_reading_uhr_bat import resize_image
 from ..modeling_uhr_bat import UHRBatForConditionalGeneration
 from ..planning import planner_of
 from ..planning.costs import ANSWER_TOKENS
-from .choices import PAPER, PROPORTIONS, RULES
 from .evaluate import add_suite_arguments, prompt_of, stay_offline
-from .running import list_errors, measure_groups
+from .rows import (
+    PAPER,
+    PROPORTIONS,
+    RULES,
+    Row,
+    Views,
+    choose,
+    draw_lines,
+    list_errors,
+    measure_groups,
+    records_of,
+    row_of,
+    say,
+    summarise,
+)
 from .suites import SUITES
 
 PAPER_TOKENS = 131_328
 PAPER_RULE = RULES[PAPER][0]
 TABLE_4 = (4, 5, 6, 8, 10, 11, 12)  # thousands of kept tokens
-
-
-@dataclass(frozen=True)
-class Row:
-    """One setting.
-
-    Attributes:
-        name: of the row; `x`: where it stands on the axis of the plot, `line`: on which line.
-        counts: int[S], tokens that every scale has -> int[S] or int[1], those that it spends.
-        rules: other values for fields of the configuration, see `compress`.
-        resolution: of the image that is read, 0.5 for half its width and height.
-    """
-
-    name: str
-    x: float
-    counts: Callable[[list[int]], list[int]]
-    rules: dict = field(default_factory=lambda: PAPER_RULE)
-    line: str = ""
-    resolution: float = 1.0
 
 
 def fraction_of(thousands):
@@ -78,7 +67,7 @@ def spend(budgets):
 
 
 def tokens_rows(config, thousands):
-    return [Row(f"{number}k", number, fraction_of(number)) for number in thousands]
+    return [Row(f"{number}k", number, fraction_of(number), PAPER_RULE) for number in thousands]
 
 
 def clusters_rows(config, numbers):
@@ -94,8 +83,9 @@ def resolution_rows(config):
             f"{number}k, {share:g} of the width",
             number,
             fraction_of(number),
+            PAPER_RULE,
             line=f"{share:g} of the width",
-            resolution=share,
+            view=("resized", share) if share < 1 else ("whole",),
         )
         for share in (1.0, 0.5)
         for number in (3, 4)
@@ -108,7 +98,7 @@ def scale_rows(config):
     for scale, side in enumerate(config.scales):
         for factor in (1, 0, 1 / 3, 2 / 3, 2, 3):
             own = [round(factor * budget) if at == scale else budget for at, budget in enumerate(budgets)]
-            rows.append(Row(f"{side} px: {own[scale]}", own[scale], spend(own), line=f"{side} px"))
+            rows.append(Row(f"{side} px: {own[scale]}", own[scale], spend(own), PAPER_RULE, f"{side} px"))
     return rows
 
 
@@ -122,14 +112,8 @@ def region_rows(config):
 
 def keep_rows(config):
     return [
-        Row(
-            f"{name}, {100 * fraction:g} %",
-            100 * fraction,
-            partial(counts_of_fraction, fraction, proportions=proportions),
-            rules,
-            name,
-        )
-        for name, (rules, proportions) in RULES.items()
+        replace(row_of(name, fraction), name=f"{name}, {100 * fraction:g} %", x=100 * fraction, line=name)
+        for name in RULES
         for fraction in (0.01, 0.02, 0.04)
     ]
 
@@ -158,86 +142,20 @@ ABLATIONS = {
 # ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
-def timed(call):
-    """(what a call returns, its seconds), with the accelerator's work done."""
-    start = time.perf_counter()
-    result = call()
-    if torch.accelerator.is_available():
-        torch.accelerator.synchronize()
-    return result, time.perf_counter() - start
-
-
-def records_of(model, processor, suite, prompt, group, rows, options) -> list[dict]:
-    """One record a sample and row; an image is encoded once for each resolution."""
-    image = processor.image_processor.process_image(suite.open(group[0].pictures[0]), **options)
-    records, encoded = [], {}
-    for resolution in {row.resolution for row in rows}:
-        size = max(round(resolution * image.height), 1), max(round(resolution * image.width), 1)
-        smaller = image if resolution == 1 else resize_image(image, size)
-        cut = processor.image_processor(smaller, return_tensors="pt")
-        (encoded[resolution],), seconds = timed(lambda cut=cut: encode(model, cut))
-        encoded[resolution] = encoded[resolution], seconds
-    for sample in group:
-        for row in rows:
-            features, encoding = encoded[row.resolution]
-            counts = row.counts(features.available)
-            features.partitions.clear()  # every question pays for its regions
-            question = [suite.prompts[prompt](sample)]
-            inputs = write_prompts(model, processor, question, [[features]], counts=[counts])
-            compressed, compressing = timed(partial(compress, model, inputs, row.rules))
-            limit = {"max_new_tokens": suite.max_new_tokens}
-            ids, generating = timed(partial(generate, model, inputs, compressed, **limit))
-            (text,), (spent,) = answer_texts(processor, ids), compressed.tokens_per_prompt
-            records.append({
-                "row": row.name, "sample": sample.id, "image": sample.pictures[0].key, "section": sample.section,
-                "right": suite.scorers[0].score(sample, text), "tokens": spent,
-                "seconds": {"encode": encoding, "compress": compressing, "generate": generating},
-            })  # fmt: skip
-    return records
-
-
-def flops_of(model, processor, suite, prompt, sample, rows, options) -> dict[str, float]:
+def flops_of(pair, suite, prompt, rows, sample, options) -> dict[str, float]:
     """{row: FLOPs} of one question about an image from its tiles to the answer, by torch's counter."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    image = processor.image_processor.process_image(suite.open(sample.pictures[0]), **options)
-    cut = processor.image_processor(image, return_tensors="pt")
+    image = pair[0].image_processor.process_image(suite.open(sample.pictures[0]), **options)
+    views, question, limit, found = Views(pair, image), suite.prompts[prompt](sample), suite.max_new_tokens, {}
     with FlopCounterMode(display=False) as counter:
-        (features,) = encode(model, cut)
-    encoding, found = counter.get_total_flops(), {}
+        views.seen()
+    encoding = counter.get_total_flops()
     for row in rows:
         with FlopCounterMode(display=False) as counter:
-            answers(
-                model, processor, [suite.prompts[prompt](sample)], [[features]], rules=row.rules,
-                counts=[row.counts(features.available)], max_new_tokens=suite.max_new_tokens,
-            )  # fmt: skip
+            inputs, kept = choose(views, replace(row, view=("whole",)), question)
+            say(views.seen(), inputs, kept.pooler_output, max_new_tokens=limit)
         found[row.name] = encoding + counter.get_total_flops()
-    return found
-
-
-def summarise(records, rows) -> list[dict]:
-    """Accuracy of every row, of the parts of the suite, and its paired difference from the first row."""
-    by_row, rng = defaultdict(list), np.random.default_rng(0)
-    for record in records:
-        by_row[record["row"]].append(record)
-    base, found = np.array([record["right"] for record in by_row[rows[0].name]]), []
-    for row in rows:
-        asked = by_row[row.name]
-        right, images = np.array([record["right"] for record in asked]), [record["image"] for record in asked]
-        sections = sorted({record["section"] for record in asked if record["section"]})
-        found.append({
-            "name": row.name, "line": row.line, "x": row.x, "samples": len(asked),
-            "tokens": float(np.mean([record["tokens"] for record in asked])),
-            "accuracy": interval(right, images, rng),
-            "minus_first": interval(right - base, images, rng),
-            "sections": {
-                name: float(np.mean([record["right"] for record in asked if record["section"] == name]))
-                for name in sections
-            },
-            "seconds": {
-                stage: float(np.mean([record["seconds"][stage] for record in asked])) for stage in asked[0]["seconds"]
-            },
-        })  # fmt: skip
     return found
 
 
@@ -246,19 +164,19 @@ def summarise(records, rows) -> list[dict]:
 
 def report(result) -> str:
     rows, about = result["rows"], result["about"]
-    sections = list(rows[0]["sections"])
+    sections = list(rows[0]["by_section"])
     header = ["row", "tokens", "GFLOPs", "accuracy", "minus the first", *sections]
     header += [f"{stage} (s)" for stage in rows[0]["seconds"]]
     lines = [
         [row["name"], f"{row['tokens']:.0f}", f"{row['flops'] / 1e9:.3g}", percent_interval(row["accuracy"])]
-        + [percent_interval(row["minus_first"], signed=True)]
-        + [f"{100 * row['sections'][name]:.1f}" for name in sections]
+        + [percent_interval(row["differences"]["first"], signed=True) if row["differences"] else ""]
+        + [f"{100 * row['by_section'][name]:.1f}" for name in sections]
         + [f"{seconds:.3f}" for seconds in row["seconds"].values()]
         for row in rows
     ]
     return "\n\n".join([
         f"# {about['name']}: {about['suite']}, {about['model']}",
-        f"{rows[0]['samples']} questions about {about['images']} images, scored by {about['scorer']}. Percent, with "
+        f"{rows[0]['questions']} questions about {about['images']} images, scored by {about['scorer']}. Percent, with "
         "95 % intervals of a bootstrap over images; differences are paired by question. GFLOPs of one question from "
         "the tiles to the answer, by torch's counter. Compress: importance, regions and selection.",
         table(header, lines),
@@ -304,14 +222,12 @@ def plot(result, path):
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
-    axes, rows = figure.subplots(), result["rows"]
-    for line in dict.fromkeys(row["line"] for row in rows):
-        x, mean, low, high = np.array(sorted((row["x"], *row["accuracy"]) for row in rows if row["line"] == line)).T
-        mean, low, high = 100 * mean, 100 * low, 100 * high
-        axes.errorbar(x, mean, (mean - low, high - mean), label=line or None, capsize=2, marker="o")
+    axes, lines = figure.subplots(), defaultdict(list)
+    for row in result["rows"]:
+        lines[row["line"]].append((row["x"], row["accuracy"]))
+    draw_lines(axes, lines)
     axes.set(xlabel=result["about"]["axis"], ylabel="accuracy, %", title=result["about"]["name"])
-    axes.grid(alpha=0.3)
-    if rows[0]["line"]:
+    if any(lines):
         figure.legend(loc="outside right center", fontsize=8)
     figure.savefig(path, dpi=110)
 
@@ -323,15 +239,15 @@ def measure(args) -> dict:
     samples = [sample for sample in suite.load(args.data, args.limit) if len(sample.pictures) == 1]
     if not samples:
         raise ValueError(f"{args.suite} has no question about a single image here.")
-    processor, model = load_model(args.model)
+    pair = load_model(args.model)
+    model = pair[1].eval()
     make_rows, axis = ABLATIONS[args.name]
-    rows = make_rows(model.eval().config)
-    flops, options = {}, image_options(args)
+    rows, options, flops = make_rows(model.config), image_options(args), {}
 
     def ask(group):
-        found = records_of(model, processor, suite, prompt, group, rows, options)
+        found = records_of(pair, suite, prompt, rows, group, options, apart=True)
         if not flops:
-            flops.update(flops_of(model, processor, suite, prompt, group[0], rows, options))
+            flops.update(flops_of(pair, suite, prompt, rows, group[0], options))
         return found
 
     records, errors = measure_groups(samples, ask, args.name)
@@ -341,8 +257,9 @@ def measure(args) -> dict:
         "name": args.name, "axis": axis, "suite": args.suite, "data": args.data, "model": model_name(args.model),
         "prompt": prompt, "scorer": suite.scorers[0].name, "images": len({record["image"] for record in records}),
     }  # fmt: skip
-    rows = [row | {"flops": flops[row["name"]]} for row in summarise(records, rows)]
-    result = {"about": about, "rows": rows, "errors": errors}
+    found = summarise(records, {"first": (rows[0].name, rows[0].x)})
+    found = [one | {"line": row.line, "flops": flops[row.name]} for one, row in zip(found, rows)]
+    result = {"about": about, "rows": found, "errors": errors}
     if args.name == "table-4":
         big = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
         result["prices"] = {

@@ -169,25 +169,6 @@ def groups_of(samples: Iterable[Sample]) -> list[list[Sample]]:
     return list(groups.values())
 
 
-def measure_groups(samples: Iterable[Sample], measure, description: str) -> tuple[list, list[dict]]:
-    """What `measure(group)` returns of the samples of every image, one after the other, and {"image", "error"} of those
-    that failed."""
-    from tqdm import tqdm
-
-    records, errors = [], []
-    for group in tqdm(groups_of(samples), desc=description, unit="image"):
-        try:
-            records += measure(group)
-        except (OSError, ValueError) as error:
-            errors.append({"image": group[0].pictures[0].key, "error": reason(error)})
-    return records, errors
-
-
-def list_errors(errors: list[dict], what="images failed") -> str:
-    """How many images failed, and which."""
-    return f"{len(errors)} {what}." + "".join(f"\n- {one['image']}: {one['error']}" for one in errors)
-
-
 def blank_image(config, pad_color) -> Image.Image:
     """A square of the letterbox's colour, which takes as many tokens as a square image."""
     return Image.new("RGB", (config.scales[-1],) * 2, tuple(pad_color))

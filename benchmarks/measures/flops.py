@@ -9,7 +9,7 @@ from PIL import Image
 
 from ...common.loading import ROOT
 from ...configuration_uhr_bat import UHRBatConfig
-from ...evaluation.choices import REFINEMENT
+from ...evaluation.rows import REFINEMENT
 from ...geometry_uhr_bat import shown_patches
 from ...modeling_uhr_bat import UHRBatForConditionalGeneration
 from ...planning import costs

@@ -3,7 +3,7 @@
 from .conversations import Conversations
 from .hr_bench import HRBench
 from .lrs_vqa import LRSVQA
-from .made_up_scenes import MadeUpScenes
+from .made_up_scenes import FORMS, MadeUpScenes
 from .mme_realworld import MMERealWorldRS
 from .own import Own
 from .pascal_voc import PascalVOC
@@ -28,7 +28,7 @@ SUITES = {
         Conversations("conversations"),
         Own("own"),
         PascalVOC("pascal-voc"),
-        MadeUpScenes("scenes"),
+        *map(MadeUpScenes, FORMS),
     )
 }
 

@@ -1,17 +1,35 @@
 """The project's own made-up scenes, none of which UHR-BAT-Tiny has seen: six kinds of question, objects with boxes."""
 
+from functools import partial
+
 import numpy as np
 
 from ...scenes.layout import TEST_SEEDS, WIDTH, make_scene
-from ...scenes.painting import RENDER_WIDTH, paint
+from ...scenes.native import native_scene, picture_of
+from ...scenes.painting import RENDER_WIDTH, add_specks, paint
 from ...scenes.questions import KINDS, make_question
 from ..samples import Picture, Sample
 from ..scoring import Scorer, read_words, same_words
 from .suite import Suite
 
 
+def paint_specks(scene):
+    """A scene with 700 bright specks, of the size of the smallest objects, anywhere."""
+    image = paint(scene)
+    add_specks(image, 700, np.random.default_rng([scene.seed, 4]))
+    return image
+
+
+# Title, how a scene of a seed is laid out, and how it becomes an image.
+FORMS = {
+    "scenes": ("Made-up scenes", make_scene, paint),
+    "scenes-native": ("Made-up scenes with objects of a few native pixels", native_scene, picture_of),
+    "scenes-crowded": ("Crowded made-up scenes", partial(make_scene, objects_outside=(100, 160)), paint),
+    "scenes-specks": ("Made-up scenes with specks", make_scene, paint_specks),
+}
+
+
 class MadeUpScenes(Suite):
-    title = "Made-up scenes"
     prompts = {"scenes/plain-1": lambda sample: sample.question}
     scorers = (
         Scorer(
@@ -23,19 +41,23 @@ class MadeUpScenes(Suite):
     )
     max_new_tokens = 6
 
+    def __init__(self, name):
+        super().__init__(name)
+        self.title, self.lay_out, self.show = FORMS[name]
+
     def load(self, data=None, limit=None):
         """The questions about the test scenes, six a scene or fewer; `limit` takes the first scenes' questions."""
         if data is not None:
             raise ValueError("The made-up scenes are painted when they are asked about: there is no --data to give.")
         samples = []
         for seed in TEST_SEEDS:
-            samples += self.samples_of_scene(seed)
+            samples += self.samples_of_seed(seed)
             if limit is not None and len(samples) >= limit:
                 break
         return samples[:limit]
 
-    def samples_of_scene(self, seed: int) -> list[Sample]:
-        scene, rng, samples = make_scene(seed), np.random.default_rng([seed, 3]), []
+    def samples_of_seed(self, seed: int) -> list[Sample]:
+        scene, rng, samples = self.lay_out(seed), np.random.default_rng([seed, 3]), []
         for kind in KINDS:
             question = make_question(scene, kind, rng=rng)
             if question is not None:
@@ -46,17 +68,17 @@ class MadeUpScenes(Suite):
                         question=question.text,
                         answer=question.answer,
                         task=kind,
-                        boxes=tuple(box_of(thing) for thing in question.objects),
+                        boxes=tuple(box_of(thing, scene.width or RENDER_WIDTH) for thing in question.objects),
                     )
                 )
         return samples
 
     def open(self, picture):
-        return paint(make_scene(picture.source))
+        return self.show(self.lay_out(picture.source))
 
 
-def box_of(thing) -> tuple[float, float, float, float]:
-    """(x0, y0, x1, y1) in pixels of the painted scene: the square of the object's area around its centre."""
+def box_of(thing, width) -> tuple[float, float, float, float]:
+    """(x0, y0, x1, y1) in pixels of an image of this width: the square of the object's area around its centre."""
     x, y = thing.centre
-    half, scale = thing.size / 2, RENDER_WIDTH / WIDTH
+    half, scale = thing.size / 2, width / WIDTH
     return tuple(scale * edge for edge in (x - half, y - half, x + half, y + half))

@@ -4,9 +4,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from uhr_bat.common.loading import ROOT
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.evaluation import ablations
+from uhr_bat.evaluation.suites import SUITES
 
 AVAILABLE = [64, 256, 1024, 2304]
 
@@ -40,42 +42,35 @@ def test_table_6_has_budgets_of_zero_and_decreasing_ones(config):
 
 
 @pytest.mark.slow
-def test_an_ablation_is_written_as_table_json_and_plot(tmp_path, capsys, monkeypatch):
-    make_rows, axis = ablations.ABLATIONS["table-5"]
-    monkeypatch.setitem(ablations.ABLATIONS, "table-5", (lambda config: make_rows(config)[::2], axis))
-    assert ablations.main(["table-5", "--limit", "2", "--output", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "table-5.json").read_text())
-    assert [row["name"] for row in result["rows"]] == ["3k, 1 of the width", "3k, 0.5 of the width"]
-    for row in result["rows"]:
-        assert row["samples"] == 2 and row["tokens"] < 0.03 * 3648 and 0 <= row["accuracy"][0] <= 1
-        assert row["flops"] > 1e8 and set(row["seconds"]) == {"encode", "compress", "generate"}
-        assert min(row["seconds"].values()) > 0
-    assert result["rows"][0]["minus_first"] == [0, 0, 0]
-    assert "| 3k, 1 of the width |" in capsys.readouterr().out and (tmp_path / "table-5.png").stat().st_size > 1000
-
-
-@pytest.mark.slow
-def test_table_4_has_the_7b_model_by_formula(tmp_path, capsys):
-    assert ablations.main(["table-4", "--limit", "1", "--output", str(tmp_path)]) == 0
-    result = json.loads((tmp_path / "table-4.json").read_text())
-    assert [row["name"] for row in result["rows"]] == [f"{number}k" for number in ablations.TABLE_4]
-    big = result["prices"]["7B, bfloat16"]
-    assert big[0]["kept"] == 4000 and big[-1]["flops"] > big[0]["flops"] > 1e14
-    assert "| 7B, bfloat16 | 4,000 | 131,328 |" in capsys.readouterr().out
-
-
-@pytest.mark.slow
-def test_a_raster_is_read_at_half_its_width_too(tmp_path, monkeypatch):
+def test_an_ablation_of_rasters_is_written_as_table_json_and_plot(tmp_path, capsys, monkeypatch):
     rasterio = pytest.importorskip("rasterio", reason="rasterio is not installed")
-    pixels = np.random.default_rng(0).integers(0, 255, (3, 90, 120), np.uint8)
-    profile = {"driver": "GTiff", "height": 90, "width": 120, "count": 3, "dtype": "uint8", "photometric": "RGB"}
+    pixels = np.random.default_rng(0).integers(0, 255, (3, 20, 160), np.uint8)
+    profile = {"driver": "GTiff", "height": 20, "width": 160, "count": 3, "dtype": "uint8", "photometric": "RGB"}
     with rasterio.open(tmp_path / "a.tif", "w", **profile) as raster:
         raster.write(pixels)
     turns = [{"from": "human", "value": "<image>\nHow many?"}, {"from": "gpt", "value": "2"}]
     (tmp_path / "a.json").write_text(json.dumps([{"id": 1, "image": "a.tif", "conversations": turns}]))
     make_rows, axis = ablations.ABLATIONS["table-5"]
     monkeypatch.setitem(ablations.ABLATIONS, "table-5", (lambda config: make_rows(config)[::2], axis))
+    monkeypatch.setattr(SUITES["conversations"], "max_new_tokens", 2)
     arguments = ["--suite", "conversations", "--data", str(tmp_path / "a.json"), "--output", str(tmp_path / "out")]
     assert ablations.main(["table-5", *arguments]) == 0
     result = json.loads((tmp_path / "out" / "table-5.json").read_text())
-    assert not result["errors"] and [row["samples"] for row in result["rows"]] == [1, 1]
+    assert not result["errors"] and [row["name"] for row in result["rows"]] == [
+        "3k, 1 of the width",
+        "3k, 0.5 of the width",
+    ]
+    for row in result["rows"]:
+        assert row["questions"] == 1 and row["tokens"] < 0.03 * 3648 and 0 <= row["accuracy"][0] <= 1
+        assert row["flops"] > 1e8 and set(row["seconds"]) == {"encode", "compress", "generate"}
+        assert min(row["seconds"].values()) > 0
+    assert "| 3k, 1 of the width |" in capsys.readouterr().out
+    assert (tmp_path / "out" / "table-5.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_table_4_has_the_7b_model_by_formula():
+    big = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
+    found = ablations.prices(big, (4, 12), torch.bfloat16, "cuda")
+    assert found[0]["kept"] == 4000 and found[-1]["flops"] > found[0]["flops"] > 1e14
+    assert "| 7B | 4,000 | 131,328 |" in ablations.prices_table({"7B": found})

@@ -9,7 +9,6 @@ from PIL import Image
 from uhr_bat.evaluation import partitions
 from uhr_bat.scenes import layout
 
-
 EVERY_MASK_ARGUMENTS = ["--points-per-side", "2", "--pred-iou-thresh", "-100", "--stability-score-thresh", "0"]
 
 

@@ -4,7 +4,6 @@ import json
 
 import numpy as np
 import pytest
-import torch
 from benchmark_files import picture
 from uhr_bat.evaluation import recall
 from uhr_bat.evaluation.suites import SUITES
@@ -43,10 +42,6 @@ def test_the_tokens_of_a_box_are_those_whose_centres_lie_in_it(image_size):
 def test_a_box_outside_the_image_is_an_error_with_both_numbers():
     with pytest.raises(ValueError, match=r"\(50, 0, 60, 5\) does not lie in the image of 40 x 30 px"):
         recall.tokens_in_box((50, 0, 60, 5), (30, 40), (6, 6))
-
-
-def test_a_merged_token_is_not_kept():
-    assert recall.alone(torch.tensor([0, 1, 1, -1, 2])).tolist() == [True, False, False, False, True]
 
 
 def test_recall_is_summarised_by_size():

@@ -1,0 +1,520 @@
+"""Rows of a table: settings by which the same questions of a suite are asked, one record an answer.
+
+A row says how an image is encoded, which rules choose how many of its visual tokens, and thereby all that evidence, recall
+and ablations compare. An image is encoded once in each way that its rows want; rows that spend equally much are answered
+together.
+
+Letters: S scales, N tokens of a scale, D width of a token, M tokens of a prompt.
+"""
+
+import copy
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from multiprocessing import get_context
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from ..common import asking
+from ..common.budgets import counts_of_fraction
+from ..common.loading import load_model
+from ..common.tables import interval
+from ..export.build_tiny import BUDGETS
+from ..export.build_tiny import RULES as SHIPPED
+from ..geometry_uhr_bat import letterbox, tokens_of_points
+from ..image_raster_files_uhr_bat import reason
+from ..image_reading_uhr_bat import resize_image
+from ..modeling_layers_uhr_bat import UHRBatScaleEmbedding
+from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
+from .reducers import conditional_diversity, diversity, dominant_and_contextual, similarity_merging
+from .running import groups_of
+from .samples import Sample
+from .suites import SUITES
+
+FINEST = 2  # scales at which an object counts as seen: the two finest
+
+
+# ---- What is compared ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Row:
+    """One setting.
+
+    Attributes:
+        name: of the row; `x`: where it stands on the axis of a plot, `line`: on which line.
+        counts: int[S], tokens that every scale has -> int[S], those that it spends, or int[1], those of all scales.
+        rules: other values for fields of the configuration, see `compress`.
+        view: name and settings of the way in which the image is encoded, see `WAYS`.
+    """
+
+    name: str
+    x: float
+    counts: Callable[[list[int]], list[int]]
+    rules: dict | None
+    line: str = ""
+    view: tuple = ("whole",)
+
+
+def _rules(selector, **changes):
+    """All that the rows vary, so that none depends on the configuration's choice."""
+    return {"selector": selector, "refinement": [], "refinement_layers": [], "coverage": False, **changes}
+
+
+def regions_merged(importance, regions, tokens, budget):
+    """One token of each region."""
+    return regions
+
+
+PAPER, TOP_K, DISTINCT, REFINED = "preserve-and-merge", "top-k per scale", "distinct", "distinct, refined"
+FULL, DOWNSAMPLING = "no compression", "downsampling"
+# By the rules of REFINED, but of the tiles behind the anchor's only the quarter is encoded where the question looks.
+ZOOMED, ENCODED_SHARE = "distinct, refined, a quarter of the tiles", 1 / 4
+# Of each scale after the anchor, how many tokens the question looks at once more, and up to which decoder layer.
+REFINEMENT = {name: SHIPPED[name] for name in ("refinement", "refinement_layers")}
+# Proportions in which the scales share the tokens: the paper's, and such that leave more to the finest scale.
+PROPORTIONS, FINE_PROPORTIONS = (16, 24, 40, 66), tuple(BUDGETS)
+ALL = _rules("uniform", region_method="none")
+# Rules by which the model's own `compress` is each row, and the proportions; None is one budget for all scales.
+RULES = {
+    PAPER: (_rules("preserve_and_merge"), PROPORTIONS),
+    "with coverage": (_rules("preserve_and_merge", coverage=True), PROPORTIONS),
+    TOP_K: (_rules("top_k"), PROPORTIONS),
+    "top-k, one budget": (_rules("top_k"), None),
+    DISTINCT: (_rules("distinct"), None),
+    "distinct, budgets per scale": (_rules("distinct"), FINE_PROPORTIONS),
+    "distinct, regions told of": (_rules("distinct", coverage=True), None),
+    REFINED: (_rules("distinct", **REFINEMENT), None),
+    "distinct, refined, budgets per scale": (_rules(**SHIPPED), FINE_PROPORTIONS),
+    "CDPruner": (_rules(conditional_diversity), PROPORTIONS),
+    "VisionZip": (_rules(dominant_and_contextual), PROPORTIONS),
+}
+# Blind to the question.
+BLIND = {
+    "DivPrune": (_rules(diversity, region_method="none"), PROPORTIONS),
+    "ToMe": (_rules(similarity_merging, region_method="none"), PROPORTIONS),
+    "uniform": (ALL, PROPORTIONS),
+    "k-means merge": (_rules(regions_merged, region_method="kmeans", num_regions=None), PROPORTIONS),
+}
+METHODS = RULES | BLIND
+
+
+def row_of(method: str, fraction: float) -> Row:
+    """One of `METHODS`, `ZOOMED`, `DOWNSAMPLING` or `FULL`, where a fraction of all tokens is spent."""
+    if method == FULL:
+        return Row(FULL, 1.0, list, ALL)
+    if method == DOWNSAMPLING:
+        return Row(method, fraction, list, ALL, view=("downsampled", fraction))
+    rules, proportions = METHODS[REFINED if method == ZOOMED else method]
+    counts = partial(counts_of_fraction, fraction, proportions=proportions)
+    return Row(method, fraction, counts, rules, view=("share", ENCODED_SHARE) if method == ZOOMED else ("whole",))
+
+
+# ---- An image --------------------------------------------------------------------------------------------------------
+
+
+class Seen(NamedTuple):
+    """An image that was encoded, and by whom.
+
+    Attributes:
+        available: int[S], tokens of which a row spends some: those of the fixed scales.
+        seconds: that encoding took.
+        fixed: whether its grids are those of the letterboxed square and go down to what the model can see. Of the image made
+            small there is no evidence.
+    """
+
+    processor: Any
+    model: Any
+    features: Any
+    available: list[int]
+    seconds: float
+    letterboxed: bool = True
+    small: bool = False
+
+
+class Views:
+    """An image of a suite, encoded once in each way that is wanted.
+
+    Args:
+        pair: (processor, model).
+        image: what the image processor takes, with `height` and `width`.
+        focus: (processor, model) of LRS-VQA's mode.
+    """
+
+    def __init__(self, pair, image, focus=None):
+        self.pair, self.image, self.focus, self.views = pair, image, focus, {}
+
+    def seen(self, view=("whole",)) -> Seen:
+        if view not in self.views:
+            name, *settings = view
+            self.views[view] = WAYS[name](self, *settings)
+        return self.views[view]
+
+    def encode(self, image=None, pair=None, available=None, options=None, **kind) -> Seen:
+        processor, model = pair or self.pair
+        cut = processor.image_processor(self.image if image is None else image, return_tensors="pt", **(options or {}))
+        (features,), seconds = timed(partial(asking.encode, model, cut))
+        return Seen(processor, model, features, available or features.available, seconds, **kind)
+
+    def evidence(self, seen: Seen, boxes) -> list[list[tuple[int, int]]]:
+        """For every box its (scale, position) at the two finest scales or levels."""
+        grids, size = seen.features.grids, (self.image.height, self.image.width)
+        finest = range(len(grids))[-FINEST:]
+        return [
+            [
+                (scale, token)
+                for scale in finest
+                for token in tokens_in_box(box, size, grids[scale], seen.letterboxed).tolist()
+            ]
+            for box in boxes
+        ]
+
+
+def timed(call):
+    """(what a call returns, its seconds), with the accelerator's work done."""
+    start = time.perf_counter()
+    result = call()
+    if torch.accelerator.is_available():
+        torch.accelerator.synchronize()
+    return result, time.perf_counter() - start
+
+
+def resized(views: Views, share: float) -> Seen:
+    """The image at a share of its height and width."""
+    height, width = (max(round(share * length), 1) for length in (views.image.height, views.image.width))
+    return views.encode(resize_image(views.image, (height, width)))
+
+
+def tiles_of_share(views: Views, share: float) -> Seen:
+    """Of the tiles behind the anchor's a share, where the question looks."""
+    image_processor = views.pair[0].image_processor
+    (pyramid,) = image_processor(views.image, max_tiles=10**6)["image_pyramids"]
+    anchor, *finer = [int((pyramid.num_shown(idx) > 0).sum()) for idx in range(len(pyramid.scales))]
+    options = {"max_tiles": anchor + round(share * sum(finer))}
+    return views.encode(available=views.seen().available, options=options)
+
+
+def native(views: Views, max_tiles: int) -> Seen:
+    """Levels down to the image's own pixels, of which `max_tiles` tiles are encoded where the question looks."""
+    return views.encode(available=views.seen().available, options={"max_tiles": max_tiles, "native": True})
+
+
+def descended(views: Views) -> Seen:
+    """The image as LRS-VQA's module descends it."""
+    options = {"dynamic_pyramid": True}
+    return views.encode(pair=views.focus, available=views.seen().available, options=options, letterboxed=False)
+
+
+def downsampled(views: Views, fraction: float) -> Seen:
+    """The image at the largest single scale whose letterboxed square is within a fraction of all tokens."""
+    processor, model = views.pair
+    config, num_tokens = model.config, round(fraction * sum(views.seen().available))
+    side = max(1, int(num_tokens**0.5) // (config.tile_size // config.patch_size)) * config.tile_size
+    return views.encode(pair=(processor, one_scale_model(model, side)), options={"scales": [side]}, small=True)
+
+
+def one_scale_model(model, side):
+    """The same weights for an image of one scale; of the scale vectors the one of the scale nearest to it."""
+    held = {id(one): one for one in model.parameters()}
+    single = copy.deepcopy(model, held)  # which shares its weights
+    config = single.config
+    nearest = min(range(len(config.scales)), key=lambda scale: abs(config.scales[scale] - side))
+    config.scales, config.native_scales, config.budgets = [side], [], [(side // config.patch_size) ** 2]
+    embedding = UHRBatScaleEmbedding(config).to(model.device)
+    embedding.load_state_dict(
+        {
+            "table": model.model.scale_embedding.table,
+            "scale_vectors": model.model.scale_embedding.scale_vectors[[nearest]],
+        }
+    )
+    single.model.scale_embedding = embedding
+    return single.eval()
+
+
+WAYS = {
+    "whole": Views.encode,
+    "resized": resized,
+    "share": tiles_of_share,
+    "native": native,
+    "descended": descended,
+    "downsampled": downsampled,
+}
+
+
+# ---- Evidence --------------------------------------------------------------------------------------------------------
+
+
+def tokens_in_box(box, image_size, grid, letterboxed=True) -> np.ndarray:
+    """int64[K]: the tokens of a grid whose centres lie in a box, or the one that shows its middle where none does.
+
+    Args:
+        box: (x0, y0, x1, y1) in pixels of the image.
+        image_size: (height, width) in pixels.
+        grid: (height, width) in tokens, over the letterboxed square or over the image alone.
+
+    Raises:
+        ValueError: a box that lies outside the image, or whose edges are turned round or no numbers.
+    """
+    (x0, y0, x1, y1), (h, w) = box, image_size
+    if not (x0 <= x1 and y0 <= y1 and x1 > 0 and y1 > 0 and x0 < w and y0 < h and all(map(math.isfinite, box))):
+        raise ValueError(f"The box {box} does not lie in the image of {w} x {h} px (width x height).")
+    sides, (top, left) = image_size, (0, 0)
+    if letterboxed:
+        side, top, left = letterbox(image_size)
+        sides = side, side
+    edges = (max(y0, 0) + top, min(y1, h) + top), (max(x0, 0) + left, min(x1, w) + left)
+    # The centre of token i lies (i + 1/2) / number of the side below the edge.
+    rows, columns = (
+        np.arange(math.ceil(low * number / side - 0.5), math.ceil(high * number / side - 0.5))
+        for (low, high), number, side in zip(edges, grid, sides)
+    )
+    if len(rows) and len(columns):
+        return (rows[:, None] * grid[1] + columns).ravel()
+    if letterboxed:
+        middle = (max(y0, 0) + min(y1, h)) / 2, (max(x0, 0) + min(x1, w)) / 2
+        return np.atleast_1d(tokens_of_points(middle, image_size, grid))
+    row, column = (
+        min(int(sum(edge) / 2 * number / side), number - 1) for edge, number, side in zip(edges, grid, sides)
+    )
+    return np.array([row * grid[1] + column])
+
+
+def size_of(box, image_size, scales) -> float:
+    """Side of a square of the box's area, in pixels of the finest scale."""
+    return math.sqrt(max((box[2] - box[0]) * (box[3] - box[1]), 0)) * scales[-1] / max(image_size)
+
+
+def alone(slots) -> torch.Tensor:
+    """bool[N]: the tokens of a scale, slots long[N], that have a place of their own."""
+    sizes = torch.bincount(slots[slots >= 0], minlength=1)
+    return (slots >= 0) & (sizes[slots.clamp_min(0)] == 1)
+
+
+def keeps(slots, evidence) -> bool | None:
+    """Whether every object, a list of its (scale, position), has a token of its own at one of them, unmerged; None without an
+    object. This is what "kept" means, whatever the rule and the suite.
+
+    `slots`: long[N] per scale or level, of its whole grid.
+    """
+    if not evidence:
+        return None
+    single = {scale: alone(slots[scale]) for scale in {scale for one in evidence for scale, _ in one}}
+    return all(any(bool(single[scale][position]) for scale, position in one) for one in evidence)
+
+
+# ---- Records ---------------------------------------------------------------------------------------------------------
+
+
+def choose(views: Views, row: Row, question: str):
+    """(input_ids and attention_mask long[1, M] with one placeholder, what was kept of the image) for a row."""
+    seen = views.seen(row.view)
+    prompt = asking.write_prompt(seen.processor, question).to(seen.model.device)
+    counts = row.counts(seen.available)
+    spend = {"token_counts": [counts]} if seen.letterboxed else {"budgets": sum(counts)}
+    return prompt, asking.compress(seen.model, prompt | {"image_features": [seen.features]} | spend, row.rules)
+
+
+def say(seen: Seen, prompt, visual, **generation) -> list[str]:
+    """Answers to one prompt, from several choices of visual tokens float[n, D]."""
+    images = UHRBatCompressionOutput(pooler_output=visual, images_per_prompt=[1] * len(visual))
+    repeated = (prompt[name].expand(len(visual), -1) for name in asking.PROMPT)
+    inputs = dict(zip(asking.PROMPT, seen.model.expand_placeholders(*repeated, images)))
+    return asking.answer_texts(seen.processor, asking.generate(seen.model, inputs, images, **generation))
+
+
+@torch.no_grad()
+def records_of(pair, suite, prompt, rows, group, options=None, focus=None, apart=False) -> list[dict]:
+    """One record a sample and row, of all samples about one image: what was right, spent and kept.
+
+    Args:
+        pair: (processor, model).
+        prompt: name of the suite's prompt.
+        options: of reading.
+        focus: see `Views`.
+        apart: whether every row is answered by itself, and pays for its regions; records then have its seconds.
+    """
+    image = pair[0].image_processor.process_image(suite.open(group[0].pictures[0]), **(options or {}))
+    views, records, limit = Views(pair, image, focus), [], {"max_new_tokens": suite.max_new_tokens}
+    size, scales = (image.height, image.width), pair[1].config.scales
+    for sample in group:
+        question, batches = suite.prompts[prompt](sample), defaultdict(list)
+        finest = min((size_of(box, size, scales) for box in sample.boxes), default=None)
+        about = {
+            "sample": sample.id, "image": sample.pictures[0].key, "task": sample.task, "section": sample.section,
+            "pixels": finest, "native": None if finest is None else finest * max(size) / scales[-1],
+        }  # fmt: skip
+        for row in rows:
+            seen = views.seen(row.view)
+            if apart:
+                seen.features.partitions.clear()
+            (inputs, kept), compressing = timed(partial(choose, views, row, question))
+            held = False if seen.small and sample.boxes else keeps(kept.slots[0], views.evidence(seen, sample.boxes))
+            seconds = {"encode": seen.seconds, "compress": compressing}
+            record = {"row": row.name, "x": row.x, **about, "tokens": len(kept.pooler_output[0]), "kept": held}
+            key = len(batches) if apart else (id(seen.model), row.x)
+            batches[key].append((seen, inputs, kept.pooler_output[0], record | {"seconds": seconds}))
+            records.append(batches[key][-1][-1])
+        for batch in batches.values():
+            seen, inputs, *_ = batch[0]
+            visual = [tokens for _, _, tokens, _ in batch]
+            texts, generating = timed(partial(say, seen, inputs, visual, **limit))
+            for (*_, record), text in zip(batch, texts):
+                record["right"] = suite.scorers[0].score(sample, text)
+                record["seconds"]["generate"] = generating
+    return records
+
+
+def measure_groups(samples: Iterable[Sample], measure, description: str, pool=None) -> tuple[list, list[dict]]:
+    """What `measure(group)` returns of the samples of every image, one after the other or by the processes of a pool, and
+    {"image", "error"} of those that failed."""
+    records, errors, groups = [], [], groups_of(samples)
+    results = (pool.map if pool else map)(partial(_attempt, measure), groups)
+    for found, failed in tqdm(results, desc=description, unit="image", total=len(groups)):
+        records += found
+        errors += failed
+    return records, errors
+
+
+def _attempt(measure, group):
+    try:
+        return measure(group), []
+    except (OSError, ValueError) as error:
+        return [], [{"image": group[0].pictures[0].key, "error": reason(error)}]
+
+
+def list_errors(errors: list[dict], what="images failed") -> str:
+    """How many images failed, and which."""
+    return f"{len(errors)} {what}." + "".join(f"\n- {one['image']}: {one['error']}" for one in errors)
+
+
+_worker = {}
+
+
+def _start_worker(folder, focus, threads):
+    torch.set_num_threads(threads)
+    _worker.update(pair=load_model(folder, torch.float32), focus=focus and load_model(focus, torch.float32))
+
+
+def _measure(suite, prompt, rows, group):
+    return records_of(_worker["pair"], SUITES[suite], prompt, rows, group, focus=_worker["focus"])
+
+
+def ask_rows(folder, jobs, workers=1, focus=None) -> dict[str, tuple[list[dict], list[dict]]]:
+    """(records, errors) by suite; several workers are processes of one thread each.
+
+    Args:
+        jobs: {suite: (samples, rows)}.
+        focus: folder of a model with LRS-VQA's module, or None.
+    """
+    start = folder, focus, 1 if workers > 1 else torch.get_num_threads()
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) if workers > 1 else None
+    if pool is None:
+        _start_worker(*start)
+    found = {}
+    try:
+        for name, (samples, rows) in jobs.items():
+            measure = partial(_measure, name, next(iter(SUITES[name].prompts)), rows)
+            found[name] = measure_groups(samples, measure, f"Asking {name}", pool)
+    finally:
+        _worker.clear()
+        if pool:
+            pool.shutdown()
+    return found
+
+
+# ---- Figures ---------------------------------------------------------------------------------------------------------
+
+
+def summarise(records, baselines=None, groups=None) -> list[dict]:
+    """What the records of every row say.
+
+    Args:
+        baselines: {name: (row, x)} with which rows are compared, paired by question; x None: that of the row.
+        groups: {name: record -> whether it belongs to it}: parts of the records with figures of their own.
+
+    Returns:
+        Of each row its name, x, mean tokens and seconds, the share of right answers by task and by section, evidence kept,
+        and over all records and each group: questions, accuracy, differences from the baselines, how many answers the first
+        baseline has right ("held"), and how many of those are wrong here ("lost"). Intervals are those of `interval`.
+    """
+    by_row, rng, found = defaultdict(list), np.random.default_rng(0), []
+    for record in records:
+        by_row[record["row"], record["x"]].append(record)
+    for (name, x), asked in by_row.items():
+        row = {"name": name, "x": x, "tokens": float(np.mean([record["tokens"] for record in asked]))}
+        pairs = {}
+        for label, (other, at) in (baselines or {}).items():
+            if (other, x if at is None else at) in by_row:
+                pairs[label] = by_row[other, x if at is None else at]
+        row |= _figures(asked, pairs, rng, name, baselines or {})
+        row["groups"] = {}
+        for label, belongs in (groups or {}).items():
+            chosen = [number for number, record in enumerate(asked) if belongs(record)]
+            if chosen:
+                parts = {one: [other[number] for number in chosen] for one, other in pairs.items()}
+                row["groups"][label] = _figures([asked[number] for number in chosen], parts, rng, name, baselines or {})
+        evident = [record for record in asked if record["kept"] is not None]
+        images = [record["image"] for record in evident]
+        row["kept"] = interval([record["kept"] for record in evident], images, rng) if evident else None
+        for field in ("task", "section"):
+            values = dict.fromkeys(record[field] for record in asked if record[field])
+            row[f"by_{field}"] = {
+                value: _share(record for record in asked if record[field] == value) for value in values
+            }
+        stages = asked[0].get("seconds", ())
+        row["seconds"] = {stage: float(np.mean([record["seconds"][stage] for record in asked])) for stage in stages}
+        found.append(row)
+    return found
+
+
+def _share(records) -> float:
+    return float(np.mean([record["right"] for record in records]))
+
+
+def _figures(asked, pairs, rng, name, baselines) -> dict:
+    images = [record["image"] for record in asked]
+    right = np.array([record["right"] for record in asked], float)
+    figures = {"questions": len(asked), "accuracy": interval(right, images, rng), "differences": {}}
+    for number, (label, others) in enumerate(pairs.items()):
+        before = np.array([record["right"] for record in others], float)
+        if baselines[label][0] != name:
+            # Records of every row stand in the order of the questions.
+            figures["differences"][label] = interval(right - before, images, rng)
+        if number == 0:
+            figures |= {"held": int(before.sum()), "lost": int((before > right).sum())}
+    return figures
+
+
+# ---- Reports ---------------------------------------------------------------------------------------------------------
+
+
+def draw_lines(axes, lines: dict[str, list[tuple]], styles=None):
+    """Lines {label: [(x, (mean, low, high)), ...]} in percent, each with its intervals."""
+    for label, points in lines.items():
+        x = [one for one, _ in sorted(points)]
+        mean, low, high = 100 * np.array([of for _, of in sorted(points)]).T
+        style = {"marker": "o"} | (styles or {}).get(label, {})
+        axes.errorbar(x, mean, (mean - low, high - mean), label=label or None, capsize=2, **style)
+    axes.grid(alpha=0.3)
+
+
+def draw_over_fractions(axes, lines, dashed, **words):
+    """`draw_lines` over parts of all tokens, in percent of a logarithmic axis; those of some names dashed."""
+    from matplotlib import colormaps
+
+    colours = dict(zip(lines, colormaps["tab20"].colors))
+    styles = {label: {"color": colour} for label, colour in colours.items()}
+    for label in set(dashed) & set(lines):
+        styles[label] |= {"marker": "x", "linestyle": "--"}
+    draw_lines(axes, {label: [(100 * x, of) for x, of in points] for label, points in lines.items()}, styles)
+    axes.set(xscale="log", xlabel="visual tokens, % of all", ylim=(0, 100), **words)
+    axes.set_xticks(sorted({100 * x for points in lines.values() for x, _ in points}))
+    axes.get_xaxis().set_major_formatter("{x:g}")
+    axes.minorticks_off()
