@@ -4,9 +4,6 @@ import pytest
 from hosts_tiny import FAMILIES, save_family
 from uhr_bat import load_model
 
-# Two families as the Hub's are, by what they stand for: places in two dimensions with DeepStack, and none.
-TWO = ("qwen3_vl", "llava")
-
 
 @pytest.fixture(scope="session")
 def host_folder(tmp_path_factory):
@@ -29,7 +26,7 @@ def loaded(host_folder):
     def load(name, **settings):
         key = (name, repr(sorted(settings.items())))
         if key not in made:
-            made[key] = load_model(host_folder(name), **settings)
+            made[key] = load_model(host_folder(name), refinement=32, **FAMILIES[name].get("settings", {}), **settings)
         return made[key]
 
     return load

@@ -63,19 +63,19 @@ FAMILIES = {
     "qwen2_5_vl": {
         "class": "Qwen2_5_VL",
         **_qwen({"num_hidden_layers": 4, "rope_parameters": {**MROPE, "mrope_interleaved": False}},
-                {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}, {"patch_size": 4}), "tile": 128, "rows": 16,
+                {"patch_size": 4, "window_size": 16, "fullatt_block_indexes": [1]}, {"patch_size": 4}), "tile": 32, "rows": 4, "settings": {"tile": 32},
     },
     "qwen3_vl": {
         "class": "Qwen3VL",
         **_qwen({}, {"patch_size": 4, "num_position_embeddings": 64, "deepstack_visual_indexes": [0, 1]}, {"patch_size": 4}),
-        "tile": 128, "rows": 16,
+        "tile": 32, "rows": 4, "settings": {"tile": 32},
     },
     "qwen3_5": {
         "class": "Qwen3_5",
         **_qwen({"layer_types": ["linear_attention", "full_attention"] * 2, "linear_key_head_dim": 8,
                  "linear_value_head_dim": 8, "linear_num_key_heads": 2, "linear_num_value_heads": 4,
                  "rope_parameters": {**MROPE, "partial_rotary_factor": 1.0}},
-                {"patch_size": 4, "num_position_embeddings": 64}, {"patch_size": 4}), "tile": 128, "rows": 16,
+                {"patch_size": 4, "num_position_embeddings": 64}, {"patch_size": 4}), "tile": 32, "rows": 4, "settings": {"tile": 32},
     },
     "internvl": {
         "class": "InternVL",
@@ -121,7 +121,7 @@ FAMILIES = {
         "vision_config": {**VISION, "image_size": 256, "patch_size": 4, "head_dim": 8, "model_type": "pixtral",
                           "rope_parameters": {"rope_theta": 10000.0, "rope_type": "default"}},
         "processor": ("PixtralImageProcessorPil", {"size": {"longest_edge": 256}, "patch_size": {"height": 4, "width": 4}}),
-        "image_token": "[IMG]", "marker": "[IMG]", "others": ["[IMG_BREAK]", "[IMG_END]"], "bos": True, "tile": 128, "rows": 16,
+        "image_token": "[IMG]", "marker": "[IMG]", "others": ["[IMG_BREAK]", "[IMG_END]"], "bos": True, "tile": 32, "rows": 4, "settings": {"tile": 32},
     },
 }  # fmt: skip
 
@@ -189,12 +189,8 @@ WHOLE = {
     "internvl": {"crop_to_patches": False},
     "llava_onevision": {"size": {"height": 56, "width": 56}},
     "smolvlm": {"do_image_splitting": False, "size": {"longest_edge": 64}},
-    "mistral3": {"size": {"longest_edge": 128}, "patch_size": {"height": 8, "width": 8}},
-    **{
-        name: {"size": {"shortest_edge": 128**2, "longest_edge": 128**2}}
-        for name in FAMILIES
-        if name.startswith("qwen")
-    },
+    "mistral3": {"size": {"longest_edge": 32}, "patch_size": {"height": 8, "width": 8}},
+    **{name: {"size": {"shortest_edge": 32**2, "longest_edge": 32**2}} for name in FAMILIES if name.startswith("qwen")},
 }
 
 
