@@ -20,6 +20,9 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+# CLIP's mean colour in 8 bits, the letterbox of the released code; what is no part of an image takes it too.
+PAD_COLOR = (122, 116, 104)
+
 
 def check_scales(scales: Sequence[int], tile_size: int, patch_size: int = 1):
     """Raises `ValueError` unless scales are ascending multiples of the tile, and the tile a multiple of the patch.
@@ -272,6 +275,7 @@ def patch_centres(
 
 
 __all__ = [
+    "PAD_COLOR",
     "check_scales",
     "grids",
     "pyramid_scales",

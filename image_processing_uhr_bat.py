@@ -20,10 +20,10 @@ from transformers.image_processing_utils import BaseImageProcessor, BatchFeature
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelDimension, ImageInput, SizeDict
 from transformers.processing_utils import ImagesKwargs, Unpack
 
-from .geometry_uhr_bat import check_scales, grids, shown_patches
+from .geometry_uhr_bat import PAD_COLOR, check_scales, grids, shown_patches
 from .image_pyramids_uhr_bat import DynamicPyramid, ImagePyramid
 from .image_reading_uhr_bat import PlainImage, RasterImage, flatten_images, is_image, read_image
-from .image_views_uhr_bat import PAD_COLOR, image_to_tiles, normalize_views
+from .image_views_uhr_bat import image_to_tiles, normalize_views
 
 # What of a call says how an image is read: the arguments of `process_image`.
 READING = (

@@ -46,9 +46,9 @@ import torch
 from PIL import Image
 
 from .budgets_uhr_bat import share_in_order
-from .geometry_uhr_bat import grids, letterbox, pyramid_scales, shown_lines
+from .geometry_uhr_bat import PAD_COLOR, grids, letterbox, pyramid_scales, shown_lines
 from .image_reading_uhr_bat import ImageSource, kind_of
-from .image_views_uhr_bat import PAD_COLOR, mark_shown, normalize_tiles, part_of_resized, part_of_view, valid_patches
+from .image_views_uhr_bat import mark_shown, normalize_tiles, part_of_resized, part_of_view, valid_patches
 
 
 def split_tiles(num_tiles: Sequence[int], max_tiles: int) -> list[int]:

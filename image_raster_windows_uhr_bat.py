@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from .image_raster_files_uhr_bat import import_rasterio
+from .image_raster_files_uhr_bat import import_rasterio, reason
 
 # Authorities of PROJ's database, and the form of their codes.
 AUTHORITIES = ("EPSG", "ESRI", "IAU_2015", "IGNF", "NKG", "NRCAN", "OGC")
@@ -400,7 +400,7 @@ def read_area(area: Any, crs, transform, size: tuple[int, int], name: str) -> li
         try:
             found = geopandas.read_file(area)
         except Exception as error:
-            raise OSError(f"{shown}: the area cannot be read ({type(error).__name__}: {error}).") from error
+            raise OSError(f"{shown}: the area cannot be read ({reason(error)}).") from error
     else:
         shape = getattr(area, "__geo_interface__", area)
         features = shape.get("features") if isinstance(shape, dict) else None

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .geometry_uhr_bat import PAD_COLOR
 from .image_raster_files_uhr_bat import (
     CHUNK_BYTES,
     SEQUENTIAL,
@@ -65,8 +66,6 @@ from .image_raster_windows_uhr_bat import (
 )
 from .image_sources_uhr_bat import ImageSource
 
-# CLIP's mean colour in 8 bits, the letterbox of the released code; what is no part of an image takes it too.
-PAD_COLOR = (122, 116, 104)
 # Subdatasets that an error names.
 MAX_NAMED = 50
 # The image
@@ -519,4 +518,4 @@ def _fill(strip, valid):
     return strip
 
 
-__all__ = ["PAD_COLOR", "RasterImage"]
+__all__ = ["RasterImage"]

@@ -25,8 +25,8 @@ from PIL import Image
 from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD
 from transformers.utils import logging
 
-from .geometry_uhr_bat import letterbox
-from .image_rasters_uhr_bat import PAD_COLOR, RasterImage
+from .geometry_uhr_bat import PAD_COLOR, letterbox
+from .image_rasters_uhr_bat import RasterImage
 
 # Pixels of one strip of rows on its way to the scales. Pillow prepares every strip anew, so larger strips are faster;
 # of a raster, strips are a good part of the memory.
@@ -509,7 +509,6 @@ def normalize_views(tiles: dict[int, np.ndarray], arithmetic: tuple, out: np.nda
 
 
 __all__ = [
-    "PAD_COLOR",
     "image_to_tiles",
     "mark_shown",
     "normalize_tiles",

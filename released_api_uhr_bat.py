@@ -23,6 +23,7 @@ from transformers.utils import logging
 from .budgets_uhr_bat import split_budgets
 from .geometry_uhr_bat import shown_patches
 from .image_processing_uhr_bat import UHRBatImageProcessor
+from .image_raster_files_uhr_bat import reason
 
 logger = logging.get_logger(__name__)
 
@@ -151,7 +152,7 @@ def _read_tile_masks(entry, name) -> dict:
     except (LookupError, TypeError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"{name}: 'tile_masks' must be arrays of labels, and 'tile_coords' pairs (row, column). Reading them gave "
-            f"{type(error).__name__}: {error}."
+            f"{reason(error)}."
         ) from error
     shapes = sorted({tuple(tile.shape) for tile in tiles})
     if len(shapes) != 1 or len(shapes[0]) != 2 or shapes[0][0] != shapes[0][1]:

@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from PIL import Image
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
-from ..geometry_uhr_bat import shown_patches
-from ..image_views_uhr_bat import PAD_COLOR
+from ..geometry_uhr_bat import PAD_COLOR, shown_patches
 
 
 def cluster(features, coords, num_regions, num_iterations, coord_weight) -> torch.Tensor:

@@ -10,6 +10,8 @@ from operator import itemgetter
 
 from transformers import GenerationConfig
 
+from ..image_raster_files_uhr_bat import reason
+
 MARK = "\ue0f1\uf1e0"  # stands in an answer's place; of a private range, two that no font has side by side
 
 
@@ -56,7 +58,7 @@ def render(tokenizer, template, messages, ask=False) -> str:
             messages, chat_template=template, tokenize=False, add_generation_prompt=ask
         )
     except Exception as error:  # templates raise what they like, by Jinja or by Python
-        raise ChatError(f"the chat template refuses it ({type(error).__name__}: {error})") from error
+        raise ChatError(f"the chat template refuses it ({reason(error)})") from error
 
 
 def _marked(messages, idx):

@@ -5,6 +5,7 @@ import re
 import warnings
 from pathlib import Path
 
+from ..image_raster_files_uhr_bat import reason
 from .extras import require
 from .files import user_folder
 from .images import is_file_name
@@ -123,7 +124,7 @@ def attach_adapter(model, folder, name="default", **options):
             # What it has too much of, peft drops in silence.
             found = set_peft_model_state_dict(model, load_peft_weights(str(folder), device="cpu"), name)
     except Exception as error:  # of a wrong adapter peft raises whatever it likes
-        raise ValueError(f"{folder}: the adapter does not fit ({type(error).__name__}: {error}).") from error
+        raise ValueError(f"{folder}: the adapter does not fit ({reason(error)}).") from error
     if found.unexpected_keys:
         raise ValueError(
             f"{folder}: the adapter is of another model: {len(found.unexpected_keys)} of its tensors have no place, as "

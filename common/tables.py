@@ -19,9 +19,15 @@ def interval(values, groups, rng) -> tuple[float, float, float]:
     """Mean of values, and 95 % of it when whole groups (scenes) are drawn anew."""
     values, groups = np.asarray(values, float), np.unique(groups, return_inverse=True)[1]
     sums, counts = np.bincount(groups, values), np.bincount(groups)
-    drawn = rng.integers(len(sums), size=(RESAMPLES, len(sums)))
-    low, high = np.percentile(sums[drawn].sum(1) / counts[drawn].sum(1), (2.5, 97.5))
+    drawn = drawn_anew(len(sums), rng)
+    low, high = np.percentile(drawn @ sums / (drawn @ counts), (2.5, 97.5))
     return float(values.mean()), float(low), float(high)
+
+
+def drawn_anew(num_groups: int, rng) -> np.ndarray:
+    """long[RESAMPLES, G]: how often each of the groups is among as many that are drawn from them, the bootstrap's draws."""
+    draws = (rng.integers(num_groups, size=num_groups) for _ in range(RESAMPLES))
+    return np.stack([np.bincount(draw, minlength=num_groups) for draw in draws])
 
 
 def wilson(share: float, trials: int) -> tuple[float, float, float]:

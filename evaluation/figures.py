@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..common.files import whole_files, write_json
-from ..common.tables import RESAMPLES, mean_of_intervals, percent_interval, table, wilson
+from ..common.tables import drawn_anew, mean_of_intervals, percent_interval, table, wilson
 from .running import BLANK, IMAGE, TEXT, VIEWS
 from .samples import Sample
 from .scoring import Scorer
@@ -46,13 +46,11 @@ def means(values, groups, images, seed=0) -> Means:
     """
     names, of_group = np.unique(groups, return_inverse=True)
     of_image = np.unique(images, return_inverse=True)[1]
-    num_images, shape = of_image.max() + 1, (of_image.max() + 1, len(names))
+    shape = of_image.max() + 1, len(names)
     sums, counts = np.zeros(shape), np.zeros(shape)
     np.add.at(sums, (of_image, of_group), values)
     np.add.at(counts, (of_image, of_group), 1)
-    rng = np.random.default_rng(seed)
-    draws = (rng.integers(num_images, size=num_images) for _ in range(RESAMPLES))
-    drawn = np.stack([np.bincount(draw, minlength=num_images) for draw in draws])
+    drawn = drawn_anew(len(sums), np.random.default_rng(seed))
     sums, counts = np.vstack((sums.sum(0), drawn @ sums)), np.vstack((counts.sum(0), drawn @ counts))
     with np.errstate(invalid="ignore"):
         by_group = sums / counts  # nan where a draw has no sample of a group, which then does not count in its mean

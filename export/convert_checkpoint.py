@@ -33,6 +33,7 @@ from uhr_bat.common.files import whole_folder, write_json
 from uhr_bat.common.loading import base_of
 from uhr_bat.common.outputs import Output, check_outputs
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
+from uhr_bat.image_raster_files_uhr_bat import reason
 
 from . import model_folder, released_layout
 from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
@@ -88,7 +89,7 @@ def locate(checkpoint: str | Path) -> Path:
             folder = Path(snapshot_download(checkpoint, allow_patterns=[*data, "*.bin"], ignore_patterns="*/*"))
     except Exception as error:  # the Hub's, the network's, or of a name that is none
         raise CheckpointError(
-            f"{checkpoint}: neither a folder nor a repository that could be fetched ({type(error).__name__}: {error})."
+            f"{checkpoint}: neither a folder nor a repository that could be fetched ({reason(error)})."
         ) from error
     return folder
 
@@ -111,7 +112,7 @@ def read_config(folder: Path, tensors: dict[str, TensorInfo], vision_heads: int 
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     except Exception as error:  # a field of a wrong type fails wherever it is used first
-        raise CheckpointError(f"{path}: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{path}: {reason(error)}") from error
     raise CheckpointError(
         f"{path}: model type {settings.get('model_type')!r} is neither the released layout (a flat Qwen2 "
         f"configuration) nor this project's own ({UHRBatConfig.model_type!r})."
@@ -485,7 +486,7 @@ def push(folder: Path, repository: str):
         api.upload_folder(folder_path=folder, repo_id=repository, commit_message="UHR-BAT model folder")
     except Exception as error:  # the Hub's, the network's, or of a missing token
         raise CheckpointError(
-            f"{folder} is complete, but could not be pushed to {repository} ({type(error).__name__}: {error})."
+            f"{folder} is complete, but could not be pushed to {repository} ({reason(error)})."
         ) from error
     print(f"{repository}: pushed")
 

@@ -6,6 +6,7 @@ import torch
 from uhr_bat.common.extras import require
 from uhr_bat.common.loading import attach_adapter
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
+from uhr_bat.image_raster_files_uhr_bat import reason
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
 from .checkpoint_files import CheckpointError, TensorInfo
@@ -53,7 +54,7 @@ class MergedModel:
             model = model.merge_and_unload(safe_merge=True, adapter_names=names)
             merged = probe(model)
         except Exception as error:  # of a wrong adapter peft raises whatever it likes
-            raise CheckpointError(f"{named}: cannot be merged ({type(error).__name__}: {error}).") from error
+            raise CheckpointError(f"{named}: cannot be merged ({reason(error)}).") from error
         for wanted, found in zip(live, merged):
             off, size = (wanted - found).abs().max().item(), wanted.abs().max().item()
             if not off <= allowed * size:

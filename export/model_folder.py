@@ -17,6 +17,7 @@ from uhr_bat.common.loading import ROOT
 from uhr_bat.common.outputs import MODEL_FILES, Output, check_outputs
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
+from uhr_bat.image_raster_files_uhr_bat import reason
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
 from .chat_forms import chat_template
@@ -188,7 +189,7 @@ def _load_tokenizer(folder, source):
         alone = (folder / SENTENCEPIECE).is_file() and not (folder / "tokenizer.json").is_file()
         mend = f" {SENTENCEPIECE} alone needs: pip install sentencepiece protobuf" if alone else ""
         raise CheckpointError(
-            f"{source}: the tokenizer cannot be loaded ({type(error).__name__}: {error}).{mend}"
+            f"{source}: the tokenizer cannot be loaded ({reason(error)}).{mend}"
         ) from error
 
 

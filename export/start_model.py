@@ -16,6 +16,7 @@ from typing import NamedTuple
 import torch
 from transformers import AutoConfig
 from uhr_bat.configuration_uhr_bat import DECODERS, VISION_TOWERS, UHRBatConfig
+from uhr_bat.image_raster_files_uhr_bat import reason
 
 from . import released_layout
 from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
@@ -211,7 +212,7 @@ def _auto_config(folder):
     try:
         return AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # a field of a wrong type fails wherever it is used first
-        raise CheckpointError(f"{folder / 'config.json'}: {type(error).__name__}: {error}") from error
+        raise CheckpointError(f"{folder / 'config.json'}: {reason(error)}") from error
 
 
 def _tower_beside(folder):

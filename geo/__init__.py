@@ -5,7 +5,7 @@
 it.
 """
 
-from .frames import evidence_frame
+from .frames import evidence_frame, visual_tokens
 from .georeference import Georeference, read_georeference
 from .pages import Served, overview_jpeg, page_html, write_page
 from .styles import write_style
@@ -20,6 +20,7 @@ __all__ = [
     "overview_jpeg",
     "page_html",
     "read_georeference",
+    "visual_tokens",
     "write_page",
     "write_raster",
     "write_style",

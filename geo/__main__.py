@@ -21,8 +21,7 @@ from ..common.files import edited_alone, whole_outputs
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model, load_processor
 from ..common.outputs import Output, check_outputs
-from ..image_rasters_uhr_bat import RasterImage
-from . import Georeference, check_vectors, evidence_frame, read_georeference, write_page, write_raster, write_vectors
+from . import Georeference, check_vectors, evidence_frame, write_page, write_raster, write_vectors
 from .styles import style_path, write_style
 from .writing import GEOJSON, GEOPACKAGE, LAYER, check_layer, shown_importance
 
@@ -53,9 +52,7 @@ def draw(args):
     print("Reading ...", file=sys.stderr, flush=True)
     processor = load_processor(args.model)
     image = processor.image_processor.open_image(args.image, **image_options(args))
-    # A raster knows the place of the part that is read; beside a picture a file of its own may name it.
-    is_raster = isinstance(image, RasterImage)
-    georeference = Georeference(image.transform, image.crs) if is_raster else read_georeference(args.image)
+    georeference = Georeference.of(image, args.image)
     if args.geojson:
         check_vectors(args.geojson, georeference.crs)
     options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}

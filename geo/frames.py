@@ -3,7 +3,7 @@
 Letters: H and W height and width of a grid in tokens, N = H * W. Sizes are (height, width).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -16,6 +16,18 @@ COLUMNS = ("scale", "slot", "kind", "tokens", "region", "score", "rank")
 
 def _commonest(values):
     return values.mode().iloc[0]
+
+
+def visual_tokens(compressed, image_idx: int = 0) -> Iterator[tuple]:
+    """For every scale of one image the tokens that went into its visual tokens, in the order of these:
+    (grid, positions long[V], slots long[V], scores float64[V], regions long[V]), in NumPy."""
+    of_image = (field[image_idx] for field in (compressed.slots, compressed.importance, compressed.regions))
+    for slots, importance, regions in zip(*of_image):
+        slots = slots.cpu().numpy()
+        positions = np.flatnonzero(slots >= 0)
+        positions = positions[np.argsort(slots[positions], kind="stable")]
+        scores, regions = importance.detach().double().cpu().numpy().ravel(), regions.cpu().numpy()
+        yield tuple(importance.shape), positions, slots[positions], scores[positions], regions[positions]
 
 
 def evidence_frame(
@@ -52,23 +64,12 @@ def evidence_frame(
     import shapely
 
     compressed.check_letterbox()
-    slots_of_scales = compressed.slots[image_idx]
-    if len(scales) != len(slots_of_scales):
-        raise ValueError(f"`scales` names {len(scales)} scales, but the result has {len(slots_of_scales)}.")
+    if len(scales) != len(compressed.slots[image_idx]):
+        raise ValueError(f"`scales` names {len(scales)} scales, but the result has {len(compressed.slots[image_idx])}.")
     parts = []
-    for scale, slots, regions, importance in zip(
-        scales, slots_of_scales, compressed.regions[image_idx], compressed.importance[image_idx]
-    ):
-        grid, slots = tuple(importance.shape), slots.cpu().numpy()
-        positions = np.flatnonzero(slots >= 0)
+    for scale, (grid, positions, slots, scores, regions) in zip(scales, visual_tokens(compressed, image_idx)):
         corners = token_corners(positions, image_size, grid, transform)
-        columns = {
-            "scale": scale,
-            "slot": slots[positions],
-            "tokens": 1,
-            "region": regions.cpu().numpy()[positions],
-            "score": importance.detach().double().cpu().numpy().ravel()[positions],
-        }
+        columns = {"scale": scale, "slot": slots, "tokens": 1, "region": regions, "score": scores}
         parts.append(gpd.GeoDataFrame(columns, geometry=_polygons(corners), crs=crs))
     tokens = pd.concat(parts, ignore_index=True)
 

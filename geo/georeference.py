@@ -9,6 +9,7 @@ from ..common.images import local_path
 from ..image_pictures_uhr_bat import PICTURE_FORMATS
 from ..image_raster_files_uhr_bat import upright_by
 from ..image_raster_windows_uhr_bat import upright_transform
+from ..image_reading_uhr_bat import kind_of
 
 
 class Georeference(NamedTuple):
@@ -22,6 +23,14 @@ class Georeference(NamedTuple):
 
     transform: Any = None
     crs: Any = None
+
+    @classmethod
+    def of(cls, image, path: str | None = None) -> "Georeference":
+        """Of an opened image: a raster knows the place of the part that is read; beside a picture its file, at `path`, may
+        name it. None of anything else."""
+        if kind_of(image) == "raster":
+            return cls(image.transform, image.crs)
+        return PLAIN if path is None else read_georeference(path)
 
     @property
     def words(self) -> str:

@@ -1,14 +1,12 @@
 """How an answer is decoded, whatever decodes it, and the decoder as a plain model folder."""
 
-import os
 from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 
-from ..common.files import whole_folder
-
+from ..common.files import user_folder, whole_folder
 
 # A temperature below is 0: what is left of the other tokens no float32 shows, and what is divided by it overflows.
 MIN_TEMPERATURE = 1e-5
@@ -82,7 +80,7 @@ def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = N
         model: UHRBatForConditionalGeneration with its weights as they are trained, none of them quantized.
         tokenizer: of the same model.
         model_key: names the model's content, and the folder.
-        cache_home: where such folders lie; None: `$XDG_CACHE_HOME/uhr-bat/decoders`, in `~/.cache` if that is not set.
+        cache_home: where such folders lie; None: `decoders` in `user_folder`.
 
     Raises:
         ValueError: the weights are quantized, or an adapter is live in them.
@@ -99,7 +97,7 @@ def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = N
             "serve it with --backend transformers."
         )
     if cache_home is None:
-        cache_home = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "uhr-bat/decoders"
+        cache_home = user_folder() / "decoders"
     folder = cache_home / f"{model_key[:32]}-{str(model.dtype).removeprefix('torch.')}"
     if (folder / "tokenizer.json").is_file():  # a folder that is there is whole
         return folder

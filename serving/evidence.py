@@ -9,7 +9,7 @@ import logging
 import numpy as np
 
 from ..common.extras import require
-from ..geo import evidence_frame, geojson_bytes
+from ..geo import evidence_frame, geojson_bytes, visual_tokens
 from ..geometry_uhr_bat import token_box
 from ..image_raster_files_uhr_bat import reason
 from .front import EncodedImage, Selection
@@ -31,21 +31,12 @@ def evidence_members(selection: Selection, images: list[EncodedImage]) -> list[d
 
 def _of_image(compressed, image_idx, image):
     scales, tokens = compressed.scales[image_idx], []
-    for scale, slots, importance in zip(scales, compressed.slots[image_idx], compressed.importance[image_idx]):
-        slots, scores = slots.numpy(), importance.double().numpy().ravel()
-        positions = np.flatnonzero(slots >= 0)
-        positions = positions[np.argsort(slots[positions], kind="stable")]
-        boxes = token_box(positions, image.image_size, tuple(importance.shape)).tolist()
-        for slot in range(slots.max() + 1):
-            mine = np.flatnonzero(slots[positions] == slot)
-            tokens.append(
-                {
-                    "scale": scale,
-                    "slot": slot,
-                    "score": float(scores[positions[mine]].mean()),
-                    "boxes": [boxes[idx] for idx in mine],
-                }
-            )
+    for scale, (grid, positions, slots, scores, _) in zip(scales, visual_tokens(compressed, image_idx)):
+        boxes = token_box(positions, image.image_size, grid).tolist()
+        for slot in np.unique(slots).tolist():
+            first, stop = np.searchsorted(slots, (slot, slot + 1))
+            score = float(scores[first:stop].mean())
+            tokens.append({"scale": scale, "slot": slot, "score": score, "boxes": boxes[first:stop]})
     collection, error = _geojson(compressed, image_idx, image, scales)
     return {"image_size": list(image.image_size), "tokens": tokens, "geojson": collection, "geojson_error": error}
 

@@ -143,13 +143,12 @@ class Front:
         limit = {"max_image_pixels": options["max_image_pixels"]} if "max_image_pixels" in options else {}
         inputs = self.processor.image_processor(image, **limit, **tiles, return_tensors="pt")
         (features,) = asking.encode(self.model, inputs)
-        place = Georeference(getattr(image, "transform", None), getattr(image, "crs", None))
         held = 0
         if tiles and isinstance(image, Image.Image):
             held = image.height * image.width * 3
         elif tiles and isinstance(source.content, bytes):
             held = len(source.content)
-        return EncodedImage(key, self._to(features, "cpu"), (image.height, image.width), place, held)
+        return EncodedImage(key, self._to(features, "cpu"), (image.height, image.width), Georeference.of(image), held)
 
     def select(
         self,

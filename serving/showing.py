@@ -20,7 +20,6 @@ from ..budgets_uhr_bat import budgets_of_total, is_one_budget
 from ..common import asking
 from ..geo import Georeference, Served, evidence_frame, geojson_bytes, overview_jpeg, page_html
 from ..geo.pages import PAGE_SIDE
-from ..image_rasters_uhr_bat import RasterImage
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
 from .front import EncodedImage, Front, ImageFile
 from .refusals import LETTERS_PER_TOKEN, check_count
@@ -213,10 +212,8 @@ class Desk:
         seconds = time.perf_counter() - start
         before = encoded.key in self._seconds
         seconds = self._seconds.setdefault(encoded.key, seconds)
-        is_raster = isinstance(picture, RasterImage)
-        georeference = Georeference(picture.transform, picture.crs) if is_raster else Georeference()
         return self.images.put(
-            OpenImage(source.name, picture, overview_jpeg(picture), georeference, encoded, seconds, before, max_tiles)
+            OpenImage(source.name, picture, overview_jpeg(picture), Georeference.of(picture), encoded, seconds, before, max_tiles)
         )
 
     def budget_range(self, image_name: str) -> tuple[int, int]:

@@ -22,9 +22,8 @@ from rasterio.warp import transform_bounds
 from rasters import random_bands, rasterio, rgb_of, write_raster
 from served import serve
 from uhr_bat import image_reading_uhr_bat
-from uhr_bat.geometry_uhr_bat import shown_patches
+from uhr_bat.geometry_uhr_bat import PAD_COLOR, shown_patches
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
-from uhr_bat.image_rasters_uhr_bat import PAD_COLOR
 from uhr_bat.image_reading_uhr_bat import PlainImage, RasterImage, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset has no geotransform")  # tests write plain images
