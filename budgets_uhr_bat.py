@@ -97,15 +97,23 @@ def count_tokens(budgets, scales, images_per_prompt: Sequence[int], available) -
     return [[min(pair) for pair in zip(*rows)] for rows in zip(shares, available)]
 
 
-def apportion(total: int, budgets: Sequence[int], available: Sequence[int] | None = None, least: int = 0) -> list[int]:
+def apportion(
+    total: int,
+    budgets: Sequence[int],
+    available: Sequence[int] | None = None,
+    least: int = 0,
+    finer_first: bool = False,
+) -> list[int]:
     """int[S] that add up to `total`, in the proportions of `budgets`, at most `available` each.
 
-    Webster's method: token by token to the scale that is furthest behind; of equal budgets, to the finer one. It returns
-    the exact proportion where that is whole, and so finds min(budgets, available) again from its sum.
+    Webster's method: token by token to the scale that is furthest behind. It returns the exact proportion where that is
+    whole, and so finds min(budgets, available) again from its sum.
 
     Args:
         available: int[S], or None for any number.
         least: that every scale gets first, as far as it has them.
+        finer_first: of equal budgets the finer scale gets the token that is left, so that none is above a finer one's;
+            else the coarser does.
 
     Raises:
         ValueError: the scales have fewer tokens than `total`.
@@ -120,12 +128,13 @@ def apportion(total: int, budgets: Sequence[int], available: Sequence[int] | Non
     first = [min(least, limit) for limit in limits]
     counts = [0] * len(limits)
     for _ in range(total - sum(first)):
-        behind = [
-            (budgets[scale] / (2 * counts[scale] + 1), -budgets[scale], scale)
+        behind = {
+            scale: budgets[scale] / (2 * counts[scale] + 1)
             for scale, limit in enumerate(limits)
             if first[scale] + counts[scale] < limit
-        ]
-        counts[max(behind)[-1]] += 1
+        }
+        furthest = [scale for scale, ratio in behind.items() if ratio == max(behind.values())]
+        counts[max(furthest, key=lambda scale: (-budgets[scale], scale)) if finer_first else furthest[0]] += 1
     return [sum(pair) for pair in zip(first, counts)]
 
 
@@ -139,7 +148,7 @@ def budgets_of_total(total: int, budgets: Sequence[int] | int, available: Sequen
     """
     if is_one_budget(budgets):
         return total
-    shares = [max(share, least) for share in apportion(total, budgets, available, least)]
+    shares = [max(share, least) for share in apportion(total, budgets, available, least, finer_first=True)]
     return [share and max(shares[: place + 1]) for place, share in enumerate(shares)]
 
 

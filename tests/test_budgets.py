@@ -71,9 +71,10 @@ def test_tokens_are_apportioned_in_the_proportions_of_the_budgets_up_to_what_the
     assert apportion(total, BUDGETS, available) == expected
 
 
-def test_of_equal_budgets_the_finer_scale_gets_the_token_that_is_left():
-    assert apportion(47, [16, 16, 33], [12, 19, 49]) == [11, 12, 24]
-    assert apportion(150, [16, 18, 34, 34], [14, 44, 55, 58], least=1) == [14, 29, 53, 54]
+def test_of_equal_budgets_one_scale_gets_the_token_that_is_left():
+    assert apportion(47, [16, 16, 33], [12, 19, 49]) == [12, 11, 24]
+    assert apportion(47, [16, 16, 33], [12, 19, 49], finer_first=True) == [11, 12, 24]
+    assert apportion(150, [16, 18, 34, 34], [14, 44, 55, 58], 1, finer_first=True) == [14, 29, 53, 54]
 
 
 @pytest.mark.parametrize(
