@@ -21,7 +21,7 @@ from uhr_bat.scenes.painting import paint
 from uhr_bat.training.collator import IGNORED
 from uhr_bat.training.tiny.encoding import all_tokens, encode_scenes
 from uhr_bat.training.tiny.exchange import exchange_tower
-from uhr_bat.training.tiny.finetune import Collator, GuidedTrainer, Questions, draw_tokens, prepare_decoder
+from uhr_bat.training.tiny.finetune import Collator, GuidedTrainer, Questions, draw_tokens, main, prepare_decoder
 from uhr_bat.training.tiny.vision import HEADS, head_labels
 
 SCENES = 4
@@ -35,15 +35,18 @@ def features_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finetune(features_path):
-    def run(output, *arguments, launcher=("-m",), steps=2):
-        command = [
-            sys.executable, *launcher, "uhr_bat", "tiny", "finetune", "--model", str(ROOT), "--output", str(output),
-            "--features", str(features_path), "--scenes", str(SCENES), "--steps", str(steps), "--workers", "0",
-            "--batch-size", "1", *arguments,
+    def run(output, *arguments, launcher=None, steps=2):
+        arguments = [
+            "--model", str(ROOT), "--output", str(output), "--features", str(features_path), "--scenes", str(SCENES),
+            "--steps", str(steps), "--workers", "0", "--batch-size", "1", *arguments,
         ]  # fmt: skip
-        environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
+        if launcher is None:
+            assert not main(arguments)
+        else:
+            command = [sys.executable, *launcher, "uhr_bat", "tiny", "finetune", *arguments]
+            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
+            assert done.returncode == 0, done.stderr[-3000:]
         return load_file(output / "model.safetensors")
 
     return run
@@ -227,7 +230,7 @@ def test_an_exchanged_tower_is_turned_to_the_tokens_that_the_decoder_knows():
 @pytest.mark.weights
 @torch.no_grad()
 def test_the_shipped_weights_look_where_the_question_points_and_answer_it():
-    """60 questions about scenes that nothing was trained on, with 4 % of the visual tokens and with all."""
+    """60 questions about scenes that nothing was trained on, with 4 % of the visual tokens, and every second one with all."""
     processor, model = load_model(ROOT)
     shares, by_chance, right, right_from_all = [], [], [], []
     for seed in TEST_SEEDS[-11:]:
@@ -244,9 +247,10 @@ def test_the_shipped_weights_look_where_the_question_points_and_answer_it():
             shares.append(float(importance[named].sum() / importance.sum()))
             by_chance.append(float(named.float().mean()))
             compressed = model.compress(**prompt, image_features=[features]).pooler_output
-            for visual, answers in ((compressed, right), ([torch.cat(features.tokens)], right_from_all)):
+            asked = [(compressed, right), ([torch.cat(features.tokens)], right_from_all)]
+            for visual, answers in asked[: 1 + len(shares) % 2]:
                 (said,) = evidence.answer(model, processor, prompt, visual)
                 answers.append(said == question.answer)
-    assert len(shares) == 60
+    assert (len(shares), len(right_from_all)) == (60, 30)
     assert np.mean(by_chance) < 0.15 and np.mean(shares) > 0.65
     assert np.mean(right) > 0.7 and np.mean(right_from_all) > 0.7  # guessing: 0.3

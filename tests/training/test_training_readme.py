@@ -10,7 +10,8 @@ from uhr_bat.export import convert_checkpoint
 
 PAGE = (ROOT / "training" / "README.md").read_text(encoding="utf-8")
 # A laptop has the time for three epochs; a test takes a few steps, and answers few questions.
-SHORTER = "--max_steps 6 --eval_share 0.02 --eval_strategy no --save_strategy steps --save_steps 3 --disable_tqdm true"
+SHORTER = "--max_steps 2 --per_device_train_batch_size 2 --eval_share 0.02 --eval_strategy no --disable_tqdm true"
+SHORTER += " --save_strategy steps --save_steps 2"
 
 
 @pytest.mark.slow

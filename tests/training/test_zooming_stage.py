@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.export import build_tiny
 from uhr_bat.scenes.layout import make_scene
@@ -66,22 +67,26 @@ def test_native_scales_start_from_what_deeper_levels_had(tiny):
 
 
 @pytest.mark.slow
-def test_a_run_makes_a_model_that_loads(tmp_path):
-    arguments = ["--model", str(ROOT), "--output", str(tmp_path / "out"), "--pools", str(tmp_path / "pools")]
-    arguments += [
+def test_a_run_makes_a_model_that_loads_from_scenes_that_were_encoded_and_others(tiny, tmp_path):
+    processor, model = tiny
+    kept = tmp_path / "pools" / "fixed" / "7.safetensors"
+    kept.parent.mkdir(parents=True)
+    save_file(pools.encode_pool(model, processor.image_processor, make_scene(7), num_tiles=8), kept)
+    written = kept.stat().st_mtime_ns
+    arguments = [
+        "--model",
+        ROOT,
+        "--output",
+        tmp_path / "out",
+        "--pools",
+        tmp_path / "pools",
         "--native",
-        "1",
+        1,
         "--fixed",
-        "1",
-        "--tiles",
-        "8",
-        "--steps",
-        "1",
-        "--batch-size",
-        "2",
-        "--together",
-        "2",
+        1,
     ]
-    zooming.main(arguments)
+    arguments += ["--first-seed", 7, "--tiles", 8, "--steps", 1, "--batch-size", 2, "--together", 2]
+    assert not zooming.main(list(map(str, arguments)))
+    assert kept.stat().st_mtime_ns == written and len(list((tmp_path / "pools" / "native").iterdir())) == 1
     _, model = load_model(tmp_path / "out", device_map=None)
     assert model.config.native_scales == build_tiny.NATIVE_SCALES
