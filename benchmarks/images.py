@@ -33,6 +33,8 @@ def tiled_tiff(folder: Path, size, num_drawn=8, num_overviews=0) -> str:
     of 2 x 2 pixels of the one before it, on a page of its own.
     """
     path = folder / f"{size[0]}x{size[1]}_{num_overviews}.tif"
+    shown = -(-max(size) // TIFF_TILE)
+    num_drawn = min(num_drawn, 1 << (shown - 1).bit_length())  # a power of two, as overviews halve it
     drawn = painting.example((num_drawn * TIFF_TILE, num_drawn * TIFF_TILE))
     with path.open("wb") as file:
         file.write(struct.pack("<2sHI", b"II", 42, 8))
