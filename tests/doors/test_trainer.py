@@ -171,19 +171,25 @@ def test_who_trains_what_nothing_reads_gets_gradients_of_0():
     assert all((gradients[name] == 0).all() for name in unread(model))
 
 
+@pytest.fixture(scope="module")
+def together(folder, tmp_path_factory):
+    """What two processes trained, one run after the other."""
+    output = tmp_path_factory.mktemp("together")
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+    command = [sys.executable, *launcher, str(TESTS / "doors" / "train_small.py"), str(folder), str(output)]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return output
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["all", "lora"])
-def test_two_processes_train_with_gradient_checkpointing_as_two_batches_a_step_do(folder, tmp_path, what):
-    def run(*launcher, processes):
-        output = tmp_path / str(processes)
-        command = [sys.executable, *launcher, str(TESTS / "doors" / "train_small.py"), str(folder), str(output), what]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-        assert done.returncode == 0, done.stderr[-3000:]
-        return load_file(output / "trained.safetensors")
+def test_two_processes_train_with_gradient_checkpointing_as_two_batches_a_step_do(folder, together, tmp_path, what):
+    from train_small import train
 
-    alone = run(processes=1)
-    together = run("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", processes=2)
-    assert alone.keys() == together.keys()
+    train(folder, tmp_path, what, gradient_accumulation_steps=2)
+    alone, both = (load_file(output / f"{what}.safetensors") for output in (tmp_path, together))
+    assert alone.keys() == both.keys()
     for name, weight in alone.items():
-        torch.testing.assert_close(together[name], weight, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(both[name], weight, rtol=1e-4, atol=1e-5)
