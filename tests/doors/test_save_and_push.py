@@ -29,36 +29,40 @@ DATA_FILES = {
 }
 
 # Opens the folders or repositories that are named, one after the other, as a user who has nothing else, and prints what
-# was found. `save_to` saves the last one again.
+# was found in each. What is named "SOURCE=FOLDER" is saved to that folder again.
 OPEN = """
 import json, sys
 import transformers
 from transformers import AutoConfig, AutoModel, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 
 transformers.logging.disable_progress_bar()
-source, image, save_to = sys.argv[1:]
-reports = {}
-for door in (AutoModel, AutoModelForImageTextToText):
-    model, report = door.from_pretrained(source, trust_remote_code=True, output_loading_info=True)
-    reports[type(model).__name__] = sorted(str(key) for keys in report.values() for key in keys)
-processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
-config = AutoConfig.from_pretrained(source, trust_remote_code=True)
-tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
-parts = [{"type": "image", "path": image}, {"type": "text", "text": "How many ships are there?"}]
-inputs = processor.apply_chat_template(
-    [{"role": "user", "content": parts}],
-    add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
-)
-ids = model.generate(**inputs, do_sample=False, max_new_tokens=6, no_repeat_ngram_size=1)
-if save_to:
-    model.save_pretrained(save_to)
-    processor.save_pretrained(save_to)
-print(json.dumps({
-    "reports": reports,
-    "classes": [type(thing).__name__ for thing in (config, processor, processor.image_processor)],
-    "padding_side": tokenizer.padding_side,
-    "sequence": ids[0].tolist(),
-}))
+image, *sources = sys.argv[1:]
+found = []
+for source in sources:
+    source, _, save_to = source.partition("=")
+    reports = {}
+    for door in (AutoModel, AutoModelForImageTextToText):
+        model, report = door.from_pretrained(source, trust_remote_code=True, output_loading_info=True)
+        reports[type(model).__name__] = sorted(str(key) for keys in report.values() for key in keys)
+    processor = AutoProcessor.from_pretrained(source, trust_remote_code=True)
+    config = AutoConfig.from_pretrained(source, trust_remote_code=True)
+    tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=True)
+    parts = [{"type": "image", "path": image}, {"type": "text", "text": "How many ships are there?"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt",
+    )
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=6, no_repeat_ngram_size=1)
+    if save_to:
+        model.save_pretrained(save_to)
+        processor.save_pretrained(save_to)
+    found.append({
+        "reports": reports,
+        "classes": [type(thing).__name__ for thing in (config, processor, processor.image_processor)],
+        "padding_side": tokenizer.padding_side,
+        "sequence": ids[0].tolist(),
+    })
+print(json.dumps(found))
 """
 
 PUSH = """
@@ -108,20 +112,36 @@ def image_path(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def opened(model_folder, image_path, tmp_path_factory):
-    """What is found in the distribution itself, and what any copy of it is to be compared with."""
-    found = json.loads(run(OPEN, model_folder, image_path, "", folder=tmp_path_factory.mktemp("opened")))
-    assert found["reports"] == {"UHRBatModel": [], "UHRBatForConditionalGeneration": []}
-    return found
-
-
-@pytest.fixture(scope="module")
 def saved(model_folder, tmp_path_factory):
     """A folder that was empty before model and processor were saved there."""
     folder = tmp_path_factory.mktemp("saved")
     AutoModelForImageTextToText.from_pretrained(model_folder, trust_remote_code=True).save_pretrained(folder)
     AutoProcessor.from_pretrained(model_folder, trust_remote_code=True).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="module")
+def again(tmp_path_factory):
+    """A folder for what one process opens from `saved` and saves, and opens again: `opened` fills it."""
+    return tmp_path_factory.mktemp("again")
+
+
+@pytest.fixture(scope="module")
+def downloaded(hub, tmp_path_factory):
+    """A folder with the files that were pushed."""
+    folder = tmp_path_factory.mktemp("downloaded")
+    for name, content in hub.files.items():
+        (folder / name).write_bytes(content)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def opened(model_folder, saved, again, downloaded, image_path, tmp_path_factory):
+    """What one new process finds in the distribution itself, and in copies of it, offline."""
+    sources = (model_folder, f"{saved}={again}", again, downloaded)
+    found = json.loads(run(OPEN, image_path, *sources, folder=tmp_path_factory.mktemp("opened")))
+    assert found[0]["reports"] == {"UHRBatModel": [], "UHRBatForConditionalGeneration": []}
+    return dict(zip(("distribution", "saved", "again", "downloaded"), found, strict=True))
 
 
 # ---- Saving ---------------------------------------------------------------------------------------------------------
@@ -163,12 +183,9 @@ def test_saving_keeps_every_setting(model_folder, saved):
 
 
 @pytest.mark.slow
-def test_a_saved_folder_and_a_copy_of_it_open_by_themselves_in_new_processes(saved, image_path, opened, tmp_path):
-    first = json.loads(run(OPEN, saved, image_path, tmp_path / "again", folder=tmp_path / "first"))
-    assert first == opened
-    second = json.loads(run(OPEN, tmp_path / "again", image_path, "", folder=tmp_path / "second"))
-    assert second == opened
-    assert contents(tmp_path / "again").keys() == contents(saved).keys()
+def test_a_saved_folder_and_a_copy_of_it_open_by_themselves_in_a_new_process(saved, again, opened):
+    assert opened["saved"] == opened["again"] == opened["distribution"]
+    assert contents(again).keys() == contents(saved).keys()
 
 
 def test_weights_in_several_files_load_without_a_missing_key(model_folder, tmp_path):
@@ -384,9 +401,5 @@ def test_pushing_commits_what_saving_writes(hub, saved):
 @pytest.mark.slow
 def test_a_pushed_repository_opens_from_the_hub_and_from_a_folder(hub, image_path, opened, tmp_path):
     """Against the stub, by the name of the repository; then offline from a folder with the files that were pushed."""
-    assert json.loads(run(OPEN, REPO, image_path, "", folder=tmp_path / "hub", **online(hub))) == opened
-    folder = tmp_path / "downloaded"
-    folder.mkdir()
-    for name, content in hub.files.items():
-        (folder / name).write_bytes(content)
-    assert json.loads(run(OPEN, folder, image_path, "", folder=tmp_path / "folder")) == opened
+    (found,) = json.loads(run(OPEN, image_path, REPO, folder=tmp_path / "hub", **online(hub)))
+    assert found == opened["downloaded"] == opened["distribution"]
