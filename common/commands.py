@@ -3,7 +3,12 @@
 import functools
 import math
 import sys
-from argparse import Namespace
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+
+from .budgets import budgets
+from .images import add_image_arguments, add_tile_arguments
+from .loading import ROOT
 
 
 def tells_errors(main):
@@ -31,6 +36,18 @@ def _is_refusal(error) -> bool:
     from huggingface_hub.errors import StrictDataclassError
 
     return isinstance(error, StrictDataclassError)
+
+
+def add_question_arguments(parser: ArgumentParser, several=False):
+    """The options of a command that asks about an image: budgets, of which there may be several, and the model; how the
+    image is read and how much of it is encoded."""
+    parser.add_argument(
+        "--budgets", type=budgets, metavar="B", nargs="+" if several else None,
+        help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146" + "; several" * several,
+    )  # fmt: skip
+    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    add_image_arguments(parser)
+    add_tile_arguments(parser)
 
 
 def check_range(args: Namespace, low: float, high: float, *names: str, above: bool = False):

@@ -12,12 +12,10 @@ import os
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
-from ..common.budgets import budgets
-from ..common.commands import tells_errors
-from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
+from ..common.commands import add_question_arguments, tells_errors
+from ..common.images import image_options, tile_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model, load_processor
 from ..scenes import painting
 
@@ -112,13 +110,8 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat ask", description=__doc__.splitlines()[0])
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="file or URL (default: the made-up scene)")
     parser.add_argument("question", nargs="?", metavar="QUESTION", default=QUESTION, help=f"default: {QUESTION}")
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
-    parser.add_argument(
-        "--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
-    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    add_image_arguments(parser)
-    add_tile_arguments(parser)
+    add_question_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     if args.image is None:

@@ -14,11 +14,10 @@ import sys
 from pathlib import Path
 
 from ..budgets_uhr_bat import split_budgets
-from ..common.budgets import budgets
-from ..common.commands import tells_errors
+from ..common.commands import add_question_arguments, tells_errors
 from ..common.extras import require
 from ..common.files import edited_alone, whole_outputs
-from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
+from ..common.images import image_options, tile_options
 from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model, load_processor
 from ..common.outputs import Output, check_outputs
 from . import Georeference, check_vectors, evidence_frame, write_page, write_raster, write_vectors
@@ -112,13 +111,8 @@ def main(arguments=None) -> int:
         help="importance as a GeoTIFF, a band for every scale, with a style for QGIS",
     )
     parser.add_argument("--page", type=Path, metavar="FILE", help="an HTML page with a map that opens offline")
-    parser.add_argument(
-        "--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
-    )
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
-    add_image_arguments(parser)
-    add_tile_arguments(parser)
+    add_question_arguments(parser)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     check_files(args.image, args.model)

@@ -12,12 +12,12 @@ import sys
 from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
-from ..common.budgets import budgets, scale_budgets
-from ..common.commands import tells_errors
+from ..common.budgets import scale_budgets
+from ..common.commands import add_question_arguments, tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
-from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
-from ..common.loading import ROOT, check_files, load_model, load_processor
+from ..common.images import image_options, tile_options
+from ..common.loading import check_files, load_model, load_processor
 from ..common.outputs import Output, check_outputs
 from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
 
@@ -84,17 +84,8 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("pictures_out"), metavar="DIR", help="default: pictures_out"
     )
-    parser.add_argument(
-        "--budgets",
-        type=budgets,
-        nargs="+",
-        metavar="B",
-        help="visual tokens per scale, as 32,64,128,256, or of all, as 146; several",
-    )
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
     parser.add_argument("--width", type=int, default=1400, metavar="PX", help="width of the pictures (default: 1400)")
-    add_image_arguments(parser)
-    add_tile_arguments(parser)
+    add_question_arguments(parser, several=True)
     args = parser.parse_args(arguments)
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
     check_files(args.image, args.model)

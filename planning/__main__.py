@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from ..common.commands import check_range, tells_errors
+from ..common.images import add_tile_arguments
 from ..common.loading import ROOT, check_files, load_config, model_name
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -96,12 +97,7 @@ def main(arguments=None) -> int:
     )
     limit.add_argument("--seconds", type=float, metavar="S", help="the largest budgets that are answered in this time")
     limit.add_argument("--tokens", type=int, metavar="N", help="visual tokens of all scales together")
-    parser.add_argument(
-        "--max-tiles", type=int, metavar="N", help="that are encoded, where the question looks (default: all)"
-    )
-    parser.add_argument(
-        "--native", action="store_true", help="with --max-tiles: levels down to the image's own resolution"
-    )
+    add_tile_arguments(parser)
     parser.add_argument(
         "--questions", type=int, default=1, metavar="N", help="answered at once about an image (default: 1)"
     )

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 
+from ..common.commands import tells_errors
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, image_options
 from ..common.loading import ROOT, base_of
@@ -181,6 +182,7 @@ def check_job(job: Job):
         raise ValueError(f"--view must be at least 1 pixel. Got {job.view}.")
 
 
+@tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat regions", description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
@@ -195,17 +197,11 @@ def main(arguments=None) -> int:
     if args.jobs < 1:
         parser.error(f"--jobs must be at least 1. Got {args.jobs}.")
     job = job_from(args, image_options(args))
-    try:
-        check_job(job)
-        outputs = name_outputs(args.images, args.output)
-        names = tuple(path.name for path in outputs.values())
-        check_outputs(
-            (*args.images, job.checkpoint, job.model, args.area), Output("--output", args.output, names=names)
-        )
-        processor = UHRBatImageProcessor.from_pretrained(base_of(job.model) or job.model)
-    except (OSError, ValueError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
-        return 2
+    check_job(job)
+    outputs = name_outputs(args.images, args.output)
+    names = tuple(path.name for path in outputs.values())
+    check_outputs((*args.images, job.checkpoint, job.model, args.area), Output("--output", args.output, names=names))
+    processor = UHRBatImageProcessor.from_pretrained(base_of(job.model) or job.model)
     args.output.mkdir(parents=True, exist_ok=True)
     missing = {
         image_path: path
