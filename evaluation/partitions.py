@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from PIL import ImageDraw
 
-from ..common.asking import write_prompt
+from ..common.asking import encode, write_prompt
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files, whole_files, write_json
@@ -318,7 +318,7 @@ def compare(args):
         sam = {"checkpoint": args.masks.name, "seconds": None}
 
     prompts = [write_prompt(processor, question).to(model.device) for question in QUESTIONS[: args.questions]]
-    (features,) = model.encode_image(**processor.image_processor(image, return_tensors="pt").to(model.device))
+    (features,) = encode(model, processor.image_processor(image, return_tensors="pt"))
     image_size = (image.height, image.width)
     ships = [torch.from_numpy(tokens_of_points(places, image_size, grid)) for grid in config.grids]
     rows = run(

@@ -201,6 +201,11 @@ def test_model_files_import_what_a_plain_installation_brings(path):
     assert {name.split(".")[0] for name in absolute} <= known
 
 
+def test_tools_hand_a_model_its_visual_tokens_by_what_the_model_itself_says():
+    written = {path for path in TOOL_FILES if "mm_encoder_outputs" in path.read_text(encoding="utf-8")}
+    assert not [path for path in written if path.parent.name != "hosts"]  # a host is a model
+
+
 def test_no_file_is_used_by_one_that_it_uses():
     files = [*MODEL_FILES, *TOOL_FILES]
     # A package is what its `__init__` imports.

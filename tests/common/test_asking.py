@@ -1,0 +1,46 @@
+"""Asking, step by step: the steps say what one call says, of a batch, of text alone and of exact counts."""
+
+import pytest
+import torch
+from images import random_image
+from uhr_bat.common import asking
+from uhr_bat.common.loading import load_model
+
+QUESTIONS = ["What colour is the plane at the runway?", "How many ships?"]
+BUDGETS = [2, 3, 5, 6]
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    processor, model = load_model(dtype=torch.float32, device_map=None)
+    image = random_image(60, 90)
+    return processor, model, image, asking.encode(model, processor.image_processor(image, return_tensors="pt"))
+
+
+def test_a_batch_says_of_encoded_images_what_generate_says_of_each_image(loaded):
+    processor, model, image, features = loaded
+    options = {"budgets": BUDGETS, "max_new_tokens": 2}
+    found = asking.answers(model, processor, QUESTIONS, [features, features * 2], **options)
+    for question, number, (text, spent) in zip(QUESTIONS, (1, 2), found):
+        prompt = asking.prompt_text(processor, question, number)
+        inputs = processor(text=prompt, images=[image] * number, budgets=BUDGETS, return_tensors="pt")
+        output = model.generate(**inputs, do_sample=False, max_new_tokens=2)
+        ids = output[0, inputs["input_ids"].shape[1] :]
+        assert (text, spent) == (processor.decode(ids, skip_special_tokens=True).strip(), sum(BUDGETS))
+
+
+def test_text_alone_has_no_visual_tokens(loaded):
+    processor, model, _, _ = loaded
+    inputs = asking.write_prompts(model, processor, QUESTIONS, [[], []])
+    assert asking.compress(model, inputs) is None
+    assert [spent for _, spent in asking.answers(model, processor, QUESTIONS, [[], []], max_new_tokens=2)] == [0, 0]
+
+
+def test_exact_counts_may_be_of_any_order_and_are_what_the_prompt_holds(loaded):
+    processor, model, _, features = loaded
+    counts = [[9, 1, 3, 2], [1, 1, 0, 1]]
+    inputs = asking.write_prompts(model, processor, QUESTIONS, [features, features], counts=counts)
+    placeholders = (inputs["input_ids"] == processor.image_token_id).sum(1)
+    compressed = asking.compress(model, inputs)
+    assert placeholders.tolist() == compressed.tokens_per_prompt == [15, 3]
+    assert [[len(tokens) for tokens in scales] for scales in compressed.tokens] == counts
