@@ -355,12 +355,6 @@ class UHRBatConfig(PreTrainedConfig):
         return self.vision_config.patch_size
 
     @property
-    def head_width(self) -> int:
-        """Width of one attention head of the decoder. Not of every decoder is it the width by the number of heads."""
-        text = self.text_config
-        return getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-
-    @property
     def tower_form(self) -> TowerForm:
         """What the vision tower has that others have not."""
         return VISION_TOWERS[self.vision_config.model_type]

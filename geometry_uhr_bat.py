@@ -272,22 +272,3 @@ def patch_centres(
     height, width = extent or grid
     rows, columns = positions // grid[1] % height, positions % grid[1] % width
     return torch.stack(((rows.float() + 0.5) / height, (columns.float() + 0.5) / width), dim=-1)
-
-
-__all__ = [
-    "PAD_COLOR",
-    "check_scales",
-    "grids",
-    "pyramid_scales",
-    "scale_place",
-    "letterbox",
-    "shown_lines",
-    "shown_patches",
-    "pixel_tokens",
-    "tokens_of_points",
-    "token_box",
-    "token_corners",
-    "tile_of",
-    "positions_of",
-    "patch_centres",
-]

@@ -172,17 +172,3 @@ def is_streamable(image: Image.Image) -> bool:
     turned = "exif" in image.info if image.format == "PNG" else image.getexif().get(274, 1) != 1
     deep = any(";16" in str(tile.args) for tile in image.tile)  # Pillow takes the higher byte of such a PNG
     return image.mode in STREAMED_MODES and not turned and not deep
-
-
-__all__ = [
-    "PICTURE_FORMATS",
-    "PICTURE_NAMES",
-    "PILLOW_ERRORS",
-    "array_to_image",
-    "channels_last",
-    "decode_picture",
-    "is_streamable",
-    "open_picture",
-    "pillow_misreads",
-    "to_rgb",
-]

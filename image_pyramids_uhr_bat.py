@@ -36,7 +36,6 @@ Letters: L levels, T tiles of a level, V tokens, p patches a side of a tile. Siz
 
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from copy import copy
 from dataclasses import dataclass
 from math import ceil, floor
@@ -47,7 +46,8 @@ from PIL import Image
 
 from .budgets_uhr_bat import share_in_order
 from .geometry_uhr_bat import PAD_COLOR, grids, letterbox, pyramid_scales, shown_lines
-from .image_reading_uhr_bat import ImageSource, kind_of
+from .image_reading_uhr_bat import kind_of
+from .image_sources_uhr_bat import HeldImage, ImageSource
 from .image_views_uhr_bat import mark_shown, normalize_tiles, part_of_resized, part_of_view, valid_patches
 
 
@@ -132,22 +132,6 @@ def best_tiles(
 MASK_SIDE = 4096
 
 
-class HeldImage(ImageSource):
-    """An RGB image in memory."""
-
-    def __init__(self, image: Image.Image):
-        self.image, self.height, self.width, self.filename = image, image.height, image.width, "image"
-
-    @contextmanager
-    def parts(self):
-        def read(top, left, bottom, right):
-            part = Image.new("RGB", (right - left, bottom - top))
-            part.paste(self.image, (-left, -top))  # pasting does not ask for Pillow's limit, as cropping does
-            return part, None
-
-        yield read
-
-
 class UnreadImage(ImageSource):
     """An image of which the size alone is known."""
 
@@ -155,30 +139,59 @@ class UnreadImage(ImageSource):
         self.height, self.width, self.filename = height, width, "image"
 
 
-class ImagePyramid:
-    """The levels of one image, coarse to fine; see the file.
-
-    Several threads may ask it at once. A file must stay as it is.
+class _Pyramid:
+    """An image whose tiles are read when they are asked for. Several threads may ask it at once. A file must stay as it is.
 
     Args:
         image: 8-bit RGB in memory, or a raster or other source (`read_image`, `open_image`).
+        tile_size, patch_size: pixels a side.
+        pad_color, resample: of the letterbox and the views, as in `image_to_tiles`.
+        arithmetic: (rescale_factor, mean, std) of `normalize_tiles`.
+
+    Attributes:
+        image, tile_size, patch_size: as above.
+        image_size: (height, width) of the image in pixels.
+    """
+
+    def __init__(
+        self,
+        image,
+        *,
+        tile_size: int,
+        patch_size: int,
+        pad_color: Sequence[int] = PAD_COLOR,
+        resample: int = Image.Resampling.BICUBIC,
+        arithmetic: tuple = (),
+    ):
+        image = image.image if kind_of(image) == "picture" else image
+        self.image: ImageSource = HeldImage(image) if isinstance(image, Image.Image) else image
+        self.image_size = self.image.height, self.image.width
+        self.tile_size, self.patch_size = tile_size, patch_size
+        self._pad_color, self._resample, self._arithmetic = tuple(pad_color), resample, arithmetic
+
+    @property
+    def patches_per_side(self) -> int:
+        return self.tile_size // self.patch_size
+
+
+class ImagePyramid(_Pyramid):
+    """The levels of one image, coarse to fine; see the file.
+
+    Args:
+        image, tiles: see [`_Pyramid`].
         scales: sides of the levels in pixels, ascending multiples of the tile; None: from `anchor` to the image's own
             resolution (`pyramid_scales`).
         anchor: side of the coarsest level, where `scales` is None.
-        tile_size, patch_size: pixels a side.
-        pad_color, resample: of the letterbox and the views, as in `image_to_tiles`.
         mask_padding: whether patches that show the letterbox alone, or pixels that a raster has no data for, are left out.
-        arithmetic: (rescale_factor, mean, std) of `normalize_tiles`.
         max_tiles: tiles that go through the vision tower for a question, those of the anchor included.
 
     Attributes:
         kind: "pyramid".
-        image, scales, tile_size, patch_size, max_tiles: as above.
+        scales, max_tiles: as above.
         grids: (height, width) in tokens of every level.
         num_chosen: int[L], tiles of every level that a question uses, exactly; None without `max_tiles`, as the next.
         available: int[L], tokens of every level that these have at least, whichever they are. 0 of a level whose masks are
             not known before its tiles are read.
-        image_size: (height, width) of the image in pixels.
 
     Raises:
         ValueError: no pixel of the image is valid, or the anchor alone has more tiles.
@@ -192,22 +205,14 @@ class ImagePyramid:
         scales: Sequence[int] | None = None,
         *,
         anchor: int | None = None,
-        tile_size: int,
-        patch_size: int,
-        pad_color: Sequence[int] = PAD_COLOR,
-        resample: int = Image.Resampling.BICUBIC,
         mask_padding: bool = True,
-        arithmetic: tuple = (),
         max_tiles: int | None = None,
+        **tiles,
     ):
-        image = image.image if kind_of(image) == "picture" else image
-        self.image = HeldImage(image) if isinstance(image, Image.Image) else image
-        self.image_size = self.image.height, self.image.width
-        self.scales = list(scales or pyramid_scales(max(self.image_size), anchor, tile_size))
-        self.tile_size, self.patch_size = tile_size, patch_size
-        self.grids = grids(self.scales, patch_size)
+        super().__init__(image, **tiles)
+        self.scales = list(scales or pyramid_scales(max(self.image_size), anchor, self.tile_size))
+        self.grids = grids(self.scales, self.patch_size)
         self.mask_padding = mask_padding
-        self._pad_color, self._resample, self._arithmetic = tuple(pad_color), resample, arithmetic
         self._masked = mask_padding and self.image.masked
         self._lines = [shown_lines(self.image_size, grid) for grid in self.grids]
         self._lock = threading.Lock()
@@ -249,10 +254,6 @@ class ImagePyramid:
         changed = copy(self)
         changed._set_max_tiles(max_tiles)
         return changed
-
-    @property
-    def patches_per_side(self) -> int:
-        return self.tile_size // self.patch_size
 
     def num_tiles(self, level_idx: int) -> int:
         """All tiles of a level, those of the letterbox too."""
@@ -463,38 +464,19 @@ def _shown(size, grid) -> tuple[int, int]:
     return rows, max(1, int(width * rows / height))
 
 
-class DynamicPyramid:
-    """An image whose tiles are read when they are asked for. Threads may share it.
-
-    Args:
-        image: RGB image, or any [`ImageSource`], as `UHRBatImageProcessor.process_image` returns it.
-        tile_size, patch_size: in pixels.
-        pad_color, resample, arithmetic: see [`ImagePyramid`].
+class DynamicPyramid(_Pyramid):
+    """The thumbnail and the levels of one image, coarse to fine; see the file. Arguments are those of [`_Pyramid`].
 
     Attributes:
         kind: "dynamic".
         levels: [`DynamicLevel`] of each level; what `tiles` calls level 0 is the thumbnail, the first of these is 1.
-        image_size: of the image in pixels.
     """
 
     kind = "dynamic"
 
-    def __init__(
-        self,
-        image,
-        *,
-        tile_size: int,
-        patch_size: int,
-        pad_color: Sequence[int] = PAD_COLOR,
-        resample: int = Image.Resampling.BICUBIC,
-        arithmetic: tuple = (),
-    ):
-        image = image.image if kind_of(image) == "picture" else image
-        self.image: ImageSource = HeldImage(image) if isinstance(image, Image.Image) else image
-        self.image_size = self.image.height, self.image.width
-        self.tile_size, self.patch_size = tile_size, patch_size
-        self.levels = dynamic_levels(self.image_size, tile_size, patch_size)
-        self._pad_color, self._resample, self._arithmetic = tuple(pad_color), resample, arithmetic
+    def __init__(self, image, **tiles):
+        super().__init__(image, **tiles)
+        self.levels = dynamic_levels(self.image_size, self.tile_size, self.patch_size)
 
     @property
     def scales(self) -> list[int]:
@@ -504,8 +486,7 @@ class DynamicPyramid:
     @property
     def grids(self) -> list[tuple[int, int]]:
         """(height, width) in tokens of the thumbnail and of every level."""
-        p = self.tile_size // self.patch_size
-        return [(p, p), *(level.grid for level in self.levels)]
+        return [(self.patches_per_side,) * 2, *(level.grid for level in self.levels)]
 
     def tiles(self, level_idx: int, tile_idx: Sequence[int]) -> np.ndarray:
         """float32[T, 3, tile, tile] of some tiles of a level, row by row numbered, as `pixel_values` are.
@@ -531,18 +512,3 @@ class DynamicPyramid:
     def __repr__(self):
         sizes = ", ".join(f"{height} x {width}" for height, width in (level.size for level in self.levels))
         return f"DynamicPyramid({self.image_size[0]} x {self.image_size[1]}, levels of {sizes or 'nothing but the thumbnail'})"
-
-
-__all__ = [
-    "DynamicLevel",
-    "DynamicPyramid",
-    "HeldImage",
-    "ImagePyramid",
-    "UnreadImage",
-    "best_tiles",
-    "dynamic_levels",
-    "least_tokens",
-    "level_ratios",
-    "overlapping_tiles",
-    "split_tiles",
-]

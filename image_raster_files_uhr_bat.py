@@ -270,23 +270,3 @@ def choose_bands(dataset, bands: Sequence[int | str] | int | str | None, name: s
             f"one for grey. Its bands are {there}."
         )
     return visible[:3]
-
-
-__all__ = [
-    "CHUNK_BYTES",
-    "GDAL_NAME",
-    "SEQUENTIAL",
-    "check_page",
-    "choose_bands",
-    "complaints_are_errors",
-    "driver_of",
-    "gdal_settings",
-    "import_rasterio",
-    "is_dataset",
-    "is_raster",
-    "largest_page",
-    "open_dataset",
-    "reason",
-    "tiff_pages",
-    "upright_by",
-]

@@ -166,6 +166,3 @@ def placed_bytes(array: Any) -> bytes:
         ) as file:
             file.write(values)
         return bytes(memory.getbuffer())
-
-
-__all__ = ["is_placed_array", "mosaic_vrt", "placed_bytes"]

@@ -249,17 +249,3 @@ def _warn_of_collar(values, valid, name):
         f"be spent on it. If it is no part of the image, pass nodata={wanted}.",
         stacklevel=2,
     )
-
-
-__all__ = [
-    "COLLAR_SIDE",
-    "SAMPLE_BLOCKS",
-    "SAMPLE_PIXELS",
-    "at_pixels",
-    "beside_border",
-    "check_nodata",
-    "check_value_range",
-    "is_close",
-    "stretch",
-    "value_tables",
-]

@@ -492,19 +492,3 @@ def check_no_rpcs(dataset, name: str):
             f"{name}: its coordinates are RPCs, those of a camera, which need heights of the ground. Pass "
             f"`rasterio.vrt.WarpedVRT(dataset, src_crs='EPSG:4326', crs=..., RPC_DEM=...)`, or a window in pixels."
         )
-
-
-__all__ = [
-    "apply",
-    "area_window",
-    "check_no_rpcs",
-    "choose_window",
-    "compose",
-    "of_gcps",
-    "outside_area",
-    "outwards",
-    "parse_crs",
-    "read_area",
-    "upright_transform",
-    "wkt_names_file",
-]

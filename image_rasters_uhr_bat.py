@@ -516,6 +516,3 @@ def _fill(strip, valid):
     if valid is not None:
         strip.paste(PAD_COLOR, mask=Image.fromarray(~valid))
     return strip
-
-
-__all__ = ["RasterImage"]

@@ -13,7 +13,6 @@ PNG, WebP and so on) are decoded by Pillow; rasters (TIFF, JPEG 2000, and what P
 import base64
 import binascii
 import io
-import math
 import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -345,36 +344,6 @@ def _decode_base64(text):
     return io.BytesIO(base64.b64decode("".join(text.split()).encode(errors="replace"), validate=True))
 
 
-def resize_image(
-    image: "Image.Image | RasterImage | PlainImage",
-    size: tuple[int, int],
-    box: tuple[int, int, int, int] | None = None,
-    resample: int = Image.Resampling.BICUBIC,
-    reducing_gap: float | None = None,
-) -> Image.Image:
-    """RGB of what `read_image` or `open_image` gives, or of a box (top, left, bottom, right) of it in pixels, in another
-    size (height, width). Pillow resizes what is in memory, as the last two say; of a raster see `RasterImage.picture`."""
-    kind = kind_of(image)
-    if kind == "raster":
-        return image.picture(size, box)
-    if kind == "source":
-        box = box or (0, 0, image.height, image.width)
-        longest = max(image.height, image.width) / max(box[2] - box[0], box[3] - box[1], 1)
-        smaller = image.for_scale(math.ceil(longest * max(size)))
-        steps = smaller.height / image.height, smaller.width / image.width
-        box = [round(edge * step) for edge, step in zip(box, steps * 2)]
-        with smaller.parts() as read:
-            pixels, _ = read(*box[:2], max(box[2], box[0] + 1), max(box[3], box[1] + 1))
-        image, box = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), None
-    image = image.image if kind == "picture" else image
-    if box:
-        top, left, bottom, right = box
-        image = image.crop((left, top, right, bottom))
-    if (image.height, image.width) != tuple(size):
-        image = image.resize(size[::-1], resample, reducing_gap=reducing_gap)
-    return image.convert("RGB")
-
-
 def kind_of(image: Any) -> str | None:
     """What an image is, by the name that it has in any copy of this package (`IMAGES`, `ENCODED`); "source" of somebody's own
     that has what a source has; None of everything else."""
@@ -404,7 +373,7 @@ def read_image(
     overviews: str | None = None,
     do_convert_rgb: bool = True,
     input_data_format: str | ChannelDimension | None = None,
-) -> Image.Image | RasterImage:
+) -> Image.Image | ImageSource:
     """An image of any kind as 8-bit RGB, its size checked before its pixels are decoded.
 
     Args:
@@ -456,17 +425,3 @@ def flatten_images(images: Any) -> list:
     if getattr(images, "ndim", 3) == 4:
         return list(images)
     return [images]
-
-
-__all__ = [
-    "ENCODED",
-    "ImageSource",
-    "PlainImage",
-    "RasterImage",
-    "flatten_images",
-    "is_image",
-    "kind_of",
-    "read_image",
-    "resize_image",
-    "to_rgb",
-]

@@ -52,6 +52,22 @@ class ImageSource:
                 yield pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), valid
 
 
+class HeldImage(ImageSource):
+    """An RGB image in memory."""
+
+    def __init__(self, image: Image.Image):
+        self.image, self.height, self.width, self.filename = image, image.height, image.width, "image"
+
+    @contextmanager
+    def parts(self):
+        def read(top, left, bottom, right):
+            part = Image.new("RGB", (right - left, bottom - top))
+            part.paste(self.image, (-left, -top))  # pasting does not ask for Pillow's limit, as cropping does
+            return part, None
+
+        yield read
+
+
 class GivenSource(ImageSource):
     """Pixels of somebody's own: an object with `height`, `width` and `parts()`, and perhaps `for_scale(side)`, `filename`
     and `masked`, of which what it gives is checked."""
@@ -91,6 +107,3 @@ def as_source(image: Any) -> Any:
     """An [`ImageSource`] of an object that has `parts`, whatever its class."""
     whole = all(hasattr(image, name) for name in ("kind", "masked", "filename", "masked_strips", "for_scale"))
     return image if whole else GivenSource(image)
-
-
-__all__ = ["GivenSource", "ImageSource", "as_source"]

@@ -506,14 +506,3 @@ def normalize_views(tiles: dict[int, np.ndarray], arithmetic: tuple, out: np.nda
         for scale in reversed(parts):
             pairs = zip(tiles.pop(scale), parts[scale])
             _run(pool, [(normalize_tiles, tile, *arithmetic, part) for tile, part in pairs])
-
-
-__all__ = [
-    "image_to_tiles",
-    "mark_shown",
-    "normalize_tiles",
-    "normalize_views",
-    "part_of_resized",
-    "part_of_view",
-    "valid_patches",
-]

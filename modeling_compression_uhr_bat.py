@@ -122,15 +122,8 @@ class UHRBatCompressionMixin:
         if isinstance(budgets, list) and budgets and isinstance(budgets[0], list):  # the old name of the counts
             budgets, token_counts = None, budgets
         runs = [[len(list(run)) for is_image, run in groupby(row) if is_image] for row in placeholder.tolist()]
-        return settle_counts(
-            budgets,
-            token_counts,
-            images_per_prompt,
-            runs,
-            self.config.scales,
-            self.config.budgets,
-            [image.available for image in image_features],
-        )
+        limits = self.config.scales, self.config.budgets, [image.available for image in image_features]
+        return settle_counts(budgets, token_counts, images_per_prompt, runs, *limits)
 
 
 def _seen(text, spots, run, answer_mask) -> torch.Tensor:

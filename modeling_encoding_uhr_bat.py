@@ -40,27 +40,18 @@ def first_identical_tile(tiles) -> torch.Tensor:
     return torch.where(plain, alike.int().argmax(1), torch.arange(len(tiles), device=tiles.device))
 
 
-class MachineNumber:
-    """A number of the machine that a model runs on, at least 1, which no checkpoint holds: an attribute of a model with a
-    default, kept by its base model."""
+def machine_number(name: str, default: int) -> property:
+    """A number of the machine that a model runs on, at least 1, which no checkpoint holds: its base model keeps it."""
 
-    def __init__(self, default: int):
-        self.default = default
+    def held_by(model) -> dict:
+        return vars(getattr(model, "base_model", model))
 
-    def __set_name__(self, owner, name):
-        self.name = name
-
-    def __get__(self, model, owner=None):
-        return self if model is None else vars(self._base(model)).get(f"_{self.name}", self.default)
-
-    def __set__(self, model, value):
+    def set_to(model, value):
         if value < 1:
-            raise ValueError(f"`{self.name}` must be at least 1. Got {value}.")
-        vars(self._base(model))[f"_{self.name}"] = value
+            raise ValueError(f"`{name}` must be at least 1. Got {value}.")
+        held_by(model)[f"_{name}"] = value
 
-    @staticmethod
-    def _base(model):
-        return getattr(model, "base_model", model)
+    return property(lambda model: held_by(model).get(f"_{name}", default), set_to)
 
 
 class UHRBatEncodingMixin:
@@ -73,8 +64,8 @@ class UHRBatEncodingMixin:
             question looks at them (`max_tiles`): 500 tiles of the 7B model in bfloat16.
     """
 
-    vision_chunk_size = MachineNumber(16)
-    tile_cache_bytes = MachineNumber(2**31)
+    vision_chunk_size = machine_number("vision_chunk_size", 16)
+    tile_cache_bytes = machine_number("tile_cache_bytes", 2**31)
 
     @accept_region_labels
     def encode_image(
@@ -96,6 +87,8 @@ class UHRBatEncodingMixin:
             ValueError: a shape that does not fit the configuration, or an image that shows nothing.
         """
         if has_images(image_pyramids=image_pyramids):
+            for pyramid in image_pyramids:
+                self._check_pyramid(pyramid)
             return [self.open_pyramid(pyramid) for pyramid in image_pyramids]
         if not has_images(pixel_values):
             return []
@@ -175,14 +168,15 @@ class UHRBatEncodingMixin:
         return replace(image, anchor_tokens=tokens, anchor_positions=positions)
 
     def _tile_cache(self, pyramid) -> TileCache:
-        """For the tiles of a pyramid, which have to be this model's."""
+        return TileCache(self.tile_cache_bytes, self.device)
+
+    def _check_pyramid(self, pyramid):
         given, own = (pyramid.tile_size, pyramid.patch_size), (self.tile_size, self.tile_size // self.patches_per_side)
         if given != own:
             raise ValueError(
                 f"{pyramid} has tiles of {given[0]} px with patches of {given[1]} px, but the model's have "
                 f"{own[0]} and {own[1]} px."
             )
-        return TileCache(self.tile_cache_bytes, self.device)
 
     def encode_level(self, image: UHRBatPyramidFeatures, level_idx: int, tile_idx) -> tuple[torch.Tensor, torch.Tensor]:
         """The tokens of some tiles of a level, read and encoded unless the image keeps them from an earlier question.

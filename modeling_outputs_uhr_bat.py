@@ -96,7 +96,7 @@ class UHRBatImageFeatures:
     @property
     def anchor_places(self) -> Places:
         """Where the `anchor_tokens` lie."""
-        return self.places(self.anchor_idx)._replace(positions=self.anchor_positions)
+        return Places(self.anchor_positions, self.grids[self.anchor_idx], self.anchor_idx)
 
     @property
     def anchor_idx(self) -> int:
@@ -110,15 +110,13 @@ class UHRBatImageFeatures:
 
     def to(self, device, non_blocking=False) -> "UHRBatImageFeatures":
         """The same on another device: thousands of encoded images fit in a CPU's memory, few in a GPU's."""
+        return replace(self, **_moved(self, device, non_blocking))
 
-        def move(value):
-            if isinstance(value, list):
-                return [move(one) for one in value]
-            if isinstance(value, dict):
-                return {key: move(one) for key, one in value.items()}
-            return value.to(device, non_blocking=non_blocking) if isinstance(value, torch.Tensor) else value
 
-        return UHRBatImageFeatures(**{one.name: move(getattr(self, one.name)) for one in fields(self)})
+def _moved(image, device, non_blocking) -> dict:
+    """The fields of an encoded image, their tensors on another device."""
+    values = {one.name: getattr(image, one.name) for one in fields(image)}
+    return pytree.tree_map_only(torch.Tensor, lambda one: one.to(device, non_blocking=non_blocking), values)
 
 
 class TileCache:
@@ -168,6 +166,11 @@ class _Levels:
         """(height, width) in tokens of every level."""
         return self.pyramid.grids
 
+    def to(self, device, non_blocking=False):
+        """The same on another device, with an empty cache of its own."""
+        cache = type(self.cache)(self.cache.limit, device)
+        return replace(self, **_moved(self, device, non_blocking) | {"cache": cache})
+
 
 @dataclass
 class UHRBatPyramidFeatures(_Levels):
@@ -188,11 +191,7 @@ class UHRBatPyramidFeatures(_Levels):
 
     kind = "pyramid"
     anchor_idx = 0
-
-    @property
-    def anchor_places(self) -> Places:
-        """Where the `anchor_tokens` lie."""
-        return Places(self.anchor_positions, self.grids[0], 0)
+    anchor_places = UHRBatImageFeatures.anchor_places
 
     @property
     def available(self) -> list[int]:
@@ -202,11 +201,6 @@ class UHRBatPyramidFeatures(_Levels):
     def with_max_tiles(self, max_tiles: int) -> "UHRBatPyramidFeatures":
         """The same encoded image, and the same cache, for questions that may use another number of tiles."""
         return replace(self, pyramid=self.pyramid.with_max_tiles(max_tiles))
-
-    def to(self, device, non_blocking=False) -> "UHRBatPyramidFeatures":
-        """The same on another device, with an empty cache of its own."""
-        moved = (tensor.to(device, non_blocking=non_blocking) for tensor in (self.anchor_tokens, self.anchor_positions))
-        return UHRBatPyramidFeatures(*moved, self.pyramid, TileCache(self.cache.limit, device))
 
 
 @dataclass
@@ -226,11 +220,6 @@ class UHRBatDynamicFeatures(_Levels):
     cache: TileCache
 
     kind = "dynamic"
-
-    def to(self, device, non_blocking=False) -> "UHRBatDynamicFeatures":
-        """The same on another device, with an empty cache of its own."""
-        thumbnail = self.thumbnail.to(device, non_blocking=non_blocking)
-        return UHRBatDynamicFeatures(thumbnail, self.pyramid, TileCache(self.cache.limit, device))
 
 
 class UHRBatImageInputs(TypedDict, total=False):

@@ -100,6 +100,3 @@ class VisionLanguageModel(Protocol):
             compressed: rows that were chosen (`pooler_output`, images in the order of the prompts) and where they lie
                 (`places`).
         """
-
-
-__all__ = ["VisionLanguageModel"]

@@ -161,12 +161,6 @@ class UHRBatModel(
             layer.self_attn.register_forward_pre_hook(call_reader, with_kwargs=True)
         self.post_init()
 
-    def get_input_embeddings(self):
-        return self.language_model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.language_model.set_input_embeddings(value)
-
     def get_placeholder_mask(self, input_ids, inputs_embeds, image_features, tokens_per_prompt=None) -> torch.Tensor:
         """bool[B, M, 1], where visual tokens go; as many places as float[n, D] `image_features` has rows.
 
@@ -262,18 +256,6 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
         """Moved to `uhr_bat.plan(model, image_size)`; goes with the next release."""
         warnings.warn("`model.plan(...)` is `uhr_bat.plan(model, ...)` now.", FutureWarning, stacklevel=2)
         return import_module("uhr_bat.planning").plan(self, image_size, budgets, **options)
-
-    def get_input_embeddings(self):
-        return self.model.get_input_embeddings()
-
-    def set_input_embeddings(self, value):
-        self.model.set_input_embeddings(value)
-
-    def get_output_embeddings(self):
-        return self.lm_head
-
-    def set_output_embeddings(self, value):
-        self.lm_head = value
 
     @torch.no_grad()
     @accept_region_labels

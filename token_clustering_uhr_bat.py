@@ -287,6 +287,3 @@ def vote_regions(labels: torch.Tensor, patch_size: int, *, background: int = 0) 
     segment = votes != background
     segments = votes[segment].unique()
     return torch.where(segment, torch.searchsorted(segments, votes), len(segments) - 1 + (~segment).cumsum(0))
-
-
-__all__ = ["cluster_regions", "grid_regions", "vote_labels", "vote_regions"]

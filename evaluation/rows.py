@@ -25,12 +25,12 @@ from tqdm import tqdm
 from ..common import asking
 from ..common.budgets import counts_of_fraction
 from ..common.loading import load_model
+from ..common.resizing import resize_image
 from ..common.tables import interval
 from ..export.build_tiny import BUDGETS
 from ..export.build_tiny import RULES as SHIPPED
 from ..geometry_uhr_bat import letterbox, tokens_of_points
 from ..image_raster_files_uhr_bat import reason
-from ..image_reading_uhr_bat import resize_image
 from ..modeling_layers_uhr_bat import UHRBatScaleEmbedding
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
 from .reducers import conditional_diversity, diversity, dominant_and_contextual, similarity_merging

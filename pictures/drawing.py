@@ -12,8 +12,8 @@ Letters: H and W height and width of a grid of tokens, N = H * W. Sizes are (hei
 import numpy as np
 from PIL import Image
 
+from ..common.resizing import resize_image
 from ..geometry_uhr_bat import pixel_tokens
-from ..image_reading_uhr_bat import resize_image
 
 # Okabe and Ito, without black and without the yellow that is lost on white.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F4FC9", "#8C6D31")

@@ -156,9 +156,10 @@ def projector_flops(config, N) -> int:
 
 
 def attention_widths(config) -> tuple[int, int]:
-    """Width of all heads together, of the queries and of the keys."""
+    """Width of all heads together, of the queries and of the keys. Not of every decoder is a head's the width by their number."""
     text = config.text_config
-    return text.num_attention_heads * config.head_width, text.num_key_value_heads * config.head_width
+    head = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+    return text.num_attention_heads * head, text.num_key_value_heads * head
 
 
 def layer_weights(config) -> int:

@@ -16,8 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from ..common.resizing import resize_image
 from ..geometry_uhr_bat import letterbox
-from ..image_reading_uhr_bat import RasterImage, resize_image
+from ..image_reading_uhr_bat import RasterImage
 from ..token_clustering_uhr_bat import vote_labels
 
 BACKGROUND = 0

@@ -111,7 +111,9 @@ def test_a_class_with_the_seam_alone_looks_closer():
     assert compressed.pooler_output[0].shape == (9, WIDTH) and compressed.scales == [[8, 16, 32, 56]]
     assert len(features.cache) == 12
     with pytest.raises(ValueError, match="`region_focus` of the configuration is None"):
-        model.encode_image(image_pyramids=[SimpleNamespace(kind="dynamic")])
+        model.encode_image(image_pyramids=[SimpleNamespace(kind="dynamic", tile_size=8, patch_size=4)])
+    with pytest.raises(ValueError, match="has tiles of 16 px with patches of 4 px, but the model's have 8 and 4 px"):
+        model.encode_image(image_pyramids=[pyramid(12, tile_size=16, anchor=16)])
 
 
 def test_gradients_go_through_the_rows_of_a_class_with_the_seam_alone():

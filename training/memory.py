@@ -14,7 +14,7 @@ from ..common.budgets import scale_budgets
 from ..common.commands import tells_errors
 from ..common.loading import base_of, load_config
 from ..configuration_uhr_bat import UHRBatConfig
-from ..planning.costs import NF4_BYTES
+from ..planning.costs import NF4_BYTES, attention_widths
 from .options import read_options
 from .parts import add_adapter, freeze_parts, is_visual
 
@@ -75,7 +75,7 @@ def predict_memory(config: UHRBatConfig, options, data, training) -> Memory:
 
     text, vision, B = config.text_config, config.vision_config, training.per_device_train_batch_size
     L, D, F, R = text.num_hidden_layers, text.hidden_size, text.intermediate_size, text.vocab_size
-    K = text.num_key_value_heads * config.head_width
+    K = attention_widths(config)[1]
     budgets = scale_budgets(config.budgets if data.budgets is None else data.budgets, data.budget_range[1])
     visual = budgets if is_one_budget(budgets) else sum(budgets)
     M = data.max_length or visual + TEXT_TOKENS

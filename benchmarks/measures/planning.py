@@ -15,7 +15,7 @@ from ...geometry_uhr_bat import patch_centres
 from ...modeling_outputs_uhr_bat import CACHE
 from ...modeling_uhr_bat import UHRBatForConditionalGeneration
 from ...planning import plan
-from ...planning.costs import key_value_bytes, question_flops, question_of, region_counts
+from ...planning.costs import attention_widths, key_value_bytes, question_flops, question_of, region_counts
 from ...token_clustering_uhr_bat import CLUSTERINGS
 from ...token_compression_uhr_bat import select_tokens
 from .. import meters, sides
@@ -234,13 +234,14 @@ def walked(sizes) -> list[Row]:
     expected = {stage: number for stage, number in question_flops(config, question).items() if stage in flops}
     expect(flops == expected, f"FLOPs on the meta device are {flops}, the formula says {expected}.")
     D, N, R = config.text_config.hidden_size, question.available, question.counts
+    heads = config.text_config.num_key_value_heads
     formulas = {
         "tokens": [[number, D] for number in N],
         "importance": [N[0]],
         "regions": [[number] for number in N],
         "visual tokens": [[number, D] for number in R],
         "scores": [1, 1, config.text_config.vocab_size],
-        "keys of a layer": [1, config.text_config.num_key_value_heads, question.prompt + 2, config.head_width],
+        "keys of a layer": [1, heads, question.prompt + 2, attention_widths(config)[1] // heads],
     }
     expect(shapes == formulas, f"Shapes on the meta device are {shapes}, and should be {formulas}.")
     cache = key_value_bytes(config, question.prompt + 2, 2)

@@ -1,0 +1,38 @@
+"""An image of any kind in another size, for pictures of it."""
+
+import math
+
+from PIL import Image
+
+from ..image_reading_uhr_bat import kind_of
+from ..image_sources_uhr_bat import ImageSource
+
+
+def resize_image(
+    image: Image.Image | ImageSource,
+    size: tuple[int, int],
+    box: tuple[int, int, int, int] | None = None,
+    resample: int = Image.Resampling.BICUBIC,
+    reducing_gap: float | None = None,
+) -> Image.Image:
+    """RGB of what `read_image` or `open_image` gives, or of a box (top, left, bottom, right) of it in pixels, in another
+    size (height, width). Pillow resizes what is in memory, as the last two say; of a raster see `RasterImage.picture`."""
+    kind = kind_of(image)
+    if kind == "raster":
+        return image.picture(size, box)
+    if kind == "source":
+        box = box or (0, 0, image.height, image.width)
+        longest = max(image.height, image.width) / max(box[2] - box[0], box[3] - box[1], 1)
+        smaller = image.for_scale(math.ceil(longest * max(size)))
+        steps = smaller.height / image.height, smaller.width / image.width
+        box = [round(edge * step) for edge, step in zip(box, steps * 2)]
+        with smaller.parts() as read:
+            pixels, _ = read(*box[:2], max(box[2], box[0] + 1), max(box[3], box[1] + 1))
+        image, box = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), None
+    image = image.image if kind == "picture" else image
+    if box:
+        top, left, bottom, right = box
+        image = image.crop((left, top, right, bottom))
+    if (image.height, image.width) != tuple(size):
+        image = image.resize(size[::-1], resample, reducing_gap=reducing_gap)
+    return image.convert("RGB")
