@@ -4,11 +4,10 @@ import functools
 import math
 import sys
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 
 from .budgets import budgets
 from .images import add_image_arguments, add_tile_arguments
-from .loading import ROOT
+from .models import add_model_argument
 
 
 def tells_errors(main):
@@ -45,7 +44,7 @@ def add_question_arguments(parser: ArgumentParser, several=False):
         "--budgets", type=budgets, metavar="B", nargs="+" if several else None,
         help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146" + "; several" * several,
     )  # fmt: skip
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    add_model_argument(parser)
     add_image_arguments(parser)
     add_tile_arguments(parser)
 

@@ -1,7 +1,6 @@
 """One way to load a model folder or an adapter's, and one to save it."""
 
 import json
-import re
 import warnings
 from pathlib import Path
 
@@ -9,8 +8,8 @@ from ..image_raster_files_uhr_bat import reason
 from .extras import require
 from .files import user_folder
 from .images import is_file_name
+from .models import ROOT, base_of, find_model, told, with_weights
 
-ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
 # Of UHR-BAT-Tiny. The README says the same; change both when the weights change.
 WEIGHTS_NOTE = (
     "These weights were trained on made-up scenes only: most answers about those are right, none about a real image is to "
@@ -18,69 +17,11 @@ WEIGHTS_NOTE = (
 )
 
 
-def model_name(folder) -> str:
-    """What a model folder is called in reports: a clone or an installed package may lie anywhere."""
-    folder = Path(folder)
-    return "UHR-BAT-Tiny" if folder.resolve() == ROOT else folder.resolve().name
-
-
-def base_of(folder) -> str | None:
-    """The model that an adapter of peft was trained on; None for a model folder, or a name that is no folder's.
-
-    The adapter names it as a path, from here or from its own folder, or as a repository, in the Hub's cache or not.
-
-    Raises:
-        FileNotFoundError: it is nowhere.
-        ValueError: the adapter names none, or one that is an adapter itself.
-    """
-    path = Path(folder) / "adapter_config.json"
-    if not Path(folder).is_dir() and re.fullmatch(r"[\w.-]+/[\w.-]+", str(folder)):
-        path = _of_hub(str(folder)) or path
-    if not path.is_file() or any(path.parent.glob("model*.safetensors")):
-        several = sorted(str(one.parent) for one in Path(folder).glob("*/adapter_config.json"))
-        if several and not (Path(folder) / "config.json").exists():
-            raise ValueError(f"{folder}: holds several adapters. Name one: {', '.join(several)}.")
-        return None
-    try:
-        name = json.loads(path.read_text(encoding="utf-8")).get("base_model_name_or_path")
-    except (ValueError, AttributeError) as error:
-        raise ValueError(f"{path}: not a JSON object ({error}).") from None
-    if not name or not isinstance(name, str):
-        raise ValueError(
-            f"{path}: names no base model. Write its folder or repository there, as `base_model_name_or_path`."
-        )
-    for place in (Path(name), Path(folder) / name):
-        if (place / "adapter_config.json").is_file() and not (place / "config.json").is_file():
-            raise ValueError(f"{folder}: is an adapter of the adapter {place}. Merge that into its model first.")
-        if (place / "config.json").is_file():
-            return str(place)
-    try:
-        from transformers.utils import cached_file
-
-        cached_file(name, "config.json")
-    except (OSError, ValueError) as error:
-        raise FileNotFoundError(
-            f"{folder}: an adapter of {name!r}, which is no model folder (from here or from the adapter) and no repository "
-            f"that could be fetched. Write where the model is into {path}, as `base_model_name_or_path`."
-        ) from error
-    return name
-
-
-def _of_hub(repository: str) -> Path | None:
-    """A repository's adapter_config.json, in the Hub's cache or from the Hub; None for one that is no adapter's."""
-    from transformers.utils.peft_utils import find_adapter_config_file
-
-    try:
-        found = find_adapter_config_file(repository)
-    except (OSError, ValueError):  # whoever loads the model says what is wrong with its name
-        return None
-    return found and Path(found)
-
-
 def load_config(folder=ROOT, **changes):
     """Configuration of a model folder, or of an adapter's model. `changes`: other values of its fields."""
     from ..configuration_uhr_bat import UHRBatConfig
 
+    folder = find_model(folder, weights=False)
     return UHRBatConfig.from_pretrained(base_of(folder) or folder, **changes)
 
 
@@ -88,11 +29,12 @@ def load_processor(folder=ROOT, **settings):
     """Processor of a model folder, or the one beside an adapter; an adapter that has none has its model's."""
     from ..processing_uhr_bat import UHRBatProcessor
 
+    folder = find_model(folder, weights=False)
     base = base_of(folder)
     if base is None:
         return UHRBatProcessor.from_pretrained(folder, **settings)
     # The configuration is the model's, and says which class the tokenizer is of.
-    beside = (Path(folder) / "tokenizer_config.json").is_file() and (Path(folder) / "processor_config.json").is_file()
+    beside = (folder / "tokenizer_config.json").is_file() and (folder / "processor_config.json").is_file()
     return UHRBatProcessor.from_pretrained(folder if beside else base, config=load_config(folder), **settings)
 
 
@@ -111,7 +53,8 @@ def attach_adapter(model, folder, name="default", **options):
     require("train", "peft")
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
-    if Path(folder).is_dir() and not any(Path(folder).glob("adapter_model.*")):
+    folder = with_weights(Path(folder))
+    if not any(folder.glob("adapter_model.*")):
         raise ValueError(f"{folder}: an adapter without weights, there is no adapter_model.safetensors in it.")
     try:
         with warnings.catch_warnings():
@@ -138,9 +81,8 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config
     the same calls (`hosts/`).
 
     Args:
-        folder: model folder or name on the Hub, UHR-BAT-Tiny where none is given; or the folder of a LoRA adapter: the
-            model that it was trained on is loaded with it, and nothing is merged, so that weights of 4 or 8 bits take one
-            too.
+        folder: model folder, or its name on the Hub; UHR-BAT-Tiny where none is given; or either of a LoRA adapter: the model
+            that it was trained on is loaded with it, and nothing is merged, so that weights of 4 or 8 bits take one too.
         dtype: torch.dtype of the weights; "auto" takes that of the folder.
         device_map: as in transformers; "auto" is the GPU where there is one, None the CPU.
         quantization_config: as in transformers; None for weights as they are.
@@ -148,10 +90,11 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config
         changes: other values for fields of the configuration, as `selector`, or of `hosts.settings.HostSettings`.
 
     Raises:
-        FileNotFoundError, ValueError: an adapter whose model is nowhere, or that does not fit it; a model of another
-            family that cannot be asked, with what it lacks.
+        FileNotFoundError, ValueError: no model is there, or not all of it; an adapter whose model is nowhere, or that does not
+            fit it; a model of another family that cannot be asked, with what it lacks.
         ImportError: an adapter, but peft is missing.
     """
+    folder = find_model(folder)
     base = base_of(folder)
     if is_host(base or folder):
         return _load_host(folder, base, dtype, device_map, quantization_config, check, changes)
@@ -169,7 +112,7 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config
 
 
 def is_host(folder) -> bool:
-    """Whether a model folder or repository is of another family than ours; of an adapter, ask for its base."""
+    """Whether a model folder is of another family than ours; of an adapter, ask for its base."""
     from transformers import PreTrainedConfig
 
     try:
@@ -188,8 +131,8 @@ def _load_host(folder, base, dtype, device_map, quantization_config, check, chan
 
     if device_map == "auto" and not torch.cuda.is_available():
         device_map = None
-    calibrated = host_settings(base or folder)
-    processor, model = load_host(base or folder, dtype, device_map, quantization_config, check, calibrated, **changes)
+    calibrated, folder_of_host = host_settings(base or folder), with_weights(base or folder)
+    processor, model = load_host(folder_of_host, dtype, device_map, quantization_config, check, calibrated, **changes)
     if base is not None:
         require("train", "peft")
         adapted = attach_adapter(model.host, folder)
@@ -203,7 +146,7 @@ def host_settings(folder) -> dict:
         found = json.loads((user_folder() / "hosts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-    return found.get(str(folder), {})
+    return found.get(told(folder)["model"], {})
 
 
 def _load(folder, processor, dtype, device_map, quantization_config, changes):
@@ -222,7 +165,7 @@ def _load(folder, processor, dtype, device_map, quantization_config, changes):
     if device_map == "auto" and not torch.cuda.is_available():
         device_map = None
     model = UHRBatForConditionalGeneration.from_pretrained(
-        folder, config=load_config(folder, **changes), dtype=dtype, device_map=device_map,
+        with_weights(folder), config=load_config(folder, **changes), dtype=dtype, device_map=device_map,
         quantization_config=quantization_config,
     )  # fmt: skip
     return processor, model
@@ -234,9 +177,7 @@ def save_model(model, processor, folder):
     processor.save_pretrained(folder)
 
 
-def check_files(image_path, folder):
-    """Raises `FileNotFoundError` at the door: loading the model first would take its time. `image_path` may be None."""
-    if image_path is not None and is_file_name(image_path) and not Path(image_path).exists():
-        raise FileNotFoundError(f"{image_path}: there is no such image file.")
-    if base_of(folder) is None and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"{folder}: this is no model folder, there is no config.json in it.")
+def check_image(path: str):
+    """Raises `FileNotFoundError` for an image file that is not there: loading a model first would take its time."""
+    if is_file_name(path) and not Path(path).exists():
+        raise FileNotFoundError(f"{path}: there is no such image file.")

@@ -1,6 +1,6 @@
 """The paper's Table 4 and its ablations, each by one command, on UHR-BAT-Tiny or on any model folder and suite.
 
-    uhr-bat evidence ablations NAME [--suite scenes] [--data DIR] [--model DIR] [--limit 60] [--output DIR]
+    uhr-bat evidence ablations NAME [--suite scenes] [--data DIR] [--model MODEL] [--limit 60] [--output DIR]
 
 NAME is one of table-4 (tokens, FLOPs, memory, seconds; for the 7B model by formula), figure-3-clusters, figure-3-tokens, table-5 (tokens and image
 resolution), table-6, which is figure 4 (the budget of one scale, 0 and decreasing ones too), table-7 (k), table-8
@@ -27,14 +27,15 @@ from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files, write_report
 from ..common.images import image_options
-from ..common.loading import ROOT, check_files, load_model, model_name
+from ..common.loading import load_model
+from ..common.models import ROOT, find_model, model_name, stay_offline, told, with_revision
 from ..common.outputs import Output, check_outputs
 from ..common.tables import percent_interval, table
 from ..configuration_uhr_bat import UHRBatConfig
 from ..modeling_uhr_bat import UHRBatForConditionalGeneration
 from ..planning import planner_of
 from ..planning.costs import ANSWER_TOKENS
-from .evaluate import add_suite_arguments, prompt_of, stay_offline
+from .evaluate import add_suite_arguments, prompt_of
 from .rows import (
     PAPER,
     PROPORTIONS,
@@ -175,7 +176,7 @@ def report(result) -> str:
         for row in rows
     ]
     return "\n\n".join([
-        f"# {about['name']}: {about['suite']}, {about['model']}",
+        f"# {about['name']}: {about['suite']}, {with_revision(about)}",
         f"{rows[0]['questions']} questions about {about['images']} images, scored by {about['scorer']}. Percent, with "
         "95 % intervals of a bootstrap over images; differences are paired by question. GFLOPs of one question from "
         "the tiles to the answer, by torch's counter. Compress: importance, regions and selection.",
@@ -254,7 +255,8 @@ def measure(args) -> dict:
     if not records:
         raise ValueError(f"No image could be asked about. The first failure: {errors[0]['error']}")
     about = {
-        "name": args.name, "axis": axis, "suite": args.suite, "data": args.data, "model": model_name(args.model),
+        "name": args.name, "axis": axis, "suite": args.suite, "data": args.data,
+        **told(args.model), "model": model_name(args.model),
         "prompt": prompt, "scorer": suite.scorers[0].name, "images": len({record["image"] for record in records}),
     }  # fmt: skip
     found = summarise(records, {"first": (rows[0].name, rows[0].x)})
@@ -282,9 +284,9 @@ def main(arguments=None) -> int:
     )
     args = parser.parse_args(arguments)
     check_range(args, 1, math.inf, "limit")
-    stay_offline(args.data)
+    stay_offline(args.model, args.data)
     require("evaluate", "matplotlib", "datasets")
-    check_files(None, args.model)
+    args.model = find_model(args.model)
     check_outputs((args.data, args.model, args.area), Output("--output", args.output, names=report_files(args.name)))
     result = measure(args)
     text = report(result)

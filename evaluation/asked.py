@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from ..common.loading import base_of
+from ..common.models import base_of, hub_name
 from .samples import Picture, Sample
 
 WHOLE = 4 << 20  # bytes of a file of weights of which every one counts
@@ -39,14 +39,17 @@ def file_digest(path, whole: int = WHOLE) -> str:
 
 
 def folder_digest(folder: Path) -> str:
-    """Of a model folder: its weights, of large files samples, configuration and tokenizer; of an adapter's, those of its model,
-    too."""
+    """Of a model folder: its weights, of large files samples, configuration and tokenizer; of the Hub's, name and revision; of
+    an adapter's, those of its model, too."""
     base = base_of(folder)
-    places = [Path(folder)] + ([Path(base)] if base is not None and Path(base).is_dir() else [])
-    files = [
-        path for place in places for path in sorted(place.iterdir()) if path.suffix in MODEL_FILES and path.is_file()
-    ]
-    return _digest([base is not None, *([path.name, file_digest(path)] for path in files)])
+    found = [base is not None]
+    for place in [Path(folder)] + ([base] if base is not None else []):
+        if hub := hub_name(place):
+            found.append(hub)
+            continue
+        files = [path for path in sorted(place.iterdir()) if path.suffix in MODEL_FILES and path.is_file()]
+        found += [[path.name, file_digest(path)] for path in files]
+    return _digest(found)
 
 
 def _digest(value) -> str:

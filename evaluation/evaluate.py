@@ -1,6 +1,6 @@
 """Ask a model the questions of a benchmark, and score its answers.
 
-    uhr-bat evaluate SUITE --data DIR --model DIR [--budgets 16,24,40,66] [--max-tiles 128 --native]
+    uhr-bat evaluate SUITE --data DIR --model MODEL [--budgets 16,24,40,66] [--max-tiles 128 --native]
                              [--selector NAME] [--output DIR]
     accelerate launch --multi_gpu -m uhr_bat evaluate SUITE ...     the same lines, sooner; torchrun does as well
 
@@ -20,7 +20,8 @@ from ..common.budgets import budgets as read_budgets
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.images import add_image_arguments, add_tile_arguments, image_options
-from ..common.loading import ROOT, check_files, load_config, load_model, load_processor
+from ..common.loading import load_config, load_model, load_processor
+from ..common.models import add_model_argument, find_model, stay_offline, told
 from ..common.outputs import Output, check_outputs
 from ..common.runs import alone
 from . import figures
@@ -64,16 +65,10 @@ def prompt_of(suite, name):
 def add_suite_arguments(parser):
     """What a suite is loaded from, who is asked, and what."""
     parser.add_argument("--data", metavar="DIR", help="file, folder or id of a data set on the Hub; none for scenes")
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    add_model_argument(parser)
     parser.add_argument("--prompt", metavar="NAME", help="one of the suite's prompts (default: its first)")
     parser.add_argument("--limit", type=int, metavar="N", help="samples, evenly spaced (default: all)")
     add_image_arguments(parser)
-
-
-def stay_offline(data):
-    """Nothing is looked for on the Hub where the data is none of its data sets."""
-    if data is None or os.path.exists(data):
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folders
 
 
 def parser():
@@ -105,18 +100,18 @@ def parser():
 
 def ask_suite(args, suite, samples, prompt):
     """The lines of a run, asked or found, and its settings."""
-    check_files(None, args.model)
-    config, default = load_config(args.model), load_processor(args.model).default_budgets
+    folder = find_model(args.model)
+    config, default = load_config(folder), load_processor(folder).default_budgets
     tiles, budgets = looking_closer(args.budgets, default, args.max_tiles, args.native)
     budgets = default if budgets is None else budgets
     split_budgets(budgets, config.scales)
     read = {name: value for name, value in image_options(args).items() if value is not None}
     read = json.loads(json.dumps(read, default=str))  # as settings.json holds them
     settings = Settings(
-        suite=suite.name, data=args.data, model=str(args.model), prompt=prompt,
+        suite=suite.name, data=args.data, **told(folder), prompt=prompt,
         budgets=budgets, selector=args.selector or config.selector,
         seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
-        versions=versions(), **tiles, weights=folder_digest(args.model), image=read or None,
+        versions=versions(), **tiles, weights=folder_digest(folder), image=read or None,
         batch_size=args.batch_size,
     )  # fmt: skip
     find_selector(settings.selector, budgets)
@@ -124,7 +119,7 @@ def ask_suite(args, suite, samples, prompt):
     state = process_state()
     # Each process has the whole model on its own device.
     device_map = "auto" if state.num_processes == 1 else {"": state.device}
-    processor, model = load_model(args.model, device_map=device_map)
+    processor, model = load_model(folder, device_map=device_map)
     with alone(args.output / f"predictions-{state.process_index}.jsonl"):
         return run(model.eval(), processor, suite, samples, settings, args.output, args.workers, args.retry)
 
@@ -149,7 +144,7 @@ def check_options(args):
 def main(arguments=None) -> int:
     args = parser().parse_args(arguments)
     check_options(args)
-    stay_offline(args.data)
+    stay_offline(args.model, args.data)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # workers are forked
     suite = SUITES[args.suite]
     args.output = args.output or Path("runs", suite.name)

@@ -1,6 +1,6 @@
 """Does question-guided, region-faithful compression keep evidence of few pixels? Accuracy against visual tokens.
 
-    uhr-bat evidence [--model DIR] [--scenes 60] [--seeds 3] [--output DIR]
+    uhr-bat evidence [--model MODEL] [--scenes 60] [--seeds 3] [--output DIR]
 
 Questions about made-up scenes that nothing was trained on, each answered from every choice of visual tokens at 0.5, 1,
 2, 4 and 8 % of them, and from all of them; and about two sets of harder scenes, crowded ones and some with bright
@@ -24,7 +24,8 @@ from ..common.asking import answers
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files, write_report
-from ..common.loading import ROOT, check_files, load_model
+from ..common.loading import load_model
+from ..common.models import add_model_argument, find_model, model_option
 from ..common.outputs import Output, check_outputs
 from ..common.tables import percent, percent_interval, table
 from ..scenes.layout import FINETUNING_SEED, TEST_SEEDS
@@ -212,7 +213,7 @@ def measure(
 @tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat evidence", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    add_model_argument(parser)
     parser.add_argument("--scenes", type=int, default=60, help="per seed, with up to six questions each")
     parser.add_argument("--seeds", type=int, default=3, help="independent sets of scenes")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
@@ -222,7 +223,7 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     check_range(args, 1, math.inf, "scenes", "seeds", "workers")
     require("evaluate", "matplotlib")
-    check_files(None, args.model)
+    args.model = find_model(args.model)
     check_outputs((args.model,), Output("--output", args.output, names=report_files("evidence")))
     if args.scenes * args.seeds > len(TEST_SEEDS):
         raise ValueError(f"There are {len(TEST_SEEDS)} test scenes, but {args.scenes} x {args.seeds} are asked for.")
@@ -231,7 +232,7 @@ def main(arguments=None) -> int:
     harder = {name: samples_of(name, seeds[: args.scenes]) for name in STRESS}
     result = measure(args.model, samples_of("scenes", seeds), harder, workers=args.workers)
     result["about"] = {
-        "command": f"uhr-bat evidence --scenes {args.scenes} --seeds {args.seeds}",
+        "command": f"uhr-bat evidence{model_option(args.model)} --scenes {args.scenes} --seeds {args.seeds}",
         "questions": result["rows"][0]["questions"],
         "scenes": len(seeds),
         "seeds": args.seeds,

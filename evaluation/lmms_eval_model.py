@@ -45,7 +45,7 @@ class UHRBat(lmms):
     """A model folder as lmms-eval asks it.
 
     Args:
-        pretrained: model folder; UHR-BAT-Tiny where none is given.
+        pretrained: model folder, or name on the Hub; UHR-BAT-Tiny where none is given.
         budgets: visual tokens, see above; those of the folder where none are given.
         selector: name of the rule that chooses them; the folder's where none is given.
         max_tiles, native: tiles that may be encoded for a question, and whether levels go down to the image's own

@@ -1,6 +1,6 @@
 """Objects of a few native pixels in images of 4,000 to 16,000 px: fixed scales against levels down to the image's own pixels.
 
-    uhr-bat evidence native [--model DIR] [--focus DIR] [--scenes 60] [--tiles 128] [--output DIR]
+    uhr-bat evidence native [--model MODEL] [--focus MODEL] [--scenes 60] [--tiles 128] [--output DIR]
 
 Questions about made-up scenes that nothing was trained on (`scenes/native.py`), each answered from all tokens of the fixed
 scales, and from so many of them by the paper's rule and by ours, and of an image's own levels by ours, encoded where the
@@ -19,7 +19,7 @@ from ..common.budgets import counts_of_fraction
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files, write_report
-from ..common.loading import ROOT, check_files
+from ..common.models import add_model_argument, find_model, model_option
 from ..common.outputs import Output, check_outputs
 from ..common.tables import percent, percent_interval, table
 from ..scenes.layout import NATIVE_WIDTHS, TEST_SEEDS
@@ -127,10 +127,8 @@ def measure(folder, samples, fractions=FRACTIONS, tiles=TILES, workers=1, focus=
 @tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat evidence native", description=__doc__.splitlines()[0])
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
-    parser.add_argument(
-        "--focus", type=Path, metavar="DIR", help="model folder with a region focus module: LRS-VQA's mode"
-    )
+    add_model_argument(parser)
+    parser.add_argument("--focus", metavar="MODEL", help="one with a region focus module: LRS-VQA's mode")
     parser.add_argument("--scenes", type=int, default=60, help="with up to six questions each")
     parser.add_argument("--tiles", type=int, default=TILES, help="that may be encoded for a question")
     parser.add_argument("--workers", type=int, default=os.cpu_count(), help="processes")
@@ -138,16 +136,16 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     check_range(args, 1, math.inf, "scenes", "tiles", "workers")
     require("evaluate", "matplotlib")
-    check_files(None, args.model)
+    args.model = find_model(args.model)
+    args.focus = args.focus and find_model(args.focus)
     check_outputs((args.model, args.focus), Output("--output", args.output, names=report_files("native")))
-    if args.focus:
-        check_files(None, args.focus)
     if not 1 <= args.scenes <= len(TEST_SEEDS):
         raise ValueError(f"There are {len(TEST_SEEDS)} test scenes, but {args.scenes} are asked for.")
     samples = samples_of(SUITE, TEST_SEEDS[: args.scenes])
     result = measure(args.model, samples, tiles=args.tiles, workers=args.workers, focus=args.focus)
     result["about"] = {
-        "command": f"uhr-bat evidence native{' --focus DIR' * bool(args.focus)} --scenes {args.scenes} --tiles {args.tiles}",
+        "command": f"uhr-bat evidence native{model_option(args.model)}"
+        f"{' --focus DIR' * bool(args.focus)} --scenes {args.scenes} --tiles {args.tiles}",
         "questions": result["rows"][0]["questions"],
         "scenes": args.scenes,
         "tiles": args.tiles,

@@ -13,7 +13,6 @@ Letters: S scales, N tokens of a scale. Sizes are (height, width), except those 
 import argparse
 import dataclasses
 import math
-import os
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,8 @@ from ..common.asking import encode, write_prompt
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files, whole_files, write_json
-from ..common.loading import ROOT, check_files, load_model
+from ..common.loading import load_model
+from ..common.models import add_model_argument, find_model, stay_offline, told, with_revision
 from ..common.outputs import Output, check_outputs
 from ..common.tables import percent, table
 from ..geometry_uhr_bat import tokens_of_points
@@ -185,6 +185,7 @@ def report(result: dict) -> str:
         return [row["tokens"], " / ".join(map(str, row["regions"])), *fractions, f"{row['partition_seconds']:.2f}"]
 
     chance = [percent(b / n) for b, n in list(zip(result["default_budgets"], result["tokens_seen"]))[-SCALES_MEASURED:]]
+    by = f" Model: {with_revision(result)}." if result.get("revision") else ""
     parts = [
         "# Region partitions on the made-up scene",
         NOT_MEASURED,
@@ -192,7 +193,7 @@ def report(result: dict) -> str:
         f"{result['image_size'][1]:,} x {result['image_size'][0]:,} pixels (width x height); "
         f"{result['num_questions']} questions, means over them. "
         '"Own slot": the token that shows the middle of the ship reaches the decoder unmixed; "averaged": as part of a '
-        f"mean. At the default budgets a choice of tokens by chance would give {' and '.join(chance)} % at "
+        f"mean.{by} At the default budgets a choice of tokens by chance would give {' and '.join(chance)} % at "
         f"{' and '.join(fine)}. Seconds are those of all scales together, beside whatever else the machine did.",
         "## Methods over budgets (as Table 8)",
         table(["method", *columns], [[row["method"], *cells(row)] for row in result["methods"]]),
@@ -265,7 +266,7 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--output", type=Path, default=Path("partitions_out"), metavar="DIR", help="default: partitions_out"
     )
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    add_model_argument(parser)
     parser.add_argument("--questions", type=int, default=4, metavar="N", help=f"1 to {len(QUESTIONS)} (default: 4)")
     parser.add_argument(
         "--size", type=int, nargs=2, default=(2500, 2000), metavar=("WIDTH", "HEIGHT"), help="of the scene"
@@ -281,12 +282,12 @@ def main(arguments=None) -> int:
     check_range(args, 1, math.inf, "ships", "clusters", "size")
     check_range(args, 0, math.inf, "factors", above=True)
     check_range(args, 0, math.inf, "seed")
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    stay_offline(args.model)
     if not 1 <= args.questions <= len(QUESTIONS):
         raise ValueError(f"--questions must be 1 to {len(QUESTIONS)}. Got {args.questions}.")
     if args.masks and args.checkpoint:
         raise ValueError("--masks and --checkpoint are two ways to the same thing: give one of them.")
-    check_files(None, args.model)
+    args.model = find_model(args.model)
     names = ("scene.png", *report_files("partitions"))
     check_outputs((args.model, args.masks, args.checkpoint), Output("--output", args.output, names=names))
     if args.checkpoint:
@@ -327,6 +328,7 @@ def compare(args):
     )  # fmt: skip
     result = {
         "not_measured": NOT_MEASURED,
+        **told(args.model),
         "scales": config.scales,
         "image_size": [image.height, image.width],
         "tokens_seen": [len(tokens) for tokens in features.tokens],

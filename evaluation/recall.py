@@ -1,6 +1,6 @@
 """Evidence recall at budget: of the objects that a question needs, how many does each choice of tokens keep?
 
-    uhr-bat evidence recall SUITE --data DIR --model DIR [--fractions 0.01 0.02 0.04] [--methods ...] [--output DIR]
+    uhr-bat evidence recall SUITE --data DIR --model MODEL [--fractions 0.01 0.02 0.04] [--methods ...] [--output DIR]
 
 Objects are the boxes that a suite has: LRS-VQA's hbox, the objects of the made-up scenes, the trees of DeepForest's
 pictures (pascal-voc). An object is kept where one of the tokens that show it, at one of the two finest scales, has a
@@ -24,10 +24,11 @@ from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files, write_report
 from ..common.images import image_options
-from ..common.loading import check_files, load_model
+from ..common.loading import load_model
+from ..common.models import find_model, stay_offline, told, with_revision
 from ..common.outputs import Output, check_outputs
 from ..common.tables import interval, percent_interval, table, wilson
-from .evaluate import add_suite_arguments, prompt_of, stay_offline
+from .evaluate import add_suite_arguments, prompt_of
 from .rows import (
     BLIND,
     FINEST,
@@ -135,7 +136,7 @@ def report(result) -> str:
     return "\n\n".join([
         f"# Evidence recall at budget: {about['suite']}",
         f"{about['objects']} objects of {about['samples']} questions about {about['images']} images, by "
-        f"{about['model']}. Percent, with 95 % intervals of a bootstrap over images. Kept: one of the object's tokens "
+        f"{with_revision(about)}. Percent, with 95 % intervals of a bootstrap over images. Kept: one of the object's tokens "
         "at one of the two finest scales has a place of its own in the prompt, unmerged. Share: of its tokens at the "
         "finest scale. Wilson's interval counts an image as one trial, and holds where few or all are kept. By size: the side of a square of the box's area, in pixels of the finest scale, number of "
         "objects in brackets.",
@@ -173,7 +174,7 @@ def measure_recall(args) -> dict:
         raise ValueError(f"No object of {len(samples)} samples could be looked for. The first failure: {first}")
     one = [row for row in records if (row["method"], row["fraction"]) == (args.methods[0], args.fractions[0])]
     about = {
-        "suite": args.suite, "data": args.data, "model": str(args.model), "prompt": prompt, "samples": len(samples),
+        "suite": args.suite, "data": args.data, **told(args.model), "prompt": prompt, "samples": len(samples),
         "objects": len(one), "images": len({row["image"] for row in one}),
     }  # fmt: skip
     return {"about": about, "rows": summarise(records), "errors": errors, "boxes": outside}
@@ -194,9 +195,9 @@ def main(arguments=None) -> int:
     args = parser.parse_args(arguments)
     check_range(args, 1, math.inf, "limit")
     check_range(args, 0, 1, "fractions", above=True)
-    stay_offline(args.data)
+    stay_offline(args.model, args.data)
     require("evaluate", "matplotlib", "datasets")
-    check_files(None, args.model)
+    args.model = find_model(args.model)
     check_outputs((args.data, args.model, args.area), Output("--output", args.output, names=report_files("recall")))
     result = measure_recall(args)
     text = report(result)

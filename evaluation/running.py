@@ -37,7 +37,7 @@ class Settings:
     """All that decides what is answered; the same for a whole run.
 
     Attributes:
-        suite, data, model: name, file or folder or id, and folder.
+        suite, data, model: name, file or folder or id, and folder or repository.
         prompt: name of the prompt.
         budgets: int[S] or one number, visual tokens.
         selector: name of the rule that chooses them.
@@ -47,6 +47,7 @@ class Settings:
         max_tiles, native: see [`UHRBatImageProcessor`].
         versions: of what computed.
         weights: digest of the model folder.
+        revision: of the model's repository, None for a folder.
         image: options of reading that were given, as `bands`.
         batch_size: questions that are answered together.
     """
@@ -63,6 +64,7 @@ class Settings:
     versions: dict[str, str]
     max_tiles: int | None = None
     native: bool | None = None
+    revision: str | None = None
     weights: str | None = None
     image: dict | None = None
     batch_size: int = 1

@@ -8,8 +8,6 @@
 and run it as any other: python run.py --model UHR-BAT --data XLRS-Bench-lite.
 """
 
-from pathlib import Path
-
 import torch
 from vlmeval.vlm.base import BaseModel
 
@@ -24,7 +22,7 @@ class UHRBat(BaseModel):
     """A model folder as VLMEvalKit asks it: its own prompts, images and text in any order.
 
     Args:
-        model_path: model folder; UHR-BAT-Tiny where none is given.
+        model_path: model folder, or name on the Hub; UHR-BAT-Tiny where none is given.
         budgets: int[S] or one number, visual tokens; those of the folder where none are given.
         selector: name of the rule that chooses them; the folder's where none is given.
         max_tiles, native: tiles that may be encoded for a question, and whether levels go down to the image's own
@@ -36,7 +34,7 @@ class UHRBat(BaseModel):
     INTERLEAVE = True
 
     def __init__(self, model_path=None, budgets=None, selector=None, max_tiles=None, native=False, **generation):
-        self.processor, self.model = load_model(Path(model_path or ROOT))
+        self.processor, self.model = load_model(model_path or ROOT)
         self.model.eval()
         self.tiles, self.budgets = looking_closer(budgets, self.processor.default_budgets, max_tiles, native)
         self.rules = None if selector is None else {"selector": find_selector(selector, self.budgets)}

@@ -1,6 +1,6 @@
 """Ask a question about an image, and see where the visual tokens and the seconds go.
 
-    uhr-bat ask [IMAGE] [QUESTION] [--model DIR] [--budgets 16,24,40,66] [--max-new-tokens 64]
+    uhr-bat ask [IMAGE] [QUESTION] [--model MODEL] [--budgets 16,24,40,66] [--max-new-tokens 64]
                 [--bands 4,3,2] [--value-range 0,2047] [--window 0,0,4096,4096] [--max-pixels N]
                 [--max-tiles N [--native]]
 
@@ -8,7 +8,6 @@ Without an image it asks about the made-up scene, which is painted into the work
 """
 
 import argparse
-import os
 import sys
 import time
 from contextlib import contextmanager
@@ -16,7 +15,8 @@ from contextlib import contextmanager
 from ..budgets_uhr_bat import is_one_budget
 from ..common.commands import add_question_arguments, tells_errors
 from ..common.images import image_options, tile_options
-from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model, load_processor
+from ..common.loading import WEIGHTS_NOTE, check_image, load_model, load_processor
+from ..common.models import find_model, is_tiny, stay_offline
 from ..scenes import painting
 
 QUESTION = "What colour is the plane at the runway?"
@@ -48,14 +48,14 @@ def token_bar(total):
     return TokenBar()
 
 
-def ask(image_path, question, model_path, budgets, max_new_tokens, options, tiles):
+def ask(image_path, question, folder, budgets, max_new_tokens, options, tiles):
     """Run every stage by itself and print the answer and what it cost."""
     seconds = {}
     with timed(seconds, "open"):  # a raster is decoded while it is resized
-        image_processor = load_processor(model_path).image_processor
+        image_processor = load_processor(folder).image_processor
         image = image_processor.open_image(image_path, **options)
     print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
-    if model_path.resolve() == ROOT:
+    if is_tiny(folder):
         print(WEIGHTS_NOTE)
 
     with timed(seconds, "preprocess"):  # whatever is wrong with the image is said before the model is loaded
@@ -65,7 +65,7 @@ def ask(image_path, question, model_path, budgets, max_new_tokens, options, tile
     with timed(seconds, "load"):
         from ..common import asking
 
-        processor, model = load_model(model_path)
+        processor, model = load_model(folder)
     with timed(seconds, "encode"):
         features = asking.encode(model, image_inputs)
     inputs = asking.write_prompts(model, processor, [question], [features], budgets)
@@ -113,13 +113,14 @@ def main(arguments=None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     add_question_arguments(parser)
     args = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    stay_offline(args.model)
     if args.image is None:
         args.image = str(painting.DEFAULT_PATH)
         if not painting.DEFAULT_PATH.exists():
             print(f"Painting the example scene, once: {args.image}", file=sys.stderr, flush=True)
             painting.write()
-    check_files(args.image, args.model)
+    check_image(args.image)
+    args.model = find_model(args.model)
     ask(
         args.image,
         args.question,

@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from uhr_bat.common.budgets import budgets as read_budgets
 from uhr_bat.common.files import whole_folder, write_json
-from uhr_bat.common.loading import base_of
+from uhr_bat.common.models import base_of, hub_name
 from uhr_bat.common.outputs import Output, check_outputs
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.image_raster_files_uhr_bat import reason
@@ -458,7 +458,8 @@ def find_adapters(checkpoint, merge_adapter) -> tuple[str | Path, list[Path]]:
             raise CheckpointError(
                 f"{error} Or give the model as --checkpoint, and the adapter behind --merge-adapter."
             ) from error
-        return base, [adapter]
+        # A repository's weights are fetched by its name.
+        return (hub_name(base) or (base,))[0], [adapter]
     adapters = [locate(name) for name in ([merge_adapter] if isinstance(merge_adapter, (str, Path)) else merge_adapter)]
     for adapter in adapters:
         read_json(adapter / "adapter_config.json")

@@ -1,7 +1,7 @@
 """Ask about an image, and write what was kept to answer as GIS software reads it.
 
     uhr-bat evidence-map IMAGE "QUESTION" [--geojson out.geojson] [--geopackage out.gpkg [--layer evidence]]
-        [--raster attention.tif] [--page out.html] [--budgets 16,24,40,66] [--model DIR] [--max-new-tokens 64]
+        [--raster attention.tif] [--page out.html] [--budgets 16,24,40,66] [--model MODEL] [--max-new-tokens 64]
 
 Polygons of the kept and merged tokens go into a GeoJSON (WGS 84, RFC 7946) and a GeoPackage (the CRS of the image), the
 importance into a GeoTIFF over the image, and all of it into a page that opens offline. A plain image has pixel
@@ -9,7 +9,6 @@ coordinates.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -18,7 +17,8 @@ from ..common.commands import add_question_arguments, tells_errors
 from ..common.extras import require
 from ..common.files import edited_alone, whole_outputs
 from ..common.images import image_options, tile_options
-from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model, load_processor
+from ..common.loading import WEIGHTS_NOTE, check_image, load_model, load_processor
+from ..common.models import find_model, is_tiny, stay_offline
 from ..common.outputs import Output, check_outputs
 from . import Georeference, check_vectors, evidence_frame, write_page, write_raster, write_vectors
 from .styles import style_path, write_style
@@ -63,7 +63,7 @@ def draw(args):
     compressed, answer = ask(processor, model, image_inputs, args.question, args.budgets, args.max_new_tokens)
 
     about = {"image": Path(args.image).name, "question": args.question, "answer": answer}
-    if args.model.resolve() == ROOT:
+    if is_tiny(args.model):
         about["note"] = WEIGHTS_NOTE
     seen = (image.height, image.width), compressed.scales[0]
     frame = evidence_frame(compressed, *seen, transform=georeference.transform, crs=georeference.crs)
@@ -114,8 +114,9 @@ def main(arguments=None) -> int:
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     add_question_arguments(parser)
     args = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
-    check_files(args.image, args.model)
+    stay_offline(args.model)
+    check_image(args.image)
+    args.model = find_model(args.model)
     outputs = [Output(f"--{name}", getattr(args, name), endings) for name, endings in ENDINGS.items()]
     if all(output.path is None for output in outputs):
         raise ValueError("Nothing to write: give --geojson, --geopackage, --raster or --page a file.")

@@ -1,13 +1,12 @@
 """Draw what the model looked at and what it kept.
 
-    uhr-bat pictures IMAGE "QUESTION" [--output DIR] [--budgets 32,64,128,256 ...] [--model DIR]
+    uhr-bat pictures IMAGE "QUESTION" [--output DIR] [--budgets 32,64,128,256 ...] [--model MODEL]
 
 Writes attention.png, regions.png, kept.png (the first budget), budgets.png (all of them), pruning.png (85, 95 and
 97.5 % fewer tokens at every scale) and, without --max-tiles, tsne.png.
 """
 
 import argparse
-import os
 import sys
 from pathlib import Path
 
@@ -17,7 +16,8 @@ from ..common.commands import add_question_arguments, tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import image_options, tile_options
-from ..common.loading import check_files, load_model, load_processor
+from ..common.loading import check_image, load_model, load_processor
+from ..common.models import find_model, stay_offline
 from ..common.outputs import Output, check_outputs
 from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
 
@@ -31,18 +31,18 @@ def budget_name(budgets):
     return f"{sum(budgets):,} tokens ({', '.join(map(str, budgets))})"
 
 
-def draw(image_path, question, output, budgets, model_path, width, options, tiles):
+def draw(image_path, question, output, budgets, folder, width, options, tiles):
     """Write the pictures into `output`, and print their names."""
     print("Reading ...", file=sys.stderr, flush=True)
     from ..common import asking
 
-    image_processor = load_processor(model_path).image_processor
+    image_processor = load_processor(folder).image_processor
     image = image_processor.open_image(image_path, **options)
     limit = options["max_image_pixels"]
     image_inputs = image_processor(image, max_image_pixels=limit, return_tensors="pt", **tiles)
 
     print("Loading ...", file=sys.stderr, flush=True)
-    processor, model = load_model(model_path)
+    processor, model = load_model(folder)
     budgets = budgets or [model.config.budgets]
 
     print("Encoding ...", file=sys.stderr, flush=True)
@@ -87,8 +87,9 @@ def main(arguments=None) -> int:
     parser.add_argument("--width", type=int, default=1400, metavar="PX", help="width of the pictures (default: 1400)")
     add_question_arguments(parser, several=True)
     args = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
-    check_files(args.image, args.model)
+    stay_offline(args.model)
+    check_image(args.image)
+    args.model = find_model(args.model)
     check_outputs((args.image, args.model, args.area), Output("--output", args.output, names=FILES))
     if args.width < 600:
         raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")

@@ -3,14 +3,13 @@
     uhr-bat plan [MODEL] --image-size 30000x20000 [--memory 24GiB | --seconds 5 | --tokens 4000]
                  [--max-tiles 60 [--native]] [--questions 8 | --users 4] [--device cuda] [--dtype bfloat16]
 
-MODEL is a model folder; its configuration alone is read, no weights. With a limit, the budgets are the largest that stay
+Of MODEL the configuration alone is read, no weights. With a limit, the budgets are the largest that stay
 below it. Seconds come from a measurement of the device, which takes some the first time and is kept; a device that is not
 here is planned for without them.
 """
 
 import argparse
 import math
-import os
 import re
 import sys
 from pathlib import Path
@@ -19,7 +18,8 @@ import numpy as np
 
 from ..common.commands import check_range, tells_errors
 from ..common.images import add_tile_arguments
-from ..common.loading import ROOT, check_files, load_config, model_name
+from ..common.loading import load_config
+from ..common.models import add_model_argument, find_model, model_name, stay_offline
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -87,7 +87,7 @@ def plan(args) -> str:
 @tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat plan", description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", type=Path, default=ROOT, metavar="MODEL", help="default: UHR-BAT-Tiny")
+    add_model_argument(parser, "model")
     parser.add_argument("--image-size", type=image_size, required=True, metavar="WxH", help="as 30000x20000, in pixels")
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument(
@@ -114,10 +114,10 @@ def main(arguments=None) -> int:
     parser.add_argument("--device", type=device_of, help="cpu, cuda or cuda:1 (default: cuda where there is one)")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (default: that of the folder)")
     args = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    stay_offline(args.model)
     check_range(args, 1, math.inf, "questions", "users", "max_tiles", "max_image_pixels")
     check_range(args, 0, math.inf, "seconds", above=True)
-    check_files(None, args.model)
+    args.model = find_model(args.model, weights=False)
     print(plan(args))
     return 0
 

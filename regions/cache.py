@@ -21,9 +21,9 @@ import torch
 from ..common.commands import tells_errors
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, image_options
-from ..common.loading import ROOT, base_of
+from ..common.loading import load_processor
+from ..common.models import add_model_argument, find_model
 from ..common.outputs import Output, check_outputs
-from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..released_api_uhr_bat import join_tile_masks, load_multiscale_tile_masks
 from .segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
 
@@ -35,7 +35,7 @@ class Job:
     checkpoint: Path
     settings: MaskSettings
     model_type: str | None
-    model: Path
+    model: str
     view: int | None
     options: dict = field(default_factory=dict)  # how images are read
 
@@ -80,7 +80,7 @@ def write_whole(value, path: Path):
 @functools.cache
 def _tools(model, *segmenter):
     """Image processor and segmenter, loaded once per process."""
-    return UHRBatImageProcessor.from_pretrained(base_of(model) or model), load_segmenter(*segmenter)
+    return load_processor(model).image_processor, load_segmenter(*segmenter)
 
 
 def cache_image(image_path: Path, output: Path, job: Job):
@@ -176,8 +176,7 @@ def check_job(job: Job):
         raise FileNotFoundError(f"{job.checkpoint}: this is no SamModel folder, there is no config.json in it.")
     if job.checkpoint.is_file():
         import_segment_anything()
-    if not (job.model / "preprocessor_config.json").is_file():
-        raise FileNotFoundError(f"{job.model}: this is no model folder, there is no preprocessor_config.json in it.")
+    find_model(job.model, weights=False)
     if job.view is not None and job.view < 1:
         raise ValueError(f"--view must be at least 1 pixel. Got {job.view}.")
 
@@ -187,7 +186,7 @@ def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat regions", description=__doc__.splitlines()[0])
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
     parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="folder of the .pt files")
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder, for its scales and tile")
+    add_model_argument(parser)
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="images at once, each with a SAM of its own")
     add_segmenter_arguments(parser)
     add_image_arguments(parser)
@@ -201,7 +200,7 @@ def main(arguments=None) -> int:
     outputs = name_outputs(args.images, args.output)
     names = tuple(path.name for path in outputs.values())
     check_outputs((*args.images, job.checkpoint, job.model, args.area), Output("--output", args.output, names=names))
-    processor = UHRBatImageProcessor.from_pretrained(base_of(job.model) or job.model)
+    processor = load_processor(job.model).image_processor
     args.output.mkdir(parents=True, exist_ok=True)
     missing = {
         image_path: path

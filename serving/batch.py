@@ -27,7 +27,8 @@ from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
-from ..common.loading import ROOT, check_files, load_model
+from ..common.loading import load_model
+from ..common.models import add_model_argument, find_model, stay_offline, told, with_revision
 from ..common.outputs import Output, check_outputs
 from ..common.runs import Line, alone, check_same_settings, whole_lines
 from ..image_raster_files_uhr_bat import reason
@@ -88,7 +89,7 @@ class Worker:
 
     def __init__(self, settings: dict, batch_size: int, attempts):
         self.settings, self.batch_size, self.attempts = settings, batch_size, attempts
-        self.processor, self.model = load_model(Path(settings["model"]))
+        self.processor, self.model = load_model(with_revision(settings))
         self.at_work = threading.RLock()
 
     def __call__(self, row: dict) -> list[dict]:
@@ -107,7 +108,7 @@ class Worker:
                 self.answer_all(row["image"], rows)
             except Exception as error:  # an image can fail in any way; the other ones are still to come
                 rows = [{"question": question, "error": reason(error)} for question in row["questions"]]
-        about = {"image": row["image"], "item": row["item"], "model": self.settings["model"]}
+        about = {"image": row["image"], "item": row["item"], "model": with_revision(self.settings)}
         return [dict.fromkeys(COLUMNS) | about | one for one in rows]
 
     def answer_all(self, image, rows):
@@ -390,7 +391,7 @@ def main(arguments=None) -> int:
     )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="results: .parquet, .csv or .jsonl")
     parser.add_argument("--asset", metavar="NAME", help="of every STAC item (default: visual, else the first raster)")
-    parser.add_argument("--model", type=Path, default=ROOT, metavar="DIR", help="model folder (default: UHR-BAT-Tiny)")
+    add_model_argument(parser)
     parser.add_argument(
         "--budgets", type=budgets, help="visual tokens per scale, as 16,24,40,66, or of all scales, as 146"
     )
@@ -406,17 +407,17 @@ def main(arguments=None) -> int:
     add_image_arguments(parser)
     add_tile_arguments(parser)
     args = parser.parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    stay_offline(args.model)
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # Ray tells its makers nothing
     check_range(args, 1, math.inf, "batch_size", "max_new_tokens", "workers")
     check_range(args, 0, math.inf, "gpus")
     check_address(args.address)
-    check_files(None, args.model)
+    args.model = find_model(args.model)
     outputs = Output("--output", args.output, tuple(READERS)), Output("--output", lines_path(args.output))
     check_outputs((args.images, args.questions, args.model, args.area), *outputs)
     require("batch", "ray.data")
     settings = {
-        "model": str(args.model.resolve()),
+        **told(args.model.resolve()),
         "budgets": args.budgets,
         "max_new_tokens": args.max_new_tokens,
         "reading": image_options(args) | tile_options(args),

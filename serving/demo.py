@@ -21,7 +21,8 @@ from ..common import images
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.images import is_file_name
-from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
+from ..common.loading import WEIGHTS_NOTE, check_image, load_model
+from ..common.models import add_model_argument, find_model, is_tiny, stay_offline
 from ..scenes import painting
 
 PORT = 7860
@@ -162,7 +163,7 @@ def name_image(text: str, rules):
         # What lies elsewhere may have changed since it was last opened: it is encoded anew.
         return ImageFile(urlsplit(text).path.rpartition("/")[2] or text, text.strip(), secrets.token_hex())
     path = Path(text.strip()).expanduser()
-    check_files(str(path), ROOT)
+    check_image(str(path))
     return ImageFile.of_file(path)
 
 
@@ -391,7 +392,7 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
         port = taken.getsockname()[1]
         taken.close()
     processor, loaded = load_model(model)
-    note = WEIGHTS_NOTE if model.resolve() == ROOT else ""
+    note = WEIGHTS_NOTE if is_tiny(model) else ""
     desk = Desk(Front(processor, loaded, fingerprint(model), ContentCache(CACHE_BYTES), WORKERS), max_new_tokens, note)
     strangers = share or host not in THIS_MACHINE
     rules = SourceRules(MAX_FILE_BYTES, folder and folder.resolve()) if strangers else None
@@ -422,7 +423,7 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="uhr-bat demo", description=__doc__.splitlines()[0])
-    parser.add_argument("model", nargs="?", type=Path, default=ROOT, metavar="MODEL", help="default: UHR-BAT-Tiny")
+    add_model_argument(parser, "model")
     parser.add_argument(
         "--host", default=THIS_MACHINE[0], help="0.0.0.0 for users of other machines (default: 127.0.0.1)"
     )
@@ -439,10 +440,10 @@ def parser() -> argparse.ArgumentParser:
 @tells_errors
 def main(arguments=None) -> int:
     args = parser().parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    stay_offline(args.model)
     check_range(args, 1, math.inf, "max_new_tokens")
     check_range(args, 0, 65535, "port")
-    check_files(None, args.model)
+    args.model = find_model(args.model)
     folder = args.allow_local_files
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder.")

@@ -16,7 +16,7 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 
 from ..common import asking
-from ..common.loading import base_of
+from ..common.models import base_of, hub_name
 from ..geo import Georeference
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
 from ..planning import planner_of
@@ -30,10 +30,15 @@ MODEL_FILES = ("*.json", "*.jinja", "*.safetensors", "*.py")
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 of a model folder's code, configuration and weights; of an adapter's, with those of its model."""
+    """SHA-256 of a model folder's code, configuration and weights, or of the Hub's name and revision; of an adapter's, with
+    those of its model."""
     digest = hashlib.sha256()
     folders = [folder] if (base := base_of(folder)) is None else [base, folder]
-    for path in sorted(path for one in folders for pattern in MODEL_FILES for path in Path(one).glob(pattern)):
+    digest.update("".join(f"{hub_name(one)}\n" for one in folders if hub_name(one)).encode())
+    paths = [
+        path for one in folders if not hub_name(one) for pattern in MODEL_FILES for path in Path(one).glob(pattern)
+    ]
+    for path in sorted(paths):
         with open(path, "rb") as file:
             digest.update(f"{path.name}:{hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
     return digest.hexdigest()

@@ -14,7 +14,8 @@ from pathlib import Path
 
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.loading import ROOT, WEIGHTS_NOTE, check_files, load_model
+from ..common.loading import WEIGHTS_NOTE, load_model
+from ..common.models import add_model_argument, find_model, is_tiny, model_name, stay_offline
 from .doors import Named, check_origins, is_this_machine
 
 BACKENDS = ("transformers", "vllm")
@@ -41,10 +42,10 @@ def pair(text: str) -> tuple:
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="uhr-bat serve", description=__doc__.splitlines()[0])
+    add_model_argument(parser, "model")
     parser.add_argument(
-        "model", nargs="?", type=Path, default=ROOT, metavar="MODEL", help="model folder (default: UHR-BAT-Tiny)"
+        "--name", metavar="NAME", help="as requests name the model (default: the folder's name, or the Hub's)"
     )
-    parser.add_argument("--name", metavar="NAME", help="as requests name the model (default: the folder's name)")
     parser.add_argument(
         "--backend", choices=BACKENDS, default=BACKENDS[0],
         help="what decodes: vllm lets requests join at any step, transformers when the batch before is done "
@@ -156,10 +157,10 @@ def check(args):
 @tells_errors
 def main(arguments=None) -> int:
     args = parser().parse_args(arguments)
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # everything is in the folder
+    stay_offline(args.model)
     check(args)
-    check_files(None, args.model)
-    args.name = args.name or ("uhr-bat-tiny" if args.model.resolve() == ROOT else args.model.resolve().name)
+    args.model = find_model(args.model)
+    args.name = args.name or ("uhr-bat-tiny" if is_tiny(args.model) else model_name(args.model))
     check_origins(args.cors_origin)
     if not all(args.api_key):
         raise ValueError("--api-key is empty: nobody could bring such a key.")
@@ -170,7 +171,7 @@ def main(arguments=None) -> int:
 
     from .ports import take_port, url_of
 
-    if args.model.resolve() == ROOT:
+    if is_tiny(args.model):
         print(WEIGHTS_NOTE, file=sys.stderr)
     if args.access_log:
         handler = logging.StreamHandler()

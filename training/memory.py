@@ -12,7 +12,8 @@ import torch
 from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import scale_budgets
 from ..common.commands import tells_errors
-from ..common.loading import base_of, load_config
+from ..common.loading import load_config
+from ..common.models import base_of, find_model
 from ..configuration_uhr_bat import UHRBatConfig
 from ..planning.costs import NF4_BYTES, attention_widths
 from .options import read_options
@@ -111,6 +112,7 @@ def main(arguments=None) -> int:
     # The recipe's own device may not be here: `bf16` is refused on a CPU that nobody asked for.
     arguments = [*(sys.argv[1:] if arguments is None else arguments), "--use_cpu", "true"]
     options, data, training = read_options(arguments, prog="uhr-bat train memory")
+    options.model_name_or_path = str(find_model(options.model_name_or_path, weights=False))
     config = load_config(options.model_name_or_path)
     print(predict_memory(config, options, data, training))
     return 0

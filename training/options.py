@@ -23,7 +23,9 @@ RECIPES = ROOT / "training" / "recipes"
 class ModelOptions:
     """Names are those of TRL's ModelConfig where it has one."""
 
-    model_name_or_path: str = HfArg(default=str(ROOT), help="Model folder or repository to start from.")
+    model_name_or_path: str = HfArg(
+        default=str(ROOT), help="Model to start from: a folder, or a name on the Hub, as org/name."
+    )
     dtype: str = HfArg(default="auto", help="Of the weights in memory: auto, float32, bfloat16.")
     freeze: list[str] = HfArg(
         default_factory=lambda: ["vision_tower"],

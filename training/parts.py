@@ -7,6 +7,7 @@ from transformers.utils import logging
 
 from ..common.extras import require
 from ..common.loading import attach_adapter
+from ..common.models import hub_name
 
 logger = logging.get_logger(__name__)
 
@@ -85,9 +86,10 @@ def continue_adapter(model, folder):
 
 
 def _name_base(adapted):
-    """The adapter names the folder of its model in full: it is read from other places."""
-    base = adapted.get_base_model().name_or_path
-    adapted.active_peft_config.base_model_name_or_path = str(Path(base).resolve()) if Path(base).is_dir() else base
+    """The adapter names the folder of its model in full, as it is read from other places; or its name and revision on the
+    Hub."""
+    base, config = Path(adapted.get_base_model().name_or_path), adapted.active_peft_config
+    config.base_model_name_or_path, config.revision = hub_name(base) or (str(base.resolve()), None)
     return adapted
 
 

@@ -17,7 +17,8 @@ from transformers.utils import logging
 from ..common.budgets import scale_budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
-from ..common.loading import base_of, load_model, load_processor
+from ..common.loading import load_model, load_processor
+from ..common.models import base_of, find_model, model_name
 from ..common.outputs import MODEL_FILES, Output, check_outputs
 from .collator import UHRBatDataCollator, answer_of
 from .data import load_samples
@@ -110,7 +111,7 @@ def facts_of(options, samples) -> dict:
     for batch in samples.select_columns(["messages", "options"]).iter(1000):
         digest.update(repr(batch).encode("utf-8", "surrogatepass"))
     return {
-        "model": Path(options.model_name_or_path).name, "samples": len(samples), "data": digest.hexdigest(),
+        "model": model_name(options.model_name_or_path), "samples": len(samples), "data": digest.hexdigest(),
     }  # fmt: skip
 
 
@@ -140,6 +141,7 @@ def train(options, data, training) -> UHRBatTrainer:
     check_outputs(reads, Output("--output_dir", training.output_dir, names=MODEL_FILES))
     if data.eval_pictures:
         require("pictures", "matplotlib")
+    options.model_name_or_path = str(find_model(options.model_name_or_path))
     if base_of(options.model_name_or_path) is not None:
         options.use_peft = True
     quantization(options)

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from PIL import Image
+from uhr_bat.common.models import ROOT
 from uhr_bat.regions import cache, segment
 from uhr_bat.regions.segment import MaskSettings
 from uhr_bat.scenes import painting
@@ -96,7 +97,7 @@ def test_a_cache_is_written_whole_or_not_at_all(tmp_path, monkeypatch):
 )
 def test_wrong_arguments_are_told_before_any_work(tmp_path, sam_folder, capsys, monkeypatch, change, message):
     monkeypatch.chdir(tmp_path)
-    values = {"images": ["a.png"], "checkpoint": str(sam_folder), "model": str(cache.ROOT), **change}
+    values = {"images": ["a.png"], "checkpoint": str(sam_folder), "model": str(ROOT), **change}
     options = ["--checkpoint", values["checkpoint"], "--model", values["model"], "--output", "masks"]
     assert cache.main([*values["images"], *options]) == 2
     assert message in capsys.readouterr().err

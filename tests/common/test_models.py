@@ -1,0 +1,210 @@
+"""`--model`: a folder, or a name on the Hub, of a model or of an adapter, and how a run names it."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+from hub_cache import REVISION, put
+from huggingface_hub import constants
+from uhr_bat import cli, load_model
+from uhr_bat.common.models import ROOT, find_model, hub_name, model_name, stay_offline, told, with_revision
+
+NAME = "someone/small-model"
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """The Hub's cache, empty, without a network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+@pytest.fixture
+def unreachable(monkeypatch):
+    """A network on which nobody answers."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+        monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{nobody.getsockname()[1]}")
+        yield
+
+
+# Which model is meant
+
+
+def test_a_repository_is_the_snapshot_of_the_cache_and_names_its_revision(cache, model_folder):
+    snapshot = put(cache, NAME, model_folder)
+    folder = find_model(NAME)
+    assert folder == snapshot and hub_name(folder) == (NAME, REVISION) and model_name(folder) == NAME
+    assert told(folder) == {"model": NAME, "revision": REVISION}
+    assert find_model(with_revision(told(folder))) == snapshot
+    assert told(ROOT) == {"model": str(ROOT), "revision": None} and with_revision(told(ROOT)) == str(ROOT)
+    assert model_name(ROOT) == "UHR-BAT-Tiny"
+
+
+def test_an_older_revision_is_found_by_its_name(cache, model_folder):
+    old = put(cache, NAME, model_folder, "b" * 40)
+    new = put(cache, NAME, model_folder)
+    assert find_model(NAME) == new and find_model(f"{NAME}@{'b' * 40}") == old
+    with pytest.raises(FileNotFoundError, match=f"no repository of this name, revision {'c' * 40} in the Hub's cache"):
+        find_model(f"{NAME}@{'c' * 40}")
+
+
+def test_a_folder_is_taken_before_a_repository_of_its_name(cache, model_folder, tmp_path, monkeypatch):
+    put(cache, NAME, model_folder)
+    monkeypatch.chdir(tmp_path)
+    mine = tmp_path.joinpath(*NAME.split("/"))
+    mine.mkdir(parents=True)
+    with pytest.raises(FileNotFoundError, match="there is no config.json in it. It hides the repository of this name"):
+        find_model(NAME)
+    for path in model_folder.iterdir():
+        (mine / path.name).symlink_to(path)
+    assert find_model(NAME).resolve() == mine
+
+
+@pytest.mark.parametrize("name, message", [
+    ("nowhere", "nowhere: this is no model folder, and no name of a model on the Hub, as Qwen/Qwen3-VL-8B-Instruct is one"),
+    ("some/where/else", "some/where/else: this is no model folder, and no name"),
+    ("../gone/model", "../gone/model: this is no model folder, and no name"),
+    (str(ROOT / "config.json"), "config.json: this is no model folder, and no name"),
+    (str(ROOT / "docs"), "docs: this is no model folder, there is no config.json in it"),
+    ("a..b/c--d", "a..b/c--d: is neither a folder nor a name of the Hub"),
+])  # fmt: skip
+def test_what_is_neither_a_folder_nor_a_name_is_refused_by_name(cache, name, message):
+    with pytest.raises((FileNotFoundError, ValueError)) as refused:
+        find_model(name)
+    assert message in str(refused.value) and "\n" not in str(refused.value)
+
+
+def test_what_the_cache_lacks_is_named_in_one_line_without_a_network(cache, model_folder, monkeypatch):
+    with pytest.raises(FileNotFoundError) as refused:
+        find_model(NAME)
+    said = str(refused.value)
+    assert said.startswith(f"{NAME}: there is no such folder here, and no repository of this name in the Hub's cache")
+    assert str(cache) in said and "HF_HUB_OFFLINE=1" in said and f"hf download {NAME}" in said and "\n" not in said
+    put(cache, NAME, model_folder, leave_out=["model.safetensors"])
+    find_model(NAME, weights=False)
+    for wanted in (find_model, load_model):
+        with pytest.raises(
+            FileNotFoundError, match=f"{NAME}: model.safetensors is not in the Hub's cache.*HF_HUB_OFFLINE=1"
+        ):
+            wanted(NAME)
+
+
+def test_a_missing_shard_is_named_before_anything_is_loaded(cache, model_folder, tmp_path):
+    snapshot = put(cache, NAME, model_folder, leave_out=["model.safetensors"])
+    weights = {"a": "model-00001-of-00002.safetensors", "b": "model-00002-of-00002.safetensors"}
+    (snapshot / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weights}))
+    (snapshot / weights["a"]).touch()
+    with pytest.raises(
+        FileNotFoundError, match=r"model-00002-of-00002.safetensors \(1 of 2 files\) is not in the Hub's"
+    ):
+        find_model(NAME)
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "config.json").touch()
+    with pytest.raises(FileNotFoundError, match="mine: there are no weights in it, model.safetensors is missing"):
+        find_model(mine)
+
+
+def test_what_is_cached_works_where_nobody_answers_and_the_rest_is_said_in_one_line(cache, model_folder, unreachable):
+    with pytest.raises(FileNotFoundError) as refused:
+        find_model(NAME)
+    said = str(refused.value)
+    assert "not" not in said.split(":")[0] and "the Hub cannot be reached (" in said and "\n" not in said
+    snapshot = put(cache, NAME, model_folder, leave_out=["model.safetensors"])
+    assert find_model(NAME, weights=False) == snapshot
+    with pytest.raises(
+        FileNotFoundError, match="model.safetensors is not in the Hub's cache .*; the Hub cannot be reached"
+    ):
+        find_model(NAME)
+    (snapshot / "model.safetensors").symlink_to(model_folder / "model.safetensors")
+    assert find_model(NAME) == snapshot
+
+
+def test_offline_is_said_of_commands_that_need_folders_alone(tmp_path, monkeypatch):
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": NAME}))
+    for places, offline in (((ROOT,), True), ((ROOT, None), True), ((NAME,), False), ((ROOT, "org/data"), False),
+                            ((adapter,), False)):  # fmt: skip
+        monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
+        stay_offline(*places)
+        assert ("HF_HUB_OFFLINE" in os.environ) == offline, places
+
+
+# Every door, by a name on the Hub
+
+DOORS = {
+    "ask": ["ask", "{image}", "How many?", "--max-new-tokens", "2"],
+    "evidence-map": ["evidence-map", "{image}", "How many?", "--geojson", "{out}/kept.geojson"],
+    "plan": ["plan", "{model}", "--image-size", "3000x2000", "--tokens", "100", "--device", "cuda"],
+    "evaluate": ["evaluate", "scenes", "--limit", "1", "--max-new-tokens", "2", "--output", "{out}"],
+    "recall": ["evidence", "recall", "scenes", "--limit", "1", "--fractions", "0.02", "--output", "{out}"],
+    "partitions": ["evidence", "partitions", "--size", "300", "200", "--questions", "1", "--methods", "grid",
+                   "--factors", "1", "--clusters", "--output", "{out}"],
+}  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("door", DOORS)
+def test_a_command_takes_a_name_on_the_hub_without_a_network(door, cache, model_folder, tmp_path, image, capsys):
+    put(cache, NAME, model_folder)
+    out = tmp_path / "out"
+    out.mkdir()
+    arguments = [one.format(image=image, out=out, model=NAME) for one in DOORS[door]]
+    assert cli.main([*arguments, *(["--model", NAME] if "{model}" not in DOORS[door] else [])]) == 0
+    printed = capsys.readouterr().out
+    if door == "plan":
+        assert printed.startswith(f"{NAME}, 3,000 x 2,000 px")
+    written = "".join(path.read_text() for path in out.glob("*.md"))
+    assert not written or f"{NAME}@{REVISION}" in written
+
+
+@pytest.fixture(scope="module")
+def image(tmp_path_factory):
+    from uhr_bat.scenes import painting
+
+    path = tmp_path_factory.mktemp("image") / "scene.png"
+    painting.example((400, 300), 0).save(path)
+    return path
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_with_its_revision_alone(cache, model_folder, tmp_path, capsys):
+    put(cache, NAME, model_folder)
+    out = tmp_path / "run"
+    arguments = ["evaluate", "scenes", "--limit", "1", "--max-new-tokens", "1", "--model", NAME, "--output", str(out)]
+    assert cli.main(arguments) == 0
+    settings = json.loads((out / "settings.json").read_text())
+    assert (settings["model"], settings["revision"]) == (NAME, REVISION)
+    assert cli.main(arguments) == 0
+    capsys.readouterr()
+    put(cache, NAME, model_folder, "b" * 40)
+    assert cli.main(arguments) == 2
+    assert f"holds a run with revision {REVISION!r}, but {'b' * 40!r} is asked for" in capsys.readouterr().err
+    arguments[arguments.index(NAME)] = f"{NAME}@{REVISION}"
+    assert cli.main(arguments) == 0
+
+
+@pytest.mark.slow
+def test_a_fresh_process_finds_the_cache_by_hf_home(model_folder, tmp_path):
+    put(tmp_path / "home" / "hub", NAME, model_folder)
+    command = [
+        sys.executable,
+        "-m",
+        "uhr_bat",
+        "plan",
+        "--image-size",
+        "3000x2000",
+        "--tokens",
+        "100",
+        "--device",
+        "cuda",
+    ]
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([*command, NAME], env=environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0 and done.stdout.startswith(f"{NAME}, "), done.stderr
