@@ -9,6 +9,7 @@ of the decoder, and where the host has DeepStack D more for each of its layers.
 """
 
 import inspect
+from copy import copy
 from math import isqrt
 
 import torch
@@ -156,19 +157,10 @@ class _OwnGenerate(GenerationMixin):
                 logger.warning_once(
                     "This release of transformers cannot read images in chunks: `prefill_chunk_size` is left out."
                 )
-                kwargs["prefill_chunk_size"] = config.prefill_chunk_size = None
-        times = max(setting("num_beams") or 1, setting("num_return_sequences") or 1)
-        if encoded and times > 1 and len(inputs) > 1 and self.unequal(encoded["image"].pooler_output):
-            raise ValueError(
-                f"{len(inputs)} prompts of {self.family_name} with different numbers of visual tokens cannot have {times} "
-                "beams or answers each: the library would mix their images. Ask them one by one, or with equal budgets."
-            )
-        if (
-            self.mrope
-            and not encoded
-            and inputs is not None
-            and not {"position_ids", CACHE, "inputs_embeds"} & set(kwargs)
-        ):
+                kwargs["generation_config"] = copy(config)
+                kwargs["generation_config"].prefill_chunk_size = kwargs["prefill_chunk_size"] = None
+        known = {"position_ids", CACHE, "inputs_embeds"} & set(kwargs)
+        if self.mrope and not encoded and inputs is not None and not known:
             # Without them the host keeps the positions of its last call, which may be another thread's.
             mask = kwargs.get("attention_mask")
             mask = torch.ones_like(inputs) if mask is None else mask
@@ -321,17 +313,13 @@ class HostModel(
             made["position_ids"] = position_ids(is_image & visible, visible, images)
         width = self.row_width // (1 + self.num_deep)
         pooled, *deep = ([one[:, width * idx : width * (idx + 1)] for one in rows] for idx in range(1 + self.num_deep))
-        if self.stacked:
-            pooled = torch.cat(pooled)[None] if self.unequal(pooled) else torch.stack(pooled)
+        if (
+            self.stacked
+        ):  # a row each: images of different sizes, beams and chunks of the prompt then come apart rightly
+            pooled = torch.cat(pooled)[:, None]
         fields = {"pooler_output": pooled} | ({"deepstack_features": deep} if deep else {})
         made["mm_encoder_outputs"] = {"image": self.outputs_class(**fields)}
         return made
-
-    def unequal(self, pooled) -> bool:
-        """Whether images of different numbers of rows are in the one tensor of a family that has them so."""
-        if isinstance(pooled, torch.Tensor):
-            return len(pooled) == 1
-        return self.stacked and len(set(map(len, pooled))) > 1
 
     def _check_ids(self, input_ids):
         if input_ids is None:
