@@ -109,7 +109,7 @@ def partition_seconds(model, prompt, image, budgets, rules) -> float:
     return max(0.0, min(with_it) - min(without))
 
 
-def measure(model, prompts, image, budgets, ships, rules) -> dict:
+def measure_row(model, prompts, image, budgets, ships, rules) -> dict:
     """One row of a table: means over the prompts.
 
     Args:
@@ -158,14 +158,14 @@ def run(model, prompts, features, ships, methods, factors, cluster_counts, label
             image, rules = (with_labels, {}) if name == "sam" else (features, {"region_method": name})
             seconds = {"partition_seconds": partition_seconds(model, prompts[0], image, scaled[factors[0]], rules)}
             for factor, budgets in scaled.items():
-                row = measure(model, prompts, image, budgets, ships, rules)
+                row = measure_row(model, prompts, image, budgets, ships, rules)
                 rows["methods"].append({"method": name, "factor": factor, **row, **seconds})
                 bar.update()
         for k in cluster_counts:
             rules = {"region_method": "kmeans", "num_regions": k}
             budgets = [min(pair) for pair in zip(config.budgets, available)]
             seconds = {"partition_seconds": partition_seconds(model, prompts[0], features, budgets, rules)}
-            row = measure(model, prompts, features, budgets, ships, rules)
+            row = measure_row(model, prompts, features, budgets, ships, rules)
             rows["clusters"].append({"method": "kmeans", "k": k, **row, **seconds})
             bar.update()
     return rows

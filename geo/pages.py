@@ -104,10 +104,10 @@ def overview_jpeg(image, longest: int = PAGE_SIDE, box=None) -> bytes:
 def _heat(importance) -> Image.Image:
     """RGBA [H, W] of importance float[H, W]: the more opaque, the more the question looks there."""
     low, high = shown_range(importance)
-    level = ((np.nan_to_num(importance, nan=low) - low) / (high - low)).clip(0, 1)
-    pixels = np.empty((*level.shape, 4), np.uint8)
+    strength = ((np.nan_to_num(importance, nan=low) - low) / (high - low)).clip(0, 1)
+    pixels = np.empty((*strength.shape, 4), np.uint8)
     pixels[..., :3] = parse_colour(ATTENTION_COLOUR)
-    pixels[..., 3] = np.rint(255 * level)
+    pixels[..., 3] = np.rint(255 * strength)
     return Image.fromarray(pixels)
 
 

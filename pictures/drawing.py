@@ -56,9 +56,9 @@ def draw_attention(
     from matplotlib import colormaps
 
     importance = np.asarray(importance, np.float64)
-    level = (importance - low) / max(high - low, 1e-12)
-    level = level.ravel()[_tokens_of_pixels(image, importance.shape, image_size)]
-    heat = colormaps[colours](level.clip(0, 1))[..., :3] * 255
+    strength = (importance - low) / max(high - low, 1e-12)
+    strength = strength.ravel()[_tokens_of_pixels(image, importance.shape, image_size)]
+    heat = colormaps[colours](strength.clip(0, 1))[..., :3] * 255
     grey = np.asarray(image.convert("L"), np.float64)[..., None]
     return Image.fromarray((0.35 * grey + 0.65 * heat).astype(np.uint8))
 
