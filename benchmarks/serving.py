@@ -58,7 +58,7 @@ LOOP, LOOP_ONCE = "loop over generate", "the same, each image encoded once"
 TRANSFORMERS = "transformers serve"
 
 
-class Scene:
+class AskedScene:
     """An image file and questions about it.
 
     Attributes:
@@ -174,7 +174,7 @@ def check_answers(side: str, answers: list[list[Reply]], reference: list[list[Re
             expect(reply.text.strip() == other.text.strip(), f"{side} answers {reply.text!r}, the loop {other.text!r}.")
 
 
-def time_users(sides: Sides, scenes: list[Scene], repetitions: int) -> dict:
+def time_users(sides: Sides, scenes: list[AskedScene], repetitions: int) -> dict:
     """{side: {"per_second", "first_seconds", "processor_seconds" of a question: spread, "ratio": of the questions a
     second to the loop's, turn by turn}} of one number of users."""
     functions = sides.functions(scenes)
@@ -229,7 +229,7 @@ def report(result: dict) -> str:
 def compare(args) -> int:
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         side = 256 if args.quick else IMAGE_SIDE
-        scenes = [Scene(seed, side, QUESTIONS) for seed in tqdm(range(max(args.users)), desc="scenes")]
+        scenes = [AskedScene(seed, side, QUESTIONS) for seed in tqdm(range(max(args.users)), desc="scenes")]
         load = os.getloadavg()[0]
         sides = Sides(args, Path(folder), stack)
         results = {
@@ -257,7 +257,9 @@ def soak(args) -> int:
     """Requests of many kinds for a while: nothing fails, memory does not grow, answers are those of the loop."""
     num_scenes = 8 if args.quick else 4 * SOAK_USERS
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
-        scenes = [Scene(seed, 256 if args.quick else 512, QUESTIONS) for seed in tqdm(range(num_scenes), desc="scenes")]
+        scenes = [
+            AskedScene(seed, 256 if args.quick else 512, QUESTIONS) for seed in tqdm(range(num_scenes), desc="scenes")
+        ]
         loop = stack.enter_context(one_process())
         expected = {}
         for scene in tqdm(scenes, desc="one by one"):
