@@ -194,7 +194,7 @@ class Front:
             return Selection(embeds[0].cpu(), None)
         compressed = asking.compress(self.model, inputs)
         for image, seen in zip(images, features):  # regions that were computed on another device
-            for name, regions in getattr(seen, "partitions", {}).items():
+            for name, regions in (seen.partitions if seen.kind == "whole" else {}).items():
                 image.features.partitions.setdefault(name, regions.cpu())
         visual_tokens = torch.cat(compressed.pooler_output).to(embeds)
         placeholder = inputs["input_ids"] == self.model.config.image_token_id

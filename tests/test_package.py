@@ -206,6 +206,31 @@ def test_tools_hand_a_model_its_visual_tokens_by_what_the_model_itself_says():
     assert not [path for path in written if path.parent.name != "hosts"]  # a host is a model
 
 
+def test_what_kind_of_image_it_is_is_asked_by_its_name():
+    trees = {path: ast.parse(path.read_text(encoding="utf-8")) for path in (*MODEL_FILES, *TOOL_FILES)}
+    classes = [(path, node) for path in MODEL_FILES for node in trees[path].body if isinstance(node, ast.ClassDef)]
+    known, fields = {}, set()  # classes that have a kind, with their files, and what else tells one from another
+    for path, node in classes:
+        named = {target.id for line in node.body if isinstance(line, ast.Assign) for target in line.targets}
+        bases = {base.id for base in node.bases if isinstance(base, ast.Name)}
+        if "kind" in named or bases & set(known):
+            known[node.name] = path
+            fields |= {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
+    assert {"UHRBatImageFeatures", "UHRBatPyramidFeatures", "ImagePyramid", "DynamicPyramid", "RasterImage"} <= set(known)
+    asked = []
+    for path, tree in trees.items():
+        calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
+        for call in calls:
+            inside = [node for part in call.args[1:2] for node in ast.walk(part)]
+            if call.func.id == "isinstance":
+                names = {node.id for node in inside if isinstance(node, ast.Name)}
+                asked += [(path.name, name) for name in names & set(known) if path != known[name]]
+            if call.func.id in ("hasattr", "getattr"):
+                names = {node.value for node in inside if isinstance(node, ast.Constant)}
+                asked += [(path.name, name) for name in names & fields]
+    assert not asked
+
+
 def test_no_file_is_used_by_one_that_it_uses():
     files = [*MODEL_FILES, *TOOL_FILES]
     # A package is what its `__init__` imports.
