@@ -14,7 +14,6 @@ compresses as much. Seconds are those of this machine, beside whatever else it d
 import argparse
 import math
 import sys
-from collections import defaultdict
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,17 +24,18 @@ from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import counts_of_fraction
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.files import report_files, write_report
+from ..common.files import report_files
 from ..common.images import image_options
 from ..common.loading import load_model
 from ..common.models import ROOT, find_model, model_name, stay_offline, told, with_revision
 from ..common.outputs import Output, check_outputs
-from ..common.tables import percent_interval, table
+from ..common.tables import table
 from ..configuration_uhr_bat import UHRBatConfig
 from ..modeling_uhr_bat import UHRBatForConditionalGeneration
 from ..planning import planner_of
 from ..planning.costs import ANSWER_TOKENS
 from .evaluate import add_suite_arguments, prompt_of
+from .reports import finish, plot, report, summarise
 from .rows import (
     PAPER,
     PROPORTIONS,
@@ -43,18 +43,19 @@ from .rows import (
     Row,
     Views,
     choose,
-    draw_lines,
-    list_errors,
     measure_groups,
     records_of,
     row_of,
     say,
-    summarise,
 )
 from .suites import SUITES
 
 PAPER_TOKENS = 131_328
 PAPER_RULE = RULES[PAPER][0]
+SAYS = """{questions} questions about {images} images, scored by {scorer}. Percent, with 95 % intervals of a bootstrap over \
+images; differences are paired by question. GFLOPs of one question from the tiles to the answer, by torch's counter. \
+Compress: importance, regions and selection. Kept: every object that the question needs has a token of its own, unmerged, \
+at one of the two finest scales."""
 TABLE_4 = (4, 5, 6, 8, 10, 11, 12)  # thousands of kept tokens
 
 
@@ -113,7 +114,7 @@ def region_rows(config):
 
 def keep_rows(config):
     return [
-        replace(row_of(name, fraction), name=f"{name}, {100 * fraction:g} %", x=100 * fraction, line=name)
+        replace(row_of(name, fraction), name=f"{name}, {100 * fraction:g} %")
         for name in RULES
         for fraction in (0.01, 0.02, 0.04)
     ]
@@ -160,30 +161,7 @@ def flops_of(pair, suite, prompt, rows, sample, options) -> dict[str, float]:
     return found
 
 
-# ---- Reports ---------------------------------------------------------------------------------------------------------
-
-
-def report(result) -> str:
-    rows, about = result["rows"], result["about"]
-    sections = list(rows[0]["by_section"])
-    header = ["row", "tokens", "GFLOPs", "accuracy", "minus the first", *sections]
-    header += [f"{stage} (s)" for stage in rows[0]["seconds"]]
-    lines = [
-        [row["name"], f"{row['tokens']:.0f}", f"{row['flops'] / 1e9:.3g}", percent_interval(row["accuracy"])]
-        + [percent_interval(row["differences"]["first"], signed=True) if row["differences"] else ""]
-        + [f"{100 * row['by_section'][name]:.1f}" for name in sections]
-        + [f"{seconds:.3f}" for seconds in row["seconds"].values()]
-        for row in rows
-    ]
-    return "\n\n".join([
-        f"# {about['name']}: {about['suite']}, {with_revision(about)}",
-        f"{rows[0]['questions']} questions about {about['images']} images, scored by {about['scorer']}. Percent, with "
-        "95 % intervals of a bootstrap over images; differences are paired by question. GFLOPs of one question from "
-        "the tiles to the answer, by torch's counter. Compress: importance, regions and selection.",
-        table(header, lines),
-        *([prices_table(result["prices"])] if "prices" in result else []),
-        list_errors(result["errors"]),
-    ]) + "\n"  # fmt: skip
+# ---- Prices ---------------------------------------------------------------------------------------------------------
 
 
 def prices(config, thousands, dtype, device) -> list[dict]:
@@ -218,19 +196,7 @@ def prices_table(of_models) -> str:
     return f"{note}\n\n{table(header, cells)}"
 
 
-def plot(result, path):
-    """Accuracy over what the rows vary, one line for each `line`."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8, 5), layout="constrained")
-    axes, lines = figure.subplots(), defaultdict(list)
-    for row in result["rows"]:
-        lines[row["line"]].append((row["x"], row["accuracy"]))
-    draw_lines(axes, lines)
-    axes.set(xlabel=result["about"]["axis"], ylabel="accuracy, %", title=result["about"]["name"])
-    if any(lines):
-        figure.legend(loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=110)
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 
 def measure(args) -> dict:
@@ -254,22 +220,22 @@ def measure(args) -> dict:
     records, errors = measure_groups(samples, ask, args.name)
     if not records:
         raise ValueError(f"No image could be asked about. The first failure: {errors[0]['error']}")
+    name, images, scorer = model_name(args.model), len({record["image"] for record in records}), suite.scorers[0].name
     about = {
-        "name": args.name, "axis": axis, "suite": args.suite, "data": args.data,
-        **told(args.model), "model": model_name(args.model),
-        "prompt": prompt, "scorer": suite.scorers[0].name, "images": len({record["image"] for record in records}),
+        **told(args.model), "axis": axis, "suite": args.suite, "data": args.data, "model": name,
+        "prompt": prompt, "says": SAYS.format(questions=len(records) // len(rows), images=images, scorer=scorer),
     }  # fmt: skip
-    found = summarise(records, {"first": (rows[0].name, rows[0].x)})
-    found = [one | {"line": row.line, "flops": flops[row.name]} for one, row in zip(found, rows)]
+    about["title"] = f"{args.name}: {args.suite}, {with_revision(about)}"
+    found = [row | {"flops": flops[row["name"]]} for row in summarise(records, {rows[0].name: rows[0].x})]
     result = {"about": about, "rows": found, "errors": errors}
     if args.name == "table-4":
         big = UHRBatConfig.from_pretrained(ROOT / "export" / "uhr_bat_7b")
+        own = f"{name}, {str(model.dtype).removeprefix('torch.')}"
         result["prices"] = {
             "7B, bfloat16": prices(big, TABLE_4, torch.bfloat16, "cuda"),
-            f"{model_name(args.model)}, {str(model.dtype).removeprefix('torch.')}": prices(
-                model.config, TABLE_4, model.dtype, "cpu"
-            ),
+            own: prices(model.config, TABLE_4, model.dtype, "cpu"),
         }
+        result["more"] = [prices_table(result["prices"])]
     return result
 
 
@@ -289,10 +255,7 @@ def main(arguments=None) -> int:
     args.model = find_model(args.model)
     check_outputs((args.data, args.model, args.area), Output("--output", args.output, names=report_files(args.name)))
     result = measure(args)
-    text = report(result)
-    write_report(args.output, args.name, result, text, partial(plot, result))
-    print(text)
-    print(f"Written: {args.output}/{args.name}.json, {args.name}.md, {args.name}.png")
+    finish(args.output, args.name, result, report(result), plot(result))
     return 0
 
 

@@ -22,13 +22,14 @@ import torch
 
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.files import report_files, write_report
+from ..common.files import report_files
 from ..common.images import image_options
 from ..common.loading import load_model
 from ..common.models import find_model, stay_offline, told, with_revision
 from ..common.outputs import Output, check_outputs
 from ..common.tables import interval, percent_interval, table, wilson
 from .evaluate import add_suite_arguments, prompt_of
+from .reports import draw_lines, finish, list_errors
 from .rows import (
     BLIND,
     FINEST,
@@ -36,9 +37,7 @@ from .rows import (
     Views,
     alone,
     choose,
-    draw_over_fractions,
     keeps,
-    list_errors,
     measure_groups,
     row_of,
     size_of,
@@ -146,17 +145,18 @@ def report(result) -> str:
     ]) + "\n"  # fmt: skip
 
 
-def plot(rows, path):
+def plot(rows):
     """Objects kept against the fraction of visual tokens."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes, lines = figure.subplots(), defaultdict(list)
     for row in rows:
-        lines[row["method"]].append((row["fraction"], row["kept"]))
-    draw_over_fractions(axes, lines, BLIND, ylabel="objects kept, %")
+        lines[row["method"]].append((100 * row["fraction"], row["kept"]))
+    draw_lines(axes, lines, BLIND, log=True)
+    axes.set(xlabel="visual tokens, % of all", ylabel="objects kept, %")
     figure.legend(loc="outside right center", fontsize=8)
-    figure.savefig(path, dpi=110)
+    return figure
 
 
 def measure_recall(args) -> dict:
@@ -200,10 +200,7 @@ def main(arguments=None) -> int:
     args.model = find_model(args.model)
     check_outputs((args.data, args.model, args.area), Output("--output", args.output, names=report_files("recall")))
     result = measure_recall(args)
-    text = report(result)
-    write_report(args.output, "recall", result, text, partial(plot, result["rows"]))
-    print(text)
-    print(f"Written: {args.output}/recall.json, recall.md, recall.png")
+    finish(args.output, "recall", result, report(result), plot(result["rows"]))
     return 0
 
 

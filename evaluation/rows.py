@@ -26,10 +26,9 @@ from ..common import asking
 from ..common.budgets import counts_of_fraction
 from ..common.loading import load_model
 from ..common.resizing import resize_image
-from ..common.tables import interval
 from ..export.build_tiny import BUDGETS
 from ..export.build_tiny import RULES as SHIPPED
-from ..geometry_uhr_bat import letterbox, tokens_of_points
+from ..geometry_uhr_bat import letterbox
 from ..image_raster_files_uhr_bat import reason
 from ..modeling_layers_uhr_bat import UHRBatScaleEmbedding
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
@@ -49,7 +48,7 @@ class Row:
     """One setting.
 
     Attributes:
-        name: of the row; `x`: where it stands on the axis of a plot, `line`: on which line.
+        name: of the row; `x`: where it stands on the axis of a plot, `line`: on which line; none: across the plot.
         counts: int[S], tokens that every scale has -> int[S], those that it spends, or int[1], those of all scales.
         rules: other values for fields of the configuration, see `compress`.
         view: name and settings of the way in which the image is encoded, see `WAYS`.
@@ -106,15 +105,17 @@ BLIND = {
 METHODS = RULES | BLIND
 
 
-def row_of(method: str, fraction: float) -> Row:
-    """One of `METHODS`, `ZOOMED`, `DOWNSAMPLING` or `FULL`, where a fraction of all tokens is spent."""
-    if method == FULL:
-        return Row(FULL, 1.0, list, ALL)
+def row_of(method: str, fraction: float, view=("whole",)) -> Row:
+    """One of `METHODS`, `ZOOMED` or `DOWNSAMPLING`, where a fraction of all tokens is spent; x is percent."""
+    x = 100 * fraction
     if method == DOWNSAMPLING:
-        return Row(method, fraction, list, ALL, view=("downsampled", fraction))
+        return Row(method, x, list, ALL, method, ("downsampled", fraction))
     rules, proportions = METHODS[REFINED if method == ZOOMED else method]
     counts = partial(counts_of_fraction, fraction, proportions=proportions)
-    return Row(method, fraction, counts, rules, view=("share", ENCODED_SHARE) if method == ZOOMED else ("whole",))
+    return Row(method, x, counts, rules, method, ("share", ENCODED_SHARE) if method == ZOOMED else view)
+
+
+ALL_TOKENS = Row(FULL, 100.0, list, ALL)
 
 
 # ---- An image --------------------------------------------------------------------------------------------------------
@@ -126,8 +127,8 @@ class Seen(NamedTuple):
     Attributes:
         available: int[S], tokens of which a row spends some: those of the fixed scales.
         seconds: that encoding took.
-        fixed: whether its grids are those of the letterboxed square and go down to what the model can see. Of the image made
-            small there is no evidence.
+        letterboxed: whether its grids are those of the letterboxed square.
+        small: whether it was made small: then there is no evidence in it.
     """
 
     processor: Any
@@ -251,6 +252,12 @@ WAYS = {
 # ---- Evidence --------------------------------------------------------------------------------------------------------
 
 
+def lies_in(box, image_size) -> bool:
+    """Whether a box (x0, y0, x1, y1) has a part in the image, and its edges are numbers in their order."""
+    (x0, y0, x1, y1), (h, w) = box, image_size
+    return x0 <= x1 and y0 <= y1 and x1 > 0 and y1 > 0 and x0 < w and y0 < h and all(map(math.isfinite, box))
+
+
 def tokens_in_box(box, image_size, grid, letterboxed=True) -> np.ndarray:
     """int64[K]: the tokens of a grid whose centres lie in a box, or the one that shows its middle where none does.
 
@@ -263,12 +270,11 @@ def tokens_in_box(box, image_size, grid, letterboxed=True) -> np.ndarray:
         ValueError: a box that lies outside the image, or whose edges are turned round or no numbers.
     """
     (x0, y0, x1, y1), (h, w) = box, image_size
-    if not (x0 <= x1 and y0 <= y1 and x1 > 0 and y1 > 0 and x0 < w and y0 < h and all(map(math.isfinite, box))):
+    if not lies_in(box, image_size):
         raise ValueError(f"The box {box} does not lie in the image of {w} x {h} px (width x height).")
-    sides, (top, left) = image_size, (0, 0)
-    if letterboxed:
-        side, top, left = letterbox(image_size)
-        sides = side, side
+    side, top, left = letterbox(image_size)
+    sides = (side, side) if letterboxed else image_size
+    top, left = (top, left) if letterboxed else (0, 0)
     edges = (max(y0, 0) + top, min(y1, h) + top), (max(x0, 0) + left, min(x1, w) + left)
     # The centre of token i lies (i + 1/2) / number of the side below the edge.
     rows, columns = (
@@ -277,12 +283,7 @@ def tokens_in_box(box, image_size, grid, letterboxed=True) -> np.ndarray:
     )
     if len(rows) and len(columns):
         return (rows[:, None] * grid[1] + columns).ravel()
-    if letterboxed:
-        middle = (max(y0, 0) + min(y1, h)) / 2, (max(x0, 0) + min(x1, w)) / 2
-        return np.atleast_1d(tokens_of_points(middle, image_size, grid))
-    row, column = (
-        min(int(sum(edge) / 2 * number / side), number - 1) for edge, number, side in zip(edges, grid, sides)
-    )
+    row, column = (min(int(sum(pair) / 2 * n / side), n - 1) for pair, n, side in zip(edges, grid, sides))
     return np.array([row * grid[1] + column])
 
 
@@ -345,7 +346,8 @@ def records_of(pair, suite, prompt, rows, group, options=None, focus=None, apart
     size, scales = (image.height, image.width), pair[1].config.scales
     for sample in group:
         question, batches = suite.prompts[prompt](sample), defaultdict(list)
-        finest = min((size_of(box, size, scales) for box in sample.boxes), default=None)
+        boxes = [box for box in sample.boxes if lies_in(box, size)]
+        finest = min((size_of(box, size, scales) for box in boxes), default=None)
         about = {
             "sample": sample.id, "image": sample.pictures[0].key, "task": sample.task, "section": sample.section,
             "pixels": finest, "native": None if finest is None else finest * max(size) / scales[-1],
@@ -355,9 +357,16 @@ def records_of(pair, suite, prompt, rows, group, options=None, focus=None, apart
             if apart:
                 seen.features.partitions.clear()
             (inputs, kept), compressing = timed(partial(choose, views, row, question))
-            held = False if seen.small and sample.boxes else keeps(kept.slots[0], views.evidence(seen, sample.boxes))
+            held = False if seen.small and boxes else keeps(kept.slots[0], views.evidence(seen, boxes))
             seconds = {"encode": seen.seconds, "compress": compressing}
-            record = {"row": row.name, "x": row.x, **about, "tokens": len(kept.pooler_output[0]), "kept": held}
+            record = {
+                "row": row.name,
+                "x": row.x,
+                "line": row.line,
+                **about,
+                "tokens": len(kept.pooler_output[0]),
+                "kept": held,
+            }
             key = len(batches) if apart else (id(seen.model), row.x)
             batches[key].append((seen, inputs, kept.pooler_output[0], record | {"seconds": seconds}))
             records.append(batches[key][-1][-1])
@@ -427,94 +436,3 @@ def ask_rows(folder, jobs, workers=1, focus=None) -> dict[str, tuple[list[dict],
         if pool:
             pool.shutdown()
     return found
-
-
-# ---- Figures ---------------------------------------------------------------------------------------------------------
-
-
-def summarise(records, baselines=None, groups=None) -> list[dict]:
-    """What the records of every row say.
-
-    Args:
-        baselines: {name: (row, x)} with which rows are compared, paired by question; x None: that of the row.
-        groups: {name: record -> whether it belongs to it}: parts of the records with figures of their own.
-
-    Returns:
-        Of each row its name, x, mean tokens and seconds, the share of right answers by task and by section, evidence kept,
-        and over all records and each group: questions, accuracy, differences from the baselines, how many answers the first
-        baseline has right ("held"), and how many of those are wrong here ("lost"). Intervals are those of `interval`.
-    """
-    by_row, rng, found = defaultdict(list), np.random.default_rng(0), []
-    for record in records:
-        by_row[record["row"], record["x"]].append(record)
-    for (name, x), asked in by_row.items():
-        row = {"name": name, "x": x, "tokens": float(np.mean([record["tokens"] for record in asked]))}
-        pairs = {}
-        for label, (other, at) in (baselines or {}).items():
-            if (other, x if at is None else at) in by_row:
-                pairs[label] = by_row[other, x if at is None else at]
-        row |= _figures(asked, pairs, rng, name, baselines or {})
-        row["groups"] = {}
-        for label, belongs in (groups or {}).items():
-            chosen = [number for number, record in enumerate(asked) if belongs(record)]
-            if chosen:
-                parts = {one: [other[number] for number in chosen] for one, other in pairs.items()}
-                row["groups"][label] = _figures([asked[number] for number in chosen], parts, rng, name, baselines or {})
-        evident = [record for record in asked if record["kept"] is not None]
-        images = [record["image"] for record in evident]
-        row["kept"] = interval([record["kept"] for record in evident], images, rng) if evident else None
-        for field in ("task", "section"):
-            values = dict.fromkeys(record[field] for record in asked if record[field])
-            row[f"by_{field}"] = {
-                value: _share(record for record in asked if record[field] == value) for value in values
-            }
-        stages = asked[0].get("seconds", ())
-        row["seconds"] = {stage: float(np.mean([record["seconds"][stage] for record in asked])) for stage in stages}
-        found.append(row)
-    return found
-
-
-def _share(records) -> float:
-    return float(np.mean([record["right"] for record in records]))
-
-
-def _figures(asked, pairs, rng, name, baselines) -> dict:
-    images = [record["image"] for record in asked]
-    right = np.array([record["right"] for record in asked], float)
-    figures = {"questions": len(asked), "accuracy": interval(right, images, rng), "differences": {}}
-    for number, (label, others) in enumerate(pairs.items()):
-        before = np.array([record["right"] for record in others], float)
-        if baselines[label][0] != name:
-            # Records of every row stand in the order of the questions.
-            figures["differences"][label] = interval(right - before, images, rng)
-        if number == 0:
-            figures |= {"held": int(before.sum()), "lost": int((before > right).sum())}
-    return figures
-
-
-# ---- Reports ---------------------------------------------------------------------------------------------------------
-
-
-def draw_lines(axes, lines: dict[str, list[tuple]], styles=None):
-    """Lines {label: [(x, (mean, low, high)), ...]} in percent, each with its intervals."""
-    for label, points in lines.items():
-        x = [one for one, _ in sorted(points)]
-        mean, low, high = 100 * np.array([of for _, of in sorted(points)]).T
-        style = {"marker": "o"} | (styles or {}).get(label, {})
-        axes.errorbar(x, mean, (mean - low, high - mean), label=label or None, capsize=2, **style)
-    axes.grid(alpha=0.3)
-
-
-def draw_over_fractions(axes, lines, dashed, **words):
-    """`draw_lines` over parts of all tokens, in percent of a logarithmic axis; those of some names dashed."""
-    from matplotlib import colormaps
-
-    colours = dict(zip(lines, colormaps["tab20"].colors))
-    styles = {label: {"color": colour} for label, colour in colours.items()}
-    for label in set(dashed) & set(lines):
-        styles[label] |= {"marker": "x", "linestyle": "--"}
-    draw_lines(axes, {label: [(100 * x, of) for x, of in points] for label, points in lines.items()}, styles)
-    axes.set(xscale="log", xlabel="visual tokens, % of all", ylim=(0, 100), **words)
-    axes.set_xticks(sorted({100 * x for points in lines.values() for x, _ in points}))
-    axes.get_xaxis().set_major_formatter("{x:g}")
-    axes.minorticks_off()
