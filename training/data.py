@@ -499,14 +499,8 @@ def load_samples(
     if sample_per not in ("question", "chat"):
         raise ValueError(f"`sample_per` is 'question' or 'chat'. Got {sample_per!r}.")
     require("train", "datasets")
-    from datasets import Features, Image, List, Value, concatenate_datasets
+    from datasets import concatenate_datasets
 
-    text = Value("string")
-    part = {"type": text, "text": text}
-    features = {
-        "messages": List({"role": text, "content": List(part)}), "images": List(Image(decode=False)),
-        "regions": List(text), "options": text, "lengths": List(Value("int64")), "name": text, "kind": text, "detail": text,
-    }  # fmt: skip
     reader = SampleReader(
         processor,
         processor.default_budgets if budgets is None else budgets,
@@ -515,49 +509,69 @@ def load_samples(
         sample_per,
         budget_factor,
     )
-    sources = [sources] if isinstance(sources, (str, Path)) else sources
-    tables, shares = [], []
-    for source, times in map(split_share, sources):
-        table = open_table(source, split)
-        shares.append(times)
-        place = Path(source)
-        folder = image_folder or (place if place.is_dir() else place.parent if place.is_file() else ".")
-        samples = table.map(
-            reader,
-            with_indices=True,
-            fn_kwargs={"source": str(source), "image_folder": str(folder)},
-            features=Features(features),
-            remove_columns=[name for name in table.column_names if name not in features],
-            num_proc=num_proc,
-            load_from_cache_file=False,  # an image that was missing may be there now
-            desc=f"Checking {source}",
-        )
-        tables.append(samples)
+    named = [*map(split_share, [sources] if isinstance(sources, (str, Path)) else sources)]
+    tables = [check_rows(source, split, reader, image_folder, num_proc) for source, _ in named]
     if report := describe_problems(concatenate_datasets(tables)):
         if bad_samples == "error":
             raise ValueError(f"{report}\nCorrect them, or leave them out with `bad_samples: skip`.")
         logger.warning(f"{report}\nThey are left out.")
-    own = {name: feature for name, feature in features.items() if name not in ("kind", "detail", "lengths")}
     parts = []
-    for samples, times in zip(tables, shares):
-        samples = samples.filter(lambda kind: not kind, input_columns="kind", load_from_cache_file=False)
-        if not len(samples):
-            continue
-        samples = samples.map(
-            reader.split_batch,
-            batched=True,
-            features=Features({**own, "length": Value("int64"), "answers": text}),
-            remove_columns=["lengths", "kind", "detail"],
-            num_proc=num_proc,
-            load_from_cache_file=False,
-            desc="A sample for each question" if sample_per == "question" else "A sample for each chat",
-        )
-        parts.append(take_share(samples, times, seed))
+    for rows, (_, times) in zip(tables, named):
+        rows = rows.filter(lambda kind: not kind, input_columns="kind", load_from_cache_file=False)
+        if len(rows):
+            parts.append(take_share(split_rows(rows, reader, num_proc), times, seed))
     if not parts:
-        raise ValueError(f"{', '.join(map(str, sources))}: no sample is left to train on.")
+        raise ValueError(f"{', '.join(source for source, _ in named)}: no sample is left to train on.")
     samples = concatenate_datasets(parts)
     check_region_files(samples)
     return samples
+
+
+def _columns() -> dict:
+    """What a sample holds, by name, as a table of `datasets` has it."""
+    from datasets import Image, List, Value
+
+    text = Value("string")
+    content = List({"type": text, "text": text})
+    return {
+        "messages": List({"role": text, "content": content}), "images": List(Image(decode=False)),
+        "regions": List(text), "options": text, "name": text,
+    }  # fmt: skip
+
+
+def check_rows(source: str, split: str, reader: SampleReader, image_folder, num_proc):
+    """What a reader says of every row of a source: of one that cannot be trained on its `kind` and `detail`, too."""
+    from datasets import Features, List, Value
+
+    text = Value("string")
+    features = Features({**_columns(), "lengths": List(Value("int64")), "kind": text, "detail": text})
+    table, place = open_table(source, split), Path(source)
+    folder = image_folder or (place if place.is_dir() else place.parent if place.is_file() else ".")
+    return table.map(
+        reader,
+        with_indices=True,
+        fn_kwargs={"source": str(source), "image_folder": str(folder)},
+        features=features,
+        remove_columns=[name for name in table.column_names if name not in features],
+        num_proc=num_proc,
+        load_from_cache_file=False,  # an image that was missing may be there now
+        desc=f"Checking {source}",
+    )
+
+
+def split_rows(rows, reader: SampleReader, num_proc):
+    """The samples of rows that can be trained on."""
+    from datasets import Features, Value
+
+    return rows.map(
+        reader.split_batch,
+        batched=True,
+        features=Features({**_columns(), "length": Value("int64"), "answers": Value("string")}),
+        remove_columns=["lengths", "kind", "detail"],
+        num_proc=num_proc,
+        load_from_cache_file=False,
+        desc=f"A sample for each {reader.sample_per}",
+    )
 
 
 def check_region_files(samples):
