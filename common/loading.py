@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 from ..image_raster_files_uhr_bat import reason
@@ -109,6 +110,16 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config
     model = adapted.get_base_model()
     model.save_pretrained, model.push_to_hub = adapted.save_pretrained, adapted.push_to_hub
     return processor, model
+
+
+def processor_first(folder=ROOT):
+    """(processor, a function that then loads processor and model): what is wrong with an image can be said before weights
+    are read. Of a model of another family the processor is known when the model is."""
+    folder = find_model(folder)
+    if is_host(base_of(folder) or folder):
+        both = load_model(folder)
+        return both[0], lambda: both
+    return load_processor(folder), partial(load_model, folder)
 
 
 def is_host(folder) -> bool:

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from ..budgets_uhr_bat import is_one_budget
 from ..common.commands import add_question_arguments, tells_errors
 from ..common.images import image_options, tile_options
-from ..common.loading import WEIGHTS_NOTE, check_image, load_model, load_processor
+from ..common.loading import WEIGHTS_NOTE, check_image, processor_first
 from ..common.models import find_model, is_tiny, stay_offline
 from ..scenes import painting
 
@@ -28,7 +28,7 @@ def timed(seconds, stage):
     print(f"{stage} ...", file=sys.stderr, flush=True)
     start = time.perf_counter()
     yield
-    seconds[stage] = time.perf_counter() - start
+    seconds[stage] = seconds.get(stage, 0) + time.perf_counter() - start
 
 
 def token_bar(total):
@@ -51,8 +51,10 @@ def token_bar(total):
 def ask(image_path, question, folder, budgets, max_new_tokens, options, tiles):
     """Run every stage by itself and print the answer and what it cost."""
     seconds = {}
+    with timed(seconds, "load"):
+        processor, load = processor_first(folder)
+    image_processor = processor.image_processor
     with timed(seconds, "open"):  # a raster is decoded while it is resized
-        image_processor = load_processor(folder).image_processor
         image = image_processor.open_image(image_path, **options)
     print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
     if is_tiny(folder):
@@ -65,7 +67,7 @@ def ask(image_path, question, folder, budgets, max_new_tokens, options, tiles):
     with timed(seconds, "load"):
         from ..common import asking
 
-        processor, model = load_model(folder)
+        processor, model = load()
     with timed(seconds, "encode"):
         features = asking.encode(model, image_inputs)
     inputs = asking.write_prompts(model, processor, [question], [features], budgets)

@@ -16,7 +16,7 @@ from ..common.commands import add_question_arguments, tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import image_options, tile_options
-from ..common.loading import check_image, load_model, load_processor
+from ..common.loading import check_image, processor_first
 from ..common.models import find_model, stay_offline
 from ..common.outputs import Output, check_outputs
 from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
@@ -36,13 +36,14 @@ def draw(image_path, question, output, budgets, folder, width, options, tiles):
     print("Reading ...", file=sys.stderr, flush=True)
     from ..common import asking
 
-    image_processor = load_processor(folder).image_processor
+    processor, load = processor_first(folder)
+    image_processor = processor.image_processor
     image = image_processor.open_image(image_path, **options)
     limit = options["max_image_pixels"]
     image_inputs = image_processor(image, max_image_pixels=limit, return_tensors="pt", **tiles)
 
     print("Loading ...", file=sys.stderr, flush=True)
-    processor, model = load_model(folder)
+    processor, model = load()
     budgets = budgets or [model.config.budgets]
 
     print("Encoding ...", file=sys.stderr, flush=True)
@@ -67,7 +68,7 @@ def draw(image_path, question, output, budgets, folder, width, options, tiles):
             pruned, image, question, title="What is left as ever more tokens are pruned", width=width
         ),
     }
-    if tiles["max_tiles"] is None:  # of tokens that are all there, whatever the question
+    if features[0].kind == "whole":  # of tokens that are all there, whatever the question
         drawings["tsne"] = lambda: tsne_picture(first, features[0].tokens[-1], width=width)
     with whole_files(output) as built:
         for name, drawing in drawings.items():

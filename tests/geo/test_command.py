@@ -8,7 +8,7 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
-from uhr_bat.common.loading import ROOT, WEIGHTS_NOTE
+from uhr_bat.common.loading import ROOT, WEIGHTS_NOTE, load_processor
 from uhr_bat.geo import __main__ as command
 from uhr_bat.scenes import painting
 
@@ -132,7 +132,7 @@ def test_the_documented_python_runs(scene, monkeypatch, capsys):
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(scene, capsys, monkeypatch, arguments, message):
-    monkeypatch.delattr(command, "load_model")
+    monkeypatch.setattr(command, "processor_first", lambda folder: (load_processor(folder), pytest.fail))
     arguments = [part.format(scene=scene) for part in arguments]
     assert command.main([str(scene / "scene.tif"), QUESTION, *arguments]) == 2
     assert message in capsys.readouterr().err
