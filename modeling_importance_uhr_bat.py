@@ -22,19 +22,17 @@ class UHRBatImportanceMixin:
     def estimate_importance(
         self, input_ids, anchor_tokens, inputs_embeds=None, *, layer=None, question_tokens=None, places=None
     ) -> torch.Tensor:
-        """Eq. 2: attention that the question pays to the anchor tokens at the importance layer. Differentiable, so that it
-        can be trained.
+        """Eq. 2: attention that the question pays to the anchor tokens at the importance layer, averaged over heads and over
+        the question's tokens: all text after the image, or the last token of the sequence (`question_tokens`, and where no
+        text follows the image). Differentiable, so that it can be trained.
 
         Args:
-            input_ids: long[M], a prompt with one image, its placeholders in one run.
+            input_ids, inputs_embeds, layer, question_tokens: as in [`VisionLanguageModel.read_attention`].
             anchor_tokens: float[V, D], what stands in for the placeholders.
-            inputs_embeds: float[M, D] instead of the embeddings of `input_ids`, which may then be None.
-            layer, question_tokens: instead of the configuration's `importance_layer` and `question_tokens`.
             places: [`Places`] of the tokens, for models that look at where they lie (`anchor_places`).
 
         Returns:
-            float32[V], averaged over heads and over the question's tokens: all text after the image, or the last
-            token of the sequence (`question_tokens`, and where no text follows the image).
+            float32[V]
 
         Raises:
             ValueError: no placeholder, or a batch of prompts.

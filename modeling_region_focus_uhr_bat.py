@@ -108,7 +108,7 @@ class UHRBatRegionFocusMixin:
     def open_pyramid(self, pyramid):
         """The thumbnail of a [`DynamicPyramid`], encoded, to [`UHRBatDynamicFeatures`]; tiles of its levels are when a
         question looks at them."""
-        if pyramid.kind != "dynamic" or self.config.region_focus is None:
+        if pyramid.kind != "dynamic" or self.region_focus is None:
             return super().open_pyramid(pyramid)
         image = UHRBatDynamicFeatures(None, pyramid, self._tile_cache(pyramid))
         return replace(image, thumbnail=self.encode_tiles(image, 0, [0])[0])

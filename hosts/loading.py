@@ -20,7 +20,7 @@ from .settings import FAMILIES, OLDEST, family_of, largest_side, split_changes, 
 
 # What of UHR-BAT's configuration a host may have otherwise.
 CONFIG_FIELDS = {one.name for one in fields(CompressionRules)} - {"refinement"} | {
-    "scales", "importance_layer", "question_tokens", "mask_padding", "max_image_pixels",
+    "scales", "importance_layer", "question_tokens", "mask_padding",
 }  # fmt: skip
 # The rules whose numbers were measured on made-up scenes, with the weights of UHR-BAT-Tiny.
 RULES = {"selector": "distinct", "num_regions": 4, "coord_weight": 8.0}
