@@ -195,7 +195,7 @@ def _declared(text, options, several) -> str:
     # "Option B is right" says more than "option A" beside it: names count where nothing is declared behind a colon or verb.
     for kind in (("declares", "line"), ("names",)):
         named = ""
-        for place, _ in sorted((one for one in places if one[1] in kind), reverse=True)[:DECLARED]:
+        for place, _ in sorted((found_at for found_at in places if found_at[1] in kind), reverse=True)[:DECLARED]:
             start = FILLERS.match(text, place).end()
             if found := _letters_at(text, start, options, group):
                 if not several:
@@ -215,9 +215,9 @@ def _declared(text, options, several) -> str:
 
 def _in_list(text, options) -> str:
     """The letters before the last of a list that is said to be right: "A, C and D are correct"."""
-    one = rf"(?<![\w'])[(\[*_]{{0,3}}[{''.join(options)}](?![\w'])[)\]*_]{{0,3}}"
+    letter = rf"(?<![\w'])[(\[*_]{{0,3}}[{''.join(options)}](?![\w'])[)\]*_]{{0,3}}"
     lists = re.findall(
-        rf"{one}(?:(?:\s{{0,2}},|\s{{1,2}}and|\s{{1,2}}or|,\s{{0,2}}and)\s{{1,2}}{one}){{1,8}}\s{{1,2}}(?i:{CONFIRMS})",
+        rf"{letter}(?:(?:\s{{0,2}},|\s{{1,2}}and|\s{{1,2}}or|,\s{{0,2}}and)\s{{1,2}}{letter}){{1,8}}\s{{1,2}}(?i:{CONFIRMS})",
         text,
     )
     return "".join(re.findall(rf"(?<![\w'])([{''.join(options)}])(?![\w'])", " ".join(lists)))
@@ -346,7 +346,7 @@ def right_letters(answer: str, options: dict[str, str], several: bool = False) -
     ):
         return "".join(sorted(set(letters)))
     raise ValueError(
-        f"{answer!r} is no option: these are {', '.join(f'{one}. {text}' for one, text in options.items())}."
+        f"{answer!r} is no option: these are {', '.join(f'{letter}. {text}' for letter, text in options.items())}."
     )
 
 

@@ -80,7 +80,9 @@ def write_prompts(model, processor, questions, features, budgets=None, counts=No
         options = {"image_features": images, "budgets": budgets, "max_tiles": max_tiles} if images else {}
         return processor(text=texts, **options, padding=True, return_tensors="pt").to(model.device)
     numbers = map(sum, counts)
-    expanded = [re.sub(re.escape(processor.image_token), lambda one: one[0] * next(numbers), text) for text in texts]
+    expanded = [
+        re.sub(re.escape(processor.image_token), lambda found: found[0] * next(numbers), text) for text in texts
+    ]
     inputs = _tokenize(processor, expanded)
     inputs |= {"image_features": images, "token_counts": torch.tensor(counts)}
     inputs["images_per_prompt"] = torch.tensor([len(of_question) for of_question in features])

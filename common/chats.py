@@ -142,7 +142,7 @@ class ChatWriter:
     def show(self, messages, every: bool = False) -> str:
         """The text of a chat, what is learnt between >>> and <<<."""
         runs = groupby(zip(*self.write(messages, every)), key=itemgetter(1))
-        texts = [(is_learnt, self.tokenizer.decode([one for one, _ in run])) for is_learnt, run in runs]
+        texts = [(is_learnt, self.tokenizer.decode([token for token, _ in run])) for is_learnt, run in runs]
         return "".join(f">>>{text}<<<" if is_learnt else text for is_learnt, text in texts)
 
     def _answer(self, messages, prompt) -> tuple[str, str]:

@@ -20,7 +20,7 @@ def user_folder() -> Path:
 
 def stale_sidecars(path: Path) -> list[Path]:
     """What lies beside a file that is there and would be wrong of the one that replaces it."""
-    return [one for ending in SIDECARS if (one := Path(f"{path}{ending}")).is_file()] if path.exists() else []
+    return [beside for ending in SIDECARS if (beside := Path(f"{path}{ending}")).is_file()] if path.exists() else []
 
 
 @contextmanager
@@ -60,7 +60,7 @@ JOURNALS = ("-wal", "-journal")
 
 def journals(path: Path) -> list[Path]:
     """Those of a database that are there."""
-    return [one for ending in JOURNALS if (one := Path(f"{path}{ending}")).exists()]
+    return [journal for ending in JOURNALS if (journal := Path(f"{path}{ending}")).exists()]
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def edited_alone(path: Path | None):
 
 
 def _state_of(path):
-    stats = [one.stat() for one in (path, *journals(path)) if one.exists()]
+    stats = [file.stat() for file in (path, *journals(path)) if file.exists()]
     return [(stat.st_ino, stat.st_size, stat.st_mtime_ns) for stat in stats]
 
 

@@ -92,7 +92,7 @@ def base_of(place) -> Path | None:
     folder = _folder(place)
     path = folder / "adapter_config.json"
     if not path.is_file() or any(folder.glob("model*.safetensors")):
-        several = sorted(str(one.parent) for one in folder.glob("*/adapter_config.json"))
+        several = sorted(str(file.parent) for file in folder.glob("*/adapter_config.json"))
         if several and not (folder / "config.json").exists():
             raise ValueError(f"{folder}: holds several adapters. Name one: {', '.join(several)}.")
         return None
@@ -135,7 +135,7 @@ def _base_name(path: Path) -> str | None:
 def _near(name: str | None, folder) -> Path | None:
     """The folder that an adapter calls so, from here or from its own folder."""
     for place in (Path(name), Path(folder) / name) if name else ():
-        if any((place / one).is_file() for one in ("config.json", "adapter_config.json")):
+        if any((place / name_of_file).is_file() for name_of_file in ("config.json", "adapter_config.json")):
             return place
     return None
 

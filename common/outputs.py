@@ -95,8 +95,8 @@ def _check_kind(output):
     elif path.exists() and not path.is_dir():
         raise ValueError(f"{path}: {output.option} is a folder, and this is a file.")
     else:
-        for one in _written(output):
-            _check_file(one, output.option)
+        for written in _written(output):
+            _check_file(written, output.option)
 
 
 def _check_file(path, option):
@@ -171,16 +171,18 @@ def _image_files(name, seen) -> Iterator[Path]:
         yield path
         for ending in BESIDE:
             yield from (
-                one for one in (Path(f"{path}{ending}"), path.with_suffix(ending)) if one != path and one.is_file()
+                beside
+                for beside in (Path(f"{path}{ending}"), path.with_suffix(ending))
+                if beside != path and beside.is_file()
             )
     if name in seen:
         return
     seen.add(name)
-    for one in _gdal_files(name):
-        if one != name and (one.lower().endswith(".vrt") or _is_vrt(one)):
-            yield from _image_files(one, seen)  # a VRT of VRTs states the first ones alone
+    for part in _gdal_files(name):
+        if part != name and (part.lower().endswith(".vrt") or _is_vrt(part)):
+            yield from _image_files(part, seen)  # a VRT of VRTs states the first ones alone
         else:
-            yield from _named_in(one)
+            yield from _named_in(part)
 
 
 def _named_in(text) -> list[Path]:

@@ -91,7 +91,7 @@ class _Asked:
 
         tokens = [token for piece in pieces for token in piece.tokens]
         content = [
-            {**entry(int(token), token.logprob), "top_logprobs": [entry(*one) for one in token.top.items()]}
+            {**entry(int(token), token.logprob), "top_logprobs": [entry(*pair) for pair in token.top.items()]}
             for token in tokens
         ]
         return {"content": content, "refusal": None}

@@ -109,7 +109,7 @@ class Worker:
             except Exception as error:  # an image can fail in any way; the other ones are still to come
                 rows = [{"question": question, "error": reason(error)} for question in row["questions"]]
         about = {"image": row["image"], "item": row["item"], "model": with_revision(self.settings)}
-        return [dict.fromkeys(COLUMNS) | about | one for one in rows]
+        return [dict.fromkeys(COLUMNS) | about | answer for answer in rows]
 
     def answer_all(self, image, rows):
         from ..common import asking
@@ -280,8 +280,8 @@ def _read_csv(path):
     with open(path, encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     rows = []
-    for one in found:
-        row = {name: one.get(name) or None for name in COLUMNS}
+    for of_row in found:
+        row = {name: of_row.get(name) or None for name in COLUMNS}
         for name, kind in COLUMNS.items():
             if row[name] is not None and kind != "string":
                 row[name] = float(row[name]) if kind == "float64" else int(row[name])
@@ -357,7 +357,8 @@ def _run_alone(work, output, settings, options):
     done = {key for key, row in found.items() if row["error"] is None}
     order = [(image.source, image.item, question) for image, questions in work for question in questions]
     left = [
-        (image, [one for one in questions if (image.source, image.item, one) not in done]) for image, questions in work
+        (image, [question for question in questions if (image.source, image.item, question) not in done])
+        for image, questions in work
     ]
     left = [(image, questions) for image, questions in left if questions]
     if left:

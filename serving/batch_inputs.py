@@ -53,7 +53,7 @@ def read_images(path: Path, asset: str | None = None) -> list[BatchImage]:
         ValueError: no image; an item without the asset.
     """
     if path.is_dir():
-        found = [BatchImage(str(one.resolve())) for one in sorted(path.rglob("*")) if _is_image(one, path)]
+        found = [BatchImage(str(file.resolve())) for file in sorted(path.rglob("*")) if _is_image(file, path)]
     elif not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such folder or file of images.")
     elif path.suffix.lower() in (".json", ".geojson"):
@@ -112,8 +112,8 @@ def _choose_asset(item, name, path):
     else:
         rasters = [
             key
-            for key, one in item.assets.items()
-            if (one.media_type or "").startswith(RASTER_TYPES) and not PREVIEWS & set(one.roles or ())
+            for key, asset in item.assets.items()
+            if (asset.media_type or "").startswith(RASTER_TYPES) and not PREVIEWS & set(asset.roles or ())
         ]
         chosen = [VISUAL] if VISUAL in item.assets else rasters
     if not chosen:

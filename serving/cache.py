@@ -17,20 +17,20 @@ def count_bytes(value: Any) -> int:
     is no tensor, those that it says it holds (`held_bytes`)."""
     storages, held, left = {}, 0, [value]
     while left:
-        one = left.pop()
-        if isinstance(one, torch.Tensor):
-            storages[one.untyped_storage().data_ptr()] = one.untyped_storage().nbytes()
-        elif isinstance(one, dict):  # outputs of the library are dictionaries too
-            left += list(one.values())
-        elif isinstance(one, (list, tuple)):
-            left += one
-        elif isinstance(one, TokenMaps):
-            left += [one.values, one.positions]
-        elif isinstance(one, TileCache):
-            held += one.size
-        elif is_dataclass(one):
-            held += getattr(one, "held_bytes", 0)
-            left += [getattr(one, field.name) for field in fields(one)]
+        value = left.pop()
+        if isinstance(value, torch.Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, dict):  # outputs of the library are dictionaries too
+            left += list(value.values())
+        elif isinstance(value, (list, tuple)):
+            left += value
+        elif isinstance(value, TokenMaps):
+            left += [value.values, value.positions]
+        elif isinstance(value, TileCache):
+            held += value.size
+        elif is_dataclass(value):
+            held += getattr(value, "held_bytes", 0)
+            left += [getattr(value, field.name) for field in fields(value)]
     return held + sum(storages.values())
 
 

@@ -383,7 +383,7 @@ def first_fault(data, errors: list[dict]) -> tuple[str, str]:
     """
     places = [_place(data, error) for error in errors]
     first = places[0][:2]  # a field, and of a list its entry
-    deepest = max((place for place in places if all(one == other for one, other in zip(place, first))), key=len)
+    deepest = max((place for place in places if all(token == other for token, other in zip(place, first))), key=len)
     here = [error for error, place in zip(errors, places) if place == deepest]
     told = [error for error in here if error["type"] not in OTHER_TYPE][:1] or here
     words = list(dict.fromkeys(_words(error, deepest) for error in told))

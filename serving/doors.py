@@ -96,7 +96,7 @@ class Doors:
         if self.keys and path.startswith("/v1"):
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             given = key.strip() if kind.lower() == b"bearer" else b""
-            if not any([hmac.compare_digest(given, one) for one in self.keys]):
+            if not any([hmac.compare_digest(given, key) for key in self.keys]):
                 raise Refusal(
                     "The API key is wrong."
                     if given

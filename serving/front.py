@@ -34,9 +34,13 @@ def fingerprint(folder: Path) -> str:
     those of its model."""
     digest = hashlib.sha256()
     folders = [folder] if (base := base_of(folder)) is None else [base, folder]
-    digest.update("".join(f"{hub_name(one)}\n" for one in folders if hub_name(one)).encode())
+    digest.update("".join(f"{hub_name(named)}\n" for named in folders if hub_name(named)).encode())
     paths = [
-        path for one in folders if not hub_name(one) for pattern in MODEL_FILES for path in Path(one).glob(pattern)
+        path
+        for named in folders
+        if not hub_name(named)
+        for pattern in MODEL_FILES
+        for path in Path(named).glob(pattern)
     ]
     for path in sorted(paths):
         with open(path, "rb") as file:

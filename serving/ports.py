@@ -40,8 +40,8 @@ def take_port(host: str, port: int) -> list[socket.socket]:
         if not taken:
             raise missing
     except OSError as error:
-        for one in taken:
-            one.close()
+        for held in taken:
+            held.close()
         if error.errno == errno.EADDRINUSE:
             raise OSError(
                 f"Port {port} of {host} is in use: give another --port, or 0 for one that is free."

@@ -257,7 +257,7 @@ def forgiving_base64(content: bytes) -> bytes:
 # gateway (::a.b.c.d, ::ffff:0:a.b.c.d, 64:ff9b::/96, 64:ff9b:1::/48) and those of a site (fec0::/10) lie elsewhere.
 GLOBAL_IPV6 = ipaddress.ip_network("2000::/3")
 # Of IANA's registries of special addresses, what some supported Python takes for public.
-SPECIAL = [ipaddress.ip_network(one) for one in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20")]
+SPECIAL = [ipaddress.ip_network(network) for network in ("192.0.0.0/24", "192.88.99.0/24", "2001::/23", "3fff::/20")]
 
 
 def is_public(address: str) -> bool:

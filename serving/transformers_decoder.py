@@ -173,8 +173,8 @@ class TransformersDecoder:
             while not self._arriving.empty() or not self._waiting:
                 job = self._arriving.get()
                 if job is None:
-                    for one in self._waiting:
-                        one.end(RuntimeError("The server is closing."))
+                    for request in self._waiting:
+                        request.end(RuntimeError("The server is closing."))
                     return
                 self._waiting.append(job)
             self._jobs = [job for job in self._next_jobs() if not job.done]

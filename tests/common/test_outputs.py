@@ -151,7 +151,7 @@ COMMANDS = {
 def test_every_command_that_writes_is_here():
     modules = {verb: module for verb, (module, _) in cli.VERBS.items() if module}
     files = {verb: ROOT.joinpath(*module.split(".")).with_suffix(".py") for verb, module in modules.items()}
-    option = re.compile(r'"--(output|page|raster)"|output_dir|make_parser')
+    option = re.compile(r'"--(output|page|raster)"|output_dir|make_parser|scenes_parser')
     assert {verb for verb, file in files.items() if option.search(file.read_text(encoding="utf-8"))} == set(COMMANDS)
 
 
