@@ -2,7 +2,7 @@
 needs torchvision in most families. And the self-test, which turns a change of the library into an error instead of a wrong
 answer."""
 
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import fields
 from math import isqrt
 
@@ -26,13 +26,23 @@ CONFIG_FIELDS = {one.name for one in fields(CompressionRules)} - {"refinement"} 
 RULES = {"selector": "distinct", "num_regions": 4, "coord_weight": 8.0}
 
 
-def load_host(folder, dtype="auto", device_map=None, quantization_config=None, check=True, calibrated=None, **changes):
+def load_host(
+    folder,
+    dtype="auto",
+    device_map=None,
+    quantization_config=None,
+    check=True,
+    calibrated=None,
+    weights=True,
+    **changes,
+):
     """(processor, model) of a vision-language model of the library.
 
     Args:
         folder: model folder or name on the Hub.
         dtype, device_map, quantization_config: as in transformers.
         check: whether two tiles and a prompt are tried (`self_test`).
+        weights: whether weights are read; else the model is one of shapes, on the meta device, for plans.
         calibrated: fields of [`HostSettings`] that were measured for this model, on which `changes` go.
         changes: fields of [`HostSettings`] or of UHR-BAT's configuration.
 
@@ -62,9 +72,12 @@ def load_host(folder, dtype="auto", device_map=None, quantization_config=None, c
         if model_type in FAMILIES:
             raise
         raise ValueError(_not_a_host(folder, model_type, error)) from error
-    host = AutoModelForImageTextToText.from_pretrained(
-        folder, dtype=dtype, device_map=device_map, quantization_config=quantization_config, trust_remote_code=False
-    ).eval()
+    if weights:
+        host = AutoModelForImageTextToText.from_pretrained(
+            folder, dtype=dtype, device_map=device_map, quantization_config=quantization_config, trust_remote_code=False
+        ).eval()
+    else:
+        host = shapes_of(config, dtype)
     if getattr(host, "tp_size", None) or getattr(host, "_tp_size", None):
         raise ValueError(f"{folder}: under tensor parallelism a process sees its own heads alone, so it cannot look.")
     missing = [name for name in ("get_image_features", "get_decoder") if not hasattr(host, name)]
@@ -76,6 +89,17 @@ def load_host(folder, dtype="auto", device_map=None, quantization_config=None, c
         if model_type in FAMILIES or isinstance(error, ValueError) and "self-test" in str(error):
             raise
         raise ValueError(_not_a_host(folder, model_type, f"{type(error).__name__}: {error}")) from error
+
+
+def shapes_of(config, dtype="auto"):
+    """A model of the library as its configuration has it, on the meta device; not quantised, whatever its weights are."""
+    config = deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = None  # as where no kernel was asked for
+    dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype, trust_remote_code=False).eval()
 
 
 def _not_a_host(folder, model_type, reason) -> str:

@@ -1,11 +1,11 @@
 """Say what a question about an image will cost before it is read: budgets, tiles, FLOPs, memory, seconds.
 
-    uhr-bat plan [MODEL] --image-size 30000x20000 [--memory 24GiB | --seconds 5 | --tokens 4000]
+    uhr-bat plan [--model MODEL] --image-size 30000x20000 [--memory 24GiB | --seconds 5 | --tokens 4000]
                  [--max-tiles 60 [--native]] [--questions 8 | --users 4] [--device cuda] [--dtype bfloat16]
 
 Of MODEL the configuration alone is read, no weights. With a limit, the budgets are the largest that stay
 below it. Seconds come from a measurement of the device, which takes some the first time and is kept; a device that is not
-here is planned for without them.
+here is planned for without them, and so is a model of another family.
 """
 
 import argparse
@@ -18,8 +18,8 @@ import numpy as np
 
 from ..common.commands import check_range, tells_errors
 from ..common.images import add_tile_arguments
-from ..common.loading import load_config
-from ..common.models import add_model_argument, find_model, model_name, stay_offline
+from ..common.loading import host_settings, is_host, load_config
+from ..common.models import add_model_argument, base_of, find_model, model_name, stay_offline
 
 DTYPES = ("float32", "bfloat16", "float16")
 
@@ -44,11 +44,20 @@ def planner_of_folder(folder: Path, device: str | None = None, dtype: str | None
 
     from ..modeling_uhr_bat import UHRBatForConditionalGeneration
     from . import planner_of
+    from .counting import Shapes
 
-    config = load_config(folder)
-    dtype = config.dtype or torch.float32 if dtype is None else getattr(torch, dtype)
-    with torch.device("meta"):
-        model = UHRBatForConditionalGeneration(config).to(dtype)
+    folder = base_of(folder) or folder
+    if is_host(folder):
+        from ..hosts.loading import load_host
+
+        options = {"check": False, "calibrated": host_settings(folder), "weights": False}
+        with Shapes():
+            _, model = load_host(folder, "auto" if dtype is None else getattr(torch, dtype), **options)
+    else:
+        config = load_config(folder)
+        dtype = config.dtype or torch.float32 if dtype is None else getattr(torch, dtype)
+        with torch.device("meta"):
+            model = UHRBatForConditionalGeneration(config).to(dtype)
     return planner_of(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
 
 
@@ -65,7 +74,7 @@ def plan(args) -> str:
     here = is_here(planner.device)
     if args.seconds is not None:
         check_device(planner.device)
-    if here and known_rates(planner.config, planner.device, planner.dtype) is None:
+    if here and planner.calls is None and known_rates(planner.config, planner.device, planner.dtype) is None:
         print(f"Measuring {planner.device}, once ...", file=sys.stderr, flush=True)
     options = {
         "max_tiles": args.max_tiles, "native": args.native, "max_image_pixels": args.max_image_pixels,
@@ -87,7 +96,8 @@ def plan(args) -> str:
 @tells_errors
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat plan", description=__doc__.splitlines()[0])
-    add_model_argument(parser, "model")
+    add_model_argument(parser)
+    parser.add_argument("model", nargs="?", default=argparse.SUPPRESS, metavar="MODEL", help="the same")
     parser.add_argument("--image-size", type=image_size, required=True, metavar="WxH", help="as 30000x20000, in pixels")
     limit = parser.add_mutually_exclusive_group()
     limit.add_argument(

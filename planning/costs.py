@@ -234,22 +234,24 @@ def kmeans_flops(config, sizes, regions) -> int:
     return sum(config.kmeans_iterations * 2 * N * (D + 2) * R for N, R in zip(sizes, regions))
 
 
-def question_flops(config, question: Question) -> dict[str, int]:
+def question_flops(config, question: Question, calls=None) -> dict[str, int]:
     """{stage: FLOPs} of a question: "encode", "importance", "regions", "prefill", "answer"; "refinement" where there is
-    one."""
-    P = (config.tile_size // config.patch_size) ** 2
+    one.
+
+    Args:
+        calls: what the model's calls cost, [`counting.HostCosts`] of a host; None for UHR-BAT's own formulas.
+    """
+    calls = calls or Formulas(config)
     num_tiles, at_once = sum(question.tiles), question.num_questions
     num_rows = question.text_after if config.question_tokens == "all" else 1
     anchor, steps = question.available[question.anchor_idx], range(question.num_answer_tokens - 1)
     flops = {
-        "encode": tower_flops(config, num_tiles, up_to_features=True) + projector_flops(config, num_tiles * P),
-        "importance": weighing_flops(config, anchor, reading_layer(config), num_rows, question.num_text),
-        "refinement": sum(
-            weighing_flops(config, *of_scale, question.num_text) for of_scale in candidates_of(config, question)
-        ),
+        "encode": calls.encode_flops(num_tiles),
+        "importance": calls.weigh_flops(anchor, reading_layer(config), num_rows, question.num_text),
+        "refinement": sum(calls.weigh_flops(*of_scale, question.num_text) for of_scale in candidates_of(config, question)),
         "regions": kmeans_flops(config, question.available, region_counts(config, question)),
-        "prefill": decoder_flops(config, question.prompt) + head_flops(config, 1),
-        "answer": sum(decoder_flops(config, 1, question.prompt + step) + head_flops(config, 1) for step in steps),
+        "prefill": calls.pass_flops(question.prompt),
+        "answer": sum(calls.step_flops(question.prompt + step) for step in steps),
     }
     # Where the question looks its tiles are its own.
     encoded = at_once if question.max_tiles is not None else question.num_images
@@ -294,20 +296,65 @@ def kmeans_bytes(config, N, R, on_gpu) -> int:
     return 4 * (3 * block + 3 * R * width) + 48 * N
 
 
-def tokens_at_work(config, N, num_tiles, chunk_size, b) -> tuple[int, int]:
-    """Bytes of the tokens of a scale while they are made: (beside a chunk in the tower, when the scale embedding is added).
+class Formulas:
+    """What each call of UHR-BAT costs, by its configuration.
 
-    First what the projector gave out of all tiles so far. Then the tokens, the blocks that have got their embedding, and
-    these in one piece, beside a block of embeddings in float32, twice.
+    Attributes:
+        row_width: of a token.
+        linear_weights: of the decoder's linear layers, which 4 bits would hold.
+        tiles_on_host: whether tiles that are kept for further questions are in the CPU's memory.
     """
-    D, P = config.text_config.hidden_size, (config.tile_size // config.patch_size) ** 2
-    projected = b * num_tiles * P * D
-    block = min(chunk_size * P, N)
-    return projected, max(2 * projected, 3 * b * N * D + 8 * block * D)
+
+    tiles_on_host = False
+
+    def __init__(self, config):
+        self.config, self.row_width = config, config.text_config.hidden_size
+        self.linear_weights = config.text_config.num_hidden_layers * layer_weights(config)
+
+    def encode_flops(self, num_tiles):
+        P = (self.config.tile_size // self.config.patch_size) ** 2
+        return tower_flops(self.config, num_tiles, up_to_features=True) + projector_flops(self.config, num_tiles * P)
+
+    def weigh_flops(self, num_tokens, layer, num_rows, num_text):
+        return weighing_flops(self.config, num_tokens, layer, num_rows, num_text)
+
+    def pass_flops(self, M):
+        return decoder_flops(self.config, M) + head_flops(self.config, 1)
+
+    def step_flops(self, num_cached):
+        return decoder_flops(self.config, 1, num_cached) + head_flops(self.config, 1)
+
+    def chunk_bytes(self, num_tiles, b, on_gpu):
+        return tower_chunk_bytes(self.config, num_tiles, b, on_gpu)
+
+    def added_bytes(self, N, chunk_size, b):
+        """Tokens of a scale, the blocks that have got their embedding, and these in one piece, beside a block of embeddings
+        in float32, twice."""
+        block = min(chunk_size * (self.config.tile_size // self.config.patch_size) ** 2, N)
+        return (3 * b * N + 8 * block) * self.row_width
+
+    def weigh_bytes(self, M, question, b, on_gpu):
+        scores = 10 * self.config.text_config.num_attention_heads * min(64, question.text_after) * M
+        return decoder_pass_bytes(self.config, M, b, on_gpu) + scores
+
+    def pass_bytes(self, M, at_once, b, on_gpu):
+        return decoder_pass_bytes(self.config, at_once * M, b, on_gpu)
+
+    def visual_bytes(self, question, b):
+        """Visual tokens, the embedded prompt, and the prompt with both."""
+        return 3 * b * self.row_width * question.prompt
+
+    def cache_bytes(self, M, b):
+        return key_value_bytes(self.config, M, b)
+
+    def grown_bytes(self, M, at_once, b):
+        """Keys and values of a layer are copied when a token is added."""
+        grown = at_once * key_value_bytes(self.config, M, b)
+        return grown + grown // self.config.text_config.num_hidden_layers
 
 
 def question_bytes(
-    config, question: Question, weights: int, b: int, on_gpu: bool, chunk_size: int, cache_bytes: int
+    config, question: Question, weights: int, b: int, on_gpu: bool, chunk_size: int, cache_bytes: int, calls=None
 ) -> dict[str, dict[str, int]]:
     """{stage: {term: bytes}} of the device that the model is on; the peak is the greatest sum of a stage.
 
@@ -319,8 +366,10 @@ def question_bytes(
         b: bytes of a value of the tokens: 4 for float32, 2 for bfloat16.
         on_gpu: whether clustering takes the blocks of a GPU.
         chunk_size, cache_bytes: the model's `vision_chunk_size` and `tile_cache_bytes`.
+        calls: as of `question_flops`.
     """
-    D, at_once = config.text_config.hidden_size, question.num_questions
+    calls = calls or Formulas(config)
+    W, at_once = calls.row_width, question.num_questions
     P, encoded = (config.tile_size // config.patch_size) ** 2, not any(question.tiles)
     num_tiles = 0 if encoded else sum(height * width // P for height, width in config.grids)
     if question.max_tiles is not None:  # read level by level, when they are asked for
@@ -333,8 +382,8 @@ def question_bytes(
             **held, "image": PILLOW_PIXEL * question.num_held_pixels, "tiles of 8 bits": held["pixel values"] // 4
         }  # fmt: skip
 
-    anchor = b * D * question.available[question.anchor_idx]
-    of_scales = [b * D * N for N in question.available]
+    anchor = b * W * question.available[question.anchor_idx]
+    of_scales = [b * W * N for N in question.available]
     if not encoded:
         peaks = []
         for scale_idx, (N, T) in enumerate(zip(question.available, question.tiles)):
@@ -343,13 +392,15 @@ def question_bytes(
                 + sum(of_scales[:scale_idx])
                 + (anchor if scale_idx > question.anchor_idx else 0)
             )
-            projected, added = tokens_at_work(config, N, T, chunk_size, b)
-            chunk = tower_chunk_bytes(config, min(T, chunk_size), b, on_gpu)
+            # What the projector gave out of all tiles so far; then the tokens of the scale.
+            projected, chunk = b * T * P * W, calls.chunk_bytes(min(T, chunk_size), b, on_gpu)
+            made = max(2 * projected, calls.added_bytes(N, chunk_size, b))
             peaks.append({"tokens of all scales": before + projected, "tower's chunk": chunk})
-            peaks.append({"tokens of all scales": before + added, "tower's chunk": 0})
+            peaks.append({"tokens of all scales": before + made, "tower's chunk": 0})
         stages["encode"] = held | max(peaks, key=lambda terms: sum(terms.values()))
 
-    if question.max_tiles is not None:  # images keep their encoded tiles for further questions
+    # Images keep their encoded tiles for further questions.
+    if question.max_tiles is not None and not (on_gpu and calls.tiles_on_host):
         held["kept tiles"] = question.num_images * min(cache_bytes, sum(of_scales))
     # Positions, regions and their copies: a few whole numbers for a token.
     held = held | {
@@ -357,25 +408,21 @@ def question_bytes(
     }
     passes = [question.available[question.anchor_idx], *(number for number, _, _ in candidates_of(config, question))]
     M = question.num_text + max(passes)
-    scores = 10 * config.text_config.num_attention_heads * min(64, question.text_after) * M
-    stages["importance"] = held | {"importance pass": decoder_pass_bytes(config, M, b, on_gpu) + scores}
+    stages["importance"] = held | {"importance pass": calls.weigh_bytes(M, question, b, on_gpu)}
     regions = region_counts(config, question)
     blocks = [kmeans_bytes(config, N, R, on_gpu) for N, R in zip(question.available, regions)]
     stages["regions"] = held | {"k-means blocks": max(blocks)}
     joined = sum(of_scales) if is_one_budget(question.budgets) else 0
     stages["selection"] = held | {
         "tokens of all scales in one": joined,
-        "visual tokens": at_once * b * D * sum(question.counts),
+        "visual tokens": at_once * b * W * sum(question.counts),
     }
-    # Visual tokens, the embedded prompt, and the prompt with both.
-    visual = {"visual tokens": at_once * 3 * b * D * question.prompt}
-    cache = at_once * key_value_bytes(config, question.prompt, b)
+    visual = {"visual tokens": at_once * calls.visual_bytes(question, b)}
+    cache = at_once * calls.cache_bytes(question.prompt, b)
     stages["prefill"] = held | visual | {
-        "KV cache": cache, "prefill": decoder_pass_bytes(config, at_once * question.prompt, b, on_gpu)
+        "KV cache": cache, "prefill": calls.pass_bytes(question.prompt, at_once, b, on_gpu)
     }  # fmt: skip
-    # Keys and values of a layer are copied when a token is added.
-    grown = at_once * key_value_bytes(config, question.prompt + question.num_answer_tokens, b)
-    grown += grown // config.text_config.num_hidden_layers
+    grown = calls.grown_bytes(question.prompt + question.num_answer_tokens, at_once, b)
     stages["answer"] = held | visual | {"KV cache": grown, "scores": 8 * at_once * config.text_config.vocab_size}
     return stages
 

@@ -16,8 +16,10 @@ from ..budgets_uhr_bat import budgets_of_total
 from ..configuration_uhr_bat import UHRBatConfig
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..image_reading_uhr_bat import check_image_size
+from .counting import HostCosts, count_host
 from .costs import (
     NF4_BYTES,
+    Formulas,
     Question,
     candidates_of,
     host_bytes,
@@ -43,6 +45,7 @@ _UNITS = {name.lower(): number for name, number in UNITS.items()} | {
 }
 LIMIT = re.compile(rf"\s*(\d+\.?\d*|\.\d+)\s*({'|'.join(_UNITS)})\s*", re.IGNORECASE)
 FREE = "free"
+NO_SECONDS = "Seconds are not predicted for models of other families: their rates are not measured."
 
 
 def parse_limit(text: str) -> tuple[float, str]:
@@ -76,6 +79,7 @@ class UHRBatPlan:
         host: bytes of the machine beside a GPU; 0 where the model is on a CPU.
         seconds: {stage: seconds}, or None where the device was not measured.
         load: of the machine when it was measured, see [`Rates`].
+        note: what else is to be known.
     """
 
     question: Question
@@ -84,6 +88,7 @@ class UHRBatPlan:
     host: int
     seconds: dict[str, float] | None
     load: float = 0.0
+    note: str = ""
 
     @property
     def budgets(self) -> list[int] | int:
@@ -134,6 +139,8 @@ class UHRBatPlan:
             lines.append(f"{question.num_questions} questions at once, about {question.num_images} images.")
         if self.host:
             lines.append(f"Beside the GPU, the machine holds {show_bytes(self.host)} of image and tiles.")
+        if self.note:
+            lines.append(self.note)
         return "\n".join(lines)
 
 
@@ -148,6 +155,9 @@ class UHRBatPlanner:
         dtype: of its tokens.
         vision_chunk_size, tile_cache_bytes: of the model, see [`UHRBatEncodingMixin`].
         is_loaded: whether the weights are in the device's memory already.
+        calls: what the calls of a model of another family cost; None for UHR-BAT's own.
+        max_tiles: that its processor encodes where nobody says how many.
+        note: what is to be known of every plan.
     """
 
     config: UHRBatConfig
@@ -157,6 +167,9 @@ class UHRBatPlanner:
     vision_chunk_size: int
     tile_cache_bytes: int
     is_loaded: bool = False
+    calls: HostCosts | None = None
+    max_tiles: int | None = None
+    note: str = ""
 
     def plan(
         self,
@@ -175,7 +188,8 @@ class UHRBatPlanner:
             budgets: int[S] or one number, visual tokens; None for the configuration's. Or a limit, "24GiB" or "5s", for
                 the largest budgets, in the configuration's proportions, that stay below it; "free" is the memory that the
                 device has left now, with the weights where they are in it.
-            max_tiles: tiles that are encoded where the question looks; None for all of every scale.
+            max_tiles: tiles that are encoded where the question looks; None for all of every scale, or as many as the
+                processor of a model of another family encodes.
             native: whether these are of levels down to the image's own resolution, which share one budget.
             seconds: whether seconds are predicted, of a device that is here; the first time, it is measured, which takes
                 some itself.
@@ -188,6 +202,7 @@ class UHRBatPlanner:
             ValueError: a size that no image has or that is over `max_image_pixels`; a limit that the smallest budgets exceed:
                 it names the term that is too large and what would fit.
         """
+        max_tiles = self.max_tiles if max_tiles is None else max_tiles
         most = UHRBatImageProcessor.max_image_pixels if max_image_pixels is None else max_image_pixels
         height, width = image_size
         check_image_size((min(height, 1), min(width, 1)) if native else (height, width), most)
@@ -200,7 +215,9 @@ class UHRBatPlanner:
         most, kind = (math.inf, "memory") if limit is None else self._read_limit(limit)
         if kind == "seconds":
             check_device(self.device)
-        seconds = kind == "seconds" or seconds and is_here(self.device)
+            if self.calls:
+                raise ValueError(f"{NO_SECONDS} Got {limit}; give memory, as \"24GiB\", or tokens.")
+        seconds = not self.calls and (kind == "seconds" or seconds and is_here(self.device))
         rates = rates_of(self.config, self.device, self.dtype) if seconds else None
         if limit is None:
             return self._price(question, rates)
@@ -259,12 +276,12 @@ class UHRBatPlanner:
     def _price(self, question, rates) -> UHRBatPlan:
         on_gpu = self.device.type != "cpu"
         b = torch.empty((), dtype=self.dtype).element_size()
-        flops = question_flops(self.config, question)
+        flops = question_flops(self.config, question, self.calls)
         machine = on_gpu, self.vision_chunk_size, self.tile_cache_bytes
-        memory = question_bytes(self.config, question, self.weights, b, *machine)
+        memory = question_bytes(self.config, question, self.weights, b, *machine, self.calls)
         host = host_bytes(self.config, question) if on_gpu and question.num_pixels else 0
         seconds = rates and self._seconds(question, flops, rates)
-        return UHRBatPlan(question, flops, memory, host, seconds, rates.load if rates else 0.0)
+        return UHRBatPlan(question, flops, memory, host, seconds, rates.load if rates else 0.0, self.note)
 
     def _seconds(self, question, flops, rates: Rates) -> dict[str, float]:
         text, seconds = self.config.text_config, {}
@@ -315,7 +332,7 @@ class UHRBatPlanner:
         if term == "weights" and self.dtype == torch.float32:
             advice += f", and so may weights in bfloat16, {show_bytes(self.weights // 2)}"
         elif term == "weights":
-            linear = self.config.text_config.num_hidden_layers * layer_weights(self.config)
+            linear = (self.calls or Formulas(self.config)).linear_weights
             size = torch.empty((), dtype=self.dtype).element_size()
             advice += f", and so may weights in 4 bits, about {show_bytes(self.weights - linear * (size - NF4_BYTES))}"
         elif term == "tower's chunk":
@@ -344,7 +361,10 @@ def planner_of(model, device=None) -> UHRBatPlanner:
     device = torch.device(model.device if device is None else device)
     embeddings = model.get_input_embeddings().weight
     own = embeddings.dtype, model.vision_chunk_size, model.tile_cache_bytes
-    return UHRBatPlanner(model.config, weights, device, *own, embeddings.device.type == device.type)
+    planner = UHRBatPlanner(model.config, weights, device, *own, embeddings.device.type == device.type)
+    if not hasattr(model, "host"):
+        return planner
+    return replace(planner, calls=count_host(model), max_tiles=model.settings.max_tiles, note=NO_SECONDS)
 
 
 def plan(model, image_size: tuple[int, int], budgets=None, **options) -> UHRBatPlan:
