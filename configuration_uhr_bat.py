@@ -50,10 +50,7 @@ class TowerForm(NamedTuple):
 
 # The towers and decoders that the model takes, by model type; SigLIP 2 of a fixed resolution is `siglip_vision_model` too.
 # All else is found in their own classes (`modeling_layers_uhr_bat.py`).
-VISION_TOWERS = {
-    "clip_vision_model": TowerForm("pre_layrnorm", 1),
-    "siglip_vision_model": TowerForm(None, 0),
-}
+VISION_TOWERS = {"clip_vision_model": TowerForm("pre_layrnorm", 1), "siglip_vision_model": TowerForm(None, 0)}
 DECODERS = ("qwen2", "qwen3", "llama")  # "qwen2" is Qwen2.5, too
 
 

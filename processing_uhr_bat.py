@@ -404,8 +404,7 @@ def _share_tiles(images, max_tiles, images_per_prompt):
     shares = [share for number in numbers for (share,) in split_budgets(max_tiles, ["all"], number)]
     try:
         return [
-            image.with_max_tiles(share) if image.kind == "pyramid" else image
-            for image, share in zip(images, shares)
+            image.with_max_tiles(share) if image.kind == "pyramid" else image for image, share in zip(images, shares)
         ]
     except ValueError as error:
         if max(numbers) == 1:

@@ -119,12 +119,7 @@ def _count_along(order, mask):
 
 @torch.no_grad()
 def select_tokens(
-    importance: torch.Tensor,
-    regions: torch.Tensor,
-    budget: int,
-    *,
-    threshold: str = "ge",
-    coverage: bool = False,
+    importance: torch.Tensor, regions: torch.Tensor, budget: int, *, threshold: str = "ge", coverage: bool = False
 ) -> torch.Tensor:
     """Decide which tokens of a scale are preserved, merged or dropped (eq. 8-12, algorithm 1).
 
