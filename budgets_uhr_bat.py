@@ -13,7 +13,7 @@ A total, of tokens or of tiles, is divided here and nowhere else:
 
 | among | in proportions of | by | what does not come out even |
 |---|---|---|---|
-| images of a prompt | equal shares | `split_budgets` | goes to the first image |
+| images of a prompt | equal shares | `equal_shares`, `split_budgets` | goes to the first image |
 | scales | their budgets | `apportion` | goes token by token to the scale that is furthest behind |
 | scales, as budgets | their budgets | `budgets_of_total` | as above, never decreasing |
 | levels | any weights | `share_in_order` | is passed on to the next finer level |
@@ -67,14 +67,14 @@ def split_budgets(budgets: Sequence[int] | int, scales: Sequence[int], num_image
             f"One budget must be at least 1 token per image, and none below 0, which leaves its scale out. Got {budgets} for "
             f"{num_images} image(s) in one prompt."
         )
-    shares = []
-    for budget in budgets:
-        share, rest = divmod(budget, num_images)
-        if share:
-            shares.append([share + rest] + [share] * (num_images - 1))
-        else:
-            shares.append([0] * (num_images - rest) + [1] * rest)
-    return [list(counts) for counts in zip(*shares)]
+    return [list(counts) for counts in zip(*(equal_shares(budget, num_images) for budget in budgets))]
+
+
+def equal_shares(total: int, number: int) -> list[int]:
+    """int[number] that add up to `total`: floors, the first with the remainder; of fewer than `number`, the last ones get
+    one each."""
+    share, rest = divmod(total, number)
+    return [share + rest] + [share] * (number - 1) if share else [0] * (number - rest) + [1] * rest
 
 
 def count_tokens(budgets, scales, images_per_prompt: Sequence[int], available) -> list[list[int]]:
@@ -222,7 +222,7 @@ def recover_counts(runs, images_per_prompt, budgets: Sequence[int], available) -
     totals = []
     for lengths, number in zip(runs, images_per_prompt):
         if number and len(lengths) != number:
-            lengths = [share for (share,) in split_budgets(sum(lengths), ["all"], number)]
+            lengths = equal_shares(sum(lengths), number)
         totals += lengths
     if is_one_budget(budgets):
         return [[total] for total in totals]

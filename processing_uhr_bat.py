@@ -20,7 +20,7 @@ from tokenizers import normalizers
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
-from .budgets_uhr_bat import count_tokens, is_one_budget, split_budgets
+from .budgets_uhr_bat import count_tokens, equal_shares, is_one_budget, split_budgets
 from .configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig, refuse_own_folder
 from .geometry_uhr_bat import grids, shown_patches
 from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs
@@ -401,7 +401,7 @@ def _share_tiles(images, max_tiles, images_per_prompt):
     if max_tiles is None:
         return images
     numbers = [number for number in images_per_prompt if number]
-    shares = [share for number in numbers for (share,) in split_budgets(max_tiles, ["all"], number)]
+    shares = [share for number in numbers for share in equal_shares(max_tiles, number)]
     try:
         return [
             image.with_max_tiles(share) if image.kind == "pyramid" else image for image, share in zip(images, shares)

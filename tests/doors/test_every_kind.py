@@ -101,3 +101,6 @@ def test_tiles_that_images_share_are_named_with_their_number(loaded, picture):
     text = prompts(loaded[0])[0].replace("<image>", "<image><image>")
     with pytest.raises(ValueError, match="`max_tiles` is 2, but the 4 tiles.* The 4 tiles of a prompt are shared by its 2"):
         call(loaded[0], [text], [[picture, picture]], {"max_tiles": 4})
+    (features,) = loaded[1].encode_image(**loaded[0].image_processor(picture, max_tiles=30))
+    with pytest.raises(ValueError, match="`max_tiles` is 0, but the 4 tiles.* The 1 tiles of a prompt are shared by its 2"):
+        loaded[0](text=text, image_features=[features] * 2, max_tiles=1)
