@@ -2,7 +2,6 @@
 
 import json
 import warnings
-from functools import partial
 from pathlib import Path
 
 from ..image_raster_files_uhr_bat import reason
@@ -19,19 +18,47 @@ WEIGHTS_NOTE = (
 
 
 def load_config(folder=ROOT, **changes):
-    """Configuration of a model folder, or of an adapter's model. `changes`: other values of its fields."""
+    """Configuration of a model of this package, or of an adapter's. `changes`: other values of its fields. Raises `ValueError`
+    for one that there is not."""
     from ..configuration_uhr_bat import UHRBatConfig
 
     folder = find_model(folder, weights=False)
-    return UHRBatConfig.from_pretrained(base_of(folder) or folder, **changes)
+    config, unknown = UHRBatConfig.from_pretrained(base_of(folder) or folder, return_unused_kwargs=True, **changes)
+    if unknown:
+        raise ValueError(
+            f"UHR-BAT has no setting {', '.join(sorted(unknown))}. Its settings are the fields of {folder / 'config.json'}."
+        )
+    return config
 
 
-def load_processor(folder=ROOT, **settings):
-    """Processor of a model folder, or the one beside an adapter; an adapter that has none has its model's."""
+def selector_of(folder=ROOT, **changes) -> str:
+    """The rule by which a model chooses its tokens, if it is not told another. `changes`: of `load_model`."""
+    if is_host(base_of(folder) or folder):
+        from ..hosts.loading import RULES
+
+        return (RULES | changes)["selector"]
+    return load_config(folder, **changes).selector
+
+
+def load_processor(folder=ROOT, changes=None, **settings):
+    """Processor of a model, or the one beside an adapter; an adapter that has none has its model's.
+
+    Args:
+        changes: of [`load_model`]; of this package's models the processor has none of them.
+        settings: of `UHRBatProcessor`.
+    """
     from ..processing_uhr_bat import UHRBatProcessor
 
     folder = find_model(folder, weights=False)
     base = base_of(folder)
+    if is_host(base or folder):
+        from ..hosts.loading import host_processor
+
+        processor = host_processor(base or folder, host_settings(base or folder), **(changes or {}))
+        processor.default_budgets = settings.get("default_budgets", processor.default_budgets)
+        return processor
+    if changes:
+        load_config(folder, **changes)  # refuses what there is not
     if base is None:
         return UHRBatProcessor.from_pretrained(folder, **settings)
     # The configuration is the model's, and says which class the tokenizer is of.
@@ -110,16 +137,6 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config
     model = adapted.get_base_model()
     model.save_pretrained, model.push_to_hub = adapted.save_pretrained, adapted.push_to_hub
     return processor, model
-
-
-def processor_first(folder=ROOT):
-    """(processor, a function that then loads processor and model): what is wrong with an image can be said before weights
-    are read. Of a model of another family the processor is known when the model is."""
-    folder = find_model(folder)
-    if is_host(base_of(folder) or folder):
-        both = load_model(folder)
-        return both[0], lambda: both
-    return load_processor(folder), partial(load_model, folder)
 
 
 def is_host(folder) -> bool:

@@ -7,7 +7,7 @@ and the revision. What stands behind it reads folders alone. Weights are fetched
 import json
 import os
 import re
-from argparse import ArgumentParser
+from argparse import Action, ArgumentParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
@@ -15,12 +15,34 @@ HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 SMALL, WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt"), ("model*.safetensors", "adapter_model.*")
 
 
+def setting(text: str) -> tuple:
+    """("look", 0.5) from "look=0.5", ("max_tiles", None) from "max_tiles=none"; what is no JSON is text."""
+    name, equals, value = text.partition("=")
+    if not equals or not name:
+        raise ValueError(text)
+    try:
+        return name, json.loads(value.lower() if value.lower() in ("true", "false") else value)
+    except json.JSONDecodeError:
+        return name, None if value.lower() == "none" else value
+
+
+class Settings(Action):
+    """Collects `setting` after `setting` in a dictionary; the last one of a name holds."""
+
+    def __call__(self, parser, namespace, value, option_string=None):
+        setattr(namespace, self.dest, getattr(namespace, self.dest) | dict([value]))
+
+
 def add_model_argument(parser: ArgumentParser, name: str = "--model"):
-    """The option that names a model, or the argument where `name` is none of an option."""
+    """The option that names a model, or the argument where `name` is none of an option; and `--set` for its settings."""
     optional = {} if name.startswith("-") else {"nargs": "?"}
     parser.add_argument(
         name, default=str(ROOT), metavar="MODEL", **optional,
         help="folder, or name on the Hub, as org/name or org/name@revision, of a model or an adapter (default: UHR-BAT-Tiny)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--set", type=setting, action=Settings, default={}, metavar="NAME=VALUE",
+        help="another value for a setting of the model, as selector=top_k, or of another family's look=0.5; may be repeated",
     )  # fmt: skip
 
 
@@ -180,10 +202,11 @@ def is_tiny(folder) -> bool:
     return Path(folder).resolve() == ROOT
 
 
-def told(folder) -> dict:
-    """How the settings of a run name their model: `model`, the repository or the folder, and `revision`, None for a folder."""
+def told(folder, changes: dict | None = None) -> dict:
+    """How the settings of a run name their model: `model`, the repository or the folder, `revision`, None for a folder, and
+    `model_settings`, those that were changed, or None."""
     name, revision = hub_name(folder) or (str(folder), None)
-    return {"model": name, "revision": revision}
+    return {"model": name, "revision": revision, "model_settings": changes or None}
 
 
 def with_revision(about: dict) -> str:
@@ -191,9 +214,16 @@ def with_revision(about: dict) -> str:
     return f"{about['model']}@{about['revision']}" if about.get("revision") else str(about["model"])
 
 
-def model_option(folder) -> str:
-    """ " --model NAME", as a command that a report repeats has it; nothing for UHR-BAT-Tiny."""
-    return "" if is_tiny(folder) else f" --model {with_revision(told(folder))}"
+def model_in_words(about: dict) -> str:
+    """What `told` told, for a report."""
+    changes = ", ".join(f"{name}={json.dumps(value)}" for name, value in (about.get("model_settings") or {}).items())
+    return with_revision(about) + f" ({changes})" * bool(changes)
+
+
+def model_option(folder, changes: dict) -> str:
+    """ " --model NAME --set NAME=VALUE", as a command that a report repeats has it; nothing for UHR-BAT-Tiny as it is."""
+    named = "" if is_tiny(folder) else f" --model {with_revision(told(folder))}"
+    return named + "".join(f" --set {name}={json.dumps(value)}" for name, value in changes.items())
 
 
 # ---- The Hub ---------------------------------------------------------------------------------------------------------

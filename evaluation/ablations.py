@@ -27,7 +27,7 @@ from ..common.extras import require
 from ..common.files import report_files
 from ..common.images import image_options
 from ..common.loading import load_model
-from ..common.models import ROOT, find_model, model_name, stay_offline, told, with_revision
+from ..common.models import ROOT, find_model, model_in_words, model_name, stay_offline, told
 from ..common.outputs import Output, check_outputs
 from ..common.tables import table
 from ..configuration_uhr_bat import UHRBatConfig
@@ -156,7 +156,7 @@ def flops_of(pair, suite, prompt, rows, sample, options) -> dict[str, float]:
     for row in rows:
         with FlopCounterMode(display=False) as counter:
             inputs, kept = choose(views, replace(row, view=("whole",)), question)
-            say(views.seen(), inputs, kept.pooler_output, max_new_tokens=limit)
+            say(views.seen(), inputs, [kept], max_new_tokens=limit)
         found[row.name] = encoding + counter.get_total_flops()
     return found
 
@@ -206,7 +206,7 @@ def measure(args) -> dict:
     samples = [sample for sample in suite.load(args.data, args.limit) if len(sample.pictures) == 1]
     if not samples:
         raise ValueError(f"{args.suite} has no question about a single image here.")
-    pair = load_model(args.model)
+    pair = load_model(args.model, **args.set)
     model = pair[1].eval()
     make_rows, axis = ABLATIONS[args.name]
     rows, options, flops = make_rows(model.config), image_options(args), {}
@@ -222,10 +222,10 @@ def measure(args) -> dict:
         raise ValueError(f"No image could be asked about. The first failure: {errors[0]['error']}")
     name, images, scorer = model_name(args.model), len({record["image"] for record in records}), suite.scorers[0].name
     about = {
-        **told(args.model), "axis": axis, "suite": args.suite, "data": args.data, "model": name,
+        **told(args.model, args.set), "axis": axis, "suite": args.suite, "data": args.data, "model": name,
         "prompt": prompt, "says": SAYS.format(questions=len(records) // len(rows), images=images, scorer=scorer),
     }  # fmt: skip
-    about["title"] = f"{args.name}: {args.suite}, {with_revision(about)}"
+    about["title"] = f"{args.name}: {args.suite}, {model_in_words(about)}"
     found = [row | {"flops": flops[row["name"]]} for row in summarise(records, {rows[0].name: rows[0].x})]
     result = {"about": about, "rows": found, "errors": errors}
     if args.name == "table-4":

@@ -14,7 +14,7 @@ import sys
 from pathlib import Path
 
 from ..common.commands import check_range, tells_errors
-from ..common.models import stay_offline, with_revision
+from ..common.models import model_in_words, stay_offline
 from . import figures
 from .asked import check_asked
 from .evaluate import check_answered, scorers_of
@@ -56,7 +56,7 @@ def compare(runs, names=None, suite=None, data=None, limit=None) -> str:
     rows = figures.compare(suite, samples, *both, scorers_of(suite, names))
     what = "\n".join(
         f"- {run}: answers of another program" if one is None else
-        f"- {run}: {with_revision(one)}, budgets {one['budgets']}, {one['selector']}, {one['prompt']}"
+        f"- {run}: {model_in_words(one)}, budgets {one['budgets']}, {one['selector']}, {one['prompt']}"
         for run, one in zip(runs, settings)
     )  # fmt: skip
     return f"# {suite.title}: two runs\n\n{what}\n\n{figures.compare_table(rows, [str(one) for one in runs])}\n"

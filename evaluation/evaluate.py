@@ -20,7 +20,7 @@ from ..common.budgets import budgets as read_budgets
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.images import add_image_arguments, add_tile_arguments, image_options
-from ..common.loading import load_config, load_model, load_processor
+from ..common.loading import load_model, load_processor, selector_of
 from ..common.models import add_model_argument, find_model, stay_offline, told
 from ..common.outputs import Output, check_outputs
 from ..common.runs import alone
@@ -101,15 +101,16 @@ def parser():
 def ask_suite(args, suite, samples, prompt):
     """The lines of a run, asked or found, and its settings."""
     folder = find_model(args.model)
-    config, default = load_config(folder), load_processor(folder).default_budgets
+    processor = load_processor(folder, args.set)
+    default = processor.default_budgets
     tiles, budgets = looking_closer(args.budgets, default, args.max_tiles, args.native)
     budgets = default if budgets is None else budgets
-    split_budgets(budgets, config.scales)
+    split_budgets(budgets, processor.image_processor.scales)
     read = {name: value for name, value in image_options(args).items() if value is not None}
     read = json.loads(json.dumps(read, default=str))  # as settings.json holds them
     settings = Settings(
-        suite=suite.name, data=args.data, **told(folder), prompt=prompt,
-        budgets=budgets, selector=args.selector or config.selector,
+        suite=suite.name, data=args.data, **told(folder, args.set), prompt=prompt,
+        budgets=budgets, selector=args.selector or selector_of(folder, **args.set),
         seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
         versions=versions(), **tiles, weights=folder_digest(folder), image=read or None,
         batch_size=args.batch_size,
@@ -119,7 +120,7 @@ def ask_suite(args, suite, samples, prompt):
     state = process_state()
     # Each process has the whole model on its own device.
     device_map = "auto" if state.num_processes == 1 else {"": state.device}
-    processor, model = load_model(folder, device_map=device_map)
+    processor, model = load_model(folder, device_map=device_map, **args.set)
     with alone(args.output / f"predictions-{state.process_index}.jsonl"):
         return run(model.eval(), processor, suite, samples, settings, args.output, args.workers, args.retry)
 

@@ -84,10 +84,10 @@ def text_only(num_scenes, first_seed=FINETUNING_SEED) -> dict[str, str]:
 
 
 @torch.no_grad()
-def control_records(folder, records, samples, num_scenes) -> list[dict]:
+def control_records(folder, records, samples, num_scenes, changes=None) -> list[dict]:
     """What is said to the same questions from their texts alone, by the best reader of texts and by the model."""
     control, found = text_only(num_scenes), []
-    processor, model = load_model(folder, torch.float32)
+    processor, model = load_model(folder, torch.float32, **(changes or {}))
     about = {record["sample"]: record for record in records if record["row"] == FULL}
     for sample in samples:
         ((said, _),) = answers(
@@ -104,15 +104,15 @@ def control_records(folder, records, samples, num_scenes) -> list[dict]:
 
 
 def measure(
-    folder, samples, harder, fractions=FRACTIONS, methods=ROWS, workers=1, control_scenes=CONTROL_SCENES
+    folder, samples, harder, fractions=FRACTIONS, methods=ROWS, workers=1, control_scenes=CONTROL_SCENES, changes=None
 ) -> dict:
     """{"rows", "harder", "errors"}: the rows of samples of "scenes", and of those of `harder` {suite: samples}."""
     jobs = {"scenes": (samples, rows_of(methods, fractions))}
     jobs |= {name: (hard, rows_of(HARDER_ROWS, HARDER_FRACTIONS)) for name, hard in harder.items()}
-    found = ask_rows(folder, jobs, workers)
+    found = ask_rows(folder, jobs, workers, changes=changes)
     errors, records = [one for _, failed in found.values() for one in failed], found.pop("scenes")[0]
     # All tokens and the controls stand first.
-    controls = control_records(folder, records, samples, control_scenes)
+    controls = control_records(folder, records, samples, control_scenes, changes)
     records = [record for record in records if record["row"] == FULL] + controls + [
         record for record in records if record["row"] != FULL
     ]  # fmt: skip
@@ -151,9 +151,9 @@ def main(arguments=None) -> int:
     seeds = TEST_SEEDS[: args.scenes * args.seeds]
     # The harder scenes are laid out from the first set of seeds.
     harder = {name: samples_of(name, seeds[: args.scenes]) for name in HARDER}
-    result = measure(args.model, samples_of("scenes", seeds), harder, workers=args.workers)
+    result = measure(args.model, samples_of("scenes", seeds), harder, workers=args.workers, changes=args.set)
     about = {
-        "command": f"uhr-bat evidence{model_option(args.model)} --scenes {args.scenes} --seeds {args.seeds}",
+        "command": f"uhr-bat evidence{model_option(args.model, args.set)} --scenes {args.scenes} --seeds {args.seeds}",
         "scenes": len(seeds),
     }
     about |= {"seeds": args.seeds, "questions": result["rows"][0]["questions"], "axis": "visual tokens, % of all"}

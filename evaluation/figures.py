@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..common.files import whole_files, write_json
-from ..common.models import with_revision
+from ..common.models import model_in_words
 from ..common.tables import drawn_anew, mean_of_intervals, percent_interval, table, wilson
 from .running import BLANK, IMAGE, TEXT, VIEWS
 from .samples import Sample
@@ -178,7 +178,7 @@ def report(suite: Suite, result: dict, settings: dict) -> str:
     spent = budgets if isinstance(budgets, int) else f"{sum(budgets)} ({' + '.join(map(str, budgets))})"
     parts = [
         f"# {suite.title}: {result['samples']} samples, {result['images']} images",
-        f"Model {with_revision(settings)}, {spent} visual tokens at most, selector {settings['selector']}, prompt "
+        f"Model {model_in_words(settings)}, {spent} visual tokens at most, selector {settings['selector']}, prompt "
         f"{settings['prompt']}, seed {settings['seed']}"
         + (f", at most {settings['max_tiles']} tiles" if settings.get("max_tiles") else "")
         + (" of levels down to each image's own resolution" if settings.get("native") else "")

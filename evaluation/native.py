@@ -69,10 +69,10 @@ def plot(rows):
     return figure
 
 
-def measure(folder, samples, fractions=FRACTIONS, tiles=TILES, workers=1, focus=None) -> dict:
+def measure(folder, samples, fractions=FRACTIONS, tiles=TILES, workers=1, focus=None, changes=None) -> dict:
     """{"rows", "errors"} of samples of `SUITE`."""
     jobs = {SUITE: (samples, rows_of(fractions, tiles, focus))}
-    ((records, errors),) = ask_rows(folder, jobs, workers, focus).values()
+    ((records, errors),) = ask_rows(folder, jobs, workers, focus, changes).values()
     return {"rows": summarise(records, {FULL: ALL_TOKENS.x}, GROUPS), "errors": errors}
 
 
@@ -86,10 +86,8 @@ def main(arguments=None) -> int:
     args.focus = args.focus and find_model(args.focus)
     check_scenes(args, "native", focus=args.focus)
     samples = samples_of(SUITE, TEST_SEEDS[: args.scenes])
-    result = measure(args.model, samples, tiles=args.tiles, workers=args.workers, focus=args.focus)
-    command = (
-        f"uhr-bat evidence native{model_option(args.model)}{' --focus DIR' * bool(args.focus)} --scenes {args.scenes}"
-    )
+    result = measure(args.model, samples, tiles=args.tiles, workers=args.workers, focus=args.focus, changes=args.set)
+    command = f"uhr-bat evidence native{model_option(args.model, args.set)}{' --focus DIR' * bool(args.focus)} --scenes {args.scenes}"
     about = {"command": f"{command} --tiles {args.tiles}", "scenes": args.scenes, "tiles": args.tiles}
     about |= {
         "groups": "the smallest object that a question needs, in pixels of the image and of the finest fixed scale"

@@ -21,18 +21,20 @@ import numpy as np
 import torch
 from PIL import ImageDraw
 
+from ..budgets_uhr_bat import apportion, is_one_budget
 from ..common.asking import encode, write_prompt
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files, whole_files, write_json
 from ..common.loading import load_model
-from ..common.models import add_model_argument, find_model, stay_offline, told, with_revision
+from ..common.models import add_model_argument, find_model, model_in_words, stay_offline, told
 from ..common.outputs import Output, check_outputs
 from ..common.tables import percent, table
 from ..geometry_uhr_bat import tokens_of_points
 from ..regions.cache import add_segmenter_arguments, check_job, job_from, read_labels
 from ..regions.segment import load_segmenter, region_labels, segment_image
 from ..scenes import layout, painting
+from .rows import all_tiles
 
 PARTITIONS = ("kmeans", "birch", "grid", "none")
 # Table 8 goes from 4k to 10k tokens, 1.4 to 3.5 times the 3000 of appendix A; the lower half is where tokens are short.
@@ -133,13 +135,20 @@ def measure_row(model, prompts, image, budgets, ships, rules) -> dict:
     }
 
 
+def default_budgets(config, features) -> list[int]:
+    """int[S]: the model's, or its one budget in the proportions of the tokens that the scales have."""
+    if not is_one_budget(config.budgets):
+        return list(config.budgets)
+    return apportion(min(config.budgets, sum(features.available)), features.available, features.available)
+
+
 def run(model, prompts, features, ships, methods, factors, cluster_counts, labels=None) -> dict[str, list[dict]]:
     """Both tables: {"methods": rows, "clusters": rows}. `labels` long[1, N]: label maps of SAM, one method more."""
     from tqdm import tqdm
 
     config = model.config
-    scaled = {factor: [max(1, round(factor * budget)) for budget in config.budgets] for factor in factors}
-    available = features.available
+    available, default = features.available, default_budgets(config, features)
+    scaled = {factor: [max(1, round(factor * budget)) for budget in default] for factor in factors}
     for factor, budgets in scaled.items():
         scaled[factor] = [min(pair) for pair in zip(budgets, available)]
     with_labels = features
@@ -163,7 +172,7 @@ def run(model, prompts, features, ships, methods, factors, cluster_counts, label
                 bar.update()
         for k in cluster_counts:
             rules = {"region_method": "kmeans", "num_regions": k}
-            budgets = [min(pair) for pair in zip(config.budgets, available)]
+            budgets = [min(pair) for pair in zip(default, available)]
             seconds = {"partition_seconds": partition_seconds(model, prompts[0], features, budgets, rules)}
             row = measure_row(model, prompts, features, budgets, ships, rules)
             rows["clusters"].append({"method": "kmeans", "k": k, **row, **seconds})
@@ -185,7 +194,7 @@ def report(result: dict) -> str:
         return [row["tokens"], " / ".join(map(str, row["regions"])), *fractions, f"{row['partition_seconds']:.2f}"]
 
     chance = [percent(b / n) for b, n in list(zip(result["default_budgets"], result["tokens_seen"]))[-SCALES_MEASURED:]]
-    by = f" Model: {with_revision(result)}." if result.get("revision") else ""
+    by = f" Model: {model_in_words(result)}." if result.get("revision") else ""
     parts = [
         "# Region partitions on the made-up scene",
         NOT_MEASURED,
@@ -299,7 +308,7 @@ def main(arguments=None) -> int:
 
 def compare(args):
     """Everything from the scene to the three files."""
-    processor, model = load_model(args.model)
+    processor, model = load_model(args.model, **args.set)
     config = model.config
 
     image = painting.example(tuple(args.size), args.seed)
@@ -319,7 +328,7 @@ def compare(args):
         sam = {"checkpoint": args.masks.name, "seconds": None}
 
     prompts = [write_prompt(processor, question).to(model.device) for question in QUESTIONS[: args.questions]]
-    (features,) = encode(model, processor.image_processor(image, return_tensors="pt"))
+    (features,) = encode(model, all_tiles(processor.image_processor)(image, return_tensors="pt"))
     image_size = (image.height, image.width)
     ships = [torch.from_numpy(tokens_of_points(places, image_size, grid)) for grid in config.grids]
     rows = run(
@@ -328,11 +337,11 @@ def compare(args):
     )  # fmt: skip
     result = {
         "not_measured": NOT_MEASURED,
-        **told(args.model),
+        **told(args.model, args.set),
         "scales": config.scales,
         "image_size": [image.height, image.width],
         "tokens_seen": [len(tokens) for tokens in features.tokens],
-        "default_budgets": config.budgets,
+        "default_budgets": default_budgets(config, features),
         "num_ships": args.ships,
         "num_questions": len(prompts),
         "seed": args.seed,

@@ -25,7 +25,7 @@ from ..common.extras import require
 from ..common.files import report_files
 from ..common.images import image_options
 from ..common.loading import load_model
-from ..common.models import find_model, stay_offline, told, with_revision
+from ..common.models import find_model, model_in_words, stay_offline, told
 from ..common.outputs import Output, check_outputs
 from ..common.tables import interval, percent_interval, table, wilson
 from .evaluate import add_suite_arguments, prompt_of
@@ -135,7 +135,7 @@ def report(result) -> str:
     return "\n\n".join([
         f"# Evidence recall at budget: {about['suite']}",
         f"{about['objects']} objects of {about['samples']} questions about {about['images']} images, by "
-        f"{with_revision(about)}. Percent, with 95 % intervals of a bootstrap over images. Kept: one of the object's tokens "
+        f"{model_in_words(about)}. Percent, with 95 % intervals of a bootstrap over images. Kept: one of the object's tokens "
         "at one of the two finest scales has a place of its own in the prompt, unmerged. Share: of its tokens at the "
         "finest scale. Wilson's interval counts an image as one trial, and holds where few or all are kept. By size: the side of a square of the box's area, in pixels of the finest scale, number of "
         "objects in brackets.",
@@ -165,7 +165,7 @@ def measure_recall(args) -> dict:
     samples = [sample for sample in suite.load(args.data, args.limit) if sample.boxes]
     if not samples:
         raise ValueError(f"No sample of {args.suite} has a box of an object.")
-    pair, outside = load_model(args.model), []
+    pair, outside = load_model(args.model, **args.set), []
     pair[1].eval()
     measure = partial(records_of, pair, suite, prompt, args.fractions, args.methods, outside, image_options(args))
     records, errors = measure_groups(samples, measure, "Measuring")
@@ -174,7 +174,7 @@ def measure_recall(args) -> dict:
         raise ValueError(f"No object of {len(samples)} samples could be looked for. The first failure: {first}")
     one = [row for row in records if (row["method"], row["fraction"]) == (args.methods[0], args.fractions[0])]
     about = {
-        "suite": args.suite, "data": args.data, **told(args.model), "prompt": prompt, "samples": len(samples),
+        "suite": args.suite, "data": args.data, **told(args.model, args.set), "prompt": prompt, "samples": len(samples),
         "objects": len(one), "images": len({row["image"] for row in one}),
     }  # fmt: skip
     return {"about": about, "rows": summarise(records), "errors": errors, "boxes": outside}

@@ -140,6 +140,13 @@ class Seen(NamedTuple):
     small: bool = False
 
 
+def all_tiles(image_processor):
+    """The same one, which cuts all tiles of every scale unless it is told to look closer."""
+    copied = copy.copy(image_processor)
+    copied.max_tiles = copied.native = None
+    return copied
+
+
 class Views:
     """An image of a suite, encoded once in each way that is wanted.
 
@@ -160,7 +167,8 @@ class Views:
 
     def encode(self, image=None, pair=None, available=None, options=None, **kind) -> Seen:
         processor, model = pair or self.pair
-        cut = processor.image_processor(self.image if image is None else image, return_tensors="pt", **(options or {}))
+        reads, options = all_tiles(processor.image_processor), options or {}
+        cut = reads(self.image if image is None else image, return_tensors="pt", **options)
         (features,), seconds = timed(partial(asking.encode, model, cut))
         return Seen(processor, model, features, available or features.available, seconds, **kind)
 
@@ -228,6 +236,8 @@ def one_scale_model(model, side):
     config = single.config
     nearest = min(range(len(config.scales)), key=lambda scale: abs(config.scales[scale] - side))
     config.scales, config.native_scales, config.budgets = [side], [], [(side // config.patch_size) ** 2]
+    if not hasattr(model.model, "scale_embedding"):  # of another family, whose rows know nothing of scales
+        return single.eval()
     embedding = UHRBatScaleEmbedding(config).to(model.device)
     embedding.load_state_dict(
         {
@@ -322,10 +332,11 @@ def choose(views: Views, row: Row, question: str):
     return prompt, asking.compress(seen.model, prompt | {"image_features": [seen.features]} | spend, row.rules)
 
 
-def say(seen: Seen, prompt, visual, **generation) -> list[str]:
-    """Answers to one prompt, from several choices of visual tokens float[n, D]."""
-    images = UHRBatCompressionOutput(pooler_output=visual, images_per_prompt=[1] * len(visual))
-    repeated = (prompt[name].expand(len(visual), -1) for name in asking.PROMPT)
+def say(seen: Seen, prompt, chosen: list[UHRBatCompressionOutput], **generation) -> list[str]:
+    """Answers to one prompt about one image, from several choices of its visual tokens."""
+    parts = {name: [one[name] for one in chosen] for name in chosen[0] if all(name in one for one in chosen)}
+    images = UHRBatCompressionOutput(**{name: sum(values, []) for name, values in parts.items()})
+    repeated = (prompt[name].expand(len(chosen), -1) for name in asking.PROMPT)
     inputs = dict(zip(asking.PROMPT, seen.model.expand_placeholders(*repeated, images)))
     return asking.answer_texts(seen.processor, asking.generate(seen.model, inputs, images, **generation))
 
@@ -368,12 +379,12 @@ def records_of(pair, suite, prompt, rows, group, options=None, focus=None, apart
                 "kept": held,
             }
             key = len(batches) if apart else (id(seen.model), row.x)
-            batches[key].append((seen, inputs, kept.pooler_output[0], record | {"seconds": seconds}))
+            batches[key].append((seen, inputs, kept, record | {"seconds": seconds}))
             records.append(batches[key][-1][-1])
         for batch in batches.values():
             seen, inputs, *_ = batch[0]
-            visual = [tokens for _, _, tokens, _ in batch]
-            texts, generating = timed(partial(say, seen, inputs, visual, **limit))
+            chosen = [kept for _, _, kept, _ in batch]
+            texts, generating = timed(partial(say, seen, inputs, chosen, **limit))
             for (*_, record), text in zip(batch, texts):
                 record["right"] = suite.scorers[0].score(sample, text)
                 record["seconds"]["generate"] = generating
@@ -406,23 +417,24 @@ def list_errors(errors: list[dict], what="images failed") -> str:
 _worker = {}
 
 
-def _start_worker(folder, focus, threads):
+def _start_worker(folder, focus, threads, changes):
     torch.set_num_threads(threads)
-    _worker.update(pair=load_model(folder, torch.float32), focus=focus and load_model(focus, torch.float32))
+    _worker.update(pair=load_model(folder, torch.float32, **changes), focus=focus and load_model(focus, torch.float32))
 
 
 def _measure(suite, prompt, rows, group):
     return records_of(_worker["pair"], SUITES[suite], prompt, rows, group, focus=_worker["focus"])
 
 
-def ask_rows(folder, jobs, workers=1, focus=None) -> dict[str, tuple[list[dict], list[dict]]]:
+def ask_rows(folder, jobs, workers=1, focus=None, changes=None) -> dict[str, tuple[list[dict], list[dict]]]:
     """(records, errors) by suite; several workers are processes of one thread each.
 
     Args:
         jobs: {suite: (samples, rows)}.
         focus: folder of a model with LRS-VQA's module, or None.
+        changes: other values for settings of the model.
     """
-    start = folder, focus, 1 if workers > 1 else torch.get_num_threads()
+    start = folder, focus, 1 if workers > 1 else torch.get_num_threads(), changes or {}
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) if workers > 1 else None
     if pool is None:
         _start_worker(*start)
@@ -431,6 +443,8 @@ def ask_rows(folder, jobs, workers=1, focus=None) -> dict[str, tuple[list[dict],
         for name, (samples, rows) in jobs.items():
             measure = partial(_measure, name, next(iter(SUITES[name].prompts)), rows)
             found[name] = measure_groups(samples, measure, f"Asking {name}", pool)
+            if not found[name][0]:
+                raise ValueError(f"No image could be asked about. The first failure: {found[name][1][0]['error']}")
     finally:
         _worker.clear()
         if pool:

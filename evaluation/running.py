@@ -48,6 +48,7 @@ class Settings:
         versions: of what computed.
         weights: digest of the model folder.
         revision: of the model's repository, None for a folder.
+        model_settings: other values for settings of the model.
         image: options of reading that were given, as `bands`.
         batch_size: questions that are answered together.
     """
@@ -65,6 +66,7 @@ class Settings:
     max_tiles: int | None = None
     native: bool | None = None
     revision: str | None = None
+    model_settings: dict | None = None
     weights: str | None = None
     image: dict | None = None
     batch_size: int = 1

@@ -1,6 +1,6 @@
 """Ask a question about an image, and see where the visual tokens and the seconds go.
 
-    uhr-bat ask [IMAGE] [QUESTION] [--model MODEL] [--budgets 16,24,40,66] [--max-new-tokens 64]
+    uhr-bat ask [IMAGE] [QUESTION] [--model MODEL [--set NAME=VALUE]] [--budgets 16,24,40,66] [--max-new-tokens 64]
                 [--bands 4,3,2] [--value-range 0,2047] [--window 0,0,4096,4096] [--max-pixels N]
                 [--max-tiles N [--native]]
 
@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from ..budgets_uhr_bat import is_one_budget
 from ..common.commands import add_question_arguments, tells_errors
 from ..common.images import image_options, tile_options
-from ..common.loading import WEIGHTS_NOTE, check_image, processor_first
+from ..common.loading import WEIGHTS_NOTE, check_image, load_model, load_processor
 from ..common.models import find_model, is_tiny, stay_offline
 from ..scenes import painting
 
@@ -48,13 +48,11 @@ def token_bar(total):
     return TokenBar()
 
 
-def ask(image_path, question, folder, budgets, max_new_tokens, options, tiles):
+def ask(image_path, question, folder, changes, budgets, max_new_tokens, options, tiles):
     """Run every stage by itself and print the answer and what it cost."""
     seconds = {}
-    with timed(seconds, "load"):
-        processor, load = processor_first(folder)
-    image_processor = processor.image_processor
     with timed(seconds, "open"):  # a raster is decoded while it is resized
+        image_processor = load_processor(folder, changes).image_processor
         image = image_processor.open_image(image_path, **options)
     print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
     if is_tiny(folder):
@@ -67,7 +65,7 @@ def ask(image_path, question, folder, budgets, max_new_tokens, options, tiles):
     with timed(seconds, "load"):
         from ..common import asking
 
-        processor, model = load()
+        processor, model = load_model(folder, **changes)
     with timed(seconds, "encode"):
         features = asking.encode(model, image_inputs)
     inputs = asking.write_prompts(model, processor, [question], [features], budgets)
@@ -127,6 +125,7 @@ def main(arguments=None) -> int:
         args.image,
         args.question,
         args.model,
+        args.set,
         args.budgets,
         args.max_new_tokens,
         image_options(args),

@@ -17,7 +17,7 @@ from ..common.commands import add_question_arguments, tells_errors
 from ..common.extras import require
 from ..common.files import edited_alone, whole_outputs
 from ..common.images import image_options, tile_options
-from ..common.loading import WEIGHTS_NOTE, check_image, processor_first
+from ..common.loading import WEIGHTS_NOTE, check_image, load_model, load_processor
 from ..common.models import find_model, is_tiny, stay_offline
 from ..common.outputs import Output, check_outputs
 from . import Georeference, check_vectors, evidence_frame, write_page, write_raster, write_vectors
@@ -49,7 +49,7 @@ def ask(processor, model, image_inputs, question, budgets, max_new_tokens):
 def draw(args):
     """Ask, write the files that were asked for, and print their names."""
     print("Reading ...", file=sys.stderr, flush=True)
-    processor, load = processor_first(args.model)
+    processor = load_processor(args.model, args.set)
     image = processor.image_processor.open_image(args.image, **image_options(args))
     georeference = Georeference.of(image, args.image)
     if args.geojson:
@@ -59,7 +59,7 @@ def draw(args):
     if args.budgets is not None and not args.native:
         split_budgets(args.budgets, processor.image_processor.scales)
     print("Loading ...", file=sys.stderr, flush=True)
-    processor, model = load()
+    processor, model = load_model(args.model, **args.set)
     compressed, answer = ask(processor, model, image_inputs, args.question, args.budgets, args.max_new_tokens)
 
     about = {"image": Path(args.image).name, "question": args.question, "answer": answer}

@@ -5,6 +5,7 @@ answer."""
 from copy import copy, deepcopy
 from dataclasses import fields
 from math import isqrt
+from typing import NamedTuple
 
 import torch
 import transformers
@@ -16,7 +17,7 @@ from ..token_rules_uhr_bat import CompressionRules
 from .looks import attention_modules, look
 from .modeling import HostConfig, HostModel, TileReader
 from .prompts import make_processor
-from .settings import FAMILIES, OLDEST, family_of, largest_side, split_changes, tile_side
+from .settings import FAMILIES, OLDEST, HostSettings, family_of, largest_side, rows_a_side, split_changes, tile_side
 
 # What of UHR-BAT's configuration a host may have otherwise.
 CONFIG_FIELDS = {one.name for one in fields(CompressionRules)} - {"refinement"} | {
@@ -47,10 +48,59 @@ def load_host(
         changes: fields of [`HostSettings`] or of UHR-BAT's configuration.
 
     Raises:
-        ValueError: a model that cannot be a host, a setting that cannot be, or a self-test that failed.
-        TypeError: a setting that there is not.
+        ValueError: a model that cannot be a host, a setting that cannot be or that there is not, or a self-test that failed.
         ImportError: a release of transformers before 5.18.
     """
+    parts = _read(folder, calibrated, changes)
+    model_type = parts.config.model_type
+    host = AutoModelForImageTextToText.from_pretrained(
+        parts.folder,
+        dtype=dtype,
+        device_map=device_map,
+        quantization_config=quantization_config,
+        trust_remote_code=False,
+    ).eval()
+    if getattr(host, "tp_size", None) or getattr(host, "_tp_size", None):
+        raise ValueError(f"{folder}: under tensor parallelism a process sees its own heads alone, so it cannot look.")
+    missing = [name for name in ("get_image_features", "get_decoder") if not hasattr(host, name)]
+    if missing or not host._supports_mm_encoder_outputs():
+        raise ValueError(_not_a_host(folder, model_type, f"it has no {', '.join([*missing, 'mm_encoder_outputs'])}"))
+    try:
+        return _assemble(host, parts, check)
+    except Exception as error:
+        if model_type in FAMILIES or isinstance(error, ValueError) and "self-test" in str(error):
+            raise
+        raise ValueError(_not_a_host(folder, model_type, f"{type(error).__name__}: {error}")) from error
+
+
+def host_processor(folder, calibrated=None, **changes):
+    """The processor that [`load_host`] returns, without weights: images are opened and cut before these are read. In a family
+    that is not in the table, the tower alone knows its rows, and weights are read.
+
+    Args and raises: see there.
+    """
+    parts = _read(folder, calibrated, changes)
+    p = rows_a_side(parts.config, parts.side)
+    return load_host(folder, check=False, calibrated=calibrated, **changes)[0] if p is None else _processor(parts, p)
+
+
+class _Parts(NamedTuple):
+    """What is known of a host before its weights are read. `changes`: of UHR-BAT's configuration."""
+
+    folder: str
+    config: PreTrainedConfig
+    reader: TileReader
+    settings: HostSettings
+    scales: list[int]
+    changes: dict
+
+    @property
+    def side(self) -> int:
+        return self.reader.side
+
+
+def _read(folder, calibrated, changes) -> _Parts:
+    """Raises as [`load_host`]."""
     folder = str(folder)
     version = tuple(map(int, transformers.__version__.split(".")[:2]))
     if version < tuple(map(int, OLDEST.split("."))):
@@ -72,23 +122,14 @@ def load_host(
         if model_type in FAMILIES:
             raise
         raise ValueError(_not_a_host(folder, model_type, error)) from error
-    if weights:
-        host = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype=dtype, device_map=device_map, quantization_config=quantization_config, trust_remote_code=False
-        ).eval()
-    else:
-        host = shapes_of(config, dtype)
-    if getattr(host, "tp_size", None) or getattr(host, "_tp_size", None):
-        raise ValueError(f"{folder}: under tensor parallelism a process sees its own heads alone, so it cannot look.")
-    missing = [name for name in ("get_image_features", "get_decoder") if not hasattr(host, name)]
-    if missing or not host._supports_mm_encoder_outputs():
-        raise ValueError(_not_a_host(folder, model_type, f"it has no {', '.join([*missing, 'mm_encoder_outputs'])}"))
-    try:
-        return _assemble(folder, host, image_processor, side, options, settings, rest, check)
-    except Exception as error:
-        if model_type in FAMILIES or isinstance(error, ValueError) and "self-test" in str(error):
-            raise
-        raise ValueError(_not_a_host(folder, model_type, f"{type(error).__name__}: {error}")) from error
+    scales = rest.pop("scales", None) or [side * settings.anchor * 2**level for level in range(settings.levels)]
+    return _Parts(folder, config, TileReader(image_processor, side, options), settings, scales, rest)
+
+
+def _processor(parts, p):
+    one = parts.reader.inputs(torch.full((1, 3, parts.side, parts.side), 127.0))
+    reads = parts.folder, parts.config, parts.reader.image_processor
+    return make_processor(*reads, parts.settings, parts.side, p, parts.scales, one)
 
 
 def shapes_of(config, dtype="auto"):
@@ -109,15 +150,15 @@ def _not_a_host(folder, model_type, reason) -> str:
     )
 
 
-def _assemble(folder, host, image_processor, side, options, settings, changes, check):
+def _assemble(host, parts, check):
     """(processor, model) of a host that is loaded."""
-    reader = TileReader(image_processor, side, options)
+    folder, _, reader, settings, scales, changes = parts
+    side = parts.side
     with torch.no_grad():
         _, rows = reader.encode(host, torch.full((2, 3, side, side), 127.0))
     p = isqrt(rows.shape[1])
     if side % p:
         raise ValueError(f"A tile of {side} px has {rows.shape[1]} rows, which are no square grid of whole pixels.")
-    scales = changes.pop("scales", None) or [side * settings.anchor * 2**level for level in range(settings.levels)]
     text = host.config.get_text_config()
     layers = sorted(attention_modules(host.get_decoder()))
     if not layers:
@@ -135,10 +176,9 @@ def _assemble(folder, host, image_processor, side, options, settings, changes, c
         scale_embedding_additions=0, **made,
     )  # fmt: skip
     config.name_or_path = folder
-    model = HostModel(host, config, reader, settings, largest_side(image_processor))
+    model = HostModel(host, config, reader, settings, largest_side(reader.image_processor))
     model.vision_chunk_size = family_of(host.config.model_type).chunk
-    one = reader.inputs(torch.full((1, 3, side, side), 127.0))
-    processor = make_processor(folder, host.config, image_processor, settings, side, p, scales, one)
+    processor = _processor(parts, p)
     model.write = lambda words: processor.tokenizer(words, add_special_tokens=False, return_tensors="pt")["input_ids"][
         0
     ]

@@ -42,6 +42,9 @@ class HostSettings:
 
     def changed(self, changes: dict) -> "HostSettings":
         """With other values. Raises `ValueError` for one that cannot be."""
+        for name, value in changes.items():
+            if not self._is_kind(name, value):
+                raise ValueError(f"`{name}` is no {type(value).__name__}. Got {value!r}.")
         made = replace(self, **changes)
         for name in ("tile", "anchor", "levels", "max_tiles"):
             value = getattr(made, name)
@@ -54,6 +57,20 @@ class HostSettings:
         if made.places not in PLACES:
             raise ValueError(f"`places` is one of {', '.join(PLACES)}. Got {made.places!r}.")
         return made
+
+    @staticmethod
+    def _is_kind(name, value) -> bool:
+        if name in ("places", "marks"):
+            return isinstance(value, (str, bool)[name == "marks"])
+        if name == "budgets" and isinstance(value, (list, tuple)):
+            return all(type(one) is int for one in value)
+        return (
+            type(value) is int
+            or name == "look"
+            and type(value) is float
+            or name in ("tile", "max_tiles")
+            and value is None
+        )
 
 
 @dataclass(frozen=True)
@@ -123,11 +140,11 @@ def family_of(model_type: str) -> Family:
 
 
 def split_changes(changes: dict, others) -> tuple[dict, dict]:
-    """Those that are fields of [`HostSettings`], and the rest, which are among `others`. Raises `TypeError` for one that is
+    """Those that are fields of [`HostSettings`], and the rest, which are among `others`. Raises `ValueError` for one that is
     neither."""
     own = {one.name for one in fields(HostSettings)}
     if unknown := sorted(set(changes) - own - set(others)):
-        raise TypeError(
+        raise ValueError(
             f"A host has no setting {', '.join(unknown)}. It has {', '.join(sorted(own))}, and of UHR-BAT's configuration "
             f"{', '.join(sorted(others))}."
         )
@@ -189,6 +206,20 @@ def tile_side(config, image_processor, wanted: int | None) -> tuple[int, dict]:
     if wanted not in (None, side):
         raise ValueError(f"`tile` is {side} px with this model, whose tower has one size. Got {wanted}.")
     return side, options
+
+
+def rows_a_side(config, side: int) -> int | None:
+    """Rows a side of a tile, as the configurations of the known families have it; None for another one."""
+    if config.model_type not in FAMILIES:
+        return None
+    if hasattr(config, "mm_tokens_per_image"):  # Gemma 3
+        return isqrt(config.mm_tokens_per_image)
+    vision = config.vision_config
+    cell = (
+        _pair(vision.patch_size) * getattr(vision, "spatial_merge_size", 1) * getattr(vision, "pooling_kernel_size", 1)
+    )
+    cell *= getattr(config, "spatial_merge_size", 1) * getattr(config, "scale_factor", 1)  # Mistral 3; SmolVLM
+    return round(side / cell * getattr(config, "downsample_ratio", 1))  # InternVL's is a half
 
 
 def largest_side(image_processor) -> int | None:

@@ -16,7 +16,7 @@ from ..common.commands import add_question_arguments, tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import image_options, tile_options
-from ..common.loading import check_image, processor_first
+from ..common.loading import check_image, load_model, load_processor
 from ..common.models import find_model, stay_offline
 from ..common.outputs import Output, check_outputs
 from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
@@ -31,19 +31,18 @@ def budget_name(budgets):
     return f"{sum(budgets):,} tokens ({', '.join(map(str, budgets))})"
 
 
-def draw(image_path, question, output, budgets, folder, width, options, tiles):
+def draw(image_path, question, output, budgets, folder, changes, width, options, tiles):
     """Write the pictures into `output`, and print their names."""
     print("Reading ...", file=sys.stderr, flush=True)
     from ..common import asking
 
-    processor, load = processor_first(folder)
-    image_processor = processor.image_processor
+    image_processor = load_processor(folder, changes).image_processor
     image = image_processor.open_image(image_path, **options)
     limit = options["max_image_pixels"]
     image_inputs = image_processor(image, max_image_pixels=limit, return_tensors="pt", **tiles)
 
     print("Loading ...", file=sys.stderr, flush=True)
-    processor, model = load()
+    processor, model = load_model(folder, **changes)
     budgets = budgets or [model.config.budgets]
 
     print("Encoding ...", file=sys.stderr, flush=True)
@@ -101,6 +100,7 @@ def main(arguments=None) -> int:
         args.output,
         args.budgets,
         args.model,
+        args.set,
         args.width,
         image_options(args),
         tile_options(args),

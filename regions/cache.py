@@ -38,6 +38,7 @@ class Job:
     model: str
     view: int | None
     options: dict = field(default_factory=dict)  # how images are read
+    changes: dict = field(default_factory=dict)  # of the model's settings
 
 
 def to_tiles(labels: dict[int, torch.Tensor], patches_per_side: int) -> dict:
@@ -78,14 +79,14 @@ def write_whole(value, path: Path):
 
 
 @functools.cache
-def _tools(model, *segmenter):
+def _tools(model, changes, *segmenter):
     """Image processor and segmenter, loaded once per process."""
-    return load_processor(model).image_processor, load_segmenter(*segmenter)
+    return load_processor(model, dict(changes)).image_processor, load_segmenter(*segmenter)
 
 
 def cache_image(image_path: Path, output: Path, job: Job):
     """Write the mask cache of one image."""
-    processor, segmenter = _tools(job.model, job.checkpoint, job.settings, job.model_type)
+    processor, segmenter = _tools(job.model, tuple(job.changes.items()), job.checkpoint, job.settings, job.model_type)
     image = processor.process_image(str(image_path), **job.options)
     labels = segment_image(image, segmenter, processor.scales, processor.patch_size, job.view)
     write_whole(to_tiles(labels, processor.crop_size["height"] // processor.patch_size), output)
@@ -165,7 +166,7 @@ def job_from(args, options=None) -> Job:
     settings = MaskSettings(
         args.points_per_side, args.pred_iou_thresh, args.stability_score_thresh, crop_n_layers=args.crop_n_layers
     )
-    return Job(args.checkpoint, settings, args.model_type, args.model, args.view, options or {})
+    return Job(args.checkpoint, settings, args.model_type, args.model, args.view, options or {}, args.set)
 
 
 def check_job(job: Job):
@@ -200,7 +201,7 @@ def main(arguments=None) -> int:
     outputs = name_outputs(args.images, args.output)
     names = tuple(path.name for path in outputs.values())
     check_outputs((*args.images, job.checkpoint, job.model, args.area), Output("--output", args.output, names=names))
-    processor = load_processor(job.model).image_processor
+    processor = load_processor(job.model, job.changes).image_processor
     args.output.mkdir(parents=True, exist_ok=True)
     missing = {
         image_path: path

@@ -82,14 +82,14 @@ class Worker:
     its image while the other one's is answered.
 
     Args:
-        settings: `model`, `budgets`, `max_new_tokens`, and `reading`, the options of the image processor.
+        settings: what `told` tells of the model, `budgets`, `max_new_tokens`, and `reading`, the options of the image processor.
         batch_size: questions that are answered at once.
         attempts: handle of the `Attempts` of all workers.
     """
 
     def __init__(self, settings: dict, batch_size: int, attempts):
         self.settings, self.batch_size, self.attempts = settings, batch_size, attempts
-        self.processor, self.model = load_model(with_revision(settings))
+        self.processor, self.model = load_model(with_revision(settings), **(settings.get("model_settings") or {}))
         self.at_work = threading.RLock()
 
     def __call__(self, row: dict) -> list[dict]:
@@ -418,7 +418,7 @@ def main(arguments=None) -> int:
     check_outputs((args.images, args.questions, args.model, args.area), *outputs)
     require("batch", "ray.data")
     settings = {
-        **told(args.model.resolve()),
+        **told(args.model.resolve(), args.set),
         "budgets": args.budgets,
         "max_new_tokens": args.max_new_tokens,
         "reading": image_options(args) | tile_options(args),

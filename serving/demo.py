@@ -21,7 +21,7 @@ from ..common import images
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.images import is_file_name
-from ..common.loading import WEIGHTS_NOTE, check_image
+from ..common.loading import WEIGHTS_NOTE, check_image, load_model
 from ..common.models import add_model_argument, find_model, is_tiny, stay_offline
 from ..scenes import painting
 
@@ -365,7 +365,9 @@ def routes(desk) -> list:
     ]
 
 
-def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tokens=64, share=False, wait=True):
+def serve(
+    model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tokens=64, share=False, wait=True, changes=None
+):
     """Loads the model and serves the page.
 
     Args:
@@ -373,6 +375,7 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
         host, port: where the page is served.
         share: by gradio's tunnel too, which needs the internet.
         wait: until the page is stopped; False returns at once.
+        changes: other values for settings of the model.
 
     Returns:
         gradio's Blocks, which `close()` stops.
@@ -383,7 +386,7 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
     import gradio as gr
 
     from .cache import ContentCache
-    from .front import Front, fingerprint, load_served
+    from .front import Front, fingerprint
     from .ports import bracketed, take_port
     from .showing import Desk
     from .sources import SourceRules
@@ -391,7 +394,7 @@ def serve(model: Path, host=THIS_MACHINE[0], port=PORT, folder=None, max_new_tok
     for taken in take_port(host, port):  # gradio takes it anew: only whether it can is asked here
         port = taken.getsockname()[1]
         taken.close()
-    processor, loaded = load_served(model)
+    processor, loaded = load_model(model, **(changes or {}))
     note = WEIGHTS_NOTE if is_tiny(model) else ""
     desk = Desk(Front(processor, loaded, fingerprint(model), ContentCache(CACHE_BYTES), WORKERS), max_new_tokens, note)
     strangers = share or host not in THIS_MACHINE
@@ -447,7 +450,7 @@ def main(arguments=None) -> int:
     folder = args.allow_local_files
     if folder is not None and not folder.is_dir():
         raise FileNotFoundError(f"{folder}: there is no such folder.")
-    serve(args.model, args.host, args.port, folder, args.max_new_tokens, args.share)
+    serve(args.model, args.host, args.port, folder, args.max_new_tokens, args.share, changes=args.set)
     return 0
 
 

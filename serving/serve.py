@@ -5,7 +5,6 @@ uhr-bat serve [MODEL] [--backend vllm] [--host 127.0.0.1] [--port 8000] [--cache
 """
 
 import argparse
-import json
 import logging
 import math
 import os
@@ -14,8 +13,8 @@ from pathlib import Path
 
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.loading import WEIGHTS_NOTE
-from ..common.models import add_model_argument, find_model, is_tiny, model_name, stay_offline
+from ..common.loading import WEIGHTS_NOTE, load_model
+from ..common.models import add_model_argument, find_model, is_tiny, model_name, setting, stay_offline
 from .doors import Named, check_origins, is_this_machine
 
 BACKENDS = ("transformers", "vllm")
@@ -27,17 +26,6 @@ WORKERS = 2
 STOP_SECONDS = 5
 # Seconds that an idle connection is kept, longer than clients and proxies do: who hangs up second loses no request.
 KEPT_SECONDS = 75
-
-
-def pair(text: str) -> tuple:
-    """("tensor_parallel_size", 2) from "tensor_parallel_size=2"; what is no JSON is text."""
-    name, equals, value = text.partition("=")
-    if not equals:
-        raise ValueError(text)
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def parser() -> argparse.ArgumentParser:
@@ -77,7 +65,7 @@ def parser() -> argparse.ArgumentParser:
         help="of encoded images and selections that are kept (default: 4 GiB)",
     )  # fmt: skip
     group.add_argument(
-        "--vllm", type=pair, action="append", default=[], metavar="NAME=VALUE",
+        "--vllm", type=setting, action="append", default=[], metavar="NAME=VALUE",
         help="another argument of vLLM's AsyncEngineArgs, as tensor_parallel_size=2; may be repeated",
     )  # fmt: skip
     group = parser.add_argument_group("what a request may name")
@@ -107,12 +95,12 @@ def build(args):
     from .cache import ContentCache
     from .decoding import decoder_folder, end_ids
     from .engine import Engine
-    from .front import Front, fingerprint, load_served
+    from .front import Front, fingerprint
     from .sources import SourceRules
     from .structure import Forms
 
     folder = args.allow_local_files
-    processor, model = load_served(args.model)
+    processor, model = load_model(args.model, **args.set)
     # The front's threads share the cores; more threads than cores wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
     model_key = fingerprint(args.model)

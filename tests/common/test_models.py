@@ -39,9 +39,11 @@ def test_a_repository_is_the_snapshot_of_the_cache_and_names_its_revision(cache,
     snapshot = put(cache, NAME, model_folder)
     folder = find_model(NAME)
     assert folder == snapshot and hub_name(folder) == (NAME, REVISION) and model_name(folder) == NAME
-    assert told(folder) == {"model": NAME, "revision": REVISION}
+    assert told(folder, {"look": 0.5}) == {"model": NAME, "revision": REVISION, "model_settings": {"look": 0.5}}
     assert find_model(with_revision(told(folder))) == snapshot
-    assert told(ROOT) == {"model": str(ROOT), "revision": None} and with_revision(told(ROOT)) == str(ROOT)
+    assert told(ROOT, {}) == {"model": str(ROOT), "revision": None, "model_settings": None} and with_revision(
+        told(ROOT)
+    ) == str(ROOT)
     assert model_name(ROOT) == "UHR-BAT-Tiny"
 
 

@@ -35,7 +35,7 @@ def test_ask_answers_and_accounts_for_tokens_and_seconds(image_path):
     assert ["128", "px", "16", "x", "16", "224", "16", "16"] in rows
     assert rows[rows.index(["stage", "seconds"]) - 1][-2:] == ["80", "80"]
     stages = [row[0] for row in rows[rows.index(["stage", "seconds"]) + 1 :]]
-    assert stages == ["load", "open", "preprocess", "encode", "compress", "generate", "all"]
+    assert stages == ["open", "preprocess", "load", "encode", "compress", "generate", "all"]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
-from uhr_bat.common.loading import ROOT, WEIGHTS_NOTE, load_processor
+from uhr_bat.common.loading import ROOT, WEIGHTS_NOTE
 from uhr_bat.geo import __main__ as command
 from uhr_bat.scenes import painting
 
@@ -126,13 +126,16 @@ def test_the_documented_python_runs(scene, monkeypatch, capsys):
         (["--geopackage", "{scene}/scene.tif.gpkg", "--layer", "gpkg_a"], "no layer can be called 'gpkg_a'"),
         (["--geojson", "x.json", "--area", "./x.json"], "--geojson would write over a file that is read"),
         (["--geojson", "x.json", "--bands", "9"], "`bands` is one band or three, numbers from 1 to 3. Got [9]."),
-        (["--geojson", "x.json", "--window", "0,0,1,1,EPSG:0"], "the coordinate system 'EPSG:0' of the window is not known"),
+        (
+            ["--geojson", "x.json", "--window", "0,0,1,1,EPSG:0"],
+            "the coordinate system 'EPSG:0' of the window is not known",
+        ),
         (["--geojson", "x.json", "--max-tiles", "1"], "`max_tiles` is 1, but the 4 tiles of the anchor"),
         (["--geojson", "x.json", "--budgets", "4,8"], "budgets"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(scene, capsys, monkeypatch, arguments, message):
-    monkeypatch.setattr(command, "processor_first", lambda folder: (load_processor(folder), pytest.fail))
+    monkeypatch.delattr(command, "load_model")
     arguments = [part.format(scene=scene) for part in arguments]
     assert command.main([str(scene / "scene.tif"), QUESTION, *arguments]) == 2
     assert message in capsys.readouterr().err
