@@ -17,7 +17,7 @@ from uhr_bat.common.loading import load_model
 BUDGETS = [2, 3, 5, 6]
 QUESTIONS = ("How many ships?", "What colour is the plane at the runway?", "Where is the pier?", "Is there a car?")
 DOCUMENTS = [
-    {"image": random_image(40, 30, seed=number // 2), "question": text} for number, text in enumerate(QUESTIONS)
+    {"image": random_image(160, 20, seed=number // 2), "question": text} for number, text in enumerate(QUESTIONS)
 ]
 
 
