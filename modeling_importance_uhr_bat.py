@@ -13,6 +13,7 @@ import torch
 from .geometry_uhr_bat import positions_of, tile_of
 from .image_pyramids_uhr_bat import best_tiles, overlapping_tiles
 from .modeling_outputs_uhr_bat import Places, UHRBatImageFeatures
+from .modeling_seam_uhr_bat import VisionLanguageModel
 from .token_rules_uhr_bat import look_up
 
 
@@ -20,7 +21,14 @@ class UHRBatImportanceMixin:
     """For a [`VisionLanguageModel`] with `encode_level`."""
 
     def estimate_importance(
-        self, input_ids, anchor_tokens, inputs_embeds=None, *, layer=None, question_tokens=None, places=None
+        self: VisionLanguageModel,
+        input_ids,
+        anchor_tokens,
+        inputs_embeds=None,
+        *,
+        layer=None,
+        question_tokens=None,
+        places=None,
     ) -> torch.Tensor:
         """Eq. 2: attention that the question pays to the anchor tokens at the importance layer, averaged over heads and over
         the question's tokens: all text after the image, or the last token of the sequence (`question_tokens`, and where no
