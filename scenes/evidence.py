@@ -11,12 +11,11 @@ from .layout import SITE_SIDE, WIDTH
 SITE_SAMPLES = 24  # points a side, by which the portion of a site in a cell is measured
 
 
-def tokens_at(scene, points, grid, letterboxed=True) -> list[int]:
-    """The tokens of a grid that show points of a scene; of a grid over the image alone where it is not `letterboxed`."""
+def tokens_at(scene, points, grid) -> list[int]:
+    """The tokens of a grid that show points of a scene."""
     if not points:
         return []
-    places = scene.to_square(points) if letterboxed else scene.to_image(points)
-    rows, columns = (places * grid).astype(int).clip(0, np.subtract(grid, 1)).T
+    rows, columns = (scene.to_square(points) * grid).astype(int).clip(0, np.subtract(grid, 1)).T
     return (rows * grid[1] + columns).tolist()
 
 
@@ -53,13 +52,6 @@ def site_tokens(scene, sites, grids) -> list[tuple[int, int]]:
     return found
 
 
-def evidence_of(scene, question, grids, letterboxed=True) -> list[list[tuple[int, int]]]:
-    """For every object that a question needs, its (scale, position) at the two finest scales."""
-    points, finest = [thing.centre for thing in question.objects], range(len(grids))[-2:]
-    by_scale = [[(scale, token) for token in tokens_at(scene, points, grids[scale], letterboxed)] for scale in finest]
-    return [list(tokens) for tokens in zip(*by_scale)]
-
-
 def evidence_tokens(scene, question, grids) -> list[tuple[int, int]]:
     """(scale, position) of what has to be read for the answer.
 
@@ -69,4 +61,6 @@ def evidence_tokens(scene, question, grids) -> list[tuple[int, int]]:
     if question.kind == "quadrant":
         points = [scene.sites[index].centre for index in question.sites]
         return [(scale, token) for scale, grid in enumerate(grids) for token in tokens_at(scene, points, grid)]
-    return [token for tokens in evidence_of(scene, question, grids) for token in tokens]
+    points, finest = [thing.centre for thing in question.objects], range(len(grids))[-2:]
+    by_scale = [[(scale, token) for token in tokens_at(scene, points, grids[scale])] for scale in finest]
+    return [token for of_object in zip(*by_scale) for token in of_object]

@@ -127,11 +127,6 @@ class Scene:
         top = (WIDTH - self.height) / 2
         return np.stack(((points[..., 1] + top) / WIDTH, points[..., 0] / WIDTH), axis=-1)
 
-    def to_image(self, points) -> np.ndarray:
-        """The same of the image itself, without a letterbox."""
-        points = np.asarray(points, float)
-        return np.stack((points[..., 1] / self.height, points[..., 0] / WIDTH), axis=-1)
-
 
 def make_scene(
     seed: int,
