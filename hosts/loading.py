@@ -28,14 +28,7 @@ RULES = {"selector": "distinct", "num_regions": 4, "coord_weight": 8.0}
 
 
 def load_host(
-    folder,
-    dtype="auto",
-    device_map=None,
-    quantization_config=None,
-    check=True,
-    calibrated=None,
-    weights=True,
-    **changes,
+    folder, dtype="auto", device_map=None, quantization_config=None, check=True, calibrated=None, weights=True, **changes
 ):
     """(processor, model) of a vision-language model of the library.
 
@@ -53,13 +46,11 @@ def load_host(
     """
     parts = _read(folder, calibrated, changes)
     model_type = parts.config.model_type
-    host = AutoModelForImageTextToText.from_pretrained(
-        parts.folder,
-        dtype=dtype,
-        device_map=device_map,
-        quantization_config=quantization_config,
-        trust_remote_code=False,
-    ).eval()
+    if weights:
+        options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+        host = AutoModelForImageTextToText.from_pretrained(parts.folder, **options, trust_remote_code=False).eval()
+    else:
+        host = shapes_of(parts.config, dtype)
     if getattr(host, "tp_size", None) or getattr(host, "_tp_size", None):
         raise ValueError(f"{folder}: under tensor parallelism a process sees its own heads alone, so it cannot look.")
     missing = [name for name in ("get_image_features", "get_decoder") if not hasattr(host, name)]

@@ -33,12 +33,13 @@ def image_size(text: str) -> tuple[int, int]:
     return height, width
 
 
-def planner_of_folder(folder: Path, device: str | None = None, dtype: str | None = None):
-    """The planner of a model folder, without its weights.
+def planner_of_folder(folder: Path, device: str | None = None, dtype: str | None = None, **changes):
+    """The planner of a model, without its weights.
 
     Args:
         device: "cuda", "cuda:1" or "cpu"; None for the GPU where there is one.
         dtype: of the weights; None for that of the folder.
+        changes: other values for settings of the model.
     """
     import torch
 
@@ -50,11 +51,11 @@ def planner_of_folder(folder: Path, device: str | None = None, dtype: str | None
     if is_host(folder):
         from ..hosts.loading import load_host
 
-        options = {"check": False, "calibrated": host_settings(folder), "weights": False}
+        options = {"check": False, "calibrated": host_settings(folder), "weights": False, **changes}
         with Shapes():
             _, model = load_host(folder, "auto" if dtype is None else getattr(torch, dtype), **options)
     else:
-        config = load_config(folder)
+        config = load_config(folder, **changes)
         dtype = config.dtype or torch.float32 if dtype is None else getattr(torch, dtype)
         with torch.device("meta"):
             model = UHRBatForConditionalGeneration(config).to(dtype)
@@ -70,7 +71,7 @@ def device_of(text: str) -> str:
 def plan(args) -> str:
     from .rates import check_device, is_here, known_rates
 
-    planner = planner_of_folder(args.model, args.device, args.dtype)
+    planner = planner_of_folder(args.model, args.device, args.dtype, **args.set)
     here = is_here(planner.device)
     if args.seconds is not None:
         check_device(planner.device)
