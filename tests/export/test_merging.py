@@ -171,11 +171,12 @@ def test_model_and_adapter_are_found_in_the_hubs_cache_without_a_network(bases, 
     code = (
         "import sys, os; os.environ['HF_HUB_CACHE'] = sys.argv[1]\n"
         "import torch; from uhr_bat.common.loading import load_model\n"
-        "for name in sys.argv[3:]:\n"
-        "    _, model = load_model(name, device_map=None)\n"
-        "    torch.save(model.eval()(input_ids=torch.arange(5, 60)[None]).logits.detach().flatten(), sys.argv[2])\n"
+        "models = [load_model(name, device_map=None)[1].eval() for name in sys.argv[3:]]\n"
+        "ids = torch.arange(5, 60)[None]\n"
+        "torch.save([model(input_ids=ids).logits.detach().flatten() for model in models], sys.argv[2])\n"
     )
-    for name in (adapter, "me/lora"):
-        in_new_process(code, tmp_path, tmp_path / "hub", tmp_path / "logits.pt", name)
-        found = torch.load(tmp_path / "logits.pt", weights_only=True)
+    in_new_process(code, tmp_path, tmp_path / "hub", tmp_path / "logits.pt", adapter, "me/lora")
+    both = torch.load(tmp_path / "logits.pt", weights_only=True)
+    assert len(both) == 2
+    for found in both:
         torch.testing.assert_close(found, live[: len(found)], rtol=0, atol=1e-6)
