@@ -255,7 +255,7 @@ def compare(args) -> int:
 
 def soak(args) -> int:
     """Requests of many kinds for a while: nothing fails, memory does not grow, answers are those of the loop."""
-    num_scenes = 8 if args.quick else 4 * SOAK_USERS
+    num_scenes = 5 if args.quick else 4 * SOAK_USERS
     with tempfile.TemporaryDirectory() as folder, ExitStack() as stack:
         scenes = [
             AskedScene(seed, 256 if args.quick else 512, QUESTIONS) for seed in tqdm(range(num_scenes), desc="scenes")
