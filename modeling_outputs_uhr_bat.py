@@ -129,7 +129,7 @@ class TileCache:
 
     def __reduce__(self):
         """Tiles stay where they are: what is copied, or sent to another process, has an empty cache of its own."""
-        return TileCache, (self.limit, self.device)
+        return type(self), (self.limit, self.device)
 
     def find(self, level_idx: int, tile_idx: list[int]) -> dict[int, torch.Tensor]:
         """{tile: float[P, D]} of those tiles of a level that are there."""

@@ -1,9 +1,8 @@
 """The look: what the question pays to the rows of an image, read inside the model's own attention.
 
-A kernel of our own stands behind the decoder's attention modules, by the library's `AttentionInterface`. It hands each call
-to the kernel that the model has, but for the module that a look is for: there it computes the question's rows, after all
-that the family does to queries and keys, and ends the pass. The look travels with its call as a keyword, so that calls of
-other threads do not see it; nothing is set and nothing has to be restored.
+A kernel of ours stands behind the decoder's attention modules, by the library's `AttentionInterface`. It hands each call to the
+model's own kernel, but for the module that a look is for: there it computes the question's rows, after all that the family does
+to queries and keys, and ends the pass. The look travels with its call as a keyword: no other thread sees it, nothing is set.
 """
 
 import sys
@@ -56,26 +55,23 @@ AttentionInterface.register(KERNEL, look_kernel)
 
 
 def attention_modules(decoder) -> dict[int, nn.Module]:
-    """{layer: its attention module} of those layers of a decoder that attend to everything before them."""
+    """{layer: its attention module} of those layers of a decoder that attend to everything before them.
+
+    All attention modules ask for our kernel from here on, by a configuration of their own: the model's stays as it is, and
+    its masks and what it saves follow from that.
+    """
     types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
     found = {}
     for layer_idx, (layer, kind) in enumerate(zip(decoder.layers, types)):
-        for module in layer.modules():
-            if "Attention" in type(module).__name__ and hasattr(module, "config"):
-                prepare(module)
-                if kind == "full_attention":
-                    found[layer_idx] = module
-                break
+        modules = (one for one in layer.modules() if "Attention" in type(one).__name__ and hasattr(one, "config"))
+        module = next(modules, None)
+        if module is not None and not hasattr(module.config, "kernel_of"):
+            own = copy(module.config)
+            own.kernel_of, own._attn_implementation_internal = module.config, KERNEL
+            module.config = own
+        if module is not None and kind == "full_attention":
+            found[layer_idx] = module
     return found
-
-
-def prepare(module):
-    """Has an attention module ask for our kernel, by a configuration of its own: the model's stays as it is, its masks and
-    what it saves follow from that."""
-    if not hasattr(module.config, "kernel_of"):
-        own = copy(module.config)
-        own.kernel_of, own._attn_implementation_internal = module.config, KERNEL
-        module.config = own
 
 
 def look(base, attention, question_start, weights=False, **inputs) -> torch.Tensor:

@@ -3,6 +3,8 @@
 Axes: V rows of an image, L its levels, B prompts, M tokens of a prompt. Points are (row, column) on a level's grid.
 """
 
+from math import isqrt
+
 import torch
 
 
@@ -25,38 +27,31 @@ def order_of(places, tile_rows: int | None) -> torch.Tensor:
     return order
 
 
-def coordinates(places, rule: str, largest: int | None) -> tuple[torch.Tensor, int]:
+def coordinates(places, order, rule: str, largest: int | None) -> tuple[torch.Tensor, int]:
     """M-RoPE's (t, h, w) of the rows of an image, from its first, and by how much the text after it goes on.
 
     Args:
         places: per level, with `points` float[V_l, 2] and `grid`.
+        order: what `order_of` returned for them.
         rule: see [`HostSettings`].
         largest: rows a side of the largest image that the model was made for; finer grids are laid onto that.
 
     Returns:
-        (float64[V, 3], level after level; an integer).
+        (float64[V, 3] in the order of the prompt, an integer).
     """
-    limit = largest or max(max(one.grid) for one in places)
     if rule == "rectangle":
-        number = sum(len(one.points) for one in places)
-        columns = max(1, int(number**0.5))
-        columns += columns**2 < number
-        idx = torch.arange(number, device=places[0].points.device)
-        made = torch.stack((torch.zeros_like(idx), idx // columns, idx % columns), dim=1)
-        return made.double(), columns
+        columns = isqrt(max(0, len(order) - 1)) + 1
+        idx = torch.arange(len(order), device=order.device)
+        return torch.stack((idx * 0, idx // columns, idx % columns), dim=1).double(), columns
+    sides = [min(max(one.grid), largest or max(one.grid)) for one in places]
     found, start = [], 0
-    side = min(max(max(one.grid) for one in places), limit)
-    for one in places:
-        if rule == "levels":
-            side = min(max(one.grid), limit)
-        grid = one.points.new_tensor(one.grid)
-        points = (one.points + 0.5) * side / grid - 0.5
-        if side == max(one.grid):  # no rounding of what is a place of the grid
-            points = one.points
-        time = points.new_full((len(points), 1), start)
-        found.append(torch.cat((time, points + start), dim=1))
+    for one, side in zip(places, sides):
+        side = side if rule == "levels" else max(sides)
+        # No rounding of what is a place of the grid.
+        points = one.points if side == max(one.grid) else (one.points + 0.5) * side / max(one.grid) - 0.5
+        found.append(torch.cat((torch.zeros_like(points[:, :1]), points), dim=1) + start)
         start += side if rule == "levels" else 0
-    return torch.cat(found), start or side
+    return torch.cat(found)[order], start or max(sides)
 
 
 def position_ids(image_mask, attention_mask, images) -> torch.Tensor:
@@ -64,24 +59,21 @@ def position_ids(image_mask, attention_mask, images) -> torch.Tensor:
 
     Args:
         image_mask, attention_mask: bool[B, M].
-        images: per image in the order of the prompts, what `coordinates` returned, in the order of the prompt.
+        images: per image in the order of the prompts, what `coordinates` returned.
     """
     images, rows = iter(images), []
     for is_image, visible in zip(image_mask, attention_mask):
-        is_image = is_image[visible]
-        made = torch.zeros(len(is_image), 3, dtype=torch.float64, device=is_image.device)
-        spots, cursor, done = is_image.nonzero()[:, 0].tolist(), 0, 0
-        while spots:
-            points, extent = next(images)
-            first = spots[0]
-            made[done:first] = (cursor + torch.arange(first - done, device=made.device))[:, None].double()
-            cursor += first - done
-            done = first + len(points)
-            made[first:done] = points.to(made.device) + cursor
-            cursor += extent
-            spots = spots[len(points) :]
-        made[done:] = (cursor + torch.arange(len(made) - done, device=made.device))[:, None].double()
-        made = torch.cat((torch.arange(len(made), device=made.device)[:, None].double(), made), dim=1)
+        flags, done, at, pieces = is_image[visible].tolist(), 0, 0, []
+
+        def text(length, at, device=visible.device):
+            return (at + torch.arange(length, device=device, dtype=torch.float64))[:, None].expand(-1, 3)
+
+        while True in flags[done:]:
+            first, (points, extent) = flags.index(True, done), next(images)
+            pieces += [text(first - done, at), points.to(visible.device) + at + first - done]
+            at, done = at + first - done + extent, first + len(points)
+        made = torch.cat((*pieces, text(len(flags) - done, at)))
+        made = torch.cat((text(len(flags), 0)[:, :1], made), dim=1)
         rows.append(made.new_zeros(len(visible), 4).masked_scatter(visible[:, None], made))
     made = torch.stack(rows).permute(2, 0, 1)
     return made.long() if bool((made == made.round()).all()) else made.float()
@@ -94,10 +86,6 @@ def mark_places(places, order, tile_rows: int) -> list[tuple[int, str]]:
     level = torch.cat([torch.full((len(one.points), 1), one.level) for one in places]).to(points)[order]
     tiles = torch.cat((level, points // tile_rows), dim=1).long()
     runs, sizes = tiles.unique_consecutive(dim=0, return_counts=True)
-    if len(runs) == 1:
-        return []
     starts = (sizes.cumsum(0) - sizes).tolist()
-    return [
-        (start, f"level {one + 1}, row {row + 1}, column {column + 1}: ")
-        for start, (one, row, column) in zip(starts, runs.tolist())
-    ]
+    found = zip(starts, (runs + 1).tolist())
+    return [(start, "level {}, row {}, column {}: ".format(*run)) for start, run in found if len(runs) > 1]

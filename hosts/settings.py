@@ -4,12 +4,12 @@ A host is a model of the library's own classes behind UHR-BAT's doors. Most of w
 configuration and its image processor, so that a family that is not in the table may be tried, too.
 """
 
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from math import isqrt
 from types import SimpleNamespace
 
 PLACES = ("grid", "levels", "rectangle")
-OLDEST = "5.18"  # the first release whose families take images that are encoded already, as far as these were tried
+OLDEST = 5, 18  # the first release whose families take images that are encoded already, as far as these were tried
 
 
 @dataclass(frozen=True)
@@ -42,35 +42,20 @@ class HostSettings:
 
     def changed(self, changes: dict) -> "HostSettings":
         """With other values. Raises `ValueError` for one that cannot be."""
+        kinds = {"places": str, "marks": bool, "look": (int, float), "budgets": (int, list, tuple)}
         for name, value in changes.items():
-            if not self._is_kind(name, value):
+            fits = isinstance(value, kinds.get(name, int)) and isinstance(value, bool) == (name == "marks")
+            if not fits and not (value is None and name in ("tile", "max_tiles")):
                 raise ValueError(f"`{name}` is no {type(value).__name__}. Got {value!r}.")
         made = replace(self, **changes)
-        for name in ("tile", "anchor", "levels", "max_tiles"):
-            value = getattr(made, name)
-            if value is not None and value < 1:
-                raise ValueError(f"`{name}` must be at least 1. Got {value}.")
+        for name, least in {"tile": 1, "anchor": 1, "levels": 1, "max_tiles": 1, "refinement": 0}.items():
+            if getattr(made, name) is not None and getattr(made, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}. Got {getattr(made, name)}.")
         if not 0 < made.look <= 1:
             raise ValueError(f"`look` is a share of the decoder's depth, above 0 and at most 1. Got {made.look}.")
-        if made.refinement < 0:
-            raise ValueError(f"`refinement` counts rows, 0 for none. Got {made.refinement}.")
         if made.places not in PLACES:
             raise ValueError(f"`places` is one of {', '.join(PLACES)}. Got {made.places!r}.")
         return made
-
-    @staticmethod
-    def _is_kind(name, value) -> bool:
-        if name in ("places", "marks"):
-            return isinstance(value, (str, bool)[name == "marks"])
-        if name == "budgets" and isinstance(value, (list, tuple)):
-            return all(type(one) is int for one in value)
-        return (
-            type(value) is int
-            or name == "look"
-            and type(value) is float
-            or name in ("tile", "max_tiles")
-            and value is None
-        )
 
 
 @dataclass(frozen=True)
@@ -102,15 +87,10 @@ class Family:
 FAMILIES = {
     "gemma4": Family(Prompts(before="{boi_token}", after="{eoi_token}")),
     "gemma3": Family(Prompts("{boi_token}", "\n\n{boi_token}", "{eoi_token}\n\n")),
-    "qwen2_5_vl": Family(),
-    "qwen3_vl": Family(),
-    "qwen3_vl_moe": Family(),
-    "qwen3_5": Family(),
-    "qwen3_5_moe": Family(),
+    **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "llava_onevision"), Family()),
     "internvl": Family(Prompts(before="{start_image_token}", after="{end_image_token}")),
     # A context window of 4,096: no more than the 576 rows of the one image that it was trained with.
     "llava": Family(settings=HostSettings(budgets=576)),
-    "llava_onevision": Family(),
     # 64 rows a tile: half the tokens show as many tiles as those of others.
     "smolvlm": Family(
         Prompts(before="{fake_image_token}{global_image_token}", after="{fake_image_token}"),
@@ -120,35 +100,15 @@ FAMILIES = {
     "mistral3": Family(Prompts(after="[IMG_END]", row_end="[IMG_BREAK]"), chunk=1),
 }
 
-# Model types that cannot be hosts, and why.
-REFUSED = {
-    "llava_next": "it counts patches by the configuration's pinpoints, so its tiles cannot be encoded one by one. LLaVA 1.5 "
-    "and LLaVA-OneVision can",
-    "llava_next_video": "it counts patches by the configuration's pinpoints, so its tiles cannot be encoded one by one",
-    "internvl_chat": "its code is its repository's own and takes no encoded images. Load the repository whose name ends in "
-    "-hf, as OpenGVLab/InternVL3-8B-hf",
-    "llavaonevision1_5": "its code is its repository's own and takes no encoded images. Load a LLaVA-OneVision repository "
-    "whose name ends in -hf, as llava-hf/llava-onevision-qwen2-7b-ov-hf",
-}
-
 
 def family_of(model_type: str) -> Family:
     """The family, or what is taken for one that is not known. Raises `ValueError` for one that cannot be a host."""
-    if model_type in REFUSED:
-        raise ValueError(f"A model of the type {model_type!r} cannot be asked through UHR-BAT: {REFUSED[model_type]}.")
-    return FAMILIES.get(model_type, Family())
-
-
-def split_changes(changes: dict, others) -> tuple[dict, dict]:
-    """Those that are fields of [`HostSettings`], and the rest, which are among `others`. Raises `ValueError` for one that is
-    neither."""
-    own = {one.name for one in fields(HostSettings)}
-    if unknown := sorted(set(changes) - own - set(others)):
+    if model_type.startswith("llava_next"):
         raise ValueError(
-            f"A host has no setting {', '.join(unknown)}. It has {', '.join(sorted(own))}, and of UHR-BAT's configuration "
-            f"{', '.join(sorted(others))}."
+            f"A model of the type {model_type!r} cannot be asked through UHR-BAT: it counts patches by the configuration's "
+            "pinpoints, so its tiles cannot be encoded one by one. LLaVA 1.5 and LLaVA-OneVision can."
         )
-    return {key: changes[key] for key in changes if key in own}, {k: changes[k] for k in changes if k not in own}
+    return FAMILIES.get(model_type, Family())
 
 
 # ---- Tiles -------------------------------------------------------------------------------------------------------------
@@ -170,60 +130,48 @@ def tile_side(config, image_processor, wanted: int | None) -> tuple[int, dict]:
     Raises:
         ValueError: a side that the family's tower cannot have, with those that it can.
     """
-    given, vision = SimpleNamespace(**image_processor.to_dict()), config.vision_config
+    given, vision, cell, size = SimpleNamespace(**image_processor.to_dict()), config.vision_config, None, {}
     flags = ("crop_to_patches", "do_image_splitting", "do_pan_and_scan")
-    options = {name: False for name in flags if hasattr(image_processor, name)}
-    size = dict(getattr(given, "size", None) or {})
-    if hasattr(given, "max_soft_tokens"):  # Gemma 4: as many rows as its numbers of tokens have in a square
-        cell = given.patch_size * given.pooling_kernel_size
-        sides = {isqrt(number) * cell: number for number in (70, 140, 280, 560, 1120)}
-        side = isqrt(given.max_soft_tokens) * cell if wanted is None else wanted
-        if side not in sides and side != isqrt(given.max_soft_tokens) * cell:
-            raise ValueError(f"`tile` is one of {', '.join(map(str, sides))} px with this model. Got {side}.")
-        return side, options | {"max_soft_tokens": sides.get(side, given.max_soft_tokens)}
-    cell = None
-    if hasattr(given, "temporal_patch_size"):  # Qwen-VL and its like take any side; `size` counts pixels
+    options = {name: False for name in flags if hasattr(given, name)}
+    if hasattr(given, "temporal_patch_size"):  # Qwen-VL and its like take any side
         cell = _pair(given.patch_size) * given.merge_size
     elif hasattr(config, "spatial_merge_size"):  # Mistral 3 takes any side, too
         cell = _pair(vision.patch_size) * config.spatial_merge_size
+        options["patch_size"] = {"height": cell, "width": cell}
     if cell is not None:
         side = 16 * cell if wanted is None else wanted
         if side % cell:
             raise ValueError(f"`tile` is a multiple of {cell} px with this model. Got {side}.")
-        if hasattr(given, "temporal_patch_size"):
-            return side, options | {"size": {"shortest_edge": side**2, "longest_edge": side**2}}
-        return side, options | {"size": {"longest_edge": side}, "patch_size": {"height": cell, "width": cell}}
+        pixels = {"shortest_edge": side**2, "longest_edge": side**2}  # its `size` counts them
+        return side, options | {"size": pixels if hasattr(given, "temporal_patch_size") else {"longest_edge": side}}
+    if hasattr(given, "max_soft_tokens"):  # Gemma 4: as many rows as its numbers of tokens have in a square
+        cell = given.patch_size * given.pooling_kernel_size
+        sides = {isqrt(number) * cell: number for number in (70, 140, 280, 560, 1120)}
+        side = isqrt(given.max_soft_tokens) * cell if wanted is None else wanted
+        if side not in sides:
+            raise ValueError(f"`tile` is one of {', '.join(map(str, sides))} px with this model. Got {side}.")
+        return side, options | {"max_soft_tokens": sides[side]}
     if getattr(given, "max_image_size", None):  # SmolVLM
         side = dict(given.max_image_size)["longest_edge"]
-        options["size"] = {"longest_edge": side}
+        size = {"longest_edge": side}
     elif getattr(given, "do_center_crop", None) and getattr(given, "crop_size", None):
         side = _pair(dict(given.crop_size))
-    else:
-        # What the tower's whole patches cover: of LLaVA-OneVision's 384 px these are 378.
+    else:  # what the tower's whole patches cover: of LLaVA-OneVision's 384 px these are 378
         patch = _pair(vision.patch_size)
-        side = (size.get("height") or _pair(vision.image_size)) // patch * patch
-        options["size"] = {"height": side, "width": side}
+        side = (dict(given.size or {}).get("height") or _pair(vision.image_size)) // patch * patch
+        size = {"height": side, "width": side}
     if wanted not in (None, side):
         raise ValueError(f"`tile` is {side} px with this model, whose tower has one size. Got {wanted}.")
-    return side, options
+    return side, options | ({"size": size} if size else {})
 
 
-def rows_a_side(config, side: int) -> int | None:
-    """Rows a side of a tile, as the configurations of the known families have it; None for another one."""
-    if config.model_type not in FAMILIES:
-        return None
+def rows_a_side(config, side: int) -> int:
+    """Rows a side of a tile, as the configurations of the known families have it."""
+    vision = config.vision_config
     if hasattr(config, "mm_tokens_per_image"):  # Gemma 3
         return isqrt(config.mm_tokens_per_image)
-    vision = config.vision_config
-    cell = (
-        _pair(vision.patch_size) * getattr(vision, "spatial_merge_size", 1) * getattr(vision, "pooling_kernel_size", 1)
-    )
-    cell *= getattr(config, "spatial_merge_size", 1) * getattr(config, "scale_factor", 1)  # Mistral 3; SmolVLM
-    return round(side / cell * getattr(config, "downsample_ratio", 1))  # InternVL's is a half
-
-
-def largest_side(image_processor) -> int | None:
-    """Pixels a side of the largest square that a processor of any size makes; None where that is not stated."""
-    if hasattr(image_processor, "temporal_patch_size"):
-        return isqrt(dict(image_processor.size)["longest_edge"])
-    return None
+    merged = getattr(vision, "spatial_merge_size", 1) * getattr(vision, "pooling_kernel_size", 1)
+    merged *= getattr(config, "spatial_merge_size", 1) * getattr(config, "scale_factor", 1)  # Mistral 3; SmolVLM
+    return round(
+        side / _pair(vision.patch_size) / merged * getattr(config, "downsample_ratio", 1)
+    )  # InternVL's is a half

@@ -206,9 +206,7 @@ def count_host(model) -> HostCosts:
     shapes = model
     if model.device.type != "meta":
         with Shapes():
-            shapes = HostModel(
-                shapes_of(model.host.config, model.dtype), model.config, model.reader, model.settings, None
-            )
+            shapes = HostModel(shapes_of(model.host.config, model.dtype), model.config, model.reader, model.settings)
         shapes.vision_chunk_size = model.vision_chunk_size
     count = _Count(shapes)
     try:
