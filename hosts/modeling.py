@@ -192,7 +192,9 @@ class HostModel(
     image_token_id = property(lambda self: self.config.image_token_id)
     context_window = property(lambda self: self.config.text_config.max_position_embeddings)
 
-    save_pretrained = property(lambda self: self.host.save_pretrained)  # the host's own, as the library saves it
+    # The host's own: what is saved is what the library saves.
+    save_pretrained = property(lambda self: self.host.save_pretrained)
+    get_input_embeddings = property(lambda self: self.host.get_input_embeddings)
 
     def features_of(self, rows):
         """The decoder's columns, without those of DeepStack."""
