@@ -66,6 +66,7 @@ def test_a_question_through_all_rows(tmp_path, monkeypatch):
     """All rows but the smaller image spend as much, all tokens keep all."""
     for name in ("scenes", "scenes-specks"):
         monkeypatch.setattr(SUITES[name], "lay_out", lambda seed: make_scene(seed, 2.0))
+        monkeypatch.setattr(SUITES[name], "max_new_tokens", 2)
     (samples,) = ([one] for one in evidence.samples_of("scenes", VALIDATION_SEEDS[:1]) if one.task == "colour")
     harder = {"scenes-specks": evidence.samples_of("scenes-specks", VALIDATION_SEEDS[:1])[:1]}
     result = evidence.measure(ROOT, samples, harder, fractions=(0.02,), control_scenes=20)
@@ -90,6 +91,7 @@ def test_a_question_through_all_rows(tmp_path, monkeypatch):
 def test_native_objects_are_asked_about_in_every_row_from_as_many_tokens(monkeypatch):
     suite = SUITES[native.SUITE]
     monkeypatch.setattr(suite, "lay_out", lambda seed: make_scene(seed, 1.0, width=1600))
+    monkeypatch.setattr(suite, "max_new_tokens", 2)
     focus = load_model(device_map=None, region_focus={"layers": [0, 2]})
     asked = native.rows_of((0.04,), 60, focus)
     samples = suite.samples_of_seed(11)[:1]

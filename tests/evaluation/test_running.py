@@ -360,6 +360,7 @@ def test_one_process_and_two_that_go_on_for_a_killed_one_write_the_same_lines(tm
     data, single, other = write_lines(tmp_path / "q.jsonl", records), tmp_path / "single", tmp_path / "other"
     # The selector and budgets are named, so that the shipped defaults may change.
     options = ["own", "--data", str(data), "--selector", "preserve_and_merge", "--budgets", "2,3,4,5", "--workers", "0"]
+    options += ["--max-new-tokens", "4"]
     assert evaluate.main([*options, "--output", str(single)]) == 0
     whole = (single / "predictions.jsonl").read_bytes()
 
@@ -368,7 +369,7 @@ def test_one_process_and_two_that_go_on_for_a_killed_one_write_the_same_lines(tm
         time.sleep(0.01)
     process.kill()
     process.join()
-    assert 0 < lines.read_bytes().count(b"\n") < len(whole.splitlines()) - 9
+    assert 0 < lines.read_bytes().count(b"\n") < len(whole.splitlines())
     assert not (other / "predictions.jsonl").exists()
     processes = start(2, [*options, "--output", str(other)])
     for process in processes:
