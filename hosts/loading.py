@@ -3,7 +3,7 @@ needs torchvision in most families. And the self-test, which turns a change of t
 answer."""
 
 from contextlib import contextmanager
-from copy import copy, deepcopy
+from copy import copy
 from dataclasses import fields
 from types import SimpleNamespace
 
@@ -26,22 +26,22 @@ CONFIG_FIELDS = {one.name for one in fields(CompressionRules)} - SETTINGS | OTHE
 RULES = {"selector": "distinct", "num_regions": 4, "coord_weight": 8.0}
 
 
-def load_host(folder, dtype="auto", device_map=None, quantization_config=None, check=True, calibrated=None, weights=True,
+def load_host(folder, dtype="auto", device_map=None, quantization_config=None, check=True, calibrated=None, make=None,
               **changes):  # fmt: skip
     """(processor, model) of a vision-language model of the library: see `common.loading.load_model`.
 
     Args:
-        weights: whether weights are read; else the model is one of shapes, on the meta device, for plans.
         calibrated: fields of [`HostSettings`] that were measured for this model, on which `changes` go.
-        changes: fields of [`HostSettings`] or of UHR-BAT's configuration.
+        make: makes the model of its configuration, as one of shapes alone, in place of reading weights.
 
-    Raises:
-        ValueError: a model that cannot be a host, a setting that cannot be or that there is not, or a self-test that failed.
-        ImportError: a release of transformers before 5.18.
+    Raises `ValueError` for a model that cannot be a host, a setting that cannot be or that there is not, and a self-test that
+    failed; `ImportError` for a release of transformers before 5.18.
     """
     how = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     with _explained(folder):
-        made = _assemble(_read(str(folder), calibrated, changes), how, weights)
+        parts = _read(str(folder), calibrated, changes)
+        host = make(parts.config) if make else AutoModelForImageTextToText.from_pretrained(parts.folder, **how).eval()
+        made = _assemble(parts, host)
         if check:
             self_test(*made)
     return made
@@ -95,9 +95,8 @@ def _read(folder, calibrated, changes) -> SimpleNamespace:
     own = {**(calibrated or {}), **{name: value for name, value in changes.items() if name in SETTINGS}}
     settings = family_of(config.model_type).settings.changed(own)
     if "budgets" not in own:  # of a small window the half
-        settings = settings.changed(
-            {"budgets": min(settings.budgets, config.get_text_config().max_position_embeddings // 2)}
-        )
+        window = config.get_text_config().max_position_embeddings
+        settings = settings.changed({"budgets": min(settings.budgets, window // 2)})
     side, options = tile_side(config, image_processor, settings.tile)
     rest = {name: value for name, value in changes.items() if name not in SETTINGS}
     scales = rest.pop("scales", None) or [side * settings.anchor * 2**level for level in range(settings.levels)]
@@ -105,24 +104,9 @@ def _read(folder, calibrated, changes) -> SimpleNamespace:
     return SimpleNamespace(folder=folder, config=config, reader=reader, settings=settings, scales=scales, changes=rest)
 
 
-def shapes_of(config, dtype="auto"):
-    """A model of the library as its configuration has it, on the meta device; not quantised, whatever its weights are."""
-    config = deepcopy(config)
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config
-    config._attn_implementation = None  # as where no kernel was asked for
-    dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
-    with torch.device("meta"):
-        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
-
-
-def _assemble(parts, how, weights):
+def _assemble(parts, host):
     """(processor, model)"""
     folder, reader, settings = parts.folder, parts.reader, parts.settings
-    if weights:
-        host = AutoModelForImageTextToText.from_pretrained(folder, **how).eval()
-    else:
-        host = shapes_of(parts.config, how["dtype"])
     if getattr(host, "_tp_size", None):
         raise ValueError(f"{folder}: under tensor parallelism a process sees its own heads alone, so it cannot look.")
     if not host._supports_mm_encoder_outputs():
@@ -150,11 +134,8 @@ def _assemble(parts, how, weights):
 
 @torch.no_grad()
 def self_test(processor, model):
-    """Two tiles and one prompt: everything kept against the host's plain call, and a look against eager attention.
-
-    Raises:
-        ValueError: what differs, and by how much.
-    """
+    """Two tiles and one prompt: everything kept against the host's plain call, and a look against eager attention. Raises
+    `ValueError` with what differs, and by how much."""
     p, side, prompts = model.patches_per_side, model.tile_size, processor.prompts
     tiles = torch.randint(0, 256, (2, 3, side, side), generator=torch.Generator().manual_seed(0)).float()
     rows = model.project_tiles(tiles)
@@ -173,11 +154,10 @@ def self_test(processor, model):
     plain_ids = torch.cat((ids[:start], ids.new_full((whole,), model.image_token_id), ids[start + 1 :]))[None]
     mask = torch.ones_like(plain_ids)
     mask[:, start + p * p : start + whole] = 0
-    plain = {name: model.find_placeholders(plain_ids).long() for name in model.type_names}
-    if whole > p * p:
-        plain["position_ids"] = (mask.cumsum(1) - 1).clamp(min=0)
-    pixels = model.reader.inputs(tiles[:1], model.device)
-    plain |= {key: pixels[key] for key in pixels if key in model.taken}
+    plain = model.reader.inputs(tiles[:1], model.device)
+    plain |= {name: model.find_placeholders(plain_ids).long() for name in model.type_names}
+    plain |= {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)} if whole > p * p else {}
+    plain = {name: value for name, value in plain.items() if name in model.taken}
     plain = model.host(input_ids=plain_ids, attention_mask=mask, **plain).logits[0, -1]
     _compare(model, "an image of one tile that is kept whole", kept, plain)
 
@@ -195,7 +175,6 @@ def _compare(model, what, got, expected):
     difference = (got.float() - expected.float()).abs().max().item()
     if not difference <= allowed:
         raise ValueError(
-            f"The self-test of {model.family_name} failed: {what} differs from the library's own by {difference:.1e}, and "
-            f"{allowed:.1e} would be rounding. This release of transformers is not fit for it; `check=False` loads it all the "
-            "same."
+            f"The self-test of {model.family_name} failed: {what} differs from the library's own by {difference:.1e}, where "
+            f"{allowed:.1e} is rounding. This transformers is not fit for it; `check=False` loads it all the same."
         )

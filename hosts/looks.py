@@ -7,7 +7,7 @@ to queries and keys, and ends the pass. The look travels with its call as a keyw
 
 import sys
 from copy import copy
-from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -21,17 +21,6 @@ KERNEL = KEYWORD = "uhr_bat_look"
 
 class Looked(Exception):
     """The pass has seen what it was made for."""
-
-
-@dataclass
-class Look:
-    """One look: at which module, from which row the question runs to the end. `weights`: whether eager attention of the
-    whole pass is kept, to be compared with, instead of the look."""
-
-    module: nn.Module
-    question_start: int
-    weights: bool = False
-    seen: torch.Tensor | None = None
 
 
 def look_kernel(module, query, key, value, attention_mask, **kwargs):
@@ -57,8 +46,8 @@ AttentionInterface.register(KERNEL, look_kernel)
 def attention_modules(decoder) -> dict[int, nn.Module]:
     """{layer: its attention module} of those layers of a decoder that attend to everything before them.
 
-    All attention modules ask for our kernel from here on, by a configuration of their own: the model's stays as it is, and
-    its masks and what it saves follow from that.
+    All attention modules ask for our kernel from here on, by a configuration of their own: masks and what is saved follow from
+    the model's, which stays as it is.
     """
     types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
     found = {}
@@ -75,14 +64,9 @@ def attention_modules(decoder) -> dict[int, nn.Module]:
 
 
 def look(base, attention, question_start, weights=False, **inputs) -> torch.Tensor:
-    """float32[M]: mean attention of the question to every position of one prompt, over heads and the question's tokens.
-
-    Args:
-        base: the host without its head.
-        attention: one of `attention_modules`.
-        inputs: of the host's `forward`.
-    """
-    one = Look(attention, question_start, weights)
+    """float32[M]: mean attention of the question to every position of one prompt, at one of `attention_modules` of the host
+    without its head, `base`; `inputs` of its forward. `weights`: by those that eager attention returns, to compare with."""
+    one = SimpleNamespace(module=attention, question_start=question_start, weights=weights, seen=None)
     try:
         base(**inputs, use_cache=False, **{KEYWORD: one})
     except Looked:

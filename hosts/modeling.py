@@ -8,16 +8,16 @@ the decoder, and with DeepStack as many again for each of its layers.
 """
 
 import inspect
-from copy import copy
+from dataclasses import replace
+from functools import wraps
 from math import isqrt
 
 import torch
-import torch.nn.functional as F
 from huggingface_hub.dataclasses import strict
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import GenerationMixin
 from transformers.generation import utils as generation_utils
-from transformers.utils import logging
 
 from ..configuration_uhr_bat import UHRBatConfig
 from ..modeling_compression_uhr_bat import UHRBatCompressionMixin
@@ -28,8 +28,6 @@ from ..modeling_outputs_uhr_bat import CACHE, IMAGE_INPUTS, KeptPlaces, Places, 
 from .looks import attention_modules, look
 from .places import coordinates, mark_places, order_of, position_ids
 from .settings import HostSettings
-
-logger = logging.get_logger(__name__)
 
 
 @strict
@@ -57,15 +55,11 @@ class HostTileCache(TileCache):
 class TileReader:
     """A host's tiles of `side` px: 8-bit pixels to the arguments of its encoder, and what that returns to rows.
 
-    Attributes:
+    Attributes, of which `measure` finds all but the first out:
         options: of the processor's call, which keep a tile whole (`tile_side`).
         rows_per_side: p, of a tile's rows p * p; a family may have a row more, which is dropped.
         largest_rows: rows a side of the largest square image that the host was made for; None where that is not stated.
         outputs_class, stacked, num_layers: what the encoder returns, whether that has one tensor, layers with DeepStack's.
-        row_width: W.
-
-    Raises:
-        ValueError: a tile that comes out smaller than it is, or whose rows are no square grid of whole pixels.
     """
 
     def __init__(self, image_processor, side: int, options: dict):
@@ -73,7 +67,6 @@ class TileReader:
 
     @torch.no_grad()
     def measure(self, host) -> int:
-        """Finds the attributes out, and returns `rows_per_side`."""
         outputs, rows = self.encode(host, self.blank(2))
         self.rows_per_side, self.row_width = isqrt(rows.shape[1]), rows.shape[2]
         if self.side % self.rows_per_side:
@@ -94,20 +87,23 @@ class TileReader:
         images = list(tiles.detach().round().clamp(0, 255).to(torch.uint8).cpu().numpy())
         counted = "batch_num_images" in self.image_processor.model_input_names
         # Of several images of one prompt this family takes each whole.
-        nested = [images] if counted and len(images) > 1 else images
-        inputs = self.image_processor(images=nested, return_tensors="pt", **self.options)
+        images = [images] if counted and len(tiles) > 1 else images
+        inputs = self.image_processor(images=images, return_tensors="pt", **self.options)
         if counted:
-            inputs["batch_num_images"] = torch.tensor([max(2, len(images))])
+            inputs["batch_num_images"] = torch.tensor([max(2, len(tiles))])
         return dict(inputs.to(device) if device is not None else inputs)
 
     def encode(self, host, tiles: torch.Tensor):
         """(what the host's encoder returns, float[T, P', W] all rows of every tile)."""
         inputs = self.inputs(tiles, host.device)
-        grid = inputs.get("image_grid_thw")
-        if grid is not None and int(grid[0, 1]) * self.image_processor.patch_size != self.side:
+        cut = (
+            inputs["image_grid_thw"][0, 1] * self.image_processor.patch_size
+            if "image_grid_thw" in inputs
+            else self.side
+        )
+        if cut != self.side:
             raise ValueError(
-                f"Tiles of {self.side} px come out of the image processor with {int(grid[0, 1])} x {int(grid[0, 2])} patches "
-                f"of {self.image_processor.patch_size} px: it does not leave them as they are."
+                f"A tile of {self.side} px comes out of the image processor as {int(cut)} px: too few pixels."
             )
         taken = inspect.signature(host.get_image_features).parameters
         outputs = host.get_image_features(**{key: inputs[key] for key in inputs if key in taken}, return_dict=True)
@@ -121,44 +117,44 @@ class _OwnGenerate(GenerationMixin):
 
     def generate(self, inputs=None, *args, input_ids=None, **kwargs):
         """As the host's. `input_ids`: the prompt with words between the tiles (`marks`), which are not returned."""
-        kwargs = self._checked(inputs, kwargs)
-        prompt = inputs if input_ids is None else input_ids
-        output = self.host.generate(prompt, *args, **kwargs)
-        if input_ids is not None:
-            sequences = output if isinstance(output, torch.Tensor) else output.sequences
-            shown = inputs.repeat_interleave(len(sequences) // len(inputs), dim=0).to(sequences)
-            sequences = torch.cat((shown, sequences[:, prompt.shape[1] :]), dim=1)
-            if isinstance(output, torch.Tensor):
-                return sequences
-            output.sequences = sequences
-        return output
+        output = self.host.generate(inputs if input_ids is None else input_ids, *args, **self._checked(inputs, kwargs))
+        if input_ids is None:
+            return output
+        sequences = output if isinstance(output, torch.Tensor) else output.sequences
+        shown = inputs.repeat_interleave(len(sequences) // len(inputs), dim=0).to(sequences)
+        sequences = torch.cat((shown, sequences[:, input_ids.shape[1] :]), dim=1)
+        return sequences if isinstance(output, torch.Tensor) else replace(output, sequences=sequences)
 
     def _checked(self, inputs, kwargs):
         """Keyword arguments of `generate`. Raises `ValueError` for what the library would do wrongly in silence."""
         config, encoded = kwargs.get("generation_config") or self.generation_config, kwargs.get("mm_encoder_outputs")
-        if encoded and kwargs.get(CACHE) is not None and (self.mrope or self.bidirectional):
-            raise ValueError(
-                f"A conversation with images cannot go on from `{CACHE}` with {self.family_name}: where its images lie is not "
-                "in it. Pass the whole conversation."
-            )
-        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
-        if encoded and chunk is not None and self.bidirectional:
-            raise ValueError(
-                f"`prefill_chunk_size` is {chunk}, but an image of {self.family_name} is read in both directions, which the "
-                "library's chunks break. Leave it out."
-            )
-        if encoded and chunk is not None and not hasattr(generation_utils, "_slice_mm_encoder_output"):
-            logger.warning_once(
-                "This release of transformers cannot read images in chunks: `prefill_chunk_size` is left out."
-            )
-            kwargs["generation_config"] = copy(config)
-            kwargs["generation_config"].prefill_chunk_size = kwargs["prefill_chunk_size"] = None
+        chunk, whole = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)), self.bidirectional
+        refused = {CACHE: kwargs.get(CACHE) if self.mrope or whole else None}
+        # Releases before 5.23 leave images out of chunks.
+        refused["prefill_chunk_size"] = (
+            chunk if whole or not hasattr(generation_utils, "_slice_mm_encoder_output") else None
+        )
+        for name, value in refused.items():
+            if encoded and value is not None:
+                raise ValueError(
+                    f"`{name}` cannot go with images of {self.family_name} in this transformers: what is read in parts has "
+                    "them in wrong places, or blind to each other. Leave it out, and pass the whole prompt."
+                )
         known = {"position_ids", CACHE, "inputs_embeds"} & set(kwargs)
         if self.mrope and not encoded and inputs is not None and not known:
             # Without them the host keeps the positions of its last call, which may be another thread's.
             mask = kwargs.get("attention_mask", torch.ones_like(inputs)).bool()
             kwargs["position_ids"] = position_ids(torch.zeros_like(mask), mask, [])
         return kwargs
+
+
+def _graded(call):
+    @wraps(call)
+    def graded(self, *args, **kwargs):
+        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
+            return call(self, *args, **kwargs)
+
+    return graded
 
 
 class HostModel(
@@ -178,6 +174,8 @@ class HostModel(
         self.attention = attention_modules(host.get_decoder())
         for layer in (config.importance_layer, *config.refinement_layers):
             self.attention_of(layer)
+        # A 1-D decoder reads tile by tile.
+        self.tile_rows = None if self.mrope else config.tile_size // config.patch_size
         self.train(host.training)
 
     # ---- What a VisionLanguageModel says of itself ---------------------------------------------------------------------
@@ -197,11 +195,9 @@ class HostModel(
     get_input_embeddings = property(lambda self: self.host.get_input_embeddings)
 
     def features_of(self, rows):
-        """The decoder's columns, without those of DeepStack."""
         return rows[..., : self.row_width // self.reader.num_layers]
 
     def add_scale(self, rows, scale, positions, times):
-        """Rows as they are: a host has no embedding of scales."""
         return rows
 
     def project_tiles(self, tiles):
@@ -212,11 +208,8 @@ class HostModel(
         return HostTileCache(self.tile_cache_bytes, self.device)
 
     def find_placeholders(self, input_ids, inputs_embeds=None):
-        """bool[..., M]: image tokens."""
         if input_ids is None:
-            raise ValueError(
-                f"{self.family_name} is asked by `input_ids`: `inputs_embeds` do not say where images are."
-            )
+            raise ValueError(f"{self.family_name} needs `input_ids`: `inputs_embeds` do not say where images are.")
         return input_ids == self.image_token_id
 
     def attention_of(self, layer: int) -> nn.Module:
@@ -230,15 +223,9 @@ class HostModel(
 
     # ---- The calls -----------------------------------------------------------------------------------------------------
 
-    def encode_image(self, *args, **kwargs):
-        """See [`UHRBatEncodingMixin`]. As `compress`, without gradients, but where it is trained."""
-        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            return super().encode_image(*args, **kwargs)
-
-    def compress(self, *args, **kwargs):
-        """See [`UHRBatCompressionMixin`]."""
-        with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
-            return super().compress(*args, **kwargs)
+    # Without gradients, but where it is trained.
+    encode_image = _graded(UHRBatEncodingMixin.encode_image)
+    compress = _graded(UHRBatCompressionMixin.compress)
 
     def read_attention(self, input_ids, rows, places, inputs_embeds=None, *, layer=None, question_tokens=None):
         """Look, in the model's own attention: see [`VisionLanguageModel.read_attention`]."""
@@ -254,22 +241,18 @@ class HostModel(
         return torch.empty_like(seen).scatter(0, order.to(seen.device), seen)
 
     def prompt_with(self, input_ids, where, rows, places):
-        """A prompt with one image: (ids long[M] with V placeholders in one run, where it begins, the order of the rows in it,
-        arguments of the host's forward)."""
+        """A prompt with one image: (ids with V placeholders in one run, where it begins, the rows' order, arguments of the
+        host's forward)."""
         ids = input_ids.new_full((len(rows),), self.image_token_id)
         ids = torch.cat((input_ids[: where[0]], ids, input_ids[where[-1] + 1 :]))
         if places is None:
             side = isqrt(len(rows) - 1) + 1
             places = [Places(torch.arange(len(rows)), (side, side), 0)]
-        points = [
-            torch.stack((one.positions // one.grid[1], one.positions % one.grid[1]), 1).double() for one in places
-        ]
-        kept = [KeptPlaces(point, one.grid, one.level) for point, one in zip(points, places)]
-        order, whole = self._order(kept), {"input_ids": ids[None], "attention_mask": torch.ones_like(ids)[None]}
+        points = [torch.stack((one.positions // one.grid[1], one.positions % one.grid[1]), 1) for one in places]
+        kept = [KeptPlaces(point.double(), one.grid, one.level) for point, one in zip(points, places)]
+        order, whole = order_of(kept, self.tile_rows), {"input_ids": ids[None]}
+        whole["attention_mask"] = torch.ones_like(ids)[None]
         return ids, where[0], order, whole | self._inputs_of(*whole.values(), [rows], [kept])
-
-    def _order(self, kept):
-        return order_of(kept, None if self.mrope else self.patches_per_side)
 
     def visual_inputs(self, input_ids, attention_mask, compressed, labels=None):
         """Answer: arguments of the host's `generate` and `forward`, made anew by each call, as the library may change them.
@@ -284,7 +267,7 @@ class HostModel(
 
     def _inputs_of(self, input_ids, attention_mask, rows, kept) -> dict:
         """The host's names for rows in place of image tokens, for where they lie and for which tokens they are."""
-        is_image, orders = self.find_placeholders(input_ids), [self._order(places) for places in kept]
+        is_image, orders = self.find_placeholders(input_ids), [order_of(places, self.tile_rows) for places in kept]
         rows = [one[order.to(one.device)] for one, order in zip(rows, orders)]
         made = {name: is_image.long() for name in self.type_names}
         if self.mrope:
@@ -307,7 +290,7 @@ class HostModel(
             parts = []
             while spots:
                 places = next(images)
-                order = self._order(places)
+                order = order_of(places, self.tile_rows)
                 for start, words in mark_places(places, order, self.patches_per_side):
                     written = prompt.new_tensor(self.tokenizer.encode(words, add_special_tokens=False))
                     written = torch.stack((written, written * 0 + 1, written * 0 - 100))
@@ -315,12 +298,10 @@ class HostModel(
                     done = spots[start]
                 spots = spots[len(order) :]
             rows.append(torch.cat((*parts, prompt[:, done:]), dim=1))
-        length, fills = max(row.shape[1] for row in rows), (self.generation_config.pad_token_id or 0, 0, -100)
-        made = {}
-        for idx, name in enumerate(("input_ids", "attention_mask", "labels")[: 2 + (labels is not None)]):
-            padded = [F.pad(row[idx], (length - row.shape[1], 0), value=fills[idx]) for row in rows]
-            made[name] = torch.stack(padded)
-        return made
+        made = pad_sequence([row.T for row in rows], batch_first=True, padding_side="left").unbind(-1)
+        made = dict(zip(("input_ids", "attention_mask", "labels"), made))
+        given = made.pop("labels").masked_fill(made["attention_mask"] == 0, -100)
+        return made if labels is None else made | {"labels": given}
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, answer_mask=None, **kwargs):
         """The host's `forward`, with the images of [`UHRBatImageInputs`]; with `labels` long[B, M] the selection never sees
@@ -332,9 +313,8 @@ class HostModel(
             if answer_mask is None and labels is not None:
                 answer_mask = labels != -100
             compressed = self.compress(input_ids, attention_mask, answer_mask=answer_mask, **images)
-            input_ids, attention_mask, labels = self.expand_placeholders(
-                input_ids, attention_mask, compressed, labels=labels
-            )
+            expanded = self.expand_placeholders(input_ids, attention_mask, compressed, labels=labels)
+            input_ids, attention_mask, labels = expanded
             if labels is not None:
                 labels = labels.masked_fill(self.find_placeholders(input_ids), -100)
             kwargs |= self.visual_inputs(input_ids, attention_mask, compressed, labels)

@@ -1,6 +1,6 @@
 """Where the rows of an image stand in a prompt: their order, the positions that M-RoPE gives them, the words between them.
 
-Axes: V rows of an image, L its levels, B prompts, M tokens of a prompt. Points are (row, column) on a level's grid.
+Axes: V rows of an image, L its levels, B prompts, M tokens of a prompt. `places` are [`KeptPlaces`] of each level in turn.
 """
 
 from math import isqrt
@@ -9,35 +9,24 @@ import torch
 
 
 def order_of(places, tile_rows: int | None) -> torch.Tensor:
-    """long[V]: rows of an image, given level after level, in the order of the prompt.
-
-    Args:
-        places: per level, with `points` float[V_l, 2].
-        tile_rows: rows a side of a tile, for the order tile by tile, as a 1-D decoder was trained to read images; None for
-            row by row over the whole level.
-    """
+    """long[V]: rows of an image, given level after level, in the order of the prompt: tile by tile of `tile_rows` rows a side,
+    as a 1-D decoder was trained to read images, or with None row by row over each level."""
     points = torch.cat([one.points for one in places])
     level = torch.cat([torch.full_like(one.points[:, 0], one.level) for one in places])
-    keys = [level]
-    if tile_rows is not None:
-        keys += list((points // tile_rows).unbind(1))
+    tiles = [] if tile_rows is None else list((points // tile_rows).unbind(1))
     order = torch.arange(len(points), device=points.device)
-    for key in reversed([*keys, *points.unbind(1)]):
+    for key in reversed([level, *tiles, *points.unbind(1)]):
         order = order[key[order].argsort(stable=True)]
     return order
 
 
 def coordinates(places, order, rule: str, largest: int | None) -> tuple[torch.Tensor, int]:
-    """M-RoPE's (t, h, w) of the rows of an image, from its first, and by how much the text after it goes on.
+    """M-RoPE's (t, h, w) of the rows of an image from its first, float64[V, 3] in their `order`, and by how much the text after
+    it goes on.
 
     Args:
-        places: per level, with `points` float[V_l, 2] and `grid`.
-        order: what `order_of` returned for them.
         rule: see [`HostSettings`].
         largest: rows a side of the largest image that the model was made for; finer grids are laid onto that.
-
-    Returns:
-        (float64[V, 3] in the order of the prompt, an integer).
     """
     if rule == "rectangle":
         columns = isqrt(max(0, len(order) - 1)) + 1
@@ -55,11 +44,11 @@ def coordinates(places, order, rule: str, largest: int | None) -> tuple[torch.Te
 
 
 def position_ids(image_mask, attention_mask, images) -> torch.Tensor:
-    """[4, B, M] for M-RoPE: a token's number among those of its prompt, and its t, h and w. Whole numbers where all are.
+    """[4, B, M] for M-RoPE: a token's number among those of its prompt, and its t, h and w; whole numbers where all are.
 
     Args:
         image_mask, attention_mask: bool[B, M].
-        images: per image in the order of the prompts, what `coordinates` returned.
+        images: what `coordinates` returned of each image, in the order of the prompts.
     """
     images, rows = iter(images), []
     for is_image, visible in zip(image_mask, attention_mask):
@@ -80,12 +69,11 @@ def position_ids(image_mask, attention_mask, images) -> torch.Tensor:
 
 
 def mark_places(places, order, tile_rows: int) -> list[tuple[int, str]]:
-    """(place among the rows of an image, words that go before it) of each tile's first row, in the order of the prompt; none
-    where all lie on one tile."""
+    """(number among the rows, words that go before it) of each tile's first row, in the order of the prompt; none where all
+    lie on one tile."""
     points = torch.cat([one.points for one in places])[order]
     level = torch.cat([torch.full((len(one.points), 1), one.level) for one in places]).to(points)[order]
     tiles = torch.cat((level, points // tile_rows), dim=1).long()
     runs, sizes = tiles.unique_consecutive(dim=0, return_counts=True)
-    starts = (sizes.cumsum(0) - sizes).tolist()
-    found = zip(starts, (runs + 1).tolist())
+    found = zip((sizes.cumsum(0) - sizes).tolist(), (runs + 1).tolist())
     return [(start, "level {}, row {}, column {}: ".format(*run)) for start, run in found if len(runs) > 1]

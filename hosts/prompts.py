@@ -1,8 +1,5 @@
-"""A host's prompts, written by UHR-BAT's processor: the words that its family puts around the tokens of an image.
-
-The chat template is the host's own. A filter around it puts `before` and `after` beside each placeholder, which the
-processor then repeats for every visual token.
-"""
+"""A host's prompts, written by UHR-BAT's processor. The chat template is the host's own; a filter around it puts the words
+beside each placeholder that its family has around the tokens of an image."""
 
 import copy
 import inspect
@@ -38,8 +35,7 @@ class HostProcessor(UHRBatProcessor):
 
 
 class Parts(ProcessorMixin):
-    """The base of a whole processor that takes what there is: a family's class asks for parts that a prompt does not need,
-    as one of videos, which needs torchvision."""
+    """The base of a whole processor without the parts that a prompt does not need, as one of videos, which needs torchvision."""
 
     def __init__(self, *args, image_processor=None, tokenizer=None, **kwargs):
         self.image_processor, self.tokenizer = image_processor, tokenizer

@@ -1,12 +1,10 @@
-"""What differs from family to family of vision-language models, and the settings that a host has, each with its reason.
-
-A host is a model of the library's own classes behind UHR-BAT's doors. Most of what a family needs is read from its
-configuration and its image processor, so that a family that is not in the table may be tried, too.
-"""
+"""What differs from family to family of hosts, and their settings, each with its reason. Most of what a family needs is read
+from its configuration and its image processor, so that one that is not in the table may be tried, too."""
 
 from dataclasses import dataclass, replace
 from math import isqrt
 from types import SimpleNamespace
+from typing import NamedTuple
 
 PLACES = ("grid", "levels", "rectangle")
 OLDEST = 5, 18  # the first release whose families take images that are encoded already, as far as these were tried
@@ -22,12 +20,12 @@ class HostSettings:
         levels: how many there are, each twice as large as the one before; four, as the paper's.
         budgets: visual tokens of a prompt, for which all levels compete, or one number per level.
         max_tiles: tiles that are encoded for a question, the anchor's included; None encodes all of all levels.
-        look: share of the decoder's depth whose nearest layer of full attention is looked at. Early layers look at what is
+        look: share of the decoder's depth whose nearest layer of full attention is looked at: early layers look at what is
             near, the last ones at what is written next.
         refinement: rows of each finer level that are looked at once more; 0: the anchor's look is all there is.
-        places: where M-RoPE has the rows of an image. "grid": all levels on the finest one's, coarse rows between its
-            places. "levels": each level an image of its own. "rectangle": in their order, on a square of their own.
-        marks: whether words say of each tile which it is, in families whose decoder knows the order of rows alone.
+        places: where M-RoPE has the rows of an image: "grid", all levels on the finest one's, coarse rows between its
+            places; "levels", each level an image of its own; "rectangle", in their order on a square of their own.
+        marks: whether words say of each tile which it is, where a decoder knows the order of rows alone.
     """
 
     tile: int | None = None
@@ -48,9 +46,9 @@ class HostSettings:
             if not fits and not (value is None and name in ("tile", "max_tiles")):
                 raise ValueError(f"`{name}` is no {type(value).__name__}. Got {value!r}.")
         made = replace(self, **changes)
-        for name, least in {"tile": 1, "anchor": 1, "levels": 1, "max_tiles": 1, "refinement": 0}.items():
-            if getattr(made, name) is not None and getattr(made, name) < least:
-                raise ValueError(f"`{name}` must be at least {least}. Got {getattr(made, name)}.")
+        for name in ("tile", "anchor", "levels", "max_tiles", "refinement"):
+            if getattr(made, name) is not None and getattr(made, name) < (name != "refinement"):
+                raise ValueError(f"`{name}` must be at least {int(name != 'refinement')}. Got {getattr(made, name)}.")
         if not 0 < made.look <= 1:
             raise ValueError(f"`look` is a share of the decoder's depth, above 0 and at most 1. Got {made.look}.")
         if made.places not in PLACES:
@@ -58,15 +56,10 @@ class HostSettings:
         return made
 
 
-@dataclass(frozen=True)
-class Prompts:
-    """What stands around the image tokens of a prompt. `{name}` is an attribute of the tokenizer.
-
-    Attributes:
-        marker: what the chat template writes for an image; "": the image token itself.
-        before, after: the run of image tokens.
-        row_end: token after each row but the last of an image that is kept whole; pruned images have none.
-    """
+class Prompts(NamedTuple):
+    """What stands around the image tokens of a prompt; `{name}` is an attribute of the tokenizer. `marker`: what the chat
+    template writes for an image, "" for the image token itself. `row_end`: after each row but the last of an image that is kept
+    whole; pruned ones have none."""
 
     marker: str = ""
     before: str = ""
@@ -74,8 +67,7 @@ class Prompts:
     row_end: str = ""
 
 
-@dataclass(frozen=True)
-class Family:
+class Family(NamedTuple):
     """A family's prompts and settings, and how many of its tiles are encoded at once."""
 
     prompts: Prompts = Prompts()
@@ -116,20 +108,12 @@ def family_of(model_type: str) -> Family:
 
 def _pair(value) -> int:
     """A side, of what processors and configurations write as a number, a pair or a dictionary."""
-    if isinstance(value, (list, tuple)):
-        return value[0]
-    return value if isinstance(value, int) else value["height"]
+    return value if isinstance(value, int) else value["height"] if isinstance(value, dict) else value[0]
 
 
 def tile_side(config, image_processor, wanted: int | None) -> tuple[int, dict]:
-    """Side in pixels of a tile that the image processor leaves as it is, and the options of its call that see to it.
-
-    Args:
-        wanted: a side instead of the family's own.
-
-    Raises:
-        ValueError: a side that the family's tower cannot have, with those that it can.
-    """
+    """Side in pixels of a tile that the image processor leaves as it is, `wanted` or the family's own, and the options of its
+    call that see to it. Raises `ValueError` for a side that the family's tower cannot have."""
     given, vision, cell, size = SimpleNamespace(**image_processor.to_dict()), config.vision_config, None, {}
     flags = ("crop_to_patches", "do_image_splitting", "do_pan_and_scan")
     options = {name: False for name in flags if hasattr(given, name)}

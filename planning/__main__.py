@@ -45,15 +45,16 @@ def planner_of_folder(folder: Path, device: str | None = None, dtype: str | None
 
     from ..modeling_uhr_bat import UHRBatForConditionalGeneration
     from . import planner_of
-    from .counting import Shapes
+    from .counting import Shapes, shapes_of
 
     folder = base_of(folder) or folder
     if is_host(folder):
         from ..hosts.loading import load_host
 
-        options = {"check": False, "calibrated": host_settings(folder), "weights": False, **changes}
+        wanted = "auto" if dtype is None else getattr(torch, dtype)
+        options = {"check": False, "calibrated": host_settings(folder), **changes}
         with Shapes():
-            _, model = load_host(folder, "auto" if dtype is None else getattr(torch, dtype), **options)
+            _, model = load_host(folder, make=lambda config: shapes_of(config, wanted), **options)
     else:
         config = load_config(folder, **changes)
         dtype = config.dtype or torch.float32 if dtype is None else getattr(torch, dtype)

@@ -8,6 +8,7 @@ Letters: T tiles, M tokens of a prompt, W width of a row, b bytes of a value.
 
 import weakref
 from collections import Counter
+from copy import deepcopy
 from dataclasses import dataclass
 from fractions import Fraction
 from math import prod
@@ -19,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.flop_counter import flop_registry
-from transformers import DynamicCache
+from transformers import AutoModelForImageTextToText, DynamicCache
 
 from ..modeling_outputs_uhr_bat import CACHE
 from .costs import TEXT_AFTER, TEXT_BEFORE
@@ -198,9 +199,19 @@ class HostCosts:
 
 
 @torch.no_grad()
+def shapes_of(config, dtype="auto"):
+    """A model of the library as its configuration has it, on the meta device; not quantised, whatever its weights are."""
+    config = deepcopy(config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config._attn_implementation = None  # as where no kernel was asked for
+    dtype = config.dtype or torch.float32 if dtype == "auto" else dtype
+    with torch.device("meta"):
+        return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
+
+
 def count_host(model) -> HostCosts:
     """Costs of a host, as its configuration has it: an adapter that is on it is not counted."""
-    from ..hosts.loading import shapes_of
     from ..hosts.modeling import HostModel
 
     shapes = model
