@@ -1,18 +1,14 @@
 """Runs: one line an answer, whatever happens to the process or to an image."""
 
 import json
-import os
 import shutil
-import socket
-import sys
 import time
 from dataclasses import replace
-from multiprocessing import get_context
 
 import numpy as np
 import pytest
-from accelerate import PartialState
 from benchmark_files import conversations, picture, write_lines, xlrs
+from copies import run_copies, start_copies
 from small import count_tiles
 from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.common.runs import alone
@@ -331,24 +327,6 @@ def test_two_runs_into_one_folder_do_not_mix_their_lines(tmp_path, capsys):
     assert "another run is writing it" in capsys.readouterr().err and not [*tmp_path.iterdir()]
 
 
-def run_as(rank, number, port, arguments):
-    """What `torchrun` starts, in a copy of this process, which has all its imports."""
-    where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "RANK": rank, "LOCAL_RANK": rank}
-    os.environ |= {name: str(value) for name, value in where.items()} if number > 1 else {}
-    PartialState._reset_state()
-    sys.exit(evaluate.main(arguments))
-
-
-def start(number, arguments):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = [get_context("fork").Process(target=run_as, args=(n, number, port, arguments)) for n in range(number)]
-    for process in processes:
-        process.start()
-    return processes
-
-
 @pytest.mark.slow
 def test_one_process_and_two_that_go_on_for_a_killed_one_write_the_same_lines(tmp_path):
     questions = ("Is there a car?", "How many ships?", "Where is the pier?")
@@ -364,17 +342,17 @@ def test_one_process_and_two_that_go_on_for_a_killed_one_write_the_same_lines(tm
     assert evaluate.main([*options, "--output", str(single)]) == 0
     whole = (single / "predictions.jsonl").read_bytes()
 
-    (process,), lines = start(1, [*options, "--output", str(other)]), other / "predictions-0.jsonl"
+    (process,), lines = (
+        start_copies(1, evaluate.main, [*options, "--output", str(other)]),
+        other / "predictions-0.jsonl",
+    )
     while process.is_alive() and not (lines.exists() and lines.read_bytes().count(b"\n")):
         time.sleep(0.01)
     process.kill()
     process.join()
     assert 0 < lines.read_bytes().count(b"\n") < len(whole.splitlines())
     assert not (other / "predictions.jsonl").exists()
-    processes = start(2, [*options, "--output", str(other)])
-    for process in processes:
-        process.join()
-    assert [process.exitcode for process in processes] == [0, 0]
+    run_copies(2, evaluate.main, [*options, "--output", str(other)])
     assert (other / "predictions.jsonl").read_bytes() == whole
     assert (other / "figures.json").read_text() == (single / "figures.json").read_text()
     text = compare_runs.compare([single, other])

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import threading
@@ -12,6 +11,7 @@ import time
 import pytest
 import torch
 import transformers
+from copies import start_copies
 from own_data import make_rows, write_rows
 from peft import PeftModel
 from PIL import Image
@@ -301,13 +301,12 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(arguments, tmp_path
     out = tmp_path / "out"
     more = ["--max_steps", "6", "--save_steps", "2", "--lr_scheduler_type", "constant"]
     run([*arguments, "--output_dir", str(tmp_path / "whole")], *more)
-    command = [sys.executable, "-m", "uhr_bat", "train", *arguments, *more, "--max_steps", "100000"]
-    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    (process,) = start_copies(1, sft.main, [*arguments, *more, "--max_steps", "100000"])
     give_up = time.time() + 240
     while not (out / "checkpoint-4" / "trainer_state.json").is_file() and time.time() < give_up:
         time.sleep(0.05)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    process.kill()
+    process.join()
     # As if it had been killed while it wrote its third checkpoint, and none had come after.
     for path in out.glob("checkpoint-*"):
         if int(path.name.split("-")[1]) > 4:

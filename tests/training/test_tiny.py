@@ -1,13 +1,11 @@
 """Training through the library's Trainer: on two processes, cut off and gone on with, and what came of it."""
 
-import os
-import subprocess
-import sys
 from collections import defaultdict
 
 import numpy as np
 import pytest
 import torch
+from copies import run_copies
 from safetensors.torch import load_file
 from transformers import TrainingArguments
 from uhr_bat.common.asking import write_prompt
@@ -35,21 +33,18 @@ def features_path(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def finetune(features_path):
-    def run(output, *arguments, launcher=None, steps=2):
+    def train(output, *arguments, processes=None, steps=2):
         arguments = [
             "--model", str(ROOT), "--output", str(output), "--features", str(features_path), "--scenes", str(SCENES),
             "--steps", str(steps), "--workers", "0", "--batch-size", "1", *arguments,
         ]  # fmt: skip
-        if launcher is None:
+        if processes is None:
             assert not main(arguments)
         else:
-            command = [sys.executable, *launcher, "uhr_bat", "tiny", "finetune", *arguments]
-            environment = {**os.environ, "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-            done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300)
-            assert done.returncode == 0, done.stderr[-3000:]
+            run_copies(processes, main, arguments)
         return load_file(output / "model.safetensors")
 
-    return run
+    return train
 
 
 def largest_difference(one, other):
@@ -61,8 +56,7 @@ def largest_difference(one, other):
 def test_two_processes_train_as_two_batches_a_step_do(finetune, tmp_path):
     start = load_file(ROOT / "model.safetensors")
     accumulated = finetune(tmp_path / "accumulated", "--together", "5", "--accumulation", "2")
-    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "-m")
-    parallel = finetune(tmp_path / "parallel", "--together", "5", launcher=launcher)
+    parallel = finetune(tmp_path / "parallel", "--together", "5", processes=2)
     assert largest_difference(accumulated, parallel) < 2e-5
     assert largest_difference(start, parallel) > 1e-4
 
