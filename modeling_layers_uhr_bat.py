@@ -310,6 +310,12 @@ class UHRBatTowersMixin:
         (row,) = self.read_layers(layers, sequence, partial(question_attention, question_start=question_start))
         return row[start:stop]
 
+    def compress(self, input_ids=None, attention_mask=None, inputs_embeds=None, *args, **kwargs):
+        """See [`UHRBatCompressionMixin.compress`]. Prompts are embedded once, not by each look: tables may be offloaded."""
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+        return super().compress(input_ids, attention_mask, inputs_embeds, *args, **kwargs)
+
     def compress_one(self, *args):
         """See [`UHRBatCompressionMixin`], with the token MLP after the selection."""
         one = super().compress_one(*args)

@@ -274,8 +274,6 @@ class UHRBatRegionFocusMixin:
 
     @torch.no_grad()
     def _focus(self, input_ids, inputs_embeds, image, counts) -> CompressedImage:
-        if inputs_embeds is None:
-            inputs_embeds = self.get_input_embeddings()(input_ids)
         place = int(self.find_placeholders(input_ids, inputs_embeds).nonzero()[0, 0])
         before, after = inputs_embeds[:place], inputs_embeds[place + 1 :]
         tokens, maps, slots = self.focus_image(before, after, image, counts and counts[0])

@@ -92,11 +92,8 @@ def main(arguments=None) -> int:
     about |= {
         "groups": "the smallest object that a question needs, in pixels of the image and of the finest fixed scale"
     }
-    about |= {
-        "questions": result["rows"][0]["questions"],
-        "title": "Objects of a few native pixels",
-        "says": SAYS.format(**about),
-    }
+    about |= {"questions": result["rows"][0]["questions"], "title": "Objects of a few native pixels"}
+    about["says"] = SAYS.format(**about)
     result = {"about": about, **result}
     finish(args.output, "native", result, report(result), plot(result["rows"]))
     return 0

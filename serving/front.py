@@ -16,7 +16,8 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 
 from ..common import asking
-from ..common.models import base_of, hub_name
+from ..common.loading import is_host, load_model
+from ..common.models import base_of, hub_name, told, with_revision
 from ..geo import Georeference
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
 from ..planning import planner_of
@@ -103,12 +104,26 @@ class Selection:
     compressed: UHRBatCompressionOutput | None
 
 
+def load_served(folder, **changes):
+    """Processor and model of a folder that can be served. `changes`: of `load_model`.
+
+    Raises:
+        ValueError: a model of another family, whose decoder needs more of an image than embeddings; and what `load_model` raises.
+    """
+    if is_host(base_of(folder) or folder):
+        raise ValueError(
+            f"{with_revision(told(folder))}: is a model of another family. Its decoder reads the places of the visual tokens too, "
+            "and a server hands a decoder embeddings alone. Ask it by `uhr-bat ask` or `uhr-bat batch`."
+        )
+    return load_model(folder, **changes)
+
+
 class Front:
     """Processor and model, with a cache of encoded images and of selections. Safe to share among threads. Work that nobody
     waits for when its turn comes is not begun (`has_left`).
 
     Args:
-        processor, model: of `load_model`.
+        processor, model: of `load_served`.
         model_key: names the model, as `fingerprint` does.
         cache: its limit holds for images and selections together.
         workers: threads that compute at a time; others wait. Decoded pictures are large.

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.loading import WEIGHTS_NOTE, load_model
+from ..common.loading import WEIGHTS_NOTE
 from ..common.models import add_model_argument, find_model, is_tiny, model_name, setting, stay_offline
 from .doors import Named, check_origins, is_this_machine
 
@@ -95,12 +95,12 @@ def build(args):
     from .cache import ContentCache
     from .decoding import decoder_folder, end_ids
     from .engine import Engine
-    from .front import Front, fingerprint
+    from .front import Front, fingerprint, load_served
     from .sources import SourceRules
     from .structure import Forms
 
     folder = args.allow_local_files
-    processor, model = load_model(args.model, **args.set)
+    processor, model = load_served(args.model, **args.set)
     # The front's threads share the cores; more threads than cores wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
     model_key = fingerprint(args.model)

@@ -150,3 +150,11 @@ def test_what_is_the_machines_is_set_on_the_model(name):
     assert getattr(model, name) == getattr(model.model, name) == 3
     with pytest.raises(ValueError, match=f"`{name}` must be at least 1. Got 0."):
         setattr(model, name, 0)
+
+
+def test_a_prompt_is_embedded_once_however_often_it_looks():
+    model = small_model(refinement=[8, 20], refinement_layers=[1, 0])
+    calls = []
+    model.get_input_embeddings().register_forward_hook(lambda *call: calls.append(call))
+    model.compress(input_ids=IDS, pixel_values=random_pixels(), budgets=BUDGETS)
+    assert len(calls) == 1
