@@ -126,19 +126,18 @@ class Curve:
 
 @dataclass(frozen=True)
 class HostCosts:
-    """Costs of a host's calls, in place of [`costs.Formulas`], by sizes.
+    """Costs of a host's calls, in place of [`costs.Formulas`].
 
     Attributes:
         row_width: W, the columns of DeepStack included.
         linear_weights: of the decoder's linear layers, which 4 bits would hold.
         tile: FLOPs of a tile, tower and projector.
-        chunk: bytes of so many tiles in the tower, with their rows.
-        passes, prompt: FLOPs of a prompt's M tokens, with the head for the last one; bytes beside the cache.
-        looks, look_bytes: {layer: of the question's look over M tokens}; FLOPs where one row asks.
-        look_row: {layer: FLOPs for each token that one more row asks}.
-        padding, look_padding: FLOPs for each token that fills the last chunk of linear attention; by the layer of a look.
-        steps: per kind of layer (FLOPs of a step, by keys; the most keys; layers). The rest of a step under `rest`.
-        cached: per kind of layer (bytes by tokens; the most tokens; layers).
+        chunk: bytes by tiles in the tower, with their rows.
+        passes, prompt: of M tokens with the head for the last one, FLOPs and bytes beside the cache.
+        padding: FLOPs of each token that fills the last chunk of linear attention.
+        looks: {layer: (FLOPs by tokens where `TEXT_AFTER` rows ask, bytes by tokens, padding, FLOPs of a row for a token)}.
+        rest: FLOPs of a step beside the layers.
+        steps, cached: per kind of layer (FLOPs by keys, or bytes by tokens; the most of them; layers).
     """
 
     row_width: int
@@ -147,23 +146,19 @@ class HostCosts:
     chunk: Curve
     passes: Curve
     prompt: Curve
-    looks: dict[int, Curve]
-    look_bytes: dict[int, Curve]
-    look_row: dict[int, int]
     padding: int
-    look_padding: dict[int, int]
+    looks: dict[int, tuple[Curve, Curve, int, int]]
     rest: int
     steps: list[tuple[Curve, int, int]]
     cached: list[tuple[Curve, int, int]]
-
     tiles_on_host = True
 
     def encode_flops(self, num_tiles):
         return num_tiles * self.tile
 
     def weigh_flops(self, num_tokens, layer, num_rows, num_text):
-        M, layer = num_text + num_tokens, self._layer(layer)
-        return self.looks[layer](M) + (num_rows - 1) * M * self.look_row[layer] + -M % CHUNK * self.look_padding[layer]
+        M, (flops, _, padding, row) = num_text + num_tokens, self.looks[layer]
+        return flops(M) + (num_rows - TEXT_AFTER) * M * row + -M % CHUNK * padding
 
     def pass_flops(self, M):
         return self.passes(M) + -M % CHUNK * self.padding
@@ -178,7 +173,7 @@ class HostCosts:
         return 3 * b * N * self.row_width
 
     def weigh_bytes(self, M, question, b, on_gpu):
-        return max(curve(M) for curve in self.look_bytes.values())
+        return max(size(M) for _, size, _, _ in self.looks.values())
 
     def pass_bytes(self, M, at_once, b, on_gpu):
         return at_once * self.prompt(M)
@@ -193,9 +188,6 @@ class HostCosts:
     def grown_bytes(self, M, at_once, b):
         """The cache, and the largest layer once more, which is copied when a token is added."""
         return at_once * (self.cache_bytes(M, b) + max(curve(min(M, most)) for curve, most, _ in self.cached))
-
-    def _layer(self, layer):
-        return layer if layer in self.looks else max(self.looks)
 
 
 @torch.no_grad()
@@ -219,82 +211,80 @@ def count_host(model) -> HostCosts:
         with Shapes():
             shapes = HostModel(shapes_of(model.host.config, model.dtype), model.config, model.reader, model.settings)
         shapes.vision_chunk_size = model.vision_chunk_size
-    count = _Count(shapes)
-    try:
+    with _Count(shapes) as count:
         return count.costs()
-    finally:
-        for layer in count.decoder.layers:
-            del layer.forward
 
 
 class _Count:
+    """Runs of a host on the meta device. Of modules that stand in lists, as layers do, those of one kind that are given the same
+    shapes run once, and count as often as they are called."""
+
     def __init__(self, model):
         self.model, self.host, self.decoder = model, model.host, model.host.get_decoder()
-        layers, types = list(self.decoder.layers), getattr(self.decoder.config, "layer_types", None)
-        self.kinds = [
-            _kind(layer) + ((types or {idx: None for idx in range(len(layers))})[idx],)
-            for idx, layer in enumerate(layers)
-        ]
-        self.first = {kind: idx for idx, kind in reversed(list(enumerate(self.kinds)))}
-        self.numbers = Counter(self.kinds)
-        self.shapes, self.of_layer = None, {}
+        self.shapes, self.seen, self.of_kind, self.whole = None, {}, {}, None
+        lists = [one for one in self.host.modules() if isinstance(one, nn.ModuleList)]
+        self.kinds = {module: _kind(module) for modules in lists for module in modules}
         window = min(getattr(self.decoder.config, "sliding_window", None) or 0, LONGEST)
         self.lengths = [max(LENGTH, 256 * (window // 256 + 1)) * times // 4 for times in (4, 5, 6)]
-        for idx, layer in enumerate(layers):
-            layer.forward = self._counted(idx, layer.forward)
 
-    def _counted(self, idx, forward):
+    def __enter__(self):
+        for module in self.kinds:
+            module.forward = self._once(module, module.forward)
+        return self
+
+    def __exit__(self, *error):
+        for module in self.kinds:
+            del module.forward
+
+    def _once(self, module, forward):
         def run(*args, **kwargs):
-            if self.first[self.kinds[idx]] != idx:
-                return args[0]
+            given = [
+                (one.shape, one.dtype) if torch.is_tensor(one) else str(one) for one in tree_leaves((args, kwargs))
+            ]
+            key = self.kinds[module], str(given)
+            if key in self.seen and module is not self.whole:
+                flops, shape, dtype = self.seen[key]
+                self.shapes.flops += flops
+                self.of_kind[key[0]] = flops
+                return torch.empty(shape, dtype=dtype, device="meta")
             before = self.shapes.flops
             out = forward(*args, **kwargs)
-            self.of_layer[idx] = self.shapes.flops - before
+            self.of_kind[key[0]] = self.shapes.flops - before
+            if torch.is_tensor(out):
+                self.seen[key] = self.shapes.flops - before, out.shape, out.dtype
             return out
 
         return run
 
-    def _run(self, call, *args, **kwargs) -> tuple[int, int, dict]:
-        """(FLOPs beside those of whole layers, bytes that were alive at once, {kind: FLOPs of a layer})."""
-        self.of_layer, self.shapes = {}, Shapes()
+    def run(self, call, *args, whole=None, **kwargs) -> tuple[int, int]:
+        """(FLOPs, bytes that were alive at once) of a call. `whole`: a layer that runs itself."""
+        self.seen, self.whole, self.shapes = {}, whole, Shapes()
         with self.shapes, _FusedAttention(self.shapes):
             call(*args, **kwargs)
-        of_kinds = {self.kinds[idx]: flops for idx, flops in self.of_layer.items()}
-        return self.shapes.flops - sum(of_kinds.values()), self.shapes.peak, of_kinds
+        return self.shapes.flops, self.shapes.peak
 
     def costs(self) -> HostCosts:
         model, side = self.model, self.model.tile_size
-        sizes = (1, 2, 4) if model.vision_chunk_size > 1 else (1, 2)
-        tiles = [(T, *self._run(model.project_tiles, torch.full((T, 3, side, side), 127.0))[:2]) for T in sizes]
-        passes = {M: self._run(self._read, M) for M in self.lengths}
-        odd = LENGTH + 1
-        over = {kind: flops - Curve(tuple((M, of[kind]) for M, (_, _, of) in passes.items()))(odd)
-                for kind, flops in self._run(self._read, odd)[2].items()}  # fmt: skip
-        padding = {kind: flops // (-odd % CHUNK) for kind, flops in over.items()}
-        layers = {model.config.importance_layer, *model.config.refinement_layers}
-        looks = {layer % len(self.kinds): self._looks(layer % len(self.kinds), passes) for layer in layers}
-        rest, steps, cached = self._steps()
+        sizes = (2, 4) if model.vision_chunk_size > 1 else (1,)
+        tiles = [self.run(model.project_tiles, torch.full((T, 3, side, side), 127.0)) for T in sizes]
+        passes, prompt, padding = self._curves(self._read)
+        looks = {}
+        for layer in {model.config.importance_layer, *model.config.refinement_layers}:
+            looked = {"layer": layer % len(self.decoder.layers), "whole": self.decoder.layers[layer]}
+            flops, size, padding_of = self._curves(self._look, **looked)
+            one = self.run(self._look, LENGTH, num_rows=1, **looked)[0]
+            looks[layer] = flops, size, padding_of, (flops(LENGTH) - one) // (LENGTH * (TEXT_AFTER - 1))
         linear = [one for one in self.decoder.modules() if isinstance(one, nn.Linear)]
         return HostCosts(
-            row_width=model.row_width,
-            linear_weights=sum(one.weight.numel() for one in linear),
-            tile=tiles[0][1],
-            chunk=Curve(tuple((T, size) for T, _, size in tiles[-2:])),
-            passes=Curve(tuple((M, rest_of + self._times(of)) for M, (rest_of, _, of) in passes.items())),
-            prompt=Curve(tuple((M, size) for M, (_, size, _) in passes.items())),
-            looks={layer: found[0] for layer, found in looks.items()},
-            look_bytes={layer: found[1] for layer, found in looks.items()},
-            look_row={layer: found[2] for layer, found in looks.items()},
-            padding=self._times(padding),
-            look_padding={layer: self._times(padding, layer) for layer in looks},
-            rest=rest,
-            steps=steps,
-            cached=cached,
-        )
+            model.row_width, sum(one.weight.numel() for one in linear), tiles[0][0] // sizes[0],
+            Curve(tuple((T, size) for T, (_, size) in zip(sizes, tiles))), passes, prompt, padding, looks, *self._steps(),
+        )  # fmt: skip
 
-    def _times(self, of_kinds, below=None) -> int:
-        """FLOPs of all layers, or of those below one."""
-        return sum(of_kinds[kind] for kind in self.kinds[:below])
+    def _curves(self, call, **options) -> tuple:
+        """(FLOPs by tokens, bytes by tokens, FLOPs of each token that fills the last chunk of linear attention)."""
+        found = [(M, *self.run(call, M, **options)) for M in self.lengths]
+        flops, size = (Curve(tuple((one[0], one[part]) for one in found)) for part in (1, 2))
+        return flops, size, (self.run(call, LENGTH + 1, **options)[0] - flops(LENGTH + 1)) // (CHUNK - 1)
 
     def _prompt(self, M, num_after=TEXT_AFTER):
         """(ids, places of its image tokens, their rows)."""
@@ -307,41 +297,31 @@ class _Count:
         inputs = self.model.prompt_with(*self._prompt(M), None)[-1]
         self.host(**inputs, use_cache=False, logits_to_keep=1)
 
-    def _looks(self, layer, passes) -> tuple[Curve, Curve, int]:
-        """Looks at a layer, read at the first one of its kind: (FLOPs, bytes, FLOPs of a further row and token)."""
-        at = self.first[self.kinds[layer]]
+    def _look(self, M, layer, num_rows=TEXT_AFTER):
+        ids, _, rows = self._prompt(M, num_rows)
+        self.model.read_attention(ids, rows, None, layer=layer, question_tokens="all")
 
-        def look(M, num_after):
-            ids, _, rows = self._prompt(M, num_after)
-            self.model.read_attention(ids, rows, None, layer=at, question_tokens="all")
-
-        one, more = (self._run(look, LENGTH, rows)[0] for rows in (1, 2))
-        found = {M: self._run(look, M, TEXT_AFTER) for M in self.lengths}
-        row = (more - one) // LENGTH
-        flops = {M: found[M][0] - (TEXT_AFTER - 1) * M * row + self._times(passes[M][2], layer) for M in self.lengths}
-        return Curve(tuple(flops.items())), Curve(tuple((M, found[M][1]) for M in self.lengths)), row
-
-    def _steps(self):
-        """(FLOPs beside the layers, per kind of layer those of a step, and the bytes of what is cached)."""
-        flops, sizes, most = [], [], {}
+    def _steps(self) -> tuple:
+        """(FLOPs of a step beside the layers, per kind of layer those of a step, and the bytes of what is cached)."""
+        layers, steps, cached = list(self.decoder.layers), {}, {}
+        first = {self.kinds[layer]: idx for idx, layer in reversed(list(enumerate(layers)))}
+        number = Counter(self.kinds[layer] for layer in layers)
         for M in CACHED:
             cache = DynamicCache(config=self.decoder.config)
-            self._run(self._text, 0, M, cache)
-            rest, _, of_kinds = self._run(self._text, M, 1, cache)
-            flops.append(of_kinds)
-            sizes.append({})
-            for kind, idx in self.first.items():
+            self.run(self._text, 0, M, cache)
+            flops = self.run(self._text, M, 1, cache)[0]
+            for kind, idx in first.items():
                 layer = cache.layers[idx] if idx < len(cache.layers) else None
-                tensors = [one for one in tree_leaves(vars(layer) if layer else {}) if isinstance(one, torch.Tensor)]
-                sizes[-1][kind] = sum(one.numel() * one.element_size() for one in tensors)
-                most[kind] = getattr(layer, "sliding_window", None) or 2**62
-        counted = [M + 1 for M in CACHED]
-        steps, cached = (
-            [(Curve(tuple(zip(counted, (one[kind] for one in found)))), most[kind] - less, number)
-             for kind, number in self.numbers.items()]
-            for found, less in ((flops, 0), (sizes, 1))
-        )  # fmt: skip
-        return rest, steps, cached
+                size = sum(one.nbytes for one in tree_leaves(vars(layer) if layer else ()) if torch.is_tensor(one))
+                most = getattr(layer, "sliding_window", None) or 2**62
+                steps.setdefault((kind, most), []).append((M + 1, self.of_kind[kind]))
+                cached.setdefault((kind, most - 1), []).append((M + 1, size))
+        rest = flops - sum(number[kind] * self.of_kind[kind] for kind in first)
+        of_kinds = (
+            [(Curve(tuple(points)), most, number[kind]) for (kind, most), points in one.items()]
+            for one in (steps, cached)
+        )
+        return rest, *of_kinds
 
     def _text(self, start, M, cache):
         ids = torch.full((1, M), (self.model.image_token_id + 1) % 2)
@@ -351,14 +331,13 @@ class _Count:
         self.host(input_ids=ids, use_cache=True, logits_to_keep=1, **given)
 
 
-def _kind(layer) -> tuple:
-    """What layers of equal cost have in common: classes, shapes, settings."""
-    return tuple(
-        (name, type(module), tuple(one.shape for one in module.parameters(recurse=False)),
-         tuple(sorted((key, str(value)) for key, value in vars(module).items()
-               if isinstance(value, (bool, int, float, str)) and key != "layer_idx")))
-        for name, module in layer.named_modules()
-    )  # fmt: skip
+def _kind(module) -> str:
+    """What modules of equal cost have in common: classes, shapes, settings."""
+    found = []
+    for name, part in module.named_modules():
+        settings = {k: v for k, v in vars(part).items() if isinstance(v, (bool, int, float, str)) and k != "layer_idx"}
+        found.append((name, type(part), settings, [one.shape for one in part.parameters(recurse=False)]))
+    return str(found)
 
 
 __all__ = ["Curve", "HostCosts", "Shapes", "count_host"]

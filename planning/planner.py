@@ -16,7 +16,6 @@ from ..budgets_uhr_bat import budgets_of_total
 from ..configuration_uhr_bat import UHRBatConfig
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..image_reading_uhr_bat import check_image_size
-from .counting import HostCosts, count_host
 from .costs import (
     NF4_BYTES,
     Formulas,
@@ -30,6 +29,7 @@ from .costs import (
     reading_layer,
     tiles_of,
 )
+from .counting import HostCosts, count_host
 from .rates import Rates, check_device, free_bytes, is_here, rates_of
 
 # In the order in which they run.
