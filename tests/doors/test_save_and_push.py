@@ -76,6 +76,25 @@ AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True).push
 AutoProcessor.from_pretrained(source, trust_remote_code=True).push_to_hub(repo)
 """
 
+FETCH = """
+import json, sys
+from pathlib import Path
+from huggingface_hub import constants
+from uhr_bat import cli
+
+repo, image = sys.argv[1:]
+commands = (
+    ["plan", repo, "--image-size", "3000x2000", "--tokens", "100", "--device", "cuda"],
+    ["ask", image, "How many ships?", "--max-new-tokens", "1", "--model", repo],
+)
+found = []
+for constants.HF_HUB_OFFLINE in (False, True):
+    for command in commands:
+        code = cli.main(command)
+        found.append((code, bool(list(Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/*.safetensors")))))
+print(json.dumps(found))
+"""
+
 
 def run(script, *arguments, folder, **environment):
     """The last line that a script prints in a new process in `folder`, offline and with caches of its own."""
@@ -403,3 +422,12 @@ def test_a_pushed_repository_opens_from_the_hub_and_from_a_folder(hub, image_pat
     """Against the stub, by the name of the repository; then offline from a folder with the files that were pushed."""
     (found,) = json.loads(run(OPEN, image_path, REPO, folder=tmp_path / "hub", **online(hub)))
     assert found == opened["downloaded"] == opened["distribution"]
+
+
+@pytest.mark.slow
+def test_a_command_fetches_what_it_needs_and_then_needs_no_network(hub, image_path, tmp_path):
+    """Against the stub: a plan no weights, a question all; then both without it."""
+    found = json.loads(run(FETCH, REPO, image_path, folder=tmp_path / "hub", **online(hub)))
+    assert found == [[0, False], [0, True], [0, True], [0, True]]
+    (snapshot,) = (tmp_path / "hub" / "home" / "hub").glob("models--*/snapshots/*")
+    assert snapshot.name == hub.sha and not list(snapshot.glob("*.py"))
