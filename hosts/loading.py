@@ -150,7 +150,7 @@ def self_test(processor, model):
     kept, attention = model.host(**inputs).logits[0, -1], model.attention_of(model.config.importance_layer)
 
     # The plain call, with what stands behind a tile in some families out of sight.
-    whole = model.reader.encode(model.host, tiles[:1])[1].shape[1]
+    whole = model.reader.encode(model.host, tiles[:1].to(model.device))[1].shape[1]
     plain_ids = torch.cat((ids[:start], ids.new_full((whole,), model.image_token_id), ids[start + 1 :]))[None]
     mask = torch.ones_like(plain_ids)
     mask[:, start + p * p : start + whole] = 0

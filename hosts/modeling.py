@@ -67,7 +67,7 @@ class TileReader:
 
     @torch.no_grad()
     def measure(self, host) -> int:
-        outputs, rows = self.encode(host, self.blank(2))
+        outputs, rows = self.encode(host, self.blank(2).to(host.device))
         self.rows_per_side, self.row_width = isqrt(rows.shape[1]), rows.shape[2]
         if self.side % self.rows_per_side:
             raise ValueError(f"A tile of {self.side} px has {rows.shape[1]} rows: no square grid of whole pixels.")
@@ -95,7 +95,7 @@ class TileReader:
 
     def encode(self, host, tiles: torch.Tensor):
         """(what the host's encoder returns, float[T, P', W] all rows of every tile)."""
-        inputs = self.inputs(tiles, host.device)
+        inputs = self.inputs(tiles, tiles.device)
         cut = (
             inputs["image_grid_thw"][0, 1] * self.image_processor.patch_size
             if "image_grid_thw" in inputs
@@ -180,7 +180,13 @@ class HostModel(
 
     # ---- What a VisionLanguageModel says of itself ---------------------------------------------------------------------
 
-    device = property(lambda self: self.host.device)
+    @property
+    def device(self) -> torch.device:
+        """Where weights are, or are put for a call."""
+        hooks = (getattr(one, "_hf_hook", None) for one in self.host.modules() if self.host.device.type == "meta")
+        found = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((one for one in found if one is not None), self.host.device))
+
     dtype = property(lambda self: self.host.dtype)
     model = property(lambda self: self)
     generation_config = property(lambda self: self.host.generation_config)
@@ -202,7 +208,7 @@ class HostModel(
 
     def project_tiles(self, tiles):
         """float[T, 3, tile, tile] of 8-bit numbers -> float[T, P, W]; a row that a family puts behind a tile is dropped."""
-        return self.reader.encode(self.host, tiles)[1][:, : self.patches_per_side**2]
+        return self.reader.encode(self.host, tiles.to(self.device))[1][:, : self.patches_per_side**2]
 
     def _tile_cache(self, pyramid):
         return HostTileCache(self.tile_cache_bytes, self.device)

@@ -41,11 +41,12 @@ class Parts(ProcessorMixin):
         self.image_processor, self.tokenizer = image_processor, tokenizer
 
 
-def find_prompts(config, reader, tokenizer) -> Prompts:
+def find_prompts(config, reader, tokenizer, stated) -> Prompts:
     """What stands around an image's tokens, of a family that is not in the table: what its own processor writes for a tile."""
     kind = getattr(transformers, PROCESSOR_MAPPING_NAMES[config.model_type])
     parameters = inspect.signature(kind.__init__).parameters.values()
     parts = {one.name: None for one in parameters if one.default is one.empty and one.kind is one.POSITIONAL_OR_KEYWORD}
+    parts |= {one.name: stated[one.name] for one in parameters if one.name in stated}
     parts |= {"image_processor": reader.image_processor, "tokenizer": copy.deepcopy(tokenizer)}
     parts.pop("self", None)
     processor = type(kind.__name__, (kind, Parts), {})(**parts)
@@ -55,10 +56,11 @@ def find_prompts(config, reader, tokenizer) -> Prompts:
     return Prompts(processor.image_token, before, rest.rpartition(token)[2])
 
 
-def prompts_of(config, reader, tokenizer) -> Prompts:
-    """Those of the family, spelt out: by the tokenizer's attributes, or the configuration's ids."""
+def prompts_of(config, reader, tokenizer, stated) -> Prompts:
+    """Those of the family, spelt out: by the tokenizer's attributes, or the configuration's ids. `stated`: by the file of the
+    whole processor."""
     if config.model_type not in FAMILIES:
-        return find_prompts(config, reader, tokenizer)
+        return find_prompts(config, reader, tokenizer, stated)
 
     def spell(name):
         ids = [getattr(config, f"{name}_{ending}", None) for ending in ("id", "index")]
@@ -81,9 +83,10 @@ def make_processor(parts, p: int) -> HostProcessor:
     """The processor of a host, of what is read of it before its weights, and the rows a side of its tiles."""
     tokenizer = AutoTokenizer.from_pretrained(parts.folder)
     tokenizer.padding_side, side, config = "left", parts.reader.side, parts.config
-    prompts = prompts_of(config, parts.reader, tokenizer)
+    stated, _ = ProcessorMixin.get_processor_dict(parts.folder)
+    prompts = prompts_of(config, parts.reader, tokenizer, stated)
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
-    template = ProcessorMixin.get_processor_dict(parts.folder)[0].get("chat_template") or tokenizer.chat_template
+    template = stated.get("chat_template") or tokenizer.chat_template
     if isinstance(template, dict):
         template = template.get("default", next(iter(template.values())))
     options = {"scales": parts.scales, "max_tiles": parts.settings.max_tiles}
