@@ -12,6 +12,7 @@ import argparse
 import math
 import re
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -47,20 +48,25 @@ def planner_of_folder(folder: Path, device: str | None = None, dtype: str | None
     from . import planner_of
     from .counting import Shapes, shapes_of
 
-    folder = base_of(folder) or folder
+    folder, note = base_of(folder) or folder, ""
     if is_host(folder):
+        from transformers import PreTrainedConfig
+
         from ..hosts.loading import load_host
 
         wanted = "auto" if dtype is None else getattr(torch, dtype)
         options = {"check": False, "calibrated": host_settings(folder), **changes}
         with Shapes():
             _, model = load_host(folder, make=lambda config: shapes_of(config, wanted), **options)
+        if PreTrainedConfig.get_config_dict(folder)[0].get("quantization_config"):
+            note = " Weights are counted as if they were not quantised."
     else:
         config = load_config(folder, **changes)
         dtype = config.dtype or torch.float32 if dtype is None else getattr(torch, dtype)
         with torch.device("meta"):
             model = UHRBatForConditionalGeneration(config).to(dtype)
-    return planner_of(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    planner = planner_of(model, device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    return replace(planner, note=planner.note + note)
 
 
 def device_of(text: str) -> str:

@@ -262,31 +262,6 @@ def question_flops(config, question: Question, calls=None) -> dict[str, int]:
 # ---- Bytes -----------------------------------------------------------------------------------------------------------
 
 
-def tower_chunk_bytes(config, num_tiles, b, on_gpu) -> int:
-    """A chunk of so many tiles in the tower, at its widest: where patches are embedded, or in a layer's MLP.
-
-    Before patches are embedded, a CPU's convolution pads the three colours to 16, beside the chunk and its copy. A layer
-    has the residual and the normed states, and three tensors as wide as the MLP; a CPU's heap keeps the room of queries,
-    keys, values and output, which the layer has given back.
-    """
-    vision = config.vision_config
-    M = (vision.image_size // vision.patch_size) ** 2 + config.tower_form.num_class_tokens
-    pixels = 4 * num_tiles * config.tile_size**2
-    layer = b * num_tiles * M * ((2 if on_gpu else 6) * vision.hidden_size + 3 * vision.intermediate_size)
-    return max(22 * pixels, 3 * pixels + layer)
-
-
-def decoder_pass_bytes(config, M, b, on_gpu) -> int:
-    """A layer of the decoder while its MLP runs: sequence, residual and normed states, and the MLP's three products; and in
-    a CPU's heap the room of the attention's queries, before and after they are turned, keys, values and output."""
-    query, key = (0, 0) if on_gpu else attention_widths(config)
-    return b * M * (3 * (config.text_config.hidden_size + config.text_config.intermediate_size) + 4 * query + 2 * key)
-
-
-def key_value_bytes(config, M, b) -> int:
-    return 2 * b * M * config.text_config.num_hidden_layers * attention_widths(config)[1]
-
-
 def kmeans_bytes(config, N, R, on_gpu) -> int:
     """Three blocks in float32, three sets of centres, and order and labels of the tokens."""
     if not R:
@@ -325,7 +300,17 @@ class Formulas:
         return decoder_flops(self.config, 1, num_cached) + head_flops(self.config, 1)
 
     def chunk_bytes(self, num_tiles, b, on_gpu):
-        return tower_chunk_bytes(self.config, num_tiles, b, on_gpu)
+        """A chunk of so many tiles in the tower, at its widest: where patches are embedded, or in a layer's MLP.
+
+        Before patches are embedded, a CPU's convolution pads the three colours to 16, beside the chunk and its copy. A layer
+        has the residual and the normed states, and three tensors as wide as the MLP; a CPU's heap keeps the room of queries,
+        keys, values and output, which the layer has given back.
+        """
+        vision = self.config.vision_config
+        M = (vision.image_size // vision.patch_size) ** 2 + self.config.tower_form.num_class_tokens
+        pixels = 4 * num_tiles * self.config.tile_size**2
+        layer = b * num_tiles * M * ((2 if on_gpu else 6) * vision.hidden_size + 3 * vision.intermediate_size)
+        return max(22 * pixels, 3 * pixels + layer)
 
     def added_bytes(self, N, chunk_size, b):
         """Tokens of a scale, the blocks that have got their embedding, and these in one piece, beside a block of embeddings
@@ -335,21 +320,24 @@ class Formulas:
 
     def weigh_bytes(self, M, question, b, on_gpu):
         scores = 10 * self.config.text_config.num_attention_heads * min(64, question.text_after) * M
-        return decoder_pass_bytes(self.config, M, b, on_gpu) + scores
+        return self.pass_bytes(M, 1, b, on_gpu) + scores
 
     def pass_bytes(self, M, at_once, b, on_gpu):
-        return decoder_pass_bytes(self.config, at_once * M, b, on_gpu)
+        """A layer of the decoder while its MLP runs: sequence, residual and normed states, and the MLP's three products; and
+        in a CPU's heap the room of the attention's queries, before and after they are turned, keys, values and output."""
+        (query, key), text = (0, 0) if on_gpu else attention_widths(self.config), self.config.text_config
+        return b * at_once * M * (3 * (text.hidden_size + text.intermediate_size) + 4 * query + 2 * key)
 
     def visual_bytes(self, question, b):
         """Visual tokens, the embedded prompt, and the prompt with both."""
         return 3 * b * self.row_width * question.prompt
 
     def cache_bytes(self, M, b):
-        return key_value_bytes(self.config, M, b)
+        return 2 * b * M * self.config.text_config.num_hidden_layers * attention_widths(self.config)[1]
 
     def grown_bytes(self, M, at_once, b):
         """Keys and values of a layer are copied when a token is added."""
-        grown = at_once * key_value_bytes(self.config, M, b)
+        grown = at_once * self.cache_bytes(M, b)
         return grown + grown // self.config.text_config.num_hidden_layers
 
 

@@ -190,7 +190,6 @@ class HostCosts:
         return at_once * (self.cache_bytes(M, b) + max(curve(min(M, most)) for curve, most, _ in self.cached))
 
 
-@torch.no_grad()
 def shapes_of(config, dtype="auto"):
     """A model of the library as its configuration has it, on the meta device; not quantised, whatever its weights are."""
     config = deepcopy(config)
@@ -202,6 +201,7 @@ def shapes_of(config, dtype="auto"):
         return AutoModelForImageTextToText.from_config(config, dtype=dtype).eval()
 
 
+@torch.no_grad()
 def count_host(model) -> HostCosts:
     """Costs of a host, as its configuration has it: an adapter that is on it is not counted."""
     from ..hosts.modeling import HostModel

@@ -15,7 +15,7 @@ from ...geometry_uhr_bat import patch_centres
 from ...modeling_outputs_uhr_bat import CACHE
 from ...modeling_uhr_bat import UHRBatForConditionalGeneration
 from ...planning import plan
-from ...planning.costs import attention_widths, key_value_bytes, question_flops, question_of, region_counts
+from ...planning.costs import Formulas, attention_widths, question_flops, question_of, region_counts
 from ...token_clustering_uhr_bat import CLUSTERINGS
 from ...token_compression_uhr_bat import select_tokens
 from .. import meters, sides
@@ -244,7 +244,7 @@ def walked(sizes) -> list[Row]:
         "keys of a layer": [1, heads, question.prompt + 2, attention_widths(config)[1] // heads],
     }
     expect(shapes == formulas, f"Shapes on the meta device are {shapes}, and should be {formulas}.")
-    cache = key_value_bytes(config, question.prompt + 2, 2)
+    cache = Formulas(config).cache_bytes(question.prompt + 2, 2)
     expect(
         (held["tokens"], held["KV cache"]) == (2 * D * sum(N), cache),
         f"Bytes on the meta device are {held}, the formula says {2 * D * sum(N)} of tokens and {cache} of cache.",

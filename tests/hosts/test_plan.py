@@ -62,6 +62,7 @@ def test_memory_is_that_of_the_tensors_that_are_alive(name, loaded):
 def folder_of(path, name, config, image_processor):
     """A model folder without weights."""
     config.dtype = "bfloat16"
+    config.quantization_config = {"quant_method": "fp8"}  # as of weights that a plan does not read
     config.save_pretrained(path)
     tokenizer_of(FAMILIES[name]).save_pretrained(path)
     image_processor.save_pretrained(path)
@@ -97,6 +98,7 @@ def test_a_model_of_real_size_is_planned_by_its_configuration_alone(tmp_path, ca
     code, text = printed("8500x8500", "--memory", "20GiB")
     assert code == 0 and "qwen3-vl-8b, 8,500 x 8,500 px, bfloat16 on cuda" in text and "32 tiles pass the tower" in text
     assert "weights 16.33 GiB" in text and "Seconds are not predicted for models of other families" in text
+    assert "Weights are counted as if they were not quantised." in text
     code, text = printed("8500x8500", "--memory", "4GiB")
     assert code == 2 and "of which weights 16.33 GiB" in text and "weights in 4 bits, about" in text
     code, text = printed("40000x40000")
