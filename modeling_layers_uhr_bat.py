@@ -187,20 +187,14 @@ def question_attention(attention, hidden_states, position_embeddings, question_s
     return mean
 
 
-def mean_attention(query, key, scaling, question_start, softcap=None) -> torch.Tensor:
+def mean_attention(query, key, scaling, question_start) -> torch.Tensor:
     """float32[M]: what the rows from `question_start` on pay to every position, the mean over heads and these rows, by
-    queries and keys float[1, heads, M, head]; in blocks, so that no M x M matrix exists.
-
-    Args:
-        softcap: scores are bent to stay below it, by a hyperbolic tangent; None leaves them.
-    """
+    queries and keys float[1, heads, M, head]; in blocks, so that no M x M matrix exists."""
     M, key = query.shape[2], key.transpose(2, 3)
     position = torch.arange(M, device=query.device)
     total = 0
     for rows in position[question_start:].split(QUESTION_BLOCK):
         scores = query[:, :, rows] @ key * scaling
-        if softcap is not None:
-            scores = torch.tanh(scores / softcap) * softcap
         scores = scores.masked_fill(position > rows[:, None], float("-inf"))
         total = total + F.softmax(scores, dim=-1, dtype=torch.float32).mean(1).sum((0, 1))
     return total / (M - question_start)

@@ -134,12 +134,22 @@ def _assemble(parts, host):
 
 @torch.no_grad()
 def self_test(processor, model):
-    """Two tiles and one prompt: everything kept against the host's plain call, and a look against eager attention. Raises
-    `ValueError` with what differs, and by how much."""
+    """Two tiles and one prompt: the order of rows, everything kept against the host's plain call, and a look against eager
+    attention. Raises `ValueError` with what differs, and by how much."""
     p, side, prompts = model.patches_per_side, model.tile_size, processor.prompts
     tiles = torch.randint(0, 256, (2, 3, side, side), generator=torch.Generator().manual_seed(0)).float()
     rows = model.project_tiles(tiles)
     _compare(model, "a tile that is encoded with another", rows[1], model.project_tiles(tiles[1:])[0])
+    # Odd lines of cells, or those of one half, in negative: it is their rows that change most, in each layer's columns.
+    cells = torch.arange(side) * p // side
+    lines = torch.stack((cells % 2 == 1, cells % 2 == 0, 2 * cells >= p, 2 * cells < p))
+    negative = torch.cat((lines[:, None].expand(4, side, side), lines[:, :, None].expand(4, side, side)))
+    drawn = torch.where(negative[:, None], 255 - tiles[0], tiles[0])
+    changed = model._project_in_chunks(drawn, torch.arange(8), desc="Self-test") - rows[0]
+    changed = changed.float().unflatten(2, (model.reader.num_layers, -1)).norm(dim=-1).cpu()
+    fits = (changed[::2] > changed[1::2]) == negative[::2, :: side // p, :: side // p].reshape(4, p * p, 1)
+    if fits.float().mean(1).min() < 0.75:
+        raise ValueError(f"The self-test of {model.family_name} failed: a tile's rows are not its cells, line by line.")
 
     text = prompts.before + processor.image_token + prompts.after + "What is this?"
     ids = processor.tokenizer(text, return_tensors="pt")["input_ids"][0].to(model.device)

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..modeling_layers_uhr_bat import mean_attention
+from ..modeling_layers_uhr_bat import QUESTION_BLOCK
 
 KERNEL = KEYWORD = "uhr_bat_look"
 
@@ -26,13 +26,19 @@ class Looked(Exception):
 def look_kernel(module, query, key, value, attention_mask, **kwargs):
     """As [`AttentionInterface`] has kernels: the model's own, or the look."""
     look = kwargs.pop(KEYWORD, None)
+    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     if look is not None and look.module is module and not look.weights:
-        scaling = kwargs.get("scaling") or getattr(module, "scaling", None) or query.shape[-1] ** -0.5
-        key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-        look.seen = mean_attention(query, key, scaling, look.question_start, kwargs.get("softcap"))
+        # The family's own eager attention knows its scaling, caps, sinks and groups of heads.
+        position, window = torch.arange(query.shape[2], device=query.device), kwargs.get("sliding_window")
+        look.seen = 0
+        for rows in position[look.question_start :].split(QUESTION_BLOCK):
+            distance = rows[:, None] - position
+            unseen = (distance < 0) | (distance >= (window or len(position)))
+            mask = torch.zeros_like(distance, dtype=query.dtype).masked_fill(unseen, torch.finfo(query.dtype).min)
+            seen = eager(module, query[:, :, rows], key, value, mask[None, None], **kwargs)[1]
+            look.seen += seen[0].float().mean(0).sum(0) / (len(position) - look.question_start)
         raise Looked
     own = module.config.kernel_of._attn_implementation
-    eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
     found = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)(module, query, key, value, attention_mask, **kwargs)
     if look is not None and look.module is module:
         look.seen = found[1][0, :, look.question_start :].float().mean((0, 1))

@@ -285,7 +285,8 @@ class HostModel(
         pooled, *deep = ([one[:, width * idx : width * (idx + 1)] for one in rows] for idx in range(num_layers))
         if self.reader.stacked:  # a row each: images of different sizes, beams and chunks then come apart rightly
             pooled = torch.cat(pooled)[:, None]
-        fields = {"pooler_output": pooled} | ({"deepstack_features": deep} if deep else {})
+        has_deep = hasattr(self.reader.outputs_class, "deepstack_features")  # of no layer, too
+        fields = {"pooler_output": pooled} | ({"deepstack_features": deep} if has_deep else {})
         return made | {"mm_encoder_outputs": {"image": self.reader.outputs_class(**fields)}}
 
     def _marked(self, input_ids, attention_mask, labels, kept) -> dict:
