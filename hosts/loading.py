@@ -1,6 +1,5 @@
-"""A host from a folder or the Hub, in parts: image processor, tokenizer and chat template, without a whole processor, which
-needs torchvision in most families. And the self-test, which turns a change of the library into an error instead of a wrong
-answer."""
+"""A host from a folder, in parts: a whole processor needs torchvision in most families. And the self-test, which turns a change
+of the library into an error instead of a wrong answer."""
 
 from contextlib import contextmanager
 from copy import copy
@@ -62,17 +61,15 @@ def _explained(folder):
     """Says of a model of a family that is not known what it failed by. Raises `ValueError` for one that cannot be a host."""
     if tuple(map(int, transformers.__version__.split(".")[:2])) < OLDEST:
         raise ImportError(
-            f"Vision-language models of other families need transformers {'.'.join(map(str, OLDEST))} or newer, which takes "
-            f"images that are encoded already. Got {transformers.__version__}."
+            f"Models of other families need transformers {'.'.join(map(str, OLDEST))} or newer, which takes images that are "
+            f"encoded already. Got {transformers.__version__}."
         )
     stated, _ = PreTrainedConfig.get_config_dict(str(folder))
     model_type = stated.get("model_type", "")
     family_of(model_type)
     if "auto_map" in stated and model_type not in CONFIG_MAPPING:
-        raise ValueError(
-            f"{folder}: its code is its repository's own and takes no encoded images. Load the repository of this model whose "
-            "name ends in -hf, as OpenGVLab/InternVL3-8B-hf."
-        )
+        mend = "Load the repository of this model whose name ends in -hf, as OpenGVLab/InternVL3-8B-hf."
+        raise ValueError(f"{folder}: its code is its repository's own and takes no encoded images. {mend}")
     try:
         yield
     except Exception as error:
@@ -87,16 +84,13 @@ def _explained(folder):
 def _read(folder, calibrated, changes) -> SimpleNamespace:
     """What is known of a host before its weights are read. `changes` that are left are of UHR-BAT's configuration."""
     if unknown := sorted(set(changes) - SETTINGS - CONFIG_FIELDS):
-        raise ValueError(
-            f"A host has no setting {', '.join(unknown)}. It has {', '.join(sorted(SETTINGS))}, and of UHR-BAT's configuration "
-            f"{', '.join(sorted(CONFIG_FIELDS))}."
-        )
+        known = f"{', '.join(sorted(SETTINGS))}, and of UHR-BAT's configuration {', '.join(sorted(CONFIG_FIELDS))}"
+        raise ValueError(f"A host has no setting {', '.join(unknown)}. It has {known}.")
     image_processor, config = AutoImageProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder)
     own = {**(calibrated or {}), **{name: value for name, value in changes.items() if name in SETTINGS}}
     settings = family_of(config.model_type).settings.changed(own)
-    if "budgets" not in own:  # of a small window the half
-        window = config.get_text_config().max_position_embeddings
-        settings = settings.changed({"budgets": min(settings.budgets, window // 2)})
+    half = config.get_text_config().max_position_embeddings // 2
+    settings = settings if "budgets" in own else settings.changed({"budgets": min(settings.budgets, half)})
     side, options = tile_side(config, image_processor, settings.tile)
     rest = {name: value for name, value in changes.items() if name not in SETTINGS}
     scales = rest.pop("scales", None) or [side * settings.anchor * 2**level for level in range(settings.levels)]

@@ -19,8 +19,7 @@ from ..modeling_layers_uhr_bat import QUESTION_BLOCK
 KERNEL = KEYWORD = "uhr_bat_look"
 
 
-class Looked(Exception):
-    """The pass has seen what it was made for."""
+class Looked(Exception): ...  # the pass has seen what it was made for
 
 
 def look_kernel(module, query, key, value, attention_mask, **kwargs):

@@ -9,7 +9,6 @@ the decoder, and with DeepStack as many again for each of its layers.
 
 import inspect
 from dataclasses import replace
-from functools import wraps
 from math import isqrt
 
 import torch
@@ -59,7 +58,7 @@ class TileReader:
         options: of the processor's call, which keep a tile whole (`tile_side`).
         rows_per_side: p, of a tile's rows p * p; a family may have a row more, which is dropped.
         largest_rows: rows a side of the largest square image that the host was made for; None where that is not stated.
-        outputs_class, stacked, num_layers: what the encoder returns, whether that has one tensor, layers with DeepStack's.
+        outputs_class, stacked, num_layers: what the encoder returns, whether in one tensor, with how many of DeepStack.
     """
 
     def __init__(self, image_processor, side: int, options: dict):
@@ -96,14 +95,10 @@ class TileReader:
     def encode(self, host, tiles: torch.Tensor):
         """(what the host's encoder returns, float[T, P', W] all rows of every tile)."""
         inputs = self.inputs(tiles, tiles.device)
-        cut = (
-            inputs["image_grid_thw"][0, 1] * self.image_processor.patch_size
-            if "image_grid_thw" in inputs
-            else self.side
-        )
-        if cut != self.side:
+        grid = inputs.get("image_grid_thw")
+        if grid is not None and grid[0, 1] * self.image_processor.patch_size != self.side:
             raise ValueError(
-                f"A tile of {self.side} px comes out of the image processor as {int(cut)} px: too few pixels."
+                f"A tile of {self.side} px does not come out of the image processor as it is, by {grid[0]}."
             )
         taken = inspect.signature(host.get_image_features).parameters
         outputs = host.get_image_features(**{key: inputs[key] for key in inputs if key in taken}, return_dict=True)
@@ -113,7 +108,7 @@ class TileReader:
 
 
 class _OwnGenerate(GenerationMixin):
-    """`generate` of [`UHRBatGenerationMixin`] ends in the library's, which is the host's own here."""
+    """The host's own `generate`, where that of [`UHRBatGenerationMixin`] ends in the library's."""
 
     def generate(self, inputs=None, *args, input_ids=None, **kwargs):
         """As the host's. `input_ids`: the prompt with words between the tiles (`marks`), which are not returned."""
@@ -128,14 +123,12 @@ class _OwnGenerate(GenerationMixin):
     def _checked(self, inputs, kwargs):
         """Keyword arguments of `generate`. Raises `ValueError` for what the library would do wrongly in silence."""
         config, encoded = kwargs.get("generation_config") or self.generation_config, kwargs.get("mm_encoder_outputs")
-        chunk, whole = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None)), self.bidirectional
-        refused = {CACHE: kwargs.get(CACHE) if self.mrope or whole else None}
-        # Releases before 5.23 leave images out of chunks.
-        refused["prefill_chunk_size"] = (
-            chunk if whole or not hasattr(generation_utils, "_slice_mm_encoder_output") else None
-        )
-        for name, value in refused.items():
-            if encoded and value is not None:
+        chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        # Before 5.23, chunks leave images out.
+        lost = self.bidirectional or not hasattr(generation_utils, "_slice_mm_encoder_output")
+        parts = (CACHE, kwargs.get(CACHE), self.mrope or self.bidirectional), ("prefill_chunk_size", chunk, lost)
+        for name, value, wrong in parts:
+            if encoded and wrong and value is not None:
                 raise ValueError(
                     f"`{name}` cannot go with images of {self.family_name} in this transformers: what is read in parts has "
                     "them in wrong places, or blind to each other. Leave it out, and pass the whole prompt."
@@ -143,13 +136,13 @@ class _OwnGenerate(GenerationMixin):
         known = {"position_ids", CACHE, "inputs_embeds"} & set(kwargs)
         if self.mrope and not encoded and inputs is not None and not known:
             # Without them the host keeps the positions of its last call, which may be another thread's.
-            mask = kwargs.get("attention_mask", torch.ones_like(inputs)).bool()
+            mask = kwargs.get("attention_mask")
+            mask = torch.ones_like(inputs).bool() if mask is None else mask.bool()
             kwargs["position_ids"] = position_ids(torch.zeros_like(mask), mask, [])
         return kwargs
 
 
 def _graded(call):
-    @wraps(call)
     def graded(self, *args, **kwargs):
         with torch.set_grad_enabled(self.training and torch.is_grad_enabled()):
             return call(self, *args, **kwargs)
@@ -174,7 +167,6 @@ class HostModel(
         self.attention = attention_modules(host.get_decoder())
         for layer in (config.importance_layer, *config.refinement_layers):
             self.attention_of(layer)
-        # A 1-D decoder reads tile by tile.
         self.tile_rows = None if self.mrope else config.tile_size // config.patch_size
         self.train(host.training)
 
@@ -183,9 +175,11 @@ class HostModel(
     @property
     def device(self) -> torch.device:
         """Where weights are, or are put for a call."""
-        hooks = (getattr(one, "_hf_hook", None) for one in self.host.modules() if self.host.device.type == "meta")
-        found = (getattr(hook, "execution_device", None) for hook in hooks)
-        return torch.device(next((one for one in found if one is not None), self.host.device))
+        hooks = (
+            [getattr(one, "_hf_hook", None) for one in self.host.modules()] if self.host.device.type == "meta" else []
+        )
+        devices = (getattr(hook, "execution_device", None) for hook in hooks)
+        return torch.device(next((one for one in devices if one is not None), self.host.device))
 
     dtype = property(lambda self: self.host.dtype)
     model = property(lambda self: self)
@@ -195,8 +189,6 @@ class HostModel(
     row_width = property(lambda self: self.reader.row_width)
     image_token_id = property(lambda self: self.config.image_token_id)
     context_window = property(lambda self: self.config.text_config.max_position_embeddings)
-
-    # The host's own: what is saved is what the library saves.
     save_pretrained = property(lambda self: self.host.save_pretrained)
     get_input_embeddings = property(lambda self: self.host.get_input_embeddings)
 
@@ -311,8 +303,7 @@ class HostModel(
         return made if labels is None else made | {"labels": given}
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, answer_mask=None, **kwargs):
-        """The host's `forward`, with the images of [`UHRBatImageInputs`]; with `labels` long[B, M] the selection never sees
-        an answer, and visual tokens have none."""
+        """The host's, with the images of [`UHRBatImageInputs`]. The selection sees no answer, and visual tokens have no label."""
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         if has_images(**images):
             if attention_mask is None:

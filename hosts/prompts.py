@@ -13,10 +13,6 @@ from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..processing_uhr_bat import UHRBatProcessor
 from .settings import FAMILIES, Prompts
 
-# Tokens that a tokenizer may not have as attributes.
-SPELT = {"start_image_token": "<img>", "end_image_token": "</img>", "fake_image_token": "<fake_token_around_image>",
-         "global_image_token": "<global-img>"}  # fmt: skip
-
 
 class HostProcessor(UHRBatProcessor):
     """[`UHRBatProcessor`] with a host's tokenizer, chat template and tiles. Pixels stay 8-bit numbers: the host's own image
@@ -61,15 +57,12 @@ def prompts_of(config, reader, tokenizer, stated) -> Prompts:
     whole processor."""
     if config.model_type not in FAMILIES:
         return find_prompts(config, reader, tokenizer, stated)
-
-    def spell(name):
-        ids = [getattr(config, f"{name}_{ending}", None) for ending in ("id", "index")]
-        named = [tokenizer.convert_ids_to_tokens(idx) for idx in ids if idx is not None and idx < len(tokenizer)]
-        return next(filter(None, (getattr(tokenizer, name, None), *named, SPELT.get(name))), "")
-
-    names = {name: spell(name) for name in ("boi_token", "eoi_token", *SPELT)}
-    prompts = FAMILIES[config.model_type].prompts
-    return Prompts(*(getattr(prompts, part).format(**names) for part in ("marker", "before", "after", "row_end")))
+    names = {}
+    for name in ("boi_token", "eoi_token"):
+        idx = getattr(config, f"{name}_id", getattr(config, f"{name}_index", None))
+        named = None if idx is None or idx >= len(tokenizer) else tokenizer.convert_ids_to_tokens(idx)
+        names[name] = getattr(tokenizer, name, None) or named or ""
+    return Prompts(*(part.format(**names) for part in FAMILIES[config.model_type].prompts))
 
 
 def filtered(template: str, image_token: str, prompts: Prompts) -> str:

@@ -80,13 +80,12 @@ FAMILIES = {
     "gemma4": Family(Prompts(before="{boi_token}", after="{eoi_token}")),
     "gemma3": Family(Prompts("{boi_token}", "\n\n{boi_token}", "{eoi_token}\n\n")),
     **dict.fromkeys(("qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe", "llava_onevision"), Family()),
-    "internvl": Family(Prompts(before="{start_image_token}", after="{end_image_token}")),
+    "internvl": Family(Prompts(before="<img>", after="</img>")),
     # A context window of 4,096: no more than the 576 rows of the one image that it was trained with.
     "llava": Family(settings=HostSettings(budgets=576)),
     # 64 rows a tile: half the tokens show as many tiles as those of others.
     "smolvlm": Family(
-        Prompts(before="{fake_image_token}{global_image_token}", after="{fake_image_token}"),
-        HostSettings(budgets=300, refinement=128),
+        Prompts("", "<fake_token_around_image><global-img>", "<fake_token_around_image>"), HostSettings(budgets=300)
     ),
     # Its tower lays all tiles of a call end to end, and its mask grows with the square of them.
     "mistral3": Family(Prompts(after="[IMG_END]", row_end="[IMG_BREAK]"), chunk=1),
@@ -97,13 +96,10 @@ def family_of(model_type: str) -> Family:
     """The family, or what is taken for one that is not known. Raises `ValueError` for one that cannot be a host."""
     if model_type.startswith("llava_next"):
         raise ValueError(
-            f"A model of the type {model_type!r} cannot be asked through UHR-BAT: it counts patches by the configuration's "
-            "pinpoints, so its tiles cannot be encoded one by one. LLaVA 1.5 and LLaVA-OneVision can."
+            f"A model of the type {model_type!r} cannot be asked: it counts patches by the configuration's pinpoints, not tile by "
+            "tile. LLaVA 1.5 and LLaVA-OneVision can."
         )
     return FAMILIES.get(model_type, Family())
-
-
-# ---- Tiles -------------------------------------------------------------------------------------------------------------
 
 
 def _pair(value) -> int:
@@ -116,7 +112,7 @@ def tile_side(config, image_processor, wanted: int | None) -> tuple[int, dict]:
     call that see to it. Raises `ValueError` for a side that the family's tower cannot have."""
     given, vision, cell, size = SimpleNamespace(**image_processor.to_dict()), config.vision_config, None, {}
     flags = ("crop_to_patches", "do_image_splitting", "do_pan_and_scan")
-    options = {name: False for name in flags if hasattr(given, name)}
+    options = {name: False for name in flags if hasattr(image_processor, name)}
     if hasattr(given, "temporal_patch_size"):  # Qwen-VL and its like take any side
         cell = _pair(given.patch_size) * given.merge_size
     elif hasattr(config, "spatial_merge_size"):  # Mistral 3 takes any side, too
@@ -154,8 +150,9 @@ def rows_a_side(config, side: int) -> int:
     vision = config.vision_config
     if hasattr(config, "mm_tokens_per_image"):  # Gemma 3
         return isqrt(config.mm_tokens_per_image)
-    merged = getattr(vision, "spatial_merge_size", 1) * getattr(vision, "pooling_kernel_size", 1)
-    merged *= getattr(config, "spatial_merge_size", 1) * getattr(config, "scale_factor", 1)  # Mistral 3; SmolVLM
-    return round(
-        side / _pair(vision.patch_size) / merged * getattr(config, "downsample_ratio", 1)
-    )  # InternVL's is a half
+    cell = (
+        _pair(vision.patch_size) * getattr(vision, "spatial_merge_size", 1) * getattr(vision, "pooling_kernel_size", 1)
+    )
+    # Of Mistral 3, SmolVLM and InternVL, which has a half.
+    cell *= getattr(config, "spatial_merge_size", 1) * getattr(config, "scale_factor", 1)
+    return round(side / cell * getattr(config, "downsample_ratio", 1))

@@ -79,7 +79,7 @@ def test_what_cannot_be_a_host_is_refused_with_what_it_lacks(tmp_path, host_fold
         (tmp_path / name / "model.safetensors").write_bytes(b"")
         return tmp_path / name
 
-    with pytest.raises(ValueError, match="'llava_next' cannot be asked.*pinpoints.*LLaVA-OneVision can"):
+    with pytest.raises(ValueError, match="'llava_next' cannot be asked: .*pinpoints.*LLaVA-OneVision can"):
         load_model(folder("next", model_type="llava_next"))
     with pytest.raises(ValueError, match="code is its repository's own.*-hf, as OpenGVLab/InternVL3-8B-hf"):
         load_model(
