@@ -66,6 +66,8 @@ class Shapes(TorchDispatchMode):
             made = func(*args, **(kwargs | {"device": torch.device("cpu")}))
             return tree_map(lambda one: _shape(one) if torch.is_tensor(one) and one.is_floating_point() else one, made)
         if kwargs.get("device") is not None:
+            if func is aten._to_copy.default and not (kwargs.get("dtype") or args[0].dtype).is_floating_point:
+                return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)  # pixels, for NumPy
             kwargs = kwargs | {"device": torch.device("meta")}
         if func is aten.index.Tensor:  # a mask as an index is its places
             masks = [torch.is_tensor(one) and one.dtype == torch.bool and not one.is_meta for one in args[1]]
