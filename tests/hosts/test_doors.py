@@ -117,12 +117,11 @@ def test_a_run_names_model_revision_and_settings_and_is_compared_with_another_mo
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("act", ["recall", "partitions", "ablations"])
+@pytest.mark.parametrize("act", ["recall", "partitions"])
 def test_evidence_is_measured(act, on_hub, host_folder, tmp_path, capsys):
     arguments = {
         "recall": ["scenes", "--limit", "1", "--fractions", "0.1", "--methods", "distinct", "uniform"],
         "partitions": ["--size", "150", "100", "--questions", "1", "--methods", "grid", "--factors", "1", "--clusters"],
-        "ablations": ["table-5", "--limit", "1"],
     }[act]
     model = on_hub("llava_onevision") if act != "partitions" else host_folder("internvl")
     out = tmp_path / "out"
