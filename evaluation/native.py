@@ -87,8 +87,12 @@ def main(arguments=None) -> int:
     check_scenes(args, "native", focus=args.focus)
     samples = samples_of(SUITE, TEST_SEEDS[: args.scenes])
     result = measure(args.model, samples, tiles=args.tiles, workers=args.workers, focus=args.focus, changes=args.set)
-    command = f"uhr-bat evidence native{model_option(args.model, args.set)}{' --focus DIR' * bool(args.focus)} --scenes {args.scenes}"
-    about = {"command": f"{command} --tiles {args.tiles}", "scenes": args.scenes, "tiles": args.tiles}
+    command = f"uhr-bat evidence native{model_option(args.model, args.set)}{' --focus DIR' * bool(args.focus)}"
+    about = {
+        "command": f"{command} --scenes {args.scenes} --tiles {args.tiles}",
+        "scenes": args.scenes,
+        "tiles": args.tiles,
+    }
     about |= {
         "groups": "the smallest object that a question needs, in pixels of the image and of the finest fixed scale"
     }

@@ -104,6 +104,17 @@ def test_native_objects_are_asked_about_in_every_row_from_as_many_tokens(monkeyp
     assert native.ZOOM in reports.report(result) and native.plot(found)
 
 
+def test_the_report_about_native_objects_names_the_command_with_its_model(tmp_path, monkeypatch):
+    records = [
+        record(row, x, True, image, pixels=0.3) for row, x in ((rows.FULL, 100.0), (native.ZOOM, 4.0)) for image in "ab"
+    ]
+    monkeypatch.setattr(native, "ask_rows", lambda folder, jobs, *options: dict.fromkeys(jobs, (records, [])))
+    assert native.main(["--scenes", "2", "--set", "selector=top_k", "--output", str(tmp_path)]) == 0
+    written = (tmp_path / "native.md").read_text()
+    assert "2 questions about 2 made-up scenes" in written
+    assert "`uhr-bat evidence native --set selector=top_k --scenes 2 --tiles 128`" in written
+
+
 def test_more_scenes_than_there_are_is_an_error_with_both_numbers(tmp_path, capsys):
     assert evidence.main(["--scenes", "1000", "--seeds", "2", "--output", str(tmp_path)]) == 2
     assert "There are 1000 test scenes, but 1000 x 2 are asked for." in capsys.readouterr().err
