@@ -54,9 +54,8 @@ def load_processor(folder=ROOT, changes=None, **settings):
     if is_host(base or folder):
         from ..hosts.loading import host_processor
 
-        processor = host_processor(base or folder, host_settings(base or folder), **(changes or {}))
-        processor.default_budgets = settings.get("default_budgets", processor.default_budgets)
-        return processor
+        budgets = {"budgets": settings["default_budgets"]} if "default_budgets" in settings else {}
+        return host_processor(base or folder, host_settings(folder, base), **(changes or {}), **budgets)
     if changes:
         load_config(folder, **changes)  # refuses what there is not
     if base is None:
@@ -159,7 +158,7 @@ def _load_host(folder, base, dtype, device_map, quantization_config, check, chan
 
     if device_map == "auto" and not torch.cuda.is_available():
         device_map = None
-    calibrated, folder_of_host = host_settings(base or folder), with_weights(base or folder)
+    calibrated, folder_of_host = host_settings(folder, base), with_weights(base or folder)
     processor, model = load_host(folder_of_host, dtype, device_map, quantization_config, check, calibrated, **changes)
     if base is not None:
         require("train", "peft")
@@ -168,13 +167,24 @@ def _load_host(folder, base, dtype, device_map, quantization_config, check, chan
     return processor, model
 
 
-def host_settings(folder) -> dict:
-    """Settings of a model of another family that were measured on it, from the user's own `hosts.json`."""
+def host_settings(folder, base=None) -> dict:
+    """Settings of a model of another family, or of an adapter of `base`: those that were measured on it, from the user's own
+    `hosts.json`, over those that it was trained with, which stand beside it. Raises `ValueError` for such a file that is
+    none."""
+    from ..hosts.settings import SETTINGS_FILE, split_changes
+
     try:
-        found = json.loads((user_folder() / "hosts.json").read_text(encoding="utf-8"))
+        measured = json.loads((user_folder() / "hosts.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return {}
-    return found.get(told(folder)["model"], {})
+        measured = {}
+    path, trained = Path(folder, SETTINGS_FILE), {}
+    if path.is_file():
+        try:
+            trained = split_changes(json.loads(path.read_text(encoding="utf-8")), ())[0]
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{path}: these are no settings ({reason(error)}).") from error
+    of_base = {} if base is None else measured.get(told(base)["model"], {})
+    return of_base | trained | measured.get(told(folder)["model"], {})
 
 
 def _load(folder, processor, dtype, device_map, quantization_config, changes):

@@ -30,6 +30,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from uhr_bat.common.budgets import budgets as read_budgets
 from uhr_bat.common.files import whole_folder, write_json
+from uhr_bat.common.loading import is_host
 from uhr_bat.common.models import base_of, hub_name
 from uhr_bat.common.outputs import Output, check_outputs
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
@@ -37,7 +38,7 @@ from uhr_bat.image_raster_files_uhr_bat import reason
 
 from . import model_folder, released_layout
 from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
-from .merging import MergedModel
+from .merging import MergedModel, merge_host
 from .model_card import read_provenance, write_model_card
 from .model_folder import EMBEDDINGS, HEAD, meta_model
 from .start_model import Contents, GrownTables, read_start
@@ -419,6 +420,18 @@ def convert(
         raise CheckpointError("--merge-adapter is for --checkpoint: merge an adapter of a start model into it first.")
     if not start and options.keys() & {"vision_tower", "scales", "budgets"}:
         raise CheckpointError("--vision-tower, --scales and --budgets are for --start: a checkpoint states its own.")
+    if not start:
+        base, adapters = find_adapters(checkpoint, options.get("merge_adapter"))
+        if adapters and is_host(locate(base)):
+            if others := sorted(options.keys() - {"merge_adapter", "dtype"}) + ["dry_run"] * dry_run:
+                raise CheckpointError(
+                    f"{base} is of another family than ours: {', '.join(others)} cannot be given for it."
+                )
+            merge_host(base, adapters, output, DTYPES[options.get("dtype", "auto")] or "auto", max_shard_size)
+            print(f"{output}: complete, in the layout of its own family.")
+            if push_to_hub:
+                push(output, push_to_hub)
+            return output
     plan = Plan.of_start(start, **options) if start else Plan.of(checkpoint, **options)
     if dry_run:
         print(plan)

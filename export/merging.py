@@ -4,7 +4,9 @@ from pathlib import Path
 
 import torch
 from uhr_bat.common.extras import require
-from uhr_bat.common.loading import attach_adapter
+from uhr_bat.common.files import whole_folder
+from uhr_bat.common.loading import attach_adapter, host_settings, load_model
+from uhr_bat.common.models import find_model
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.image_raster_files_uhr_bat import reason
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
@@ -39,31 +41,14 @@ class MergedModel:
         with init_empty_weights(include_buffers=False):
             model = UHRBatForConditionalGeneration(config)
         model.load_state_dict(weights, strict=False, assign=True)
-        allowed = max(TOLERANCES[tensor.dtype] for tensor in weights.values())
+        dtypes = {tensor.dtype for tensor in weights.values()}
         has_head = HEAD in weights
         del weights  # what is merged takes their place in memory
         model.tie_weights()
-        named = ", ".join(map(str, adapters))
-        try:
-            names = [f"adapter_{idx}" for idx in range(len(adapters))]
-            for name, folder in zip(names, adapters):
-                model = attach_adapter(model, folder, name, torch_device="cpu")
-            model.base_model.set_adapter(names, inference_mode=True)
-            live = probe(model.eval().get_base_model())
-            untie(model.get_base_model())
-            model = model.merge_and_unload(safe_merge=True, adapter_names=names)
-            merged = probe(model)
-        except Exception as error:  # of a wrong adapter peft raises whatever it likes
-            raise CheckpointError(f"{named}: cannot be merged ({reason(error)}).") from error
-        for wanted, found in zip(live, merged):
-            off, size = (wanted - found).abs().max().item(), wanted.abs().max().item()
-            if not off <= allowed * size:
-                raise CheckpointError(
-                    f"{named}: cannot be merged: merged, the model's outputs are off by {off:.3g}, "
-                    f"up to {size:.3g} large, where rounding allows {allowed:g} of that. Use the adapter without a merge."
-                )
+        model = merge(model, adapters, probe, dtypes)
         self.weights = model.state_dict()
         if {name: tensor.shape for name, tensor in self.weights.items()} != expected:
+            named = ", ".join(map(str, adapters))
             raise CheckpointError(f"{named}: after merging, names or shapes are no longer those of the model.")
         is_tied = not has_head and torch.equal(self.weights[HEAD], self.weights[EMBEDDINGS])
         config.tie_word_embeddings = config.text_config.tie_word_embeddings = is_tied
@@ -75,6 +60,70 @@ class MergedModel:
 
     def read(self, name: str) -> torch.Tensor:
         return self.weights[name]
+
+
+def merge(model, adapters: list[Path], outputs, dtypes):
+    """The model with adapters merged into it.
+
+    Args:
+        outputs: function of the model, which returns tensors that show what an adapter does.
+        dtypes: of its weights.
+
+    Raises:
+        CheckpointError: see [`MergedModel`].
+    """
+    named, names = ", ".join(map(str, adapters)), [f"adapter_{idx}" for idx in range(len(adapters))]
+    allowed = max(map(TOLERANCES.get, dtypes))
+    try:
+        for name, folder in zip(names, adapters):
+            model = attach_adapter(model, folder, name, torch_device="cpu")
+        model.base_model.set_adapter(names, inference_mode=True)
+        live = outputs(model.eval().get_base_model())
+        untie(model.get_base_model())
+        model = model.merge_and_unload(safe_merge=True, adapter_names=names)
+        merged = outputs(model)
+    except Exception as error:  # of a wrong adapter peft raises whatever it likes
+        raise CheckpointError(f"{named}: cannot be merged ({reason(error)}).") from error
+    for wanted, found in zip(live, merged):
+        off, size = (wanted - found).abs().max().item(), wanted.abs().max().item()
+        if not off <= allowed * size:
+            raise CheckpointError(
+                f"{named}: cannot be merged: merged, the model's outputs are off by {off:.3g}, "
+                f"up to {size:.3g} large, where rounding allows {allowed:g} of that. Use the adapter without a merge."
+            )
+    return model
+
+
+def merge_host(base, adapters: list[Path], output: Path, dtype="auto", max_shard_size="5GB"):
+    """The folder of a model of another family with adapters of it merged into it, whole or not at all; with the settings that
+    the last one was trained with.
+
+    Raises:
+        CheckpointError: see [`MergedModel`].
+    """
+    try:
+        folder = find_model(base)
+        processor, model = load_model(folder, dtype, None, **host_settings(adapters[-1], folder))
+    except (OSError, ValueError, ImportError) as error:
+        raise CheckpointError(f"{base}: {reason(error)}") from error
+    kinds = {one.dtype for one in model.parameters()}
+    if not kinds <= TOLERANCES.keys():
+        raise CheckpointError(f"{base}: its weights are of fewer bits, into which nothing is merged without a loss.")
+    merged = merge(model.host, adapters, lambda host: probe_host(model), kinds)
+    if (head := merged.get_output_embeddings()) is not None and head.weight is not merged.get_input_embeddings().weight:
+        merged.config.tie_word_embeddings = merged.config.get_text_config().tie_word_embeddings = False
+    with whole_folder(output) as building:
+        merged.save_pretrained(building, max_shard_size=max_shard_size)
+        processor.save_pretrained(building)
+
+
+@torch.no_grad()
+def probe_host(model) -> list[torch.Tensor]:
+    """As `probe`, of a host."""
+    ids = torch.linspace(0, model.config.text_config.vocab_size - 1, 32).long()
+    ids = ids[ids != model.image_token_id][None]
+    tile = torch.linspace(0, 255, 3 * model.tile_size**2).view(1, 3, model.tile_size, model.tile_size)
+    return [model(input_ids=ids).logits.float(), model.project_tiles(tile).float()]
 
 
 def untie(model):

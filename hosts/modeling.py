@@ -181,6 +181,8 @@ class HostModel(
         devices = (getattr(hook, "execution_device", None) for hook in hooks)
         return torch.device(next((one for one in devices if one is not None), self.host.device))
 
+    # In training where the host is, whoever else holds it: a trainer has a peft model around it.
+    training = property(lambda self: self.host.training, lambda self, mode: None)
     dtype = property(lambda self: self.host.dtype)
     model = property(lambda self: self)
     generation_config = property(lambda self: self.host.generation_config)
@@ -263,7 +265,7 @@ class HostModel(
             input_ids, attention_mask = changed["input_ids"], changed["attention_mask"]
         return changed | self._inputs_of(input_ids, attention_mask, compressed.pooler_output, kept)
 
-    def _inputs_of(self, input_ids, attention_mask, rows, kept) -> dict:
+    def _inputs_of(self, input_ids, attention_mask, rows=(), kept=()) -> dict:
         """The host's names for rows in place of image tokens, for where they lie and for which tokens they are."""
         is_image, orders = self.find_placeholders(input_ids), [order_of(places, self.tile_rows) for places in kept]
         rows = [one[order.to(one.device)] for one, order in zip(rows, orders)]
@@ -273,6 +275,8 @@ class HostModel(
             images = [coordinates(places, order, rule, largest) for places, order in zip(kept, orders)]
             visible = attention_mask[:, -input_ids.shape[1] :].bool()
             made["position_ids"] = position_ids(is_image & visible, visible, images)
+        if not rows:
+            return made
         width, num_layers = self.row_width // self.reader.num_layers, self.reader.num_layers
         pooled, *deep = ([one[:, width * idx : width * (idx + 1)] for one in rows] for idx in range(num_layers))
         if self.reader.stacked:  # a row each: images of different sizes, beams and chunks then come apart rightly
@@ -303,7 +307,12 @@ class HostModel(
         return made if labels is None else made | {"labels": given}
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, answer_mask=None, **kwargs):
-        """The host's, with the images of [`UHRBatImageInputs`]. The selection sees no answer, and visual tokens have no label."""
+        """The host's `forward`, with the images of [`UHRBatImageInputs`]: see `prepare`."""
+        return self.host(**self.prepare(input_ids, attention_mask, labels, answer_mask, **kwargs))
+
+    def prepare(self, input_ids=None, attention_mask=None, labels=None, answer_mask=None, **kwargs) -> dict:
+        """Arguments of the host's own `forward`, its images compressed, for whoever calls that: a trainer, a peft model around
+        it. With `labels` long[B, M] the selection never sees an answer, and visual tokens have none."""
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         if has_images(**images):
             if attention_mask is None:
@@ -316,5 +325,11 @@ class HostModel(
             if labels is not None:
                 labels = labels.masked_fill(self.find_placeholders(input_ids), -100)
             kwargs |= self.visual_inputs(input_ids, attention_mask, compressed, labels)
+        elif input_ids is not None and not {CACHE, "inputs_embeds", "mm_encoder_outputs"} & set(kwargs):
+            # In training a host asks for the types of text alone, too, and some keep the positions of their last call.
+            if self.find_placeholders(input_ids).any():
+                raise ValueError("The prompts hold image tokens, but no images were passed.")
+            mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            kwargs = self._inputs_of(input_ids, mask) | kwargs
         given = {"input_ids": input_ids, "attention_mask": attention_mask, "labels": labels}
-        return self.host(**(given | kwargs))
+        return given | kwargs

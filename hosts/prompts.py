@@ -4,14 +4,23 @@ beside each placeholder that its family has around the tokens of an image."""
 import copy
 import inspect
 import json
+import shutil
+from dataclasses import asdict
+from pathlib import Path
 
 import transformers
 from transformers import AutoTokenizer, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
+from ..common.files import write_json
+from ..common.models import SMALL, find_model
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..processing_uhr_bat import UHRBatProcessor
-from .settings import FAMILIES, Prompts
+from .settings import FAMILIES, SETTINGS_FILE, Prompts
+
+# Files of a host's folder that a processor has nothing to do with.
+NOT_OF_PROCESSOR = ("config.json", "generation_config.json", "adapter_config.json", "*.index.json", "trainer_state.json",
+                    "requirements.txt", SETTINGS_FILE)  # fmt: skip
 
 
 class HostProcessor(UHRBatProcessor):
@@ -19,6 +28,21 @@ class HostProcessor(UHRBatProcessor):
     processor normalises them, tile by tile, in the model."""
 
     prompts = Prompts()
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """The host's own files as they are, without its configuration and its weights, and the settings that it is asked by:
+        [`load_model`] reads these, the library does not."""
+        own, copied = find_model(self.folder, weights=False), []
+        Path(save_directory).mkdir(parents=True, exist_ok=True)
+        for path in sorted(own.iterdir()) if not own.samefile(save_directory) else ():
+            if any(map(path.match, SMALL)) and not any(map(path.match, NOT_OF_PROCESSOR)):
+                copied.append(shutil.copyfile(path, Path(save_directory, path.name)))
+        settings = asdict(self.settings) | {"budgets": self.default_budgets}
+        # How many tiles a question takes is no matter of what was learnt.
+        write_json(
+            Path(save_directory, SETTINGS_FILE), {name: settings[name] for name in settings if name != "max_tiles"}
+        )
+        return copied
 
     def _process_images(self, images, *args, **kwargs):
         """An image of one tile that is kept whole is written as the family writes one, with the ends of its rows."""
@@ -90,5 +114,5 @@ def make_processor(parts, p: int) -> HostProcessor:
         default_budgets=parts.settings.budgets,
         image_token=image_token,
     )
-    made.prompts = prompts
+    made.prompts, made.folder, made.settings = prompts, parts.folder, parts.settings
     return made

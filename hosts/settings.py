@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 PLACES = ("grid", "levels", "rectangle")
+SETTINGS_FILE = "uhr_bat_host.json"  # beside an adapter, or a model, that was trained with them
 OLDEST = 5, 18  # the first release whose families take images that are encoded already, as far as these were tried
 
 

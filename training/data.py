@@ -44,6 +44,8 @@ from .rows import COLUMNS, LINES, read_rows
 
 logger = logging.get_logger(__name__)
 
+# Of an image in the data, LLaVA's, whatever the model calls its own.
+PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # A plain question, by the name of its column, and the name of its answer's: ours, ms-swift's, Alpaca's.
 PLAIN = {"question": "answer", "query": "response", "instruction": "output"}
@@ -101,15 +103,15 @@ class BadSample(ValueError):
 # ---- A row ----------------------------------------------------------------------------------------------------------
 
 
-def split_text(text: str, image_token: str = "<image>") -> list[dict]:
+def split_text(text: str) -> list[dict]:
     """Parts of a turn: "<image>\\nHow many?" -> [{"type": "image"}, {"type": "text", "text": "How many?"}].
 
     Around an image, line breaks are the chat template's. Text without an image stays as it is.
     """
-    if image_token not in text:
+    if PLACEHOLDER not in text:
         return [{"type": "text", "text": text}]
     parts = []
-    for piece in text.split(image_token):
+    for piece in text.split(PLACEHOLDER):
         parts += [{"type": "text", "text": piece.strip()}] if piece.strip() else []
         parts += [{"type": "image", "text": None}]
     return parts[:-1]  # one image between two pieces
@@ -135,7 +137,7 @@ def as_list(value, name) -> list:
     raise BadSample(f"whose `{name}` is no list", repr(value)[:60])
 
 
-def read_parts(content, image_token: str) -> tuple[str, list]:
+def read_parts(content) -> tuple[str, list]:
     """(text with placeholders, images) of what a turn says: a text, or parts, of which images may name their file."""
     if not isinstance(content, list):
         return content, []
@@ -143,7 +145,7 @@ def read_parts(content, image_token: str) -> tuple[str, list]:
     for part in content:
         kind = part.get("type") if isinstance(part, dict) else None
         if kind == "image":
-            texts.append(image_token)
+            texts.append(PLACEHOLDER)
             images += [part[name] for name in IMAGE_KEYS if part.get(name) is not None][:1]
         elif kind == "text":
             texts.append(as_text(part.get("text")))
@@ -157,7 +159,7 @@ def find_key(row: dict, *names):
     return next((name for name in names if row.get(name) is not None), None)
 
 
-def read_turns(row: dict, image_token: str = "<image>") -> tuple[list[tuple[str, str]], list]:
+def read_turns(row: dict) -> tuple[list[tuple[str, str]], list]:
     """([(role, text) of each turn], the images that turns name themselves). Raises `BadSample`."""
     column, asked = find_key(row, "conversations", "messages"), find_key(row, *PLAIN)
     turns, images = [], []
@@ -165,7 +167,7 @@ def read_turns(row: dict, image_token: str = "<image>") -> tuple[list[tuple[str,
         for turn in as_list(row[column], column):
             if not isinstance(turn, dict):
                 raise BadSample("with a turn that is no object", f"{str(turn)[:60]!r} is none of the kind {{...}}")
-            said, named = read_parts(turn.get("value", turn.get("content")), image_token)
+            said, named = read_parts(turn.get("value", turn.get("content")))
             turns.append((turn.get("from", turn.get("role")), said))
             images += named
     elif asked:
@@ -242,7 +244,7 @@ def as_numbers(value):
     return value
 
 
-def to_messages(turns, num_images: int, image_token: str, is_plain: bool) -> list[dict]:
+def to_messages(turns, num_images: int, is_plain: bool) -> list[dict]:
     """The turns of a row as messages. Where no turn of a plain row says where its images go, they go first.
 
     Raises:
@@ -250,19 +252,19 @@ def to_messages(turns, num_images: int, image_token: str, is_plain: bool) -> lis
     """
     if not turns or turns[-1][0] != "assistant" or not turns[-1][1].strip():
         raise BadSample("without an answer at the end", turns[-1][0] if turns else "no turns")
-    placeholders = sum(text.count(image_token) for _, text in turns)
+    placeholders = sum(text.count(PLACEHOLDER) for _, text in turns)
     if not placeholders and is_plain:
         first = next(idx for idx, (role, _) in enumerate(turns) if role == "user")
-        turns[first] = ("user", image_token * num_images + turns[first][1])
+        turns[first] = ("user", PLACEHOLDER * num_images + turns[first][1])
         placeholders = num_images
     if placeholders != num_images:
-        raise BadSample(f"with other numbers of {image_token} and of images", f"{placeholders} and {num_images}")
-    if any(image_token in text for role, text in turns if role != "user"):
-        raise BadSample(f"with {image_token} in a turn that is not the user's")
+        raise BadSample(f"with other numbers of {PLACEHOLDER} and of images", f"{placeholders} and {num_images}")
+    if any(PLACEHOLDER in text for role, text in turns if role != "user"):
+        raise BadSample(f"with {PLACEHOLDER} in a turn that is not the user's")
     for number, (role, text) in enumerate(turns, 1):
         if not text.strip():
             raise BadSample("with an empty turn", f"turn {number}, {role}")
-    return [{"role": role, "content": split_text(text, image_token)} for role, text in turns]
+    return [{"role": role, "content": split_text(text)} for role, text in turns]
 
 
 def split_answers(sample: dict) -> list[dict]:
@@ -315,10 +317,10 @@ class SampleReader:
             if row.get("row_kind"):
                 raise BadSample(row["row_kind"], row["row_detail"])
             row = json.loads(row["row_json"]) if "row_json" in row else row
-            turns, named = read_turns(row, self.processor.image_token)
+            turns, named = read_turns(row)
             images = [self.find_image(image, Path(image_folder)) for image in read_images(row, named)]
             is_plain = not find_key(row, "conversations", "messages")
-            messages = to_messages(turns, len(images), self.processor.image_token, is_plain)
+            messages = to_messages(turns, len(images), is_plain)
             regions = [self.find_regions(image) for image in images] if self.regions else []
             options = read_options(row, self.budgets)
             whole = sample | {"messages": messages, "images": images, "regions": regions, "options": options}

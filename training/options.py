@@ -26,6 +26,10 @@ class ModelOptions:
     model_name_or_path: str = HfArg(
         default=str(ROOT), help="Model to start from: a folder, or a name on the Hub, as org/name."
     )
+    model_settings: dict | str | None = HfArg(
+        default=None,
+        help="Other values for settings of the model, as JSON: those that other commands take as --set NAME=VALUE.",
+    )
     dtype: str = HfArg(default="auto", help="Of the weights in memory: auto, float32, bfloat16.")
     freeze: list[str] = HfArg(
         default_factory=lambda: ["vision_tower"],
@@ -44,6 +48,8 @@ class ModelOptions:
     load_in_4bit: bool = HfArg(default=False, help="QLoRA: the decoder's linear layers in NF4 (bitsandbytes).")
 
     def __post_init__(self):
+        if isinstance(self.model_settings, str):
+            self.model_settings = json.loads(self.model_settings)
         self.freeze = [] if self.freeze in (None, ["none"]) else self.freeze
         if not self.use_peft and (self.use_rslora or self.use_dora):
             raise ValueError("`use_rslora` and `use_dora` are of an adapter. Train one: `use_peft: true`.")

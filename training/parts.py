@@ -3,11 +3,12 @@
 import re
 from pathlib import Path
 
+from transformers import AutoConfig
 from transformers.utils import logging
 
 from ..common.extras import require
-from ..common.loading import attach_adapter
-from ..common.models import hub_name
+from ..common.loading import attach_adapter, is_host
+from ..common.models import base_of, hub_name
 
 logger = logging.get_logger(__name__)
 
@@ -15,11 +16,26 @@ logger = logging.get_logger(__name__)
 LORA_TARGETS = r".*language_model.*\.(q|k|v|o|gate|up|down)_proj"
 # What stands before the decoder and is trained with it.
 VISUAL_PARTS = ("vision_tower", "multi_modal_projector", "scale_embedding", "token_mlp")
+# The same of models of other families.
+HOST_PARTS = ("visual", "vision_model", "connector", "embed_vision")
 
 
-def is_visual(name: str, parts=VISUAL_PARTS) -> bool:
+def is_visual(name: str, parts=VISUAL_PARTS + HOST_PARTS) -> bool:
     """Whether a parameter of this name stands before the decoder, or in one of these parts of it."""
     return any(f"{part}." in name for part in parts)
+
+
+def decoder_name(model) -> str:
+    """Of the decoder among a model's modules."""
+    decoder = model.get_decoder()
+    return next(name for name, module in model.named_modules() if module is decoder)
+
+
+def outside_decoder(model) -> list[str]:
+    """Names of the modules of a model that are neither in its decoder nor around it."""
+    own = decoder_name(model)
+    names = [name for name, _ in model.named_modules() if name and not f"{own}.".startswith(f"{name}.")]
+    return [name for name in names if f"{own}.".startswith(f"{name.rpartition('.')[0]}.".lstrip("."))]
 
 
 def freeze_parts(model, names: list[str]):
@@ -48,6 +64,9 @@ def add_adapter(model, options):
 
     What the tower's unread layers hold never gets an adapter, whatever the expression says.
 
+    Args:
+        model: [`UHRBatForConditionalGeneration`], or a host, whose decoder has a name of its own.
+
     Raises:
         ImportError: peft is missing.
         ValueError: the expression finds no layer.
@@ -55,14 +74,17 @@ def add_adapter(model, options):
     require("train", "peft")
     from peft import LoraConfig, get_peft_model
 
+    ours, targets = model.config.model_type == "uhr_bat", options.lora_target_modules
+    if not ours and targets == LORA_TARGETS:
+        targets = LORA_TARGETS.replace(".*language_model", re.escape(decoder_name(model)))
     config = LoraConfig(
         r=options.lora_r,
         lora_alpha=options.lora_alpha,
         lora_dropout=options.lora_dropout,
         use_rslora=options.use_rslora,
         use_dora=options.use_dora,
-        target_modules=options.lora_target_modules,
-        exclude_modules="|".join(map(re.escape, unread_modules(model))),
+        target_modules=targets,
+        exclude_modules="|".join(map(re.escape, unread_modules(model))) if ours else None,
         modules_to_save=options.lora_modules_to_save,
         task_type="CAUSAL_LM",
     )
@@ -106,15 +128,21 @@ def quantization(options):
         raise ValueError("`load_in_4bit`: weights of four bits cannot be trained, only an adapter (`use_peft: true`).")
     import torch
 
-    return quantize_decoder(4, torch.bfloat16)
+    place = base_of(options.model_name_or_path) or options.model_name_or_path
+    if not is_host(place):
+        return quantize_decoder(4, torch.bfloat16)
+    from ..hosts.loading import shapes_of
+
+    return quantize_decoder(4, torch.bfloat16, outside_decoder(shapes_of(AutoConfig.from_pretrained(place))))
 
 
-def quantize_decoder(bits: int, compute_dtype):
+def quantize_decoder(bits: int, compute_dtype, left=None):
     """`quantization_config` for `from_pretrained`: the decoder's linear layers in 8 or 4 bits (NF4), nothing before them and not
     the head. The importance pass reads the same layers, and calls them as the decoder does.
 
     Args:
         compute_dtype: of the products of four bits.
+        left: names of the modules that stay as they are; ours if None.
 
     Raises:
         ImportError: bitsandbytes is missing.
@@ -122,7 +150,7 @@ def quantize_decoder(bits: int, compute_dtype):
     require("qlora", "bitsandbytes")
     from transformers import BitsAndBytesConfig
 
-    left = {"llm_int8_skip_modules": [*(f"model.{part}" for part in VISUAL_PARTS), "lm_head"]}
+    left = {"llm_int8_skip_modules": left or [*(f"model.{part}" for part in VISUAL_PARTS), "lm_head"]}
     if bits == 8:
         return BitsAndBytesConfig(load_in_8bit=True, **left)
     return BitsAndBytesConfig(

@@ -17,7 +17,7 @@ from transformers.utils import logging
 from ..common.budgets import scale_budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
-from ..common.loading import load_model, load_processor
+from ..common.loading import host_settings, is_host, load_model, load_processor
 from ..common.models import base_of, find_model, model_name
 from ..common.outputs import MODEL_FILES, Output, check_outputs
 from .collator import UHRBatDataCollator, answer_of
@@ -53,13 +53,17 @@ def read_data(data, processor, seed):
 
 
 def prepare_model(options, budgets, bf16=False):
-    """The model of [`ModelOptions`], its parts frozen or with an adapter. A model that is saved in float16 is trained in
-    bfloat16 where the run computes in it (`bf16`), else in float32."""
+    """(the model of [`ModelOptions`] that is trained, its parts frozen or with an adapter; the [`HostModel`] around it, None where
+    it is none). A model that is saved in float16 is trained in bfloat16 where the run computes in it (`bf16`), else in
+    float32."""
     import torch
 
     dtype = options.dtype if options.dtype == "auto" else getattr(torch, options.dtype)
     base = base_of(options.model_name_or_path)
-    _, model = load_model(base or options.model_name_or_path, dtype, None, quantization(options))
+    place, changes = base or options.model_name_or_path, options.model_settings or {}
+    if is_host(place):
+        changes = host_settings(options.model_name_or_path, base) | changes
+    _, model = load_model(place, dtype, None, quantization(options), **changes)
     halves = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype == torch.float16]
     if halves:
         dtype = torch.bfloat16 if bf16 else torch.float32
@@ -70,12 +74,14 @@ def prepare_model(options, budgets, bf16=False):
             f"{str(dtype).removeprefix('torch.')} (`dtype: bfloat16` or `float32` says which)."
         )
     model.config.budgets = budgets
+    asker = model if is_host(place) else None
+    trained = model if asker is None else model.host
     if base is not None:
-        return continue_adapter(model, options.model_name_or_path)
+        return continue_adapter(trained, options.model_name_or_path), asker
     if not options.use_peft:
         freeze_parts(model, options.freeze)
-        return model
-    return add_adapter(model, options)
+        return model, None
+    return add_adapter(trained, options), asker
 
 
 def last_whole_checkpoint(folder: str) -> str | None:
@@ -142,14 +148,20 @@ def train(options, data, training) -> UHRBatTrainer:
     if data.eval_pictures:
         require("pictures", "matplotlib")
     options.model_name_or_path = str(find_model(options.model_name_or_path))
-    if base_of(options.model_name_or_path) is not None:
+    base = base_of(options.model_name_or_path)
+    if base is not None:
         options.use_peft = True
+    if is_host(base or options.model_name_or_path):
+        if not options.use_peft:
+            raise ValueError("A model of another family is trained by an adapter alone: `use_peft: true`.")
+        # Batches hold whole images.
+        options.model_settings = {"max_tiles": None} | (options.model_settings or {})
     quantization(options)
     named = training.resume_from_checkpoint
     checkpoint = named if named and str(named).lower() != "true" else last_whole_checkpoint(training.output_dir)
     check_kind(checkpoint, options.use_peft)
     budgets = {} if data.budgets is None else {"default_budgets": data.budgets}
-    processor = load_processor(options.model_name_or_path, **budgets)
+    processor = load_processor(options.model_name_or_path, options.model_settings, **budgets)
     samples, held_out = read_data(data, processor, training.data_seed or training.seed)
     facts = facts_of(options, samples)
     tell_changes(checkpoint, facts)
@@ -162,8 +174,10 @@ def train(options, data, training) -> UHRBatTrainer:
     if held_out is not None and data.eval_max_new_tokens:
         check_scores(data.eval_scores, [answer_of(sample) for sample in held_out.select_columns("messages")])
     set_seed(training.seed)  # an adapter's first weights are drawn before the Trainer sets it
+    model, asker = prepare_model(options, processor.default_budgets, training.bf16)
     trainer = UHRBatTrainer(
-        model=prepare_model(options, processor.default_budgets, training.bf16),
+        model=model,
+        asker=asker,
         args=training,
         train_dataset=samples,
         eval_dataset=held_out,
@@ -178,7 +192,7 @@ def train(options, data, training) -> UHRBatTrainer:
         trainer.add_callback(EarlyStoppingCallback(*patience))
     if data.eval_pictures and held_out is not None:
         trainer.add_callback(
-            KeptPictures(collator, [held_out[i] for i in range(min(data.eval_pictures, len(held_out)))])
+            KeptPictures(collator, [held_out[i] for i in range(min(data.eval_pictures, len(held_out)))], asker)
         )
     if training.process_index == 0:
         first = samples[0]

@@ -68,11 +68,13 @@ class UHRBatTrainer(Trainer):
     `visual_learning_rate` is the rate of what stands before the decoder. With `group_by_image` an image is encoded once for
     the questions about it ([`EncodedImages`]). An evaluation answers the last turn of every
     held-out sample too, with at most `eval_max_new_tokens` tokens, greedily: `eval_accuracy` and the like are what the
-    answers are worth by `eval_scores`, names of `scores.SCORES`.
+    answers are worth by `eval_scores`, names of `scores.SCORES`. `asker` is the [`HostModel`] around a model of another family,
+    which is trained itself: it compresses for each step, and answers.
     """
 
-    def __init__(self, *args, eval_max_new_tokens: int = 32, eval_scores=("accuracy",), **kwargs):
+    def __init__(self, *args, eval_max_new_tokens: int = 32, eval_scores=("accuracy",), asker=None, **kwargs):
         super().__init__(*args, **kwargs)
+        self.asker = asker
         self.eval_max_new_tokens, self.eval_scores = eval_max_new_tokens, tuple(eval_scores)
         self.encoded = None
         if self.label_smoother is not None:  # the library shifts labels for models that it knows by name alone
@@ -83,6 +85,11 @@ class UHRBatTrainer(Trainer):
     def train(self, *args, **kwargs):
         """As the library's. Raises `ValueError` where processes that share a model's weights would wait for each other."""
         if self.shares_weights:
+            if self.asker is not None:
+                raise ValueError(
+                    "FSDP2 and ZeRO-3 share a model's weights, and a model of another family looks and encodes outside of their "
+                    "step. Take the engine zero2 or ddp."
+                )
             if self.args.group_by_image:
                 raise ValueError(
                     "FSDP2 and ZeRO-3 gather weights whenever a process calls a layer, so all have to call them as often; "
@@ -142,9 +149,12 @@ class UHRBatTrainer(Trainer):
     def compute_loss(self, model, inputs, *args, **kwargs):
         if self.args.group_by_image and "pixel_values" in inputs:
             if self.encoded is None:
-                whole = self.accelerator.unwrap_model(model)
+                whole = self.asker or self.accelerator.unwrap_model(model)
                 self.encoded = EncodedImages(getattr(whole, "get_base_model", lambda: whole)().model)
             inputs = self.encoded(inputs)
+        if self.asker is not None:
+            with self.accelerator.autocast():
+                inputs = self.asker.prepare(**inputs)
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def create_optimizer(self, *args, **kwargs):
@@ -179,7 +189,7 @@ class UHRBatTrainer(Trainer):
     def measure_scores(self, samples) -> dict[str, float]:
         """What the model's answers in place of the last turns are worth: by each score the mean over those that have it.
         Processes share the samples."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.asker or self.accelerator.unwrap_model(self.model)
         # Where weights are shared, each process has to answer as many: where there is none left, the last one again, which
         # does not count.
         number, world = len(samples), self.args.world_size
@@ -210,8 +220,8 @@ class UHRBatTrainer(Trainer):
 class KeptPictures(TrainerCallback):
     """At every checkpoint, what the model kept of some samples' images, as `kept/*.jpg` in its folder."""
 
-    def __init__(self, collator, samples):
-        self.collator, self.samples = collator, samples
+    def __init__(self, collator, samples, asker=None):
+        self.collator, self.samples, self.asker = collator, samples, asker
 
     def on_save(self, args, state, control, model=None, **kwargs):
         if not state.is_world_process_zero:
@@ -219,7 +229,7 @@ class KeptPictures(TrainerCallback):
         folder = Path(args.output_dir, f"checkpoint-{state.global_step}", "kept")
         folder.mkdir(parents=True, exist_ok=True)
         for number, sample in enumerate(self.samples):
-            self.draw(model, sample, folder / f"{number}.jpg")
+            self.draw(self.asker or model, sample, folder / f"{number}.jpg")
 
     @torch.no_grad()
     def draw(self, model, sample, path):
