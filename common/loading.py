@@ -171,7 +171,7 @@ def host_settings(folder, base=None) -> dict:
     """Settings of a model of another family, or of an adapter of `base`: those that were measured on it, from the user's own
     `hosts.json`, over those that it was trained with, which stand beside it. Raises `ValueError` for such a file that is
     none."""
-    from ..hosts.settings import SETTINGS_FILE, split_changes
+    from ..hosts.settings import SETTINGS_FILE, HostSettings
 
     try:
         measured = json.loads((user_folder() / "hosts.json").read_text(encoding="utf-8"))
@@ -180,7 +180,8 @@ def host_settings(folder, base=None) -> dict:
     path, trained = Path(folder, SETTINGS_FILE), {}
     if path.is_file():
         try:
-            trained = split_changes(json.loads(path.read_text(encoding="utf-8")), ())[0]
+            trained = json.loads(path.read_text(encoding="utf-8"))
+            HostSettings(**trained)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: these are no settings ({reason(error)}).") from error
     of_base = {} if base is None else measured.get(told(base)["model"], {})

@@ -131,7 +131,7 @@ def quantization(options):
     place = base_of(options.model_name_or_path) or options.model_name_or_path
     if not is_host(place):
         return quantize_decoder(4, torch.bfloat16)
-    from ..hosts.loading import shapes_of
+    from ..planning.counting import shapes_of
 
     return quantize_decoder(4, torch.bfloat16, outside_decoder(shapes_of(AutoConfig.from_pretrained(place))))
 

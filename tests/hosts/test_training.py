@@ -83,7 +83,7 @@ def test_what_is_trained_is_an_adapter_of_the_library_and_a_model_of_ours(name, 
     assert trained and all("lora_" in one and ".layers." in one for one in trained)
     now = trainer.model.get_base_model().state_dict()
     for one, weight in before.items():
-        assert torch.equal(weight, now[one if one in now else one.replace(".weight", ".base_layer.weight")])
+        assert torch.equal(weight, now[one if one in now else ".base_layer.".join(one.rsplit(".", 1))])
     assert all(weight.any() for one, weight in adapter_of(tmp_path / "run").items() if "lora_B" in one)
 
     batch = batch_of(trainer)
@@ -101,6 +101,8 @@ def test_what_is_trained_is_an_adapter_of_the_library_and_a_model_of_ours(name, 
     AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
     _, merged = load_model(tmp_path / "merged", device_map=None, max_tiles=None)
     assert torch.allclose(logits(merged, batch), wanted, atol=1e-3)
+    if name != "qwen3_vl":
+        return
     more = run(tmp_path / "merged", data, tmp_path / "more", "--max_steps", "1", **TILE[name], **settings)
     assert losses(more)[0] < losses(trainer)[0]
 
