@@ -67,7 +67,7 @@ def batch_of(trainer):
 
 @torch.no_grad()
 def logits(model, batch):
-    return model.eval()(**batch).logits
+    return model.eval()(**batch).logits[:, -3:]  # marks may be more or fewer
 
 
 @pytest.mark.slow
@@ -95,7 +95,7 @@ def test_what_is_trained_is_an_adapter_of_the_library_and_a_model_of_ours(name, 
     assert (logits(untrained, batch) - wanted).abs().max() > 1e-2
     plain = PeftModel.from_pretrained(AutoModelForImageTextToText.from_pretrained(base), tmp_path / "run").eval()
     with torch.no_grad():
-        assert torch.allclose(plain(**ours.prepare(**batch)).logits, wanted, atol=1e-5)
+        assert torch.allclose(plain(**ours.prepare(**batch)).logits[:, -3:], wanted, atol=1e-5)
 
     convert(str(tmp_path / "run"), tmp_path / "merged", merge_adapter=True)
     AutoModelForImageTextToText.from_pretrained(tmp_path / "merged")
