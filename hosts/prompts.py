@@ -12,13 +12,12 @@ import transformers
 from transformers import AutoTokenizer, ProcessorMixin
 from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
-from ..common.files import write_json
-from ..common.models import SMALL, find_model
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..processing_uhr_bat import UHRBatProcessor
 from .settings import FAMILIES, SETTINGS_FILE, Prompts
 
-# Files of a host's folder that a processor has nothing to do with.
+# Files of a host's folder that a processor consists of, and those of these names that are no part of it.
+OF_PROCESSOR = ("*.json", "*.jinja", "*.model", "*.txt")
 NOT_OF_PROCESSOR = ("config.json", "generation_config.json", "adapter_config.json", "*.index.json", "trainer_state.json",
                     "requirements.txt", SETTINGS_FILE)  # fmt: skip
 
@@ -32,16 +31,14 @@ class HostProcessor(UHRBatProcessor):
     def save_pretrained(self, save_directory, *args, **kwargs):
         """The host's own files as they are, without its configuration and its weights, and the settings that it is asked by:
         [`load_model`] reads these, the library does not."""
-        own, copied = find_model(self.folder, weights=False), []
-        Path(save_directory).mkdir(parents=True, exist_ok=True)
-        for path in sorted(own.iterdir()) if not own.samefile(save_directory) else ():
-            if any(map(path.match, SMALL)) and not any(map(path.match, NOT_OF_PROCESSOR)):
-                copied.append(shutil.copyfile(path, Path(save_directory, path.name)))
+        own, to, copied = Path(self.folder), Path(save_directory), []
+        to.mkdir(parents=True, exist_ok=True)
+        for path in sorted(own.iterdir()) if not own.samefile(to) else ():
+            if any(map(path.match, OF_PROCESSOR)) and not any(map(path.match, NOT_OF_PROCESSOR)):
+                copied.append(shutil.copyfile(path, to / path.name))
         settings = asdict(self.settings) | {"budgets": self.default_budgets}
-        # How many tiles a question takes is no matter of what was learnt.
-        write_json(
-            Path(save_directory, SETTINGS_FILE), {name: settings[name] for name in settings if name != "max_tiles"}
-        )
+        del settings["max_tiles"]  # how many tiles a question takes is no matter of what was learnt
+        (to / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return copied
 
     def _process_images(self, images, *args, **kwargs):
