@@ -193,6 +193,7 @@ class HostModel(
     context_window = property(lambda self: self.config.text_config.max_position_embeddings)
     save_pretrained = property(lambda self: self.host.save_pretrained)
     get_input_embeddings = property(lambda self: self.host.get_input_embeddings)
+    get_output_embeddings = property(lambda self: self.host.get_output_embeddings)
 
     def features_of(self, rows):
         return rows[..., : self.row_width // self.reader.num_layers]
@@ -264,6 +265,15 @@ class HostModel(
             changed = self._marked(input_ids, attention_mask, labels, kept)
             input_ids, attention_mask = changed["input_ids"], changed["attention_mask"]
         return changed | self._inputs_of(input_ids, attention_mask, compressed.pooler_output, kept)
+
+    def prompt_embeds(self, input_ids, attention_mask, compressed=None) -> torch.Tensor:
+        """float[1, M, D]: a prompt, and what was kept of its images, as a decoder reads it that needs embeddings alone."""
+        made = {} if compressed is None else self.visual_inputs(input_ids, attention_mask, compressed)
+        input_ids = made.get("input_ids", input_ids)
+        is_image = self.find_placeholders(input_ids)
+        embeds = self.get_input_embeddings()(input_ids.masked_fill(is_image, 0))
+        rows = [one.flatten(0, -2) for one in made["mm_encoder_outputs"]["image"].pooler_output] if made else []
+        return embeds.masked_scatter(is_image[..., None], torch.cat((embeds[0, :0], *rows)))
 
     def _inputs_of(self, input_ids, attention_mask, rows=(), kept=()) -> dict:
         """The host's names for rows in place of image tokens, for where they lie and for which tokens they are."""

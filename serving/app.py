@@ -98,7 +98,7 @@ class _Asked:
 
     @property
     def usage(self) -> dict:
-        prompt, answer = len(self.selection.embeds), self.num_tokens
+        prompt, answer = self.selection.num_tokens, self.num_tokens
         return {"prompt_tokens": prompt, "completion_tokens": answer, "total_tokens": prompt + answer}
 
 
@@ -146,7 +146,7 @@ class Service:
                 raise no_form(error) from error
         urls = request.image_urls()
         request.check_limit(len(urls))
-        prompt = await asyncio.to_thread(request.prompt, processor)
+        prompt = await asyncio.to_thread(request.prompt, processor, engine.window)
         try:
             # Of a prompt that is too long no image is read.
             num_tokens = len(await asyncio.to_thread(processor.tokenizer.encode, prompt))
@@ -167,7 +167,7 @@ class Service:
         except (OSError, ValueError, ImportError) as error:
             raise request.refusal(error) from error
         wanted = request.max_completion_tokens or request.max_tokens
-        room = engine.window - len(selection.embeds)
+        room = engine.window - selection.num_tokens
         sampling = Sampling(
             max_new_tokens=wanted or max(1, min(DEFAULT_TOKENS, room)),
             temperature=request.temperature or 0.0,
@@ -204,7 +204,7 @@ class Service:
 
     def count(self, asked):
         self.metrics.requests.labels("200").inc()
-        self.metrics.tokens.labels("prompt").inc(len(asked.selection.embeds))
+        self.metrics.tokens.labels("prompt").inc(asked.selection.num_tokens)
         self.metrics.tokens.labels("answer").inc(asked.num_tokens)
 
     async def whole(self, request: ChatRequest) -> dict:

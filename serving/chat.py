@@ -11,6 +11,7 @@ from uuid import uuid4
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 from pydantic_core import PydanticCustomError, from_json
 
+from ..image_raster_files_uhr_bat import reason
 from ..planning.planner import FREE, parse_limit
 from .refusals import LETTERS_PER_TOKEN, Refusal, check_count, clip
 from .refusals import NAME_LETTERS as PLACE_LETTERS
@@ -283,14 +284,14 @@ class ChatRequest(_Strict):
         check_count(num_parts, window, "messages and parts")
         check_count(sum(map(len, texts)), LETTERS_PER_TOKEN * window, "letters")
 
-    def prompt(self, processor) -> str:
+    def prompt(self, processor, window: int) -> str:
         """The conversation as text, with one placeholder per image; those that it spells, and other control tokens,
         are text.
 
         Raises:
-            Refusal: text that is longer than any that fits.
+            Refusal: text that is longer than any that fits the context window, or that the chat template does not write.
         """
-        self.check_length(processor.tokenizer.model_max_length)
+        self.check_length(window)
         conversation = []
         for message in self.messages:
             content = message.content
@@ -300,11 +301,11 @@ class ChatRequest(_Strict):
             role = "system" if message.role == "developer" else message.role
             conversation.append({"role": role, "content": content})
         if not self.goes_on():
-            return processor.apply_chat_template(conversation, add_generation_prompt=True, sanitize_control_tokens=True)
+            return written(processor, conversation, add_generation_prompt=True)
         # The template writes the message with its end, which is what stands behind this mark.
         mark = uuid4().hex
         conversation[-1]["content"] = "\n".join(self.messages[-1].texts) + mark
-        return processor.apply_chat_template(conversation, sanitize_control_tokens=True).partition(mark)[0]
+        return written(processor, conversation).partition(mark)[0]
 
     def goes_on(self) -> bool:
         """Whether the answer goes on with the last message, which is the assistant's: unless `continue_final_message`
@@ -335,6 +336,62 @@ class ChatRequest(_Strict):
         if goes_on and not isinstance(last.content, str) and len(last.texts) < len(last.content):
             raise Refusal("A message that is to be continued holds text alone.", param="messages")
         return goes_on
+
+
+def written(processor, conversation: list[dict], **options) -> str:
+    """A conversation as its chat template writes it. Templates differ in whether they know a message's text by itself or as
+    a part, and leave out what they do not know: that all is written is tried with a mark in each text's place.
+
+    Raises:
+        Refusal: the template refuses it, or leaves out a part of it.
+    """
+    faults, options = [], options | {"sanitize_control_tokens": True}
+    for shape in (lambda content: content, _as_parts, _as_text):
+        messages = [message | {"content": shape(message["content"])} for message in conversation]
+        mark, roles = uuid4().hex, []
+
+        def marked(text, role):
+            if not text.strip():
+                return text
+            roles.append(role)
+            return f"{mark}-{len(roles) - 1}-"
+
+        probe = []
+        for message in messages:
+            content, role = message["content"], message["role"]
+            if isinstance(content, str):
+                content = marked(content, role)
+            else:
+                content = [part | {"text": marked(part["text"], role)} if "text" in part else part for part in content]
+            probe.append({"role": role, "content": content})
+        try:
+            text = processor.apply_chat_template(probe, **options)
+            lost = [role for idx, role in enumerate(roles) if f"{mark}-{idx}-" not in text]
+            if not lost and text.count(processor.image_token) == _count_images(messages):
+                return processor.apply_chat_template(messages, **options)
+            faults.append(f"leaves out a message of the role {lost[0]!r}" if lost else "leaves out images")
+        except Exception as error:  # templates raise what they like
+            faults.append(f"refuses these messages ({reason(error)})")
+    told = ", ".join(repr(message["role"]) for message in conversation[:8])
+    raise Refusal(
+        f"The chat template of this model {faults[0]}. Their roles are {told}: some models know no 'system', and turns of "
+        "'user' and 'assistant' by turns alone.",
+        param="messages",
+        code="invalid_request",
+    )
+
+
+def _as_parts(content):
+    return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def _as_text(content):
+    is_text = not isinstance(content, str) and all(part["type"] == "text" for part in content)
+    return "\n".join(part["text"] for part in content) if is_text else content
+
+
+def _count_images(messages) -> int:
+    return sum(part["type"] == "image" for message in messages for part in _as_parts(message["content"]))
 
 
 def check_values(body: bytes, window: int):

@@ -1,12 +1,14 @@
 """How an answer is decoded, whatever decodes it, and the decoder as a plain model folder."""
 
 from collections.abc import AsyncIterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
 
 from ..common.files import user_folder, whole_folder
+from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
 
 # A temperature below is 0: what is left of the other tokens no float32 shows, and what is divided by it overflows.
 MIN_TEMPERATURE = 1e-5
@@ -50,6 +52,21 @@ class Scored(int):
         return scored
 
 
+@dataclass(frozen=True)
+class Prompt:
+    """What the model of another family reads: which tokens are an image's, and where these lie, is not in embeddings.
+
+    Attributes:
+        ids: long[M], with a placeholder for every visual token.
+        compressed: what was kept for them, with the tokens themselves; None for text alone.
+        num_tokens: that the decoder reads: M, and those of words between an image's tiles (`marks`).
+    """
+
+    ids: torch.Tensor
+    compressed: UHRBatCompressionOutput | None
+    num_tokens: int
+
+
 class Decoder(Protocol):
     """What both backends are. `end_ids` are the tokens that end an answer; `running` answers are on their
     way, unless it has stopped (`is_alive`)."""
@@ -58,9 +75,9 @@ class Decoder(Protocol):
     running: int
     is_alive: bool
 
-    def decode(self, embeds: torch.Tensor, sampling: Sampling) -> AsyncIterator[list[int]]:
-        """Tokens of the answer to float[M, D] as they come, the one that ends it included; `Scored` where they are asked for
-        so. Closing the iterator ends the work."""
+    def decode(self, prompt: torch.Tensor | Prompt, sampling: Sampling) -> AsyncIterator[list[int]]:
+        """Tokens of the answer to float[M, D], or to a `Prompt`, as they come, the one that ends it included; `Scored` where
+        they are asked for so. Closing the iterator ends the work."""
 
     async def close(self):
         """Ends what is on its way."""
@@ -69,7 +86,7 @@ class Decoder(Protocol):
 def end_ids(model) -> frozenset[int]:
     """Tokens that end an answer, of the generation's configuration."""
     ids = model.generation_config.eos_token_id
-    return frozenset(ids if isinstance(ids, list) else [ids])
+    return frozenset(ids if isinstance(ids, list) else [] if ids is None else [ids])
 
 
 def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = None) -> Path:
@@ -77,7 +94,7 @@ def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = N
     missing.
 
     Args:
-        model: UHRBatForConditionalGeneration with its weights as they are trained, none of them quantized.
+        model: of `load_model`, with its weights as they are trained, none of them quantized.
         tokenizer: of the same model.
         model_key: names the model's content, and the folder.
         cache_home: where such folders lie; None: `decoders` in `user_folder`.
@@ -87,11 +104,12 @@ def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = N
     """
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    if getattr(model, "hf_quantizer", None) is not None:
+    whole = getattr(model, "host", model)
+    if getattr(whole, "hf_quantizer", None) is not None:
         raise ValueError(
             "The decoder of quantized weights cannot be written out. Serve them with --backend transformers."
         )
-    if hasattr(model, "peft_config"):
+    if hasattr(whole, "peft_config"):
         raise ValueError(
             "The decoder of an adapter cannot be written out. Merge it into its model (uhr-bat export --merge-adapter), or "
             "serve it with --backend transformers."
@@ -102,10 +120,11 @@ def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = N
     if (folder / "tokenizer.json").is_file():  # a folder that is there is whole
         return folder
     with torch.device("meta"):  # no memory: the weights are those that the model has
-        decoder = AutoModelForCausalLM.from_config(model.config.text_config)
-    setattr(decoder, decoder.base_model_prefix, model.model.language_model)
-    decoder.set_output_embeddings(model.lm_head)
+        decoder = AutoModelForCausalLM.from_config(whole.config.get_text_config())
+    setattr(decoder, decoder.base_model_prefix, whole.get_decoder())
+    decoder.set_output_embeddings(whole.get_output_embeddings())
     decoder.config.dtype = model.dtype
+    decoder.config.tie_word_embeddings = whole.config.tie_word_embeddings
     settings = model.generation_config
     decoder.generation_config = GenerationConfig(eos_token_id=settings.eos_token_id, pad_token_id=settings.pad_token_id)
     with whole_folder(folder) as built:

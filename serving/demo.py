@@ -21,7 +21,7 @@ from ..common import images
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.images import is_file_name
-from ..common.loading import WEIGHTS_NOTE, check_image
+from ..common.loading import WEIGHTS_NOTE, check_image, load_model
 from ..common.models import add_model_argument, find_model, is_tiny, stay_offline
 from ..scenes import painting
 
@@ -386,7 +386,7 @@ def serve(
     import gradio as gr
 
     from .cache import ContentCache
-    from .front import Front, fingerprint, load_served
+    from .front import Front, fingerprint
     from .ports import bracketed, take_port
     from .showing import Desk
     from .sources import SourceRules
@@ -394,7 +394,7 @@ def serve(
     for taken in take_port(host, port):  # gradio takes it anew: only whether it can is asked here
         port = taken.getsockname()[1]
         taken.close()
-    processor, loaded = load_served(model, **(changes or {}))
+    processor, loaded = load_model(model, **(changes or {}))
     note = WEIGHTS_NOTE if is_tiny(model) else ""
     desk = Desk(Front(processor, loaded, fingerprint(model), ContentCache(CACHE_BYTES), WORKERS), max_new_tokens, note)
     strangers = share or host not in THIS_MACHINE

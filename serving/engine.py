@@ -71,7 +71,7 @@ class Engine:
 
     def check_room(self, selection: Selection, max_new_tokens: int, param="messages"):
         """Raises `Refusal`, with the field that is meant, where prompt and answer are more than the context window holds."""
-        num_tokens = len(selection.embeds)
+        num_tokens = selection.num_tokens
         if num_tokens + max_new_tokens > self.window:
             raise Refusal(
                 f"The prompt has {num_tokens} tokens with its images and the answer may have {max_new_tokens}, but the "
@@ -94,7 +94,7 @@ class Engine:
             return tokens
 
         held = max(map(len, stop), default=1) - 1  # letters that may be the beginning of such a word
-        async with aclosing(self.decoder.decode(selection.embeds, sampling)) as tokens:
+        async with aclosing(self.decoder.decode(selection.prompt or selection.embeds, sampling)) as tokens:
             async for new in tokens:
                 for token in new:
                     if token not in self.decoder.end_ids:

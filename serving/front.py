@@ -8,7 +8,7 @@ import hashlib
 import threading
 from collections.abc import Callable
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -16,12 +16,12 @@ from PIL import Image
 from torch.utils import _pytree as pytree
 
 from ..common import asking
-from ..common.loading import is_host, load_model
-from ..common.models import base_of, hub_name, told, with_revision
+from ..common.models import base_of, hub_name
 from ..geo import Georeference
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
 from ..planning import planner_of
 from .cache import Abandoned, ContentCache
+from .decoding import Prompt
 from .digests import DIGESTS
 
 # Whether whoever asked for the work of this thread went meanwhile.
@@ -96,26 +96,19 @@ class Selection:
     """A prompt whose images have become visual tokens.
 
     Attributes:
-        embeds: float[M, D], what the decoder reads.
+        embeds: float[M, D], what the decoder reads; None where that is the `prompt`.
         compressed: what `compress` returned, less the tokens themselves, for pictures and evidence; None without images.
+        prompt: of a model of another family.
     """
 
-    embeds: torch.Tensor
+    embeds: torch.Tensor | None
     compressed: UHRBatCompressionOutput | None
+    prompt: Prompt | None = None
 
-
-def load_served(folder, **changes):
-    """Processor and model of a folder that can be served. `changes`: of `load_model`.
-
-    Raises:
-        ValueError: a model of another family, whose decoder needs more of an image than embeddings; and what `load_model` raises.
-    """
-    if is_host(base_of(folder) or folder):
-        raise ValueError(
-            f"{with_revision(told(folder))}: is a model of another family. Its decoder reads the places of the visual tokens too, "
-            "and a server hands a decoder embeddings alone. Ask it by `uhr-bat ask` or `uhr-bat batch`."
-        )
-    return load_model(folder, **changes)
+    @property
+    def num_tokens(self) -> int:
+        """That the decoder reads."""
+        return len(self.embeds) if self.prompt is None else self.prompt.num_tokens
 
 
 class Front:
@@ -123,14 +116,18 @@ class Front:
     waits for when its turn comes is not begun (`has_left`).
 
     Args:
-        processor, model: of `load_served`.
+        processor, model: of `load_model`.
         model_key: names the model, as `fingerprint` does.
         cache: its limit holds for images and selections together.
         workers: threads that compute at a time; others wait. Decoded pictures are large.
+        embeds: whether the decoder is handed embeddings of a model of another family too, not a `Prompt`.
     """
 
-    def __init__(self, processor, model, model_key: str, cache: ContentCache, workers: int):
+    def __init__(self, processor, model, model_key: str, cache: ContentCache, workers: int, embeds=False):
         self.processor, self.model, self.model_key, self.cache = processor, model, model_key, cache
+        self._embeds = embeds or not hasattr(model, "host")
+        # Of both: either may be larger than what the other knows of.
+        self.window = min(model.context_window, processor.tokenizer.model_max_length)
         self._work = threading.BoundedSemaphore(workers)
         processor.planner = planner_of(model)  # budgets may be limits
 
@@ -147,6 +144,7 @@ class Front:
             What `read_image` raises.
         """
         options = {name: value for name, value in options.items() if value is not None}
+        max_tiles = max_tiles or self.processor.image_processor.max_tiles
         levels = "whole" if max_tiles is None else "native" if native else "scales"
         if native and max_tiles is None:
             raise ValueError(
@@ -192,6 +190,7 @@ class Front:
         Raises:
             ValueError: counts or budgets that do not fit, or a prompt over the context window.
         """
+        max_tiles = max_tiles or self.processor.image_processor.max_tiles
         key = ("selection", self.model_key, prompt, repr(budgets), max_tiles, *(image.key for image in images))
         selection = self.cache.get(key, lambda: self._compute(self._select, prompt, images, budgets, max_tiles))
         for image in images:
@@ -201,23 +200,26 @@ class Front:
     def _select(self, prompt, images, budgets, max_tiles):
         if isinstance(budgets, str) and max_tiles is not None:
             raise ValueError(
-                f"`budgets={budgets!r}` is a limit of images whose tiles are all encoded: with `max_tiles` give a number."
+                f"`budgets={budgets!r}` is a limit of images whose tiles are all encoded: with `max_tiles` {max_tiles} give a "
+                "number."
             )
         device = self.model.device
         features = [self._to(image.features, device) for image in images]
         # Without images there is nothing to spend a budget on.
         options = {"image_features": features, "budgets": budgets, "max_tiles": max_tiles} if images else {}
         inputs = self.processor(text=prompt, **options, return_tensors="pt").to(device)
-        embeds = self.model.get_input_embeddings()(inputs["input_ids"])
+        number = inputs["input_ids"].shape[1]
+        if number >= self.window:
+            raise ValueError(
+                f"The prompt has {number} tokens with its images, but the context window holds {self.window} and the answer "
+                "needs room. Shorten the text or lower the budgets."
+            )
         if not images:
-            return Selection(embeds[0].cpu(), None)
+            return self._handed(inputs)
         compressed = asking.compress(self.model, inputs)
         for image, seen in zip(images, features):  # regions that were computed on another device
             for name, regions in (seen.partitions if seen.kind == "whole" else {}).items():
                 image.features.partitions.setdefault(name, regions.cpu())
-        visual_tokens = torch.cat(compressed.pooler_output).to(embeds)
-        placeholder = inputs["input_ids"] == self.model.config.image_token_id
-        embeds = embeds.masked_scatter(placeholder[..., None], visual_tokens)
         kept = UHRBatCompressionOutput(
             importance=_to_cpu(compressed.importance),
             regions=_to_cpu(compressed.regions),
@@ -225,6 +227,21 @@ class Front:
             images_per_prompt=compressed.images_per_prompt,
             scales=compressed.scales,
         )
+        return self._handed(inputs, kept, compressed)
+
+    def _handed(self, inputs, kept=None, compressed=None):
+        """The selection of one prompt, with what was kept of its images."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        if self._embeds and hasattr(self.model, "host"):
+            return Selection(self.model.prompt_embeds(ids, mask, compressed)[0].cpu(), kept)
+        if not self._embeds:
+            written = {} if compressed is None else self.model.visual_inputs(ids, mask, compressed)
+            whole = kept and replace(kept, pooler_output=_to_cpu(compressed.pooler_output))
+            return Selection(None, kept, Prompt(ids[0].cpu(), whole, written.get("input_ids", ids).shape[1]))
+        embeds = self.model.get_input_embeddings()(ids)
+        if compressed is not None:
+            placeholder = ids == self.model.config.image_token_id
+            embeds = embeds.masked_scatter(placeholder[..., None], torch.cat(compressed.pooler_output).to(embeds))
         return Selection(embeds[0].cpu(), kept)
 
     @staticmethod

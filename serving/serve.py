@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
-from ..common.loading import WEIGHTS_NOTE
+from ..common.loading import WEIGHTS_NOTE, load_model
 from ..common.models import add_model_argument, find_model, is_tiny, model_name, setting, stay_offline
 from .doors import Named, check_origins, is_this_machine
 
@@ -36,8 +36,8 @@ def parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--backend", choices=BACKENDS, default=BACKENDS[0],
-        help="what decodes: vllm lets requests join at any step, transformers when the batch before is done "
-        "(default: transformers)",
+        help="what decodes: vllm lets requests join at any step, transformers after some of them, and with every family of "
+        "models (default: transformers)",
     )  # fmt: skip
     parser.add_argument("--host", default="127.0.0.1", help="address to listen at (default: this machine alone)")
     parser.add_argument("--port", type=int, default=8000, help="0 for one that is free (default: 8000)")
@@ -95,19 +95,25 @@ def build(args):
     from .cache import ContentCache
     from .decoding import decoder_folder, end_ids
     from .engine import Engine
-    from .front import Front, fingerprint, load_served
+    from .front import Front, fingerprint
     from .sources import SourceRules
     from .structure import Forms
 
-    folder = args.allow_local_files
-    processor, model = load_served(args.model, **args.set)
+    folder, by_vllm = args.allow_local_files, args.backend == "vllm"
+    if by_vllm:
+        from .vllm_decoder import VLLMDecoder, check_alone
+
+        check_alone(args.model)
+    processor, model = load_model(args.model, **args.set)
+    if processor.chat_template is None:
+        raise ValueError(
+            f"{model_name(args.model)}: has no chat template, so that no messages can be written as its prompt."
+        )
     # The front's threads share the cores; more threads than cores wait for each other.
     torch.set_num_threads(max(1, torch.get_num_threads() // WORKERS))
     model_key = fingerprint(args.model)
     forms = Forms(processor.tokenizer, end_ids(model), model.get_output_embeddings().weight.shape[0])
-    if args.backend == "vllm":
-        from .vllm_decoder import VLLMDecoder
-
+    if by_vllm:
         decoder = VLLMDecoder(
             model, decoder_folder(model, processor.tokenizer, model_key), args.max_batch, dict(args.vllm)
         )
@@ -115,7 +121,7 @@ def build(args):
         from .transformers_decoder import TransformersDecoder
 
         decoder = TransformersDecoder(model, args.max_batch, forms)
-    front = Front(processor, model, model_key, ContentCache(args.cache_bytes), WORKERS)
+    front = Front(processor, model, model_key, ContentCache(args.cache_bytes), WORKERS, embeds=by_vllm)
     rules = SourceRules(args.max_image_bytes, folder and folder.resolve(), frozenset(args.allow_private_hosts))
     service = Service(Engine(front, decoder, args.max_requests, forms), args.name, rules, args.max_pixels)
     keys = args.api_key or list(filter(None, [os.environ.get(KEY_VARIABLE)]))

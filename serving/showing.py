@@ -213,7 +213,16 @@ class Desk:
         before = encoded.key in self._seconds
         seconds = self._seconds.setdefault(encoded.key, seconds)
         return self.images.put(
-            OpenImage(source.name, picture, overview_jpeg(picture), Georeference.of(picture), encoded, seconds, before, max_tiles)
+            OpenImage(
+                source.name,
+                picture,
+                overview_jpeg(picture),
+                Georeference.of(picture),
+                encoded,
+                seconds,
+                before,
+                max_tiles,
+            )
         )
 
     def budget_range(self, image_name: str) -> tuple[int, int]:
@@ -224,7 +233,7 @@ class Desk:
         else:
             usual = sum(map(min, budgets, available))
             most = sum(number for budget, number in zip(budgets, available) if budget)
-        return usual, max(usual, min(most, self.front.processor.tokenizer.model_max_length - TEXT_TOKENS))
+        return usual, max(usual, min(most, self.front.window - TEXT_TOKENS))
 
     def spending(self, image_name: str) -> tuple[list[int], list[int] | int]:
         """Tokens that there are of every scale of an image, and the budgets of the model: one for levels that are the image's
@@ -250,8 +259,7 @@ class Desk:
         image, processor, model = self.images.get(image_name), self.front.processor, self.front.model
         if not question.strip():
             raise ValueError("There is no question.")
-        window = processor.tokenizer.model_max_length
-        check_count(len(question), LETTERS_PER_TOKEN * window, "letters", "The question")
+        check_count(len(question), LETTERS_PER_TOKEN * self.front.window, "letters", "The question")
         start = time.perf_counter()
         budgets = self.share(image_name, num_tokens)
         selection = self.front.select(
@@ -259,10 +267,14 @@ class Desk:
         )
         compressed_at = time.perf_counter()
         with self._decoding:
-            embeds = selection.embeds[None].to(model.device)
-            mask = torch.ones(embeds.shape[:2], dtype=torch.long, device=model.device)
-            inputs = {"inputs_embeds": embeds, "attention_mask": mask}
-            ids = asking.generate(model, inputs, max_new_tokens=self.max_new_tokens)
+            prompt, whole = selection.prompt, None
+            read = (selection.embeds if prompt is None else prompt.ids)[None].to(model.device)
+            mask = torch.ones(read.shape[:2], dtype=torch.long, device=model.device)
+            inputs = {"inputs_embeds" if prompt is None else "input_ids": read, "attention_mask": mask}
+            if prompt is not None:
+                rows = [tokens.to(model.device) for tokens in prompt.compressed.pooler_output]
+                whole = replace(prompt.compressed, pooler_output=rows)
+            ids = asking.generate(model, inputs, whole, max_new_tokens=self.max_new_tokens)
         text = asking.printable(*asking.answer_texts(processor, ids))
         seconds = compressed_at - start, time.perf_counter() - compressed_at
         spent = sum(int(slots.max()) + 1 for slots in selection.compressed.slots[0])

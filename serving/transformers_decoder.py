@@ -1,4 +1,5 @@
-"""The decoder by transformers: answers are decoded together, by one `generate` of padded embeddings.
+"""The decoder by transformers: answers are decoded together, by one `generate` of padded embeddings, or with models of
+other families of padded ids and the rows of their images.
 
 transformers' own continuous batching takes token ids alone. Here what comes while a batch runs joins it after `SLICE`
 steps at most: the batch stops, and goes on with the newcomers from what its answers have so far. A row that is finished
@@ -24,7 +25,8 @@ from transformers import (
 )
 from transformers.generation import BaseStreamer
 
-from .decoding import Sampling, Scored, end_ids
+from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
+from .decoding import Prompt, Sampling, Scored, end_ids
 from .structure import Forms
 
 # Steps after which a batch stops for requests that wait. Its prompts are read anew then, which costs as much as some
@@ -35,11 +37,12 @@ SLICE = 32
 class _Job:
     """A request on its way; its tokens go to a queue of the event loop that waits for them."""
 
-    def __init__(self, embeds, sampling, form=None):
-        self.embeds, self.sampling, self.form = embeds, sampling, form
+    def __init__(self, prompt, sampling, form=None):
+        self.prompt, self.sampling, self.form = prompt, sampling, form
         self.logprobs = None  # float[V] of the token that comes next
         self.loop, self.arrived = asyncio.get_running_loop(), asyncio.Queue()
         self.ids, self.done = [], False
+        self.again = deque()  # tokens of the answer that are not read with the prompt, but said once more
         self.alone = False  # a batch that it was in failed
         self.generator = None
         if not sampling.is_greedy:
@@ -60,6 +63,13 @@ class _Job:
         self.done = True
         self.put(error)
 
+    def read(self, image_token: int) -> list[int]:
+        """What is read of the answer so far when its batch begins anew. From an image's placeholder on, which in a prompt
+        would be that of an image, it is said again."""
+        known = self.ids.index(image_token) if image_token in self.ids else len(self.ids)
+        self.again = deque(self.ids[known:])
+        return self.ids[:known]
+
     def scored(self, token: int) -> int:
         """The token, with its log probability where it is asked for."""
         if self.logprobs is None:
@@ -74,13 +84,16 @@ class _Rows(BaseStreamer, StoppingCriteria):
     def __init__(self, jobs, end_ids, is_awaited):
         self.jobs, self.end_ids, self.is_awaited = jobs, end_ids, is_awaited
         self.num_steps = -1  # the streamer's first call brings the prompts
+        self.slice = SLICE + max(len(job.again) for job in jobs)
 
     def put(self, value):
         self.num_steps += 1
         if self.num_steps == 0:
             return
         for job, token in zip(self.jobs, value.tolist()):
-            if not job.done:
+            if job.again:
+                job.again.popleft()
+            elif not job.done:
                 job.ids.append(token)
                 job.put([job.scored(token)])
                 if job.form is not None:
@@ -92,7 +105,7 @@ class _Rows(BaseStreamer, StoppingCriteria):
         pass
 
     def __call__(self, input_ids, scores, **kwargs):
-        stopped = self.num_steps >= SLICE and self.is_awaited()
+        stopped = self.num_steps >= self.slice and self.is_awaited()
         return torch.tensor([stopped or job.done for job in self.jobs], device=input_ids.device)
 
 
@@ -106,6 +119,10 @@ class _Draw(LogitsProcessor):
     def __call__(self, input_ids, scores):
         for row, job in enumerate(self.jobs):
             if job.done:
+                continue
+            if job.again:
+                scores[row] = torch.full_like(scores[row], -torch.inf)
+                scores[row, job.again[0]] = 0
                 continue
             try:
                 if job.sampling.top_logprobs is not None:
@@ -151,10 +168,10 @@ class TransformersDecoder:
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
-    async def decode(self, embeds, sampling: Sampling):
+    async def decode(self, prompt, sampling: Sampling):
         """See `Decoder`."""
         form = sampling.schema and await asyncio.to_thread(self.forms.make, sampling.schema)
-        job = _Job(embeds, sampling, form)
+        job = _Job(prompt, sampling, form)
         self._arriving.put(job)
         try:
             while (ids := await job.arrived.get()) is not None:
@@ -200,22 +217,40 @@ class TransformersDecoder:
     @torch.inference_mode()
     def _run(self, jobs):
         """One `generate` of all of them, from what they have so far, padded on the left."""
-        device, embed = self.model.device, self.model.get_input_embeddings()
-        prompts = [job.embeds.to(device) for job in jobs]
-        prompts = [
-            torch.cat((prompt, embed(torch.tensor(job.ids, dtype=torch.long, device=device))))
-            for prompt, job in zip(prompts, jobs)
-        ]
-        M = max(map(len, prompts))
-        pads = [M - len(prompt) for prompt in prompts]
-        mask = torch.tensor([[0] * pad + [1] * (M - pad) for pad in pads], device=device)
+        inputs = self._inputs(jobs)
         rows = _Rows(jobs, self.end_ids, lambda: bool(self._waiting) or not self._arriving.empty())
         self.model.generate(
-            inputs_embeds=torch.stack([F.pad(prompt, (0, 0, pad, 0)) for prompt, pad in zip(prompts, pads)]),
-            attention_mask=mask,
+            **inputs,
             do_sample=False,
-            max_new_tokens=max(job.sampling.max_new_tokens - len(job.ids) for job in jobs),
+            max_new_tokens=max(job.sampling.max_new_tokens - len(job.ids) + len(job.again) for job in jobs),
             streamer=rows,
             stopping_criteria=StoppingCriteriaList([rows]),
             logits_processor=LogitsProcessorList([_Draw(jobs)]),
         )
+
+    def _inputs(self, jobs) -> dict:
+        """Of `generate`: the prompts and what is read of their answers."""
+        device, embed, by_ids = self.model.device, self.model.get_input_embeddings(), isinstance(jobs[0].prompt, Prompt)
+        sequences = []
+        for job in jobs:
+            ids = torch.tensor(
+                job.read(self.model.image_token_id) if by_ids else job.ids, dtype=torch.long, device=device
+            )
+            prompt = (job.prompt.ids if by_ids else job.prompt).to(device)
+            sequences.append(torch.cat((prompt, ids if by_ids else embed(ids))))
+        M = max(map(len, sequences))
+        pads = [M - len(one) for one in sequences]
+        mask = torch.tensor([[0] * pad + [1] * (M - pad) for pad in pads], device=device)
+        if not by_ids:
+            embeds = torch.stack([F.pad(one, (0, 0, pad, 0)) for one, pad in zip(sequences, pads)])
+            return {"inputs_embeds": embeds, "attention_mask": mask}
+        filler = self.model.generation_config.pad_token_id or 0
+        ids = torch.stack([F.pad(one, (pad, 0), value=filler) for one, pad in zip(sequences, pads)])
+        inputs = {"input_ids": ids, "attention_mask": mask}
+        kept = [job.prompt.compressed for job in jobs if job.prompt.compressed is not None]
+        if kept:
+            rows = [tokens.to(device) for one in kept for tokens in one.pooler_output]
+            slots = [maps for one in kept for maps in one.slots]
+            whole = UHRBatCompressionOutput(pooler_output=rows, slots=slots, regions=[])
+            inputs |= self.model.visual_inputs(**inputs, compressed=whole)
+        return inputs

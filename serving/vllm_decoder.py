@@ -4,6 +4,7 @@ vLLM is handed embeddings and knows no images: what is compressed how is decided
 of beginnings that prompts share by the content of these embeddings.
 """
 
+import inspect
 import os
 from collections.abc import Mapping
 from pathlib import Path
@@ -12,12 +13,41 @@ from uuid import uuid4
 
 import torch
 
+from ..common.loading import is_host
+from ..common.models import base_of, told, with_revision
 from .decoding import Sampling, Scored, end_ids
 
 # Of a GPU's memory; the rest is for the towers, and for the decoder's layers that the importance pass reads.
 GPU_SHARE = 0.6
 # GB for keys and values on a CPU, of which vLLM would take more.
 CPU_CACHE_GB = 1
+
+
+def check_alone(folder):
+    """Raises `ValueError` for a model of another family whose decoder, handed embeddings alone, is another model."""
+    folder = base_of(folder) or folder
+    if not is_host(folder):
+        return
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    text, whole = config.get_text_config(), AutoModelForImageTextToText._model_mapping.get(type(config), None)
+    taken = inspect.signature(whole.forward).parameters if whole is not None else ()
+    layers = getattr(text, "layer_types", None) or ()
+    reasons = {
+        "its places are in two dimensions (M-RoPE)": "mrope_section" in (getattr(text, "rope_parameters", None) or {}),
+        "its images are read in both directions": "token_type_ids" in taken
+        or getattr(text, "use_bidirectional_attention", None) == "vision",
+        "its layers read which token it is, too": bool(getattr(text, "hidden_size_per_layer_input", 0)),
+        "it has layers of linear attention": "linear_attention" in layers,
+        "there is no class of its decoder alone": AutoModelForCausalLM._model_mapping.get(type(text), None) is None,
+    }
+    found = [reason for reason, holds in reasons.items() if holds]
+    if found:
+        raise ValueError(
+            f"{with_revision(told(folder))}: the decoder of a model of the type {config.model_type!r} cannot be handed to vLLM as embeddings: "
+            f"{', and '.join(found)}. Serve it with --backend transformers."
+        )
 
 
 class VLLMDecoder:

@@ -8,9 +8,7 @@ from huggingface_hub import constants
 from images import random_image
 from uhr_bat import cli, load_model
 from uhr_bat.common.loading import load_processor
-from uhr_bat.common.models import find_model
 from uhr_bat.serving import batch
-from uhr_bat.serving.front import load_served
 
 SMALL = ["--set", "levels=2", "--set", "refinement=16"]
 
@@ -55,13 +53,6 @@ def test_a_setting_that_cannot_be_is_refused_in_one_line(host_folder, image, cap
     assert run("ask", image, "How many?", "--model", host_folder("internvl"), *settings) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said
-
-
-def test_a_host_is_not_served_from_embeddings_alone(on_hub):
-    with pytest.raises(
-        ValueError, match=f"gemma3@{REVISION}: is a model of another family.*`uhr-bat ask` or `uhr-bat batch`"
-    ):
-        load_served(find_model(on_hub("gemma3")))
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import socket
 
 import pytest
-from uhr_bat.serving import demo, front, serve
+from uhr_bat.serving import demo, serve
 from uhr_bat.serving.ports import take_port, url_of
 
 
@@ -19,7 +19,8 @@ def nothing_loads(monkeypatch):
     def load(*args, **kwargs):
         raise AssertionError("a model is loaded")
 
-    monkeypatch.setattr(front, "load_served", load)
+    for one in (serve, demo):
+        monkeypatch.setattr(one, "load_model", load)
 
 
 @pytest.mark.parametrize("command", [serve, demo])
