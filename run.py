@@ -52,6 +52,8 @@ EXTRAS_TESTS = ["tests/serving_extras"]
 CLUSTER_TESTS = ["tests/cluster"]
 # The server as LangChain, LiteLLM and LlamaIndex ask it, with some fifty packages of their own.
 CLIENTS_TESTS = ["tests/clients"]
+# Models of other families, with the first release that takes them.
+HOSTS_TESTS = ["tests/hosts/test_exactness.py", "tests/hosts/test_calls.py", "tests/hosts/test_families.py"]
 # What requirements.txt brings today, be it newer than constraints.txt, is tested at every door of the library.
 NEWEST_TESTS = [
     "tests/doors",
@@ -188,10 +190,10 @@ def run_newest_tests():
     return run_tests("transformers-newest", NEWEST_TESTS, overlay)
 
 
-def run_older_tests(version, packages):
+def run_older_tests(version, packages, tests=OVERLAY_TESTS):
     """Run pytest with an older release of transformers and return (passed, failed, skipped)."""
     lane = f"transformers-{version}"
-    return run_tests(lane, OVERLAY_TESTS, set_up_overlay(lane, packages))
+    return run_tests(lane, tests, set_up_overlay(lane, packages))
 
 
 def run_other_tests(lane, file, tests):
@@ -208,6 +210,7 @@ LANES = {
     "cluster": partial(run_other_tests, "cluster", "tests/cluster/deepspeed.txt", CLUSTER_TESTS),
     "demo-and-batch": partial(run_other_tests, "demo-and-batch", "serving/demo_and_batch.txt", EXTRAS_TESTS),
     **{f"transformers-{version}": partial(run_older_tests, version, OVERLAYS[version]) for version in OVERLAYS},
+    "hosts": partial(run_older_tests, "5.18.0", ["transformers==5.18.0"], HOSTS_TESTS),
     "clients": partial(run_other_tests, "clients", "serving/clients.txt", CLIENTS_TESTS),
 }
 

@@ -5,6 +5,7 @@ import threading
 
 import pytest
 import torch
+from hosts_tiny import FAMILIES
 from images import random_image
 from PIL import Image
 from uhr_bat.common.asking import prompt_text
@@ -14,6 +15,7 @@ BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encod
 QUESTIONS = ("How many ships?", "What colour is the plane at the runway?", "Is there a car?")
 
 
+@pytest.mark.slow
 def test_the_readmes_blocks_run(family, loaded, tmp_path, monkeypatch, capsys):
     processor, model = loaded(family)
     monkeypatch.chdir(tmp_path)
@@ -53,10 +55,11 @@ def batch_of(processor, alone) -> dict:
     }
 
 
-@pytest.mark.parametrize("beams", [1, 2])
+ONE_BEAM = [(name, 1) for name in ("qwen3_vl", "gemma3", "smolvlm")]
+
+
+@pytest.mark.parametrize("family, beams", [(name, 2) for name in FAMILIES] + ONE_BEAM)
 def test_a_batch_of_different_budgets_answers_as_each_alone(family, loaded, beams):
-    if beams == 1 and family not in ("qwen3_vl", "gemma3", "smolvlm"):
-        pytest.skip("beams are a batch, too")
     processor, model = loaded(family, levels=1, max_tiles=1)
     alone = questions(processor, random_image(60, 90), (5, 9))
     settings = {"max_new_tokens": 3, "min_new_tokens": 3, "do_sample": False, "num_beams": beams}
@@ -94,9 +97,10 @@ def test_a_prompt_of_two_images_holds_the_rows_of_both_in_their_order(family, lo
     assert not torch.allclose(logits, swapped, atol=1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["qwen3_vl", "gemma3", "llava"])
 def test_threads_ask_at_once_and_each_gets_its_own_answer(name, loaded):
-    processor, model = loaded(name)
+    processor, model = loaded(name, levels=2)
     asked = questions(processor, random_image(60, 90), (12, 7, 20))
     text = processor.tokenizer("Only text", return_tensors="pt")
     calls = [lambda one=one: model.generate(**one, max_new_tokens=3, do_sample=False) for one in (*asked, text)]

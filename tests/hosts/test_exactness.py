@@ -32,9 +32,9 @@ def test_an_image_of_one_tile_that_is_kept_whole_is_bit_equal_to_the_plain_call(
     assert difference == 0 if family != "llava_onevision" else difference < 1e-5
 
 
+# Linear layers see what is out of sight: steps of Qwen3.5 are compared with a loop instead.
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "qwen3_5"])
 def test_a_third_of_the_rows_is_equal_to_the_whole_prompt_with_the_others_out_of_sight(family, loaded, host_folder):
-    if family == "qwen3_5":
-        pytest.skip("its linear layers see what is out of sight; its steps are compared with a loop")
     processor, model = loaded(family, **ONE_TILE)
     rows = FAMILIES[family]["rows"] ** 2
     inputs, image = ask(processor, rows // 3)

@@ -145,6 +145,7 @@ def test_half_precision_answers(name, dtype, host_folder):
     assert model.generate(**ask(processor), max_new_tokens=2).shape[0] == 1
 
 
+@pytest.mark.slow
 def test_four_bits_on_a_cpu_answer(tmp_path):
     text = {
         "hidden_size": 64,
@@ -203,6 +204,7 @@ def test_what_a_host_saves_is_what_the_library_saves(host_folder, tmp_path):
     assert len(list((tmp_path / "ours").iterdir())) == len(list((tmp_path / "theirs").iterdir()))
 
 
+@pytest.mark.slow
 def test_no_attribute_of_transformers_is_changed(host_folder):
     code = (
         f"""
@@ -254,6 +256,10 @@ def test_words_around_an_image_are_those_that_the_familys_own_processor_writes(f
         "patch_size": 14,
         "vision_feature_select_strategy": "default",
     }  # as LLaVA's processor_config.json has them
+    try:
+        transformers.models.auto.processing_auto.processor_class_from_name(FAMILIES[family]["class"] + "Processor")
+    except ModuleNotFoundError:
+        pytest.skip("this release has the processor with torchvision alone")
     found = find_prompts(model.host.config, model.reader, processor.tokenizer, stated)
     spelt = processor.prompts
     assert (spelt.before, spelt.after) == (found.before, found.after)
