@@ -240,10 +240,9 @@ class _Count:
 
     def _once(self, module, forward):
         def run(*args, **kwargs):
-            given = [
-                (one.shape, one.dtype) if torch.is_tensor(one) else str(one) for one in tree_leaves((args, kwargs))
-            ]
-            key = self.kinds[module], str(given)
+            given = tree_leaves((args, kwargs))
+            shapes = tuple((one.shape, one.dtype) if torch.is_tensor(one) else type(one) for one in given)
+            key = self.kinds[module], shapes, str([one for one in given if isinstance(one, (bool, int, float, str))])
             if key in self.seen and module is not self.whole:
                 flops, shape, dtype = self.seen[key]
                 self.shapes.flops += flops
