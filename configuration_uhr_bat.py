@@ -11,10 +11,12 @@ guessed from a name or a shape.
 """
 
 import os
+from copy import copy
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple
 
 from huggingface_hub.dataclasses import strict, validated_field
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
 
 from .budgets_uhr_bat import is_one_budget, split_budgets
@@ -131,7 +133,7 @@ def check_selector(name):
         raise ValueError(
             f"`selector` is one of {', '.join(SELECTOR_NAMES)} in a configuration. Got {name!r}. Any other rule is handed in as a "
             'function: `compress(..., rules={"selector": function})`; those of other papers are in '
-            "`uhr_bat.evaluation.reducers`."
+            '`uhr_bat.evaluation.reducers`. A folder that names one loads with another: `from_pretrained(..., selector="distinct")`.'
         )
 
 
@@ -202,7 +204,7 @@ class UHRBatConfig(PreTrainedConfig):
     # Lloyd iterations; labels rarely change after ten.
     kmeans_iterations: int = 10
     # Weight of the coordinates beside unit-length features (eq. 13), the released value.
-    coord_weight: float = 0.05
+    coord_weight: float | int = 0.05
     # Coordinates over the whole scale (eq. 13) or, as the released code has them, inside each tile.
     coord_frame: Literal["scale", "tile"] = "scale"
 
@@ -217,7 +219,7 @@ class UHRBatConfig(PreTrainedConfig):
     selector: Any = validated_field(check_selector, default="preserve_and_merge")
     # Weight of what differs beside the importance. On validation scenes more is better at 1 % of the tokens, less at
     # 4 %; 0.75 loses a point of the best at either.
-    distinctiveness_power: float = 0.75
+    distinctiveness_power: float | int = 0.75
     # Tokens of each scale after the anchor that the question looks at once more, those of greatest importance so far,
     # to refine the importance from scale to scale. Empty: the anchor's importance is all there is, as in the paper.
     refinement: list[int] | tuple[int, ...] = ()
@@ -261,6 +263,24 @@ class UHRBatConfig(PreTrainedConfig):
         for name in ("vision_chunk_size", "tile_cache_bytes", "max_image_pixels"):
             kwargs.pop(name, None)
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict, **kwargs):
+        """As the library's, but a value that is given takes the place of the saved one before that is checked: so a folder whose
+        rule is gone loads with another."""
+        own = {one.name for one in fields(cls)} - set(cls.sub_configs)
+        return super().from_dict(config_dict | {name: kwargs[name] for name in own & set(kwargs)}, **kwargs)
+
+    def check_rules(self, changes: dict):
+        """Raises `ValueError` where a call has values for fields that this configuration could not have."""
+        changed = copy(self)
+        try:
+            for name, value in changes.items():
+                setattr(changed, name, value)
+            for check in (changed.validate_refinement, changed.validate_layers, changed.validate_numbers):
+                check()
+        except StrictDataclassError as error:
+            raise ValueError(str(error.__cause__ or error)) from None
 
     def validate_towers(self):
         """The classes of the towers are ones that the model knows how to read."""

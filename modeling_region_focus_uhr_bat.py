@@ -29,7 +29,7 @@ from .configuration_uhr_bat import UHRBatConfig
 from .image_pyramids_uhr_bat import POOLING, DynamicLevel
 from .modeling_layers_uhr_bat import call_reader, last_token_logits
 from .modeling_outputs_uhr_bat import TokenMaps, UHRBatDynamicFeatures
-from .token_rules_uhr_bat import CompressedImage
+from .token_rules_uhr_bat import CompressedImage, CompressionRules
 
 
 class UHRBatRegionFocusModule(nn.Module):
@@ -285,5 +285,10 @@ class UHRBatRegionFocusMixin:
     def compress_one(self, input_ids, inputs_embeds, image, counts, rules) -> CompressedImage:
         """As of other images, by Algorithm 1."""
         if image.kind == "dynamic":
+            if rules != CompressionRules.of(self.config):
+                raise ValueError(
+                    "`rules` are those of images that are cut into scales. A dynamic pyramid is pruned by Algorithm 1, whose numbers "
+                    "are the configuration's `region_focus`: leave `rules` out."
+                )
             return self._focus(input_ids, inputs_embeds, image, counts)
         return super().compress_one(input_ids, inputs_embeds, image, counts, rules)

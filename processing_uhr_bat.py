@@ -230,6 +230,8 @@ class UHRBatProcessor(ProcessorMixin):
         remote code, and ask on a terminal whether to trust it."""
         if "config" not in kwargs and not kwargs.get("trust_remote_code"):
             options = {name: kwargs[name] for name in HUB_OPTIONS if name in kwargs}
+            # Whether the model's rules are still there, the model says.
+            options |= {"selector": "uniform", "region_method": "none"}
             try:
                 kwargs["config"] = UHRBatConfig.from_pretrained(pretrained_model_name_or_path, **options)
             except OSError:  # a folder of processor files alone

@@ -51,14 +51,20 @@ class CompressionRules:
         """The rules of a configuration, with other values for this call where `changes` has them.
 
         Raises:
-            ValueError: a rule that there is not, or a selector that is neither a name nor a function.
+            ValueError: a rule that there is not, a selector that is neither a name nor a function, or a value that the
+                configuration could not have.
         """
+        changes = dict(changes or {})
         rules = {one.name: getattr(config, one.name) for one in fields(cls)}
-        if unknown := sorted(set(changes or {}) - set(rules)):
+        if unknown := sorted(set(changes) - set(rules)):
             raise ValueError(f"There is no rule {unknown[0]!r}. There are: {', '.join(rules)}.")
-        rules |= changes or {}
+        if "refinement" in changes and not changes["refinement"]:  # no looks have no layers
+            changes.setdefault("refinement_layers", [])
+        rules |= changes
         if not callable(rules["selector"]):
             check_selector(rules["selector"])
+        if changes and hasattr(config, "check_rules"):  # a model of another class may have fields alone
+            config.check_rules({name: value for name, value in changes.items() if not callable(value)})
         return cls(**rules)
 
 
@@ -148,7 +154,15 @@ def partition(image: UHRBatImageFeatures, scale_idx: int, budget: int, model, ru
 def choose_tokens(importance, regions, tokens, budget, rules: CompressionRules) -> torch.Tensor:
     """`slots` long[N] of N tokens by the selector of the rules."""
     if callable(rules.selector):
-        return check_slots(rules.selector(importance, regions, tokens, budget), rules.selector, tokens, budget)
+        # Regions are kept for the next question. So are tokens, of which there are too many to copy them.
+        versions = [] if tokens.is_inference() else [tokens._version]
+        slots = rules.selector(importance.clone(), regions.clone(), tokens, budget)
+        if versions and versions != [tokens._version]:
+            raise ValueError(
+                f"The selector {name_of(rules.selector)} changed the tokens that it was given, which later questions need too. "
+                "Let it work on `tokens.clone()`, and encode the image again."
+            )
+        return check_slots(slots, rules.selector, tokens, budget)
     select, settings = SELECTORS[rules.selector]
     return select(importance, regions, tokens, budget, **{name: getattr(rules, name) for name in settings})
 

@@ -218,6 +218,15 @@ def test_a_budget_is_the_most_that_an_image_takes(budget):
     assert budget - 1 <= number <= budget  # a token that needs a newline of its own may not fit
 
 
+def test_rules_of_other_images_are_refused_by_name():
+    model, images = focus_model(), {"image_pyramids": [picture()]}
+    with pytest.raises(ValueError, match="pruned by Algorithm 1.*`region_focus`: leave `rules` out"):
+        model.compress(input_ids=IDS, **images, rules={"selector": "uniform"})
+    plain = model.compress(input_ids=IDS, **images)
+    same = model.compress(input_ids=IDS, **images, rules={"selector": model.config.selector})
+    assert all(map(torch.equal, plain.pooler_output, same.pooler_output))
+
+
 def test_a_budget_without_room_for_a_token_is_refused_with_both_numbers():
     with pytest.raises(ValueError, match="18 visual tokens is too small: the thumbnail and the separator take 17"):
         looked_at(focus_model(), picture(), budget=18)

@@ -9,6 +9,7 @@ from PIL import Image
 from small import BUDGETS, IMAGE, random_pixels, small_model
 from uhr_bat.configuration_uhr_bat import SELECTOR_NAMES, UHRBatConfig
 from uhr_bat.evaluation.reducers import REDUCERS
+from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from uhr_bat.token_compression_uhr_bat import distinctiveness, merge_tokens
 from uhr_bat.token_selectors_uhr_bat import SELECTORS, distinct, top_k, uniform
 
@@ -58,6 +59,19 @@ def test_what_a_configuration_cannot_name_is_refused_with_the_mend(selector, tmp
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(Exception, match="those of other papers are in `uhr_bat.evaluation.reducers`"):
         UHRBatConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("gone", [{"selector": "conditional_diversity"}, {"region_method": "kmeans_pca"}])
+def test_a_folder_that_names_a_rule_that_is_gone_loads_with_another(gone, tmp_path):
+    small_model(selector="top_k", region_method="grid").save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | gone))
+    (name,) = gone
+    with pytest.raises(Exception, match=gone[name]):
+        UHRBatConfig.from_pretrained(tmp_path)
+    now = {"selector": "uniform", "region_method": "none"}[name]
+    model = UHRBatForConditionalGeneration.from_pretrained(tmp_path, **{name: now})
+    assert getattr(model.config, name) == now
 
 
 @pytest.mark.parametrize("budget", [1, 2, 7, 31, 59, 60, 99])
@@ -224,9 +238,38 @@ def test_rules_that_there_are_not_are_refused_before_a_selection():
         ({"selectr": last_ones}, "There is no rule 'selectr'. There are: selector, distinctiveness_power"),
         ({"selector": "diversity"}, "Got 'diversity'. Any other rule is handed in as a function"),
         ({"selector": 3}, "Got 3"),
+        ({"coverage": "no"}, "'coverage' expected bool, got str"),
+        ({"coord_frame": "place"}, "'coord_frame' expected one of .*, got place"),
+        ({"num_regions": 0}, "`num_regions` must be at least 1, or None for the budget. Got 0"),
+        ({"distinctiveness_power": -1}, "`distinctiveness_power` must not be negative. Got -1"),
+        ({"refinement": [1]}, "`refinement` needs 2 numbers, or none. Got 1"),
+        ({"refinement": [1, 1], "refinement_layers": [0, 9]}, "`refinement_layers` is 9, but the decoder has 3 layers"),
     ):
         with pytest.raises(ValueError, match=message):
             model.compress(**QUESTION, pixel_values=random_pixels(), rules=rules)
+
+
+@torch.no_grad()
+def test_a_function_that_changes_what_it_was_given_spoils_no_later_question():
+    model = small_model()
+    (features,) = model.encode_image(random_pixels())
+
+    def greedy(importance, regions, tokens, budget):
+        slots = top_k(importance, regions, tokens, budget)
+        importance.zero_(), regions.zero_()
+        return slots
+
+    before = model.compress(**QUESTION, image_features=[features], rules={"selector": top_k})
+    spoilt = model.compress(**QUESTION, image_features=[features], rules={"selector": greedy})
+    assert all(map(torch.equal, before.importance[0], spoilt.importance[0]))
+    assert all(map(torch.equal, before.regions[0], spoilt.regions[0]))
+
+    def worse(importance, regions, tokens, budget):
+        tokens.mul_(2)
+        return top_k(importance, regions, tokens, budget)
+
+    with pytest.raises(ValueError, match=r"'worse' changed the tokens that it was given.*`tokens.clone\(\)`"):
+        model.compress(**QUESTION, image_features=[features], rules={"selector": worse})
 
 
 def test_what_a_function_kept_is_drawn_and_mapped_as_any_other_choice():
