@@ -25,6 +25,14 @@ def is_visual(name: str, parts=VISUAL_PARTS + HOST_PARTS) -> bool:
     return any(f"{part}." in name for part in parts)
 
 
+def check_host(options):
+    """Raises `ValueError` for [`ModelOptions`] by which no model of another family is trained. Its settings become those of
+    batches, which hold whole images."""
+    if not options.use_peft:
+        raise ValueError("A model of another family is trained by an adapter alone: `use_peft: true`.")
+    options.model_settings = {"max_tiles": None} | (options.model_settings or {})
+
+
 def decoder_name(model) -> str:
     """Of the decoder among a model's modules."""
     decoder = model.get_decoder()

@@ -24,7 +24,7 @@ from .collator import UHRBatDataCollator, answer_of
 from .data import load_samples
 from .grouping import hold_out
 from .options import read_options
-from .parts import add_adapter, continue_adapter, freeze_parts, quantization
+from .parts import add_adapter, check_host, continue_adapter, freeze_parts, quantization
 from .scores import check_scores
 from .trainer import KeptPictures, RunFacts, UHRBatTrainer
 
@@ -152,10 +152,7 @@ def train(options, data, training) -> UHRBatTrainer:
     if base is not None:
         options.use_peft = True
     if is_host(base or options.model_name_or_path):
-        if not options.use_peft:
-            raise ValueError("A model of another family is trained by an adapter alone: `use_peft: true`.")
-        # Batches hold whole images.
-        options.model_settings = {"max_tiles": None} | (options.model_settings or {})
+        check_host(options)
     quantization(options)
     named = training.resume_from_checkpoint
     checkpoint = named if named and str(named).lower() != "true" else last_whole_checkpoint(training.output_dir)

@@ -7,12 +7,12 @@ import pytest
 import torch
 from hosts_tiny import FAMILIES
 from images import random_image
-from peft import PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForImageTextToText
 from uhr_bat import load_model
 from uhr_bat.export.convert_checkpoint import convert
-from uhr_bat.training import sft
+from uhr_bat.training import memory, sft
 from uhr_bat.training.collator import UHRBatDataCollator
 from uhr_bat.training.options import read_options
 
@@ -135,3 +135,36 @@ def test_without_an_adapter_a_host_is_not_trained(host_folder, data, tmp_path, c
     assert sft.main([*arguments, "--use_cpu", "true"]) == 2
     assert "another family is trained by an adapter alone: `use_peft: true`" in capsys.readouterr().err
 
+
+
+def test_memory_counts_the_weights_of_a_host_and_its_adapter(host_folder, data, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr(memory, "print", told.append, raising=False)
+    arguments = ["--model_name_or_path", str(host_folder("internvl")), "--train_data", str(data), "--output_dir", str(tmp_path)]
+    assert memory.main([*arguments, "--use_peft", "true", "--lora_r", "3", "--lora_target_modules", ".*o_proj"]) == 0
+    weights = sum(one.nbytes for one in load_file(host_folder("internvl") / "model.safetensors").values())
+    assert told[0].weights == weights + told[0].gradients and told[0].gradients == 4 * 4 * 3 * (32 + 32)
+    assert memory.main(arguments) == 2
+
+
+@pytest.mark.slow
+def test_two_adapters_of_a_host_answer_by_turns_and_none_where_they_are_off(host_folder, tmp_path):
+    base = host_folder("qwen3_vl")
+    for seed, name in enumerate(("one", "two")):
+        torch.manual_seed(seed)
+        config = LoraConfig(r=2, target_modules=r".*language_model.*(q|v|up)_proj", init_lora_weights=False)
+        get_peft_model(AutoModelForImageTextToText.from_pretrained(base), config).save_pretrained(tmp_path / name)
+    processor, model = load_model(base, device_map=None, **SHORT, **TILE["qwen3_vl"])
+    chat = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]}]
+    text = processor.apply_chat_template(chat, add_generation_prompt=True)
+    inputs = processor(text=text, images=random_image(50, 70), budgets=9, return_tensors="pt")
+    plain = logits(model, inputs)
+    adapted = PeftModel.from_pretrained(model.host, tmp_path / "one", "one")
+    adapted.load_adapter(tmp_path / "two", "two")
+    for name in ("one", "two"):
+        adapted.set_adapter(name)
+        _, alone = load_model(tmp_path / name, device_map=None, **SHORT, **TILE["qwen3_vl"])
+        found, wanted = logits(model, inputs), logits(alone, inputs)
+        assert torch.allclose(found, wanted, atol=1e-5) and (found - plain).abs().max() > 1e-2
+    with adapted.disable_adapter():
+        assert torch.equal(logits(model, inputs), plain)
