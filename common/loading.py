@@ -44,7 +44,7 @@ def load_processor(folder=ROOT, changes=None, **settings):
     """Processor of a model, or the one beside an adapter; an adapter that has none has its model's.
 
     Args:
-        changes: of [`load_model`]; of this package's models the processor has none of them.
+        changes: of [`load_model`]; the processor has the same budgets, scales and padding.
         settings: of `UHRBatProcessor`.
     """
     from ..processing_uhr_bat import UHRBatProcessor
@@ -55,14 +55,19 @@ def load_processor(folder=ROOT, changes=None, **settings):
         from ..hosts.loading import host_processor
 
         budgets = {"budgets": settings["default_budgets"]} if "default_budgets" in settings else {}
-        return host_processor(base or folder, host_settings(folder, base), **(changes or {}), **budgets)
-    if changes:
-        load_config(folder, **changes)  # refuses what there is not
+        return host_processor(base or folder, host_settings(folder, base), **{**(changes or {}), **budgets})
+    config = load_config(folder, **(changes or {}))  # which refuses what there is not
+    if "budgets" in (changes or {}):
+        settings = {"default_budgets": config.budgets} | settings
     if base is None:
-        return UHRBatProcessor.from_pretrained(folder, **settings)
-    # The configuration is the model's, and says which class the tokenizer is of.
-    beside = (folder / "tokenizer_config.json").is_file() and (folder / "processor_config.json").is_file()
-    return UHRBatProcessor.from_pretrained(folder if beside else base, config=load_config(folder), **settings)
+        processor = UHRBatProcessor.from_pretrained(folder, **settings)
+    else:
+        # The configuration is the model's, and says which class the tokenizer is of.
+        beside = (folder / "tokenizer_config.json").is_file() and (folder / "processor_config.json").is_file()
+        processor = UHRBatProcessor.from_pretrained(folder if beside else base, config=config, **settings)
+    for name in {"scales", "mask_padding"} & set(changes or {}):
+        setattr(processor.image_processor, name, getattr(config, name))
+    return processor
 
 
 def attach_adapter(model, folder, name="default", **options):
@@ -126,9 +131,9 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config
     if is_host(base or folder):
         return _load_host(folder, base, dtype, device_map, quantization_config, check, changes)
     if base is None:
-        return _load(folder, load_processor(folder), dtype, device_map, quantization_config, changes)
+        return _load(folder, load_processor(folder, changes), dtype, device_map, quantization_config, changes)
     require("train", "peft")
-    processor = load_processor(folder)
+    processor = load_processor(folder, changes)
     changes = {"budgets": processor.default_budgets} | changes
     _, model = _load(base, processor, dtype, device_map, quantization_config, changes)
     adapted = attach_adapter(model, folder)

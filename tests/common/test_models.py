@@ -3,12 +3,22 @@
 import json
 import os
 import socket
+from argparse import ArgumentParser
 
 import pytest
 from hub_cache import REVISION, put
 from huggingface_hub import constants
 from uhr_bat import cli, load_model
-from uhr_bat.common.models import ROOT, find_model, hub_name, model_name, stay_offline, told, with_revision
+from uhr_bat.common.models import (
+    ROOT,
+    add_model_argument,
+    find_model,
+    hub_name,
+    model_name,
+    stay_offline,
+    told,
+    with_revision,
+)
 
 NAME = "someone/small-model"
 
@@ -182,3 +192,42 @@ def test_a_run_goes_on_with_its_revision_alone(cache, model_folder, tmp_path, ca
     assert f"holds a run with revision {REVISION!r}, but {'b' * 40!r} is asked for" in capsys.readouterr().err
     arguments[arguments.index(NAME)] = f"{NAME}@{REVISION}"
     assert cli.main(arguments) == 0
+
+
+# Settings
+
+
+@pytest.mark.weights
+def test_a_setting_is_the_models_and_its_processors(capsys):
+    processor, model = load_model(device_map=None, budgets=60, selector="top_k", mask_padding=False)
+    assert processor.default_budgets == model.config.budgets == 60 and model.config.selector == "top_k"
+    assert processor.image_processor.mask_padding is model.config.mask_padding is False
+    with pytest.raises(
+        ValueError, match="UHR-BAT has no setting selektor. Its settings are the fields of .*config.json"
+    ):
+        load_model(device_map=None, selektor="top_k")
+
+
+@pytest.mark.parametrize("given, message", [
+    ("selektor=top_k", "Error: UHR-BAT has no setting selektor."),
+    ("selector=best", "`selector` is one of preserve_and_merge, distinct, top_k, uniform"),
+    ("num_regions=many", "'num_regions'"),
+])  # fmt: skip
+def test_a_wrong_setting_is_refused_before_the_image_is_read(given, message, tmp_path, capsys):
+    (tmp_path / "image.png").write_bytes(b"none")
+    assert cli.main(["ask", str(tmp_path / "image.png"), "How many?", "--set", given]) == 2
+    said = capsys.readouterr().err
+    assert message in said and "Traceback" not in said and "image.png" not in said
+
+
+def test_values_are_numbers_truths_nothing_or_texts():
+    parser = ArgumentParser()
+    add_model_argument(parser)
+    given = ["look=0.5", "levels=3", "marks=True", "max_tiles=none", "places=levels", "budgets=[1,2]", "levels=4"]
+    args = parser.parse_args([part for one in given for part in ("--set", one)])
+    assert args.set == {
+        "look": 0.5, "levels": 4, "marks": True, "max_tiles": None, "places": "levels", "budgets": [1, 2],
+    }  # fmt: skip
+    assert parser.parse_args([]).set == {}
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--set", "look"])
