@@ -278,24 +278,16 @@ class UHRBatImageProcessor(BaseImageProcessor):
             image_mean if do_normalize else None,
             image_std if do_normalize else None,
         )
-        if dynamic_pyramid:
-            pyramids = [
-                DynamicPyramid(
-                    self.process_image(source, **kwargs), tile_size=tile_size, patch_size=patch_size,
-                    pad_color=pad_color, resample=resample, arithmetic=arithmetic,
-                )
-                for source in sources
-            ]  # fmt: skip
-            return BatchFeature(data={"image_pyramids": pyramids})
-        if max_tiles is not None:
-            pyramids = [
-                ImagePyramid(
-                    self.process_image(source, **kwargs), None if native else scales, anchor=scales[0],
-                    tile_size=tile_size, patch_size=patch_size, pad_color=pad_color, resample=resample,
-                    mask_padding=mask_padding, arithmetic=arithmetic, max_tiles=max_tiles,
-                )
-                for source in sources
-            ]  # fmt: skip
+        if dynamic_pyramid or max_tiles is not None:
+            tiles = {
+                "tile_size": tile_size, "patch_size": patch_size, "pad_color": pad_color, "resample": resample,
+                "arithmetic": arithmetic,
+            }  # fmt: skip
+            if not dynamic_pyramid:
+                levels = {"scales": None if native else scales, "anchor": scales[0]}
+                tiles |= levels | {"mask_padding": mask_padding, "max_tiles": max_tiles}
+            kind = DynamicPyramid if dynamic_pyramid else ImagePyramid
+            pyramids = [kind(self.process_image(source, **kwargs), **tiles) for source in sources]
             return BatchFeature(data={"image_pyramids": pyramids})
         num_tiles = sum((scale // tile_size) ** 2 for scale in scales)
         num_patches = sum(height * width for height, width in grids(scales, patch_size))

@@ -46,9 +46,9 @@ from PIL import Image
 
 from .budgets_uhr_bat import share_in_order
 from .geometry_uhr_bat import PAD_COLOR, grids, letterbox, pyramid_scales, shown_lines
-from .image_reading_uhr_bat import kind_of
-from .image_sources_uhr_bat import HeldImage, ImageSource
-from .image_views_uhr_bat import mark_shown, normalize_tiles, part_of_resized, part_of_view, valid_patches
+from .image_reading_uhr_bat import PlainImage, kind_of
+from .image_sources_uhr_bat import ImageSource
+from .image_views_uhr_bat import mark_shown, normalize_tiles, part_of_view, valid_patches
 
 
 def split_tiles(num_tiles: Sequence[int], max_tiles: int) -> list[int]:
@@ -164,7 +164,7 @@ class _Pyramid:
         arithmetic: tuple = (),
     ):
         image = image.image if kind_of(image) == "picture" else image
-        self.image: ImageSource = HeldImage(image) if isinstance(image, Image.Image) else image
+        self.image: ImageSource = PlainImage(image) if isinstance(image, Image.Image) else image
         self.image_size = self.image.height, self.image.width
         self.tile_size, self.patch_size = tile_size, patch_size
         self._pad_color, self._resample, self._arithmetic = tuple(pad_color), resample, arithmetic
@@ -373,14 +373,14 @@ class ImagePyramid(_Pyramid):
         scale, p = self.scales[level_idx], self.patches_per_side
         spans = [(edge * self.tile_size, stop * self.tile_size) for edge, stop in ((row, row + 1), (first, last))]
         size = image.height, image.width
+        side, *corner = letterbox(size)
         part, valid, (top, left, height, width) = part_of_view(
-            read, size, scale, *spans, self._pad_color, self._resample
+            read, size, (side, side), corner, (scale, scale), *spans, self._pad_color, self._resample
         )
         if not self._masked or self.is_known(level_idx):
             return part, None
         patches = [(row * p, (row + 1) * p), (first * p, last * p)]
-        side, grid = max(size), self.grids[level_idx]
-        shown = valid_patches(valid, (height, width), (top, left), side, grid, *patches)
+        shown = valid_patches(valid, (height, width), (top, left), side, self.grids[level_idx], *patches)
         return part, shown.reshape(p, last - first, p).transpose(1, 0, 2)
 
     def __repr__(self):
@@ -497,15 +497,14 @@ class DynamicPyramid(_Pyramid):
         level = self.levels[level_idx - 1] if level_idx else None
         size, width = (level.size, level.tiles[1]) if level else (thumbnail_size(self.image_size, self.tile_size), 1)
         image, side = self.image.for_scale(max(size)), self.tile_size
+        canvas = image.height, image.width
         found = np.empty((len(tile_idx), side, side, 3), np.uint8)
         found[:] = self._pad_color
         with image.parts() as read:
             for place in np.argsort(tile_idx, kind="stable"):  # from top to bottom
                 row, column = divmod(int(tile_idx[place]), width)
                 spans = [(side * at, min(side * (at + 1), end)) for at, end in zip((row, column), size)]
-                part, _, _ = part_of_resized(
-                    read, (image.height, image.width), size, *spans, self._pad_color, self._resample
-                )
+                part, _, _ = part_of_view(read, canvas, canvas, (0, 0), size, *spans, self._pad_color, self._resample)
                 found[place, : part.shape[0], : part.shape[1]] = part
         return normalize_tiles(found.transpose(0, 3, 1, 2), *self._arithmetic)
 

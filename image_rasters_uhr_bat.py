@@ -26,7 +26,6 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from .geometry_uhr_bat import PAD_COLOR
 from .image_raster_files_uhr_bat import (
     CHUNK_BYTES,
     SEQUENTIAL,
@@ -64,7 +63,7 @@ from .image_raster_windows_uhr_bat import (
     upright_transform,
     wkt_names_file,
 )
-from .image_sources_uhr_bat import ImageSource
+from .image_sources_uhr_bat import ImageSource, fill
 
 # Subdatasets that an error names.
 MAX_NAMED = 50
@@ -472,11 +471,6 @@ class RasterImage(ImageSource):
 
             yield read
 
-    def strips(self, num_rows: int) -> Iterator[Image.Image]:
-        """As `masked_strips`, RGB alone: what is no part of the image has the letterbox's colour."""
-        for strip, valid in self.masked_strips(num_rows):
-            yield _fill(strip, valid)
-
     def for_scale(self, side: int) -> "RasterImage":
         """The image to make views of at most `side` pixels from: itself, or as its coarsest overview that is no smaller
         shows it."""
@@ -500,7 +494,7 @@ class RasterImage(ImageSource):
         averaged = self._ranges is not None  # the mean of two entries of a palette is a third
         with self._dataset() as dataset:
             values, valid = self._read(dataset, box, size, "average" if averaged else "nearest")
-        return _fill(Image.fromarray(self._to_rgb(values)), valid)
+        return fill(Image.fromarray(self._to_rgb(values)), valid)
 
     def __array__(self, dtype=None, copy=None):
         """uint8[height, width, 3], held whole."""
@@ -509,10 +503,3 @@ class RasterImage(ImageSource):
 
     def __repr__(self):
         return f"RasterImage({self.filename!r}, {self.height} x {self.width}, bands {self.bands})"
-
-
-def _fill(strip, valid):
-    """The strip with the letterbox's colour where it is not valid."""
-    if valid is not None:
-        strip.paste(PAD_COLOR, mask=Image.fromarray(~valid))
-    return strip

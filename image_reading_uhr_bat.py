@@ -14,8 +14,8 @@ import base64
 import binascii
 import io
 import os
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from collections.abc import Callable
+from contextlib import ExitStack, contextmanager
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
@@ -73,7 +73,7 @@ def check_image_size(image_size: tuple[int, int], max_image_pixels: int, name: s
         )
 
 
-class PlainImage:
+class PlainImage(ImageSource):
     """A picture that Pillow decoded, with what a [`RasterImage`] has: `read_image` takes it as the picture itself.
 
     Attributes:
@@ -83,18 +83,19 @@ class PlainImage:
     """
 
     kind = "picture"
-    crs = transform = None
 
-    def __init__(self, image: Image.Image, filename: str):
+    def __init__(self, image: Image.Image, filename: str = "image"):
         self.image, self.filename = image, filename
         self.height, self.width = image.height, image.width
 
-    def strips(self, num_rows: int) -> Iterator[Image.Image]:
-        """The picture from top to bottom in strips of `num_rows` rows, the last one of what is left."""
-        for top in range(0, self.height, num_rows):
-            strip = Image.new("RGB", (self.width, min(num_rows, self.height - top)))
-            strip.paste(self.image, (0, -top))  # pasting does not ask for Pillow's limit, as cropping does
-            yield strip
+    @contextmanager
+    def parts(self):
+        def read(top, left, bottom, right):
+            part = Image.new("RGB", (right - left, bottom - top))
+            part.paste(self.image, (-left, -top))  # pasting does not ask for Pillow's limit, as cropping does
+            return part, None
+
+        yield read
 
     def __array__(self, dtype=None, copy=None):
         return np.asarray(self.image, dtype)

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from .geometry_uhr_bat import PAD_COLOR
+
 
 class ImageSource:
     """An image that is read part by part and never held whole: what the views and the pyramid ask of it. A raster, or a
@@ -51,21 +53,17 @@ class ImageSource:
                 pixels, valid = read(start, 0, min(start + num_rows, self.height), self.width)
                 yield pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), valid
 
+    def strips(self, num_rows: int) -> Iterator[Image.Image]:
+        """As `masked_strips`, RGB alone: what is no part of the image has the letterbox's colour."""
+        for strip, valid in self.masked_strips(num_rows):
+            yield fill(strip, valid)
 
-class HeldImage(ImageSource):
-    """An RGB image in memory."""
 
-    def __init__(self, image: Image.Image):
-        self.image, self.height, self.width, self.filename = image, image.height, image.width, "image"
-
-    @contextmanager
-    def parts(self):
-        def read(top, left, bottom, right):
-            part = Image.new("RGB", (right - left, bottom - top))
-            part.paste(self.image, (-left, -top))  # pasting does not ask for Pillow's limit, as cropping does
-            return part, None
-
-        yield read
+def fill(strip: Image.Image, valid: np.ndarray | None) -> Image.Image:
+    """The strip with the letterbox's colour where it is not valid."""
+    if valid is not None:
+        strip.paste(PAD_COLOR, mask=Image.fromarray(~valid))
+    return strip
 
 
 class GivenSource(ImageSource):

@@ -332,46 +332,31 @@ class _Part(NamedTuple):
 def part_of_view(
     read: Callable,
     image_size: tuple[int, int],
-    scale: int,
+    canvas: tuple[int, int],
+    corner: tuple[int, int],
+    view: tuple[int, int],
     rows: tuple[int, int],
     columns: tuple[int, int],
-    pad_color: Sequence[int] = PAD_COLOR,
-    resample: int = Image.Resampling.BICUBIC,
-) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
-    """A part of the view of a scale, bit-equal to the same part of the whole view, from the pixels that it needs.
+    pad_color: Sequence[int],
+    resample: int,
+) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int, int, int]]:
+    """A part of a canvas that is resized to a view, bit-equal to the same part of the whole view, from the pixels that it
+    needs.
 
     Args:
         read: (top, left, bottom, right) in pixels of the image -> (uint8[h, w, 3] or RGB image, bool[h, w] of those that
             are part of it; None for all, of any box or of none). Asked for boxes from top to bottom.
-        image_size: (height, width) of the image.
-        scale: side of the view in pixels.
+        image_size, canvas, view: (height, width) of the image, of what it lies in (the letterboxed square, or the image
+            itself), and of what that becomes.
+        corner: (row, column) of the canvas where the image begins.
         rows, columns: (first, last + 1) of the part in the view.
         pad_color, resample: as in `image_to_tiles`.
 
     Returns:
         (uint8[rows, columns, 3]; which of the pixels that were read are part of the image, bool[h, w] or None; where in the
-        square these are: row and column of the first one, height and width).
+        canvas these are: row and column of the first one, height and width).
     """
-    side, top, left = letterbox(image_size)
-    return _part_of(read, image_size, (side, side), (top, left), (scale, scale), rows, columns, pad_color, resample)
-
-
-def part_of_resized(
-    read: Callable,
-    image_size: tuple[int, int],
-    size: tuple[int, int],
-    rows: tuple[int, int],
-    columns: tuple[int, int],
-    pad_color: Sequence[int] = PAD_COLOR,
-    resample: int = Image.Resampling.BICUBIC,
-) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int]]:
-    """The same of an image that is resized to `size` (height, width), without a letterbox."""
-    return _part_of(read, image_size, image_size, (0, 0), size, rows, columns, pad_color, resample)
-
-
-def _part_of(read, image_size, canvas, place, view, rows, columns, pad_color, resample):
-    """A part of a canvas (height, width), where an image lies at a place (top, left), that is resized to a view."""
-    (top, left), (height, width) = place, image_size
+    (top, left), (height, width) = corner, image_size
     down = _Part.of(canvas[0], view[0], *rows, resample)
     across = _Part.of(canvas[1], view[1], *columns, resample)
     low, high = max(down.window[0], top), min(down.window[1], top + height)
