@@ -48,38 +48,37 @@ def token_bar(total):
     return TokenBar()
 
 
-def ask(image_path, question, folder, changes, budgets, max_new_tokens, options, tiles):
+def ask(args):
     """Run every stage by itself and print the answer and what it cost."""
     seconds = {}
     with timed(seconds, "open"):  # a raster is decoded while it is resized
-        image_processor = load_processor(folder, changes).image_processor
-        image = image_processor.open_image(image_path, **options)
-    print(f"Image: {image_path}, {image.width:,} x {image.height:,} px")
-    if is_tiny(folder):
+        image_processor = load_processor(args.model, args.set).image_processor
+        image = image_processor.open_image(args.image, **image_options(args))
+    print(f"Image: {args.image}, {image.width:,} x {image.height:,} px")
+    if is_tiny(args.model):
         print(WEIGHTS_NOTE)
 
     with timed(seconds, "preprocess"):  # whatever is wrong with the image is said before the model is loaded
-        image_inputs = image_processor(
-            image, max_image_pixels=options["max_image_pixels"], return_tensors="pt", **tiles
-        )
+        options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}
+        image_inputs = image_processor(image, return_tensors="pt", **options)
     with timed(seconds, "load"):
         from ..common import asking
 
-        processor, model = load_model(folder, **changes)
+        processor, model = load_model(args.model, **args.set)
     with timed(seconds, "encode"):
         features = asking.encode(model, image_inputs)
-    inputs = asking.write_prompts(model, processor, [question], [features], budgets)
+    inputs = asking.write_prompts(model, processor, [args.question], [features], args.budgets)
     with timed(seconds, "compress"):
         compressed = asking.compress(model, inputs)
     with timed(seconds, "generate"):
-        streamer = token_bar(max_new_tokens)
-        ids = asking.generate(model, inputs, compressed, max_new_tokens=max_new_tokens, streamer=streamer)
+        options = {"max_new_tokens": args.max_new_tokens, "streamer": token_bar(args.max_new_tokens)}
+        ids = asking.generate(model, inputs, compressed, **options)
     spent = [len(tokens) for tokens in compressed.tokens[0]]
     (text,) = asking.answer_texts(processor, ids)
-    print(f"\nQuestion: {question}\nAnswer: {asking.printable(text)}\n")
+    print(f"\nQuestion: {args.question}\nAnswer: {asking.printable(text)}\n")
     counts = inputs["token_counts"][0].tolist()
     seen = [int((importance > 0).sum()) for importance in compressed.importance[0]]
-    print_tokens(features[0], seen, budgets or model.config.budgets, counts, spent)
+    print_tokens(features[0], seen, args.budgets or model.config.budgets, counts, spent)
     print_seconds(seconds)
 
 
@@ -121,16 +120,7 @@ def main(arguments=None) -> int:
             painting.write()
     check_image(args.image)
     args.model = find_model(args.model)
-    ask(
-        args.image,
-        args.question,
-        args.model,
-        args.set,
-        args.budgets,
-        args.max_new_tokens,
-        image_options(args),
-        tile_options(args),
-    )
+    ask(args)
     return 0
 
 

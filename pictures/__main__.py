@@ -31,49 +31,48 @@ def budget_name(budgets):
     return f"{sum(budgets):,} tokens ({', '.join(map(str, budgets))})"
 
 
-def draw(image_path, question, output, budgets, folder, changes, width, options, tiles):
-    """Write the pictures into `output`, and print their names."""
+def draw(args):
+    """Write the pictures into the output folder, and print their names."""
     print("Reading ...", file=sys.stderr, flush=True)
     from ..common import asking
 
-    image_processor = load_processor(folder, changes).image_processor
-    image = image_processor.open_image(image_path, **options)
-    limit = options["max_image_pixels"]
-    image_inputs = image_processor(image, max_image_pixels=limit, return_tensors="pt", **tiles)
+    image_processor = load_processor(args.model, args.set).image_processor
+    image = image_processor.open_image(args.image, **image_options(args))
+    options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}
+    image_inputs = image_processor(image, return_tensors="pt", **options)
 
     print("Loading ...", file=sys.stderr, flush=True)
-    processor, model = load_model(folder, **changes)
-    budgets = budgets or [model.config.budgets]
+    processor, model = load_model(args.model, **args.set)
+    budgets = args.budgets or [model.config.budgets]
 
     print("Encoding ...", file=sys.stderr, flush=True)
     features = asking.encode(model, image_inputs)
 
     def compressed(budgets):
-        return asking.compress(model, asking.write_prompts(model, processor, [question], [features], budgets))
+        return asking.compress(model, asking.write_prompts(model, processor, [args.question], [features], budgets))
 
     seen = features[0].available
-    if tiles["native"]:  # levels of its own, which share one budget
+    if args.native:  # levels of its own, which share one budget
         budgets, seen = [budget if is_one_budget(budget) else sum(budget) for budget in budgets], sum(seen)
     chosen = {budget_name(budget): compressed(budget) for budget in budgets}
     pruned = {f"Prune {percent:g} %": compressed(scale_budgets(seen, 1 - percent / 100)) for percent in PRUNING}
 
     first = next(iter(chosen.values()))
+    question, width, pruning = args.question, args.width, "What is left as ever more tokens are pruned"
     drawings = {
         "attention": lambda: attention_picture(first, image, question, width=width),
         "regions": lambda: regions_picture(first, image, width=width),
         "kept": lambda: kept_picture(first, image, question, width=width),
         "budgets": lambda: budgets_picture(chosen, image, question, width=width),
-        "pruning": lambda: budgets_picture(
-            pruned, image, question, title="What is left as ever more tokens are pruned", width=width
-        ),
+        "pruning": lambda: budgets_picture(pruned, image, question, title=pruning, width=width),
     }
     if features[0].kind == "whole":  # of tokens that are all there, whatever the question
         drawings["tsne"] = lambda: tsne_picture(first, features[0].tokens[-1], width=width)
-    with whole_files(output) as built:
+    with whole_files(args.output) as built:
         for name, drawing in drawings.items():
             drawing().save(built / f"{name}.png")
     for name in drawings:
-        print(output / f"{name}.png", flush=True)
+        print(args.output / f"{name}.png", flush=True)
 
 
 @tells_errors
@@ -94,17 +93,7 @@ def main(arguments=None) -> int:
     if args.width < 600:
         raise ValueError(f"--width must be at least 600 pixels for the titles to fit. Got {args.width}.")
     require("pictures", "matplotlib", "sklearn")
-    draw(
-        args.image,
-        args.question,
-        args.output,
-        args.budgets,
-        args.model,
-        args.set,
-        args.width,
-        image_options(args),
-        tile_options(args),
-    )
+    draw(args)
     return 0
 
 

@@ -63,7 +63,7 @@ def test_the_scene_is_made_when_it_is_missing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(painting, "write", lambda: painting.example((60, 48)).save(painting.DEFAULT_PATH))
     asked = []
-    monkeypatch.setattr(ask, "ask", lambda image, question, *rest: asked.append((image, question)))
+    monkeypatch.setattr(ask, "ask", lambda args: asked.append((args.image, args.question)))
     assert ask.main([]) == 0
     assert asked == [(str(painting.DEFAULT_PATH), QUESTION)]
     assert (tmp_path / painting.DEFAULT_PATH).exists()
