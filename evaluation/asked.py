@@ -85,8 +85,7 @@ def check_asked(
     place, samples: Iterable[Sample], lines: dict, pictures: bool = True, mend: str = "Give another --output."
 ):
     """Raises `ValueError` where `lines` {(sample, view): line} hold answers to other questions than the samples, or
-    about
-    other pictures; a failed answer is none."""
+    about other pictures; a failed answer is none."""
     of = {sample.id: sample for sample in samples}
     if missing := sorted({name for name, _ in lines} - set(of)):
         raise ValueError(

@@ -30,16 +30,9 @@ class Interval(NamedTuple):
     high: float
 
 
-class Means(NamedTuple):
-    """`groups`: {name: Interval}; `macro`: the mean of the groups' means."""
-
-    micro: Interval
-    macro: Interval
-    groups: dict[str, Interval]
-
-
-def means(values, groups, images, seed=0) -> Means:
-    """Micro and macro mean, and that of every group, with intervals from images drawn anew.
+def means(values, groups, images) -> dict:
+    """{"micro", "macro": Interval, "groups": {name: Interval}}: the mean over the samples, that of the groups' means, and
+    the mean of every group, with intervals from images drawn anew.
 
     Args:
         values: float[N], of every sample; differences where two runs are compared.
@@ -51,12 +44,13 @@ def means(values, groups, images, seed=0) -> Means:
     sums, counts = np.zeros(shape), np.zeros(shape)
     np.add.at(sums, (of_image, of_group), values)
     np.add.at(counts, (of_image, of_group), 1)
-    drawn = drawn_anew(len(sums), np.random.default_rng(seed))
+    drawn = drawn_anew(len(sums), np.random.default_rng(0))
     sums, counts = np.vstack((sums.sum(0), drawn @ sums)), np.vstack((counts.sum(0), drawn @ counts))
     with np.errstate(invalid="ignore"):
         by_group = sums / counts  # nan where a draw has no sample of a group, which then does not count in its mean
     micro, macro = sums.sum(1) / counts.sum(1), np.nanmean(by_group, axis=1)
-    return Means(_interval(micro), _interval(macro), {name: _interval(by_group[:, t]) for t, name in enumerate(names)})
+    of_group = {name: _interval(by_group[:, t]) for t, name in enumerate(names)}
+    return {"micro": _interval(micro), "macro": _interval(macro), "groups": of_group}
 
 
 def wilson_means(values, groups, images) -> dict:
@@ -139,16 +133,14 @@ def figures_of(part: Part, values, view) -> dict:
     found = means(values[view][part.chosen], part.groups, part.images)
     row = {
         "samples": len(part.chosen),
-        "micro": found.micro,
-        "macro": found.macro,
-        "groups": found.groups,
-        "samples_of_groups": {name: part.groups.count(name) for name in found.groups},
+        **found,
+        "samples_of_groups": {name: part.groups.count(name) for name in found["groups"]},
         "wilson": wilson_means(values[view][part.chosen], part.groups, part.images),
     }
     if view == IMAGE:
         for name, control in ("minus_blank", BLANK), ("minus_text", TEXT):
             if control in values:
-                row[name] = means((values[view] - values[control])[part.chosen], part.groups, part.images).micro
+                row[name] = means((values[view] - values[control])[part.chosen], part.groups, part.images)["micro"]
     return row
 
 
@@ -294,7 +286,7 @@ def compare(suite: Suite, samples: list[Sample], one: dict, other: dict, scorers
             found = [means(values[part.chosen], part.groups, part.images) for values in (*pair, pair[0] - pair[1])]
             rows.append({
                 "scorer": scorer.name, "section": part.section, "average": part.average, "samples": len(part.chosen),
-                "micro": [each.micro for each in found], "macro": [each.macro for each in found],
+                "micro": [each["micro"] for each in found], "macro": [each["macro"] for each in found],
                 "wilson_difference": difference_of(*(values[part.chosen] for values in pair), part),
                 "only_first_right": int((pair[0] > pair[1])[part.chosen].sum()),
                 "only_second_right": int((pair[1] > pair[0])[part.chosen].sum()),

@@ -34,7 +34,7 @@ from ..geometry_uhr_bat import tokens_of_points
 from ..regions.cache import add_segmenter_arguments, check_job, job_from, read_labels
 from ..regions.segment import load_segmenter, region_labels, segment_image
 from ..scenes import layout, painting
-from .rows import all_tiles
+from .rows import all_tiles, alone
 
 PARTITIONS = ("kmeans", "birch", "grid", "none")
 # Table 8 goes from 4k to 10k tokens, 1.4 to 3.5 times the 3000 of appendix A; the lower half is where tokens are short.
@@ -91,11 +91,8 @@ def plant_ships(image, num_ships: int, seed: int = 0) -> np.ndarray:
 
 def fractions_of_ships(slots: torch.Tensor, ships: torch.Tensor) -> tuple[float, float]:
     """Fractions of the tokens `ships` that keep a slot of their own, and that are averaged, from slots long[N]."""
-    sizes = torch.bincount(slots[slots >= 0])
-    mine = slots[ships]
-    kept = mine >= 0
-    sharing = sizes[mine.clamp(min=0)]
-    return (kept & (sharing == 1)).double().mean().item(), (kept & (sharing > 1)).double().mean().item()
+    own = alone(slots)[ships]
+    return own.double().mean().item(), ((slots[ships] >= 0) & ~own).double().mean().item()
 
 
 def partition_seconds(model, prompt, image, budgets, rules) -> float:
@@ -126,13 +123,8 @@ def measure_row(model, prompts, image, budgets, ships, rules) -> dict:
         fractions.append([fractions_of_ships(slots, tokens) for slots, tokens in scales])
     own, merged = np.mean(fractions, 0).T.tolist()
     num_regions = [int(regions.max()) + 1 for regions in out.regions[0]]
-    return {
-        "budgets": budgets,
-        "tokens": len(out.pooler_output[0]),
-        "regions": num_regions,
-        "own": own,
-        "merged": merged,
-    }
+    spent = {"budgets": budgets, "tokens": len(out.pooler_output[0]), "regions": num_regions}
+    return spent | {"own": own, "merged": merged}
 
 
 def default_budgets(config, features) -> list[int]:
@@ -148,9 +140,11 @@ def run(model, prompts, features, ships, methods, factors, cluster_counts, label
 
     config = model.config
     available, default = features.available, default_budgets(config, features)
-    scaled = {factor: [max(1, round(factor * budget)) for budget in default] for factor in factors}
-    for factor, budgets in scaled.items():
-        scaled[factor] = [min(pair) for pair in zip(budgets, available)]
+    scaled = [
+        ({"factor": factor}, [min(max(1, round(factor * budget)), most) for budget, most in zip(default, available)])
+        for factor in dict.fromkeys(factors)
+    ]
+    unscaled = [({}, [min(pair) for pair in zip(default, available)])]
     with_labels = features
     if labels is not None:
         sizes = [height * width for height, width in config.grids]
@@ -158,25 +152,20 @@ def run(model, prompts, features, ships, methods, factors, cluster_counts, label
             part[places.cpu()].to(places.device) for part, places in zip(labels[0].split(sizes), features.positions)
         ]
         with_labels = dataclasses.replace(features, regions=split, partitions={})
-    names = [*methods, *(["sam"] if labels is not None else [])]
-    bar = tqdm(total=len(names) * len(factors) + len(cluster_counts), desc="Measuring", unit="row")
+    jobs = [("methods", {"method": name}, features, {"region_method": name}, scaled) for name in methods]
+    if labels is not None:  # label maps go before any method
+        jobs.append(("methods", {"method": "sam"}, with_labels, {}, scaled))
+    for k in cluster_counts:
+        rules = {"region_method": "kmeans", "num_regions": k}
+        jobs.append(("clusters", {"method": "kmeans", "k": k}, features, rules, unscaled))
     rows = {"methods": [], "clusters": []}
-    with bar:
-        for name in names:
-            # Label maps go before any method.
-            image, rules = (with_labels, {}) if name == "sam" else (features, {"region_method": name})
-            seconds = {"partition_seconds": partition_seconds(model, prompts[0], image, scaled[factors[0]], rules)}
-            for factor, budgets in scaled.items():
+    with tqdm(total=sum(len(job[-1]) for job in jobs), desc="Measuring", unit="row") as bar:
+        for name, about, image, rules, settings in jobs:
+            seconds = partition_seconds(model, prompts[0], image, settings[0][1], rules)
+            for setting, budgets in settings:
                 row = measure_row(model, prompts, image, budgets, ships, rules)
-                rows["methods"].append({"method": name, "factor": factor, **row, **seconds})
+                rows[name].append({**about, **setting, **row, "partition_seconds": seconds})
                 bar.update()
-        for k in cluster_counts:
-            rules = {"region_method": "kmeans", "num_regions": k}
-            budgets = [min(pair) for pair in zip(default, available)]
-            seconds = {"partition_seconds": partition_seconds(model, prompts[0], features, budgets, rules)}
-            row = measure_row(model, prompts, features, budgets, ships, rules)
-            rows["clusters"].append({"method": "kmeans", "k": k, **row, **seconds})
-            bar.update()
     return rows
 
 

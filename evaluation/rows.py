@@ -409,11 +409,6 @@ def _attempt(measure, group):
         return [], [{"image": group[0].pictures[0].key, "error": reason(error)}]
 
 
-def list_errors(errors: list[dict], what="images failed") -> str:
-    """How many images failed, and which."""
-    return f"{len(errors)} {what}." + "".join(f"\n- {one['image']}: {one['error']}" for one in errors)
-
-
 _worker = {}
 
 

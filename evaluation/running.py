@@ -112,8 +112,7 @@ def process_state():
 
 def looking_closer(budgets, default, max_tiles, native) -> tuple[dict, list[int] | int | None]:
     """The image processor's options and the budgets of a model that encodes an image where the question looks: levels
-    of an
-    image's own share one budget, so that several become their sum.
+    of an image's own share one budget, so that several become their sum.
 
     Args:
         budgets: that were given, or None for the model's `default`.
@@ -145,8 +144,7 @@ def looking_closer(budgets, default, max_tiles, native) -> tuple[dict, list[int]
 
 class Cut(Dataset):
     """The images of every group of samples, read and cut into tiles, or the reason why that failed. `options`: of the
-    image
-    processor."""
+    image processor."""
 
     def __init__(self, suite: Suite, image_processor, groups: list[list[Sample]], options=None):
         self.suite, self.image_processor, self.groups, self.options = suite, image_processor, groups, options or {}
@@ -217,8 +215,7 @@ def ask_unit(model, processor, suite, unit, cuts, blank, done, settings) -> Iter
     """The lines of the questions about the images of a unit that are not `done` yet.
 
     Batches are the same ones whatever is done: an answer does not depend on where a run was stopped. `cuts`: what `Cut`
-    made of
-    every group.
+    made of every group.
     """
     ask, size = suite.prompts[settings.prompt], settings.batch_size
     jobs = [(at, sample) for at, group in enumerate(unit) for sample in group]

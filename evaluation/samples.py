@@ -144,8 +144,7 @@ def written_list(text: str) -> list[str] | None:
 
 def find_files(data: str, patterns, version: str | None = None, split: str | None = None) -> list[Path]:
     """The files of a benchmark: one that is named, or those of a folder that fit the first pattern that any fits, if
-    they are
-    one file or the shards of one split.
+    they are one file or the shards of one split.
 
     Args:
         version: "lite" or "", of a benchmark that has both; files of the other one, and of its Chinese one, are left.

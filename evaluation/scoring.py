@@ -116,8 +116,7 @@ def read_letter(sample: Sample, text: str) -> str:
 
 def letters_of(sample: Sample, text: str) -> list[str]:
     """Version 1: letters that an answer chooses, in its order: all "(X)", else an answer of letters only, else capitals
-    that are
-    words, else the option that is quoted.
+    that are words, else the option that is quoted.
 
     "A. Farm land" is A, "The answer is C" C, "a, c" and "AC" are A and C; "Blue" is the option Blue, "A red car" the
     option that it quotes.
