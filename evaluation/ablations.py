@@ -12,7 +12,6 @@ compresses as much. Seconds are those of this machine, beside whatever else it d
 """
 
 import argparse
-import math
 import sys
 from dataclasses import replace
 from functools import partial
@@ -22,19 +21,16 @@ import torch
 
 from ..budgets_uhr_bat import is_one_budget
 from ..common.budgets import counts_of_fraction
-from ..common.commands import check_range, tells_errors
-from ..common.extras import require
-from ..common.files import report_files
+from ..common.commands import tells_errors
 from ..common.images import image_options
 from ..common.loading import load_model
-from ..common.models import ROOT, find_model, model_in_words, model_name, stay_offline, told
-from ..common.outputs import Output, check_outputs
+from ..common.models import ROOT, model_in_words, model_name, told
 from ..common.tables import table
 from ..configuration_uhr_bat import UHRBatConfig
 from ..modeling_uhr_bat import UHRBatForConditionalGeneration
 from ..planning import planner_of
 from ..planning.costs import ANSWER_TOKENS
-from .evaluate import add_suite_arguments, prompt_of
+from .evaluate import add_suite_arguments, check_suite, prompt_of
 from .reports import finish, plot, report, summarise
 from .rows import (
     PAPER,
@@ -249,11 +245,7 @@ def main(arguments=None) -> int:
         "--output", type=Path, default=Path("ablations_out"), metavar="DIR", help="default: ablations_out"
     )
     args = parser.parse_args(arguments)
-    check_range(args, 1, math.inf, "limit")
-    stay_offline(args.model, args.data)
-    require("evaluate", "matplotlib", "datasets")
-    args.model = find_model(args.model)
-    check_outputs((args.data, args.model, args.area), Output("--output", args.output, names=report_files(args.name)))
+    check_suite(args, args.name)
     result = measure(args)
     finish(args.output, args.name, result, report(result), plot(result))
     return 0

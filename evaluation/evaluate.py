@@ -19,6 +19,7 @@ from ..budgets_uhr_bat import split_budgets
 from ..common.budgets import budgets as read_budgets
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
+from ..common.files import report_files
 from ..common.images import add_image_arguments, add_tile_arguments, image_options
 from ..common.loading import load_model, load_processor, selector_of
 from ..common.models import add_model_argument, find_model, stay_offline, told
@@ -69,6 +70,15 @@ def add_suite_arguments(parser):
     parser.add_argument("--prompt", metavar="NAME", help="one of the suite's prompts (default: its first)")
     parser.add_argument("--limit", type=int, metavar="N", help="samples, evenly spaced (default: all)")
     add_image_arguments(parser)
+
+
+def check_suite(args, name: str):
+    """What can be known of a report about a suite before anything is loaded; `args.model` becomes its folder."""
+    check_range(args, 1, math.inf, "limit")
+    stay_offline(args.model, args.data)
+    require("evaluate", "matplotlib", "datasets")
+    args.model = find_model(args.model)
+    check_outputs((args.data, args.model, args.area), Output("--output", args.output, names=report_files(name)))
 
 
 def parser():

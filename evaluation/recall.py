@@ -21,14 +21,11 @@ import numpy as np
 import torch
 
 from ..common.commands import check_range, tells_errors
-from ..common.extras import require
-from ..common.files import report_files
 from ..common.images import image_options
 from ..common.loading import load_model
-from ..common.models import find_model, model_in_words, stay_offline, told
-from ..common.outputs import Output, check_outputs
+from ..common.models import model_in_words, told
 from ..common.tables import interval, percent_interval, table, wilson
-from .evaluate import add_suite_arguments, prompt_of
+from .evaluate import add_suite_arguments, check_suite, prompt_of
 from .reports import draw_lines, finish, list_errors
 from .rows import (
     BLIND,
@@ -193,12 +190,8 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("recall_out"), metavar="DIR", help="default: recall_out")
     args = parser.parse_args(arguments)
-    check_range(args, 1, math.inf, "limit")
     check_range(args, 0, 1, "fractions", above=True)
-    stay_offline(args.model, args.data)
-    require("evaluate", "matplotlib", "datasets")
-    args.model = find_model(args.model)
-    check_outputs((args.data, args.model, args.area), Output("--output", args.output, names=report_files("recall")))
+    check_suite(args, "recall")
     result = measure_recall(args)
     finish(args.output, "recall", result, report(result), plot(result["rows"]))
     return 0
