@@ -18,6 +18,7 @@ TOKEN_TOLERANCE = 1e-3
 SAME_REGION = 0.99
 # CPU time of one thread: equals wall time on an idle machine and ignores other load on a busy one.
 CLOCK = time.process_time
+GIGABYTE = 1e9
 # What stands in a row that only rasters give.
 NO_RASTERIO = 'not measured: it needs rasterio, pip install "uhr-bat[geo]"'
 

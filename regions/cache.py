@@ -92,10 +92,6 @@ def cache_image(image_path: Path, output: Path, job: Job):
     write_whole(to_tiles(labels, processor.crop_size["height"] // processor.patch_size), output)
 
 
-def _start_worker(num_threads):
-    torch.set_num_threads(num_threads)
-
-
 def cache_images(paths: dict[Path, Path], job: Job, num_jobs: int = 1) -> dict[Path, str]:
     """Write the mask caches {image: file}, in parallel over images; returns {image: reason} of those that failed."""
     from tqdm import tqdm
@@ -118,7 +114,7 @@ def cache_images(paths: dict[Path, Path], job: Job, num_jobs: int = 1) -> dict[P
             return failed
         num_threads = max(1, (os.cpu_count() or 1) // num_jobs)
         # Spawned: a forked process inherits the locks of PyTorch's threads, without the threads.
-        with ProcessPoolExecutor(num_jobs, get_context("spawn"), _start_worker, (num_threads,)) as pool:
+        with ProcessPoolExecutor(num_jobs, get_context("spawn"), torch.set_num_threads, (num_threads,)) as pool:
             futures = {pool.submit(cache_image, *pair, job): pair[0] for pair in paths.items()}
             try:
                 for future in as_completed(futures):

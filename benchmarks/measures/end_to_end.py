@@ -14,10 +14,9 @@ from tqdm import tqdm
 from ...common import asking
 from ...common.loading import load_model
 from .. import meters, sides
-from ..compare import CLOCK, NO_RASTERIO, Row, alternate, check_question, ratios, show_ratio
+from ..compare import CLOCK, GIGABYTE, NO_RASTERIO, Row, alternate, check_question, ratios, show_ratio
 from ..images import compressed_tiff, photograph, tiled_tiff
 
-GIGABYTE = 1e9
 # What a question needs of the libraries, and the same with the model: each in a process of its own.
 LIBRARIES = "import torch, transformers.modeling_utils, transformers.processing_utils"
 LOADED = "from uhr_bat import load_model; load_model()"

@@ -12,13 +12,9 @@ from PIL import Image
 from tqdm import tqdm
 
 from .. import meters, sides
-from ..compare import CLOCK, NO_RASTERIO, Row, alternate, expect, ratios, show_ratio
+from ..compare import CLOCK, GIGABYTE, NO_RASTERIO, Row, alternate, expect, ratios, show_ratio
 from ..images import photograph, tiled_tiff
 
-GIGABYTE = 1e9
-
-
-SIDES = ("ours", "straightforward")
 # Overviews of a raster, the last one of 469 px where it has 30,000.
 NUM_OVERVIEWS = 6
 # Over what a raster of 1.2 gigapixels needs.
@@ -30,7 +26,7 @@ def preprocessing(sizes) -> list[Row]:
     size = (600, 600) if sizes.quick else (8500, 8500)
     runs = preprocess_in_turns(sizes, photograph(sizes.folder, size), sizes.repetitions)
     wall, processor = (
-        ratios({side: [run[clock] for run in runs[side]] for side in SIDES}) for clock in ("wall", "processor")
+        ratios({side: [run[clock] for run in runs[side]] for side in sides.SIDES}) for clock in ("wall", "processor")
     )
     name = f"Preprocessing of a {size[0]:,} x {size[1]:,} px JPEG, tiles bit-equal"
     result = f"{show_ratio(wall)}; of the processor's time, all threads, {show_ratio(processor)}"
@@ -118,9 +114,9 @@ def alone(*arguments, **options) -> dict:
 
 def preprocess_in_turns(sizes, path, repetitions) -> dict[str, list[dict]]:
     """What [`preprocess`] returns for both sides, a process for each; raises where one bit of the tiles differs."""
-    runs = {side: [] for side in SIDES}
+    runs = {side: [] for side in sides.SIDES}
     with ExitStack() as stack:
-        processes = {side: stack.enter_context(sides.one_process()) for side in SIDES}
+        processes = {side: stack.enter_context(sides.one_process()) for side in sides.SIDES}
         for _ in tqdm(range(repetitions), desc=f"preprocessing {Path(path).name}", leave=False):
             for side, process in processes.items():
                 runs[side].append(process.submit(preprocess, side, sizes.geometry, path).result())
