@@ -68,7 +68,10 @@ class TileReader:
     def measure(self, host) -> int:
         outputs, rows = self.encode(host, self.blank(2).to(host.device))
         self.rows_per_side, self.row_width = isqrt(rows.shape[1]), rows.shape[2]
-        if self.side % self.rows_per_side:
+        newlines = (
+            "batch_num_images" in self.image_processor.model_input_names
+        )  # a row that the library puts behind a tile
+        if self.side % self.rows_per_side or rows.shape[1] != self.rows_per_side**2 + newlines:
             raise ValueError(f"A tile of {self.side} px has {rows.shape[1]} rows: no square grid of whole pixels.")
         self.outputs_class, self.stacked = type(outputs), isinstance(outputs.pooler_output, torch.Tensor)
         size, self.largest_rows = dict(self.image_processor.size or {}), None
