@@ -9,6 +9,7 @@ from types import SimpleNamespace
 import torch
 import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..modeling_outputs_uhr_bat import Places
 from ..token_rules_uhr_bat import CompressionRules
@@ -75,10 +76,10 @@ def _explained(folder):
     except Exception as error:
         if model_type in FAMILIES:
             raise
-        raise ValueError(
-            f"{folder}: a model of the type {model_type!r} could not be taken ({type(error).__name__}: {error}). Known "
-            f"families: {', '.join(FAMILIES)}, and UHR-BAT's own."
-        ) from error
+        blind = model_type in CONFIG_MAPPING and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+        why = "it answers no questions about images" if blind else f"{type(error).__name__}: {error}"
+        known = f"Known families: {', '.join(FAMILIES)}, and UHR-BAT's own."
+        raise ValueError(f"{folder}: a model of the type {model_type!r} could not be taken ({why}). {known}") from error
 
 
 def _read(folder, calibrated, changes) -> SimpleNamespace:

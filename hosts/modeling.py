@@ -218,7 +218,7 @@ class HostModel(
 
     def attention_of(self, layer: int) -> nn.Module:
         """The attention module of a layer. Raises `ValueError` for one that cannot be looked at."""
-        found = self.attention.get(layer % self.config.text_config.num_hidden_layers)
+        found = self.attention.get(layer + self.config.text_config.num_hidden_layers * (layer < 0))
         if found is None:
             raise ValueError(
                 f"Layer {layer} cannot be looked at: those with full attention are {', '.join(map(str, self.attention))}."

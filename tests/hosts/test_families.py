@@ -75,7 +75,8 @@ def test_what_cannot_be_a_host_is_refused_with_what_it_lacks(tmp_path, host_fold
             )
         )
     with pytest.raises(
-        ValueError, match="a model of the type 'gpt2' could not be taken .*Known families: gemma4, gemma3"
+        ValueError,
+        match="type 'gpt2' could not be taken .it answers no questions about images.. Known families: gemma4",
     ):
         load_model(folder("text", model_type="gpt2"))
     for changes, message in (
@@ -92,6 +93,8 @@ def test_what_cannot_be_a_host_is_refused_with_what_it_lacks(tmp_path, host_fold
         load_model(host_folder("gemma3"), tile=64)
     with pytest.raises(ValueError, match="Layer 0 cannot be looked at: those with full attention are 1, 3."):
         load_model(host_folder("gemma3"), importance_layer=0)
+    with pytest.raises(ValueError, match="Layer 5 cannot be looked at"):  # of four
+        load_model(host_folder("gemma3"), importance_layer=5)
 
 
 def test_a_release_before_5_18_is_refused_by_name(host_folder, monkeypatch):
