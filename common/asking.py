@@ -25,7 +25,8 @@ def prompt_text(processor, question, num_images=1) -> str:
     as many as there are images, else before it."""
     if question.count(processor.image_token) != num_images:
         return user_prompt(processor, question.replace(processor.image_token, "").strip(), num_images)
-    messages = [{"role": "user", "content": question}]
+    # As a part: some templates of other families leave out a text by itself.
+    messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
     return processor.apply_chat_template(messages, add_generation_prompt=True)
 
 

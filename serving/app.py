@@ -156,6 +156,7 @@ class Service:
                     param="messages",
                     code="context_length_exceeded",
                 )
+            engine.front.check_limit(request.budgets, request.max_tiles)
             images = []
             for url in urls:
                 source = await self.sources.read(url)

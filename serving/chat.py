@@ -32,7 +32,7 @@ NAME_LETTERS, SYSTEM_LETTERS = 1000, 20_000
 
 # Fields, and the words by which errors of reading and compressing name them.
 NAMED = {
-    "budgets": ("budget", "limit is memory", "would fit"),
+    "budgets": ("budget", "limit is memory", "would fit", "seconds are not"),
     "max_tiles": ("tiles",),
     "native": ("native",),
     "bands": ("band",),

@@ -172,6 +172,15 @@ class Front:
             held = len(source.content)
         return EncodedImage(key, self._to(features, "cpu"), (image.height, image.width), Georeference.of(image), held)
 
+    def check_limit(self, budgets: list[int] | int | str | None, max_tiles: int | None = None):
+        """Raises `ValueError` for budgets that are a limit of images that are not encoded whole."""
+        max_tiles = max_tiles or self.processor.image_processor.max_tiles
+        if isinstance(budgets, str) and max_tiles is not None:
+            raise ValueError(
+                f"`budgets={budgets!r}` is a limit of images whose tiles are all encoded: with `max_tiles` {max_tiles} give a "
+                "number."
+            )
+
     def select(
         self,
         prompt: str,
@@ -198,11 +207,7 @@ class Front:
         return selection
 
     def _select(self, prompt, images, budgets, max_tiles):
-        if isinstance(budgets, str) and max_tiles is not None:
-            raise ValueError(
-                f"`budgets={budgets!r}` is a limit of images whose tiles are all encoded: with `max_tiles` {max_tiles} give a "
-                "number."
-            )
+        self.check_limit(budgets, max_tiles)
         device = self.model.device
         features = [self._to(image.features, device) for image in images]
         # Without images there is nothing to spend a budget on.

@@ -11,7 +11,7 @@ from asking import data_uri
 from hosts_tiny import FAMILIES
 from images import random_image
 from transformers import AutoModelForCausalLM
-from uhr_bat.common.asking import answer_texts, user_prompt
+from uhr_bat.common.asking import answer_texts, prompt_text, user_prompt
 from uhr_bat.common.models import told
 from uhr_bat.serving import batch, serve, transformers_decoder
 from uhr_bat.serving.cache import ContentCache
@@ -166,6 +166,20 @@ def test_messages_are_written_whichever_form_a_template_knows(template, parts, l
     content = [{"type": "text", "text": "How many?"}] if parts else "How many?"
     asked = ChatRequest(model="host", messages=[SYSTEM[0], {"role": "user", "content": content}])
     assert asked.prompt(processor, 1000) == "[system]Be brief.[user]How many?"
+
+
+def test_a_question_that_says_where_its_image_stands_is_written_by_a_template_that_knows_parts_alone(loaded):
+    processor = copy.copy(loaded("llava")[0])
+    processor.chat_template = PARTS_ALONE
+    assert prompt_text(processor, "In <image>, how many?") == "[user]In <image>, how many?"
+
+
+@pytest.mark.parametrize("fields", [{"budgets": "24GiB"}, {"budgets": "5s", "max_tiles": 3}])
+def test_a_limit_is_refused_before_an_image_is_read(fields, app):
+    body = request(**fields)
+    body["messages"][0]["content"].insert(0, {"type": "image_url", "image_url": {"url": "file:///nowhere.png"}})
+    (response,) = post(app("llava"), body)
+    assert response.status_code == 400 and response.json()["error"]["param"] == "budgets"
 
 
 @pytest.mark.parametrize(
