@@ -36,6 +36,14 @@ def test_the_readmes_blocks_run(family, loaded, tmp_path, monkeypatch, capsys):
     assert names["inputs"]["image_pyramids"][0].scales[-1] >= 130
 
 
+def test_the_pages_code_asks_a_model_of_another_family(host_folder, tmp_path, monkeypatch, capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/any_vlm.md").read_text(encoding="utf-8"), re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    random_image(90, 130).save("scene.tif")
+    exec(compile(block.replace("Qwen/Qwen3-VL-8B-Instruct", str(host_folder("smolvlm"))), "any_vlm.md", "exec"), {})
+    assert capsys.readouterr().out.strip()
+
+
 def questions(processor, image, budgets, **options):
     texts = [prompt_text(processor, question) for question in QUESTIONS[: len(budgets)]]
     return [
