@@ -42,8 +42,9 @@ def decoder_name(model) -> str:
 def outside_decoder(model) -> list[str]:
     """Names of the modules of a model that are neither in its decoder nor around it."""
     own = decoder_name(model)
-    names = [name for name, _ in model.named_modules() if name and not f"{own}.".startswith(f"{name}.")]
-    return [name for name in names if f"{own}.".startswith(f"{name.rpartition('.')[0]}.".lstrip("."))]
+    around = ["", *(own[:idx] for idx, letter in enumerate(own) if letter == ".")]
+    names = [name for name, _ in model.named_modules() if name and name.rpartition(".")[0] in around]
+    return [name for name in names if name not in (*around, own)]
 
 
 def freeze_parts(model, names: list[str]):

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 import torch
-from hosts_tiny import FAMILIES
+from hosts_tiny import FAMILIES, save_family
 from images import random_image
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -128,6 +128,17 @@ def test_held_out_questions_are_answered_and_an_image_is_encoded_once_for_its_qu
     trainer = run(host_folder("gemma3"), data, tmp_path, *options)
     found = trainer.state.log_history
     assert any("eval_accuracy" in entry for entry in found) and any(entry.get("eval_loss", 0) > 0 for entry in found)
+
+
+@pytest.mark.slow
+def test_the_decoders_layers_alone_are_of_four_bits(data, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    wide = {"hidden_size": 128, "intermediate_size": 128, "num_attention_heads": 8, "num_key_value_heads": 8, "head_dim": 16}
+    base = save_family("smolvlm", tmp_path / "base", text_config=wide)
+    trainer = run(base, data, tmp_path / "run", "--load_in_4bit", "true", "--max_steps", "1")
+    kinds = {name: type(module).__name__ for name, module in trainer.model.named_modules() if "lora_" not in name}
+    four_bits = {name for name, kind in kinds.items() if kind == "Linear4bit" and name.endswith("base_layer")}
+    assert len(four_bits) == 4 * 7 and all("text_model.layers" in name for name in four_bits)
 
 
 def test_without_an_adapter_a_host_is_not_trained(host_folder, data, tmp_path, capsys):
