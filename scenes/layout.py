@@ -83,11 +83,6 @@ class Object:
     size: float
     site: int | None
 
-    @property
-    def pixels(self) -> float:
-        """Its size in pixels of the finest scale."""
-        return self.size * FINEST / WIDTH
-
 
 @dataclass(frozen=True)
 class Pad:

@@ -37,11 +37,6 @@ class SceneQuestion:
     objects: tuple[Object, ...]
     words: tuple[str, ...]
 
-    @property
-    def pixels(self) -> float | None:
-        """Size of the smallest object that has to be seen, in pixels of the finest scale."""
-        return min((thing.pixels for thing in self.objects), default=None)
-
 
 def _single(things, name):
     """Objects that are alone in their site with what `name` ("kind" or "colour") says of them."""

@@ -39,7 +39,7 @@ def test_a_scene_looks_alike_at_two_sizes(seed):
 def test_objects_are_painted_where_they_stand_in_their_colour():
     scene = layout.make_scene(0, 1.25)
     pixels = np.asarray(painting.render(scene, (2000, 1600))).astype(int)
-    things = [thing for thing in scene.objects if thing.pixels > 4]
+    things = [thing for thing in scene.objects if thing.size > 4 * layout.WIDTH / layout.FINEST]
     assert len(things) > 10
     for thing in things:
         column, row = (int(value * 0.2) for value in thing.centre)

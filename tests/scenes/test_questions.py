@@ -99,7 +99,6 @@ def test_what_has_to_be_seen_is_what_the_answer_takes(asked):
         elif question.kind == "quadrant":
             things = []
         assert sorted(map(id, question.objects)) == sorted(map(id, things))
-        assert question.pixels == min((thing.size * 384 / 10000 for thing in things), default=None)
 
 
 @pytest.mark.slow
