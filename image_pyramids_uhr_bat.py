@@ -223,14 +223,8 @@ class ImagePyramid(_Pyramid):
             raise ValueError(f"{self.image.filename}: none of its pixels is valid, so there is nothing to show.")
         self._set_max_tiles(max_tiles)
 
-    def __copy__(self):
-        """The same image, and what was found out of it."""
-        made = object.__new__(type(self))
-        made.__dict__.update(self.__dict__)
-        return made
-
     def __getstate__(self):
-        """What travels to another process: all but the lock."""
+        """What a copy has, here or in another process: all but the lock."""
         return {name: value for name, value in self.__dict__.items() if name != "_lock"}
 
     def __setstate__(self, state):
