@@ -15,6 +15,7 @@ import math
 import sys
 from collections import defaultdict
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -26,7 +27,7 @@ from ..common.loading import load_model
 from ..common.models import model_in_words, told
 from ..common.tables import interval, percent_interval, table, wilson
 from .evaluate import add_suite_arguments, check_suite, prompt_of
-from .reports import draw_lines, finish, list_errors
+from .reports import draw_lines, finish, in_bins, list_errors
 from .rows import (
     BLIND,
     FINEST,
@@ -44,7 +45,8 @@ from .suites import SUITES
 
 FRACTIONS = (0.01, 0.02, 0.04)
 # Side of a square of the box's area, in pixels of the finest scale.
-SIZES = {"to 2 px": 2.5, "3-4 px": 4.5, "5-8 px": 8.5, "9-16 px": 16.5, "17-64 px": 64.5, "over 64 px": math.inf}
+LIMITS = {"to 2 px": 2.5, "3-4 px": 4.5, "5-8 px": 8.5, "9-16 px": 16.5, "17-64 px": 64.5, "over 64 px": math.inf}
+SIZES = in_bins("pixels", dict(zip(LIMITS, pairwise((0, *LIMITS.values())))))
 
 
 def boxes_of(samples, image_size, grids) -> tuple[dict, list[dict]]:
@@ -92,10 +94,6 @@ def records_of(pair, suite, prompt, fractions, methods, errors, options, group) 
     return records
 
 
-def size_bin(pixels: float) -> str:
-    return next(name for name, limit in SIZES.items() if pixels < limit)
-
-
 def summarise(records) -> list[dict]:
     """Recall and share of every method and fraction, and recall by size."""
     rng, rows, by_method = np.random.default_rng(0), [], defaultdict(list)
@@ -108,8 +106,8 @@ def summarise(records) -> list[dict]:
             row[name] = interval([record[name] for record in found], images, rng)
         row["kept_wilson"] = wilson(row["kept"][0], len(set(images)))
         row["by_size"] = {}
-        for name in SIZES:
-            of_size = [record for record in found if size_bin(record["pixels"]) == name]
+        for name, belongs in SIZES.items():
+            of_size = [record for record in found if belongs(record)]
             if of_size:
                 kept = interval([one["kept"] for one in of_size], [one["image"] for one in of_size], rng)
                 row["by_size"][name] = {"objects": len(of_size), "kept": kept}

@@ -108,6 +108,6 @@ def spaced(items: list, limit: int | None) -> list:
     return [items[index * len(items) // limit] for index in range(limit)]
 
 
-def lettered(sample: Sample, form="{}. {}") -> str:
+def lettered(sample: Sample) -> str:
     """The options, one a line, each with its letter."""
-    return "\n".join(form.format(letter, text) for letter, text in option_lines(sample.options).items())
+    return "\n".join(f"{letter}. {text}" for letter, text in option_lines(sample.options).items())
