@@ -155,12 +155,12 @@ class Cut(Dataset):
     def __getitem__(self, index):
         pictures = self.groups[index][0].pictures
         if not pictures:
-            return index, None
+            return None
         try:
             images = [self.suite.open(picture) for picture in pictures]
-            return index, self.image_processor(images, return_tensors="pt", **self.options)
+            return self.image_processor(images, return_tensors="pt", **self.options)
         except Exception as error:  # an image can fail in any way; the other ones are still to come
-            return index, reason(error)
+            return reason(error)
 
 
 def groups_of(samples: Iterable[Sample]) -> list[list[Sample]]:
@@ -317,12 +317,12 @@ def run(
     if retry:
         lines = {key: line for key, line in lines.items() if line["error"] is None}
     done = set(lines)
+
+    def num_waiting(unit):
+        return sum((sample.id, view) not in done for group in unit for sample in group for view in VIEWS)
+
     units = units_of(groups_of(samples), settings.batch_size)
-    mine = [
-        unit
-        for unit in units[state.process_index :: state.num_processes]
-        if any((sample.id, view) not in done for group in unit for sample in group for view in VIEWS)
-    ]
+    mine = [unit for unit in units[state.process_index :: state.num_processes] if num_waiting(unit)]
     written = {}
     if mine:
         image_processor = processor.image_processor
@@ -330,25 +330,13 @@ def run(
         blank = encode(model, image_processor(blank, return_tensors="pt"))
         if settings.tiles:
             workers = 0  # tiles are read when a question looks at them, by the process that asks
-        loader = DataLoader(
-            Cut(
-                suite,
-                image_processor,
-                [group for unit in mine for group in unit],
-                settings.tiles | (settings.image or {}),
-            ),
-            batch_size=None,
-            num_workers=workers,
-            prefetch_factor=1 if workers else None,
-        )
+        groups, options = [group for unit in mine for group in unit], settings.tiles | (settings.image or {})
+        cut = Cut(suite, image_processor, groups, options)
+        loader = DataLoader(cut, batch_size=None, num_workers=workers, prefetch_factor=1 if workers else None)
         file = Line(folder / f"predictions-{state.process_index}.jsonl")
-        number = sum(
-            (sample.id, view) not in done for unit in mine for group in unit for sample in group for view in VIEWS
-        )
-        with tqdm(
-            total=number, desc=f"Asking {suite.name}", unit="answer", disable=not state.is_local_main_process
-        ) as bar:
-            cuts = (cut for _, cut in loader)
+        number, quiet = sum(map(num_waiting, mine)), not state.is_local_main_process
+        with tqdm(total=number, desc=f"Asking {suite.name}", unit="answer", disable=quiet) as bar:
+            cuts = iter(loader)
             for unit in mine:
                 shown = [next(cuts) for _ in unit]
                 for line in ask_unit(model, processor, suite, unit, shown, blank, done, settings):
