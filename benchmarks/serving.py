@@ -37,7 +37,7 @@ from ..scenes.layout import make_scene
 from ..scenes.painting import render
 from ..scenes.questions import draw_question
 from ..serving.serve import BACKENDS
-from .compare import Disagreement, expect, spread
+from .compare import Disagreement, expect, show_ratio, spread
 from .servers import Reply, ask_at_once, request_body, resident_of, server, worked_by
 from .sides import one_process
 from .tables import machine
@@ -204,9 +204,8 @@ def rows(results: dict[int, dict]) -> Iterator[list[str]]:
     for users, sides in results.items():
         for side, found in sides.items():
             first = "-" if side in (LOOP, LOOP_ONCE) else f"{found['first_seconds']['median']:.2f}"
-            ratio = "{median:.2f}x ({min:.2f} to {max:.2f})".format(**found["ratio"])
             work = f"{found['processor_seconds']['median']:.3f}"
-            yield [users, side, f"{found['per_second']['median']:.2f}", first, ratio, work]
+            yield [users, side, f"{found['per_second']['median']:.2f}", first, show_ratio(found["ratio"]), work]
 
 
 def report(result: dict) -> str:

@@ -8,6 +8,7 @@ import torch
 import transformers
 
 from ..common.tables import table
+from .compare import show_ratio
 
 MARKS = {True: "met", False: "**missed**", None: "-"}
 
@@ -29,7 +30,7 @@ def stages_table(stages) -> str:
             stage,
             f"{taken['ours']:.2f}",
             f"{taken['straightforward']:.2f}",
-            "{median:.2f}x ({min:.2f} to {max:.2f})".format(**taken["ratio"]),
+            show_ratio(taken["ratio"]),
         ]
         for stage, taken in stages.items()
     ]

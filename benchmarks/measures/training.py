@@ -6,7 +6,7 @@ import multiprocessing
 
 from ...scenes import painting
 from .. import meters, sides
-from ..compare import Row, spread
+from ..compare import Row, show_ratio, spread
 
 # Images of a side, and questions about each of them.
 NUM_IMAGES, SIDE, NUM_QUESTIONS = 6, 2048, 8
@@ -75,7 +75,7 @@ def training_throughput(sizes) -> list[Row]:
     ):
         ratio = spread([one / base for one, base in zip(speeds[kind], speeds[other])])
         shown = f"{spread(speeds[kind])['median']:.2f} against {spread(speeds[other])['median']:.2f}"
-        result = f"{ratio['median']:.2f}x ({ratio['min']:.2f} to {ratio['max']:.2f}): {shown}"
+        result = f"{show_ratio(ratio)}: {shown}"
         rows.append(Row(f"{name}: {what}", "", result, None, {"ratio": ratio, "samples_per_second": speeds[kind]}))
     return rows
 
