@@ -23,7 +23,6 @@ from .modeling_outputs_uhr_bat import (
     accept_region_labels,
     has_images,
 )
-from .released_api_uhr_bat import translate_released_call
 
 logger = logging.get_logger(__name__)
 
@@ -39,8 +38,7 @@ class UHRBatGenerationMixin(GenerationMixin):
         """Answer: `GenerationMixin.generate`, with the images of [`UHRBatImageInputs`].
 
         Images are compressed once, before the first step, whatever the number of beams and returned sequences. A prompt
-        with one placeholder per image is expanded to the budget first. The released code's call (`inputs`,
-        `multiscale_pixels`, ...) is translated to the same arguments. `rules` are those of `compress`.
+        with one placeholder per image is expanded to the budget first. `rules` are those of `compress`.
 
         A conversation goes on from `cache` (or `past_key_values`, its name up to 5.23) with the images of the new turn
         alone, and either all ids so far and the new ones, or the new ones and the attention mask of all.
@@ -53,7 +51,6 @@ class UHRBatGenerationMixin(GenerationMixin):
             inputs = kwargs.pop("input_ids", None)
         if "cache" in kwargs:
             kwargs[CACHE] = kwargs.pop("cache")
-        inputs, kwargs = translate_released_call(self.config, inputs, kwargs)
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         rules = kwargs.pop("rules", None)
         if rules is not None and not has_images(**images):

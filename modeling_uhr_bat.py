@@ -283,6 +283,13 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
         """See [`UHRBatModel.compress`]. Without gradients; through `forward`, so that the whole model's hooks fire."""
         return self(**inputs, compress_only=True, rules=rules)
 
+    def generate(self, inputs=None, *args, **kwargs):
+        """As of [`UHRBatGenerationMixin`]; the released code's call (`inputs`, `multiscale_pixels`, ...) is translated to it."""
+        if inputs is None:
+            inputs = kwargs.pop("input_ids", None)
+        inputs, kwargs = translate_released_call(self.config, inputs, kwargs)
+        return super().generate(inputs, *args, **kwargs)
+
     @can_return_tuple
     @accept_past_key_values("5.40.0")
     @accept_region_labels

@@ -5,6 +5,8 @@ import re
 import subprocess
 import sys
 import tomllib
+from collections import defaultdict
+from functools import cache
 
 import pytest
 import uhr_bat
@@ -216,7 +218,9 @@ def test_what_kind_of_image_it_is_is_asked_by_its_name():
         if "kind" in named or bases & set(known):
             known[node.name] = path
             fields |= {line.target.id for line in node.body if isinstance(line, ast.AnnAssign)}
-    assert {"UHRBatImageFeatures", "UHRBatPyramidFeatures", "ImagePyramid", "DynamicPyramid", "RasterImage"} <= set(known)
+    assert {"UHRBatImageFeatures", "UHRBatPyramidFeatures", "ImagePyramid", "DynamicPyramid", "RasterImage"} <= set(
+        known
+    )
     asked = []
     for path, tree in trees.items():
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
@@ -229,6 +233,19 @@ def test_what_kind_of_image_it_is_is_asked_by_its_name():
                 names = {node.value for node in inside if isinstance(node, ast.Constant)}
                 asked += [(path.name, name) for name in names & fields]
     assert not asked
+
+
+def test_there_are_thirteen_floors_at_most():
+    uses = defaultdict(set)  # of a file of the model, or of a folder
+    for path in (*MODEL_FILES, *TOOL_FILES):
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        uses[own] |= {name.split(".")[0] for name in imported(path)} - {own}
+
+    @cache
+    def floor(name):
+        return 1 + max(map(floor, uses[name]), default=0)
+
+    assert max(map(floor, list(uses))) <= 13
 
 
 def test_no_file_is_used_by_one_that_it_uses():
