@@ -127,21 +127,23 @@ class _OwnGenerate(GenerationMixin):
         """Keyword arguments of `generate`. Raises `ValueError` for what the library would do wrongly in silence."""
         config, encoded = kwargs.get("generation_config") or self.generation_config, kwargs.get("mm_encoder_outputs")
         chunk = kwargs.get("prefill_chunk_size", getattr(config, "prefill_chunk_size", None))
+        mask, images = kwargs.get("attention_mask"), encoded
+        if self.mrope and inputs is not None:
+            mask = torch.ones_like(inputs) if mask is None else mask
+            # What is in a cache may be images, too, whose places are not.
+            images = encoded or inputs.shape != mask.shape or bool(self.find_placeholders(inputs).any())
         # Before 5.23, chunks leave images out.
         lost = self.bidirectional or not hasattr(generation_utils, "_slice_mm_encoder_output")
         parts = (CACHE, kwargs.get(CACHE), self.mrope or self.bidirectional), ("prefill_chunk_size", chunk, lost)
         for name, value, wrong in parts:
-            if encoded and wrong and value is not None:
+            if images and wrong and value is not None:
                 raise ValueError(
                     f"`{name}` cannot go with images of {self.family_name} in this transformers: what is read in parts has "
                     "them in wrong places, or blind to each other. Leave it out, and pass the whole prompt."
                 )
-        known = {"position_ids", CACHE, "inputs_embeds"} & set(kwargs)
-        if self.mrope and not encoded and inputs is not None and not known:
+        if self.mrope and not images and inputs is not None and not {"position_ids", "inputs_embeds"} & set(kwargs):
             # Without them the host keeps the positions of its last call, which may be another thread's.
-            mask = kwargs.get("attention_mask")
-            mask = torch.ones_like(inputs).bool() if mask is None else mask.bool()
-            kwargs["position_ids"] = position_ids(torch.zeros_like(mask), mask, [])
+            kwargs["position_ids"] = position_ids(torch.zeros_like(mask).bool(), mask.bool(), [])
         return kwargs
 
 

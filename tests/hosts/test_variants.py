@@ -64,3 +64,26 @@ def test_rows_in_another_order_are_refused_of_a_family_that_is_not_known(tmp_pat
     monkeypatch.setattr(Qwen2VLModel, "get_image_features", turned)
     with pytest.raises(ValueError, match="'qwen2_vl' could not be taken .*a tile's rows are not its cells"):
         load_model(folder, tile=32)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "qwen3_5"])
+def test_a_conversation_goes_on_from_a_cache_of_text_and_not_from_one_with_images(name, loaded, host_folder):
+    processor, model = loaded(name, **ONE_TILE)
+    settings = {"max_new_tokens": 2, "min_new_tokens": 2, "return_dict_in_generate": True, "output_logits": True}
+    inputs, image = ask(processor, FAMILIES[name]["rows"] ** 2)
+    text = processor.tokenizer(["Only text", "And a longer text"], return_tensors="pt", padding=True)
+
+    def go_on(asked):
+        done = model.generate(**asked, **settings)
+        more = torch.cat((done.sequences, torch.full((len(done.sequences), 3), 60)), dim=1)
+        mask = torch.cat((asked["attention_mask"], torch.ones_like(more[:, -5:])), dim=1)
+        # The host's last call was another's, about an image.
+        model.host.generate(**plain_inputs(name, host_folder(name), inputs["input_ids"], image), max_new_tokens=1)
+        return {"input_ids": more, "attention_mask": mask}, done.past_key_values
+
+    whole, cache = go_on(text)
+    expected, found = model.generate(**whole, **settings), model.generate(**whole, past_key_values=cache, **settings)
+    assert torch.allclose(found.logits[0], expected.logits[0], atol=1e-4)
+    whole, cache = go_on({key: inputs[key] for key in inputs if key != "mm_token_type_ids"})
+    with pytest.raises(ValueError, match=f"cannot go with images of {name}"):
+        model.generate(**whole, past_key_values=cache, **settings)
