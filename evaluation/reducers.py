@@ -26,16 +26,10 @@ def diversity(importance, regions, tokens, budget) -> torch.Tensor:
     """
     n = check_arguments(importance, regions, tokens, budget)
     unit = _unit(tokens)
-    nearest = torch.cat(
-        [
-            (rows @ unit.T).scatter(1, number[:, None], -torch.inf).amax(1)
-            for rows, number in zip(
-                unit.split(block_length(len(unit), unit.device)),
-                torch.arange(len(unit), device=unit.device).split(block_length(len(unit), unit.device)),
-            )
-        ]
-    )
-    chosen = [nearest.argmin()]
+    length, numbers = block_length(len(unit), unit.device), torch.arange(len(unit), device=unit.device)
+    blocks = zip(unit.split(length), numbers.split(length))
+    nearest = [(rows @ unit.T).scatter(1, own[:, None], -torch.inf).amax(1) for rows, own in blocks]
+    chosen = [torch.cat(nearest).argmin()]
     similarity = unit @ unit[chosen[0]]
     for _ in range(n - 1):
         similarity[chosen[-1]] = torch.inf
