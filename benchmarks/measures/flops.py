@@ -23,12 +23,6 @@ from ..sides import ANSWER_TOKENS, SIDES, TEXT_AFTER, TEXT_BEFORE, Meter, ask, b
 REFINEMENT_7B = ((144, 384, 768), (21, 21, 21))
 
 
-def square_question(config, text_before, text_after, num_answer_tokens) -> costs.Question:
-    """About a square image, so that every token shows it."""
-    text = {"text_before": text_before, "text_after": text_after, "num_answer_tokens": num_answer_tokens}
-    return costs.question_of(config, (max(config.scales),) * 2, **text)
-
-
 def flops_of_sides(config, text_before, text_after, num_answer_tokens) -> dict[str, dict[str, int]]:
     """{"ours" and "straightforward": {stage: FLOPs}} of one question about one square image; without a refinement.
 
@@ -37,7 +31,8 @@ def flops_of_sides(config, text_before, text_after, num_answer_tokens) -> dict[s
         text_before, text_after: text tokens of the prompt, before and after the image.
         num_answer_tokens: tokens that are generated.
     """
-    question = square_question(config, text_before, text_after, num_answer_tokens)
+    text = {"text_before": text_before, "text_after": text_after, "num_answer_tokens": num_answer_tokens}
+    question = costs.question_of(config, (max(config.scales),) * 2, **text)
     ours = costs.question_flops(config, question)
     ours.pop("refinement", None)
     sizes, num_tiles = question.available, sum(question.tiles)
