@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from hosts_tiny import save_family, save_unknown
+from hosts_tiny import FAMILIES, plain_inputs, save_family, save_unknown
 from test_exactness import ONE_TILE, ask, last_logits
 from transformers import AutoModelForImageTextToText
 from uhr_bat import load_model
@@ -83,7 +83,7 @@ def test_a_conversation_goes_on_from_a_cache_of_text_and_not_from_one_with_image
 
     whole, cache = go_on(text)
     expected, found = model.generate(**whole, **settings), model.generate(**whole, past_key_values=cache, **settings)
-    assert torch.allclose(found.logits[0], expected.logits[0], atol=1e-4)
+    assert torch.allclose(found.logits[0], expected.logits[0], atol=1e-3)
     whole, cache = go_on({key: inputs[key] for key in inputs if key != "mm_token_type_ids"})
     with pytest.raises(ValueError, match=f"cannot go with images of {name}"):
         model.generate(**whole, past_key_values=cache, **settings)
