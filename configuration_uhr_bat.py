@@ -258,7 +258,7 @@ class UHRBatConfig(PreTrainedConfig):
         if not is_one_budget(self.budgets):
             self.budgets = list(self.budgets)
         self.refinement = list(self.refinement)
-        self.refinement_layers = list(self.refinement_layers)
+        self.refinement_layers = list(self.refinement_layers) if self.refinement else []  # no looks have no layers
         # Configurations of earlier versions have what is the machine's, and the image processor's.
         for name in ("vision_chunk_size", "tile_cache_bytes", "max_image_pixels"):
             kwargs.pop(name, None)

@@ -223,11 +223,14 @@ def test_what_kind_of_image_it_is_is_asked_by_its_name():
     )
     asked = []
     for path, tree in trees.items():
+        taken = [one for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) for one in node.names]
+        aliases = {one.asname: one.name for one in taken if one.asname}
         calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)]
         for call in calls:
             inside = [node for part in call.args[1:2] for node in ast.walk(part)]
             if call.func.id == "isinstance":
-                names = {node.id for node in inside if isinstance(node, ast.Name)}
+                names = {aliases.get(node.id, node.id) for node in inside if isinstance(node, ast.Name)}
+                names |= {node.attr for node in inside if isinstance(node, ast.Attribute)}
                 asked += [(path.name, name) for name in names & set(known) if path != known[name]]
             if call.func.id in ("hasattr", "getattr"):
                 names = {node.value for node in inside if isinstance(node, ast.Constant)}

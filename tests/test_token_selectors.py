@@ -61,6 +61,12 @@ def test_what_a_configuration_cannot_name_is_refused_with_the_mend(selector, tmp
         UHRBatConfig.from_pretrained(tmp_path)
 
 
+def test_without_refinement_its_layers_need_not_be_taken_out(tmp_path):
+    UHRBatConfig(refinement=[1, 2, 3], refinement_layers=[0, 0, 1]).save_pretrained(tmp_path)
+    config = UHRBatConfig.from_pretrained(tmp_path, selector="preserve_and_merge", refinement=[])
+    assert (config.selector, config.refinement, config.refinement_layers) == ("preserve_and_merge", [], [])
+
+
 @pytest.mark.parametrize("gone", [{"selector": "conditional_diversity"}, {"region_method": "kmeans_pca"}])
 def test_a_folder_that_names_a_rule_that_is_gone_loads_with_another(gone, tmp_path):
     small_model(selector="top_k", region_method="grid").save_pretrained(tmp_path)
