@@ -120,16 +120,16 @@ def _moved(image, device, non_blocking) -> dict:
 
 
 class TileCache:
-    """Encoded tiles of one image on one device, the least recently used of which go where they take more than `limit`
-    bytes. Threads share it."""
+    """Encoded tiles of one image for a device, kept there or on another, the least recently used of which go where they take
+    more than `limit` bytes. Threads share it."""
 
-    def __init__(self, limit: int, device):
-        self.limit, self.device, self.size = limit, device, 0
+    def __init__(self, limit: int, device, kept_on=None):
+        self.limit, self.device, self.kept_on, self.size = limit, device, kept_on or device, 0
         self._tiles, self._lock = OrderedDict(), threading.Lock()
 
     def __reduce__(self):
         """Tiles stay where they are: what is copied, or sent to another process, has an empty cache of its own."""
-        return type(self), (self.limit, self.device)
+        return TileCache, (self.limit, self.device, self.kept_on)
 
     def find(self, level_idx: int, tile_idx: list[int]) -> dict[int, torch.Tensor]:
         """{tile: float[P, D]} of those tiles of a level that are there."""
@@ -137,14 +137,14 @@ class TileCache:
             found = {tile: self._tiles[level_idx, tile] for tile in tile_idx if (level_idx, tile) in self._tiles}
             for tile in found:
                 self._tiles.move_to_end((level_idx, tile))
-        return found
+        return {tile: tokens.to(self.device) for tile, tokens in found.items()}
 
     def keep(self, level_idx: int, tiles: dict[int, torch.Tensor]):
         """Add tiles {tile: float[P, D]} of a level."""
         with self._lock:
             for tile, tokens in tiles.items():
                 if (level_idx, tile) not in self._tiles:
-                    self._tiles[level_idx, tile] = tokens
+                    self._tiles[level_idx, tile] = tokens.to(self.kept_on)
                     self.size += tokens.nbytes
             while self.size > self.limit and self._tiles:
                 self.size -= self._tiles.popitem(last=False)[1].nbytes

@@ -118,7 +118,7 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config
         dtype: torch.dtype of the weights; "auto" takes that of the folder.
         device_map: as in transformers; "auto" is the GPU where there is one, None the CPU.
         quantization_config: as in transformers; None for weights as they are.
-        check: whether a model of another family is tried first (`hosts.loading.self_test`).
+        check: whether a model of another family is tried first (`common.self_test`).
         changes: other values for fields of the configuration, as `selector`, or of `hosts.settings.HostSettings`.
 
     Raises:
@@ -159,12 +159,16 @@ def _load_host(folder, base, dtype, device_map, quantization_config, check, chan
     """Processor and model of another family, with an adapter of it where `folder` is one."""
     import torch
 
-    from ..hosts.loading import load_host
+    from ..hosts.loading import explained, load_host
+    from .self_test import self_test
 
     if device_map == "auto" and not torch.cuda.is_available():
         device_map = None
     calibrated, folder_of_host = host_settings(folder, base), with_weights(base or folder)
-    processor, model = load_host(folder_of_host, dtype, device_map, quantization_config, check, calibrated, **changes)
+    processor, model = load_host(folder_of_host, dtype, device_map, quantization_config, calibrated, **changes)
+    if check:
+        with explained(folder_of_host):
+            self_test(processor, model)
     if base is not None:
         require("train", "peft")
         adapted = attach_adapter(model.host, folder)

@@ -26,7 +26,7 @@ def look_kernel(module, query, key, value, attention_mask, **kwargs):
     """As [`AttentionInterface`] has kernels: the model's own, or the look."""
     look = kwargs.pop(KEYWORD, None)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if look is not None and look.module is module and not look.weights:
+    if look is not None and look.module is module:
         # The family's own eager attention knows its scaling, caps, sinks and groups of heads.
         position, window = torch.arange(query.shape[2], device=query.device), kwargs.get("sliding_window")
         look.seen = 0
@@ -37,12 +37,8 @@ def look_kernel(module, query, key, value, attention_mask, **kwargs):
             seen = eager(module, query[:, :, rows], key, value, mask[None, None], **kwargs)[1]
             look.seen += seen[0].float().mean(0).sum(0) / (len(position) - look.question_start)
         raise Looked
-    own = module.config.kernel_of._attn_implementation
-    found = ALL_ATTENTION_FUNCTIONS.get_interface(own, eager)(module, query, key, value, attention_mask, **kwargs)
-    if look is not None and look.module is module:
-        look.seen = found[1][0, :, look.question_start :].float().mean((0, 1))
-        raise Looked
-    return found
+    kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.kernel_of._attn_implementation, eager)
+    return kernel(module, query, key, value, attention_mask, **kwargs)
 
 
 AttentionInterface.register(KERNEL, look_kernel)
@@ -68,10 +64,10 @@ def attention_modules(decoder) -> dict[int, nn.Module]:
     return found
 
 
-def look(base, attention, question_start, weights=False, **inputs) -> torch.Tensor:
+def look(base, attention, question_start, **inputs) -> torch.Tensor:
     """float32[M]: mean attention of the question to every position of one prompt, at one of `attention_modules` of the host
-    without its head, `base`; `inputs` of its forward. `weights`: by those that eager attention returns, to compare with."""
-    one = SimpleNamespace(module=attention, question_start=question_start, weights=weights, seen=None)
+    without its head, `base`; `inputs` of its forward."""
+    one = SimpleNamespace(module=attention, question_start=question_start, seen=None)
     try:
         base(**inputs, use_cache=False, **{KEYWORD: one})
     except Looked:

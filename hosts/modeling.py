@@ -41,16 +41,6 @@ class HostConfig(UHRBatConfig):
     def validate_layers(self): ...
 
 
-class HostTileCache(TileCache):
-    """Tiles in the memory of the CPU: a host's rows are wide, a tile of 8 MB with DeepStack."""
-
-    def find(self, level_idx, tile_idx):
-        return {tile: rows.to(self.device) for tile, rows in super().find(level_idx, tile_idx).items()}
-
-    def keep(self, level_idx, tiles):
-        super().keep(level_idx, {tile: rows.cpu() for tile, rows in tiles.items()})
-
-
 class TileReader:
     """A host's tiles of `side` px: 8-bit pixels to the arguments of its encoder, and what that returns to rows.
 
@@ -211,7 +201,7 @@ class HostModel(
         return self.reader.encode(self.host, tiles.to(self.device))[1][:, : self.patches_per_side**2]
 
     def _tile_cache(self, pyramid):
-        return HostTileCache(self.tile_cache_bytes, self.device)
+        return TileCache(self.tile_cache_bytes, self.device, "cpu")  # rows are wide, a tile of 8 MB with DeepStack
 
     def find_placeholders(self, input_ids, inputs_embeds=None):
         if input_ids is None:
@@ -261,10 +251,8 @@ class HostModel(
         return ids, where[0], order, whole | self._inputs_of(*whole.values(), [rows], [kept])
 
     def visual_inputs(self, input_ids, attention_mask, compressed, labels=None):
-        """Answer: arguments of the host's `generate` and `forward`, made anew by each call, as the library may change them.
-
-        With `marks` the prompt itself is another: `input_ids`, `attention_mask` and, where given, `labels` are among them.
-        """
+        """Answer: see [`VisionLanguageModel`]. With `marks` the prompt is another: its `input_ids`, `attention_mask` and `labels`,
+        where given, are among the arguments."""
         kept, changed = [compressed.places(image_idx) for image_idx in range(len(compressed.pooler_output))], {}
         if self.settings.marks and not self.mrope:
             changed = self._marked(input_ids, attention_mask, labels, kept)
@@ -321,19 +309,16 @@ class HostModel(
         given = made.pop("labels").masked_fill(made["attention_mask"] == 0, -100)
         return made if labels is None else made | {"labels": given}
 
-    def forward(self, input_ids=None, attention_mask=None, labels=None, answer_mask=None, **kwargs):
-        """The host's `forward`, with the images of [`UHRBatImageInputs`]: see `prepare`."""
-        return self.host(**self.prepare(input_ids, attention_mask, labels, answer_mask, **kwargs))
+    def forward(self, *args, **kwargs):
+        return self.host(**self.prepare(*args, **kwargs))
 
     def prepare(self, input_ids=None, attention_mask=None, labels=None, answer_mask=None, **kwargs) -> dict:
-        """Arguments of the host's own `forward`, its images compressed, for whoever calls that: a trainer, a peft model around
-        it. With `labels` long[B, M] the selection never sees an answer, and visual tokens have none."""
+        """Arguments of the host's own `forward`, with the images of [`UHRBatImageInputs`] compressed, for whoever calls that, as
+        a peft model around it. The selection sees no answer, and visual tokens have no label."""
         images = {name: kwargs.pop(name) for name in IMAGE_INPUTS if name in kwargs}
         if has_images(**images):
-            if attention_mask is None:
-                attention_mask = torch.ones_like(input_ids)
-            if answer_mask is None and labels is not None:
-                answer_mask = labels != -100
+            attention_mask = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+            answer_mask = labels != -100 if answer_mask is None and labels is not None else answer_mask
             compressed = self.compress(input_ids, attention_mask, answer_mask=answer_mask, **images)
             expanded = self.expand_placeholders(input_ids, attention_mask, compressed, labels=labels)
             input_ids, attention_mask, labels = expanded

@@ -16,10 +16,10 @@ from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..processing_uhr_bat import UHRBatProcessor
 from .settings import FAMILIES, SETTINGS_FILE, Prompts
 
-# Files of a host's folder that a processor consists of, and those of these names that are no part of it.
-OF_PROCESSOR = ("*.json", "*.jinja", "*.model", "*.txt")
-NOT_OF_PROCESSOR = ("config.json", "generation_config.json", "adapter_config.json", "*.index.json", "trainer_state.json",
-                    "requirements.txt", SETTINGS_FILE)  # fmt: skip
+# Files of a host's folder that are a processor's, and those of these names that are none.
+OWN = ("*.json", "*.jinja", "*.model", "*.txt")
+OTHERS = ("config.json", "generation_config.json", "adapter_config.json", "*.index.json", "trainer_state.json",
+          "requirements.txt", SETTINGS_FILE)  # fmt: skip
 
 
 class HostProcessor(UHRBatProcessor):
@@ -29,12 +29,11 @@ class HostProcessor(UHRBatProcessor):
     prompts = Prompts()
 
     def save_pretrained(self, save_directory, *args, **kwargs):
-        """The host's own files as they are, without its configuration and its weights, and the settings that it is asked by:
-        [`load_model`] reads these, the library does not."""
+        """The host's own files as they are, and the settings that it is asked by, which [`load_model`] reads, not the library."""
         own, to, copied = Path(self.folder), Path(save_directory), []
         to.mkdir(parents=True, exist_ok=True)
         for path in sorted(own.iterdir()) if not own.samefile(to) else ():
-            if any(map(path.match, OF_PROCESSOR)) and not any(map(path.match, NOT_OF_PROCESSOR)):
+            if any(map(path.match, OWN)) and not any(map(path.match, OTHERS)):
                 copied.append(shutil.copyfile(path, to / path.name))
         settings = asdict(self.settings) | {"budgets": self.default_budgets}
         del settings["max_tiles"]  # how many tiles a question takes is no matter of what was learnt

@@ -16,16 +16,15 @@ class HostSettings:
     """Numbers of a host that no checkpoint states.
 
     Attributes:
-        tile: side in pixels of what the tower sees at once; None: the side that its image processor is set to, or 16 rows.
-        anchor: tiles a side of the coarsest level. One: what the model was trained to see as a whole image.
-        levels: how many there are, each twice as large as the one before; four, as the paper's.
+        tile: side in pixels of what the tower sees at once; None: what its image processor is set to, or 16 rows.
+        anchor: tiles a side of the coarsest level; one, as the model was trained to see a whole image.
+        levels: each twice as large as the one before; four, as the paper's.
         budgets: visual tokens of a prompt, for which all levels compete, or one number per level.
         max_tiles: tiles that are encoded for a question, the anchor's included; None encodes all of all levels.
-        look: share of the decoder's depth whose nearest layer of full attention is looked at: early layers look at what is
-            near, the last ones at what is written next.
+        look: share of the depth whose nearest full layer is looked at: early ones look near, the last at what is next written.
         refinement: rows of each finer level that are looked at once more; 0: the anchor's look is all there is.
-        places: where M-RoPE has the rows of an image: "grid", all levels on the finest one's, coarse rows between its
-            places; "levels", each level an image of its own; "rectangle", in their order on a square of their own.
+        places: where M-RoPE has rows: "grid", all levels on the finest one's, coarse rows between its places; "levels", each an
+            image of its own; "rectangle", in their order on a square of their own.
         marks: whether words say of each tile which it is, where a decoder knows the order of rows alone.
     """
 
@@ -48,8 +47,9 @@ class HostSettings:
                 raise ValueError(f"`{name}` is no {type(value).__name__}. Got {value!r}.")
         made = replace(self, **changes)
         for name in ("tile", "anchor", "levels", "max_tiles", "refinement"):
-            if getattr(made, name) is not None and getattr(made, name) < (name != "refinement"):
-                raise ValueError(f"`{name}` must be at least {int(name != 'refinement')}. Got {getattr(made, name)}.")
+            least = int(name != "refinement")
+            if getattr(made, name) is not None and getattr(made, name) < least:
+                raise ValueError(f"`{name}` must be at least {least}. Got {getattr(made, name)}.")
         if not 0 < made.look <= 1:
             raise ValueError(f"`look` is a share of the decoder's depth, above 0 and at most 1. Got {made.look}.")
         if made.places not in PLACES:
@@ -96,10 +96,8 @@ FAMILIES = {
 def family_of(model_type: str) -> Family:
     """The family, or what is taken for one that is not known. Raises `ValueError` for one that cannot be a host."""
     if model_type.startswith("llava_next"):
-        raise ValueError(
-            f"A model of the type {model_type!r} cannot be asked: it counts patches by the configuration's pinpoints, not tile by "
-            "tile. LLaVA 1.5 and LLaVA-OneVision can."
-        )
+        why = "it counts patches by the configuration's pinpoints, not tile by tile. LLaVA 1.5 and LLaVA-OneVision can"
+        raise ValueError(f"A model of the type {model_type!r} cannot be asked: {why}.")
     return FAMILIES.get(model_type, Family())
 
 

@@ -55,7 +55,7 @@ def planner_of_folder(folder: Path, device: str | None = None, dtype: str | None
         from ..hosts.loading import load_host
 
         wanted = "auto" if dtype is None else getattr(torch, dtype)
-        options = {"check": False, "calibrated": host_settings(folder), **changes}
+        options = {"calibrated": host_settings(folder), **changes}
         with Shapes():
             _, model = load_host(folder, make=lambda config: shapes_of(config, wanted), **options)
         if PreTrainedConfig.get_config_dict(folder)[0].get("quantization_config"):

@@ -129,7 +129,7 @@ def main(arguments=None) -> int:
 
         settings = host_settings(options.model_name_or_path, base) | options.model_settings
         with Shapes():
-            _, host = load_host(base or options.model_name_or_path, make=shapes_of, check=False, **settings)
+            _, host = load_host(base or options.model_name_or_path, make=shapes_of, **settings)
         print(predict_memory(host.config, options, data, training, host))
         return 0
     config = load_config(options.model_name_or_path)
