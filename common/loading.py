@@ -86,8 +86,10 @@ def attach_adapter(model, folder, name="default", **options):
     from peft import PeftModel, load_peft_weights, set_peft_model_state_dict
 
     folder = with_weights(Path(folder))
-    if not any(folder.glob("adapter_model.*")):
-        raise ValueError(f"{folder}: an adapter without weights, there is no adapter_model.safetensors in it.")
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise ValueError(
+            f"{folder}: an adapter without weights, there is no adapter_model.safetensors in it. Pickles are not opened."
+        )
     try:
         with warnings.catch_warnings():
             # A part that the adapter lacks would be as if it were not trained.
@@ -212,11 +214,19 @@ def _load(folder, processor, dtype, device_map, quantization_config, changes):
 
     if device_map == "auto" and not torch.cuda.is_available():
         device_map = None
-    model = UHRBatForConditionalGeneration.from_pretrained(
-        with_weights(folder), config=load_config(folder, **changes), dtype=dtype, device_map=device_map,
-        quantization_config=quantization_config,
-    )  # fmt: skip
-    return processor, model
+    options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
+    config = load_config(folder, **changes)
+    return processor, read_weights(UHRBatForConditionalGeneration, with_weights(folder), config=config, **options)
+
+
+def read_weights(kind, folder, **options):
+    """A model of a folder's weights, by `kind.from_pretrained`. No pickle is opened, no code of the folder runs. Raises
+    `ValueError` for weights that lack a part of the model, which the library draws at random."""
+    options |= {"use_safetensors": True, "trust_remote_code": False}
+    model, found = kind.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder}: its weights lack {len(missing)} tensors of the model, as {missing[0]}.")
+    return model
 
 
 def save_model(model, processor, folder):

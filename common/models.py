@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
-SMALL, WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt"), ("model*.safetensors", "adapter_model.*")
+SMALL, WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt"), ("model*.safetensors", "adapter_model.safetensors")
 
 
 def setting(text: str) -> tuple:
@@ -87,9 +87,13 @@ def find_model(place=ROOT, weights: bool = True) -> Path:
         # An adapter's own are looked for when it is put onto its model.
         missing = _missing_weights(folder)
         if missing and hub_name(folder) is None and base is None:
-            raise FileNotFoundError(f"{folder}: there are no weights in it, {missing} is missing.")
+            pickles = sorted(path.name for path in folder.glob("pytorch_model*.bin"))
+            why = "".join(f" Pickles as {name} may run code and are not opened." for name in pickles[:1])
+            raise FileNotFoundError(f"{folder}: there are no weights in it, {missing} is missing.{why}")
         if missing and hub_name(folder) and _unreachable(folder) is not None:
             raise _lacking(folder, missing)
+    if base is None:
+        _check_type(folder / "config.json")
     return folder
 
 
@@ -154,6 +158,16 @@ def _base_name(path: Path) -> str | None:
     return f"{name}@{revision}" if revision and HUB_NAME.fullmatch(name) and not _near(name, path.parent) else name
 
 
+def _check_type(path: Path):
+    """Raises `ValueError` for a config.json that does not say which type its model is of."""
+    try:
+        model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path}: names no type of model ({type(error).__name__}: {error}).") from None
+    if not isinstance(model_type, str):
+        raise ValueError(f"{path}: `model_type` is a text. Got {model_type!r}.")
+
+
 def _near(name: str | None, folder) -> Path | None:
     """The folder that an adapter calls so, from here or from its own folder."""
     for place in (Path(name), Path(folder) / name) if name else ():
@@ -164,7 +178,7 @@ def _near(name: str | None, folder) -> Path | None:
 
 def _missing_weights(folder: Path) -> str | None:
     """The first file of weights that a folder lacks; None where all are there."""
-    if any(folder.glob("adapter_model.*")) or (folder / "model.safetensors").is_file():
+    if (folder / "adapter_model.safetensors").is_file() or (folder / "model.safetensors").is_file():
         return None
     if (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file():
         return "adapter_model.safetensors"
@@ -176,8 +190,8 @@ def _missing_weights(folder: Path) -> str | None:
             raise ValueError(f"{index}: this is no index of weights ({type(error).__name__}: {error}).") from None
         missing = [name for name in shards if not (folder / name).is_file()]
         return f"{missing[0]} ({len(missing)} of {len(shards)} files)" if missing else None
-    # Whoever loads other files of a folder says what is wrong with them.
-    return None if any(folder.glob("*.bin")) or any(folder.glob("*.safetensors")) else "model.safetensors"
+    # Whoever loads other files of a folder says what is wrong with them. Pickles are never opened.
+    return None if any(folder.glob("*.safetensors")) else "model.safetensors"
 
 
 # ---- Names -----------------------------------------------------------------------------------------------------------

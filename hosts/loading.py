@@ -9,6 +9,8 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
+from ..common.models import read_weights
+from ..image_raster_files_uhr_bat import reason
 from ..token_rules_uhr_bat import CompressionRules
 from .looks import attention_modules
 from .modeling import HostConfig, HostModel, TileReader
@@ -34,7 +36,7 @@ def load_host(folder, dtype="auto", device_map=None, quantization_config=None, c
     how = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     with explained(folder):
         parts = _read(str(folder), calibrated, changes)
-        host = make(parts.config) if make else AutoModelForImageTextToText.from_pretrained(parts.folder, **how).eval()
+        host = make(parts.config) if make else read_weights(AutoModelForImageTextToText, parts.folder, **how).eval()
         return _assemble(parts, host)
 
 
@@ -62,9 +64,11 @@ def explained(folder):
         raise ValueError(f"{folder}: its code is its repository's own and takes no encoded images. {mend}")
     try:
         yield
-    except Exception as error:
+    except Exception as error:  # of files that do not fit the library raises whatever it likes
         if model_type in FAMILIES:
-            raise
+            if isinstance(error, (ValueError, OSError, ImportError)):
+                raise
+            raise ValueError(f"{folder}: this model cannot be read ({reason(error)}).") from error
         blind = model_type in CONFIG_MAPPING and model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
         why = "it answers no questions about images" if blind else f"{type(error).__name__}: {error}"
         known = f"Known families: {', '.join(FAMILIES)}, and UHR-BAT's own."
@@ -76,7 +80,9 @@ def _read(folder, calibrated, changes) -> SimpleNamespace:
     if unknown := sorted(set(changes) - SETTINGS - CONFIG_FIELDS):
         known = f"{', '.join(sorted(SETTINGS))}, and of UHR-BAT's configuration {', '.join(sorted(CONFIG_FIELDS))}"
         raise ValueError(f"A host has no setting {', '.join(unknown)}. It has {known}.")
-    image_processor, config = AutoImageProcessor.from_pretrained(folder), AutoConfig.from_pretrained(folder)
+    # Left out, the library asks on a terminal whether to run a class that the folder brings along.
+    image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     own = {**(calibrated or {}), **{name: value for name, value in changes.items() if name in SETTINGS}}
     settings = family_of(config.model_type).settings.changed(own)
     half = config.get_text_config().max_position_embeddings // 2

@@ -94,7 +94,7 @@ def filtered(template: str, image_token: str, prompts: Prompts) -> str:
 
 def make_processor(parts, p: int) -> HostProcessor:
     """The processor of a host, of what is read of it before its weights, and the rows a side of its tiles."""
-    tokenizer = AutoTokenizer.from_pretrained(parts.folder)
+    tokenizer = AutoTokenizer.from_pretrained(parts.folder, trust_remote_code=False)
     tokenizer.padding_side, side, config = "left", parts.reader.side, parts.config
     stated, _ = ProcessorMixin.get_processor_dict(parts.folder)
     prompts = prompts_of(config, parts.reader, tokenizer, stated)

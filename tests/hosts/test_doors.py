@@ -1,6 +1,8 @@
 """Every command with a model of another family: by its folder, and by its name on the Hub, without a network."""
 
+import io
 import json
+import shutil
 
 import pytest
 from hub_cache import REVISION, put
@@ -147,3 +149,44 @@ def test_an_adapter_on_the_hub_is_of_a_model_on_the_hub(host_folder, on_hub, tmp
     for place in (adapter, tmp_path / "adapter"):
         _, loaded = load_model(place, device_map=None)
         torch.testing.assert_close(loaded.host(input_ids=ids).logits, expected, rtol=0, atol=1e-6)
+
+
+def test_weights_in_pickles_and_weights_that_lack_a_tensor_are_refused(host_folder, tmp_path):
+    import torch
+    from safetensors.torch import load_file, save_file
+
+    folder = shutil.copytree(host_folder("llava"), tmp_path / "llava")
+    weights = load_file(folder / "model.safetensors")
+    lacking = {name: tensor for name, tensor in weights.items() if "q_proj" not in name or "layers.1." not in name}
+    save_file(lacking, folder / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"its weights lack 3 tensors of the model, as model\..*layers\.1\..*q_proj"):
+        load_model(folder)
+    torch.save(weights, folder / "pytorch_model.bin")
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(FileNotFoundError, match="Pickles as pytorch_model.bin may run code and are not opened"):
+        load_model(folder)
+
+
+def test_a_class_that_a_folder_brings_along_is_never_asked_about(host_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.stdin", io.StringIO("y\n" * 9))
+    folder = shutil.copytree(host_folder("internvl"), tmp_path / "internvl")
+    (folder / "own.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\nclass Own: ...\n")
+    path = folder / "preprocessor_config.json"
+    own = {"auto_map": {"AutoImageProcessor": "own.Own"}, "image_processor_type": "Own"}
+    path.write_text(json.dumps(json.loads(path.read_text()) | own))
+    with pytest.raises(ValueError, match="contains custom code"):
+        load_model(folder)
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("change, message", [
+    ({"model_type": None}, "`model_type` is a text. Got None"),
+    ({"text_config": "x"}, "this model cannot be read"),
+    ({"image_token_id": 99999}, "this model cannot be read"),
+])  # fmt: skip
+def test_a_configuration_that_is_none_is_refused_in_one_line(host_folder, tmp_path, capsys, image, change, message):
+    folder = shutil.copytree(host_folder("internvl"), tmp_path / "internvl")
+    path = folder / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert run("ask", image, "How many?", "--model", folder) == 2
+    assert message in capsys.readouterr().err
