@@ -8,7 +8,7 @@ from ..image_raster_files_uhr_bat import reason
 from .extras import require
 from .files import user_folder
 from .images import is_file_name
-from .models import ROOT, base_of, find_model, told, with_weights
+from .models import ROOT, base_of, find_model, read_weights, told, with_weights
 
 # Of UHR-BAT-Tiny. The README says the same; change both when the weights change.
 WEIGHTS_NOTE = (
@@ -217,16 +217,6 @@ def _load(folder, processor, dtype, device_map, quantization_config, changes):
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     config = load_config(folder, **changes)
     return processor, read_weights(UHRBatForConditionalGeneration, with_weights(folder), config=config, **options)
-
-
-def read_weights(kind, folder, **options):
-    """A model of a folder's weights, by `kind.from_pretrained`. No pickle is opened, no code of the folder runs. Raises
-    `ValueError` for weights that lack a part of the model, which the library draws at random."""
-    options |= {"use_safetensors": True, "trust_remote_code": False}
-    model, found = kind.from_pretrained(folder, output_loading_info=True, **options)
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{folder}: its weights lack {len(missing)} tensors of the model, as {missing[0]}.")
-    return model
 
 
 def save_model(model, processor, folder):
