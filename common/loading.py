@@ -8,7 +8,7 @@ from ..image_raster_files_uhr_bat import reason
 from .extras import require
 from .files import user_folder
 from .images import is_file_name
-from .models import ROOT, base_of, find_model, read_weights, told, with_weights
+from .models import ROOT, base_of, find_model, told, with_weights
 
 # Of UHR-BAT-Tiny. The README says the same; change both when the weights change.
 WEIGHTS_NOTE = (
@@ -203,6 +203,7 @@ def _load(folder, processor, dtype, device_map, quantization_config, changes):
     """Processor and model, whose code is carried along when they are saved."""
     import torch
 
+    from ..hosts.loading import read_weights
     from ..image_processing_uhr_bat import UHRBatImageProcessor
     from ..modeling_uhr_bat import UHRBatForConditionalGeneration
     from ..processing_uhr_bat import UHRBatProcessor

@@ -106,16 +106,6 @@ def with_weights(folder: Path) -> Path:
     return folder
 
 
-def read_weights(kind, folder, **options):
-    """A model of a folder's weights, by `kind.from_pretrained`. No pickle is opened, no code of the folder runs. Raises
-    `ValueError` for weights that lack a part of the model, which the library draws at random."""
-    options |= {"use_safetensors": True, "trust_remote_code": False}
-    model, found = kind.from_pretrained(folder, output_loading_info=True, **options)
-    if missing := sorted(found["missing_keys"]):
-        raise ValueError(f"{folder}: its weights lack {len(missing)} tensors of the model, as {missing[0]}.")
-    return model
-
-
 def base_of(place) -> Path | None:
     """The folder of the model that an adapter of peft was trained on; None for a model.
 

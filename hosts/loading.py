@@ -9,7 +9,6 @@ import transformers
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
-from ..common.models import read_weights
 from ..image_raster_files_uhr_bat import reason
 from ..token_rules_uhr_bat import CompressionRules
 from .looks import attention_modules
@@ -38,6 +37,16 @@ def load_host(folder, dtype="auto", device_map=None, quantization_config=None, c
         parts = _read(str(folder), calibrated, changes)
         host = make(parts.config) if make else read_weights(AutoModelForImageTextToText, parts.folder, **how).eval()
         return _assemble(parts, host)
+
+
+def read_weights(kind, folder, **options):
+    """A model of a folder's weights, by `kind.from_pretrained`. No pickle is opened, no code of the folder runs. Raises
+    `ValueError` for weights that lack a part of the model, which the library draws at random."""
+    options |= {"use_safetensors": True, "trust_remote_code": False}
+    model, found = kind.from_pretrained(folder, output_loading_info=True, **options)
+    if missing := sorted(found["missing_keys"]):
+        raise ValueError(f"{folder}: its weights lack {len(missing)} tensors of the model, as {missing[0]}.")
+    return model
 
 
 def host_processor(folder, calibrated=None, **changes):
