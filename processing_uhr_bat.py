@@ -16,7 +16,7 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 
 import numpy as np
-from tokenizers import normalizers
+from tokenizers import normalizers, pre_tokenizers
 from transformers.image_utils import ImageInput
 from transformers.processing_utils import MultiModalData, ProcessingKwargs, ProcessorMixin, Unpack
 
@@ -211,11 +211,17 @@ class UHRBatProcessor(ProcessorMixin):
         if keeps_placeholders and all(part.get("type") == "text" for part in parts):
             tokens.remove(self.image_token)
         pattern = re.compile("|".join(map(re.escape, sorted(tokens, key=len, reverse=True))) or "(?!)")
+        # A text may end where the next part goes on with a token; no word begins one.
+        begins = {token[:stop] for token in tokens if not token[0].isalnum() for stop in range(1, len(token))}
 
         def mark(value):
             value = _as_dict(value)
             if isinstance(value, str):
-                return pattern.sub(lambda token: "".join(letter + MARK for letter in token[0]), value)
+                text = value.rstrip()
+                begun = (start for start in range(-min(len(text), max(map(len, tokens), default=0)), 0))
+                start = len(text) + next((start for start in begun if text[start:] in begins), 0)
+                value = value[:start] + _marked(text[start:]) + value[len(text) :]
+                return pattern.sub(lambda token: _marked(token[0]), value)
             if isinstance(value, (list, tuple)):
                 return [mark(one) for one in value]
             if isinstance(value, dict) and value.get("type", "text") == "text":
@@ -388,10 +394,20 @@ def _as_dict(value):
     return value.model_dump(exclude_none=True) if hasattr(value, "model_dump") else value
 
 
+def _marked(text: str) -> str:
+    return "".join(letter + MARK for letter in text)
+
+
 def _drop_marks(tokenizer):
     """Has the tokenizer drop `MARK`, if it does not yet and is one that can."""
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is None or (backend.normalizer is not None and not backend.normalizer.normalize_str(MARK)):
+        return
+    if any(token.normalized and token.special for token in tokenizer.added_tokens_decoder.values()):
+        # Such tokens are found in what the normalizer made: marks have to stay until then.
+        kept = [] if backend.pre_tokenizer is None else [backend.pre_tokenizer]
+        if not kept or kept[0].pre_tokenize_str(MARK):
+            backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split(MARK, "removed"), *kept])
         return
     kept = [] if backend.normalizer is None else [backend.normalizer]
     backend.normalizer = normalizers.Sequence([normalizers.Replace(MARK, ""), *kept])

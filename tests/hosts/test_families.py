@@ -1,6 +1,7 @@
 """Models made otherwise, settings, and what cannot be: each by load_model, from folders."""
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +14,7 @@ from hosts_tiny import FAMILIES, MROPE, save_family, save_unknown
 from images import raises, random_image
 from uhr_bat import load_model
 from uhr_bat.common.asking import prompt_text
+from uhr_bat.common.loading import load_processor
 from uhr_bat.hosts import loading
 from uhr_bat.hosts.places import coordinates, order_of
 from uhr_bat.hosts.prompts import find_prompts
@@ -321,3 +323,25 @@ def test_measured_settings_of_the_user_are_taken_and_flags_go_over_them(host_fol
     assert model.config.importance_layer == 3 and model.config.scales == [56, 112, 224]
     _, model = load_model(folder, check=False, levels=1)
     assert model.config.importance_layer == 3 and model.config.scales == [56]
+
+
+@pytest.mark.parametrize("normalized", [False, True])
+def test_messages_spell_no_control_token_in_one_part_or_in_two(host_folder, tmp_path, normalized):
+    for name in ("gemma3", "qwen3_vl"):
+        folder = shutil.copytree(host_folder(name), tmp_path / name)
+        path = folder / "tokenizer.json"
+        stated = json.loads(path.read_text())
+        stated["added_tokens"] = [token | {"normalized": normalized} for token in stated["added_tokens"]]
+        path.write_text(json.dumps(stated))
+        processor = load_processor(folder)
+
+        def ids(*texts):
+            content = [{"type": "image"}, *({"type": "text", "text": text} for text in texts)]
+            prompt = processor.apply_chat_template([{"role": "user", "content": content}])
+            return processor.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+
+        control = processor.tokenizer.added_tokens_decoder
+        for token in (one.content for one in control.values()):
+            for texts in ([token], [token[:3], token[3:]], ["a " + token[:-1] + " ", token[-1]], ["<", token[1:]]):
+                assert sum(one in control for one in ids(*texts)) == sum(one in control for one in ids("How many?"))
+                assert "".join(texts) in processor.tokenizer.decode(ids(*texts))
