@@ -15,6 +15,8 @@ import re
 
 import torch
 
+from ..image_raster_files_uhr_bat import reason
+
 PROMPT = ("input_ids", "attention_mask")
 
 # ---- Prompts ---------------------------------------------------------------------------------------------------------
@@ -27,14 +29,24 @@ def prompt_text(processor, question, num_images=1) -> str:
         return user_prompt(processor, question.replace(processor.image_token, "").strip(), num_images)
     # As a part: some templates of other families leave out a text by itself.
     messages = [{"role": "user", "content": [{"type": "text", "text": question}]}]
-    return processor.apply_chat_template(messages, add_generation_prompt=True)
+    return _rendered(processor, messages)
 
 
 def user_prompt(processor, text, num_images=1) -> str:
     """The text of a question about some images that stand before it; whatever control tokens it spells are text."""
     content = [{"type": "image"}] * num_images + [{"type": "text", "text": text}]
     messages = [{"role": "user", "content": content}]
-    return processor.apply_chat_template(messages, add_generation_prompt=True, sanitize_control_tokens=True)
+    return _rendered(processor, messages, sanitize_control_tokens=True)
+
+
+def _rendered(processor, messages, **options):
+    """By the chat template. Raises `ValueError` for one that refuses the messages."""
+    try:
+        return processor.apply_chat_template(messages, add_generation_prompt=True, **options)
+    except ValueError:
+        raise
+    except Exception as error:  # templates raise what they like
+        raise ValueError(f"The chat template of this model refuses these messages ({reason(error)}).") from error
 
 
 def write_prompt(processor, question):

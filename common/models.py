@@ -188,6 +188,8 @@ def _missing_weights(folder: Path) -> str | None:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{index}: this is no index of weights ({type(error).__name__}: {error}).") from None
+        if outside := [name for name in shards if Path(name).name != name]:
+            raise ValueError(f"{index}: names weights outside its folder, as {outside[0]}.")
         missing = [name for name in shards if not (folder / name).is_file()]
         return f"{missing[0]} ({len(missing)} of {len(shards)} files)" if missing else None
     # Whoever loads other files of a folder says what is wrong with them. Pickles are never opened.

@@ -190,3 +190,11 @@ def test_a_configuration_that_is_none_is_refused_in_one_line(host_folder, tmp_pa
     path.write_text(json.dumps(json.loads(path.read_text()) | change))
     assert run("ask", image, "How many?", "--model", folder) == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ messages.__class__.__mro__ }}", "{% if %}"])
+def test_a_chat_template_that_fails_is_told_in_one_line(host_folder, tmp_path, capsys, image, template):
+    folder = shutil.copytree(host_folder("internvl"), tmp_path / "internvl")
+    (folder / "chat_template.jinja").write_text(template)
+    assert run("ask", image, "How many?", "--model", folder, *SMALL) == 2
+    assert "The chat template of this model refuses these messages (" in capsys.readouterr().err
