@@ -268,8 +268,8 @@ class UHRBatConfig(PreTrainedConfig):
     def from_dict(cls, config_dict, **kwargs):
         """As the library's, but a value that is given takes the place of the saved one before that is checked: so a folder whose
         rule is gone loads with another."""
-        own = {one.name for one in fields(cls)} - set(cls.sub_configs)
-        return super().from_dict(config_dict | {name: kwargs[name] for name in own & set(kwargs)}, **kwargs)
+        own = UHRBatConfig.__annotations__.keys() - cls.sub_configs.keys()
+        return super().from_dict(config_dict | {name: kwargs[name] for name in own & kwargs.keys()}, **kwargs)
 
     def check_rules(self, changes: dict):
         """Raises `ValueError` where a call has values for fields that this configuration could not have."""

@@ -217,7 +217,9 @@ def _load(folder, processor, dtype, device_map, quantization_config, changes):
         device_map = None
     options = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
     config = load_config(folder, **changes)
-    return processor, read_weights(UHRBatForConditionalGeneration, with_weights(folder), config=config, **options)
+    # A module that is asked for is trained after that (`uhr-bat tiny focus`).
+    new = ("model.region_focus.", "model.image_newline") if changes.get("region_focus") else ()
+    return processor, read_weights(UHRBatForConditionalGeneration, with_weights(folder), new, config=config, **options)
 
 
 def save_model(model, processor, folder):

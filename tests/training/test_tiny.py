@@ -8,10 +8,9 @@ import torch
 from copies import run_copies
 from safetensors.torch import load_file
 from transformers import TrainingArguments
-from uhr_bat.common.asking import write_prompt
+from uhr_bat.common.asking import answers, write_prompt
 from uhr_bat.common.budgets import counts_of_fraction
 from uhr_bat.common.loading import ROOT, load_model
-from uhr_bat.evaluation import evidence
 from uhr_bat.scenes import questions
 from uhr_bat.scenes.evidence import site_cells, site_tokens, tokens_at
 from uhr_bat.scenes.layout import OBJECTS, PAINTS, TEST_SEEDS, make_scene
@@ -240,11 +239,10 @@ def test_the_shipped_weights_look_where_the_question_points_and_answer_it():
             )
             shares.append(float(importance[named].sum() / importance.sum()))
             by_chance.append(float(named.float().mean()))
-            compressed = model.compress(**prompt, image_features=[features]).pooler_output
-            asked = [(compressed, right), ([torch.cat(features.tokens)], right_from_all)]
-            for visual, answers in asked[: 1 + len(shares) % 2]:
-                (said,) = evidence.answer(model, processor, prompt, visual)
-                answers.append(said == question.answer)
+            asked = [(None, right), ([features.available], right_from_all)]
+            for counts, found in asked[: 1 + len(shares) % 2]:
+                ((said, _),) = answers(model, processor, [question.text], [[features]], counts=counts)
+                found.append(said == question.answer)
     assert (len(shares), len(right_from_all)) == (60, 30)
     assert np.mean(by_chance) < 0.15 and np.mean(shares) > 0.65
     assert np.mean(right) > 0.7 and np.mean(right_from_all) > 0.7  # guessing: 0.3
