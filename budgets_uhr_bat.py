@@ -133,7 +133,8 @@ def apportion(
             for scale, limit in enumerate(limits)
             if first[scale] + counts[scale] < limit
         }
-        furthest = [scale for scale, ratio in behind.items() if ratio == max(behind.values())]
+        most = max(behind.values())
+        furthest = [scale for scale, ratio in behind.items() if ratio == most]
         counts[max(furthest, key=lambda scale: (-budgets[scale], scale)) if finer_first else furthest[0]] += 1
     return [sum(pair) for pair in zip(first, counts)]
 

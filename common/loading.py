@@ -203,7 +203,7 @@ def _load(folder, processor, dtype, device_map, quantization_config, changes):
     """Processor and model, whose code is carried along when they are saved."""
     import torch
 
-    from ..hosts.loading import read_weights
+    from ..hosts.weights import read_weights
     from ..image_processing_uhr_bat import UHRBatImageProcessor
     from ..modeling_uhr_bat import UHRBatForConditionalGeneration
     from ..processing_uhr_bat import UHRBatProcessor

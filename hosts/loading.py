@@ -15,6 +15,7 @@ from .looks import attention_modules
 from .modeling import HostConfig, HostModel, TileReader
 from .prompts import make_processor
 from .settings import FAMILIES, OLDEST, HostSettings, family_of, rows_a_side, tile_side
+from .weights import read_weights
 
 SETTINGS = {one.name for one in fields(HostSettings)}
 # What of UHR-BAT's configuration a host may have otherwise.
@@ -37,17 +38,6 @@ def load_host(folder, dtype="auto", device_map=None, quantization_config=None, c
         parts = _read(str(folder), calibrated, changes)
         host = make(parts.config) if make else read_weights(AutoModelForImageTextToText, parts.folder, **how).eval()
         return _assemble(parts, host)
-
-
-def read_weights(kind, folder, new=(), **options):
-    """A model of a folder's weights, by `kind.from_pretrained`. No pickle is opened, no code of the folder runs. Raises
-    `ValueError` for weights that lack a part of the model, which the library draws at random, but for those whose names
-    begin with one of `new`."""
-    options |= {"use_safetensors": True, "trust_remote_code": False}
-    model, found = kind.from_pretrained(folder, output_loading_info=True, **options)
-    if missing := sorted(name for name in found["missing_keys"] if not name.startswith(tuple(new))):
-        raise ValueError(f"{folder}: its weights lack {len(missing)} tensors of the model, as {missing[0]}.")
-    return model
 
 
 def host_processor(folder, calibrated=None, **changes):
