@@ -1,6 +1,5 @@
-"""What an answer in words says: the letters of options, a number, words without what does not matter, boxes. Pure
-functions of
-texts and numbers.
+"""What an answer in words says: the letters of options, a number, words without what does not matter. Pure functions of texts
+and numbers.
 
 `options` is {letter: text}, as `option_lines` makes it.
 """
@@ -51,8 +50,6 @@ UNITS = {
     "px": "px pixel pixels", "\u00b0": "\u00b0 degree degrees deg",
 }  # fmt: skip
 UNIT_OF = {word: unit for unit, words in UNITS.items() for word in words.split()}
-NUMBER = r"\s*(-?\d+(?:\.\d+)?)\s*"
-BOX = re.compile(rf"[\[(]{NUMBER},{NUMBER},{NUMBER},{NUMBER}[\])]")
 
 
 def option_lines(options) -> dict[str, str]:
@@ -395,33 +392,3 @@ def tolerant_words(text: str) -> str:
     text = re.sub(r"^(?:the answer is|answer:|there (?:is|are)|it is|it's|they are|this is)\s+", "", text)
     words = re.findall(r"-?\d+(?:\.\d+)?|[^\W_]+(?:['\u2019][^\W_]+)?|[%\u00b0\u00b2]", text.replace("m\u00b2", "m2"))
     return " ".join(UNIT_OF.get(word, word) for word in words if word not in ("a", "an", "the"))
-
-
-# ---- Boxes -----------------------------------------------------------------------------------------------------------
-
-
-def boxes_said(text: str) -> list[tuple[float, ...]]:
-    """float (x0, y0, x1, y1) of every "[x0, y0, x1, y1]" in an answer."""
-    return [tuple(map(float, found)) for found in BOX.findall(text)]
-
-
-def overlap(one, other) -> float:
-    """Intersection over union of two boxes (x0, y0, x1, y1)."""
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    shared = max(width, 0) * max(height, 0)
-    areas = sum(max(box[2] - box[0], 0) * max(box[3] - box[1], 0) for box in (one, other))
-    return shared / (areas - shared) if areas > shared else 0.0
-
-
-def paired_overlap(boxes, said) -> float:
-    """Mean IoU of boxes paired one to one, as well as they can be, over the longer of the two lists: a box too many
-    costs as much
-    as a missing one."""
-    from scipy.optimize import linear_sum_assignment
-
-    if not boxes or not said:
-        return 0.0
-    values = [[overlap(box, other) for other in said] for box in boxes]
-    rows, columns = linear_sum_assignment(values, maximize=True)
-    return sum(values[row][column] for row, column in zip(rows, columns)) / max(len(boxes), len(said))

@@ -1,7 +1,9 @@
-"""What an answer to a held-out question is worth, by rules of `common/answers.py`, which evaluation uses too."""
+"""What an answer to a held-out question is worth, by rules of `common/answers.py` and `common/objects.py`, which evaluation uses
+too."""
 
-from ..common.answers import boxes_said, letters_said, number_said, paired_overlap, plain, tolerant_words
+from ..common.answers import letters_said, number_said, plain, tolerant_words
 from ..common.extras import require
+from ..common.objects import boxes_said, paired_overlap
 
 
 def _equal(said) -> float:

@@ -3,8 +3,8 @@
 import json
 from functools import partial
 
-from ...common.answers import BOX, boxes_said, overlap, paired_overlap
 from ...common.extras import require
+from ...common.objects import PLAIN_BOX, boxes_said, overlap, paired_overlap
 from ..samples import Sample, first, option_columns, text_of
 from ..scoring import DECLARED_LETTER, Scorer, read_letter, read_letter_1, same_letter
 from .suite import Suite, lettered
@@ -38,11 +38,11 @@ def mean_paired_overlap(sample: Sample, boxes) -> float:
 
 
 def read_choice(sample: Sample, text: str) -> str:
-    return read_letter(sample, BOX.sub(" ", text))
+    return read_letter(sample, PLAIN_BOX.sub(" ", text))
 
 
 def read_choice_1(sample: Sample, text: str) -> str:
-    return read_letter_1(sample, BOX.sub(" ", text))
+    return read_letter_1(sample, PLAIN_BOX.sub(" ", text))
 
 
 class TreeBench(Suite):
