@@ -202,23 +202,34 @@ def token_box(positions, image_size: tuple[int, int], grid: tuple[int, int]) -> 
     return np.stack([*lows, *highs], axis=-1)
 
 
-def token_corners(positions, image_size: tuple[int, int], grid: tuple[int, int], transform=None) -> np.ndarray:
-    """Where on the ground tokens lie: the corners of their boxes in the coordinates of a georeferenced image.
+def box_corners(boxes, transform=None) -> np.ndarray:
+    """Where on the ground boxes of an image lie: their corners in the coordinates of a georeferenced image.
 
     Args:
-        positions, image_size, grid: as in `token_box`.
+        boxes: float[..., 4], (top, left, bottom, right) in pixels from the image's upper left corner, as `token_box` has them.
         transform: (a, b, c, d, e, f), x = a column + b row + c and y = d column + e row + f, as rasterio's `transform`
             and `affine.Affine` have them: from pixels of the image, (0, 0) being its upper left corner, to coordinates.
             Rotated and mirrored ones too. None: coordinates are pixels.
 
     Returns:
         float64[..., 4, 2], (x, y) of the upper left, upper right, lower right and lower left corner as the image shows
-        them; (column, row) without a transform. Tokens that touch share their corners to the last bit.
+        them; (column, row) without a transform.
     """
-    top, left, bottom, right = np.moveaxis(token_box(positions, image_size, grid), -1, 0)
+    top, left, bottom, right = np.moveaxis(np.asarray(boxes, float), -1, 0)
     columns, rows = np.stack((left, right, right, left), axis=-1), np.stack((top, top, bottom, bottom), axis=-1)
     a, b, c, d, e, f = (1, 0, 0, 0, 1, 0) if transform is None else tuple(transform)[:6]
     return np.stack((a * columns + b * rows + c, d * columns + e * rows + f), axis=-1)
+
+
+def token_corners(positions, image_size: tuple[int, int], grid: tuple[int, int], transform=None) -> np.ndarray:
+    """The corners of the boxes of tokens (`box_corners`), float64[..., 4, 2]. Tokens that touch share their corners to the last
+    bit.
+
+    Args:
+        positions, image_size, grid: as in `token_box`.
+        transform: as in `box_corners`.
+    """
+    return box_corners(token_box(positions, image_size, grid), transform)
 
 
 # Tiles and tokens: the same for arrays and for tensors on any device

@@ -2,11 +2,12 @@
 
 `evidence_frame` (a GeoDataFrame), `write_vectors` (GeoJSON, GeoPackage), `write_raster` (GeoTIFF), `write_style` (QGIS) and
 `write_page` (HTML) are drawn from the result of `model.compress(...)` alone, as the pictures are. `uhr-bat evidence-map` does all of
-it.
+it. `objects_frame` and `write_objects` (CSV, too) are of the objects that an answer points to.
 """
 
 from .frames import evidence_frame, visual_tokens
 from .georeference import Georeference, read_georeference
+from .objects import check_objects, objects_frame, write_objects
 from .pages import Served, overview_jpeg, page_html, write_page
 from .styles import write_style
 from .writing import check_vectors, geojson_bytes, write_raster, write_vectors
@@ -14,13 +15,16 @@ from .writing import check_vectors, geojson_bytes, write_raster, write_vectors
 __all__ = [
     "Georeference",
     "Served",
+    "check_objects",
     "check_vectors",
     "evidence_frame",
     "geojson_bytes",
+    "objects_frame",
     "overview_jpeg",
     "page_html",
     "read_georeference",
     "visual_tokens",
+    "write_objects",
     "write_page",
     "write_raster",
     "write_style",

@@ -1,4 +1,4 @@
-"""Polygons of any CRS in longitude and latitude, as RFC 7946 has them: cut at the antimeridian, whole at a pole.
+"""Points and polygons of any CRS in longitude and latitude, as RFC 7946 has them: cut at the antimeridian, whole at a pole.
 
 GDAL is given corners alone, which is wrong where an edge is curved in degrees, and at a pole, which has no longitude.
 """
@@ -16,10 +16,10 @@ POLE = 1e-9
 
 
 def in_degrees(geometries, crs) -> np.ndarray:
-    """Polygons and MultiPolygons in WGS 84, longitude first, within -180 to 180, outer rings counterclockwise.
+    """Points, Polygons and MultiPolygons in WGS 84, longitude first, within -180 to 180, outer rings counterclockwise.
 
-    A corner stays a corner. Edges get more points only where they are bent in degrees. What of a polygon has no longitude
-    and latitude, as beyond the rim of the Earth, is left out.
+    A corner stays a corner. Edges get more points only where they are bent in degrees. What has no longitude and latitude,
+    as beyond the rim of the Earth, is left out; a point is then empty.
 
     Args:
         geometries: of shapely, any number.
@@ -27,9 +27,31 @@ def in_degrees(geometries, crs) -> np.ndarray:
     """
     import shapely
 
-    geometries = np.asarray(geometries, dtype=object)
+    geometries, places = np.asarray(geometries, dtype=object), _Places(crs)
+    is_point = shapely.get_type_id(geometries) == shapely.GeometryType.POINT
+    found = geometries.copy()
+    found[is_point] = _points(geometries[is_point], places)
+    found[~is_point] = _polygons(geometries[~is_point], places)
+    return found
+
+
+def _points(points, places) -> np.ndarray:
+    import shapely
+
+    found = np.full(len(points), shapely.Point(), dtype=object)
+    there = ~shapely.is_empty(points)
+    degrees = places.degrees(shapely.get_coordinates(points[there]))
+    outside = np.abs(degrees[:, 0]) > 180
+    degrees[outside, 0] = (degrees[outside, 0] + 180) % 360 - 180
+    seen = np.isfinite(degrees).all(1)
+    found[np.flatnonzero(there)[seen]] = shapely.points(degrees[seen])
+    return found
+
+
+def _polygons(geometries, places) -> np.ndarray:
+    import shapely
+
     parts, owners = shapely.get_parts(geometries, return_index=True)
-    places = _Places(crs)
     corners, of = shapely.get_coordinates(parts, return_index=True)
     degrees = places.degrees(corners)
     plain = _plain(corners, degrees, of, len(parts), places)

@@ -16,6 +16,7 @@ from PIL import Image
 from ..common.files import whole_files
 from ..geometry_uhr_bat import letterbox
 from ..pictures.drawing import PALETTE, parse_colour, screen_image
+from .degrees import in_degrees
 from .frames import KEPT
 from .georeference import PLAIN, Georeference, crs_name, has_degrees
 from .styles import ATTENTION_COLOUR, shown_range
@@ -143,17 +144,8 @@ def _places(points, georeference) -> list[str]:
         points = points.affine_transform(georeference.transform.to_shapely())
     if georeference.crs is not None and has_degrees(georeference.crs):
         words = "longitude {:.6f}, latitude {:.6f}"
-        points = points.set_crs(georeference.crs).to_crs("EPSG:4326")
-        points = points.map(_within_a_turn)
+        points = in_degrees(points, georeference.crs)
     return ["letterbox" if point.is_empty else words.format(point.x, point.y) for point in points]
-
-
-def _within_a_turn(point):
-    """A point in degrees with a longitude from -180 to 180: those of a CRS in degrees may go on beyond."""
-    import shapely
-
-    turns = 0 if point.is_empty or abs(point.x) <= 180 else (point.x + 180) // 360
-    return shapely.transform(point, lambda places: places - (360 * turns, 0))
 
 
 def _path(outline) -> str:

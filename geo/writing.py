@@ -28,19 +28,19 @@ RASTER_SIDE = 2048
 BLOCK = 256
 
 
-def check_vectors(path: Path, crs, layer: str = LAYER):
+def check_vectors(path: Path, crs, layer: str = LAYER, columns: Sequence[str] = COLUMNS):
     """Raises `ValueError` for a file that `write_vectors` cannot write, before a model is asked.
 
     Args:
         path: ends in .geojson, .json or .gpkg.
         crs: of the frame, or None.
-        layer: of a GeoPackage.
+        layer, columns: of a GeoPackage, see `check_layer`.
     """
     ending = path.suffix.lower()
     if ending not in (*GEOJSON, GEOPACKAGE):
         raise ValueError(f"{path}: polygons are written as .geojson, .json or .gpkg.")
     if ending == GEOPACKAGE:
-        check_layer(path, layer)
+        check_layer(path, layer, columns)
     if ending in GEOJSON and crs is not None and not has_degrees(crs):
         raise ValueError(
             f"{path}: the image's CRS, {crs_name(crs)}, leads to no longitude and latitude. Write a .gpkg, which "
@@ -48,8 +48,9 @@ def check_vectors(path: Path, crs, layer: str = LAYER):
         )
 
 
-def check_layer(path: Path, layer: str):
-    """Raises `ValueError` where a GeoPackage that is there cannot take a layer, or has one of that name that is not ours."""
+def check_layer(path: Path, layer: str, columns: Sequence[str] = COLUMNS):
+    """Raises `ValueError` where a GeoPackage that is there cannot take a layer, or has one of that name without the columns that
+    ours has."""
     if not layer or layer.lower().startswith(("gpkg_", "sqlite_", "rtree_")) or not layer.isprintable():
         raise ValueError(f"{path}: no layer can be called {layer!r}.")
     if not path.exists():
@@ -64,11 +65,13 @@ def check_layer(path: Path, layer: str):
             if "gpkg_contents" not in names:
                 raise ValueError(f"{path}: this is no GeoPackage. Give another name.")
             found = [name for name in names if name.lower() == layer.lower()]
-            columns = {row[1] for name in found for row in file.execute("SELECT * FROM pragma_table_info(?)", (name,))}
+            there = {row[1] for name in found for row in file.execute("SELECT * FROM pragma_table_info(?)", (name,))}
     except sqlite3.Error as error:
         raise ValueError(f"{path}: this is no GeoPackage that can be added to ({error}). Give another name.") from error
-    if found and not set(COLUMNS) <= columns:
-        raise ValueError(f"{path}: it has a layer {found[0]} of other columns, which stays. Give another --layer.")
+    if found and not set(columns) <= there:
+        raise ValueError(
+            f"{path}: it has a layer {found[0]} of other columns, which stays. Give another layer or another file."
+        )
 
 
 def write_vectors(
@@ -78,10 +81,10 @@ def write_vectors(
 
     A GeoJSON is RFC 7946's: WGS 84, longitude first, outer rings counterclockwise, cut at the antimeridian. Without a
     CRS its coordinates are those of the frame, and its member `coordinate_space` says so. A GeoPackage keeps the frame's
-    CRS; all its polygons are MultiPolygons. Of one that is there all other layers stay.
+    CRS; all its polygons are MultiPolygons, unless there are points among them. Of one that is there all other layers stay.
 
     Args:
-        frame: of `evidence_frame`.
+        frame: of `evidence_frame` or `objects_frame`.
         path: ends in .geojson, .json or .gpkg.
         about: name -> text, as question and answer: members beside the features, or metadata of the layer, and of a new
             GeoPackage, too.
@@ -105,7 +108,7 @@ def write_vectors(
 def _write_vectors(frame, path, about, words, layer, onto, check):
     import pyogrio
 
-    check_vectors(onto, frame.crs, layer)
+    check_vectors(onto, frame.crs, layer, frame.columns.drop("geometry"))
     if frame.crs is None:
         about = {**about, "coordinate_space": words}
     if path.suffix.lower() in GEOJSON:
@@ -118,12 +121,9 @@ def _write_vectors(frame, path, about, words, layer, onto, check):
             "NATIVE_MEDIA_TYPE": "application/vnd.geo+json",
         }
     else:  # a layer has one type of geometry
-        options = {
-            "driver": "GPKG",
-            "layer_metadata": about,
-            "geometry_type": "MultiPolygon",
-            "promote_to_multi": True,
-        }
+        points = {"Point"} & set(frame.geom_type)
+        kind = {"geometry_type": "Unknown"} if points else {"geometry_type": "MultiPolygon", "promote_to_multi": True}
+        options = {"driver": "GPKG", "layer_metadata": about, **kind}
         if not onto.exists():
             options["dataset_metadata"] = about
     with whole_files(path.parent) as built, warnings.catch_warnings():
