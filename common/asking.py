@@ -5,17 +5,20 @@
     inputs --compress--> what was kept        what a question needs of its images
     inputs, kept --generate--> ids --answer_texts--> text
 
-`answers` takes them from the features on. They call nothing of a model but what this repository's models have in
+`answers` takes them from the features on, `ask` all of them. They call nothing of a model but what this repository's models have in
 common: `encode_image`, `compress`, `visual_inputs`, `generate`, and the call of its processor.
 
 Letters: B prompts of a batch, I images of all prompts, S scales, M tokens of a prompt.
 """
 
 import re
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ..image_raster_files_uhr_bat import reason
+from .objects import Objects, objects_of
 
 PROMPT = ("input_ids", "attention_mask")
 
@@ -129,6 +132,22 @@ def answer_texts(processor, ids) -> list[str]:
     return [text.strip() for text in processor.batch_decode(ids, skip_special_tokens=True)]
 
 
+def answer_objects(model, text, compressed, image_size, *, ids=None, part=None) -> Objects:
+    """The objects that an answer about one image points to: the tokens that the model itself names, of one that has
+    `point(ids, compressed) -> list of [`Pointed`] for each answer`; else what its text says.
+
+    Args:
+        text: of the answer.
+        compressed: what `compress` returned for its prompt.
+        image_size: (height, width) of the whole image.
+        ids: long[1, new], of the answer.
+        part: (left, top, right, bottom) of the image that the model was shown; None for all of it.
+    """
+    pointed = model.point(ids, compressed)[0] if ids is not None and hasattr(model, "point") else None
+    grids = [] if compressed.regions is None else compressed.importance[0].grids  # of a dynamic pyramid nobody asks
+    return objects_of(model, text, image_size, grids, part=part, pointed=pointed)
+
+
 def printable(text: str) -> str:
     """A text for a terminal or a page: what does not print is "\ufffd"."""
     return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
@@ -147,3 +166,54 @@ def answers(
     ids = generate(model, inputs, compressed, max_new_tokens=max_new_tokens, **generation)
     spent = [0] * len(questions) if compressed is None else compressed.tokens_per_prompt
     return list(zip(answer_texts(processor, ids), spent))
+
+
+@dataclass(frozen=True)
+class Answer:
+    """An answer about one image, and what it was read from.
+
+    Attributes:
+        text: of the answer.
+        objects: that it points to, [`Objects`], a sequence of [`ImageObject`] in pixels of the image.
+        compressed: what `compress` returned.
+        image: that was asked about, with its `height` and `width`, opened.
+    """
+
+    text: str
+    objects: Objects
+    compressed: Any
+    image: Any
+
+    @property
+    def num_tokens(self) -> int:
+        """Visual tokens that it took."""
+        return self.compressed.tokens_per_prompt[0]
+
+
+def ask(
+    processor, model, image, question, *, budgets=None, max_tiles=None, native=None, max_new_tokens=64, image_inputs=None,
+    **reading,
+) -> Answer:  # fmt: skip
+    """An answer about one image of any kind.
+
+    Args:
+        processor, model: of `load_model`.
+        image: path, URL, array or whatever else `read_image` takes.
+        budgets, max_tiles, native: see [`UHRBatProcessor`].
+        image_inputs: what the image processor made of the opened `image`, where that was done already.
+        reading: how a raster is read, as `bands` and `window` of `open_image`.
+
+    Raises:
+        What reading the image raises, and `ValueError` for budgets that do not fit.
+    """
+    if image_inputs is None:
+        image = processor.image_processor.process_image(image, **reading)
+        limit = {name: value for name, value in reading.items() if name == "max_image_pixels"}
+        tiles = {"max_tiles": max_tiles, "native": native}
+        image_inputs = processor.image_processor(image, return_tensors="pt", **limit, **tiles)
+    inputs = write_prompts(model, processor, [question], [encode(model, image_inputs)], budgets)
+    compressed = compress(model, inputs)
+    ids = generate(model, inputs, compressed, max_new_tokens=max_new_tokens)
+    (text,) = answer_texts(processor, ids)
+    objects = answer_objects(model, text, compressed, (image.height, image.width), ids=ids)
+    return Answer(text, objects, compressed, image)

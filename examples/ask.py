@@ -2,7 +2,7 @@
 
     uhr-bat ask [IMAGE] [QUESTION] [--model MODEL [--set NAME=VALUE]] [--budgets 16,24,40,66] [--max-new-tokens 64]
                 [--bands 4,3,2] [--value-range 0,2047] [--window 0,0,4096,4096] [--max-pixels N]
-                [--max-tiles N [--native]]
+                [--max-tiles N [--native]] [--objects out.geojson]
 
 Without an image it asks about the made-up scene, which is painted into the working folder when it is missing.
 """
@@ -11,12 +11,17 @@ import argparse
 import sys
 import time
 from contextlib import contextmanager
+from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
 from ..common.commands import add_question_arguments, tells_errors
+from ..common.extras import require
 from ..common.images import image_options, tile_options
 from ..common.loading import WEIGHTS_NOTE, check_image, load_model, load_processor
 from ..common.models import find_model, is_tiny, stay_offline
+from ..common.outputs import Output, check_outputs
+from ..geo import Georeference, check_objects, write_objects
+from ..geo.objects import OBJECT_FILES
 from ..scenes import painting
 
 QUESTION = "What colour is the plane at the runway?"
@@ -54,6 +59,9 @@ def ask(args):
     with timed(seconds, "open"):  # a raster is decoded while it is resized
         image_processor = load_processor(args.model, args.set).image_processor
         image = image_processor.open_image(args.image, **image_options(args))
+    if args.objects:
+        georeference = Georeference.of(image, args.image)
+        check_objects(args.objects, georeference)
     print(f"Image: {args.image}, {image.width:,} x {image.height:,} px")
     if is_tiny(args.model):
         print(WEIGHTS_NOTE)
@@ -76,10 +84,25 @@ def ask(args):
     spent = [len(tokens) for tokens in compressed.tokens[0]]
     (text,) = asking.answer_texts(processor, ids)
     print(f"\nQuestion: {args.question}\nAnswer: {asking.printable(text)}\n")
+    if args.objects:
+        objects = asking.answer_objects(model, text, compressed, (image.height, image.width), ids=ids)
+        about = {"image": Path(args.image).name, "question": args.question, "answer": asking.printable(text)}
+        write_objects(objects, args.objects, about, georeference)
+        print_objects(objects, args.objects)
     counts = inputs["token_counts"][0].tolist()
     seen = [int((importance > 0).sum()) for importance in compressed.importance[0]]
     print_tokens(features[0], seen, args.budgets or model.config.budgets, counts, spent)
     print_seconds(seconds)
+
+
+def print_objects(objects, path):
+    """How many there are, and what is wrong with the others."""
+    from ..common import asking
+
+    print(f"Objects: {len(objects)}, {path}")
+    for line in [objects.note] if objects.note else map(str, objects.refused):
+        print(f"  {asking.printable(line)}")
+    print()
 
 
 def print_tokens(image, seen, budgets, counts, spent):
@@ -110,6 +133,9 @@ def main(arguments=None) -> int:
     parser.add_argument("image", nargs="?", metavar="IMAGE", help="file or URL (default: the made-up scene)")
     parser.add_argument("question", nargs="?", metavar="QUESTION", default=QUESTION, help=f"default: {QUESTION}")
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--objects", type=Path, metavar="FILE", help="boxes and points of the answer: .geojson, .gpkg or .csv"
+    )
     add_question_arguments(parser)
     args = parser.parse_args(arguments)
     stay_offline(args.model)
@@ -120,6 +146,9 @@ def main(arguments=None) -> int:
             painting.write()
     check_image(args.image)
     args.model = find_model(args.model)
+    if args.objects:
+        require("geo", "rasterio", "geopandas", "pyogrio")
+        check_outputs((args.image, args.model, args.area), Output("--objects", args.objects, OBJECT_FILES))
     ask(args)
     return 0
 

@@ -32,22 +32,10 @@ ENDINGS = {
 }
 
 
-def ask(processor, model, image_inputs, question, budgets, max_new_tokens):
-    """(what `compress` returned, the answer) for one image, of which `image_inputs` are what the image processor gave."""
-    from ..common import asking
-
-    print("Encoding ...", file=sys.stderr, flush=True)
-    features = asking.encode(model, image_inputs)
-    inputs = asking.write_prompts(model, processor, [question], [features], budgets)
-    print("Answering ...", file=sys.stderr, flush=True)
-    compressed = asking.compress(model, inputs)
-    ids = asking.generate(model, inputs, compressed, max_new_tokens=max_new_tokens)
-    (text,) = asking.answer_texts(processor, ids)
-    return compressed, asking.printable(text)
-
-
 def draw(args):
     """Ask, write the files that were asked for, and print their names."""
+    from ..common import asking
+
     print("Reading ...", file=sys.stderr, flush=True)
     processor = load_processor(args.model, args.set)
     image = processor.image_processor.open_image(args.image, **image_options(args))
@@ -60,7 +48,10 @@ def draw(args):
         split_budgets(args.budgets, processor.image_processor.scales)
     print("Loading ...", file=sys.stderr, flush=True)
     processor, model = load_model(args.model, **args.set)
-    compressed, answer = ask(processor, model, image_inputs, args.question, args.budgets, args.max_new_tokens)
+    print("Answering ...", file=sys.stderr, flush=True)
+    options = {"budgets": args.budgets, "max_new_tokens": args.max_new_tokens, "image_inputs": image_inputs}
+    said = asking.ask(processor, model, image, args.question, **options)
+    compressed, answer = said.compressed, asking.printable(said.text)
 
     about = {"image": Path(args.image).name, "question": args.question, "answer": answer}
     if is_tiny(args.model):

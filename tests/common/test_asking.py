@@ -5,6 +5,7 @@ import torch
 from images import random_image
 from uhr_bat.common import asking
 from uhr_bat.common.loading import load_model
+from uhr_bat.common.objects import Pointed
 
 QUESTIONS = ["What colour is the plane at the runway?", "How many ships?"]
 BUDGETS = [2, 3, 5, 6]
@@ -44,3 +45,18 @@ def test_exact_counts_may_be_of_any_order_and_are_what_the_prompt_holds(loaded):
     compressed = asking.compress(model, inputs)
     assert placeholders.tolist() == compressed.tokens_per_prompt == [15, 3]
     assert [[len(tokens) for tokens in scales] for scales in compressed.tokens] == counts
+
+
+def test_a_model_that_names_tokens_points_to_their_boxes(loaded, monkeypatch):
+    processor, model, image, _ = loaded
+    assert not asking.ask(processor, model, image, QUESTIONS[0], budgets=BUDGETS, max_new_tokens=1).objects
+
+    def point(ids, compressed):
+        assert len(ids) == 1 and len(compressed.slots) == 1
+        return [[Pointed("plane", 3, 24 * 48 + 47, 0.75)]]
+
+    monkeypatch.setattr(type(model), "point", staticmethod(point), raising=False)
+    answer = asking.ask(processor, model, image, QUESTIONS[0], budgets=BUDGETS, max_new_tokens=1)
+    # The finest scale has 48 tokens a side, over a square of 90 px with 15 px above the image.
+    (plane,) = answer.objects
+    assert plane.box == (88.125, 30, 90, 31.875) and (plane.score, plane.level, plane.source) == (0.75, 3, "token")

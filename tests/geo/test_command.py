@@ -146,7 +146,7 @@ def test_a_crs_without_degrees_is_refused_before_the_model_is_asked(scene, tmp_p
         profile, pixels = raster.profile, raster.read()
     with rasterio.open(tmp_path / "site.tif", "w", **{**profile, "crs": 'LOCAL_CS["site",UNIT["metre",1]]'}) as raster:
         raster.write(pixels)
-    monkeypatch.delattr(command, "ask")
+    monkeypatch.delattr(command, "load_model")
     assert command.main([str(tmp_path / "site.tif"), QUESTION, "--geojson", str(tmp_path / "kept.geojson")]) == 2
     assert "site, leads to no longitude and latitude. Write a .gpkg, which keeps the CRS." in capsys.readouterr().err
 
