@@ -8,6 +8,7 @@ from importlib import import_module
 # word of a verb chooses among the modules of one subject; `tiny` does nothing by itself.
 VERBS = {
     "ask": ("examples.ask", "ask about an image, and see where the visual tokens and the seconds go"),
+    "detect": ("geo.detect", "find all objects of a kind in a large image, window by window, as GeoJSON"),
     "plan": ("planning.__main__", "what a question about an image will cost, and the budgets that fit"),
     "pictures": ("pictures.__main__", "draw what the model looked at and what it kept"),
     "evidence-map": ("geo.__main__", "what was kept as GeoJSON, GeoPackage, GeoTIFF and a page with a map"),

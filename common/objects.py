@@ -67,6 +67,15 @@ class ImageObject:
         """The box, or that of no extent around the point."""
         return self.box or self.point * 2
 
+    def moved(self, x: float, y: float) -> "ImageObject":
+        """The same, so many pixels further right and down."""
+        shift = (x, y) * 2
+        return replace(
+            self,
+            box=self.box and tuple(edge + by for edge, by in zip(self.box, shift)),
+            point=self.point and tuple(edge + by for edge, by in zip(self.point, shift)),
+        )
+
     def record(self) -> dict[str, Any]:
         """As JSON has it."""
         return asdict(self)
@@ -382,12 +391,15 @@ def objects_of(model, text, image_size, grids, *, part=None, pointed: Iterable[P
         image_size: (height, width) of the whole image.
         grids: (height, width) in tokens of every level that the model was shown.
         part: (left, top, right, bottom) of the image that it was shown; None for all of it.
-        pointed: the tokens that the model itself names as objects, on the grids of all of the image; None for a model that
-            names none, whose text is read.
+        pointed: the tokens that the model itself names as objects, on the grids of what it was shown; None for a model that names
+            none, whose text is read.
     """
-    if pointed is not None:
-        return objects_of_tokens(pointed, image_size, grids, text)
-    return read_objects(text, family_name(model), Picture(image_size, part, picture_side(model, grids)))
+    picture = Picture(image_size, part, picture_side(model, grids))
+    if pointed is None:
+        return read_objects(text, family_name(model), picture)
+    left, top, right, bottom = picture.shown
+    found = objects_of_tokens(pointed, (bottom - top, right - left), grids, text)
+    return Objects([one.moved(left, top) for one in found], text)
 
 
 def labelled(objects: Objects, label: str) -> Objects:

@@ -7,8 +7,10 @@ import numpy as np
 import pytest
 import rasterio
 from images import random_image
+from rasterio.features import rasterize
 from uhr_bat import ask, cli
 from uhr_bat.common import asking
+from uhr_bat.geo import detect
 
 UTM = rasterio.CRS.from_epsg(32654)
 ROTATED = rasterio.Affine(1.7320508075688772, 1.0, 375000.0, 1.0, -1.7320508075688772, 3908000.0)
@@ -78,3 +80,146 @@ def test_ask_refuses_a_file_of_objects_before_the_model(scene, tmp_path, capsys)
     copy = scene.rename(tmp_path / "scene.csv")
     assert run("ask", copy, "Where?", "--objects", copy) == 2
     assert "would write over a file that is read" in capsys.readouterr().err
+
+
+# ---- detect ----------------------------------------------------------------------------------------------------------
+
+RED = (255, 0, 0)
+# (left, top, right, bottom): inside a window, over borders of several, longer than any window of 32 px, two side by side.
+THINGS = [
+    (5, 4, 12, 9),
+    (20, 20, 40, 36),
+    (60, 50, 150, 57),
+    (100, 80, 110, 84),
+    (112, 80, 122, 84),
+    (190, 90, 200, 100),
+]
+
+
+@pytest.fixture
+def painted(tmp_path):
+    """name of a lie -> a raster of 100 x 200 px with red things on grey."""
+
+    def paint(transform, name="painted.tif"):
+        pixels = np.full((3, 100, 200), 90, np.uint8)
+        for left, top, right, bottom in THINGS:
+            pixels[:, top:bottom, left:right] = np.array(RED)[:, None, None]
+        profile = {"driver": "GTiff", "height": 100, "width": 200, "count": 3, "dtype": "uint8", "photometric": "rgb"}
+        with rasterio.open(tmp_path / name, "w", crs=UTM, transform=transform, **profile) as raster:
+            raster.write(pixels)
+        return tmp_path / name
+
+    return paint
+
+
+@pytest.fixture
+def sees_red(monkeypatch):
+    """A model whose answer names the red things that its window shows, as Qwen3-VL writes them; the windows that it saw."""
+    seen = []
+    cut = detect.resize_image
+
+    def look(image, size, box):
+        seen.append(box)
+        return cut(image, size, box)
+
+    def say(processor, ids):
+        top, left, bottom, right = seen[-1]
+        side = max(bottom - top, right - left)
+        found = []
+        for x0, y0, x1, y1 in THINGS:
+            edges = [max(x0, left) - left, max(y0, top) - top, min(x1, right) - left, min(y1, bottom) - top]
+            if edges[0] < edges[2] and edges[1] < edges[3]:
+                found.append({"bbox_2d": [1000 * edge / side for edge in edges], "label": "barge"})
+        return [f"```json\n{json.dumps(found)}\n```" if found else "There are no barges."]
+
+    monkeypatch.setattr(detect, "resize_image", look)
+    monkeypatch.setattr(asking, "answer_texts", say)
+    return seen
+
+
+@pytest.fixture
+def options(host_folder):
+    return ["--model", host_folder("qwen3_vl"), "--set", "tile=32", "--max-new-tokens", "1", "--max-tiles", "4"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name, transform", [
+    ("rotated", ROTATED), ("south-up", rasterio.Affine(2.0, 0, 375000, 0, 2.0, 3908000)),
+])  # fmt: skip
+def test_all_things_are_found_once_and_lie_where_the_raster_shows_them(
+    name, transform, painted, sees_red, options, tmp_path, capsys
+):
+    path, output = painted(transform), tmp_path / "out" / "barges.geojson"
+    assert run("detect", path, "barges", "--output", output, "--everywhere", *options) == 0
+    assert len(sees_red) == 32 and "6 objects in 32 of 32 windows of 32 px" in capsys.readouterr().out
+    found = gpd.read_file(output).to_crs(UTM)
+    boxes = sorted(
+        tuple(round(edge, 6) for edge in row) for row in found[["left", "top", "right", "bottom"]].to_numpy()
+    )
+    assert boxes == sorted(THINGS) and set(found["label"]) == {"barge"}
+    with rasterio.open(path) as raster:
+        red = raster.read(1) == 255
+        np.testing.assert_array_equal(rasterize(list(found.geometry), red.shape, transform=transform) == 1, red)
+    assert [one.name for one in output.parent.iterdir()] == ["barges.geojson"]
+
+
+@pytest.mark.slow
+def test_a_run_that_was_stopped_goes_on_and_is_refused_with_other_settings(
+    painted, sees_red, options, tmp_path, monkeypatch, capsys
+):
+    path, output = painted(ROTATED), tmp_path / "barges.gpkg"
+    generate = asking.generate
+
+    def stops(*args, **kwargs):
+        if len(sees_red) == 9:
+            raise KeyboardInterrupt
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(asking, "generate", stops)
+    arguments = ["detect", path, "barges", "--output", output, "--everywhere", *options]
+    assert run(*arguments) == 130 and not output.exists()
+    assert run(*arguments[:2], "ships", *arguments[3:]) == 2
+    assert "holds a run with things 'barges', but 'ships' is asked for" in capsys.readouterr().err
+    with open(detect.lines_path(output), "a", encoding="utf-8") as lines:
+        lines.write('{"window": [0, 0')  # killed while it wrote
+    assert run(*arguments) == 0
+    assert len(sees_red) == 9 + 32 - 8 and len(gpd.read_file(output)) == 6
+    assert not detect.lines_path(output).exists()
+
+
+@pytest.mark.slow
+def test_the_windows_that_are_asked_are_those_where_the_question_looks(painted, sees_red, options, tmp_path, capsys):
+    path = painted(ROTATED)
+    arguments = ["detect", path, "barges", "--output", tmp_path / "a.csv", "--max-windows", "3", *options]
+    assert run(*arguments) == 0
+    assert len(sees_red) == 3 and "in 3 of 32 windows" in capsys.readouterr().out
+    asked = [tuple(window) for window in sees_red]
+    sees_red.clear()
+    assert run(*arguments[:-4], "--everywhere", *arguments[-4:]) == 0
+    assert len(set(asked)) == 3 and set(asked) <= set(sees_red) and asked != sees_red[:3]
+
+
+@pytest.mark.slow
+def test_nothing_found_is_a_file_without_rows_that_says_what_was_answered(painted, says, options, tmp_path, capsys):
+    says("There are no barges.")
+    output = tmp_path / "none.geojson"
+    assert run("detect", painted(ROTATED), "barges", "--output", output, "--max-windows", "2", *options) == 0
+    assert "The answer holds no box and no point: 'There are no barges.'" in capsys.readouterr().out
+    written = json.loads(output.read_text())
+    assert written["features"] == [] and "There are no barges." in written["empty"]
+
+
+def test_what_cannot_be_detected_is_refused_before_the_weights(painted, host_folder, tmp_path, capsys, monkeypatch):
+    path, output = painted(ROTATED), tmp_path / "a.geojson"
+    monkeypatch.delattr(detect, "load_model")
+    for model, why in (
+        (["--model", host_folder("llava")], "how models of the type 'llava' write boxes is not known"),
+        ([], "it answers in words, and points to nothing. Ask one of these families: qwen3_vl,"),
+        (["--max-windows", "0"], "--max-windows must be at least 1. Got 0"),
+        (["--output", path.with_name("painted.csv")], "would write over a file that is read"),
+    ):
+        image = path
+        if model[:1] == ["--output"]:
+            image = path.rename(path.with_name("painted.csv"))
+        assert run("detect", image, "ships", "--output", output, *model) == 2
+        assert why in capsys.readouterr().err
