@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ..image_raster_files_uhr_bat import reason
 from .extras import require
-from .files import user_folder
 from .images import is_file_name
-from .models import ROOT, base_of, find_model, told, with_weights
+from .measured import measured_settings
+from .models import ROOT, base_of, find_model, with_weights
 
 # Of UHR-BAT-Tiny. The README says the same; change both when the weights change.
 WEIGHTS_NOTE = (
@@ -184,10 +184,6 @@ def host_settings(folder, base=None) -> dict:
     none."""
     from ..hosts.settings import SETTINGS_FILE, HostSettings
 
-    try:
-        measured = json.loads((user_folder() / "hosts.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        measured = {}
     path, trained = Path(folder, SETTINGS_FILE), {}
     if path.is_file():
         try:
@@ -195,8 +191,7 @@ def host_settings(folder, base=None) -> dict:
             HostSettings(**trained)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: these are no settings ({reason(error)}).") from error
-    of_base = {} if base is None else measured.get(told(base)["model"], {})
-    return of_base | trained | measured.get(told(folder)["model"], {})
+    return ({} if base is None else measured_settings(base)) | trained | measured_settings(folder)
 
 
 def _load(folder, processor, dtype, device_map, quantization_config, changes):

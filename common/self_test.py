@@ -23,7 +23,7 @@ def self_test(processor, model):
     spots = model.find_placeholders(ids).nonzero()[:, 0].tolist()
     if len(spots) != 1:
         raise ValueError(f"The self-test found {len(spots)} image tokens in the prompt {text!r}, which has one.")
-    _, start, _, inputs = model.prompt_with(ids, spots, rows[0], [Places(torch.arange(p * p), (p, p), 0)])
+    whole_ids, start, _, inputs = model.prompt_with(ids, spots, rows[0], [Places(torch.arange(p * p), (p, p), 0)])
     kept, attention = model.host(**inputs).logits[0, -1], model.attention_of(model.config.importance_layer)
 
     # The plain call, with what stands behind a tile in some families out of sight.
@@ -39,12 +39,15 @@ def self_test(processor, model):
     _compare(model, "an image of one tile that is kept whole", kept, plain)
 
     base, decoder, begin = model.host.base_model, model.host.get_decoder(), start + p * p
-    own, seen = decoder.config._attn_implementation, look(base, attention, begin, **inputs)
+    if model.settings.relative_attention:
+        processor.empty_prompt()
+    own, (seen,) = decoder.config._attn_implementation, look(base, [attention], [(begin, len(whole_ids))], **inputs)
     decoder.set_attn_implementation("eager")
     try:
         found = base(**inputs, use_cache=False, output_attentions=True).attentions
         found = dict(zip(model.attention if len(found) == len(model.attention) else range(len(found)), found))
-        _compare(model, "a look", seen, found[model.config.importance_layer][0, :, begin:].float().mean((0, 1)))
+        found = found[model.config.importance_layer][0, :, begin:].float().mean((0, 1))
+        _compare(model, "a look", seen[0].mean(0), found)
     finally:
         decoder.set_attn_implementation(own)
 

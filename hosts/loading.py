@@ -118,5 +118,5 @@ def _assemble(parts, host):
     )
     config.name_or_path = folder
     model, processor = HostModel(host, config, reader, settings), make_processor(parts, p)
-    model.vision_chunk_size, model.tokenizer = family_of(host.config.model_type).chunk, processor.tokenizer
+    model.vision_chunk_size, model.processor = family_of(host.config.model_type).chunk, processor
     return processor, model

@@ -1,8 +1,10 @@
 """The look: what the question pays to the rows of an image, read inside the model's own attention.
 
 A kernel of ours stands behind the decoder's attention modules, by the library's `AttentionInterface`. It hands each call to the
-model's own kernel, but for the module that a look is for: there it computes the question's rows, after all that the family does
-to queries and keys, and ends the pass. The look travels with its call as a keyword: no other thread sees it, nothing is set.
+model's own kernel. At the modules that a look is for it also computes the question's rows, after all that the family does to
+queries and keys, and ends the pass at the last. The look travels with its call as a keyword: no other thread sees it.
+
+Axes: B prompts, M their tokens, G groups of heads that share a key, V rows of the image.
 """
 
 import sys
@@ -26,17 +28,21 @@ def look_kernel(module, query, key, value, attention_mask, **kwargs):
     """As [`AttentionInterface`] has kernels: the model's own, or the look."""
     look = kwargs.pop(KEYWORD, None)
     eager = getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
-    if look is not None and look.module is module:
+    if look is not None and module in look.modules:
         # The family's own eager attention knows its scaling, caps, sinks and groups of heads.
         position, window = torch.arange(query.shape[2], device=query.device), kwargs.get("sliding_window")
-        look.seen = 0
-        for rows in position[look.question_start :].split(QUESTION_BLOCK):
+        begin, end = torch.tensor(look.questions, device=query.device).T[:, :, None]
+        asking = sorted({row for question in look.questions for row in range(*question)})
+        look.seen[module] = 0
+        for rows in position[asking].split(QUESTION_BLOCK):
             distance = rows[:, None] - position
             unseen = (distance < 0) | (distance >= (window or len(position)))
             mask = torch.zeros_like(distance, dtype=query.dtype).masked_fill(unseen, torch.finfo(query.dtype).min)
             seen = eager(module, query[:, :, rows], key, value, mask[None, None], **kwargs)[1]
-            look.seen += seen[0].float().mean(0).sum(0) / (len(position) - look.question_start)
-        raise Looked
+            asks = ((rows >= begin) & (rows < end)) / (end - begin)
+            look.seen[module] += (seen.float().unflatten(1, (key.shape[1], -1)).mean(2) * asks[:, None, :, None]).sum(2)
+        if len(look.seen) == len(look.modules):
+            raise Looked
     kernel = ALL_ATTENTION_FUNCTIONS.get_interface(module.config.kernel_of._attn_implementation, eager)
     return kernel(module, query, key, value, attention_mask, **kwargs)
 
@@ -64,12 +70,20 @@ def attention_modules(decoder) -> dict[int, nn.Module]:
     return found
 
 
-def look(base, attention, question_start, **inputs) -> torch.Tensor:
-    """float32[M]: mean attention of the question to every position of one prompt, at one of `attention_modules` of the host
-    without its head, `base`; `inputs` of its forward."""
-    one = SimpleNamespace(module=attention, question_start=question_start, seen=None)
+def look(base, modules, questions, **inputs) -> list[torch.Tensor]:
+    """float32[B, G, M] at each of some `attention_modules` of the host without its head, `base`: mean attention of each prompt's
+    question, its tokens (begin, end), to every position; `inputs` of a forward, prompts padded on the right."""
+    one = SimpleNamespace(modules=modules, questions=questions, seen={})
     try:
         base(**inputs, use_cache=False, **{KEYWORD: one})
     except Looked:
-        return one.seen
+        return [one.seen[module] for module in modules]
     raise ValueError(f"{type(base).__name__} does not hand keywords down to its attention, so it cannot be looked at.")
+
+
+def relative_attention(asked: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
+    """float32[..., V] of sum 1: a question's look divided by that of an empty one over the same rows, so that what is looked at
+    whatever is asked, as sinks and late rows, cancels: w = r / sum(r) with r = a / max(b, median(b) / 100), a and b float[..., V].
+    After Zhang et al., arXiv 2502.17422, who divide by a general question; the floor keeps rows that nothing looks at down."""
+    ratio = asked / empty.maximum(empty.quantile(0.5, dim=-1, keepdim=True) / 100).clamp(min=1e-30)
+    return ratio / ratio.sum(-1, keepdim=True)

@@ -24,7 +24,7 @@ from ..modeling_encoding_uhr_bat import UHRBatEncodingMixin
 from ..modeling_generation_uhr_bat import UHRBatGenerationMixin
 from ..modeling_importance_uhr_bat import UHRBatImportanceMixin
 from ..modeling_outputs_uhr_bat import CACHE, IMAGE_INPUTS, KeptPlaces, Places, TileCache, has_images
-from .looks import attention_modules, look
+from .looks import attention_modules, look, relative_attention
 from .places import coordinates, mark_places, order_of, position_ids
 from .settings import HostSettings
 
@@ -225,30 +225,43 @@ class HostModel(
 
     def read_attention(self, input_ids, rows, places, inputs_embeds=None, *, layer=None, question_tokens=None):
         """Look, in the model's own attention: see [`VisionLanguageModel.read_attention`]."""
-        where = self.find_placeholders(input_ids).nonzero()[:, 0].tolist()
-        if not where:
-            raise ValueError("The prompt holds no image token, so there is nothing to weigh.")
-        ids, start, order, inputs = self.prompt_with(input_ids, where, rows, places)
-        stop, last = start + len(rows), len(ids) - 1
-        question_tokens = question_tokens or self.config.question_tokens
-        begin = min(stop, last) if question_tokens == "all" else last
-        attention = self.attention_of(self.config.importance_layer if layer is None else layer)
-        seen = look(self.host.base_model, attention, begin, **inputs)[start:stop]
-        return torch.empty_like(seen).scatter(0, order.to(seen.device), seen)
+        layer = self.config.importance_layer if layer is None else layer
+        empty = [self.processor.empty_prompt().to(input_ids)] if self.settings.relative_attention else []
+        (seen,) = self.looks([input_ids, *empty], rows, places, [layer], question_tokens)
+        return relative_attention(*seen.mean(1)) if empty else seen[0].mean(0)
 
-    def prompt_with(self, input_ids, where, rows, places):
+    def looks(self, prompts, rows, places, layers, question_tokens=None) -> list[torch.Tensor]:
+        """float32[B, G, V] of each of some layers, from one pass: what B prompts long[M] pay to the same rows, by groups of heads
+        that share a key; the rest as in `read_attention`."""
+        found = [self.find_placeholders(ids).nonzero()[:, 0].tolist() for ids in prompts]
+        if not all(found):
+            raise ValueError("The prompt holds no image token, so there is nothing to weigh.")
+        first, *others = zip(prompts, found)
+        _, _, order, inputs = self.prompt_with(*first, rows, places, *others)
+        modules, questions, spans = [self.attention_of(layer) for layer in layers], [], []
+        for where, end in zip(found, inputs["attention_mask"].sum(1).tolist()):
+            begin = where[0] + len(rows) if (question_tokens or self.config.question_tokens) == "all" else end
+            questions.append((min(begin, end - 1), end))
+            spans.append(slice(where[0], where[0] + len(rows)))
+        seen = look(self.host.base_model, modules, questions, **inputs)
+        seen = [torch.stack([one[:, span] for one, span in zip(layer, spans)]) for layer in seen]
+        return [torch.empty_like(one).scatter(-1, order.to(one.device).expand_as(one), one) for one in seen]
+
+    def prompt_with(self, input_ids, where, rows, places, *others):
         """A prompt with one image: (ids with V placeholders in one run, where it begins, the rows' order, arguments of the
-        host's forward)."""
-        ids = input_ids.new_full((len(rows),), self.image_token_id)
-        ids = torch.cat((input_ids[: where[0]], ids, input_ids[where[-1] + 1 :]))
+        host's forward). `others`: (ids, where) of prompts that are asked beside it, padded on the right."""
+        image = input_ids.new_full((len(rows),), self.image_token_id)
+        prompts = [torch.cat((ids[: at[0]], image, ids[at[-1] + 1 :])) for ids, at in ((input_ids, where), *others)]
         if places is None:
             side = isqrt(len(rows) - 1) + 1
             places = [Places(torch.arange(len(rows)), (side, side), 0)]
         points = [torch.stack((one.positions // one.grid[1], one.positions % one.grid[1]), 1) for one in places]
         kept = [KeptPlaces(point.double(), one.grid, one.level) for point, one in zip(points, places)]
-        order, whole = order_of(kept, self.tile_rows), {"input_ids": ids[None]}
-        whole["attention_mask"] = torch.ones_like(ids)[None]
-        return ids, where[0], order, whole | self._inputs_of(*whole.values(), [rows], [kept])
+        order, padding = order_of(kept, self.tile_rows), int(self.image_token_id == 0)
+        whole = {"input_ids": pad_sequence(prompts, batch_first=True, padding_value=padding)}
+        whole["attention_mask"] = pad_sequence([torch.ones_like(ids) for ids in prompts], batch_first=True)
+        number = len(prompts)
+        return prompts[0], where[0], order, whole | self._inputs_of(*whole.values(), [rows] * number, [kept] * number)
 
     def visual_inputs(self, input_ids, attention_mask, compressed, labels=None):
         """Answer: see [`VisionLanguageModel`]. With `marks` the prompt is another: its `input_ids`, `attention_mask` and `labels`,
@@ -298,7 +311,7 @@ class HostModel(
                 places = next(images)
                 order = order_of(places, self.tile_rows)
                 for start, words in mark_places(places, order, self.patches_per_side):
-                    written = prompt.new_tensor(self.tokenizer.encode(words, add_special_tokens=False))
+                    written = prompt.new_tensor(self.processor.tokenizer.encode(words, add_special_tokens=False))
                     written = torch.stack((written, written * 0 + 1, written * 0 - 100))
                     parts += [prompt[:, done : spots[start]], written]
                     done = spots[start]

@@ -40,6 +40,16 @@ class HostProcessor(UHRBatProcessor):
         (to / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return copied
 
+    def empty_prompt(self):
+        """long[M]: a question without words about one image, which is all that the chat template writes. Raises `ValueError`
+        where that is no image."""
+        content = [{"type": "image"}, {"type": "text", "text": ""}]
+        text = self.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+        if text.count(self.image_token) != 1:
+            raise ValueError(f"An empty question has no place for its image in the chat template: {text!r}.")
+        added = self.adds_special_tokens(text)
+        return self.tokenizer(text, add_special_tokens=added, return_tensors="pt")["input_ids"][0]
+
     def _process_images(self, images, *args, **kwargs):
         """An image of one tile that is kept whole is written as the family writes one, with the ends of its rows."""
         inputs, texts = super()._process_images(images, *args, **kwargs)

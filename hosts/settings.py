@@ -26,6 +26,7 @@ class HostSettings:
         places: where M-RoPE has rows: "grid", all levels on the finest one's, coarse rows between its places; "levels", each an
             image of its own; "rectangle", in their order on a square of their own.
         marks: whether words say of each tile which it is, where a decoder knows the order of rows alone.
+        relative_attention: whether a look is divided by that of an empty question, see `looks.relative_attention`.
     """
 
     tile: int | None = None
@@ -37,12 +38,14 @@ class HostSettings:
     refinement: int = 256
     places: str = "grid"
     marks: bool = False
+    relative_attention: bool = False
 
     def changed(self, changes: dict) -> "HostSettings":
         """With other values. Raises `ValueError` for one that cannot be."""
-        kinds = {"places": str, "marks": bool, "look": (int, float), "budgets": (int, list, tuple)}
+        kinds = {"places": str, "look": (int, float), "budgets": (int, list, tuple)}
         for name, value in changes.items():
-            fits = isinstance(value, kinds.get(name, int)) and isinstance(value, bool) == (name == "marks")
+            is_flag = isinstance(getattr(self, name), bool)
+            fits = isinstance(value, kinds.get(name, int)) and isinstance(value, bool) == is_flag
             if not fits and not (value is None and name in ("tile", "max_tiles")):
                 raise ValueError(f"`{name}` is no {type(value).__name__}. Got {value!r}.")
         made = replace(self, **changes)

@@ -212,7 +212,7 @@ def count_host(model) -> HostCosts:
     if model.device.type != "meta":
         with Shapes():
             shapes = HostModel(shapes_of(model.host.config, model.dtype), model.config, model.reader, model.settings)
-        shapes.vision_chunk_size = model.vision_chunk_size
+        shapes.vision_chunk_size, shapes.processor = model.vision_chunk_size, model.processor
     with _Count(shapes) as count:
         return count.costs()
 
