@@ -14,6 +14,10 @@ VERBS = {
     "evidence-map": ("geo.__main__", "what was kept as GeoJSON, GeoPackage, GeoTIFF and a page with a map"),
     "regions": ("regions.cache", "make SAM's label maps of many images, once"),
     "scene": ("scenes.painting", "paint a made-up scene"),
+    "calibrate": (
+        "evaluation.calibrate",
+        "which layer of any model looks at what is asked about, kept for its loading",
+    ),
     "evaluate": ("evaluation.evaluate", "a benchmark of the field: asked, scored, with its controls"),
     "compare": ("evaluation.compare_runs", "two runs of a benchmark, sample by sample"),
     "evidence": ("evaluation.evidence", "accuracy and evidence kept, against visual tokens"),

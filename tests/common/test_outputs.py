@@ -128,6 +128,7 @@ COMMANDS = {
     "evidence": ["--output", "{blocked}"],
     "evidence native": ["--output", "{blocked}"],
     "evaluate": ["scenes", "--output", "{blocked}"],
+    "calibrate": ["--output", "{blocked}"],
     "evidence recall": ["scenes", "--output", "{blocked}"],
     "evidence ablations": ["table-8", "--output", "{blocked}"],
     "evidence partitions": ["--output", "{blocked}"],
