@@ -21,8 +21,10 @@ from transformers.image_utils import OPENAI_CLIP_MEAN, OPENAI_CLIP_STD, ChannelD
 from transformers.processing_utils import ImagesKwargs, Unpack
 
 from .geometry_uhr_bat import PAD_COLOR, check_scales, grids, shown_patches
+from .image_pictures_uhr_bat import PlainImage
 from .image_pyramids_uhr_bat import DynamicPyramid, ImagePyramid
-from .image_reading_uhr_bat import PlainImage, RasterImage, flatten_images, is_image, read_image
+from .image_reading_uhr_bat import MAX_SIDE, RasterImage, flatten_images, is_image, read_image
+from .image_sources_uhr_bat import ImageSource
 from .image_views_uhr_bat import image_to_tiles, normalize_views
 
 # What of a call says how an image is read: the arguments of `process_image`.
@@ -58,7 +60,7 @@ class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
     page (`int`):
         Of a TIFF that has several, from 1. By default the largest.
     overviews (`str`):
-        "auto", or "off" where views must be bit-equal to those of the full resolution.
+        "auto", or "off" where views must be bit-equal to those of the full resolution, of a JPEG too.
     max_tiles (`int`):
         Tiles that go through the vision tower for a question, the anchor's included: the rest are read and encoded where
         the question looks. By default every tile of every scale is.
@@ -198,9 +200,11 @@ class UHRBatImageProcessor(BaseImageProcessor):
         area=None,
         page: int | None = None,
         overviews: str | None = None,
-    ) -> Image.Image | RasterImage:
+        scales: list[int] | None = None,
+    ) -> Image.Image | ImageSource:
         """One image of any kind as 8-bit RGB, at most `max_image_pixels` large (`read_image`)."""
         options = {
+            "scales": scales,
             "max_image_pixels": max_image_pixels, "bands": bands, "value_range": value_range, "window": window,
             "nodata": nodata, "area": area, "page": page, "overviews": overviews,
         }  # fmt: skip
@@ -287,14 +291,16 @@ class UHRBatImageProcessor(BaseImageProcessor):
                 levels = {"scales": None if native else scales, "anchor": scales[0]}
                 tiles |= levels | {"mask_padding": mask_padding, "max_tiles": max_tiles}
             kind = DynamicPyramid if dynamic_pyramid else ImagePyramid
-            pyramids = [kind(self.process_image(source, **kwargs), **tiles) for source in sources]
+            anchor = tile_size if dynamic_pyramid else scales[0]
+            views = [anchor, MAX_SIDE] if native or dynamic_pyramid else scales
+            pyramids = [kind(self.process_image(source, scales=views, **kwargs), **tiles) for source in sources]
             return BatchFeature(data={"image_pyramids": pyramids})
         num_tiles = sum((scale // tile_size) ** 2 for scale in scales)
         num_patches = sum(height * width for height, width in grids(scales, patch_size))
         pixel_values = np.empty((len(sources), num_tiles, 3, tile_size, tile_size), np.float32)
         pixel_attention_mask = np.ones((len(sources), num_patches), np.int64)
         for image_idx, source in enumerate(sources):  # one decoded image at a time
-            image = self.process_image(source, **kwargs)
+            image = self.process_image(source, scales=scales, **kwargs)
             size, masked = (image.height, image.width), getattr(image, "masked", False)
             if not isinstance(image, Image.Image):
                 image = image.for_scale(max(scales))

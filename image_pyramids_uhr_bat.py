@@ -46,9 +46,10 @@ from PIL import Image
 
 from .budgets_uhr_bat import share_in_order
 from .geometry_uhr_bat import PAD_COLOR, grids, letterbox, pyramid_scales, shown_lines
-from .image_reading_uhr_bat import PlainImage, kind_of
+from .image_pictures_uhr_bat import PlainImage
+from .image_reading_uhr_bat import kind_of
 from .image_sources_uhr_bat import ImageSource
-from .image_views_uhr_bat import mark_shown, normalize_tiles, part_of_view, valid_patches
+from .image_views_uhr_bat import cut_tiles, mark_shown, normalize_tiles, part_of_view, valid_patches
 
 
 def split_tiles(num_tiles: Sequence[int], max_tiles: int) -> list[int]:
@@ -163,7 +164,6 @@ class _Pyramid:
         resample: int = Image.Resampling.BICUBIC,
         arithmetic: tuple = (),
     ):
-        image = image.image if kind_of(image) == "picture" else image
         self.image: ImageSource = PlainImage(image) if isinstance(image, Image.Image) else image
         self.image_size = self.image.height, self.image.width
         self.tile_size, self.patch_size = tile_size, patch_size
@@ -172,6 +172,10 @@ class _Pyramid:
     @property
     def patches_per_side(self) -> int:
         return self.tile_size // self.patch_size
+
+    def _reduced(self, scale):
+        """What a level is made from where the image is a JPEG and the level needs less than all of it; else None."""
+        return self.image.reduced(self.scales).get(scale) if kind_of(self.image) == "jpeg" else None
 
 
 class ImagePyramid(_Pyramid):
@@ -347,6 +351,10 @@ class ImagePyramid(_Pyramid):
         """
         tile_idx = np.asarray(tile_idx, np.int64).reshape(-1)
         scale, size = self.scales[level_idx], self.tile_size
+        if reduced := self._reduced(scale):
+            side, *corner = letterbox(self.image_size)
+            view = reduced.view((side, side), corner, (scale, scale), self._pad_color, self._resample)
+            return cut_tiles(view, size)[tile_idx]
         wanted, where = np.unique(tile_idx, return_inverse=True)
         image = self.image.for_scale(scale)
         found = np.empty((len(wanted), 3, size, size), np.uint8)
@@ -492,6 +500,12 @@ class DynamicPyramid(_Pyramid):
         size, width = (level.size, level.tiles[1]) if level else (thumbnail_size(self.image_size, self.tile_size), 1)
         image, side = self.image.for_scale(max(size)), self.tile_size
         canvas = image.height, image.width
+        if reduced := self._reduced(max(size)):
+            view = reduced.view(canvas, (0, 0), size, self._pad_color, self._resample)
+            padded = np.empty((*(-(-length // side) * side for length in size), 3), np.uint8)
+            padded[:] = self._pad_color
+            padded[: size[0], : size[1]] = view
+            return normalize_tiles(cut_tiles(padded, side)[np.asarray(tile_idx, np.int64)], *self._arithmetic)
         found = np.empty((len(tile_idx), side, side, 3), np.uint8)
         found[:] = self._pad_color
         with image.parts() as read:

@@ -63,7 +63,7 @@ from .image_raster_windows_uhr_bat import (
     upright_transform,
     wkt_names_file,
 )
-from .image_sources_uhr_bat import ImageSource, fill
+from .image_sources_uhr_bat import ImageSource, check_overviews, fill
 
 # Subdatasets that an error names.
 MAX_NAMED = 50
@@ -126,8 +126,7 @@ class RasterImage(ImageSource):
         name: str | None = None,
         driver: str | None = None,
     ):
-        if overviews not in (None, "auto", "off"):
-            raise ValueError(f"`overviews` is 'auto' or 'off'. Got {overviews!r}.")
+        check_overviews(overviews)
         self._given = source if is_dataset(source) else None
         if page is not None and self._given is not None:
             raise ValueError(f"`page` is for files, and {name or source.name} is open already.")
@@ -232,7 +231,7 @@ class RasterImage(ImageSource):
         blocks = dataset.block_shapes[self.bands[0] - 1]
         self._block_rows = blocks[1] if self._transposed else blocks[0]
         self._dtype = np.dtype(dataset.dtypes[self.bands[0] - 1])
-        # JPEG's are not those that a whole reading would give, and PNG has none. A turned image is read as it is.
+        # JPEG's are by 3 of 255 off those that a whole reading would give, and PNG has none. A turned image is read as it is.
         usable = overviews != "off" and not self._sequential and not any(upright)
         self._overviews = dataset.overviews(self.bands[0]) if usable else []
         self._sampled_overviews = dataset.overviews(self.bands[0]) if not self._sequential else []

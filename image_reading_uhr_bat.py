@@ -14,34 +14,38 @@ import base64
 import binascii
 import io
 import os
-from collections.abc import Callable
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-import numpy as np
 from PIL import Image, UnidentifiedImageError
 from transformers.image_utils import ChannelDimension, is_torch_tensor, is_valid_image
 
 from .image_pictures_uhr_bat import (
     PICTURE_NAMES,
     PILLOW_ERRORS,
+    JPEGImage,
     array_to_image,
     channels_last,
     decode_picture,
+    is_reducible,
     is_streamable,
+    jpeg_orientation,
+    jpeg_reduction,
     open_picture,
     pillow_misreads,
     to_rgb,
+    unread_jpeg,
 )
-from .image_raster_files_uhr_bat import GDAL_NAME, driver_of, import_rasterio, is_dataset, is_raster, reason
+from .image_raster_files_uhr_bat import GDAL_NAME, driver_of, import_rasterio, is_dataset, is_raster, reason, upright_by
 from .image_raster_mosaics_uhr_bat import is_placed_array, mosaic_vrt, placed_bytes
 from .image_rasters_uhr_bat import RasterImage
-from .image_sources_uhr_bat import ImageSource, as_source
+from .image_sources_uhr_bat import ImageSource, as_source, check_overviews
 
 # What an image is called (`kind`): one whose pixels can be asked for, and one that a model has encoded.
-IMAGES, ENCODED = ("raster", "picture", "source"), ("whole", "pyramid", "dynamic")
+IMAGES, ENCODED = ("raster", "picture", "jpeg", "source"), ("whole", "pyramid", "dynamic")
 # Longest side in pixels: the letterboxed square has as many rows and columns, and a file of a few bytes may state
 # 1,000,000 x 1 pixels.
 MAX_SIDE = 100_000
@@ -73,34 +77,6 @@ def check_image_size(image_size: tuple[int, int], max_image_pixels: int, name: s
         )
 
 
-class PlainImage(ImageSource):
-    """A picture that Pillow decoded, with what a [`RasterImage`] has: `read_image` takes it as the picture itself.
-
-    Attributes:
-        image: 8-bit RGB.
-        height, width: in pixels.
-        crs, transform: None: a picture lies nowhere.
-    """
-
-    kind = "picture"
-
-    def __init__(self, image: Image.Image, filename: str = "image"):
-        self.image, self.filename = image, filename
-        self.height, self.width = image.height, image.width
-
-    @contextmanager
-    def parts(self):
-        def read(top, left, bottom, right):
-            part = Image.new("RGB", (right - left, bottom - top))
-            part.paste(self.image, (-left, -top))  # pasting does not ask for Pillow's limit, as cropping does
-            return part, None
-
-        yield read
-
-    def __array__(self, dtype=None, copy=None):
-        return np.asarray(self.image, dtype)
-
-
 # The door
 
 
@@ -123,6 +99,7 @@ class _Reader(NamedTuple):
     do_convert_rgb: bool
     input_data_format: str | ChannelDimension | None
     options: dict  # bands, value_range, window, page, overviews
+    scales: Sequence[int] | None
 
     @property
     def of_rasters(self) -> list[str]:
@@ -161,6 +138,9 @@ class _Reader(NamedTuple):
             )
         if kind in ("raster", "source"):
             return _of_source(as_source(source))
+        if kind == "jpeg":
+            size = source.height, source.width
+            return _Opened(source.filename, size, lambda: self.jpeg_or(source, lambda: source.streamed or source.image))
         if isinstance(source, Image.Image):
             return self.open_image(source)
         return self.open_array(source)
@@ -185,6 +165,7 @@ class _Reader(NamedTuple):
                 f"{name}: `{self.of_rasters[0]}` is for rasters, JPEG and PNG, and this is another format."
             )
         file.seek(0)
+        streamed = None
         # The registered readers are called directly, as `Image.open` does after it has asked for Pillow's own limit.
         try:
             image = open_picture(file, path)
@@ -203,8 +184,32 @@ class _Reader(NamedTuple):
                 f"0 pixels."
             )
         elif path and image.height * image.width >= HELD_PIXELS and is_streamable(image) and _has_rasterio():
-            return self.open_raster(path, name)
-        return _Opened(name, (image.height, image.width), lambda: decode_picture(image, name))
+            opened = self.open_raster(path, name)
+            if not is_reducible(image):
+                return opened
+            streamed = opened.decode()
+        return _Opened(name, (image.height, image.width), lambda: self.decode_file(image, file, name, streamed))
+
+    def decode_file(self, image, file, name, streamed) -> Image.Image | JPEGImage:
+        if not self.reduces((image.height, image.width)) or not is_reducible(image):
+            return decode_picture(image, name) if streamed is None else streamed
+        orientation = jpeg_orientation(image, name)
+        size = image.size if upright_by(orientation)[0] else (image.height, image.width)
+        return self.jpeg_or(JPEGImage(_all_of(file), size, name, orientation, streamed), None)
+
+    def reduces(self, size) -> bool:
+        """Whether some view of a JPEG of `size` (height, width) is made from a smaller picture."""
+        return bool(self.scales) and self.options["overviews"] != "off" and jpeg_reduction(size, min(self.scales)) > 1
+
+    def jpeg_or(self, image: JPEGImage, whole) -> Image.Image | JPEGImage:
+        """The JPEG, decoded as large as its finest view asks for; what `whole()` returns where no view is made from less, and
+        a large one as a raster where one view needs the whole."""
+        if not self.reduces((image.height, image.width)):
+            return whole()
+        if image.streamed is not None and jpeg_reduction((image.height, image.width), max(self.scales)) == 1:
+            return image.streamed
+        image.smaller(max(self.scales))  # a damaged file is told here
+        return image
 
     def open_url(self, url, name) -> _Opened:
         # A server that sends parts of a file does so when it is asked for the first one.
@@ -268,7 +273,10 @@ class _Reader(NamedTuple):
         def decode():
             if not self.do_convert_rgb and image.mode != "RGB":
                 raise ValueError(f"{name}: mode {image.mode} is not RGB, and `do_convert_rgb` is False.")
-            return to_rgb(image, name)
+            content = unread_jpeg(image) if self.reduces((image.height, image.width)) else None
+            if content is None:
+                return to_rgb(image, name)
+            return self.jpeg_or(JPEGImage(content, (image.height, image.width), name), None)
 
         return _Opened(name, (image.height, image.width), decode)
 
@@ -374,6 +382,7 @@ def read_image(
     overviews: str | None = None,
     do_convert_rgb: bool = True,
     input_data_format: str | ChannelDimension | None = None,
+    scales: Sequence[int] | None = None,
 ) -> Image.Image | ImageSource:
     """An image of any kind as 8-bit RGB, its size checked before its pixels are decoded.
 
@@ -397,10 +406,13 @@ def read_image(
             picture is read as a raster too.
         do_convert_rgb: False refuses PIL images and arrays that are not RGB.
         input_data_format: 'channels_first' or 'channels_last', for arrays whose shape can be read both ways.
+        scales: sides in pixels of the views that the image is for, where they are known: a JPEG in a file, or one that
+            Pillow opened and did not decode yet, is then decoded only as large as they need, unless `overviews` is "off".
 
     Returns:
         A PIL image; of a TIFF, a JPEG 2000 or what only GDAL knows a [`RasterImage`], which is never held whole. So is a
-        JPEG or a PNG of `HELD_PIXELS` pixels or more where rasterio is installed.
+        JPEG or a PNG of `HELD_PIXELS` pixels or more where rasterio is installed. Of a JPEG whose `scales` need less than
+        all of it a [`JPEGImage`].
 
     Raises:
         OSError: the image cannot be fetched, opened or decoded whole; names it.
@@ -413,8 +425,9 @@ def read_image(
         "bands": bands, "value_range": value_range, "window": window, "nodata": nodata, "area": area, "page": page,
         "overviews": overviews,
     }  # fmt: skip
+    check_overviews(overviews)
     with ExitStack() as files:
-        opened = _Reader(do_convert_rgb, input_data_format, options).open(source, files)
+        opened = _Reader(do_convert_rgb, input_data_format, options, scales).open(source, files)
         check_image_size(opened.size, max_image_pixels, opened.name)
         return opened.decode()
 

@@ -19,6 +19,12 @@ from PIL import Image
 from .geometry_uhr_bat import PAD_COLOR
 
 
+def check_overviews(overviews: str | None):
+    """Raises `ValueError` for what says neither that nor whether smaller copies of an image are used."""
+    if overviews not in (None, "auto", "off"):
+        raise ValueError(f"`overviews` is 'auto' or 'off'. Got {overviews!r}.")
+
+
 class ImageSource:
     """An image that is read part by part and never held whole: what the views and the pyramid ask of it. A raster, or a
     class of your own that makes pixels when they are asked for.

@@ -397,9 +397,10 @@ def image_to_tiles(
 
     Bit-equal to pasting the image into its letterboxed square and resizing that, whatever the last three arguments,
     which bound the memory. The image is gone through in strips, once for all scales that fit `window_bytes` together.
+    Of a `JPEGImage` the coarse views are made from smaller pictures of it.
 
     Args:
-        image: 8-bit RGB, in memory or a raster (`read_image`).
+        image: 8-bit RGB, in memory, a raster or a JPEG (`read_image`).
         scales: sides of the views in pixels, ascending multiples of the tile (`check_scales`).
         tile_size: pixels a side of a tile.
         pad_color: RGB of the letterbox, 0..255.
@@ -418,6 +419,16 @@ def image_to_tiles(
     """
     pad_color, size = tuple(pad_color), (image.height, image.width)
     side, top, left = letterbox(size)
+    if getattr(image, "kind", None) == "jpeg":
+        square = (side, side), (top, left)
+        tiles = {
+            scale: cut_tiles(picture.view(*square, (scale, scale), pad_color, resample), tile_size)
+            for scale, picture in image.reduced(scales).items()
+        }
+        if rest := [scale for scale in scales if scale not in tiles]:
+            bounds = {"strip_pixels": strip_pixels, "band_rows": band_rows, "window_bytes": window_bytes}
+            tiles |= image_to_tiles(image.image, rest, tile_size, pad_color, resample, **bounds)
+        return {scale: tiles[scale] for scale in scales}
     passes, tiles = _passes(scales, side, band_rows, window_bytes), {}
     total = len(passes) * image.height
     with (
@@ -444,6 +455,13 @@ def image_to_tiles(
                 progress.update(strip.height)
             tiles |= {view.scale: view.tiles.reshape(-1, *view.tiles.shape[2:]) for view in views}
     return {scale: tiles[scale] for scale in scales}
+
+
+def cut_tiles(view: np.ndarray, tile_size: int) -> np.ndarray:
+    """uint8[T, 3, tile, tile], row by row, of a view uint8[h, w, 3] of whole tiles."""
+    rows, columns = (length // tile_size for length in view.shape[:2])
+    tiles = view.reshape(rows, tile_size, columns, tile_size, 3).transpose(0, 2, 4, 1, 3)
+    return np.ascontiguousarray(tiles).reshape(-1, 3, tile_size, tile_size)
 
 
 def normalize_tiles(

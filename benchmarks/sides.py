@@ -120,10 +120,14 @@ class _Marks(BaseStreamer):
 
 
 def image_processor(config: UHRBatConfig) -> UHRBatImageProcessor:
-    """Ours, of a model's geometry."""
+    """Ours, of a model's geometry; it reads every pixel, so that both sides see the same."""
     tile = {"height": config.tile_size, "width": config.tile_size}
     return UHRBatImageProcessor(
-        crop_size=tile, scales=config.scales, patch_size=config.patch_size, mask_padding=config.mask_padding
+        crop_size=tile,
+        scales=config.scales,
+        patch_size=config.patch_size,
+        mask_padding=config.mask_padding,
+        overviews="off",
     )
 
 

@@ -4,8 +4,12 @@ import math
 
 from PIL import Image
 
+from ..image_pictures_uhr_bat import jpeg_reduction
 from ..image_reading_uhr_bat import kind_of
 from ..image_sources_uhr_bat import ImageSource
+
+# Pixels of a JPEG's reduced picture for one of what is drawn.
+DRAWN_MARGIN = 2
 
 
 def resize_image(
@@ -29,6 +33,19 @@ def resize_image(
         with smaller.parts() as read:
             pixels, _ = read(*box[:2], max(box[2], box[0] + 1), max(box[3], box[1] + 1))
         image, box = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), None
+    if kind == "jpeg":
+        longest = max(image.height, image.width)
+        edges = box or (0, 0, image.height, image.width)
+        shown = max(edges[2] - edges[0], edges[3] - edges[1], 1)
+        side = math.ceil(max(size) * longest / shown)
+        if image.streamed is not None and jpeg_reduction((image.height, image.width), side, DRAWN_MARGIN) == 1:
+            return image.streamed.picture(size, box)
+        reduced = image.smaller(side, DRAWN_MARGIN)
+        if box and reduced.factor > 1:
+            ends = reduced.picture.height, reduced.picture.width
+            first = [min(round(edge / reduced.factor), end - 1) for edge, end in zip(box[:2], ends)]
+            box = *first, *(max(round(edge / reduced.factor), low + 1) for edge, low in zip(box[2:], first))
+        image = reduced.picture
     image = image.image if kind == "picture" else image
     if box:
         top, left, bottom, right = box

@@ -18,6 +18,7 @@ from torch.utils import _pytree as pytree
 from ..common import asking
 from ..common.models import base_of, hub_name
 from ..geo import Georeference
+from ..image_reading_uhr_bat import kind_of
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
 from ..planning import planner_of
 from .cache import Abandoned, ContentCache
@@ -168,6 +169,8 @@ class Front:
         held = 0
         if tiles and isinstance(image, Image.Image):
             held = image.height * image.width * 3
+        elif tiles and kind_of(image) == "jpeg":
+            held = image.held_bytes
         elif tiles and isinstance(source.content, bytes):
             held = len(source.content)
         return EncodedImage(key, self._to(features, "cpu"), (image.height, image.width), Georeference.of(image), held)

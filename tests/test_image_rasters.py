@@ -24,7 +24,8 @@ from served import serve
 from uhr_bat import image_reading_uhr_bat
 from uhr_bat.geometry_uhr_bat import PAD_COLOR, shown_patches
 from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
-from uhr_bat.image_reading_uhr_bat import PlainImage, RasterImage, read_image
+from uhr_bat.image_pictures_uhr_bat import PlainImage
+from uhr_bat.image_reading_uhr_bat import RasterImage, read_image
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset has no geotransform")  # tests write plain images
 LIMIT = 1_000_000_000

@@ -20,6 +20,7 @@ MEASURES = {
         preprocessing.preprocessing_memory,
         preprocessing.gigapixel,
         preprocessing.overviews,
+        preprocessing.jpeg,
         preprocessing.strips,
         end_to_end.encoding_memory,
         end_to_end.end_to_end,

@@ -11,6 +11,8 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
+from ...common.loading import load_processor
+from ...image_processing_uhr_bat import UHRBatImageProcessor
 from .. import meters, sides
 from ..compare import CLOCK, GIGABYTE, NO_RASTERIO, Row, alternate, expect, ratios, show_ratio
 from ..images import photograph, tiled_tiff
@@ -90,6 +92,38 @@ def overviews(sizes) -> list[Row]:
     ]
     met = ratio["median"] >= 8, peak <= 0.8 * GIGABYTE
     return [Row(*goal, *row, numbers) for goal, row in zip(goals.items(), zip(results, met))]
+
+
+def jpeg(sizes) -> list[Row]:
+    """The example as a JPEG, from the file to UHR-BAT-Tiny's tiles and to those of the paper's scales: every pixel read,
+    against libjpeg's smaller picture where that is enough; and by how much the tiles differ."""
+    size = (4000, 3200) if sizes.quick else (10_000, 8000)
+    path, rows = photograph(sizes.folder, size), []
+    what = f"The example, a JPEG of {size[0]:,} x {size[1]:,} px, file to tiles"
+    tiny = load_processor().image_processor
+    for whose, scales, goal in (("UHR-BAT-Tiny's", tiny.scales, 3), ("the paper's", UHRBatImageProcessor.scales, None)):
+        options = {"scales": scales, "do_rescale": False, "do_normalize": False, "return_tensors": "np"}
+        functions = {
+            side: partial(tiny, path, overviews=mode, **options)
+            for side, mode in (("ours", "auto"), ("straightforward", "off"))
+        }
+        seconds, found = alternate(functions, sizes.repetitions, "jpeg")
+        reduced, whole = (found[side]["pixel_values"] for side in functions)
+        ratio, mean = ratios(seconds), float(np.abs(reduced - whole).mean())
+        numbers = {"ratio": ratio, "seconds": seconds, "mean": mean}
+        result = f"{show_ratio(ratio)}; tiles differ by {mean:.2f} of 255 in the mean"
+        met = None if goal is None else ratio["median"] >= goal and mean <= 0.3
+        goal = "" if goal is None else f">= {goal}x, <= 0.3 of 255"
+        rows.append(
+            Row(
+                f"{what} of {whose} scales: whole against as `auto` reads it, processor's time",
+                goal,
+                result,
+                met,
+                numbers,
+            )
+        )
+    return rows
 
 
 def strips(sizes) -> list[Row]:
