@@ -138,7 +138,7 @@ def answer_objects(model, text, compressed, image_size, *, ids=None, part=None) 
 
     Args:
         text: of the answer.
-        compressed: what `compress` returned for its prompt.
+        compressed: what `compress` returned for its prompt, perhaps without the tokens themselves.
         image_size: (height, width) of the whole image.
         ids: long[1, new], of the answer.
         part: (left, top, right, bottom) of the image that the model was shown; None for all of it.
@@ -150,7 +150,7 @@ def answer_objects(model, text, compressed, image_size, *, ids=None, part=None) 
 
 def printable(text: str) -> str:
     """A text for a terminal or a page: what does not print is "\ufffd"."""
-    return "".join(letter if letter.isprintable() or letter == "\n" else "\ufffd" for letter in text)
+    return "".join(letter if letter.isprintable() or letter in "\n\t" else "\ufffd" for letter in text)
 
 
 # ---- All of them -----------------------------------------------------------------------------------------------------

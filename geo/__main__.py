@@ -69,7 +69,9 @@ def draw(args):
         args.raster and style_path(args.raster): lambda path: write_style(
             path, shown_importance(*finest), len(compressed.importance[0])
         ),
-        args.page: lambda path: write_page(path, compressed, pixel_frame, image, seen[1], about, georeference),
+        args.page: lambda path: write_page(
+            path, compressed, pixel_frame, image, seen[1], about, georeference, objects=said.objects
+        ),
     }
     writers.pop(None, None)
     with edited_alone(args.geopackage) as check, whole_outputs(writers) as built:

@@ -14,6 +14,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.files import whole_files
+from ..common.objects import ImageObject
 from ..geometry_uhr_bat import letterbox
 from ..pictures.drawing import PALETTE, parse_colour, screen_image
 from .degrees import in_degrees
@@ -58,6 +59,7 @@ def page_html(
     *,
     image_idx: int = 0,
     served: Served | None = None,
+    objects: Sequence[ImageObject] = (),
 ) -> str:
     """The page.
 
@@ -72,6 +74,7 @@ def page_html(
         image_idx: which image of the batch.
         served: where the page is a part of another one that says question and answer, and a server has the image: it is
             then shown at its full resolution. None for a page that holds everything.
+        objects: that the answer points to, outlined and named.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
@@ -92,7 +95,16 @@ def page_html(
         transform=None if georeference.transform is None else tuple(georeference.transform)[:6],
         crs=georeference.words if georeference.crs is None else crs_name(georeference.crs),
         served=served,
+        objects=[_object(one) for one in objects],
     )
+
+
+def _object(one) -> dict:
+    """What the page says of an object, and the `d` of its path: a box, or a point, which is drawn as a line of no length."""
+    left, top, right, bottom = (f"{edge:.2f}" for edge in one.edges)
+    score = "" if one.score is None else f", {one.score:.0%}"
+    path = f"M{left},{top}h0" if one.box is None else f"M{left},{top}H{right}V{bottom}H{left}Z"
+    return {"path": path, "words": (one.label or "object") + score, "is_point": one.box is None}
 
 
 def overview_jpeg(image, longest: int = PAGE_SIDE, box=None) -> bytes:

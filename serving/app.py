@@ -18,7 +18,7 @@ from .chat import ChatRequest, read_request
 from .decoding import Sampling
 from .doors import Doors, Named
 from .engine import Engine, Piece
-from .evidence import evidence_members
+from .evidence import evidence_members, object_members
 from .limits import Limits
 from .metrics import Metrics
 from .refusals import LETTERS_PER_TOKEN, Refusal
@@ -49,12 +49,12 @@ class _Stream(StreamingResponse):
 
 
 class _Asked:
-    """A request that was checked and whose images are compressed: what is left is to decode."""
+    """A request that was checked and whose images are compressed: what is left is to decode. `text`: of the answer so far."""
 
     def __init__(self, engine, request, images, selection, sampling):
         self.engine, self.request, self.images, self.selection = engine, request, images, selection
         self.sampling = sampling
-        self.num_tokens, self.finish_reason = 0, None
+        self.num_tokens, self.finish_reason, self.text = 0, None, ""
 
     async def pieces(self) -> AsyncIterator[Piece]:
         """Parts of the answer; `num_tokens` and `finish_reason` are known at its end."""
@@ -67,16 +67,23 @@ class _Asked:
                         piece = piece._replace(text=piece.text.lstrip())
                         begins = not piece.text
                     self.num_tokens, self.finish_reason = piece.num_tokens, piece.finish_reason
+                    self.text += piece.text
                     if piece.text or piece.tokens:
                         yield piece
             except FormError as error:  # some schemas are found too much on the way alone
                 raise no_form(error) from error
 
-    async def evidence(self) -> dict:
-        """{"evidence": ...} if it was asked for."""
-        if not self.request.evidence:
-            return {}
-        return {"evidence": await asyncio.to_thread(evidence_members, self.selection, self.images)}
+    async def members(self) -> dict:
+        """{"evidence": ..., "objects": ...}, of which there is what was asked for."""
+        found, request = {}, self.request
+        if request.evidence:
+            found["evidence"] = await asyncio.to_thread(evidence_members, self.selection, self.images)
+        if request.objects:
+            # What the answer goes on with may have begun a box.
+            text = "".join(request.messages[-1].texts if request.goes_on() else []) + self.text
+            read = object_members, self.engine.front.model, text, self.selection, self.images[0]
+            found["objects"] = await asyncio.to_thread(*read)
+        return found
 
     def logprobs(self, pieces: list[Piece]) -> dict | None:
         """The member `logprobs` of a choice, of its tokens in some parts."""
@@ -215,7 +222,7 @@ class Service:
             async for piece in asked.pieces():
                 came()
                 pieces.append(piece)
-            evidence = await asked.evidence()
+            members = await asked.members()
         self.count(asked)
         choice = {
             "index": 0,
@@ -223,7 +230,7 @@ class Service:
             "logprobs": asked.logprobs(pieces),
             "finish_reason": asked.finish_reason,
         }
-        return {**self.heading("chat.completion"), "choices": [choice], "usage": asked.usage, **evidence}
+        return {**self.heading("chat.completion"), "choices": [choice], "usage": asked.usage, **members}
 
     async def stream(self, request: ChatRequest) -> AsyncIterator[str]:
         """The answer as server-sent events. Whatever refuses the request does so before the first of them."""
@@ -240,7 +247,7 @@ class Service:
                 async for piece in pieces:
                     came()
                     yield event({"content": piece.text}, logprobs=asked.logprobs([piece]))
-            yield event({}, asked.finish_reason, **await asked.evidence())
+            yield event({}, asked.finish_reason, **await asked.members())
         self.count(asked)
         if request.stream_options and request.stream_options.include_usage:
             yield sse({**heading, "choices": [], "usage": asked.usage})

@@ -1,4 +1,4 @@
-"""A request of OpenAI's chat completions, with what is ours: budgets, how images are read, evidence.
+"""A request of OpenAI's chat completions, with what is ours: budgets, how images are read, evidence, objects.
 
 What a client asks for and is not there is refused by its name, nothing is passed over in silence; what asks for nothing
 (`frequency_penalty` 0, `tools` []), as many clients always send, is taken.
@@ -213,6 +213,7 @@ class ChatRequest(_Strict):
     nodata: Value | Annotated[list[Value], Field(min_length=2, max_length=2, fail_fast=True)] | None = None
     page: Count | None = None
     evidence: bool = False
+    objects: bool = False
 
     @property
     def told_logprobs(self) -> int | None:
@@ -266,12 +267,18 @@ class ChatRequest(_Strict):
         """In the order of the text.
 
         Raises:
-            Refusal: more than `MAX_IMAGES`.
+            Refusal: more than `MAX_IMAGES`; `objects` of several, or of none.
         """
         parts = [part for message in self.messages if not isinstance(message.content, str) for part in message.content]
         urls = [part.image_url.url for part in parts if part.type == "image_url"]
         if len(urls) > MAX_IMAGES:
             raise Refusal(f"{len(urls)} images are more than the {MAX_IMAGES} of a request.", param="messages")
+        if self.objects and len(urls) != 1:
+            raise Refusal(
+                f"`objects` lie in one image, and no answer says in which of several. Got {len(urls)} images.",
+                param="objects",
+                code="invalid_request",
+            )
         return urls
 
     def check_length(self, window: int):

@@ -86,6 +86,8 @@ def tell_image(image) -> str:
 
 def tell_answer(name: str, answer, note: str) -> str:
     """The answer, what it cost, and what can be had of it."""
+    from ..common.asking import printable
+
     choosing, decoding = answer.seconds
     cost = (
         f"About {html.escape(answer.image.title)}. Answered in {choosing + decoding:.2f} s from {answer.num_tokens:,} of "
@@ -93,10 +95,13 @@ def tell_answer(name: str, answer, note: str) -> str:
         f"{decoding:.2f} s to read them. The image was not encoded again."
     )
     files = {"GeoJSON of the kept tokens": "kept.geojson", "PNG of what was kept": "kept.png"}
+    if answer.objects:
+        files[f"GeoJSON of the objects ({len(answer.objects):,})"] = "objects.geojson"
+    refused = "".join(f"<p>Refused: {html.escape(printable(str(one)))}</p>" for one in answer.objects.refused)
     links = [f'<a href="{SHOWN}/{name}/{file}" download>{text}</a>' for text, file in files.items()]
     return (
         f'<div role="status"><p class="text">{html.escape(answer.text or "(no answer)")}</p>'
-        f"<p>{cost} {html.escape(note)}</p></div><p>{' '.join(links)}</p>"
+        f"{refused}<p>{cost} {html.escape(note)}</p></div><p>{' '.join(links)}</p>"
     )
 
 
@@ -361,6 +366,7 @@ def routes(desk) -> list:
         route("/detail.jpg", part, "image/jpeg"),
         route("/kept.geojson", of_name(desk.geojson), "application/geo+json"),
         route("/kept.png", of_name(desk.kept_png), "image/png"),
+        route("/objects.geojson", of_name(desk.objects_geojson), "application/geo+json"),
         route(".html", of_name(page), "text/html"),
     ]
 

@@ -1,4 +1,5 @@
-"""What was kept of every image to answer, as JSON: a token's place in pixels, and on the ground where that is known.
+"""What was kept of every image to answer, and the objects that the answer points to, as JSON: places in pixels, and on the ground
+where that is known.
 
 Letters: S scales, N tokens of a scale.
 """
@@ -8,8 +9,9 @@ import logging
 
 import numpy as np
 
+from ..common.asking import answer_objects
 from ..common.extras import require
-from ..geo import evidence_frame, geojson_bytes, visual_tokens
+from ..geo import evidence_frame, geojson_bytes, objects_frame, visual_tokens
 from ..geometry_uhr_bat import token_box
 from ..image_raster_files_uhr_bat import reason
 from .front import EncodedImage, Selection
@@ -42,15 +44,20 @@ def _of_image(compressed, image_idx, image):
 
 
 def _geojson(compressed, image_idx, image, scales):
+    def frame_on(transform, crs):
+        return evidence_frame(compressed, image.image_size, scales, transform=transform, crs=crs, image_idx=image_idx)
+
+    return _on_ground(image, frame_on)
+
+
+def _on_ground(image, frame_on):
+    """(a GeoJSON or None, why there is none of a georeferenced image or None); `frame_on(transform, crs)` makes its frame."""
     place = image.georeference
     if place.crs is None:
         return None, None
     try:
         check_place(place, image.image_size)
-        frame = evidence_frame(
-            compressed, image.image_size, scales, transform=place.transform, crs=place.crs, image_idx=image_idx
-        )
-        collection = json.loads(geojson_bytes(frame, {}))
+        collection = json.loads(geojson_bytes(frame_on(place.transform, place.crs), {}))
         check_degrees(collection)
         return collection, None
     except ImportError as error:  # says what to install
@@ -58,6 +65,21 @@ def _geojson(compressed, image_idx, image, scales):
     except Exception as error:  # GDAL, GEOS, PROJ and pandas each have errors of their own
         logger.info("An image has no GeoJSON.", exc_info=True)
         return None, f"The image's place on the ground leads to no longitude and latitude: {reason(error)}"
+
+
+def object_members(model, text: str, selection: Selection, image: EncodedImage) -> dict:
+    """{"image_size": [height, width], "objects": [...], "refused": [{"text", "why"}], "note": why there is no object,
+    "ground_error": why no object of a georeferenced image has its ground, or None}.
+
+    An object: an [`ImageObject`], with `box` (left, top, right, bottom) or `point` (x, y) in pixels of the image, and "ground",
+    its geometry of GeoJSON in WGS 84, or None. It never fails, as `evidence_members`.
+    """
+    found = answer_objects(model, text, selection.compressed, image.image_size)
+    collection, error = _on_ground(image, lambda *place: objects_frame(found, transform=place[0], crs=place[1]))
+    record = found.record()
+    for idx, one in enumerate(record["objects"]):
+        one["ground"] = collection and collection["features"][idx]["geometry"]
+    return {"image_size": list(image.image_size), **record, "ground_error": error}
 
 
 def check_place(place, image_size):
@@ -84,11 +106,11 @@ def check_place(place, image_size):
 
 
 def check_degrees(collection):
-    """Raises `ValueError` unless every polygon has places, all of them on the globe."""
+    """Raises `ValueError` unless every polygon and point has places, all of them on the globe."""
     for feature in collection["features"]:
         geometry = feature["geometry"]
-        is_area = geometry and geometry["type"] in ("Polygon", "MultiPolygon")
-        places = np.array(_places(geometry["coordinates"]) if is_area else [])
+        is_known = geometry and geometry["type"] in ("Polygon", "MultiPolygon", "Point")
+        places = np.array(_places(geometry["coordinates"]) if is_known else [])
         if not places.size or not (np.abs(places[:, :2]) <= (180, 90)).all():
             raise ValueError("its degrees are not those of the globe")
 

@@ -18,7 +18,8 @@ import torch
 
 from ..budgets_uhr_bat import budgets_of_total, is_one_budget
 from ..common import asking
-from ..geo import Georeference, Served, evidence_frame, geojson_bytes, overview_jpeg, page_html
+from ..common.objects import Objects
+from ..geo import Georeference, Served, evidence_frame, geojson_bytes, objects_frame, overview_jpeg, page_html
 from ..geo.pages import PAGE_SIDE
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
 from .front import EncodedImage, Front, ImageFile
@@ -155,6 +156,7 @@ class ShownAnswer:
         image_name: of the `OpenImage`, which the answer keeps.
         num_tokens: visual tokens.
         seconds: of the compression and the decoder.
+        objects: that it points to.
     """
 
     image_name: str
@@ -164,6 +166,7 @@ class ShownAnswer:
     num_tokens: int
     compressed: UHRBatCompressionOutput
     seconds: tuple[float, float]
+    objects: Objects
 
     @property
     def about(self) -> dict[str, str]:
@@ -275,11 +278,12 @@ class Desk:
                 rows = [tokens.to(model.device) for tokens in prompt.compressed.pooler_output]
                 whole = replace(prompt.compressed, pooler_output=rows)
             ids = asking.generate(model, inputs, whole, max_new_tokens=self.max_new_tokens)
-        text = asking.printable(*asking.answer_texts(processor, ids))
+        (text,) = asking.answer_texts(processor, ids)
+        objects = asking.answer_objects(model, text, selection.compressed, image.size, ids=ids)
         seconds = compressed_at - start, time.perf_counter() - compressed_at
         spent = sum(int(slots.max()) + 1 for slots in selection.compressed.slots[0])
-        answer = ShownAnswer(image_name, image, question.strip(), text, spent, selection.compressed, seconds)
-        return self.answers.put(answer)
+        about = image_name, image, question.strip(), asking.printable(text)
+        return self.answers.put(ShownAnswer(*about, spent, selection.compressed, seconds, objects))
 
     # What is drawn. Each takes a name, and raises `Gone` where nothing is kept under it.
 
@@ -305,7 +309,8 @@ class Desk:
         if answer is None:
             return page_html(None, None, *seen, {"image": image.title}, georeference, served=served)
         frame = evidence_frame(answer.compressed, image.size, scales)
-        return page_html(answer.compressed, frame, *seen, answer.about, georeference, served=served)
+        drawn = {"served": served, "objects": answer.objects}
+        return page_html(answer.compressed, frame, *seen, answer.about, georeference, **drawn)
 
     def overview(self, image_name: str) -> bytes:
         """A JPEG of the whole image."""
@@ -336,6 +341,13 @@ class Desk:
             crs=place.crs,
         )
         return geojson_bytes(frame, about, place.words)
+
+    def objects_geojson(self, name: str) -> bytes:
+        """The objects of an answer, as `uhr-bat ask --objects` writes them."""
+        answer = self.answers.get(name)
+        place = answer.image.georeference
+        frame = objects_frame(answer.objects, transform=place.transform, crs=place.crs)
+        return geojson_bytes(frame, answer.about, place.words)
 
     def kept_png(self, name: str) -> bytes:
         """What was kept to answer, as `uhr-bat pictures` draws it."""

@@ -1,22 +1,27 @@
 """Models of other families behind the server, the batch and the page: what each answers is what `generate` gives."""
 
 import asyncio
+import base64
 import copy
 import json
 
 import httpx
+import numpy as np
 import pytest
+import rasterio
 import torch
 from asking import data_uri
 from hosts_tiny import FAMILIES
 from images import random_image
 from transformers import AutoModelForCausalLM
-from uhr_bat.common.asking import answer_texts, prompt_text, user_prompt
+from uhr_bat.common import asking
+from uhr_bat.common.asking import answer_texts, printable, prompt_text, user_prompt
 from uhr_bat.common.models import told
-from uhr_bat.serving import batch, serve, transformers_decoder
+from uhr_bat.serving import batch, demo, serve, transformers_decoder
 from uhr_bat.serving.cache import ContentCache
 from uhr_bat.serving.chat import ChatRequest
 from uhr_bat.serving.decoding import Sampling, decoder_folder
+from uhr_bat.serving.engine import Engine, Piece
 from uhr_bat.serving.front import Front, ImageFile
 from uhr_bat.serving.refusals import Refusal
 from uhr_bat.serving.showing import Desk
@@ -41,7 +46,8 @@ def app(loaded, host_folder, monkeypatch):
 
 
 def request(*images, question="How many ships?", **fields):
-    parts = [{"type": "image_url", "image_url": {"url": data_uri(image)}} for image in images]
+    urls = [image if isinstance(image, str) else data_uri(image) for image in images]
+    parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
     messages = [{"role": "user", "content": [*parts, {"type": "text", "text": question}]}]
     return {"model": "host", "messages": messages} | fields
 
@@ -253,6 +259,66 @@ def test_the_page_answers_as_generate_does_and_shows_what_was_kept(name, loaded)
         text=user_prompt(processor, "How many ships?"), images=IMAGES[0], budgets=11, return_tensors="pt"
     )
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=4)[:, inputs["input_ids"].shape[1] :]
-    assert answer.text == "".join(one if one.isprintable() else "\ufffd" for one in answer_texts(processor, ids)[0])
+    assert answer.text == printable(answer_texts(processor, ids)[0])
     assert answer.num_tokens == 11 == len(json.loads(desk.geojson(answered))["features"])
     assert b"PNG" in desk.kept_png(answered)[:8] and "How many ships?" in desk.page(answered, "{}")
+
+
+@pytest.mark.slow
+def test_the_page_outlines_the_objects_of_an_answer_and_has_them_as_geojson(loaded, monkeypatch):
+    monkeypatch.setattr(asking, "answer_texts", lambda processor, ids: [BOXES])
+    desk = Desk(Front(*loaded("qwen3_vl"), "qwen3_vl", ContentCache(2**30), 1), max_new_tokens=1)
+    answered = desk.ask(desk.open(ImageFile("image", random_image(100, 200), "digest")), "Where?", 8)
+    page = desk.page(answered, "{}")
+    assert 'd="M20.00,10.00H30.00V50.00H20.00Z"><title>ship</title>' in page and 'd="M100.00,50.00h0"' in page
+    assert [one["properties"]["label"] for one in json.loads(desk.objects_geojson(answered))["features"]] == [
+        "ship",
+        "",
+    ]
+    told = demo.tell_answer(answered, desk.answers.get(answered), "")
+    assert "GeoJSON of the objects (2)" in told and "x ends at 1 and begins at 9" in told
+
+
+@pytest.fixture
+def open_raster():
+    """A GeoTIFF of 100 x 200 px (height, width) as a data: URL."""
+    profile = {"driver": "GTiff", "width": 200, "height": 100, "count": 3, "dtype": "uint8", "crs": "EPSG:32654"}
+    with rasterio.MemoryFile() as file:
+        with file.open(**profile, transform=rasterio.Affine(2, 0, 380000, 0, -2, 3950000)) as raster:
+            raster.write(np.asarray(random_image(100, 200)).transpose(2, 0, 1))
+        return "data:image/tiff;base64," + base64.b64encode(file.read()).decode()
+
+
+BOXES = '[{"bbox_2d": [100, 300, 150, 500], "label": "ship"}, {"bbox_2d": [9, 9, 1, 1]}, {"point_2d": [500, 500]}]'
+
+
+@pytest.mark.slow
+def test_an_answer_has_its_objects_in_pixels_and_on_the_ground(app, open_raster, monkeypatch):
+    async def answer(self, selection, sampling, stop=()):
+        for start in range(0, len(BOXES), 20):
+            yield Piece(BOXES[start : start + 20], [], start + 1)
+        yield Piece("", [], len(BOXES), "stop")
+
+    monkeypatch.setattr(Engine, "answer", answer)
+    served = app("qwen3_vl")
+    plain, streamed, several, scene = post(
+        served,
+        request(random_image(100, 200), objects=True, budgets=8),
+        request(random_image(100, 200), objects=True, budgets=8, stream=True),
+        request(*IMAGES[:2], objects=True),
+        request(open_raster, objects=True, budgets=8),
+    )
+    found = plain.json()["objects"]
+    assert found["image_size"] == [100, 200] and found["note"] == "" and found["ground_error"] is None
+    ship, point = found["objects"]
+    assert ship == {
+        "label": "ship", "box": pytest.approx([20, 10, 30, 50]), "point": None, "score": None, "level": None,
+        "source": "bbox_2d", "ground": None,
+    }  # fmt: skip
+    assert point["point"] == [100, 50] and found["refused"][0]["why"] == "x ends at 1 and begins at 9"
+    last = [json.loads(line[6:]) for line in streamed.text.splitlines() if line.startswith("data: {")][-1]
+    assert last["objects"] == found
+    assert several.status_code == 400 and several.json()["error"]["param"] == "objects"
+    ship, point = scene.json()["objects"]["objects"]
+    assert ship["ground"]["type"] == "Polygon" and point["ground"]["type"] == "Point"
+    assert 139 < point["ground"]["coordinates"][0] < 140 and 35 < point["ground"]["coordinates"][1] < 36

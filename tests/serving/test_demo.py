@@ -76,7 +76,7 @@ class MadeUpDesk:
             raise Gone(f"no {name}")
         return f"content of {name}".encode()
 
-    overview = geojson = kept_png = known
+    overview = geojson = kept_png = objects_geojson = known
 
     def page(self, name, address):
         return self.known(name).decode() + address
@@ -90,6 +90,7 @@ def test_the_map_its_pictures_and_the_files_are_served_by_name():
     desk = MadeUpDesk()
     client = TestClient(Starlette(routes=demo.routes(desk)))
     kinds = {"/overview.jpg": "image/jpeg", "/kept.geojson": "application/geo+json", "/kept.png": "image/png"}
+    kinds["/objects.geojson"] = "application/geo+json"
     for path, kind in kinds.items():
         answer = client.get(f"/shown/a-1{path}")
         assert (answer.content, answer.headers["content-type"]) == (b"content of a-1", kind)
