@@ -102,7 +102,7 @@ def page_html(
 def _object(one) -> dict:
     """What the page says of an object, and the `d` of its path: a box, or a point, which is drawn as a line of no length."""
     left, top, right, bottom = (f"{edge:.2f}" for edge in one.edges)
-    score = "" if one.score is None else f", {one.score:.0%}"
+    score = "" if one.score is None else f", {100 * one.score:.0f} %"
     path = f"M{left},{top}h0" if one.box is None else f"M{left},{top}H{right}V{bottom}H{left}Z"
     return {"path": path, "words": (one.label or "object") + score, "is_point": one.box is None}
 

@@ -3,7 +3,7 @@
     uhr-bat pictures IMAGE "QUESTION" [--output DIR] [--budgets 32,64,128,256 ...] [--model MODEL]
 
 Writes attention.png, regions.png, kept.png (the first budget), budgets.png (all of them), pruning.png (85, 95 and
-97.5 % fewer tokens at every scale) and, without --max-tiles, tsne.png.
+97.5 % fewer tokens at every scale), without --max-tiles tsne.png, and objects.png where the answer points to objects.
 """
 
 import argparse
@@ -19,10 +19,10 @@ from ..common.images import image_options, tile_options
 from ..common.loading import check_image, load_model, load_processor
 from ..common.models import find_model, stay_offline
 from ..common.outputs import Output, check_outputs
-from . import attention_picture, budgets_picture, kept_picture, regions_picture, tsne_picture
+from . import attention_picture, budgets_picture, kept_picture, objects_picture, regions_picture, tsne_picture
 
 PRUNING = (85, 95, 97.5)
-FILES = tuple(f"{name}.png" for name in ("attention", "regions", "kept", "budgets", "pruning", "tsne"))
+FILES = tuple(f"{name}.png" for name in ("attention", "regions", "kept", "budgets", "pruning", "tsne", "objects"))
 
 
 def budget_name(budgets):
@@ -48,8 +48,11 @@ def draw(args):
     print("Encoding ...", file=sys.stderr, flush=True)
     features = asking.encode(model, image_inputs)
 
+    def inputs(budgets):
+        return asking.write_prompts(model, processor, [args.question], [features], budgets)
+
     def compressed(budgets):
-        return asking.compress(model, asking.write_prompts(model, processor, [args.question], [features], budgets))
+        return asking.compress(model, inputs(budgets))
 
     seen = features[0].available
     if args.native:  # levels of its own, which share one budget
@@ -58,6 +61,10 @@ def draw(args):
     pruned = {f"Prune {percent:g} %": compressed(scale_budgets(seen, 1 - percent / 100)) for percent in PRUNING}
 
     first = next(iter(chosen.values()))
+    print("Answering ...", file=sys.stderr, flush=True)
+    ids = asking.generate(model, inputs(budgets[0]), first, max_new_tokens=args.max_new_tokens)
+    (text,) = asking.answer_texts(processor, ids)
+    objects = asking.answer_objects(model, text, first, (image.height, image.width), ids=ids)
     question, width, pruning = args.question, args.width, "What is left as ever more tokens are pruned"
     drawings = {
         "attention": lambda: attention_picture(first, image, question, width=width),
@@ -68,6 +75,8 @@ def draw(args):
     }
     if features[0].kind == "whole":  # of tokens that are all there, whatever the question
         drawings["tsne"] = lambda: tsne_picture(first, features[0].tokens[-1], width=width)
+    if objects:
+        drawings["objects"] = lambda: objects_picture(objects, image, question, width=width)
     with whole_files(args.output) as built:
         for name, drawing in drawings.items():
             drawing().save(built / f"{name}.png")
@@ -84,6 +93,7 @@ def main(arguments=None) -> int:
         "--output", type=Path, default=Path("pictures_out"), metavar="DIR", help="default: pictures_out"
     )
     parser.add_argument("--width", type=int, default=1400, metavar="PX", help="width of the pictures (default: 1400)")
+    parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N", help="of the answer (default: 64)")
     add_question_arguments(parser, several=True)
     args = parser.parse_args(arguments)
     stay_offline(args.model)

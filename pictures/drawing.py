@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from ..common.resizing import resize_image
-from ..geometry_uhr_bat import pixel_tokens
+from ..geometry_uhr_bat import pixel_tokens, tokens_of_points
 
 # Okabe and Ito, without black and without the yellow that is lost on white.
 PALETTE = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#D55E00", "#56B4E9", "#7F4FC9", "#8C6D31")
@@ -36,10 +36,16 @@ def screen_image(image, longest: int, box=None) -> Image.Image:
     return resize_image(image, (height, width), box, Image.Resampling.LANCZOS, reducing_gap=2)
 
 
-def _tokens_of_pixels(picture, grid, image_size):
-    """int64[height, width], the token that shows each pixel of a picture of an image of `image_size`."""
+def _tokens_of_pixels(picture, grid, image_size, box=None):
+    """int64[height, width], the token that shows each pixel of a picture of an image of `image_size`, or of a box of it."""
     picture_size = picture.height, picture.width
-    return pixel_tokens(image_size or picture_size, grid, picture_size)
+    if box is None:
+        return pixel_tokens(image_size or picture_size, grid, picture_size)
+    rows, columns = (
+        low + (np.arange(number) + 0.5) * (high - low) / number
+        for low, high, number in zip(box[:2], box[2:], picture_size)
+    )
+    return tokens_of_points(np.stack(np.meshgrid(rows, columns, indexing="ij"), axis=-1), image_size, grid)
 
 
 def count_slots(slots) -> np.ndarray:
@@ -83,12 +89,13 @@ def draw_regions(image: Image.Image, regions, grid: tuple[int, int], image_size=
     return Image.fromarray(np.where(line[..., None], 255, drawn).astype(np.uint8))
 
 
-def draw_kept(image: Image.Image, slots, grid: tuple[int, int], image_size=None) -> Image.Image:
+def draw_kept(image: Image.Image, slots, grid: tuple[int, int], image_size=None, box=None) -> Image.Image:
     """What is left of the image after the selection, from slots long[N].
 
-    Tokens with a slot of their own show the image as it is, merged ones a dim violet one, dropped ones are dark.
+    Tokens with a slot of their own show the image as it is, merged ones a dim violet one, dropped ones are dark. `box` (top,
+    left, bottom, right) in pixels: the part of the image that is drawn on; None for all of it.
     """
-    sharing = count_slots(slots)[_tokens_of_pixels(image, grid, image_size)][..., None]
+    sharing = count_slots(slots)[_tokens_of_pixels(image, grid, image_size, box)][..., None]
     pixels = np.asarray(image.convert("RGB"), np.float64)
     grey = np.asarray(image.convert("L"), np.float64)[..., None]
     merged = MERGED_BRIGHTNESS * (0.5 * grey + 0.5 * np.array(MERGED_TINT))

@@ -2,7 +2,7 @@
 
 A picture is a page of panels, an RGB image of a given width, from a result and the PIL image that the model saw (it is
 brought to the size of a panel first): `attention_picture` (figure 8 of the paper), `regions_picture` (6), `kept_picture`,
-`budgets_picture` (9 and 10) and `tsne_picture` (7).
+`budgets_picture` (9 and 10) and `tsne_picture` (7); and `objects_picture`, of an answer's boxes and points.
 
 Letters: V tokens of a scale that show the image and not the letterbox, D their width.
 """
@@ -37,6 +37,12 @@ TSNE_TOKENS = 1500
 MAX_ASPECT = 2.5
 # Side of the enlarged view of the attention, in parts of the image's longer side.
 ENLARGED = 1 / 6
+# Tokens narrower than this many pixels of a panel are dots: an inset, of so large a part of the panel, shows some tokens larger.
+DOT, INSET, INSET_TOKENS = 6, 0.42, 12
+# Objects that are shown larger, each in a part of the image so many times as long, and of so many pixels at least; a mark of an
+# object is no smaller than the last of a panel's pixels.
+MAGNIFIED, AROUND, LEAST_SHOWN, LEAST_MARK = 5, 4, 48, 9
+MARK = "#FF2BD6"
 
 
 class Page:
@@ -232,9 +238,85 @@ def kept_picture(compressed, image, question="", *, image_idx=0, width=WIDTH) ->
     page.show(*next(places), small, "Image")
     for scale_idx, slots in enumerate(slots_of_scales):
         text = f"{_name(compressed, image_idx, scale_idx)}\n{_counts(slots)}"
-        drawn = draw_kept(small, slots, _grid(compressed, image_idx, scale_idx), (image.height, image.width))
-        page.show(*next(places), drawn, text)
+        grid, size = _grid(compressed, image_idx, scale_idx), (image.height, image.width)
+        axes = page.show(*next(places), draw_kept(small, slots, grid, size), text)
+        if (slots >= 0).any() and max(small.size) / max(grid) < DOT:
+            importance = _numpy(compressed.importance[image_idx][scale_idx]).ravel()
+            _show_larger(page, axes, image, small, slots, grid, np.where(slots >= 0, importance, -np.inf).argmax())
     _legend(page)
+    return page.render(width)
+
+
+def _show_larger(page, axes, image, small, slots, grid, position):
+    """An inset on a panel of `small`, which is the whole image: the tokens around the one at a position, so large that they are
+    no dots, and on the panel the place that it shows."""
+    size, tokens = (image.height, image.width), min(INSET_TOKENS, max(grid))
+    middle = token_box(position, size, grid).reshape(2, 2).mean(0)
+    side = max(1, round(max(size) * tokens / max(grid)))
+    box = _part_around(size, middle, side)
+    picture = screen_image(image, side, box)
+    scale = max(1, round(page.panel_width * INSET / max(picture.size)))
+    picture = picture.resize((picture.width * scale, picture.height * scale), Image.Resampling.NEAREST)
+    left, top, right, bottom = _mark(axes, small.width / image.width, (box[1], box[0], box[3], box[2]))
+    corner = 0.0 if (left + right) / 2 > small.width / 2 else 1 - INSET
+    inset = axes.inset_axes((corner, 0.0 if (top + bottom) / 2 < small.height / 2 else 1 - INSET, INSET, INSET))
+    inset.imshow(draw_kept(picture, slots, grid, size, box), interpolation="nearest")
+    inset.set_xticks([])
+    inset.set_yticks([])
+    for spine in inset.spines.values():
+        spine.set(color=MARK, linewidth=1.6)
+
+
+def _part_around(size, middle, side) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) of a square of `side` pixels around a point (row, column), as far as an image has it."""
+    lows = [int(np.clip(point - side / 2, 0, max(0, length - side))) for point, length in zip(middle, size)]
+    return *lows, *(min(low + side, length) for low, length in zip(lows, size))
+
+
+def _mark(axes, factor, edges, least=LEAST_MARK):
+    """Draws (left, top, right, bottom) in pixels of an image on a panel that shows it `factor` times as large, and no smaller
+    than `least`; its edges on the panel."""
+    from matplotlib.patches import Rectangle
+
+    left, top, right, bottom = (factor * edge for edge in edges)
+    grow = [max(0, least - length) / 2 for length in (right - left, bottom - top)]
+    left, top, right, bottom = left - grow[0], top - grow[1], right + grow[0], bottom + grow[1]
+    for colour, linewidth in (("white", 3.0), (MARK, 1.5)):
+        box = (left - 0.5, top - 0.5), right - left, bottom - top
+        axes.add_patch(Rectangle(*box, fill=False, edgecolor=colour, linewidth=linewidth))
+    return left, top, right, bottom
+
+
+def objects_picture(objects, image, question="", *, width=WIDTH) -> Image.Image:
+    """The boxes and points of an answer on the image, none smaller than can be seen, and beside it the first of them larger.
+
+    Args:
+        objects: a sequence of [`ImageObject`] in pixels of the image.
+    """
+    chosen = list(objects)[:MAGNIFIED]
+    columns = min(3, len(chosen) + 1)
+    rows = -(-(len(chosen) + 1) // columns)
+    page = Page(rows, columns, image, _head(f"Objects of the answer: {len(objects):,}", question))
+    small, size = screen_image(image, page.panel_width), (image.height, image.width)
+    places = iter(np.ndindex(rows, columns))
+    axes = page.show(*next(places), small, "Image")
+    for number, one in enumerate(objects, 1):
+        edges = _mark(axes, small.width / image.width, one.edges)
+        if number <= len(chosen) and len(objects) > 1:
+            axes.annotate(
+                str(number), edges[:2], (0, 2), textcoords="offset points", color="white", fontsize=9, weight="bold"
+            )
+    for number, one in enumerate(chosen, 1):
+        left, top, right, bottom = one.edges
+        side = max(LEAST_SHOWN, round(AROUND * max(right - left, bottom - top)))
+        box = _part_around(size, ((top + bottom) / 2, (left + right) / 2), side)
+        part = screen_image(image, page.panel_width, box)
+        words = [one.label or "object"] + ([] if one.score is None else [f"{100 * one.score:.0f} %"])
+        words += [] if one.box is None else [f"{right - left:.0f} × {bottom - top:.0f} px"]
+        panel = page.show(*next(places), part, f"{number}: {', '.join(words)}")
+        shift = (box[1], box[0]) * 2
+        edges = [edge - by for edge, by in zip(one.edges, shift)]
+        _mark(panel, part.width / (box[3] - box[1]), edges, LEAST_MARK * part.width / page.panel_width)
     return page.render(width)
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from uhr_bat.common.objects import ImageObject
 from uhr_bat.geometry_uhr_bat import token_box
 from uhr_bat.modeling_outputs_uhr_bat import TokenMaps, UHRBatCompressionOutput
 from uhr_bat.pictures import __main__ as command
@@ -289,3 +290,45 @@ def test_without_scikit_learn_the_command_says_what_to_install(image_path, tmp_p
     monkeypatch.setitem(sys.modules, "sklearn", None)
     assert command.main([str(image_path), "?", "--output", str(tmp_path / "out")]) == 2
     assert 'pip install "uhr-bat[pictures]"' in capsys.readouterr().err
+
+
+# Small things of large images
+
+
+def test_a_part_of_an_image_is_drawn_on_as_the_whole_is():
+    size, grid, box = (60, 90), (18, 18), (13, 20, 43, 65)
+    image, slots = Image.new("RGB", size[::-1], (100, 100, 100)), torch.arange(18 * 18) % 5 - 1
+    whole = np.asarray(drawing.draw_kept(image, slots, grid))
+    part = drawing.draw_kept(image.crop((20, 13, 65, 43)), slots, grid, size, box)
+    np.testing.assert_array_equal(np.asarray(part), whole[13:43, 20:65])
+
+
+def pink(picture):
+    """bool[h, w]: where a mark is drawn."""
+    pixels = np.asarray(picture).astype(int)
+    return (np.abs(pixels - (255, 43, 214)) < 40).all(-1)
+
+
+def test_kept_tokens_that_would_be_dots_are_shown_larger_beside_their_place():
+    size, grid = (2000, 2000), (400, 400)  # a token of 5 px is 1 px of a panel
+    pixels = np.full((*size, 3), 60, np.uint8)
+    pixels[1500:1505, 300:305] = (0, 255, 0)
+    position = 300 * 400 + 60
+    maps = [TokenMaps([torch.tensor([one])], [torch.tensor([position])], [grid], fill, flat)
+            for one, fill, flat in ((1.0, 0, False), (0, -1, True), (0, -1, True))]  # fmt: skip
+    output = UHRBatCompressionOutput(importance=maps[:1], regions=maps[1:2], slots=maps[2:])
+    picture = pages.kept_picture(output, Image.fromarray(pixels), "Where?")
+    green = (np.abs(np.asarray(picture).astype(int) - (0, 255, 0)) < 60).all(-1)
+    assert pink(picture).any() and green.sum() > 100
+
+
+def test_objects_are_marked_where_they_are_and_the_first_are_shown_larger():
+    pixels = np.full((1500, 3000, 3), 60, np.uint8)
+    pixels[1000:1004, 400:408] = (0, 255, 0)
+    found = [ImageObject("ship", (400, 1000, 408, 1004), score=0.9), ImageObject("buoy", point=(2900.0, 100.0))]
+    picture = pages.objects_picture(found, Image.fromarray(pixels), "Where?")
+    green = (np.abs(np.asarray(picture).astype(int) - (0, 255, 0)) < 60).all(-1)
+    assert green.sum() > 1000  # 8 x 4 px, of which a third would be left
+    panel = pink(picture)[:, : picture.width // 3]
+    rows, columns = np.nonzero(panel)
+    assert columns.min() < 0.25 * panel.shape[1] and columns.max() > 0.9 * panel.shape[1]
