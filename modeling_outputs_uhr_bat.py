@@ -313,6 +313,19 @@ pytree.register_pytree_node(
 )
 
 
+NO_LETTERBOX = (
+    "What a Region Focus Module keeps (`dynamic_pyramid`) lies on levels without a letterbox, which cannot be drawn or mapped. "
+    "Read the image without `dynamic_pyramid`."
+)
+
+
+def check_letterboxes(image_inputs):
+    """Raises `ValueError` for what the image processor made of images for a Region Focus Module, before anything is asked:
+    what that keeps cannot be drawn (`UHRBatCompressionOutput.check_letterbox`)."""
+    if any(pyramid.kind == "dynamic" for pyramid in image_inputs.get("image_pyramids") or ()):
+        raise ValueError(NO_LETTERBOX)
+
+
 @dataclass
 class UHRBatCompressionOutput(ModelOutput):
     """What `compress` returns: lists over images, and over scales inside ([`TokenMaps`] where entries are whole grids).
@@ -344,10 +357,7 @@ class UHRBatCompressionOutput(ModelOutput):
     def check_letterbox(self):
         """Raises `ValueError` for images without a letterboxed view: pictures and maps would put their tokens elsewhere."""
         if self.regions is None:
-            raise ValueError(
-                "What a Region Focus Module keeps (`dynamic_pyramid`) lies on levels without a letterbox, which cannot be "
-                "drawn or mapped. Read the image without `dynamic_pyramid`."
-            )
+            raise ValueError(NO_LETTERBOX)
 
     def places(self, image_idx: int) -> list[KeptPlaces]:
         """Where the visual tokens of an image lie, level by level, in the order of `pooler_output`.

@@ -275,7 +275,9 @@ class UHRBatProcessor(ProcessorMixin):
         if images_per_prompt is None:
             images_per_prompt = [1] * len(images)
         kinds = set(map(kind_of, images))
-        if kwargs.get("dynamic_pyramid") or "dynamic" in kinds:
+        dynamic = kwargs.get("dynamic_pyramid")
+        dynamic = self.image_processor.dynamic_pyramid if dynamic is None else dynamic
+        if "dynamic" in kinds or dynamic and not kinds <= set(ENCODED):
             return self._process_dynamic(images, budgets, images_per_prompt, kwargs)
         if kinds <= set(ENCODED):
             images = _share_tiles(images, kwargs.get("max_tiles"), images_per_prompt)

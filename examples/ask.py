@@ -89,9 +89,10 @@ def ask(args):
         about = {"image": Path(args.image).name, "question": args.question, "answer": asking.printable(text)}
         write_objects(objects, args.objects, about, georeference)
         print_objects(objects, args.objects)
-    counts = inputs["token_counts"][0].tolist()
+    counts = inputs["token_counts"][0].tolist() if "token_counts" in inputs else []
     seen = [int((importance > 0).sum()) for importance in compressed.importance[0]]
-    print_tokens(features[0], seen, args.budgets or model.config.budgets, counts, spent)
+    usual = None if features[0].kind == "dynamic" else model.config.budgets
+    print_tokens(features[0], seen, args.budgets or usual, counts, spent)
     print_seconds(seconds)
 
 
@@ -107,14 +108,14 @@ def print_objects(objects, path):
 
 def print_tokens(image, seen, budgets, counts, spent):
     """Table of the visual tokens of every scale. `seen`: those that the question had to choose from; `counts`: those that
-    were promised, of every scale or of all."""
+    were promised, of every scale or of all; of a dynamic pyramid nothing is, and `budgets` may be None."""
     row = "{:>9} {:>11} {:>11} {:>8} {:>8}".format
     print(row("scale", "grid", "tokens seen", "budget", "spent"))
-    shared = is_one_budget(budgets) or len(counts) < len(spent)
+    shared = budgets is None or is_one_budget(budgets) or len(counts) < len(spent)
     per_scale = [""] * len(spent) if shared else budgets
     for scale, (height, width), *numbers in zip(image.scales, image.grids, seen, per_scale, spent):
         print(row(f"{scale} px", f"{height} x {width}", *numbers))
-    total = budgets if is_one_budget(budgets) else sum(budgets)
+    total = "" if budgets is None else budgets if is_one_budget(budgets) else sum(budgets)
     print(row("all", "", sum(seen), total, sum(spent)))
     if image.kind == "pyramid":
         pyramid = image.pyramid

@@ -35,6 +35,7 @@ ENDINGS = {
 def draw(args):
     """Ask, write the files that were asked for, and print their names."""
     from ..common import asking
+    from ..modeling_outputs_uhr_bat import check_letterboxes
 
     print("Reading ...", file=sys.stderr, flush=True)
     processor = load_processor(args.model, args.set)
@@ -44,6 +45,7 @@ def draw(args):
         check_vectors(args.geojson, georeference.crs)
     options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}
     image_inputs = processor.image_processor(image, return_tensors="pt", **options)
+    check_letterboxes(image_inputs)
     if args.budgets is not None and not args.native:
         split_budgets(args.budgets, processor.image_processor.scales)
     print("Loading ...", file=sys.stderr, flush=True)

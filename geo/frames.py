@@ -21,6 +21,7 @@ def _commonest(values):
 def visual_tokens(compressed, image_idx: int = 0) -> Iterator[tuple]:
     """For every scale of one image the tokens that went into its visual tokens, in the order of these:
     (grid, positions long[V], slots long[V], scores float64[V], regions long[V]), in NumPy."""
+    compressed.check_letterbox()
     of_image = (field[image_idx] for field in (compressed.slots, compressed.importance, compressed.regions))
     for slots, importance, regions in zip(*of_image):
         slots = slots.cpu().numpy()

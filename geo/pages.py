@@ -75,9 +75,14 @@ def page_html(
         served: where the page is a part of another one that says question and answer, and a server has the image: it is
             then shown at its full resolution. None for a page that holds everything.
         objects: that the answer points to, outlined and named.
+
+    Raises:
+        ValueError: the result comes from a `dynamic_pyramid`.
     """
     from jinja2 import Environment, PackageLoader, StrictUndefined
 
+    if compressed is not None:
+        compressed.check_letterbox()
     side, top, left = letterbox((image.height, image.width))
     maps = [] if compressed is None else zip(scales, compressed.importance[image_idx], compressed.regions[image_idx])
     environment = Environment(

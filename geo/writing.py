@@ -171,7 +171,9 @@ def write_raster(
 
     Raises:
         ImportError: rasterio is missing; says what to install.
+        ValueError: the result comes from a `dynamic_pyramid`.
     """
+    compressed.check_letterbox()
     require("geo", "rasterio")
     import rasterio
     import rasterio.shutil

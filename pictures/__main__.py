@@ -35,11 +35,13 @@ def draw(args):
     """Write the pictures into the output folder, and print their names."""
     print("Reading ...", file=sys.stderr, flush=True)
     from ..common import asking
+    from ..modeling_outputs_uhr_bat import check_letterboxes
 
     image_processor = load_processor(args.model, args.set).image_processor
     image = image_processor.open_image(args.image, **image_options(args))
     options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}
     image_inputs = image_processor(image, return_tensors="pt", **options)
+    check_letterboxes(image_inputs)
 
     print("Loading ...", file=sys.stderr, flush=True)
     processor, model = load_model(args.model, **args.set)

@@ -122,9 +122,17 @@ class Front:
         cache: its limit holds for images and selections together.
         workers: threads that compute at a time; others wait. Decoded pictures are large.
         embeds: whether the decoder is handed embeddings of a model of another family too, not a `Prompt`.
+
+    Raises:
+        ValueError: a processor of dynamic pyramids, whose visual tokens are known only when the question is asked.
     """
 
     def __init__(self, processor, model, model_key: str, cache: ContentCache, workers: int, embeds=False):
+        if processor.image_processor.dynamic_pyramid:
+            raise ValueError(
+                "The image processor has `dynamic_pyramid`, which is asked one question after the other and not served: load it "
+                "with `dynamic_pyramid=False`."
+            )
         self.processor, self.model, self.model_key, self.cache = processor, model, model_key, cache
         self._embeds = embeds or not hasattr(model, "host")
         # Of both: either may be larger than what the other knows of.

@@ -5,7 +5,7 @@ import pytest
 import torch
 from PIL import Image
 from small import IMAGE, PAD, small_config, small_model
-from uhr_bat.geo import evidence_frame
+from uhr_bat.geo import evidence_frame, page_html, visual_tokens, write_raster
 from uhr_bat.image_pyramids_uhr_bat import DynamicPyramid, dynamic_levels
 from uhr_bat.modeling_region_focus_uhr_bat import next_tiles
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
@@ -234,9 +234,14 @@ def test_a_budget_without_room_for_a_token_is_refused_with_both_numbers():
         looked_at(focus_model(), picture(), budget=[1, 2, 3])
 
 
-def test_what_was_kept_is_refused_by_pictures_and_maps_which_know_letterboxed_views_alone():
+def test_what_was_kept_is_refused_by_pictures_and_maps_which_know_letterboxed_views_alone(tmp_path):
     out = looked_at(focus_model(), picture())
+    image = Image.new("RGB", (90, 60))
     for refusing in (
+        lambda: write_raster(tmp_path / "map.tif", out, (60, 90), out.scales[0], {}),
+        lambda: page_html(out, None, image, out.scales[0], {}),
+        lambda: list(visual_tokens(out)),
+        lambda: out.places(0),
         lambda: kept_picture(out, Image.new("RGB", (90, 60))),
         lambda: attention_picture(out, Image.new("RGB", (90, 60))),
         lambda: evidence_frame(out, (60, 90), out.scales[0]),
