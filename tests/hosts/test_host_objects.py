@@ -1,15 +1,18 @@
 """Objects of models of other families: random weights write no boxes, so the text alone is the makers' own example."""
 
 import json
+import re
 
 import geopandas as gpd
 import numpy as np
 import pytest
 import rasterio
+import torch
 from images import random_image
 from rasterio.features import rasterize
 from uhr_bat import ask, cli
 from uhr_bat.common import asking
+from uhr_bat.common.loading import ROOT
 from uhr_bat.geo import detect
 
 UTM = rasterio.CRS.from_epsg(32654)
@@ -80,6 +83,16 @@ def test_ask_refuses_a_file_of_objects_before_the_model(scene, tmp_path, capsys)
     copy = scene.rename(tmp_path / "scene.csv")
     assert run("ask", copy, "Where?", "--objects", copy) == 2
     assert "would write over a file that is read" in capsys.readouterr().err
+
+
+def test_the_pages_code_runs_as_it_stands(host_folder, says, scene, tmp_path, monkeypatch, capsys):
+    says('[{"bbox_2d": [100, 300, 150, 500], "label": "ship"}]')
+    monkeypatch.setattr(asking, "generate", lambda *args, **kwargs: torch.zeros(1, 1, dtype=torch.long))
+    monkeypatch.chdir(tmp_path)
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/objects.md").read_text(encoding="utf-8"), re.DOTALL)
+    exec(compile(block.replace("Qwen/Qwen3-VL-8B-Instruct", str(host_folder("qwen3_vl"))), "objects.md", "exec"), {})
+    assert capsys.readouterr().out.startswith("ship (20.0, 10.0, 30.0, 50.0) None None\n")
+    assert len(gpd.read_file("ships.geojson")) == 1
 
 
 # ---- detect ----------------------------------------------------------------------------------------------------------
