@@ -121,6 +121,8 @@ def test_files_of_several_folders_are_all_replaced_or_none(tmp_path):
 
 # Whatever a command takes beside its outputs; BLOCKED stands for a folder that cannot be.
 COMMANDS = {
+    "ask": ["{image}", "q", "--objects", "{blocked}/a.geojson"],
+    "detect": ["{image}", "ships", "--output", "{blocked}/a.geojson"],
     "pictures": ["{image}", "q", "--output", "{blocked}"],
     "evidence-map": ["{image}", "q", "--page", "{blocked}/a.html"],
     "regions": ["{image}", "--checkpoint", str(ROOT), "--output", "{blocked}"],
@@ -152,7 +154,7 @@ COMMANDS = {
 def test_every_command_that_writes_is_here():
     modules = {verb: module for verb, (module, _) in cli.VERBS.items() if module}
     files = {verb: ROOT.joinpath(*module.split(".")).with_suffix(".py") for verb, module in modules.items()}
-    option = re.compile(r'"--(output|page|raster)"|output_dir|make_parser|scenes_parser')
+    option = re.compile(r'"--(output|page|raster|objects)"|output_dir|make_parser|scenes_parser')
     assert {verb for verb, file in files.items() if option.search(file.read_text(encoding="utf-8"))} == set(COMMANDS)
 
 
