@@ -17,6 +17,7 @@ Boxes are (left, top, right, bottom) here, points (x, y), sizes (height, width).
 import json
 import math
 import re
+from bisect import bisect
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, NamedTuple
@@ -25,8 +26,8 @@ from ..geometry_uhr_bat import letterbox, token_box
 from ..hosts.pointing import PIXELS, POINTING, family_name, picture_side
 from .answers import after_thinking
 
-# Letters of an answer, or of a part of it, in a message.
-SHOWN_LETTERS = 200
+# Letters of an answer, or of a part of it, in a message; parts that a message names.
+SHOWN_LETTERS, SHOWN_PARTS = 200, 10
 # Keys of JSON: whether y comes first, and the unit where the key has one whatever the family.
 KEYS = {"bbox_2d": (False, None), "point_2d": (False, None), "box_2d": (True, 1000)}
 NAMED_KEY = re.compile(rf"[\"']({'|'.join(KEYS)})[\"']\s*:")
@@ -117,12 +118,18 @@ class Objects(Sequence):
         return f"Objects({list(self._objects)}, refused={list(self.refused)})"
 
     @property
+    def refusals(self) -> list[str]:
+        """What was refused, in words: the first of them, and how many there are beyond."""
+        rest = len(self.refused) - SHOWN_PARTS
+        return [*map(str, self.refused[:SHOWN_PARTS])] + ([f"and {rest:,} more"] if rest > 0 else [])
+
+    @property
     def note(self) -> str:
         """Why there is no object, with the text of the answer; "" where there is one."""
         if self:
             return ""
         if self.refused:
-            return f"No object of the answer makes sense: {'; '.join(map(str, self.refused))}."
+            return f"No object of the answer makes sense: {'; '.join(self.refusals)}."
         return f"The answer holds no box and no point: {clipped(self.text)!r}."
 
     def record(self) -> dict[str, Any]:
@@ -272,8 +279,11 @@ def _all_said(text, model_type) -> Iterator[_Said]:
             yield from _said_as_boxes(match, match.start())
 
 
-def _matches(pattern, text, read):
-    return [one for one in pattern.finditer(text) if not any(start <= one.start() < end for start, end in read)]
+def _matches(pattern, text, read) -> list:
+    """Those that begin in none of the parts that were read, (start, end) each."""
+    read = sorted(read)
+    ends = [(one, bisect(read, (one.start(), math.inf))) for one in pattern.finditer(text)]
+    return [one for one, idx in ends if idx == 0 or one.start() >= read[idx - 1][1]]
 
 
 def _said_in_json(text, read) -> Iterator[_Said]:

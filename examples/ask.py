@@ -101,7 +101,7 @@ def print_objects(objects, path):
     from ..common import asking
 
     print(f"Objects: {len(objects)}, {path}")
-    for line in [objects.note] if objects.note else map(str, objects.refused):
+    for line in [objects.note] if objects.note else objects.refusals:
         print(f"  {asking.printable(line)}")
     print()
 

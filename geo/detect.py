@@ -26,6 +26,7 @@ from ..common.outputs import Output, check_outputs
 from ..common.resizing import resize_image
 from ..common.runs import Line, alone, check_same_settings, whole_lines
 from ..geometry_uhr_bat import PAD_COLOR, pixel_tokens
+from ..hosts.settings import FAMILIES
 from .georeference import Georeference
 from .joining import join, windows_of
 from .objects import OBJECT_FILES, check_objects, write_objects
@@ -54,9 +55,8 @@ def question_of(things: str, folder: Path) -> str:
         if hasattr(UHRBatForConditionalGeneration, "point"):
             return things
         why = "it answers in words, and points to nothing"
-    raise ValueError(
-        f"{model_name(folder)} cannot be asked for boxes: {why}. Ask one of these families: {', '.join(POINTING)}."
-    )
+    known = ", ".join(name for name in POINTING if name in FAMILIES)
+    raise ValueError(f"{model_name(folder)} cannot be asked for boxes: {why}. Ask one of these families: {known}.")
 
 
 def looked_at(compressed, image_size: tuple[int, int], windows: np.ndarray) -> np.ndarray:

@@ -76,7 +76,7 @@ def write_objects(objects: Objects, path: Path, about: dict[str, str], georefere
     path, place = Path(path), {"transform": georeference.transform, "crs": georeference.crs}
     frame = objects_frame(objects, **place)
     if path.suffix.lower() != CSV:
-        told = {"refused": "; ".join(map(str, objects.refused)), "empty": objects.note}
+        told = {"refused": "; ".join(objects.refusals), "empty": objects.note}
         about = about | {name: text for name, text in told.items() if text}
         write_vectors(frame, path, about, georeference.words, OBJECT_LAYER)
         return

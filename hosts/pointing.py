@@ -26,7 +26,8 @@ _GEMMA = (
     "Detect all {things}. Return a JSON list, an entry for each: the 2D bounding box in `box_2d`, as [y0, x0, y1, x1] "
     "normalized to 0-1000, and its name in `label`."
 )
-_INTERNVL = "Please provide the bounding box coordinates of all regions this sentence describes: <ref>{things}</ref>"
+# Without its tags: in a question they are text, not the tokens that it learnt.
+_INTERNVL = "Please detect and label all {things} in the following image and mark their positions."
 
 POINTING = {
     **dict.fromkeys(("qwen3_vl", "qwen3_vl_moe", "qwen3_5", "qwen3_5_moe"), Pointing(1000, _QWEN)),

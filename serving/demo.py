@@ -97,7 +97,7 @@ def tell_answer(name: str, answer, note: str) -> str:
     files = {"GeoJSON of the kept tokens": "kept.geojson", "PNG of what was kept": "kept.png"}
     if answer.objects:
         files[f"GeoJSON of the objects ({len(answer.objects):,})"] = "objects.geojson"
-    refused = "".join(f"<p>Refused: {html.escape(printable(str(one)))}</p>" for one in answer.objects.refused)
+    refused = "".join(f"<p>Refused: {html.escape(printable(one))}</p>" for one in answer.objects.refusals)
     links = [f'<a href="{SHOWN}/{name}/{file}" download>{text}</a>' for text, file in files.items()]
     return (
         f'<div role="status"><p class="text">{html.escape(answer.text or "(no answer)")}</p>'

@@ -126,3 +126,8 @@ def test_objects_are_the_same_as_json():
     found = read_objects('{"bbox_2d": [1, 2, 3, 4]} {"point_2d": [1, 2]} {"bbox_2d": []}', "qwen3_vl", SQUARE)
     again = Objects.of_record(found.record(), found.text)
     assert list(again) == list(found) and again.refused == found.refused and not math.isnan(again[0].box[0])
+
+
+def test_a_message_names_the_first_of_many_that_were_refused():
+    found = read_objects('{"bbox_2d": [9, 9, 1, 1]} ' * 25, "qwen3_vl", SQUARE)
+    assert len(found.refused) == 25 and found.note.count("x ends at 1") == 10 and "and 15 more" in found.note
