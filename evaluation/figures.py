@@ -72,7 +72,8 @@ def _interval(means) -> Interval:
 
 def scores(samples: list[Sample], lines: dict, scorer: Scorer, view: str) -> np.ndarray:
     """float[N], 0 to 1, of every sample; one without an answer is worth what the scorer says, 0 for all of ours."""
-    return np.array([scorer.score(sample, lines[sample.id, view]["answer"]) for sample in samples])
+    found = ((sample, lines[sample.id, view]) for sample in samples)
+    return np.array([scorer.score(sample, line["answer"], line.get("boxes")) for sample, line in found])
 
 
 def sections_of(samples) -> list[str]:
@@ -153,11 +154,11 @@ def errors_of(samples, lines) -> list[dict]:
 
 def refusals_of(samples, lines, scorer) -> list[dict]:
     """Answers with the image in which a scorer finds nothing to score."""
-    answers = ((sample, lines[sample.id, IMAGE]["answer"]) for sample in samples if (sample.id, IMAGE) in lines)
+    found = ((sample, lines[sample.id, IMAGE]) for sample in samples if (sample.id, IMAGE) in lines)
     return [
-        {"id": sample.id, "answer": text}
-        for sample, text in answers
-        if text is not None and scorer.refuses(sample, text)
+        {"id": sample.id, "answer": line["answer"]}
+        for sample, line in found
+        if line["answer"] is not None and scorer.refuses(sample, line["answer"], line.get("boxes"))
     ]
 
 

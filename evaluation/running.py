@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from ..budgets_uhr_bat import is_one_budget
 from ..common.asking import answers, encode
 from ..common.files import whole_files, write_json
+from ..common.objects import POINTING, family_name, objects_of
 from ..common.runs import Line, check_same_settings, whole_lines
 from ..image_raster_files_uhr_bat import reason
 from .asked import asked, check_asked
@@ -250,7 +251,20 @@ def ask_unit(model, processor, suite, unit, cuts, blank, done, settings) -> Iter
                     error = failed.get(at, error) if view == IMAGE else error
                     line = {"suite": suite.name, "id": sample.id, "view": view, "images": list(sample.picture_keys)}
                     line |= {"asked": asked(sample), "answer": said, "error": error, "visual_tokens": spent}
+                    if suite.points and view == IMAGE and said:
+                        line |= placed_boxes(model, processor, suite, sample, said, features[at], settings)
                     yield line | settings.of_a_line
+
+
+def placed_boxes(model, processor, suite, sample, said, features, settings) -> dict:
+    """{"boxes": [[left, top, right, bottom], ...]} in pixels of the picture, of all boxes that a model of another family wrote in
+    its own form; {} where it wrote none, or was shown several pictures."""
+    if len(features) != 1 or family_name(model) not in POINTING:
+        return {}
+    image = processor.image_processor.process_image(suite.open(sample.pictures[0]), **(settings.image or {}))
+    found = objects_of(model, said, (image.height, image.width), features[0].grids)
+    boxes = [list(one.box) for one in found if one.box]
+    return {"boxes": boxes} if boxes else {}
 
 
 def answers_or_errors(model, processor, questions, settings) -> list[tuple[str | None, str | None, int]]:

@@ -50,6 +50,7 @@ class Scorer:
         worth: what was read -> 0 to 1.
         failed: what a sample without an answer is worth.
         prepare: raises `ImportError` where something that the rule needs is missing; called before a model runs.
+        boxes: whether it reads boxes, which a run may know in pixels of the picture (`running.placed_boxes`).
     """
 
     name: str
@@ -58,16 +59,20 @@ class Scorer:
     worth: Callable[[Sample, object], float]
     failed: float = 0.0
     prepare: Callable[[], object] = lambda: None
+    boxes: bool = False
 
-    def score(self, sample: Sample, text: str | None) -> float:
-        """0 to 1; `text` is None where the sample failed."""
+    def score(self, sample: Sample, text: str | None, boxes=None) -> float:
+        """0 to 1; `text` is None where the sample failed. `boxes`: of the answer in pixels; None where its text alone is known."""
         if text is None:
             return self.failed
-        said = self.read(sample, text)
+        said = self._said(sample, text, boxes)
         return float(self.worth(sample, said)) if said else 0.0
 
-    def refuses(self, sample: Sample, text: str) -> bool:
-        return not self.read(sample, text)
+    def refuses(self, sample: Sample, text: str, boxes=None) -> bool:
+        return not self._said(sample, text, boxes)
+
+    def _said(self, sample, text, boxes):
+        return boxes if self.boxes and boxes else self.read(sample, text)
 
 
 # ---- Letters of options ----------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ class Suite:
         paper: figures of the UHR-BAT paper, quoted.
         max_new_tokens: of an answer.
         several: whether several options may be right.
+        points: whether a scorer reads boxes, which are then kept in pixels beside the answer.
         version: "lite" or "" of a benchmark that has both, see `find_files`.
     """
 
@@ -44,7 +45,7 @@ class Suite:
     averages: dict[str, Callable[[Sample], str]] = {"macro": lambda sample: sample.task}
     paper: tuple[PaperFigure, ...] = ()
     max_new_tokens = 16
-    several = False
+    several = points = False
     version: str | None = None
 
     def __init__(self, name: str, version: str | None = None):

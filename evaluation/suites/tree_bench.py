@@ -53,18 +53,27 @@ class TreeBench(Suite):
     scorers = (
         Scorer("tree-bench/letter-2", DECLARED_LETTER, read_choice, same_letter),
         Scorer(
-            "tree-bench/mean-iou-2",
-            "Boxes [x0, y0, x1, y1] of the answer and of the file paired one to one, as well as they can be: mean IoU over the "
-            "longer of the two lists. How the benchmark itself pairs boxes is not stated in what was available.",
+            "tree-bench/mean-iou-3",
+            "Boxes of the answer and of the file paired one to one, as well as they can be: mean IoU over the longer of the two "
+            "lists. Boxes in the form of a model's own family are placed by its unit, others are [x0, y0, x1, y1] in pixels. How "
+            "the benchmark itself pairs boxes is not stated in what was available.",
             read_boxes,
             mean_paired_overlap,
             prepare=partial(require, "evaluate", "scipy"),
+            boxes=True,
         ),
         Scorer(
             "tree-bench/letter-1",
             "The first letter that stands alone, else the option that is quoted.",
             read_choice_1,
             same_letter,
+        ),
+        Scorer(
+            "tree-bench/mean-iou-2",
+            "The same of [x0, y0, x1, y1] as it is written, whatever a family's unit.",
+            read_boxes,
+            mean_paired_overlap,
+            prepare=partial(require, "evaluate", "scipy"),
         ),
         Scorer(
             "tree-bench/mean-iou-1",
@@ -74,6 +83,7 @@ class TreeBench(Suite):
         ),
     )
     max_new_tokens = 256
+    points = True
 
     def samples_of(self, record, index, pictures):
         options = record.get("options") or record.get("multi-choice options")

@@ -272,3 +272,9 @@ def test_a_long_answer_is_read_as_soon_as_a_short_one():
     long = "the answer is " * 2000 + "(" * 5000 + " " * 5000 + "I " * 2000 + "1" * 5000
     assert read_letter(sample("A"), f"{long}. Answer: b") == "B"
     assert read_letters(sample("A"), f"<think>{long}</think>{long} option c") == "C"
+
+
+def test_boxes_that_a_run_placed_count_instead_of_those_in_the_text():
+    scorer, which = SUITES["tree-bench"].scorers[1], sample("B", boxes=((200, 400, 300, 500),))
+    assert scorer.score(which, '{"bbox_2d": [100, 200, 150, 250]}', [[200, 400, 300, 500]]) == 1
+    assert scorer.score(which, '{"bbox_2d": [100, 200, 150, 250]}') == 0

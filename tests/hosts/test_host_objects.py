@@ -95,6 +95,22 @@ def test_the_pages_code_runs_as_it_stands(host_folder, says, scene, tmp_path, mo
     assert len(gpd.read_file("ships.geojson")) == 1
 
 
+@pytest.mark.slow
+def test_tree_bench_compares_boxes_in_pixels_whatever_the_familys_unit(host_folder, says, tmp_path):
+    random_image(100, 200).save(tmp_path / "a.png")
+    record = {"index": 1, "image": "a.png", "question": "Which?", "options": ["A. red", "B. blue"], "answer": "B"}
+    record |= {"category": "Perception", "bboxes": [[20, 10, 30, 50]]}
+    (tmp_path / "TreeBench.jsonl").write_text(json.dumps(record) + "\n")
+    says('{"bbox_2d": [100, 300, 150, 500], "label": "ship"} B')
+    options = ["--model", host_folder("qwen3_vl"), "--set", "tile=32", "--set", "levels=2", "--max-new-tokens", "1"]
+    run_folder = tmp_path / "run"
+    assert run("evaluate", "tree-bench", "--data", tmp_path, "--output", run_folder, "--budgets", "8", *options) == 0
+    figures = json.loads((run_folder / "figures.json").read_text())
+    found = {row["scorer"]: row["micro"][0] for row in figures["scores"] if row["view"] == "image"}
+    assert found["tree-bench/mean-iou-3"] == pytest.approx(1) and found["tree-bench/mean-iou-2"] == 0
+    assert found["tree-bench/letter-2"] == 1
+
+
 # ---- detect ----------------------------------------------------------------------------------------------------------
 
 RED = (255, 0, 0)
