@@ -22,6 +22,7 @@ VERBS = {
     "compare": ("evaluation.compare_runs", "two runs of a benchmark, sample by sample"),
     "evidence": ("evaluation.evidence", "accuracy and evidence kept, against visual tokens"),
     "evidence native": ("evaluation.native", "the same for objects of a few native pixels, coarse to fine"),
+    "evidence hosted": ("evaluation.hosted", "a model of another family: plain, with tiling, and by UHR-BAT's rules"),
     "evidence recall": ("evaluation.recall", "evidence recall at budget: which objects a choice of tokens keeps"),
     "evidence partitions": ("evaluation.partitions", "what every partition into regions does to small objects"),
     "evidence ablations": ("evaluation.ablations", "the paper's Table 4 and ablations, each by one command"),

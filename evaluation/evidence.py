@@ -130,13 +130,13 @@ def scenes_parser(prog: str, says: str, output: str):
     return parser
 
 
-def check_scenes(args, name: str, seeds: int = 1, focus=None):
+def check_scenes(args, name: str, seeds: int = 1, focus=None, more=()):
     """`args.model` becomes its folder; raises `ValueError` or `FileNotFoundError` before anything is asked of `seeds` sets of
-    scenes."""
+    scenes. `more`: other files that are written."""
     check_range(args, 1, math.inf, "scenes", "workers")
     require("evaluate", "matplotlib")
     args.model = find_model(args.model)
-    check_outputs((args.model, focus), Output("--output", args.output, names=report_files(name)))
+    check_outputs((args.model, focus), Output("--output", args.output, names=(*report_files(name), *more)))
     if args.scenes * seeds > len(TEST_SEEDS):
         raise ValueError(f"There are {len(TEST_SEEDS)} test scenes, but {args.scenes} x {seeds} are asked for.")
 

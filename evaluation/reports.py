@@ -28,11 +28,11 @@ def summarise(records, baselines=None, groups=None) -> list[dict]:
     """What the records of every row say.
 
     Args:
-        baselines: {name: x} of rows with which the others are compared; x None: that of the other row.
+        baselines: {name: x} of rows with which the others are compared; x None: that of the other row; or a function of that.
         groups: {name: record -> whether it belongs to it}: parts of the records with figures of their own.
 
     Returns:
-        Of each row its name, x, line, mean tokens and seconds, evidence kept, the share of right answers by task and by
+        Of each row its name, x, line, mean tokens and seconds, FLOPs of a first question where they were counted, evidence kept, the share of right answers by task and by
         section, and over all records and in each group: questions, accuracy, differences from the baselines, how many
         answers the last baseline has right ("held"), and how many of those are wrong here ("lost").
     """
@@ -40,7 +40,10 @@ def summarise(records, baselines=None, groups=None) -> list[dict]:
     for record in records:
         by_row[record["row"], record["x"]].append(record)
     for (name, x), asked in by_row.items():
-        at = {other: by_row.get((other, x if own is None else own)) for other, own in (baselines or {}).items()}
+        place = {
+            other: x if own is None else own(x) if callable(own) else own for other, own in (baselines or {}).items()
+        }
+        at = {other: by_row.get((other, own)) for other, own in place.items()}
         evident = [record for record in asked if record["kept"] is not None]
         row = {"name": name, "x": x, "line": asked[0]["line"]}
         row |= {"tokens": float(np.mean([record["tokens"] for record in asked])), **_figures(asked, at, rng)}
@@ -56,6 +59,8 @@ def summarise(records, baselines=None, groups=None) -> list[dict]:
             for record in asked:
                 right[record[field]].append(record["right"])
             row[f"by_{field}"] = {value: float(np.mean(of)) for value, of in right.items() if value}
+        counted = [record["flops"] for record in asked if "flops" in record]
+        row |= {"first_question_flops": counted[0]} if counted else {}
         stages = asked[0]["seconds"]
         row["seconds"] = {stage: float(np.mean([record["seconds"][stage] for record in asked])) for stage in stages}
         found.append(row)
@@ -96,8 +101,8 @@ def figures_table(rows) -> str:
     head, names = labels(rows)
     baselines = max((list(row["differences"]) for row in rows), key=len)
     sections, columns = list(rows[0]["by_section"]), {"mean number": lambda row: f"{row['tokens']:.0f}"}
-    if "flops" in rows[0]:
-        columns["GFLOPs"] = lambda row: f"{row['flops'] / 1e9:.3g}"
+    if any({"flops", "first_question_flops"} & set(row) for row in rows):
+        columns["GFLOPs"] = lambda row: f"{row.get('flops', row.get('first_question_flops', np.nan)) / 1e9:.3g}"
     columns["accuracy"] = lambda row: percent_interval(row["accuracy"])
     if any(row["kept"] for row in rows):
         columns["kept"] = lambda row: percent_interval(row["kept"]) if row["kept"] else ""
@@ -134,7 +139,7 @@ def report(result) -> str:
         parts += ["## By kind of question", table([*head, *tasks], cells)]
     if rows[0]["groups"]:
         compared = [row for row in rows if row["differences"]]
-        last = list(compared[0]["differences"])[-1]
+        last = list(max((row["differences"] for row in compared), key=len))[-1]
         parts += [f"## By size: {about['groups']}", "Accuracy (number of questions):"]
         parts.append(groups_table(rows, lambda part: percent_interval(part["accuracy"])))
         parts += [f"Minus {last}:", groups_table(compared, lambda part: difference(part, last))]

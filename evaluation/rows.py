@@ -13,25 +13,30 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
+from ..benchmarks.meters import FlopMeter
 from ..common import asking
 from ..common.budgets import counts_of_fraction
 from ..common.loading import load_model
 from ..common.resizing import resize_image
+from ..common.runs import Line, check_same_settings, whole_lines
 from ..export.build_tiny import BUDGETS
 from ..export.build_tiny import RULES as SHIPPED
 from ..geometry_uhr_bat import letterbox
 from ..image_raster_files_uhr_bat import reason
 from ..modeling_layers_uhr_bat import UHRBatScaleEmbedding
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
+from .plain import PLAIN, OtherSettings, PlainHost, plain_records
 from .reducers import conditional_diversity, diversity, dominant_and_contextual, similarity_merging
 from .running import groups_of
 from .samples import Sample
@@ -51,7 +56,8 @@ class Row:
         name: of the row; `x`: where it stands on the axis of a plot, `line`: on which line; none: across the plot.
         counts: int[S], tokens that every scale has -> int[S], those that it spends, or int[1], those of all scales.
         rules: other values for fields of the configuration, see `compress`.
-        view: name and settings of the way in which the image is encoded, see `WAYS`.
+        view: name and settings of the way in which the image is encoded, see `WAYS`; "plain": a host by itself is asked.
+        settings: of a host that are others than those of the run, as `--set` has them.
     """
 
     name: str
@@ -60,6 +66,7 @@ class Row:
     rules: dict | None
     line: str = ""
     view: tuple = ("whole",)
+    settings: dict | None = None
 
 
 def _rules(selector, **changes):
@@ -76,7 +83,8 @@ PAPER, TOP_K, DISTINCT, REFINED = "preserve-and-merge", "top-k per scale", "dist
 FULL, DOWNSAMPLING = "no compression", "downsampling"
 # By the rules of REFINED, but of the tiles behind the anchor's only the quarter is encoded where the question looks.
 ZOOMED, ENCODED_SHARE = "distinct, refined, a quarter of the tiles", 1 / 4
-# Of each scale after the anchor, how many tokens the question looks at once more, and up to which decoder layer.
+# Of each scale after the anchor, how many tokens the question looks at once more, and up to which decoder layer: those of
+# UHR-BAT-Tiny. A model of another family has its own, see `rules_for`.
 REFINEMENT = {name: SHIPPED[name] for name in ("refinement", "refinement_layers")}
 # Proportions in which the scales share the tokens: the paper's, and such that leave more to the finest scale.
 PROPORTIONS, FINE_PROPORTIONS = (16, 24, 40, 66), tuple(BUDGETS)
@@ -111,8 +119,16 @@ def row_of(method: str, fraction: float, view=("whole",)) -> Row:
     if method == DOWNSAMPLING:
         return Row(method, x, list, ALL, method, ("downsampled", fraction))
     rules, proportions = METHODS[REFINED if method == ZOOMED else method]
-    counts = partial(counts_of_fraction, fraction, proportions=proportions)
+    counts = partial(spend_fraction, fraction, proportions)
     return Row(method, x, counts, rules, method, ("share", ENCODED_SHARE) if method == ZOOMED else view)
+
+
+def spend_fraction(fraction: float, proportions, available: list[int]) -> list[int]:
+    """`counts_of_fraction` for any number of scales: proportions of four are drawn out, or together, to as many."""
+    if proportions is not None and len(proportions) != len(available):
+        here, wanted = (np.linspace(0, 1, number) for number in (len(proportions), len(available)))
+        proportions = np.exp(np.interp(wanted, here, np.log(proportions))).round().astype(int).tolist()
+    return counts_of_fraction(fraction, available, proportions)
 
 
 ALL_TOKENS = Row(FULL, 100.0, list, ALL)
@@ -154,12 +170,21 @@ class Views:
         pair: (processor, model).
         image: what the image processor takes, with `height` and `width`.
         focus: (processor, model) of LRS-VQA's mode.
+        variants: other settings of a host -> (processor, model).
     """
 
-    def __init__(self, pair, image, focus=None):
-        self.pair, self.image, self.focus, self.views = pair, image, focus, {}
+    def __init__(self, pair, image, focus=None, variants=None):
+        self.pair, self.image, self.focus, self.variants = pair, image, focus, variants
+        self.views, self.others = {}, {}
 
-    def seen(self, view=("whole",)) -> Seen:
+    def seen(self, view=("whole",), settings=None) -> Seen:
+        if settings:
+            pair = self.variants(settings)
+            if not ENCODED & set(settings):  # rows of its tiles are the same
+                return self.seen(view)._replace(processor=pair[0], model=pair[1])
+            other = self.others.setdefault(repr(sorted(settings.items())), Views(pair, self.image))
+            coarse = pair[1].config.scales[-1] < self.pair[1].config.scales[-FINEST:][0]
+            return other.seen(view)._replace(small=coarse)
         if view not in self.views:
             name, *settings = view
             self.views[view] = WAYS[name](self, *settings)
@@ -184,6 +209,10 @@ class Views:
             ]
             for box in boxes
         ]
+
+
+# Settings of a host by which its tiles are others.
+ENCODED = {"tile", "anchor", "levels", "scales"}
 
 
 def timed(call):
@@ -325,11 +354,19 @@ def keeps(slots, evidence) -> bool | None:
 
 def choose(views: Views, row: Row, question: str):
     """(input_ids and attention_mask long[1, M] with one placeholder, what was kept of the image) for a row."""
-    seen = views.seen(row.view)
+    seen = views.seen(row.view, row.settings)
     prompt = asking.write_prompt(seen.processor, question).to(seen.model.device)
     counts = row.counts(seen.available)
     spend = {"token_counts": [counts]} if seen.letterboxed else {"budgets": sum(counts)}
-    return prompt, asking.compress(seen.model, prompt | {"image_features": [seen.features]} | spend, row.rules)
+    inputs = prompt | {"image_features": [seen.features]} | spend
+    return prompt, asking.compress(seen.model, inputs, rules_for(seen.model, row.rules))
+
+
+def rules_for(model, rules: dict | None) -> dict | None:
+    """Those of a row; looks are refined by the numbers and layers of the model itself where it is of another family."""
+    if not hasattr(model, "host") or not (rules or {}).get("refinement"):
+        return rules
+    return rules | {name: getattr(model.config, name) for name in REFINEMENT}
 
 
 def say(seen: Seen, prompt, chosen: list[UHRBatCompressionOutput], **generation) -> list[str]:
@@ -342,64 +379,150 @@ def say(seen: Seen, prompt, chosen: list[UHRBatCompressionOutput], **generation)
 
 
 @torch.no_grad()
-def records_of(pair, suite, prompt, rows, group, options=None, focus=None, apart=False) -> list[dict]:
+def count_flops(pair, image, rows, question, limit, variants=None) -> list[int]:
+    """FLOPs of every row for a first question about an image and `limit` tokens of its answer, counted while it is asked."""
+    views, found = Views(pair, image, variants=variants), []
+    with FlopMeter() as meter:
+        whole = views.seen()
+    encoding = {(("whole",), ""): meter.get_total_flops()}
+    for row in rows:
+        own = views
+        if row.view != ("whole",):  # of its tiles each question pays for its own
+            own = Views(pair, image, variants=variants)
+            own.views["whole",] = whole
+        encoded = repr(row.settings) if row.settings and ENCODED & set(row.settings) else ""
+        if row.settings:
+            variants(row.settings)
+        with FlopMeter() as meter:
+            seen = own.seen(row.view, row.settings)
+        encoding.setdefault((row.view, encoded), meter.get_total_flops())
+        getattr(seen.features, "partitions", {}).clear()
+        with FlopMeter() as meter:
+            inputs, kept = choose(own, row, question)
+            say(seen, inputs, [kept], max_new_tokens=limit, min_new_tokens=limit)
+        found.append(encoding[row.view, encoded] + meter.get_total_flops())
+    return found
+
+
+@contextmanager
+def looked_once(model):
+    """A look at the same rows by the same question, which many rows of a table have, is taken once: of a host."""
+    found, look = {}, model.read_attention
+
+    def read_attention(input_ids, rows, places, *args, **options):
+        shown = [rows, *(one.positions for one in places or ())]
+        values = b"".join(one.detach().contiguous().view(torch.uint8).cpu().numpy().tobytes() for one in shown)
+        key = repr(input_ids.tolist()), hash(values), tuple(rows.shape), repr(args), repr(sorted(options.items()))
+        if key not in found:
+            found[key] = look(input_ids, rows, places, *args, **options)
+        return found[key]
+
+    model.read_attention = read_attention
+    try:
+        yield
+    finally:
+        del model.read_attention
+
+
+def about_of(sample, size, scales) -> tuple[dict, list]:
+    """(what records of a sample about an image of a size (height, width) repeat, those of its boxes that lie in it)."""
+    boxes = [box for box in sample.boxes if lies_in(box, size)]
+    finest = min((size_of(box, size, scales) for box in boxes), default=None)
+    about = {"sample": sample.id, "image": sample.pictures[0].key, "task": sample.task, "section": sample.section}
+    return about | {"pixels": finest, "native": None if finest is None else finest * max(size) / scales[-1]}, boxes
+
+
+@torch.no_grad()
+def records_of(
+    pair, suite, prompt, rows, group, options=None, focus=None, apart=False, variants=None, plain=None, count=False
+) -> list[dict]:
     """One record a sample and row, of all samples about one image: what was right, spent and kept.
 
     Args:
         pair: (processor, model).
         prompt: name of the suite's prompt.
         options: of reading.
-        focus: see `Views`.
+        focus, variants: see `Views`.
         apart: whether every row is answered by itself, and pays for its regions; records then have its seconds.
+        plain: [`PlainHost`] that answers the rows whose view is "plain".
+        count: whether records of the first sample have the FLOPs of a first question.
     """
     image = pair[0].image_processor.process_image(suite.open(group[0].pictures[0]), **(options or {}))
-    views, records, limit = Views(pair, image, focus), [], {"max_new_tokens": suite.max_new_tokens}
+    views, limit = Views(pair, image, focus, variants), {"max_new_tokens": suite.max_new_tokens}
     size, scales = (image.height, image.width), pair[1].config.scales
-    for sample in group:
-        question, batches = suite.prompts[prompt](sample), defaultdict(list)
-        boxes = [box for box in sample.boxes if lies_in(box, size)]
-        finest = min((size_of(box, size, scales) for box in boxes), default=None)
-        about = {
-            "sample": sample.id, "image": sample.pictures[0].key, "task": sample.task, "section": sample.section,
-            "pixels": finest, "native": None if finest is None else finest * max(size) / scales[-1],
-        }  # fmt: skip
-        for row in rows:
-            seen = views.seen(row.view)
-            if apart:
-                seen.features.partitions.clear()
-            (inputs, kept), compressing = timed(partial(choose, views, row, question))
-            held = False if seen.small and boxes else keeps(kept.slots[0], views.evidence(seen, boxes))
-            seconds = {"encode": seen.seconds, "compress": compressing}
-            record = {
-                "row": row.name,
-                "x": row.x,
-                "line": row.line,
-                **about,
-                "tokens": len(kept.pooler_output[0]),
-                "kept": held,
-            }
-            key = len(batches) if apart else (id(seen.model), row.x)
-            batches[key].append((seen, inputs, kept, record | {"seconds": seconds}))
-            records.append(batches[key][-1][-1])
+    asked = [(sample, suite.prompts[prompt](sample), *about_of(sample, size, scales)) for sample in group]
+    plain_rows, rows = ([row for row in rows if (row.view[0] == PLAIN) == wanted] for wanted in (True, False))
+    records = plain_records(plain, views, suite, plain_rows, asked, count)
+    flops = count_flops(pair, image, rows, asked[0][1], suite.max_new_tokens, variants) if count else []
+    for sample, question, about, boxes in asked:
+        batches = defaultdict(list)
+        with ExitStack() as looks:
+            hosts = set()
+            for number, row in enumerate(rows):
+                seen = views.seen(row.view, row.settings)
+                if apart:
+                    seen.features.partitions.clear()
+                elif hasattr(seen.model, "host") and id(seen.model) not in hosts:
+                    hosts.add(id(seen.model))
+                    looks.enter_context(looked_once(seen.model))
+                (inputs, kept), compressing = timed(partial(choose, views, row, question))
+                held = False if seen.small and boxes else keeps(kept.slots[0], views.evidence(seen, boxes))
+                record = {"row": row.name, "x": row.x, "line": row.line, **about}
+                record |= {"tokens": len(kept.pooler_output[0]), "kept": held}
+                record |= {"flops": flops[number]} if flops and sample is group[0] else {}
+                record["seconds"] = {"encode": seen.seconds, "compress": compressing}
+                key = len(batches) if apart else (id(seen.model), row.x)
+                batches[key].append((seen, inputs, kept, record))
+                records.append(record)
         for batch in batches.values():
             seen, inputs, *_ = batch[0]
             chosen = [kept for _, _, kept, _ in batch]
             texts, generating = timed(partial(say, seen, inputs, chosen, **limit))
             for (*_, record), text in zip(batch, texts):
-                record["right"] = suite.scorers[0].score(sample, text)
+                record |= {"answer": text, "right": suite.scorers[0].score(sample, text)}
                 record["seconds"]["generate"] = generating
     return records
 
 
-def measure_groups(samples: Iterable[Sample], measure, description: str, pool=None) -> tuple[list, list[dict]]:
+class Kept:
+    """Records that a run has so far, image by image, in a file of lines that it goes on with.
+
+    Raises:
+        ValueError: a run with other `settings` wrote them.
+    """
+
+    def __init__(self, path: Path, settings: dict):
+        lines = list(whole_lines(path)) if path.is_file() else []
+        if lines:
+            check_same_settings(path, lines[0].get("settings"), settings)
+        self.done = {(line["suite"], *line["pictures"]): line["records"] for line in lines[1:]}
+        self.file = Line(path)
+        if not lines:
+            self.file.write({"settings": settings})
+
+    def keep(self, suite: str, pictures, records: list[dict]):
+        self.file.write({"suite": suite, "pictures": list(pictures), "records": records})
+
+
+def measure_groups(
+    samples: Iterable[Sample], measure, description: str, pool=None, kept=None
+) -> tuple[list, list[dict]]:
     """What `measure(group)` returns of the samples of every image, one after the other or by the processes of a pool, and
-    {"image", "error"} of those that failed."""
-    records, errors, groups = [], [], groups_of(samples)
-    results = (pool.map if pool else map)(partial(_attempt, measure), groups)
-    for found, failed in tqdm(results, desc=description, unit="image", total=len(groups)):
-        records += found
+    {"image", "error"} of those that failed.
+
+    `kept`: (name of the suite, [`Kept`]) of a run that goes on where it was stopped.
+    """
+    errors, groups, name, run = [], groups_of(samples), *(kept or ("", None))
+    found = {} if run is None else {key: run.done.get((name, *key)) for key in (one[0].picture_keys for one in groups)}
+    waiting = [group for group in groups if not found.get(group[0].picture_keys)]
+    results = (pool.map if pool else map)(partial(_attempt, measure), waiting)
+    bar = tqdm(results, desc=description, unit="image", total=len(groups), initial=len(groups) - len(waiting))
+    for group, (records, failed) in zip(waiting, bar):
+        found[group[0].picture_keys] = records
         errors += failed
-    return records, errors
+        if run is not None and records:
+            run.keep(name, group[0].picture_keys, records)
+    return [record for group in groups for record in found[group[0].picture_keys]], errors
 
 
 def _attempt(measure, group):
@@ -412,32 +535,43 @@ def _attempt(measure, group):
 _worker = {}
 
 
-def _start_worker(folder, focus, threads, changes):
+def _start_worker(folder, focus, threads, changes, dtype):
     torch.set_num_threads(threads)
-    _worker.update(pair=load_model(folder, torch.float32, **changes), focus=focus and load_model(focus, torch.float32))
+    pair = load_model(folder, dtype, **changes)
+    _worker.update(pair=pair, focus=focus and load_model(focus, torch.float32))
+    if hasattr(pair[1], "host"):
+        _worker.update(variants=OtherSettings(folder, pair, changes), plain=PlainHost(*pair))
 
 
-def _measure(suite, prompt, rows, group):
-    return records_of(_worker["pair"], SUITES[suite], prompt, rows, group, focus=_worker["focus"])
+def _measure(suite, prompt, rows, counted, group):
+    rows = rows(_worker["pair"]) if callable(rows) else rows
+    own = {name: _worker.get(name) for name in ("focus", "variants", "plain")}
+    return records_of(_worker["pair"], SUITES[suite], prompt, rows, group, count=group[0].id == counted, **own)
 
 
-def ask_rows(folder, jobs, workers=1, focus=None, changes=None) -> dict[str, tuple[list[dict], list[dict]]]:
+def ask_rows(
+    folder, jobs, workers=1, focus=None, changes=None, dtype=torch.float32, run=None, count=False
+) -> dict[str, tuple[list[dict], list[dict]]]:
     """(records, errors) by suite; several workers are processes of one thread each.
 
     Args:
-        jobs: {suite: (samples, rows)}.
+        jobs: {suite: (samples, rows)}; or a function of (processor, model) that returns them.
         focus: folder of a model with LRS-VQA's module, or None.
         changes: other values for settings of the model.
+        dtype: of its weights.
+        run: [`Kept`] to go on with.
+        count: whether the first sample of each suite has the FLOPs of every row.
     """
-    start = folder, focus, 1 if workers > 1 else torch.get_num_threads(), changes or {}
+    start = folder, focus, 1 if workers > 1 else torch.get_num_threads(), changes or {}, dtype
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) if workers > 1 else None
     if pool is None:
         _start_worker(*start)
     found = {}
     try:
         for name, (samples, rows) in jobs.items():
-            measure = partial(_measure, name, next(iter(SUITES[name].prompts)), rows)
-            found[name] = measure_groups(samples, measure, f"Asking {name}", pool)
+            counted = samples[0].id if count and samples else None
+            measure = partial(_measure, name, next(iter(SUITES[name].prompts)), rows, counted)
+            found[name] = measure_groups(samples, measure, f"Asking {name}", pool, run and (name, run))
             if not found[name][0]:
                 raise ValueError(f"No image could be asked about. The first failure: {found[name][1][0]['error']}")
     finally:
