@@ -83,9 +83,8 @@ def rows_of(fractions, view, grids, also, pair) -> list[Row]:
         rows += [Row(PLAIN, refined.x, refined.counts, None, PLAIN, (PLAIN,))]
         rows += [*(row_of(method, fraction) for method in METHODS), closer]
         for name, value in [*others_of(model), *also.items()]:
-            own = (
-                name in refined.rules and name not in REFINEMENT
-            )  # of the row's rules, which go over a configuration's
+            # A row's rules go over the configuration's.
+            own = name in refined.rules and name not in REFINEMENT
             says = {"settings": {name: value}, "rules": refined.rules | ({name: value} if own else {})}
             named = [(one, f"{one.name}; {name}={value}") for one in (refined, closer)]
             rows += [replace(one, name=text, line=text, **says) for one, text in named]
@@ -259,7 +258,10 @@ def main(arguments=None) -> int:
     check_range(args, 0, 1, "fractions", above=True)
     check_range(args, 1, math.inf, "tiles", *(["grids"] if args.grids else []))
     check_range(args, 0, len(TEST_SEEDS), "native_scenes")
-    check_range(args, TEST_SEEDS.start, math.inf, "first_seed")
+    if args.first_seed < TEST_SEEDS.start:
+        raise ValueError(
+            f"Scenes before {TEST_SEEDS.start} were trained on, or chosen by. Got --first-seed {args.first_seed}."
+        )
     check_scenes(args, NAME, more=(f"{NAME}.jsonl", f"{NAME}.csv"))
     own = own_tiles(check_host(args))
     results, records = measure(args, "; this family cuts tiles of its own, so that this is its own tiling" * own)
