@@ -10,7 +10,7 @@ from hosts_tiny import FAMILIES
 from images import random_image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from uhr_bat import cli
-from uhr_bat.evaluation import hosted, plain, reports
+from uhr_bat.evaluation import hosted, plain, reports, rows
 from uhr_bat.evaluation.suites import SUITES
 from uhr_bat.hosts.prompts import Parts
 from uhr_bat.scenes.layout import make_scene
@@ -213,3 +213,16 @@ def test_the_report_names_its_last_baseline():
     )
     about = {"title": "", "says": "", "groups": ""}
     assert f"Minus {hosted.PLAIN}:" in reports.report({"about": about, "rows": rows, "errors": []})
+
+
+def test_a_host_refines_its_looks_by_its_own_numbers_and_any_number_of_levels_shares_a_budget(loaded):
+    _, model = loaded("qwen3_vl", levels=2)
+    rules = rows.rules_for(model, rows.RULES[rows.REFINED][0])
+    assert (rules["refinement"], rules["refinement_layers"]) == (
+        model.config.refinement,
+        model.config.refinement_layers,
+    )
+    for method in (rows.PAPER, rows.REFINED):
+        for available in ([16, 64], [16, 64, 256], [4, 16, 64, 256, 1024]):
+            counts = rows.row_of(method, 0.1).counts(available)
+            assert sum(counts) == round(0.1 * sum(available)) and len(counts) in (1, len(available))
