@@ -12,11 +12,11 @@ from math import ceil
 
 import torch
 
-from ..benchmarks.meters import FlopMeter
 from ..common import asking
 from ..common.loading import host_settings
 from ..common.models import base_of, with_weights
 from ..common.resizing import resize_image
+from ..planning.flops import FlopMeter
 
 PLAIN, OWN = "plain", "plain, as it comes"
 AT_ONCE = 16384  # visual tokens that are answered from together

@@ -24,7 +24,6 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from ..benchmarks.meters import FlopMeter
 from ..common import asking
 from ..common.budgets import counts_of_fraction
 from ..common.loading import load_model
@@ -36,6 +35,7 @@ from ..geometry_uhr_bat import letterbox
 from ..image_raster_files_uhr_bat import reason
 from ..modeling_layers_uhr_bat import UHRBatScaleEmbedding
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
+from ..planning.flops import FlopMeter
 from .plain import PLAIN, OtherSettings, PlainHost, plain_records
 from .reducers import conditional_diversity, diversity, dominant_and_contextual, similarity_merging
 from .running import groups_of
@@ -396,7 +396,8 @@ def count_flops(pair, image, rows, question, limit, variants=None) -> list[int]:
         with FlopMeter() as meter:
             seen = own.seen(row.view, row.settings)
         encoding.setdefault((row.view, encoded), meter.get_total_flops())
-        getattr(seen.features, "partitions", {}).clear()
+        if own is views:
+            seen.features.partitions.clear()
         with FlopMeter() as meter:
             inputs, kept = choose(own, row, question)
             say(seen, inputs, [kept], max_new_tokens=limit, min_new_tokens=limit)
