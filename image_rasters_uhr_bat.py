@@ -257,6 +257,8 @@ class RasterImage(ImageSource):
             self.filename,
             nodata is None and not (self._remote or self._sequential),  # a request, or the whole file decoded
         )
+        own = np.arange(256)
+        self._is_plain = self._tables is not None and all(np.array_equal(table, own) for table in self._tables)
 
     def _place_of(self, dataset):
         """(coordinate system, transform of the stored pixels), None where the file says nothing of them."""
@@ -303,6 +305,11 @@ class RasterImage(ImageSource):
     def _read(self, dataset, box, size, resampling="nearest"):
         """Values [C, h, w] and which are valid, bool[h, w] or None, of a box (top, left, bottom, right) of the file's
         upright pixels in `size` (height, width). Raises `OSError`."""
+        with import_rasterio().Env(**self._settings):
+            return self._read_set(dataset, box, size, resampling)
+
+    def _read_set(self, dataset, box, size, resampling="nearest"):
+        """As `_read`, where GDAL has its settings already."""
         rasterio = import_rasterio()
         upright_box = top, left, bottom, right = box
         full = dataset.shape[::-1] if self._transposed else dataset.shape
@@ -317,7 +324,7 @@ class RasterImage(ImageSource):
             "resampling": rasterio.enums.Resampling[resampling],
         }
         try:
-            with rasterio.Env(**self._settings), complaints_are_errors():
+            with complaints_are_errors():
                 values = dataset.read(self.bands, out_shape=(len(self.bands), *size), **options)
                 masks = dataset.read_masks(self.bands, out_shape=values.shape, **options) if self._has_mask else None
         except Exception as error:
@@ -379,7 +386,9 @@ class RasterImage(ImageSource):
 
     def _to_rgb(self, values):
         """uint8[h, w, 3] from values [C, h, w]."""
-        if self._tables is None:
+        if self._is_plain:
+            rgb = np.ascontiguousarray(np.moveaxis(values, 0, -1))
+        elif self._tables is None:
             rgb = np.stack([stretch(band, *limits) for band, limits in zip(values, self._ranges)], axis=-1)
         else:
             values = np.broadcast_to(values, (len(self._tables), *values.shape[1:]))  # a palette has three tables
@@ -457,7 +466,7 @@ class RasterImage(ImageSource):
         top, left, bottom, right = self._part
         # 1 but for overviews, whose pixels may be no whole number of the file's.
         steps = (bottom - top) / self.height, (right - left) / self.width
-        with self._dataset() as dataset:
+        with self._dataset() as dataset, import_rasterio().Env(**self._settings):
 
             def read(*box):
                 size = box[2] - box[0], box[3] - box[1]
@@ -465,7 +474,7 @@ class RasterImage(ImageSource):
                     box = [edge + start for edge, start in zip(box, (top, left) * 2)]
                 else:
                     box = [edge * step + start for edge, step, start in zip(box, steps * 2, (top, left) * 2)]
-                values, valid = self._read(dataset, box, size)
+                values, valid = self._read_set(dataset, box, size)
                 return self._to_rgb(values), valid
 
             yield read

@@ -41,6 +41,8 @@ WIDEST_FILTER = 3
 # Of a narrow image in its square, Pillow can resize parts that begin where a pixel of the square and one of the view do.
 # Where such a part is so many times as wide as what is needed, it is resized here instead.
 OWN_PASS, COLUMNS_PER_BLOCK = 6, 64
+# Products of matrices up to so many factors are computed by one thread: those of BLAS spin while they wait for each other.
+SMALL_PRODUCT = 2**22
 # Pillow resizes outside of Python's lock. More threads hold more strips and wait for the one that reads.
 NUM_THREADS = min(4, os.cpu_count() or 1)
 
@@ -201,16 +203,21 @@ def _bicubic(side, scale, first, last) -> list[tuple[int, np.ndarray]]:
     return blocks
 
 
-def _resize_columns(strip, left, blocks) -> Image.Image:
-    """The horizontal pass of a strip that starts at column `left` of the square, by the weights of `_bicubic`."""
-    pixels = np.asarray(strip).swapaxes(1, 2)  # uint8[h, 3, w]
+def _weigh(pixels: np.ndarray, left: int, blocks) -> np.ndarray:
+    """uint8[..., columns] by the weights of `_bicubic`, from uint8[..., w] that begin at column `left` of the square."""
     parts = []
     for low, weights in blocks:
         read = np.ascontiguousarray(pixels[..., low - left : low - left + weights.shape[1]], np.float64)
         # One product of matrices. Sums of whole numbers below 2^53 are exact, and so is a power of two.
-        sums = read.reshape(-1, weights.shape[1]) @ weights.T
-        parts.append(np.floor((sums + 2**21) * 2.0**-22).reshape(*read.shape[:2], -1))
-    return Image.fromarray(np.concatenate(parts, axis=2).clip(0, 255).astype(np.uint8).swapaxes(1, 2).copy())
+        rows, small = read.reshape(-1, weights.shape[1]), read.size * len(weights) <= SMALL_PRODUCT
+        sums = np.einsum("rp,cp->rc", rows, weights) if small else rows @ weights.T
+        parts.append(np.floor((sums + 2**21) * 2.0**-22).reshape(*read.shape[:-1], -1))
+    return np.concatenate(parts, axis=-1).clip(0, 255).astype(np.uint8)
+
+
+def _resize_columns(strip, left, blocks) -> Image.Image:
+    """The horizontal pass of a strip that starts at column `left` of the square, by the weights of `_bicubic`."""
+    return Image.fromarray(_weigh(np.asarray(strip).swapaxes(1, 2), left, blocks).swapaxes(1, 2).copy())
 
 
 def _passes(scales, side, band_rows, window_bytes):
@@ -292,7 +299,7 @@ class _View:
 
 
 # Tiles of a level stand in the same few rows and columns; the weights of a tile are small.
-_weights_of_part = lru_cache(maxsize=64)(_bicubic)
+_weights_of_part = lru_cache(maxsize=512)(_bicubic)
 
 
 class _Part(NamedTuple):
@@ -362,6 +369,14 @@ def part_of_view(
     low, high = max(down.window[0], top), min(down.window[1], top + height)
     first, last = max(across.window[0], left), min(across.window[1], left + width)
     height, width = down.window[1] - down.window[0], across.window[1] - across.window[0]
+    inside = (low, high, first, last) == (*down.window, *across.window)
+    if inside and down.weights and across.weights and height * width <= STREAMED_STRIP_PIXELS:
+        # The same as below, without Pillow's copies.
+        pixels, valid = read(low - top, first - left, high - top, last - left)
+        pixels = pixels if valid is None else np.where(valid[..., None], pixels, np.array(pad_color, np.uint8))
+        narrowed = _weigh(np.asarray(pixels).swapaxes(1, 2), first, across.weights)
+        part = _weigh(narrowed.transpose(1, 2, 0), low, down.weights)
+        return part.transpose(2, 1, 0), valid, (low, first, height, width)
     narrowed = Image.new("RGB", (columns[1] - columns[0], height), tuple(pad_color))
     masks, step = [], max(1, STREAMED_STRIP_PIXELS // width)
     for row in range(low, high, step) if last > first else ():
@@ -420,9 +435,8 @@ def image_to_tiles(
     pad_color, size = tuple(pad_color), (image.height, image.width)
     side, top, left = letterbox(size)
     if getattr(image, "kind", None) == "jpeg":
-        square = (side, side), (top, left)
         tiles = {
-            scale: cut_tiles(picture.view(*square, (scale, scale), pad_color, resample), tile_size)
+            scale: cut_tiles(picture.view((side, side), (top, left), (scale, scale), pad_color, resample), tile_size)
             for scale, picture in image.reduced(scales).items()
         }
         if rest := [scale for scale in scales if scale not in tiles]:
