@@ -327,7 +327,6 @@ def make_app(
         metrics.requests.labels(str(status)).inc()
 
     app = FastAPI(title="UHR-BAT", docs_url=None, redoc_url=None, lifespan=lifespan)
-    max_bytes = service.sources.max_bytes * 4 // 3 + TEXT_BYTES
 
     @app.exception_handler(Refusal)
     async def refuse(request, refusal):
@@ -379,12 +378,33 @@ def make_app(
     async def page():
         return Response(metrics.page(), media_type=CONTENT_TYPE_LATEST)
 
-    # Around the application's own errors too, which `add_middleware` is not.
-    text_bytes = engine.window * LETTERS_PER_TOKEN * LETTER_BYTES + TEXT_BYTES
-    limited = Limits(app, max_bytes, max_requests, min(max_bytes, text_bytes), on_refusal=count)
-    doors = Doors(limited, keys, hosts)
+    return behind_doors(app, service, max_requests, keys, hosts, origins, access_log, on_refusal=count)
+
+
+def behind_doors(
+    app,
+    service,
+    max_requests,
+    keys=(),
+    hosts=None,
+    origins=(),
+    access_log=False,
+    locked="/v1",
+    on_refusal=lambda status: None,
+):
+    """An application with the server's limits and doors around it, and around its own errors too, which `add_middleware` is
+    not. See `make_app`, and `locked` in `Doors`."""
+    max_bytes = most_bytes(service)
+    text_bytes = service.engine.window * LETTERS_PER_TOKEN * LETTER_BYTES + TEXT_BYTES
+    limited = Limits(app, max_bytes, max_requests, min(max_bytes, text_bytes), on_refusal=on_refusal)
+    doors = Doors(limited, keys, hosts, locked)
     if origins:
         doors = CORSMiddleware(
             doors, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=("x-request-id",)
         )
     return Named(doors, access_log)
+
+
+def most_bytes(service) -> int:
+    """Of a request's body: an image in base64, and text."""
+    return service.sources.max_bytes * 4 // 3 + TEXT_BYTES

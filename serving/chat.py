@@ -433,11 +433,21 @@ def read_request(body: bytes, window: int) -> ChatRequest:
         data = from_json(body.removeprefix(BOM_UTF8))
     except ValueError as error:
         raise Refusal(f"The request is no JSON: {error}.", code="invalid_json") from None
+    return checked_request(data)
+
+
+def checked_request(data) -> ChatRequest:
+    """The request of some values. Raises `Refusal` as `read_request` does."""
     try:
         return ChatRequest.model_validate(data)
     except ValidationError as error:
-        place, why = first_fault(data, error.errors(include_url=False, include_input=False, include_context=False))
-        raise Refusal(f"{clip(place, PLACE_LETTERS) or 'The request'}: {why}.", param=place or None) from None
+        raise fault(data, error) from None
+
+
+def fault(data, error: ValidationError, whole="The request") -> Refusal:
+    """The first thing that is wrong with values that a model refused; `whole` is what they are called together."""
+    place, why = first_fault(data, error.errors(include_url=False, include_input=False, include_context=False))
+    return Refusal(f"{clip(place, PLACE_LETTERS) or whole}: {why}.", param=place or None)
 
 
 def first_fault(data, errors: list[dict]) -> tuple[str, str]:

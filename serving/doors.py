@@ -62,12 +62,13 @@ class Doors:
 
     Args:
         app: ASGI application.
-        keys: of which a request must bring one, but for health and metrics; none: everybody may ask.
+        keys: of which a request for a `locked` path must bring one; none: everybody may ask.
         hosts: names by which the server is asked, beside those of this machine. None: any name.
+        locked: beginning of the paths that want a key.
     """
 
-    def __init__(self, app, keys: Collection[str] = (), hosts: Collection[str] | None = None):
-        self.app, self.keys = app, [key.encode() for key in keys]
+    def __init__(self, app, keys: Collection[str] = (), hosts: Collection[str] | None = None, locked="/v1"):
+        self.app, self.keys, self.locked = app, [key.encode() for key in keys], locked
         self.hosts = None if hosts is None else {host.lower() for host in hosts}
 
     async def __call__(self, scope, receive, send):
@@ -93,7 +94,7 @@ class Doors:
                 status=403,
                 code="unknown_host",
             )
-        if self.keys and path.startswith("/v1"):
+        if self.keys and path.startswith(self.locked):
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             given = key.strip() if kind.lower() == b"bearer" else b""
             if not any([hmac.compare_digest(given, key) for key in self.keys]):

@@ -49,14 +49,14 @@ class Engine:
 
     async def encode(self, source, **options):
         """See `Front.encode`."""
-        return await self._call(self.front.encode, source, **options)
+        return await self.call(self.front.encode, source, **options)
 
     async def select(self, prompt, images, budgets=None, max_tiles=None) -> Selection:
         """See `Front.select`."""
-        return await self._call(self.front.select, prompt, images, budgets, max_tiles)
+        return await self.call(self.front.select, prompt, images, budgets, max_tiles)
 
-    async def _call(self, function, *args, **kwargs):
-        """On a thread, which is told where the caller goes meanwhile."""
+    async def call(self, function, *args, **kwargs):
+        """What a function returns on a thread, which is told where the caller goes meanwhile (`has_left`)."""
         left, context = threading.Event(), copy_context()
         context.run(has_left.set, left.is_set)
         work = partial(context.run, function, *args, **kwargs)
@@ -67,7 +67,7 @@ class Engine:
 
     async def check_schema(self, schema: str):
         """Raises what `Forms.make` raises, before anything is done for the answer."""
-        await self._call(self.forms.make, schema)
+        await self.call(self.forms.make, schema)
 
     def check_room(self, selection: Selection, max_new_tokens: int, param="messages"):
         """Raises `Refusal`, with the field that is meant, where prompt and answer are more than the context window holds."""

@@ -93,6 +93,14 @@ class EncodedImage:
 
 
 @dataclass(frozen=True)
+class Picture:
+    """An image that was opened and checked, and is looked at; the bytes that it holds."""
+
+    image: object
+    held_bytes: int
+
+
+@dataclass(frozen=True)
 class Selection:
     """A prompt whose images have become visual tokens.
 
@@ -140,6 +148,32 @@ class Front:
         self._work = threading.BoundedSemaphore(workers)
         processor.planner = planner_of(model)  # budgets may be limits
 
+    def open(self, source: ImageFile, **options):
+        """The image itself as `read_image` gives it, from the cache where the same file was opened in the same way before.
+
+        Args:
+            options: `bands`, `value_range`, `window`, `nodata`, `page`, `max_image_pixels`.
+
+        Raises:
+            What `read_image` raises.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+        key = ("picture", source.digest, repr(sorted(options.items())))
+        return self.cache.get(key, lambda: self._compute(self._open, source, options)).image
+
+    def _open(self, source, options):
+        image = self.processor.image_processor.process_image(source.content, **options)
+        return Picture(image, self._held_bytes(image, source))
+
+    @staticmethod
+    def _held_bytes(image, source) -> int:
+        """Of an opened image: its pixels where it is decoded, else the bytes that it is read from."""
+        if isinstance(image, Image.Image):
+            return image.height * image.width * 3
+        if kind_of(image) == "jpeg":
+            return image.held_bytes
+        return len(source.content) if isinstance(source.content, bytes) else 0
+
     def encode(
         self, source: ImageFile, max_tiles: int | None = None, native: bool | None = None, **options
     ) -> EncodedImage:
@@ -174,13 +208,7 @@ class Front:
         limit = {"max_image_pixels": options["max_image_pixels"]} if "max_image_pixels" in options else {}
         inputs = self.processor.image_processor(image, **limit, **tiles, return_tensors="pt")
         (features,) = asking.encode(self.model, inputs)
-        held = 0
-        if tiles and isinstance(image, Image.Image):
-            held = image.height * image.width * 3
-        elif tiles and kind_of(image) == "jpeg":
-            held = image.held_bytes
-        elif tiles and isinstance(source.content, bytes):
-            held = len(source.content)
+        held = self._held_bytes(image, source) if tiles else 0
         return EncodedImage(key, self._to(features, "cpu"), (image.height, image.width), Georeference.of(image), held)
 
     def check_limit(self, budgets: list[int] | int | str | None, max_tiles: int | None = None):

@@ -30,6 +30,12 @@ KEPT_SECONDS = 75
 
 def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="uhr-bat serve", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    return parser
+
+
+def add_arguments(parser: argparse.ArgumentParser):
+    """The options that all servers have: model, address, who may ask, how much at a time and for what."""
     add_model_argument(parser, "model")
     parser.add_argument(
         "--name", metavar="NAME", help="as requests name the model (default: the folder's name, or the Hub's)"
@@ -83,15 +89,14 @@ def parser() -> argparse.ArgumentParser:
     group.add_argument(
         "--max-pixels", type=int, default=2**28, metavar="N", help="of the largest image (default: 2**28)"
     )
-    return parser
 
 
-def build(args):
-    """The application of the options: model, cache, decoder and routes."""
+def make_service(args):
+    """The `Service` of the options: model, cache and decoder."""
     require("serve", "fastapi", "prometheus_client", "httpx")
     import torch
 
-    from .app import Service, make_app
+    from .app import Service
     from .cache import ContentCache
     from .decoding import decoder_folder, end_ids
     from .engine import Engine
@@ -123,10 +128,25 @@ def build(args):
         decoder = TransformersDecoder(model, args.max_batch, forms)
     front = Front(processor, model, model_key, ContentCache(args.cache_bytes), WORKERS, embeds=by_vllm)
     rules = SourceRules(args.max_image_bytes, folder and folder.resolve(), frozenset(args.allow_private_hosts))
-    service = Service(Engine(front, decoder, args.max_requests, forms), args.name, rules, args.max_pixels)
-    keys = args.api_key or list(filter(None, [os.environ.get(KEY_VARIABLE)]))
-    hosts = [args.host, *args.allow_hosts] if args.allow_hosts or is_this_machine(args.host) else None
-    return make_app(service, args.max_requests, keys, hosts, args.cors_origin, args.access_log)
+    return Service(Engine(front, decoder, args.max_requests, forms), args.name, rules, args.max_pixels)
+
+
+def who_may_ask(args) -> dict:
+    """`keys`, `hosts`, `origins` and `access_log` of the application's doors, as the options and the environment name them."""
+    return {
+        "keys": args.api_key or list(filter(None, [os.environ.get(KEY_VARIABLE)])),
+        "hosts": [args.host, *args.allow_hosts] if args.allow_hosts or is_this_machine(args.host) else None,
+        "origins": args.cors_origin,
+        "access_log": args.access_log,
+    }
+
+
+def build(args):
+    """The application of the options: the service and its routes."""
+    service = make_service(args)
+    from .app import make_app
+
+    return make_app(service, args.max_requests, **who_may_ask(args))
 
 
 def listening(app):
@@ -139,20 +159,18 @@ def listening(app):
 
 
 def check(args):
-    """Raises `ValueError` or `OSError` for options that no server can have, before a model is loaded."""
+    """Finds the model, its name and the log of the options, before the model is loaded.
+
+    Raises:
+        ValueError, OSError: options that no server can have.
+    """
+    stay_offline(args.model)
     check_range(args, 1, math.inf, "max_batch", "max_requests", "max_image_bytes", "max_pixels")
     check_range(args, 0, math.inf, "cache_bytes")
     check_range(args, 0, 65535, "port")
     folder = args.allow_local_files
     if folder is not None and not folder.is_dir():
         raise NotADirectoryError(f"{folder}: there is no such folder to allow.")
-
-
-@tells_errors
-def main(arguments=None) -> int:
-    args = parser().parse_args(arguments)
-    stay_offline(args.model)
-    check(args)
     args.model = find_model(args.model)
     args.name = args.name or ("uhr-bat-tiny" if is_tiny(args.model) else model_name(args.model))
     check_origins(args.cors_origin)
@@ -160,11 +178,6 @@ def main(arguments=None) -> int:
         raise ValueError("--api-key is empty: nobody could bring such a key.")
     if args.vllm and args.backend != "vllm":
         raise ValueError("--vllm is for --backend vllm.")
-    require("serve", "uvicorn")
-    import uvicorn
-
-    from .ports import take_port, url_of
-
     if is_tiny(args.model):
         print(WEIGHTS_NOTE, file=sys.stderr)
     if args.access_log:
@@ -173,12 +186,28 @@ def main(arguments=None) -> int:
         log = logging.getLogger(Named.__module__)
         log.setLevel(logging.INFO)
         log.addHandler(handler)
+
+
+def listen(args, build, path: str) -> int:
+    """Serves the application that `build(args)` makes, after its port was taken; an exit code."""
+    require("serve", "uvicorn")
+    import uvicorn
+
+    from .ports import take_port, url_of
+
     sockets = take_port(args.host, args.port)
     server = uvicorn.Server(listening(build(args)))
     address = url_of(args.host, sockets[0].getsockname()[1])
-    print(f"{args.name}: {address}/v1, decoded by {args.backend}", file=sys.stderr, flush=True)
+    print(f"{args.name}: {address}{path}, decoded by {args.backend}", file=sys.stderr, flush=True)
     server.run(sockets=sockets)
     return 0 if server.started else 1
+
+
+@tells_errors
+def main(arguments=None) -> int:
+    args = parser().parse_args(arguments)
+    check(args)
+    return listen(args, build, "/v1")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,342 @@
+"""A server of tools for agents (Model Context Protocol): open, ask, look, where and plan for images of any size.
+
+uhr-bat mcp [MODEL] [--allow-local-files FOLDER] [--transport http --port 8000]
+"""
+
+import argparse
+import asyncio
+import base64
+import functools
+import json
+import logging
+import sys
+from contextlib import asynccontextmanager
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from ..common.commands import tells_errors
+from ..common.extras import require
+from ..common.loading import WEIGHTS_NOTE
+from ..common.models import is_tiny
+from ..image_raster_files_uhr_bat import reason
+from .refusals import Refusal
+from .serve import add_arguments, check, listen, make_service, who_may_ask
+
+logger = logging.getLogger(__name__)
+
+PATH = "/mcp"
+# Seconds after which long work is told of again.
+TICK = 5
+SAYS = (
+    "Questions about images of up to 100,000 pixels a side, such as satellite scenes, without guessing crops. Ask `where` for "
+    "the windows that a question should be looked at in, `look` at them, and `ask` for the model's own answer with the places "
+    "that it was read from. `open` and `plan` say what it costs. Boxes and windows are [top, left, bottom, right] in pixels of "
+    "the whole image; sizes are [height, width]."
+)
+
+# Tiles that a question may look at where nobody says how many: what UHR-BAT-Tiny was measured with.
+TILES = 128
+# Longest side in pixels of a picture, unless another is asked for; the least and the greatest.
+SIDE, LEAST_SIDE, MOST_SIDE = 1024, 16, 4096
+# Windows and places that are told at most, and places unless another number is asked for.
+MOST_WINDOWS, MOST_EVIDENCE, EVIDENCE = 50, 10_000, 20
+# Most pixels a side of an image that is planned for, and the greatest count.
+PLANNED_SIDE, MOST = 1_000_000, 2**31 - 1
+
+# What the tools take. Agents read the descriptions; the server checks values once more as those of any request. Nothing here may
+# import torch: an agent waits for the list of tools.
+Number = Annotated[int, Field(strict=True)]
+Count = Annotated[int, Field(strict=True, ge=1, le=MOST)]
+Pixels = Annotated[int, Field(strict=True, ge=1, le=PLANNED_SIDE)]
+Source = Annotated[str, Field(description="A path in the server's folder, an https: URL or a data: URL.")]
+Question = Annotated[str, Field(description="What is asked about the image.")]
+Tokens = Annotated[Count, Field(description="Visual tokens that the answer is read from.")]
+Tiles = Annotated[
+    Number,
+    Field(ge=0, le=MOST, description="Tiles that are encoded where the question looks, down to the image's own pixels. More "
+    "find more and take longer. 0: all tiles of the model's own scales, and no finer ones."),
+]  # fmt: skip
+Side = Annotated[Number, Field(ge=LEAST_SIDE, le=MOST_SIDE, description="Longest side of a picture in pixels.")]
+Box = Annotated[list[Number], Field(min_length=4, max_length=4, description="[top, left, bottom, right] in pixels.")]
+
+
+class Reading(BaseModel):
+    """How a raster is read."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    bands: Annotated[list[int | str] | None, Field(description="Three bands or one, by number or name.")] = None
+    value_range: Annotated[str | list[float] | None, Field(description="[black, white], 'dtype' or 'percentile'.")] = (
+        None
+    )
+    nodata: Annotated[float | None, Field(description="A value that is no part of the image.")] = None
+    page: Annotated[int | None, Field(description="Of a TIFF, from 1.")] = None
+
+
+def told_reading(reading: Reading | None) -> dict:
+    return {} if reading is None else reading.model_dump(exclude_none=True)
+
+
+def parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="uhr-bat mcp", description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    parser.add_argument(
+        "--transport", choices=("stdio", "http"), default="stdio",
+        help="stdio: whoever starts the server speaks with it alone; http: at --host and --port (default: stdio)",
+    )  # fmt: skip
+    return parser
+
+
+class Loading:
+    """The tools, whose model is loaded once on a thread while the server answers already: agents give up servers that begin
+    slowly."""
+
+    def __init__(self, args):
+        self._args, self._task = args, None
+
+    def start(self):
+        if self._task is None:
+            self._task = asyncio.get_running_loop().create_task(asyncio.to_thread(make_tools, self._args))
+            self._task.add_done_callback(self._tell)
+
+    def _tell(self, task):
+        if not task.cancelled() and task.exception() is not None:
+            print(f"Error: {task.exception()}", file=sys.stderr, flush=True)
+
+    async def __call__(self):
+        self.start()
+        try:
+            return await asyncio.shield(self._task)
+        except Exception as error:
+            raise ValueError(f"The model could not be loaded: {reason(error)}") from error
+
+    async def close(self):
+        if self._task is not None and self._task.done() and self._task.exception() is None:
+            await self._task.result().engine.close()
+
+
+class Loaded:
+    """Tools that are there already."""
+
+    def __init__(self, tools):
+        self._tools = tools
+
+    def start(self):
+        pass
+
+    async def __call__(self):
+        return self._tools
+
+    async def close(self):
+        await self._tools.engine.close()
+
+
+def make_tools(args):
+    """The `Tools` of the options."""
+    service = make_service(args)
+    from .mcp_tools import Tools
+
+    return Tools(service)
+
+
+def make_server(ready, note: str = ""):
+    """The `MCPServer` with the tools.
+
+    Args:
+        ready: `Loading` or `Loaded`.
+        note: what is to be known of the model.
+    """
+    require("mcp", "mcp")
+    from mcp.server.mcpserver import Context, MCPServer
+    from mcp.server.mcpserver.exceptions import ToolError
+    from mcp.types import CallToolResult, ImageContent, TextContent, ToolAnnotations
+
+    @asynccontextmanager
+    async def lifespan(server):
+        ready.start()
+        try:
+            yield
+        finally:
+            await ready.close()
+
+    class Server(MCPServer):
+        async def call_tool(self, name, arguments, context=None):
+            """As the package calls a tool; what is wrong with a call is one sentence, and nothing in it is passed over."""
+            known = {tool.name: list(tool.input_schema["properties"]) for tool in await self.list_tools()}
+            if name not in known:
+                raise ToolError(f"There is no tool {name[:100]!r}. There are {', '.join(known)}.")
+            if others := [one for one in arguments if one not in known[name]]:
+                raise ToolError(f"{name} has no argument {others[0][:100]!r}. It has {', '.join(known[name])}.")
+            try:
+                return await super().call_tool(name, arguments, context)
+            except ToolError as error:
+                cause = error.__cause__
+                if isinstance(cause, ValidationError):
+                    from .chat import fault
+
+                    raise ToolError(fault(arguments, cause, "The arguments").message) from None
+                raise (cause if isinstance(cause, ToolError) else error)
+
+    server = Server("uhr-bat", instructions=f"{SAYS} {note}".strip(), log_level="WARNING", lifespan=lifespan)
+
+    def tool(call):
+        """Lists a tool, which gets the tools and a step where it names a context; whatever it raises is a sentence."""
+
+        @functools.wraps(call)
+        async def told(context, **arguments):
+            try:
+                return await call(context, **arguments)
+            except MemoryError:
+                raise ToolError("This takes more memory than the server has.") from None
+            except (Refusal, OSError, ValueError, ImportError) as error:
+                raise ToolError(str(error) or reason(error)) from error
+            except Exception as error:
+                logger.exception("A tool failed.")
+                raise ToolError("The server failed; its log says why.") from error
+
+        hints = ToolAnnotations(read_only_hint=True, idempotent_hint=True, destructive_hint=False)
+        server.add_tool(told, annotations=hints, structured_output=False)
+        return call
+
+    async def begin(context):
+        """(the tools, a step: it waits for work, and tells whoever called how far it is; work that nobody waits for any more is
+        left)."""
+        done = 0
+
+        async def step(message, work):
+            nonlocal done
+            task, seconds = asyncio.ensure_future(work), 0
+            try:
+                await context.report_progress(done, message=message)
+                while not (await asyncio.wait({task}, timeout=TICK))[0]:
+                    seconds += TICK
+                    await context.report_progress(done + seconds / (seconds + 60), message=f"{message}, {seconds} s")
+            finally:
+                task.cancel()  # of what is done, nothing
+            done += 1
+            return task.result()
+
+        return await step("loading the model", ready()), step
+
+    def result(facts: dict, *content):
+        text = TextContent(type="text", text=json.dumps(facts, ensure_ascii=False, separators=(",", ":")))
+        return CallToolResult(content=[*content, text], structured_content=facts)
+
+    @tool
+    async def open(
+        context: Context, image: Source, max_tiles: Tiles = TILES, reading: Reading | None = None
+    ) -> CallToolResult:
+        """Size of an image in pixels, its coordinate system, its levels, and what a question about it costs. Nothing is encoded."""
+        tools, step = await begin(context)
+        return result(await tools.open(step, image, max_tiles=max_tiles, reading=told_reading(reading)))
+
+    @tool
+    async def ask(
+        context: Context,
+        image: Source,
+        question: Question,
+        window: Annotated[Box | None, Field(description="Only this part of a raster, in pixels.")] = None,
+        budgets: Tokens | None = None,
+        max_tiles: Tiles = TILES,
+        max_tokens: Annotated[Count | None, Field(description="Of the answer.")] = None,
+        evidence: Annotated[Number, Field(ge=0, le=MOST_EVIDENCE, description="Places that are told.")] = EVIDENCE,
+        reading: Reading | None = None,
+    ) -> CallToolResult:
+        """The model's answer to a question about an image, and the places that it was read from, the most important first: boxes
+        in pixels with a score, and GeoJSON where the image lies on the ground."""
+        tools, step = await begin(context)
+        said = await tools.ask(
+            step, image, question, window=window, budgets=budgets, max_tiles=max_tiles, max_tokens=max_tokens,
+            evidence=evidence, reading=told_reading(reading),
+        )  # fmt: skip
+        return result(said)
+
+    @tool
+    async def where(
+        context: Context,
+        image: Source,
+        question: Question,
+        number: Annotated[Number, Field(ge=1, le=MOST_WINDOWS, description="Most windows.")] = 3,
+        side: Side = SIDE,
+        max_tiles: Tiles = TILES,
+        reading: Reading | None = None,
+    ) -> CallToolResult:
+        """The windows of an image that a question should be looked at in, the best first, each as large as a picture of `look` at
+        full resolution. `share`: of all that the question looks at, how much lies in the window and in none before it."""
+        tools, step = await begin(context)
+        found = await tools.where(
+            step, image, question, number=number, side=side, max_tiles=max_tiles, reading=told_reading(reading)
+        )
+        return result(found)
+
+    @tool
+    async def look(
+        context: Context,
+        image: Source,
+        window: Annotated[Box | None, Field(description="None: the whole image.")] = None,
+        question: Annotated[str, Field(description="Draws in yellow where this question looks.")] = "",
+        side: Side = SIDE,
+        max_tiles: Tiles = TILES,
+        reading: Reading | None = None,
+    ) -> CallToolResult:
+        """A picture of a window of an image, or of all of it, at the resolution that fits `side`."""
+        tools, step = await begin(context)
+        content, shown = await tools.look(
+            step, image, window, question, side=side, max_tiles=max_tiles, reading=told_reading(reading)
+        )
+        data = base64.b64encode(content).decode()
+        return result(shown, ImageContent(type="image", data=data, mime_type="image/jpeg"))
+
+    @tool
+    async def plan(
+        context: Context,
+        height: Pixels,
+        width: Pixels,
+        budgets: Annotated[
+            Count | str | None,
+            Field(description='Visual tokens, or a limit as "24GiB" or "5s" that the largest budgets stay below.'),
+        ] = None,
+        max_tiles: Tiles = TILES,
+    ) -> CallToolResult:
+        """What a question about an image of a size costs: visual tokens, tiles, FLOPs, memory."""
+        tools, step = await begin(context)
+        return result(await tools.plan(step, (height, width), budgets, max_tiles))
+
+    return server
+
+
+def build(args):
+    """The application (ASGI) of the options."""
+    from .app import behind_doors, most_bytes
+
+    tools = make_tools(args)
+    require("mcp", "mcp")
+    from mcp.server.transport_security import TransportSecuritySettings
+
+    app = make_server(Loaded(tools), note_of(args)).streamable_http_app(
+        streamable_http_path=PATH,
+        max_request_body_size=most_bytes(tools.service),
+        # The server's own doors know its names.
+        transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
+    )
+    return behind_doors(app, tools.service, args.max_requests, **who_may_ask(args), locked=PATH)
+
+
+def note_of(args) -> str:
+    return WEIGHTS_NOTE if is_tiny(args.model) else ""
+
+
+@tells_errors
+def main(arguments=None) -> int:
+    args = parser().parse_args(arguments)
+    check(args)
+    require("mcp", "mcp")
+    if args.transport == "http":
+        return listen(args, build, PATH)
+    make_server(Loading(args), note_of(args)).run("stdio")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
