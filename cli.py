@@ -40,7 +40,7 @@ VERBS = {
     "tiny focus": ("training.tiny.focusing", "LRS-VQA's system: its module learns where to look"),
     "tiny exchange": ("training.tiny.exchange", "another vision tower for a trained decoder"),
     "serve": ("serving.serve", "a server with OpenAI's API: many users, evidence in the answer"),
-    "mcp": ("serving.mcp", "a server of tools for agents (MCP): open, ask, look, where and plan"),
+    "mcp": ("serving.mcp", "a server of tools for agents (MCP): open, ask, objects, look, where and plan"),
     "demo": ("serving.demo", "a page to open an image, ask and see what the answer was read from"),
     "batch": ("serving.batch", "ask a thousand images, on one machine or a cluster"),
     "bench": ("benchmarks.run", "speed and memory against the straightforward implementation"),

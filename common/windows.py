@@ -98,25 +98,31 @@ def _middle_of_best(held, steps) -> tuple[int, int]:
 def window_importance(
     compressed, image_size: tuple[int, int], box, size: tuple[int, int], image_idx: int = 0
 ) -> np.ndarray:
-    """float64[size]: how much the question looks at every pixel of a picture of a box, by the finest level that was encoded
-    there; NaN where none was.
+    """float64[size]: how much the question looks at every cell of a box, by the finest level that was encoded there: of smaller
+    tokens the greatest in a cell; NaN where none was.
 
     Args:
         compressed, image_size, image_idx: as in `best_windows`.
         box: (top, left, bottom, right) in pixels of the image.
-        size: (height, width) of the picture.
+        size: (height, width) in cells, which cover the box.
     """
     compressed.check_letterbox()
-    axes = (
-        start + (np.arange(number) + 0.5) * (stop - start) / number
-        for start, stop, number in zip(box[:2], box[2:], size)
-    )
-    points, found = np.stack(np.meshgrid(*axes, indexing="ij"), axis=-1), np.full(size, np.nan)
-    importance = compressed.importance[image_idx]
+    start, extent = np.array(box[:2], float), np.subtract(box[2:], box[:2])
+    points = np.stack(np.meshgrid(*((np.arange(number) + 0.5) / number for number in size), indexing="ij"), axis=-1)
+    points, found, importance = start + points * extent, np.full(size, np.nan), compressed.importance[image_idx]
     for values, positions, grid in zip(importance.values, importance.positions, importance.grids):
         order = positions.argsort()
         known, values = positions[order].cpu().numpy(), values[order].double().cpu().numpy()
-        if len(known):
+        edges = token_box(known, image_size, grid)
+        if not len(known):
+            continue
+        if max(image_size) / max(grid) < (extent / size).max():
+            cells = np.floor(((edges[:, :2] + edges[:, 2:]) / 2 - start) / extent * size).astype(int)
+            inside = ((cells >= 0) & (cells < size)).all(1)
+            level = np.full(size, -np.inf)
+            np.maximum.at(level, tuple(cells[inside].T), values[inside])
+            found = np.where(np.isfinite(level), level, found)
+        else:
             asked = tokens_of_points(points, image_size, grid)
             at = np.searchsorted(known, asked).clip(max=len(known) - 1)
             found = np.where(known[at] == asked, values[at], found)

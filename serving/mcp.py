@@ -1,4 +1,4 @@
-"""A server of tools for agents (Model Context Protocol): open, ask, look, where and plan for images of any size.
+"""A server of tools for agents (Model Context Protocol): open, ask, objects, look, where and plan for images of any size.
 
 uhr-bat mcp [MODEL] [--allow-local-files FOLDER] [--transport http --port 8000]
 """
@@ -251,6 +251,25 @@ def make_server(ready, note: str = ""):
             evidence=evidence, reading=told_reading(reading),
         )  # fmt: skip
         return result(said)
+
+    @tool
+    async def objects(
+        context: Context,
+        image: Source,
+        question: Question,
+        budgets: Tokens | None = None,
+        max_tiles: Tiles = TILES,
+        max_tokens: Annotated[Count | None, Field(description="Of the answer.")] = None,
+        reading: Reading | None = None,
+    ) -> CallToolResult:
+        """The objects that the model's answer points to: boxes [top, left, bottom, right] or points [row, column] in pixels, and
+        GeoJSON where the image lies on the ground. Models that write no boxes or points find none, and `note` says so."""
+        tools, step = await begin(context)
+        found = await tools.objects(
+            step, image, question, budgets=budgets, max_tiles=max_tiles, max_tokens=max_tokens,
+            reading=told_reading(reading),
+        )  # fmt: skip
+        return result(found)
 
     @tool
     async def where(

@@ -7,7 +7,7 @@ left, bottom, right).
 
 import io
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing
+from contextlib import aclosing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -23,10 +23,13 @@ from ..geometry_uhr_bat import pyramid_scales
 from ..pictures.drawing import parse_colour, screen_image
 from .app import Service
 from .chat import checked_request
-from .evidence import evidence_members
+from .evidence import evidence_members, object_members
+from .refusals import Refusal
 
 # How opaque the colour is where a question looks most.
 OPACITY = 0.6
+# Pixels of a picture a side in which the colour is one: tokens of an image's own pixels would be dots.
+CELL = 8
 
 # Waits for a piece of work and tells how far it is.
 Step = Callable[[str, Awaitable], Awaitable[Any]]
@@ -74,25 +77,32 @@ class Tools:
         self, step: Step, image: str, question: str, *, max_tiles: int, evidence: int, window=None, budgets=None,
         max_tokens=None, reading: dict | None = None,
     ) -> dict:  # fmt: skip
-        """The answer to a question, and where it was read: the kept tokens as boxes and, where the image lies on the ground,
-        as GeoJSON."""
+        """The answer to a question, and where it was read: the kept tokens as boxes in pixels of the whole image and, where that
+        lies on the ground, as GeoJSON. `window`: the part of a raster that was read."""
         fields = {"budgets": budgets, "max_completion_tokens": max_tokens, "window": window}
         asked = await self._asked(step, image, question, max_tiles, reading, **fields)
-
-        async def text():
-            async with aclosing(asked.pieces()) as pieces:
-                return "".join([piece.text async for piece in pieces])
-
-        answer = await step("answering", text())
+        answer = await step("answering", said(asked))
         work = self.engine.call(evidence_members, asked.selection, asked.images)
         (kept,) = await step("writing the evidence", work)
         return {
             "answer": answer,
             "complete": asked.finish_reason != "length",
-            "image_size": kept["image_size"],
+            "window": list(window or (0, 0, *kept["image_size"])),
             "visual_tokens": len(kept["tokens"]),
             **best_evidence(kept, evidence, tuple(window[:2]) if window else (0, 0)),
         }
+
+    async def objects(
+        self, step: Step, image: str, question: str, *, max_tiles: int, budgets=None, max_tokens=None, reading: dict | None = None
+    ) -> dict:  # fmt: skip
+        """The objects that an answer points to: boxes (top, left, bottom, right) or points (row, column), and each on the ground."""
+        fields = {"budgets": budgets, "max_completion_tokens": max_tokens}
+        asked = await self._asked(step, image, question, max_tiles, reading, **fields)
+        answer = await step("answering", said(asked))
+        model, (encoded,) = self.front.model, asked.images
+        work = self.engine.call(object_members, model, answer, asked.selection, encoded)
+        found = await step("placing objects", work)
+        return {"answer": answer, **found, "objects": [rows_first(one) for one in found["objects"]]}
 
     async def where(
         self, step: Step, image: str, question: str, *, number: int, side: int, max_tiles: int, reading: dict | None = None
@@ -132,7 +142,8 @@ class Tools:
         request = self._request(image, "?", 0, reading)  # which checks how the image is read
 
         async def opened():
-            source = await self.service.sources.read(*request.image_urls())
+            with self._without_folder():
+                source = await self.service.sources.read(*request.image_urls())
             options = request.reader_options | {"max_image_pixels": self.service.max_image_pixels}
             return await self.engine.call(self.front.open, source, **options)
 
@@ -143,7 +154,16 @@ class Tools:
         if not question.strip():
             raise ValueError("There is no question.")
         request = self._request(image, question.strip(), max_tiles, reading, **fields)
-        return await step("encoding and choosing", self.service.ask(request))
+        with self._without_folder():
+            return await step("encoding and choosing", self.service.ask(request))
+
+    @contextmanager
+    def _without_folder(self):
+        """Refusals name images as whoever called did: where the server's folder lies is nobody's affair."""
+        try:
+            yield
+        except Refusal as refusal:
+            raise Refusal(refusal.message.replace(f"{self.service.sources.folder}/", ""), refusal.status) from refusal
 
     def _request(self, image, question, max_tiles, reading, **fields):
         """As a client of the server would send it."""
@@ -187,11 +207,12 @@ def check_box(box, size) -> tuple[int, int, int, int]:
 def drawn_jpeg(picture, side: int, box, compressed) -> bytes:
     """A JPEG as of `overview_jpeg`, the more coloured where the question looks more."""
     shown = screen_image(picture, side, box)
-    importance = window_importance(compressed, (picture.height, picture.width), box, (shown.height, shown.width))
+    cells = tuple(-(-length // CELL) for length in (shown.height, shown.width))
+    importance = window_importance(compressed, (picture.height, picture.width), box, cells)
     everywhere = np.concatenate([values.cpu().double().numpy().ravel() for values in compressed.importance[0].values])
     low, high = shown_range(everywhere)
     strength = OPACITY * ((np.nan_to_num(importance, nan=low) - low) / (high - low)).clip(0, 1)
-    mask = Image.fromarray(np.rint(255 * strength).astype(np.uint8))
+    mask = Image.fromarray(np.rint(255 * strength).astype(np.uint8)).resize(shown.size, Image.Resampling.NEAREST)
     shown.paste(tuple(int(part) for part in parse_colour(ATTENTION_COLOUR)), (0, 0), mask)
     file = io.BytesIO()
     shown.save(file, "JPEG", quality=JPEG_QUALITY)
@@ -214,6 +235,18 @@ def best_evidence(kept: dict, number: int, corner: tuple[int, int]) -> dict:
     if collection is not None:
         collection = collection | {"features": [collection["features"][idx] for idx in best]}
     return {"evidence": tokens, "geojson": collection, "geojson_error": kept["geojson_error"]}
+
+
+async def said(asked) -> str:
+    """An answer's text."""
+    async with aclosing(asked.pieces()) as pieces:
+        return "".join([piece.text async for piece in pieces])
+
+
+def rows_first(found: dict) -> dict:
+    """An object with its places as the other tools tell them: rows before columns."""
+    box, point = found["box"], found["point"]
+    return found | {"box": box and [box[1], box[0], box[3], box[2]], "point": point and [point[1], point[0]]}
 
 
 def told_plan(plan) -> dict:
