@@ -44,7 +44,9 @@ OVERLAY_TESTS = [
 ]
 
 # What vLLM and no other release decodes has a lane of its own, and so have engines that train in several processes.
-PINNED_TESTS = ["tests", "--ignore=tests/cluster", "--ignore=tests/clients", "-m", "not vllm"]
+PINNED_TESTS = [
+    "tests", "--ignore=tests/cluster", "--ignore=tests/clients", "--ignore=tests/agents", "-m", "not vllm",
+]  # fmt: skip
 # What is refused before a decoder sees it is tested in the main lane.
 VLLM_TESTS = ["tests/serving", "-m", "vllm", "-k", "not refused and not names_the_field"]
 # A page in a browser and a batch on Ray take minutes, and a Pillow that constraints.txt is ahead of.
@@ -52,6 +54,8 @@ EXTRAS_TESTS = ["tests/serving_extras"]
 CLUSTER_TESTS = ["tests/cluster"]
 # The server as LangChain, LiteLLM and LlamaIndex ask it, with some fifty packages of their own.
 CLIENTS_TESTS = ["tests/clients"]
+# The tools of `uhr-bat mcp` as an agent of the OpenAI Agents SDK calls them.
+AGENTS_TESTS = ["tests/agents"]
 # Models of other families, with the first release that takes them.
 HOSTS_TESTS = ["tests/hosts/test_exactness.py", "tests/hosts/test_calls.py", "tests/hosts/test_families.py"]
 # What requirements.txt brings today, be it newer than constraints.txt, is tested at every door of the library.
@@ -216,6 +220,7 @@ LANES = {
     **{f"transformers-{version}": partial(run_older_tests, version, OVERLAYS[version]) for version in OVERLAYS},
     "hosts": partial(run_older_tests, "5.18.0", ["transformers==5.18.0"], HOSTS_TESTS),
     "clients": partial(run_other_tests, "clients", "serving/clients.txt", CLIENTS_TESTS),
+    "agents": partial(run_other_tests, "agents", "serving/agents.txt", AGENTS_TESTS),
 }
 
 

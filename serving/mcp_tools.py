@@ -163,7 +163,8 @@ class Tools:
         try:
             yield
         except Refusal as refusal:
-            raise Refusal(refusal.message.replace(f"{self.service.sources.folder}/", ""), refusal.status) from refusal
+            folder = str(self.service.sources.folder)
+            raise Refusal(refusal.message.replace(f"{folder}/", "").replace(folder, "."), refusal.status) from refusal
 
     def _request(self, image, question, max_tiles, reading, **fields):
         """As a client of the server would send it."""
@@ -185,8 +186,10 @@ class Tools:
 
 
 def place_of(image: str, folder: Path | None) -> str:
-    """An image's source; a name without more is one in the server's folder."""
+    """An image's source; a name without more is one in the server's folder. Raises `ValueError` where there is none."""
     image = image.strip()
+    if not image:
+        raise ValueError("There is no image.")
     named = (
         folder is None or image.startswith("/") or image.partition(":")[0].lower() in ("data", "http", "https", "file")
     )

