@@ -37,8 +37,9 @@ SAYS = (
 
 # Tiles that a question may look at where nobody says how many: what UHR-BAT-Tiny was measured with.
 TILES = 128
-# Longest side in pixels of a picture, unless another is asked for; the least and the greatest.
-SIDE, LEAST_SIDE, MOST_SIDE = 1024, 16, 4096
+# Longest side in pixels of a picture, unless another is asked for: the least of those that were measured with which three looks
+# suffice (docs/agents.md). Then the least and the greatest.
+SIDE, LEAST_SIDE, MOST_SIDE = 1536, 16, 4096
 # Windows and places that are told at most, and places unless another number is asked for.
 MOST_WINDOWS, MOST_EVIDENCE, EVIDENCE = 50, 10_000, 20
 # Most pixels a side of an image that is planned for, and the greatest count.
@@ -57,7 +58,10 @@ Tiles = Annotated[
     Field(ge=0, le=MOST, description="Tiles that are encoded where the question looks, down to the image's own pixels. More "
     "find more and take longer. 0: all tiles of the model's own scales, and no finer ones."),
 ]  # fmt: skip
-Side = Annotated[Number, Field(ge=LEAST_SIDE, le=MOST_SIDE, description="Longest side of a picture in pixels.")]
+Side = Annotated[
+    Number,
+    Field(ge=LEAST_SIDE, le=MOST_SIDE, description="Longest side of a picture in pixels: as large as you can see."),
+]
 Box = Annotated[list[Number], Field(min_length=4, max_length=4, description="[top, left, bottom, right] in pixels.")]
 
 

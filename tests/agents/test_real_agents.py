@@ -71,7 +71,9 @@ def test_an_agent_finds_where_to_look_looks_and_asks(tmp_path):
     command = {"command": sys.executable, "args": ["-m", "uhr_bat", "mcp", "--allow-local-files", str(tmp_path)]}
 
     async def run():
-        async with MCPServerStdio(params=command | {"env": dict(os.environ)}, client_session_timeout_seconds=300) as server:
+        async with MCPServerStdio(
+            params=command | {"env": dict(os.environ)}, client_session_timeout_seconds=300
+        ) as server:
             agent = agents.Agent("an agent", mcp_servers=[server], model=script)
             return await agents.Runner.run(agent, "Count the ships.")
 

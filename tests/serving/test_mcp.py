@@ -5,6 +5,9 @@ import base64
 import io
 import json
 import os
+import re
+import shlex
+import shutil
 import sys
 import threading
 import time
@@ -17,6 +20,7 @@ from images import random_image  # noqa: E402
 from mcp import Client, StdioServerParameters  # noqa: E402
 from PIL import Image  # noqa: E402
 from rasters import random_bands, write_raster  # noqa: E402
+from uhr_bat.common.loading import ROOT  # noqa: E402
 from uhr_bat.serving import mcp, serve  # noqa: E402
 
 TOOLS = {"open", "ask", "objects", "where", "look", "plan"}
@@ -43,7 +47,9 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def tools(folder):
-    args = mcp.parser().parse_args(["--name", "tiny", "--allow-local-files", str(folder), "--max-image-bytes", "1000000"])
+    args = mcp.parser().parse_args(
+        ["--name", "tiny", "--allow-local-files", str(folder), "--max-image-bytes", "1000000"]
+    )
     return mcp.make_tools(args)
 
 
@@ -158,7 +164,10 @@ def test_windows_lie_in_the_image_the_best_first_and_a_question_is_compressed_on
         top, left, bottom, right = window["window"]
         assert 0 <= top and 0 <= left and bottom <= 400 and right <= 300 and bottom - top == right - left == 64
     made = dict(tools.front.cache.made)
-    assert call("where", image="scene.tif", question=QUESTION, number=1, side=64, max_tiles=8)["windows"] == found["windows"][:1]
+    assert (
+        call("where", image="scene.tif", question=QUESTION, number=1, side=64, max_tiles=8)["windows"]
+        == found["windows"][:1]
+    )
     assert tools.front.cache.made == made
 
 
@@ -299,20 +308,26 @@ def test_a_cancelled_call_is_left_and_the_next_one_is_right(talk, tools, monkeyp
 
 
 @pytest.mark.slow
-def test_over_stdio_the_answer_is_the_same_and_nothing_else_is_on_the_wire(folder, call, tmp_path):
-    said = call("ask", image="0.png", question=QUESTION, **FEW)
-    wire = tmp_path / "wire"
-    command = f'"{sys.executable}" -m uhr_bat mcp --allow-local-files "{folder}" | tee "{wire}"'
-    server = StdioServerParameters(command="sh", args=["-c", command], env=dict(os.environ))
+def test_the_pages_client_gets_the_same_over_stdio_and_nothing_else_is_on_the_wire(
+    folder, call, tmp_path, monkeypatch, capsys
+):
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs/agents.md").read_text(encoding="utf-8"), re.DOTALL)
+    said = call("ask", image="scene.tif", question="How many objects are at the pier?")
+    shutil.copy(folder / "scene.tif", tmp_path / "my_image.tif")
+    monkeypatch.chdir(tmp_path)
 
-    async def run():
-        async with Client(server, read_timeout_seconds=240) as client:
-            assert {tool.name for tool in (await client.list_tools()).tools} == TOOLS
-            return await client.call_tool("ask", {"image": "0.png", "question": QUESTION, **FEW})
+    def started(command, args):
+        assert command == "uhr-bat"
+        line = " ".join(shlex.quote(part) for part in (sys.executable, "-m", "uhr_bat", *args))
+        return StdioServerParameters(command="sh", args=["-c", f"{line} | tee wire"], env=dict(os.environ))
 
-    assert facts(asyncio.run(run())) == said
-    lines = wire.read_text().splitlines()
-    assert len(lines) >= 3 and all(json.loads(line)["jsonrpc"] == "2.0" for line in lines)
+    exec(
+        block.replace("from mcp import Client, StdioServerParameters", "from mcp import Client"),
+        {"StdioServerParameters": started},
+    )
+    assert capsys.readouterr().out.strip() == said["answer"]
+    lines = (tmp_path / "wire").read_text().splitlines()
+    assert len(lines) >= 6 and all(json.loads(line)["jsonrpc"] == "2.0" for line in lines)
 
 
 @pytest.mark.slow
