@@ -94,10 +94,22 @@ class EncodedImage:
 
 @dataclass(frozen=True)
 class Picture:
-    """An image that was opened and checked, and is looked at; the bytes that it holds."""
+    """An image that was opened and checked, and is looked at.
+
+    Attributes:
+        image: what `read_image` gave.
+        num_bytes: of the file, if it is in memory.
+    """
 
     image: object
-    held_bytes: int
+    num_bytes: int
+
+    @property
+    def held_bytes(self) -> int:
+        """Its pixels where it is decoded, else the bytes that it is read from."""
+        if isinstance(self.image, Image.Image):
+            return self.image.height * self.image.width * 3
+        return self.image.held_bytes if kind_of(self.image) == "jpeg" else self.num_bytes
 
 
 @dataclass(frozen=True)
@@ -159,20 +171,13 @@ class Front:
         """
         options = {name: value for name, value in options.items() if value is not None}
         key = ("picture", source.digest, repr(sorted(options.items())))
-        return self.cache.get(key, lambda: self._compute(self._open, source, options)).image
+        picture = self.cache.get(key, lambda: self._compute(self._open, source, options))
+        self.cache.grown(key)  # a JPEG is decoded when it is looked at
+        return picture.image
 
     def _open(self, source, options):
         image = self.processor.image_processor.process_image(source.content, **options)
-        return Picture(image, self._held_bytes(image, source))
-
-    @staticmethod
-    def _held_bytes(image, source) -> int:
-        """Of an opened image: its pixels where it is decoded, else the bytes that it is read from."""
-        if isinstance(image, Image.Image):
-            return image.height * image.width * 3
-        if kind_of(image) == "jpeg":
-            return image.held_bytes
-        return len(source.content) if isinstance(source.content, bytes) else 0
+        return Picture(image, len(source.content) if isinstance(source.content, bytes) else 0)
 
     def encode(
         self, source: ImageFile, max_tiles: int | None = None, native: bool | None = None, **options
@@ -204,11 +209,12 @@ class Front:
             return step(*args)
 
     def _encode(self, key, source, options, tiles):
-        image = self.processor.image_processor.process_image(source.content, **options)
+        picture = self._open(source, options)
+        image = picture.image
         limit = {"max_image_pixels": options["max_image_pixels"]} if "max_image_pixels" in options else {}
         inputs = self.processor.image_processor(image, **limit, **tiles, return_tensors="pt")
         (features,) = asking.encode(self.model, inputs)
-        held = self._held_bytes(image, source) if tiles else 0
+        held = picture.held_bytes if tiles else 0
         return EncodedImage(key, self._to(features, "cpu"), (image.height, image.width), Georeference.of(image), held)
 
     def check_limit(self, budgets: list[int] | int | str | None, max_tiles: int | None = None):

@@ -266,8 +266,8 @@ def make_server(ready, note: str = ""):
         max_tokens: Annotated[Count | None, Field(description="Of the answer.")] = None,
         reading: Reading | None = None,
     ) -> CallToolResult:
-        """The objects that the model's answer points to: boxes [top, left, bottom, right] or points [row, column] in pixels, and
-        GeoJSON where the image lies on the ground. Models that write no boxes or points find none, and `note` says so."""
+        """The objects that the model's answer points to: boxes [top, left, bottom, right] or points [row, column] in pixels, with
+        their geometry in degrees (`ground`) where the image lies on the ground. Models that write no boxes or points find none, and `note` says so."""
         tools, step = await begin(context)
         found = await tools.objects(
             step, image, question, budgets=budgets, max_tiles=max_tiles, max_tokens=max_tokens,

@@ -21,7 +21,7 @@ from mcp import Client, StdioServerParameters  # noqa: E402
 from PIL import Image  # noqa: E402
 from rasters import random_bands, write_raster  # noqa: E402
 from uhr_bat.common.loading import ROOT  # noqa: E402
-from uhr_bat.serving import mcp, serve  # noqa: E402
+from uhr_bat.serving import mcp, mcp_tools, serve  # noqa: E402
 
 TOOLS = {"open", "ask", "objects", "where", "look", "plan"}
 QUESTION = "How many ships are at the pier?"
@@ -192,7 +192,17 @@ def test_a_look_with_a_question_is_yellow_where_that_looks(talk, tmp_path, folde
 def test_an_answer_without_objects_says_so(call):
     found = call("objects", image="scene.tif", question=QUESTION, **FEW)
     assert found["objects"] == [] and found["note"].startswith("The answer holds no box and no point")
-    assert found["geojson"]["features"] == []
+    assert found["image_size"] == [400, 300] and found["ground_error"] is None
+
+
+def test_objects_are_told_rows_first_in_pixels_and_on_the_ground(call, monkeypatch):
+    async def said(asked):  # of 1,000 of a side of the square, 50 px of which lie left of the image
+        return '{"box_2d": [100, 300, 240, 330], "label": "ship"}'
+
+    monkeypatch.setattr(mcp_tools, "said", said)
+    (found,) = call("objects", image="scene.tif", question=QUESTION, **FEW)["objects"]
+    assert found["label"] == "ship" and found["box"] == pytest.approx([40, 70, 96, 82])
+    assert found["ground"]["type"] == "Polygon"
 
 
 @pytest.mark.parametrize("name, arguments, message", [
