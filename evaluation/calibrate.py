@@ -11,8 +11,10 @@ Letters: L layers, G groups of heads that share a key, V rows of the anchor, N q
 """
 
 import argparse
+import math
 import sys
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -38,11 +40,15 @@ from .reports import draw_lines, finish
 
 FORMS = ("attention", "relative attention")  # as it is, and divided by that of an empty question
 TARGETS = ("sites", "evidence")
+FIGURES = ("share", "recall")
+FIRST = (0.01, 0.02, 0.04, 0.1)  # parts of the rows, those that are looked at most, in which a target is found or not
 RIVALS = 0.05  # layers that so many draws pick are named
-SAYS = """{questions} questions about {scenes} made-up scenes that nothing was trained on. Made by `{command}`. The share of \
-a question's look at the rows of the whole scene ({rows} on average) that falls on the sites that it names, and on the rows \
-with the objects that it needs: percent, with 95 % intervals of a bootstrap over scenes, and how many times as large as their \
-share of the image that is. Relative attention is divided by that of an empty question."""
+SAYS = """{questions} questions about {scenes} made-up scenes that nothing was trained on. Made by `{command}`. What the \
+layers look at of the whole scene, {rows} rows on average: the sites that a question names, and the rows that show the middle of \
+an object that it needs (evidence). Share: of a look, and how many times as large as that of the image. Recall: how much of them \
+lies in the 1, 2, 4 and 10 % of the rows that are looked at most, of as much as so many rows can hold, the mean of the four. \
+Percent, with 95 % intervals of a bootstrap over scenes. Relative attention is divided by that of an empty question. The layer \
+with the largest recall of the sites is picked."""
 
 
 # ---- Looks -----------------------------------------------------------------------------------------------------------
@@ -92,32 +98,50 @@ def targets_of(scene, question, image) -> dict[str, np.ndarray]:
     return {"sites": cells.clip(max=1)[positions], "evidence": evidence[positions]}
 
 
-def shares_of(looks, targets) -> dict[tuple[str, str], np.ndarray]:
-    """{(form, target): float[L, 1 + G]}: the share of a look that falls on a target, by all heads of a layer and by each group;
-    float[1 + G] of a layer are nan where the question has no such target.
+def figures_of(looks, targets) -> dict[tuple[str, str], np.ndarray]:
+    """{(form, target): float[L, 1 + G, F]}: the `FIGURES` of a look and a target, by all heads of a layer and by each group; nan
+    where the question has no such target, and where other layers have more groups.
 
     `looks`: of a question and an empty one, float32[2, G, V] of each layer.
     """
-    found = {}
-    for form in FORMS:
-        layers = []
-        for pair in looks:
-            asked, empty = torch.cat((pair.mean(1, keepdim=True), pair), dim=1).cpu()
-            layers.append(relative_attention(asked, empty) if form == FORMS[1] else asked / asked.sum(-1, keepdim=True))
-        for target, portion in targets.items():
-            on_it = [(layer.double() @ torch.from_numpy(portion)).numpy() for layer in layers]
-            found[form, target] = np.stack(on_it) if portion.any() else np.full_like(np.stack(on_it), np.nan)
+    most = max(pair.shape[1] for pair in looks)
+    found = {key: np.full((len(looks), 1 + most, len(FIGURES)), np.nan) for key in product(FORMS, TARGETS)}
+    for layer, pair in enumerate(looks):
+        asked, empty = torch.cat((pair.mean(1, keepdim=True), pair), dim=1).double().cpu()
+        weights = asked / asked.sum(-1, keepdim=True), relative_attention(asked, empty)
+        for (form, look), (target, portion) in product(zip(FORMS, weights), targets.items()):
+            if portion.any():
+                portion = torch.from_numpy(portion)
+                last, best = _first_rows(portion)
+                recall = portion[look.argsort(dim=-1, descending=True)].cumsum(-1)[:, last] / best
+                figures = torch.stack((look @ portion, recall.mean(-1)), dim=-1)
+                found[form, target][layer, : len(look)] = figures.numpy()
     return found
+
+
+def _first_rows(portion) -> tuple[list[int], torch.Tensor]:
+    """(index of the last row of each of the parts FIRST, float64[F] the most of a target that such parts can hold)."""
+    last = [math.ceil(part * len(portion)) - 1 for part in FIRST]
+    return last, portion.sort(descending=True).values.cumsum(0)[last]
+
+
+def by_chance(portion) -> dict[str, float]:
+    """The `FIGURES` of a target that is looked at as all of the image is; nan of none."""
+    if not portion.any():
+        return dict.fromkeys(FIGURES, math.nan)
+    last, best = _first_rows(torch.from_numpy(portion))
+    recall = (torch.tensor(last) + 1) * portion.mean() / best
+    return {"share": float(portion.mean()), "recall": float(recall.mean())}
 
 
 @torch.no_grad()
 def measure(processor, model, seeds) -> dict:
-    """What scenes of some seeds say: "layers" [L], "scenes" [N], "rows" [N], and by target "area" float[N], its share of the
-    image, and by form and target "shares" float[N, L, 1 + G], see `shares_of`."""
+    """What scenes of some seeds say: "layers" [L], "scenes" [N], "rows" [N], by target "chance" [N], see `by_chance`,
+    and by form and target "figures" float[N, L, 1 + G, F], see `figures_of`."""
     jobs = [(scene, question) for scene in map(make_scene, seeds) for question in _questions(scene)]
     empty, image_of = write_prompt(processor, "")["input_ids"][0].to(model.device), None
-    found = {"layers": layers_of(model), "scenes": [], "rows": [], "area": {name: [] for name in TARGETS}}
-    shares = {(form, target): [] for form in FORMS for target in TARGETS}
+    found = {"layers": layers_of(model), "scenes": [], "rows": [], "chance": {name: [] for name in TARGETS}}
+    figures = {key: [] for key in product(FORMS, TARGETS)}
     for scene, question in tqdm(jobs, desc="Looking", unit="question"):
         if image_of != scene.seed:
             # Coarse to fine: of these, the anchor alone is encoded before a question is asked.
@@ -125,13 +149,13 @@ def measure(processor, model, seeds) -> dict:
             (image,), image_of = encode(model, cut), scene.seed
         prompt = write_prompt(processor, question.text)["input_ids"][0].to(model.device)
         targets = targets_of(scene, question, image)
-        for key, share in shares_of(looks_of(model, [prompt, empty], image), targets).items():
-            shares[key].append(share)
+        for key, of_question in figures_of(looks_of(model, [prompt, empty], image), targets).items():
+            figures[key].append(of_question)
         found["scenes"].append(scene.seed)
         found["rows"].append(len(image.anchor_tokens))
         for name, portion in targets.items():
-            found["area"][name].append(portion.mean() if portion.any() else np.nan)
-    return found | {"shares": {key: np.stack(of) for key, of in shares.items()}}
+            found["chance"][name].append(by_chance(portion))
+    return found | {"figures": {key: np.stack(of) for key, of in figures.items()}}
 
 
 def _questions(scene) -> list:
@@ -161,38 +185,40 @@ def interval_of(means) -> tuple[float, float, float]:
 
 
 def summarise(found) -> dict:
-    """{"layers": a row each, "picked": {form: layer and how sure}, "area": {target: share of the image}} of what `measure`
-    found, as JSON."""
-    layers, scenes = found["layers"], found["scenes"]
-    area = {target: float(np.nanmean(values)) for target, values in found["area"].items()}
-    rows, picked = [{"layer": layer} for layer in layers], {}
-    for form in FORMS:
-        for target in TARGETS:
-            means = resampled(found["shares"][form, target], scenes)  # float[1 + R, L, 1 + G]
-            for row, of_layer in zip(rows, means.swapaxes(0, 1)):
-                row.setdefault(form, {})[target] = {
-                    "share": interval_of(of_layer[:, 0]), "times": float(of_layer[0, 0] / area[target]),
-                    "groups": [float(one / area[target]) for one in of_layer[0, 1:]],
-                }  # fmt: skip
-            if target == TARGETS[0]:
-                picked[form] = _pick(layers, means[..., 0], means[:, :, 1:], area[target])
-    return {"layers": rows, "picked": picked, "area": area}
+    """{"layers": a row each, "picked": {form: layer and how sure}, "chance": the figures of a target by chance, "divided": what
+    division adds to the recall} of what `measure` found, as JSON."""
+    layers, rows = found["layers"], [{"layer": layer} for layer in found["layers"]]
+    chance = {
+        target: {figure: float(np.nanmean([one[figure] for one in values])) for figure in FIGURES}
+        for target, values in found["chance"].items()
+    }
+    # float[1 + R, L, 1 + G, F] each, by the same draws.
+    means = {key: resampled(values, found["scenes"]) for key, values in found["figures"].items()}
+    for (form, target), of_target in means.items():
+        for row, of_layer in zip(rows, of_target.swapaxes(0, 1)):
+            groups = of_layer[0, 1:][~np.isnan(of_layer[0, 1:, 0])].T.tolist()
+            row.setdefault(form, {})[target] = {
+                **{name: interval_of(of_layer[:, 0, idx]) for idx, name in enumerate(FIGURES)},
+                "times": float(of_layer[0, 0, 0] / chance[target]["share"]), "groups": dict(zip(FIGURES, groups)),
+            }  # fmt: skip
+    picked = {form: _pick(layers, means[form, TARGETS[0]], chance[TARGETS[0]]["recall"]) for form in FORMS}
+    own, divided = (means[form, TARGETS[0]][:, layers.index(picked[form]["layer"]), 0, 1] for form in FORMS)
+    return {"layers": rows, "picked": picked, "chance": chance, "divided": interval_of(divided - own)}
 
 
-def _pick(layers, means, groups, area) -> dict:
-    """The layer of the largest share on the sites, and how sure that is, of means float[1 + R, L] and float[1 + R, L, G]."""
-    first, *others = np.argsort(-means[0], kind="stable").tolist()
-    draws = np.bincount(means[1:].argmax(1), minlength=len(layers)) / (len(means) - 1)
-    layer, group = np.unravel_index(groups[0].argmax(), groups[0].shape)
-    share = interval_of(means[:, first])
+def _pick(layers, means, chance) -> dict:
+    """The layer of the largest recall of the sites, and how sure that is, of means float[1 + R, L, 1 + G, F]."""
+    recall, groups = means[:, :, 0, 1], means[:, :, 1:, 1]
+    best, *others = np.argsort(-recall[0], kind="stable").tolist()
+    draws = np.bincount(recall[1:].argmax(1), minlength=len(layers)) / (len(means) - 1)
+    layer, group = np.unravel_index(np.nanargmax(groups[0]), groups[0].shape)
     return {
-        "layer": layers[first], "share": share, "times": share[0] / area, "sure": float(draws[first]),
-        "looks": share[1] > area,  # at the sites more than at the rest
+        "looks": interval_of(recall[:, best])[1] > chance,  # at the sites more than at the rest of the image
+        "layer": layers[best], "recall": interval_of(recall[:, best]), "sure": float(draws[best]),
         "rivals": {str(layers[idx]): float(draws[idx]) for idx in others if draws[idx] >= RIVALS},
-        "lead": interval_of(means[:, first] - means[:, others[0]]) if others else None,
+        "lead": interval_of(recall[:, best] - recall[:, others[0]]) if others else None,
         "group": {
-            "layer": layers[layer], "group": int(group), "times": float(groups[0].max() / area),
-            "lead": interval_of(groups[:, layer, group] - means[:, first]),
+            "layer": layers[layer], "group": int(group), "lead": interval_of(groups[:, layer, group] - recall[:, best]),
         },
     }  # fmt: skip
 
@@ -201,62 +227,68 @@ def _pick(layers, means, groups, area) -> dict:
 
 
 def tell(pick) -> str:
-    """What `_pick` found, as a sentence or two."""
+    """What `_pick` found, as sentences."""
     if not pick["looks"]:
         return "no layer looks at the sites more than at the rest of the image."
-    lead = f", {percent_interval(pick['lead'], signed=True)} points more than the next" if pick["lead"] else ""
-    rivals = ", ".join(f"layer {layer}: {100 * draws:.0f} %" for layer, draws in pick["rivals"].items())
+    text = f"layer {pick['layer']}, with {percent_interval(pick['recall'])} % of the sites"
+    if pick["lead"]:
+        text += f", {percent_interval(pick['lead'], signed=True)} points more than the next"
+    text += f". {percent(pick['sure'])} % of the resampled sets of scenes pick it"
+    if pick["rivals"]:
+        text += f" ({', '.join(f'layer {layer}: {percent(draws)} %' for layer, draws in pick['rivals'].items())})"
     group = pick["group"]
     return (
-        f"layer {pick['layer']}. {percent_interval(pick['share'])} % of its look falls on the sites, {pick['times']:.1f} times "
-        f"their share of the image{lead}. {100 * pick['sure']:.0f} % of the resampled sets of scenes pick it"
-        + f" ({rivals})"
-        * bool(rivals)
-        + f". Of all groups of heads, group {group['group']} of layer {group['layer']} looks there most, {group['times']:.1f} "
-        f"times ({percent_interval(group['lead'], signed=True)} points to all heads of layer {pick['layer']})."
+        f"{text}. The best group of heads is group {group['group']} of layer {group['layer']}: "
+        f"{percent_interval(group['lead'], signed=True)} points."
     )
 
 
 def report(result) -> str:
     """Markdown of what `summarise` made, "about" and what was kept of it."""
-    columns = [(form, target) for form in FORMS for target in TARGETS]
-    heads = ["layer", *(f"{form}: {target}{unit}" for form, target in columns for unit in (" (%)", ", times"))]
-    cells = []
-    for row in result["layers"]:
-        parts = [row[form][target] for form, target in columns]
-        figures = ((percent_interval(part["share"]), f"{part['times']:.1f}") for part in parts)
-        cells.append([row["layer"], *(figure for pair in figures for figure in pair)])
-    area = {target: percent(share) for target, share in result["area"].items()}
     parts = [f"# {result['about']['title']}", result["about"]["says"]]
     parts += [f"- By {form}: {tell(pick)}" for form, pick in result["picked"].items()]
-    parts += [f"Share of the image: sites {area['sites']} %, evidence {area['evidence']} %.", table(heads, cells)]
-    most = max(len(row[FORMS[0]]["sites"]["groups"]) for row in result["layers"])
+    parts[-1] += f"\n- Division adds {percent_interval(result['divided'], signed=True)} points to that."
+    chance = {target: "{share:.1%}, recall {recall:.1%}".format(**one) for target, one in result["chance"].items()}
+    parts.append(f"By chance: {'; '.join(f'{target} share {words}' for target, words in chance.items())}.")
+    heads = [f"{target}: {figure}" for target in TARGETS for figure in ("share (%)", "times", "recall (%)")]
     for form in FORMS:
-        groups = [[row["layer"], *(f"{one:.1f}" for one in row[form]["sites"]["groups"])] for row in result["layers"]]
-        parts += [f"## By group of heads that share a key: {form}, times the sites' share"]
-        parts.append(table(["layer", *range(most)], [cells + [""] * (most + 1 - len(cells)) for cells in groups]))
+        lines, groups = [], []
+        for row in result["layers"]:
+            line = [row["layer"]]
+            for of_target in (row[form][target] for target in TARGETS):
+                line += [percent_interval(of_target["share"]), f"{of_target['times']:.1f}"]
+                line.append(percent_interval(of_target["recall"]))
+            lines.append(line)
+            groups.append([row["layer"], *map(percent, row[form][TARGETS[0]]["groups"]["recall"])])
+        most = max(map(len, groups))
+        parts += [
+            f"## {form.capitalize()}",
+            table(["layer", *heads], lines),
+            "By group of heads, recall of the sites (%):",
+        ]
+        parts.append(table(["layer", *range(most - 1)], [line + [""] * (most - len(line)) for line in groups]))
     return "\n\n".join([*parts, result["kept"]]) + "\n"
 
 
 def plot(result):
-    """Shares on the sites by layer, with intervals, and by group of heads as a picture."""
+    """What each layer finds of the sites, with intervals, and what each group of heads does, as a picture."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(12, 5), layout="constrained")
+    figure, layers = Figure(figsize=(12, 5), layout="constrained"), [row["layer"] for row in result["layers"]]
     axes, *pictures = figure.subplots(1, 3, width_ratios=(2, 1, 1))
-    of_form = {form: [(row["layer"], row[form]["sites"]["share"]) for row in result["layers"]] for form in FORMS}
-    draw_lines(axes, of_form)
-    axes.axhline(100 * result["area"]["sites"], color="black", linestyle=":", label="their share of the image")
-    axes.set(xlabel="layer", ylabel="% of the look", title="Looked at: the sites that are asked about", ylim=0)
+    lines = {form: [(row["layer"], row[form][TARGETS[0]]["recall"]) for row in result["layers"]] for form in FORMS}
+    draw_lines(axes, lines)
+    axes.axhline(100 * result["chance"][TARGETS[0]]["recall"], color="black", linestyle=":", label="chance")
+    axes.set(xlabel="layer", ylabel="% of the sites", title="Found in the rows that are looked at most", ylim=(0, 100))
     axes.legend()
-    layers = [row["layer"] for row in result["layers"]]
     for axes, form in zip(pictures, FORMS):
-        groups = [row[form]["sites"]["groups"] for row in result["layers"]]
+        groups = [row[form][TARGETS[0]]["groups"]["recall"] for row in result["layers"]]
         most = max(map(len, groups))
-        shown = axes.imshow([one + [np.nan] * (most - len(one)) for one in groups], aspect="auto")
+        shown = [[100 * one for one in of_layer] + [np.nan] * (most - len(of_layer)) for of_layer in groups]
+        picture = axes.imshow(shown, aspect="auto", vmin=0, vmax=100)
         axes.set(xlabel="group of heads", ylabel="layer", title=form, xticks=range(most))
         axes.set_yticks(range(len(layers)), layers)
-        figure.colorbar(shown, ax=axes, label="times the sites' share of the image")
+    figure.colorbar(picture, ax=pictures, label="% of the sites")
     return figure
 
 

@@ -82,8 +82,11 @@ def look(base, modules, questions, **inputs) -> list[torch.Tensor]:
 
 
 def relative_attention(asked: torch.Tensor, empty: torch.Tensor) -> torch.Tensor:
-    """float32[..., V] of sum 1: a question's look divided by that of an empty one over the same rows, so that what is looked at
-    whatever is asked, as sinks and late rows, cancels: w = r / sum(r) with r = a / max(b, median(b) / 100), a and b float[..., V].
-    After Zhang et al., arXiv 2502.17422, who divide by a general question; the floor keeps rows that nothing looks at down."""
-    ratio = asked / empty.maximum(empty.quantile(0.5, dim=-1, keepdim=True) / 100).clamp(min=1e-30)
+    """float32[..., V] of sum 1: a question's look a divided by that of an empty one over the same rows, b, float[..., V] each: what
+    is looked at whatever is asked, as sinks and late rows, cancels. w = r / sum(r), r = (a + m) / (b + m), with a and b of sum 1
+    and m = median(b), without which rows that neither looks at would be noise. After Zhang et al., arXiv 2502.17422, who divide
+    by a general question."""
+    asked, empty = (one / one.sum(-1, keepdim=True).clamp(min=1e-30) for one in (asked, empty))
+    median = empty.quantile(0.5, dim=-1, keepdim=True).clamp(min=1e-30)
+    ratio = (asked + median) / (empty + median)
     return ratio / ratio.sum(-1, keepdim=True)

@@ -20,20 +20,26 @@ def rows_of(model, number, seed=0):
 
 
 def test_what_is_looked_at_whatever_is_asked_cancels():
-    generator = torch.Generator().manual_seed(0)
-    asked_for = torch.rand(3, 50, generator=generator)
-    always = torch.linspace(0.1, 1, 50) ** 2  # late rows
-    always[[0, 17]] = 40.0  # sinks
-    found = relative_attention(0.7 * always * asked_for, 0.2 * always)
-    assert torch.allclose(found, asked_for / asked_for.sum(1, keepdim=True), atol=1e-6)
+    always, asked_for = torch.linspace(1, 5, 50), torch.ones(50)  # late rows more than early ones
+    always[[0, 18, 33]], asked_for[[5, 17, 40]] = 90.0, 6.0  # sinks, and what is asked for
+    before, found = 0.7 * always * asked_for, relative_attention(0.7 * always * asked_for, 0.2 * always)
+    assert sorted(before.topk(3).indices.tolist()) == [0, 18, 33]
+    assert sorted(found.topk(3).indices.tolist()) == [5, 17, 40] and found.sum() == pytest.approx(1)
+    assert torch.allclose(relative_attention(3 * always, always), torch.full((50,), 0.02))
+
+
+def test_a_divided_look_is_the_one_that_is_documented():
+    asked, empty = torch.tensor([0.6, 0.3, 0.1]), torch.tensor([0.2, 0.6, 1.2])  # m = 0.3
+    expected = torch.tensor([0.9 / 0.4, 0.6 / 0.6, 0.4 / 0.9])
+    assert torch.allclose(relative_attention(asked, empty), expected / expected.sum())
 
 
 def test_rows_that_nothing_looks_at_do_not_outweigh_those_that_are_asked_for():
     asked, empty = torch.full((40,), 0.02), torch.full((40,), 0.02)
     asked[3], asked[5:9], empty[5:9] = 0.1, 1e-9, 1e-12
     found = relative_attention(asked, empty)
-    assert found.argmax() == 3 and found.sum() == pytest.approx(1)
-    assert torch.isfinite(relative_attention(asked, torch.zeros(40))).all()
+    assert found.argmax() == 3 and found[5:9].max() < 1.3 * found[20]
+    assert torch.isfinite(relative_attention(torch.zeros(40), torch.zeros(40))).all()
 
 
 @torch.no_grad()
