@@ -194,7 +194,7 @@ def is_streamable(image: Image.Image) -> bool:
 # Reduced pictures of a JPEG, which is a pyramid of its own
 
 
-def jpeg_reduction(size: tuple[int, int], side: int, margin: int = MARGIN) -> int:
+def jpeg_reduction(size: tuple[int, int], side: int, margin: float = MARGIN) -> int:
     """By how much libjpeg may reduce a picture of `size` (height, width) for views of at most `side` pixels; 1: not at all."""
     return next((by for by in REDUCTIONS if max(size) >= margin * by * side and min(size) >= by), 1)
 
@@ -412,7 +412,7 @@ class JPEGImage(PlainImage):
             if factor > 1
         }
 
-    def smaller(self, side: int, margin: int = MARGIN) -> ReducedPicture:
+    def smaller(self, side: int, margin: float = MARGIN) -> ReducedPicture:
         """The picture as small as libjpeg may make it for a copy of `side` pixels; decoded now. Raises `OSError`."""
         size = self.height, self.width
         reduction = jpeg_reduction(size, side, margin)

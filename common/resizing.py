@@ -4,12 +4,9 @@ import math
 
 from PIL import Image
 
-from ..image_pictures_uhr_bat import jpeg_reduction
+from ..image_pictures_uhr_bat import MARGIN, jpeg_reduction
 from ..image_reading_uhr_bat import kind_of
 from ..image_sources_uhr_bat import ImageSource
-
-# Pixels of a JPEG's reduced picture for one of what is drawn.
-DRAWN_MARGIN = 2
 
 
 def resize_image(
@@ -20,7 +17,8 @@ def resize_image(
     reducing_gap: float | None = None,
 ) -> Image.Image:
     """RGB of what `read_image` or `open_image` gives, or of a box (top, left, bottom, right) of it in pixels, in another
-    size (height, width). Pillow resizes what is in memory, as the last two say; of a raster see `RasterImage.picture`."""
+    size (height, width). Pillow resizes what is in memory, as the last two say; of a raster see `RasterImage.picture`. A JPEG
+    is decoded so that it has as many pixels for each as `reducing_gap` says."""
     kind = kind_of(image)
     if kind == "raster":
         return image.picture(size, box)
@@ -37,10 +35,10 @@ def resize_image(
         longest = max(image.height, image.width)
         edges = box or (0, 0, image.height, image.width)
         shown = max(edges[2] - edges[0], edges[3] - edges[1], 1)
-        side = math.ceil(max(size) * longest / shown)
-        if image.streamed is not None and jpeg_reduction((image.height, image.width), side, DRAWN_MARGIN) == 1:
+        side, gap = math.ceil(max(size) * longest / shown), reducing_gap or MARGIN
+        if image.streamed is not None and jpeg_reduction((image.height, image.width), side, gap) == 1:
             return image.streamed.picture(size, box)
-        reduced = image.smaller(side, DRAWN_MARGIN)
+        reduced = image.smaller(side, gap)
         if box and reduced.factor > 1:
             ends = reduced.picture.height, reduced.picture.width
             first = [min(round(edge / reduced.factor), end - 1) for edge, end in zip(box[:2], ends)]
