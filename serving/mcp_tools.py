@@ -142,10 +142,10 @@ class Tools:
         request = self._request(image, "?", 0, reading)  # which checks how the image is read
 
         async def opened():
+            options = request.reader_options | {"max_image_pixels": self.service.max_image_pixels}
             with self._without_folder():
                 source = await self.service.sources.read(*request.image_urls())
-            options = request.reader_options | {"max_image_pixels": self.service.max_image_pixels}
-            return await self.engine.call(self.front.open, source, **options)
+                return await self.engine.call(self.front.open, source, **options)
 
         return await step("reading the image", opened())
 
@@ -159,12 +159,14 @@ class Tools:
 
     @contextmanager
     def _without_folder(self):
-        """Refusals name images as whoever called did: where the server's folder lies is nobody's affair."""
+        """Errors name images as whoever called did: where the server's folder lies is nobody's affair."""
         try:
             yield
-        except Refusal as refusal:
-            folder = str(self.service.sources.folder)
-            raise Refusal(refusal.message.replace(f"{folder}/", "").replace(folder, "."), refusal.status) from refusal
+        except (Refusal, OSError, ValueError) as error:
+            folder = self.service.sources.folder
+            if folder is None or str(folder) not in str(error):
+                raise
+            raise Refusal(str(error).replace(f"{folder}/", "").replace(str(folder), ".")) from error
 
     def _request(self, image, question, max_tiles, reading, **fields):
         """As a client of the server would send it."""

@@ -219,6 +219,7 @@ def test_objects_are_told_rows_first_in_pixels_and_on_the_ground(call, monkeypat
     ("where", {"image": "0.png", "question": "q", "side": 5}, "side: Input should be greater than or equal to 16."),
     ("where", {"image": "0.png", "question": "q", "number": 0}, "number: Input should be greater than or equal to 1."),
     ("look", {"image": "0.png", "window": [0, 0, 9, 900]}, "is no part of the image of 90 x 120 pixels"),
+    ("look", {"image": "scene.tif", "reading": {"bands": [9]}}, "scene.tif: "),
     ("look", {"image": "0.png", "window": [5, 5, 5, 9]}, "is no part of the image"),
     ("look", {"image": "0.png", "window": [0, 0, 9]}, "window: List should have at least 4 items"),
     ("plan", {"height": 0, "width": 9}, "height: Input should be greater than or equal to 1."),
