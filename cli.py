@@ -38,6 +38,7 @@ VERBS = {
     "tiny finetune": ("training.tiny.finetune", "stages 2 to 4: the decoder learns where to look and to answer"),
     "tiny zoom": ("training.tiny.zooming", "the last stage: the decoder learns to look closer, down to native pixels"),
     "tiny focus": ("training.tiny.focusing", "LRS-VQA's system: its module learns where to look"),
+    "tiny plain": ("training.tiny.plain", "a small model of another family, trained as such models are"),
     "tiny exchange": ("training.tiny.exchange", "another vision tower for a trained decoder"),
     "serve": ("serving.serve", "a server with OpenAI's API: many users, evidence in the answer"),
     "mcp": ("serving.mcp", "a server of tools for agents (MCP): open, ask, objects, look, where and plan"),

@@ -20,7 +20,12 @@ LONGEST = 512  # px: the largest image that the Qwen3-VL form takes whole has 1,
 TILE = 160  # px, of the Gemma 3 form
 ROWS = (TILE // CELL) ** 2
 TOKENS = {
-    "qwen3_vl": {"image": "<|image_pad|>", "video": "<|video_pad|>", "before": "<|vision_start|>", "after": "<|vision_end|>"},
+    "qwen3_vl": {
+        "image": "<|image_pad|>",
+        "video": "<|video_pad|>",
+        "before": "<|vision_start|>",
+        "after": "<|vision_end|>",
+    },
     "gemma3": {"image": "<image_soft_token>", "before": "<start_of_image>", "after": "<end_of_image>"},
 }
 # What the chat template writes for an image, and what that becomes in the prompt around its rows.

@@ -1,0 +1,121 @@
+"""Plain models of other families: what their pictures show and ask, that packed questions are worth what each is alone, and a run
+that ends in a model that can be asked."""
+
+import numpy as np
+import pytest
+import torch
+import uhr_bat
+from uhr_bat.training.tiny import plain, plain_pictures
+from uhr_bat.training.tiny.plain_models import AROUND, FORMS, MARKERS, image_processor_of, model_of, tokenizer_of
+
+COUNTS = {"ordinary": 4, "native": 1}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    found = tmp_path_factory.mktemp("pictures")
+    for kind, number in COUNTS.items():
+        for idx in range(number):
+            plain_pictures._paint(kind, idx, found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pictures(folder):
+    return plain_pictures.Pictures(folder, COUNTS)
+
+
+def test_a_picture_is_asked_only_what_it_shows(pictures):
+    rng, asked = np.random.default_rng(0), 0
+    for _ in range(12):
+        view, picture = pictures.crop("ordinary", rng, (128, 96), (0.6, 2.0))
+        assert picture.size == (128, 96)
+        for question in view.questions(8, rng, whole=False):
+            asked += 1
+            places = view.place([thing.centre for thing in question.objects]).reshape(-1, 2)
+            assert ((places >= 0) & (places <= (128, 96))).all() and question.kind != "quadrant"
+            assert all(thing.size * view.pixel_of_unit.min() >= 1 for thing in question.objects)
+    assert asked > 20
+
+
+def test_a_part_of_a_scene_with_native_objects_has_their_colours_where_they_lie(pictures):
+    rng, seen = np.random.default_rng(1), 0
+    for _ in range(20):
+        view, picture = pictures.native(rng, (192, 192))
+        for thing in view.scene.objects:
+            x, y = view.place(thing.centre)
+            if 2 < x < 190 and 2 < y < 190 and thing.size * view.pixel_of_unit[0] > 5 and thing.kind == "car":
+                near = np.asarray(picture, int)[int(y) - 2 : int(y) + 3, int(x) - 2 : int(x) + 3].reshape(-1, 3)
+                wanted = plain.PAINTS[thing.colour]
+                seen += 1
+                assert np.abs(near - wanted).sum(1).min() < 120
+    assert seen
+
+
+def test_strewn_objects_change_only_the_picture_around_them_and_are_told_of(pictures):
+    rng = np.random.default_rng(2)
+    view, before = pictures.crop("ordinary", rng, (160, 160), (1.0, 1.0))
+    strewn, after = plain_pictures.strewn(view, before, rng)
+    new = strewn.scene.objects[len(view.scene.objects) :]
+    changed = (np.asarray(before) != np.asarray(after)).any(-1)
+    places, reach = strewn.place([thing.centre for thing in new]), np.array([t.size for t in new]) * view.pixel_of_unit[0]
+    rows, columns = changed.nonzero()
+    distance = np.abs(np.stack((columns, rows), 1)[:, None] + 0.5 - places).max(-1)
+    assert len(new) > 40 and (distance < 1.2 * reach + 1).any(1).all()
+    labels = plain.labels_of(strewn)
+    told = (labels["kind"] > 0).any(1)
+    assert told.sum() > 20 and (told == (labels["colour"] > 0).any(1)).all()
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_questions_behind_one_picture_are_worth_what_each_is_alone(form, pictures):
+    tokenizer, image_processor, model = tokenizer_of(form), image_processor_of(form), model_of(form, 0).eval()
+    with torch.no_grad():
+        data = plain.AskedAnew(pictures, form, tokenizer, image_processor, 10)
+        rng = np.random.default_rng(3)
+        pairs = [pictures.crop("ordinary", rng, (160, 160), (1.0, 1.5)) for _ in range(2)]
+        asked = [view.questions(3, rng, whole=False) for view, _ in pairs]
+        images = [(pairs[0][1], pairs[1][1])]
+        part = plain.packed(form, tokenizer, [(160, 160)] * 2, [asked[0]], [data.rows_of((160, 160))] * 2)
+        total, answers = plain.loss_of(model, form, part | {"pixels": plain.pixels_of(form, image_processor, images)})
+        alone = 0
+        for question in asked[0]:
+            messages = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": question.text}]}]
+            text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+            text = text.replace(MARKERS[form], AROUND[form])
+            text = text.replace(tokenizer.image_token, tokenizer.image_token * data.rows_of((160, 160)))
+            answer = tokenizer(f" {question.answer}")["input_ids"] + [tokenizer.eos_token_id]
+            ids = torch.tensor([tokenizer(text)["input_ids"] + answer])
+            labels = ids.clone()
+            labels[:, : -len(answer)] = -100
+            types = {"mm_token_type_ids" if form == "qwen3_vl" else "token_type_ids": (ids == part_id(tokenizer)).long()}
+            pixels = plain.pixels_of(form, image_processor, images)
+            alone += len(answer) * model(input_ids=ids, labels=labels, **types, **pixels).loss
+    assert answers > 6 and torch.isclose(total, alone, rtol=1e-5)
+
+
+def part_id(tokenizer):
+    return tokenizer.convert_tokens_to_ids(tokenizer.image_token)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_model_that_can_be_asked(form, folder, tmp_path, monkeypatch):
+    arguments = ["--form", form, "--pictures", folder, "--output", tmp_path / "out", "--views", "24", "--workers", "1"]
+    for name, value in (("ordinary", 4), ("native", 1), ("tower-steps", 2), ("decoder-steps", 2), ("joint-steps", 1)):
+        arguments += [f"--{name}", value]
+    monkeypatch.setattr(plain, "TOWER_PIXELS", 192 * 192)
+    monkeypatch.setattr(plain, "STEP_TOKENS", 800)
+    arguments = [str(one) for one in arguments]
+    with monkeypatch.context() as cut_off:
+        cut_off.setattr(plain, "encode_views", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            plain.main(arguments)
+    tower = tmp_path / "out" / "stages" / "tower.safetensors"
+    written = tower.stat().st_mtime_ns
+    plain.main(arguments)
+    assert tower.stat().st_mtime_ns == written
+    processor, model = uhr_bat.load_model(tmp_path / "out")
+    view, picture = plain_pictures.Pictures(folder, COUNTS).whole(np.random.default_rng(0), 1.0, (256, 256))
+    (answer,) = uhr_bat.ask(picture, "Where is the pier?", processor=processor, model=model)
+    assert isinstance(answer, str)

@@ -1,0 +1,238 @@
+"""Pictures that a plain model is trained with: whole scenes at several zooms, parts of them, and parts of images with objects
+of a few native pixels, at these pixels; and the questions that a picture answers.
+
+Scenes are painted once, into files. Boxes are (left, top, right, bottom) and points (x, y), in units of a scene (`layout`).
+"""
+
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
+from functools import cached_property
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+from tqdm import tqdm
+
+from ...common.files import whole_files
+from ...scenes.layout import ASPECTS, FINEST, OBJECTS, PAINTS, SITE_SIDE, WIDTH, Object, make_scene
+from ...scenes.native import native_scene, picture_of
+from ...scenes.painting import Painter, paint
+from ...scenes.questions import draw_question
+from .plain_models import CELL, LONGEST, TILE
+
+PLAIN_SEED = (
+    2_000_000  # of the first scene; crowded ones, for the tower, and such with native objects have seeds of their own
+)
+KINDS = {"ordinary": 0, "native": 200_000}
+STORED = 768  # px, the width at which scenes are kept: twice the finest scale of UHR-BAT-Tiny
+WINDOW = 256  # px, the side of a part of a scene with native objects, at its own pixels
+WINDOWS = 4  # of such a scene
+LEAST_SEEN = 1.0  # px of a picture that an object must have to be asked about
+STREWN_APART = (11, 20)  # px between objects that are strewn over a picture, for the tower
+STREWN_SIZES = (2.0, 9.0)  # px
+FINER = 4  # times as fine as the picture, where they are painted
+
+
+# ---- Pictures --------------------------------------------------------------------------------------------------------
+
+
+def scene_of(kind, number):
+    seed = PLAIN_SEED + KINDS[kind] + number
+    return native_scene(seed) if kind == "native" else make_scene(seed)
+
+
+def _paint(kind, number, folder):
+    scene = scene_of(kind, number)
+    if kind == "native":  # parts around an object of a site, or a site, at the image's own pixels
+        picture, rng, parts = picture_of(scene), np.random.default_rng([scene.seed, 8]), []
+        around = [thing.centre for thing in scene.objects if thing.site is not None] or [scene.sites[0].centre]
+        for _ in range(WINDOWS):
+            centre = np.array(around[rng.integers(len(around))]) * picture.width / WIDTH
+            left, top = (centre - rng.uniform(0.2, 0.8, 2) * WINDOW).round().astype(int)
+            left, top = np.clip((left, top), 0, (picture.width - WINDOW, picture.height - WINDOW))
+            parts.append(picture.paint((top, left, top + WINDOW, left + WINDOW), (picture.width, picture.height)))
+            parts[-1] = (np.asarray(parts[-1]), (left, top))
+        arrays = {"pixels": np.stack([part for part, _ in parts]), "corners": np.array([at for _, at in parts])}
+    else:
+        small = paint(scene).resize((STORED, round(STORED / scene.aspect)), Image.LANCZOS)
+        arrays = {"pixels": np.asarray(small)}
+    with whole_files(folder) as built:
+        for name, array in arrays.items():
+            np.save(built / f"{kind}_{number}_{name}.npy", array)
+
+
+def paint_scenes(folder: Path, counts: dict[str, int], workers: int):
+    """The scenes of each kind, from 0 on, as files of pixels; those that are there are not made again."""
+    folder.mkdir(parents=True, exist_ok=True)
+    missing = [(kind, number) for kind, count in counts.items() for number in range(count)
+               if not (folder / f"{kind}_{number}_pixels.npy").exists()]  # fmt: skip
+    with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
+        jobs = [pool.submit(_paint, kind, number, folder) for kind, number in missing]
+        for job in tqdm(jobs, desc="Painting scenes", unit="scene", disable=not jobs):
+            job.result()
+
+
+class View:
+    """A part of a scene as a picture of some pixels.
+
+    Args:
+        box: (left, top, right, bottom) in units of the scene.
+        size: (width, height) in pixels.
+    """
+
+    def __init__(self, scene, box, size):
+        self.scene, self.box, self.size = scene, np.array(box, float), size
+
+    def place(self, points) -> np.ndarray:
+        """float[..., 2] in units -> (x, y) in pixels of the picture."""
+        return (np.asarray(points, float) - self.box[:2]) * self.pixel_of_unit
+
+    @property
+    def pixel_of_unit(self):
+        """float[2]: of x and y, which differ where a picture is pressed into a square."""
+        return self.size / (self.box[2:] - self.box[:2])
+
+    def holds(self, points, margin=0.0):
+        at = self.place(np.asarray(points, float).reshape(-1, 2))
+        return bool(((at >= margin) & (at <= np.subtract(self.size, margin))).all())
+
+    @cached_property
+    def sites(self):
+        """Indices of the sites that lie in the picture whole."""
+        half = SITE_SIDE / 2 * 0.92
+        return [index for index, site in enumerate(self.scene.sites)
+                if self.holds(site.placed([(-half, -half), (-half, half), (half, -half), (half, half)]))]  # fmt: skip
+
+    def shows(self, question) -> bool:
+        """Whether the picture holds all that a question needs."""
+        if any(thing.size * self.pixel_of_unit.min() < LEAST_SEEN for thing in question.objects):
+            return False
+        if question.kind in ("colour", "type"):
+            return self.holds([thing.centre for thing in question.objects], margin=2)
+        return set(question.sites) <= set(self.sites)
+
+    def questions(self, number, rng, whole):
+        """Up to so many different questions that the picture answers."""
+        found = {}
+        for _ in range(3 * number):
+            question = draw_question(self.scene, rng)
+            if (whole or question.kind != "quadrant") and self.shows(question):
+                found.setdefault(question.text, question)
+            if len(found) == number:
+                break
+        return list(found.values())
+
+
+def strewn(view, picture, rng):
+    """A picture with objects strewn all over it, and the view of the scene that has them: one in every second visual token."""
+    apart = rng.uniform(*STREWN_APART)
+    cells = np.stack(np.meshgrid(*(np.arange(apart / 2, side, apart) for side in view.size)), -1).reshape(-1, 2)
+    at = cells + rng.uniform(-0.2, 0.2, cells.shape) * apart
+    sizes = np.exp(rng.uniform(*np.log(STREWN_SIZES), len(at))).clip(max=apart / 2)
+    there = view.place([thing.centre for thing in view.scene.objects]).reshape(-1, 2)
+    free = (np.abs(at[:, None] - there).max(-1) > apart).all(1) & (rng.random(len(at)) < 0.8)
+    canvas = picture.resize(np.multiply(view.size, FINER).tolist(), Image.NEAREST)
+    unit = view.pixel_of_unit[0]
+    painter, made = Painter(ImageDraw.Draw(canvas), rng, unit * FINER), []
+    for place, size in zip(at[free] / unit, sizes[free] / unit):
+        kind, colour = OBJECTS[rng.integers(len(OBJECTS))], list(PAINTS)[rng.integers(len(PAINTS))]
+        thing = Object(kind, colour, tuple(place), rng.uniform(0, 2 * np.pi), size, None)
+        painter.object(thing)
+        made.append(replace(thing, centre=tuple(place + view.box[:2])))
+    scene = replace(view.scene, objects=(*view.scene.objects, *made))
+    return View(scene, view.box, view.size), canvas.reduce(FINER)
+
+
+class Pictures:
+    """The painted scenes, and views of them."""
+
+    def __init__(self, folder: Path, counts: dict[str, int]):
+        self.folder, self.counts, self.scenes = folder, counts, {}
+        self.by_aspect = {aspect: [] for aspect in ASPECTS}
+        for number in range(counts.get("ordinary", 0)):
+            self.by_aspect[self.scene("ordinary", number).aspect].append(number)
+
+    def scene(self, kind, number):
+        if (kind, number) not in self.scenes:
+            self.scenes[kind, number] = scene_of(kind, number)
+        return self.scenes[kind, number]
+
+    def read(self, kind, number, name="pixels"):
+        return np.load(self.folder / f"{kind}_{number}_{name}.npy", mmap_mode="r")
+
+    def picture(self, kind, number, view) -> Image.Image:
+        pixels = self.read(kind, number)
+        scale = STORED / WIDTH
+        box = view.box * scale
+        left, top = np.floor(box[:2]).astype(int).clip(0) - 0
+        right, bottom = np.minimum(np.ceil(box[2:]).astype(int), pixels.shape[1::-1])
+        part = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, left:right]))
+        inside = (box - (left, top, left, top)).clip(0, (*part.size, *part.size))
+        return part.resize(view.size, Image.BICUBIC, tuple(inside))
+
+    def crop(self, kind, rng, size, zooms, numbers=None):
+        """A part of a scene, one of some, around a site, at a zoom of the finest scale."""
+        while True:
+            number = int(rng.integers(self.counts[kind]) if numbers is None else numbers[rng.integers(len(numbers))])
+            scene = self.scene(kind, number)
+            if not scene.sites:
+                continue
+            zoom = np.exp(rng.uniform(*np.log(zooms)))
+            extent = np.array(size) / zoom * WIDTH / FINEST
+            extent /= max(1, *(extent / (WIDTH, scene.height)))  # no larger than the scene
+            site = scene.sites[rng.integers(len(scene.sites))]
+            room = np.maximum(extent - SITE_SIDE * 1.3, 0) / 2 if rng.random() < 0.8 else extent / 3
+            corner = np.array(site.centre) + rng.uniform(-room, room) - extent / 2
+            corner = corner.clip(0, np.array((WIDTH, scene.height)) - extent)
+            view = View(scene, (*corner, *(corner + extent)), size)
+            view.number = number
+            return view, self.picture(kind, number, view)
+
+    def whole(self, rng, aspect, size, number=None):
+        number = self.by_aspect[aspect][rng.integers(len(self.by_aspect[aspect]))] if number is None else number
+        scene = self.scene("ordinary", number)
+        view = View(scene, (0, 0, WIDTH, scene.height), size)
+        return view, self.picture("ordinary", number, view)
+
+    def native(self, rng, size):
+        """A part of a part of a scene with native objects, at its own pixels or half of them."""
+        number, part = int(rng.integers(self.counts["native"])), rng.integers(WINDOWS)
+        scene = self.scene("native", number)
+        corner = self.read("native", number, "corners")[part]
+        extent = np.minimum(np.array(size) * (1 if rng.random() < 0.7 else 2), WINDOW)
+        offset = rng.integers(0, WINDOW - extent + 1)
+        left, top = offset
+        pixels = np.ascontiguousarray(self.read("native", number)[part, top : top + extent[1], left : left + extent[0]])
+        unit = WIDTH / scene.width
+        start = (corner + offset) * unit
+        view = View(scene, (*start, *(start + extent * unit)), size)
+        return view, Image.fromarray(pixels).resize(size, Image.BICUBIC)
+
+
+def draw_views(pictures, form, rng, number):
+    """(pictures of each prompt, view that its questions are about, whether that is whole): of one kind and one size."""
+    draw, tile = rng.random(), (TILE, TILE) if form == "gemma3" else None
+    if draw < 0.4:
+        aspect = ASPECTS[rng.integers(len(ASPECTS))]
+        sides = np.arange(96, LONGEST + 1, 32)  # mostly large ones, in which objects can be seen
+        side = int(rng.choice(sides, p=sides**1.5 / (sides**1.5).sum()))
+        size = tile or (side, max(round(side / aspect / CELL) * CELL, CELL))
+        made = [pictures.whole(rng, aspect, size) for _ in range(number)]
+    elif draw < 0.55:
+        size = tile or tuple(int(side) for side in rng.choice([96, 128, 160, 192], 2))
+        made = [pictures.native(rng, size) for _ in range(number)]
+    elif draw < 0.85:
+        size = tile or tuple(int(side) for side in rng.choice([96, 128, 160, 192, 224, 256, 288], 2))
+        made = [pictures.crop("ordinary", rng, size, (0.6, 2.0)) for _ in range(number)]
+    else:  # the whole picture, and a part of it
+        aspect, side = ASPECTS[rng.integers(len(ASPECTS))], int(rng.choice([96, 128, 192]))
+        first = tile or (side, max(round(side / aspect / CELL) * CELL, CELL))
+        size = tile or tuple(int(side) for side in rng.choice([96, 128, 160, 192], 2))
+        made = []
+        for _ in range(number):
+            view, picture = pictures.crop("ordinary", rng, size, (0.8, 2.0), pictures.by_aspect[aspect])
+            made.append((view, (pictures.whole(rng, aspect, first, view.number)[1], picture)))
+    rng = np.random.default_rng(0)
+    kept = [(picture, view) for view, picture in made if view.questions(1, rng, draw < 0.4)]
+    return [one if isinstance(one, tuple) else (one,) for one, _ in kept], [view for _, view in kept], draw < 0.4
