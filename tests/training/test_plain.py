@@ -32,7 +32,7 @@ def test_a_picture_is_asked_only_what_it_shows(pictures):
         assert picture.size == (128, 96)
         for question in view.questions(8, rng, whole=False):
             asked += 1
-            places = view.place([thing.centre for thing in question.objects]).reshape(-1, 2)
+            places = view.place(np.reshape([thing.centre for thing in question.objects], (-1, 2)))
             assert ((places >= 0) & (places <= (128, 96))).all() and question.kind != "quadrant"
             assert all(thing.size * view.pixel_of_unit.min() >= 1 for thing in question.objects)
     assert asked > 20
@@ -44,11 +44,11 @@ def test_a_part_of_a_scene_with_native_objects_has_their_colours_where_they_lie(
         view, picture = pictures.native(rng, (192, 192))
         for thing in view.scene.objects:
             x, y = view.place(thing.centre)
-            if 2 < x < 190 and 2 < y < 190 and thing.size * view.pixel_of_unit[0] > 5 and thing.kind == "car":
-                near = np.asarray(picture, int)[int(y) - 2 : int(y) + 3, int(x) - 2 : int(x) + 3].reshape(-1, 3)
-                wanted = plain.PAINTS[thing.colour]
+            if 3 < x < 189 and 3 < y < 189:  # its colour, under haze, or the pad's is next to the centre
+                near = np.asarray(picture, int)[int(y) - 3 : int(y) + 4, int(x) - 3 : int(x) + 4].reshape(-1, 3)
+                distance = {name: np.abs(near - paint).sum(1).min() for name, paint in plain.PAINTS.items()}
                 seen += 1
-                assert np.abs(near - wanted).sum(1).min() < 120
+                assert min(distance, key=distance.get) == thing.colour
     assert seen
 
 
@@ -73,13 +73,13 @@ def test_questions_behind_one_picture_are_worth_what_each_is_alone(form, picture
     with torch.no_grad():
         data = plain.AskedAnew(pictures, form, tokenizer, image_processor, 10)
         rng = np.random.default_rng(3)
-        pairs = [pictures.crop("ordinary", rng, (160, 160), (1.0, 1.5)) for _ in range(2)]
-        asked = [view.questions(3, rng, whole=False) for view, _ in pairs]
-        images = [(pairs[0][1], pairs[1][1])]
-        part = plain.packed(form, tokenizer, [(160, 160)] * 2, [asked[0]], [data.rows_of((160, 160))] * 2)
+        pairs = [pictures.crop("ordinary", rng, (160, 160), (1.0, 1.5)) for _ in range(8)]
+        asked = max((view.questions(3, rng, whole=False) for view, _ in pairs), key=len)
+        images = [tuple(picture for _, picture in pairs[:2])]
+        part = plain.packed(form, tokenizer, [(160, 160)] * 2, [asked], [data.rows_of((160, 160))] * 2)
         total, answers = plain.loss_of(model, form, part | {"pixels": plain.pixels_of(form, image_processor, images)})
         alone = 0
-        for question in asked[0]:
+        for question in asked:
             messages = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": question.text}]}]
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             text = text.replace(MARKERS[form], AROUND[form])
@@ -91,7 +91,7 @@ def test_questions_behind_one_picture_are_worth_what_each_is_alone(form, picture
             types = {"mm_token_type_ids" if form == "qwen3_vl" else "token_type_ids": (ids == part_id(tokenizer)).long()}
             pixels = plain.pixels_of(form, image_processor, images)
             alone += len(answer) * model(input_ids=ids, labels=labels, **types, **pixels).loss
-    assert answers > 6 and torch.isclose(total, alone, rtol=1e-5)
+    assert answers >= 2 * len(asked) > 4 and torch.isclose(total, alone, rtol=1e-5)
 
 
 def part_id(tokenizer):
@@ -117,5 +117,5 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_model_that_can_be_asked(fo
     assert tower.stat().st_mtime_ns == written
     processor, model = uhr_bat.load_model(tmp_path / "out")
     view, picture = plain_pictures.Pictures(folder, COUNTS).whole(np.random.default_rng(0), 1.0, (256, 256))
-    (answer,) = uhr_bat.ask(picture, "Where is the pier?", processor=processor, model=model)
-    assert isinstance(answer, str)
+    answer = uhr_bat.ask(processor, model, picture, "Where is the pier?", budgets=20)
+    assert answer.num_tokens == 20

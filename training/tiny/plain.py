@@ -32,7 +32,7 @@ from ...common.commands import tells_errors
 from ...common.files import whole_files
 from ...common.outputs import MODEL_FILES, Output, check_outputs
 from ...modeling_outputs_uhr_bat import CACHE
-from ...scenes.layout import ASPECTS, OBJECTS, PAINTS, SITES
+from ...scenes.layout import OBJECTS, PAINTS, SITES
 from ..collator import IGNORED
 from . import plain_models as forms
 from .plain_pictures import LEAST_SEEN, Pictures, draw_views, paint_scenes, strewn
@@ -91,7 +91,7 @@ class LabelledPictures(Dataset):
         for _ in range(number):
             draw = rng.random()
             if draw < 0.1 and self.form == "gemma3":
-                found.append(self.pictures.whole(rng, ASPECTS[rng.integers(3)], size))
+                found.append(self.pictures.whole(rng, self.pictures.aspects[rng.integers(len(self.pictures.aspects))], size))
             elif draw < 0.25:
                 found.append(strewn(*self.pictures.native(rng, size), rng))
             else:

@@ -130,7 +130,7 @@ def strewn(view, picture, rng):
     cells = np.stack(np.meshgrid(*(np.arange(apart / 2, side, apart) for side in view.size)), -1).reshape(-1, 2)
     at = cells + rng.uniform(-0.2, 0.2, cells.shape) * apart
     sizes = np.exp(rng.uniform(*np.log(STREWN_SIZES), len(at))).clip(max=apart / 2)
-    there = view.place([thing.centre for thing in view.scene.objects]).reshape(-1, 2)
+    there = view.place(np.reshape([thing.centre for thing in view.scene.objects], (-1, 2)))
     free = (np.abs(at[:, None] - there).max(-1) > apart).all(1) & (rng.random(len(at)) < 0.8)
     canvas = picture.resize(np.multiply(view.size, FINER).tolist(), Image.NEAREST)
     unit = view.pixel_of_unit[0]
@@ -152,6 +152,7 @@ class Pictures:
         self.by_aspect = {aspect: [] for aspect in ASPECTS}
         for number in range(counts.get("ordinary", 0)):
             self.by_aspect[self.scene("ordinary", number).aspect].append(number)
+        self.aspects = [aspect for aspect in ASPECTS if self.by_aspect[aspect]]
 
     def scene(self, kind, number):
         if (kind, number) not in self.scenes:
@@ -214,7 +215,7 @@ def draw_views(pictures, form, rng, number):
     """(pictures of each prompt, view that its questions are about, whether that is whole): of one kind and one size."""
     draw, tile = rng.random(), (TILE, TILE) if form == "gemma3" else None
     if draw < 0.4:
-        aspect = ASPECTS[rng.integers(len(ASPECTS))]
+        aspect = pictures.aspects[rng.integers(len(pictures.aspects))]
         sides = np.arange(96, LONGEST + 1, 32)  # mostly large ones, in which objects can be seen
         side = int(rng.choice(sides, p=sides**1.5 / (sides**1.5).sum()))
         size = tile or (side, max(round(side / aspect / CELL) * CELL, CELL))
@@ -226,7 +227,7 @@ def draw_views(pictures, form, rng, number):
         size = tile or tuple(int(side) for side in rng.choice([96, 128, 160, 192, 224, 256, 288], 2))
         made = [pictures.crop("ordinary", rng, size, (0.6, 2.0)) for _ in range(number)]
     else:  # the whole picture, and a part of it
-        aspect, side = ASPECTS[rng.integers(len(ASPECTS))], int(rng.choice([96, 128, 192]))
+        aspect, side = pictures.aspects[rng.integers(len(pictures.aspects))], int(rng.choice([96, 128, 192]))
         first = tile or (side, max(round(side / aspect / CELL) * CELL, CELL))
         size = tile or tuple(int(side) for side in rng.choice([96, 128, 160, 192], 2))
         made = []
