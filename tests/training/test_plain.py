@@ -55,10 +55,13 @@ def test_a_part_of_a_scene_with_native_objects_has_their_colours_where_they_lie(
 def test_strewn_objects_change_only_the_picture_around_them_and_are_told_of(pictures):
     rng = np.random.default_rng(2)
     view, before = pictures.crop("ordinary", rng, (160, 160), (1.0, 1.0))
-    strewn, after = plain_pictures.strewn(view, before, rng)
+    strewn, after = plain_pictures.strewn(view, before, rng, 2.0)
     new = strewn.scene.objects[len(view.scene.objects) :]
     changed = (np.asarray(before) != np.asarray(after)).any(-1)
-    places, reach = strewn.place([thing.centre for thing in new]), np.array([t.size for t in new]) * view.pixel_of_unit[0]
+    places, reach = (
+        strewn.place([thing.centre for thing in new]),
+        np.array([t.size for t in new]) * view.pixel_of_unit[0],
+    )
     rows, columns = changed.nonzero()
     distance = np.abs(np.stack((columns, rows), 1)[:, None] + 0.5 - places).max(-1)
     assert len(new) > 40 and (distance < 1.2 * reach + 1).any(1).all()
@@ -80,7 +83,9 @@ def test_questions_behind_one_picture_are_worth_what_each_is_alone(form, picture
         total, answers = plain.loss_of(model, form, part | {"pixels": plain.pixels_of(form, image_processor, images)})
         alone = 0
         for question in asked:
-            messages = [{"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": question.text}]}]
+            messages = [
+                {"role": "user", "content": [{"type": "image"}] * 2 + [{"type": "text", "text": question.text}]}
+            ]
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             text = text.replace(MARKERS[form], AROUND[form])
             text = text.replace(tokenizer.image_token, tokenizer.image_token * data.rows_of((160, 160)))
@@ -88,7 +93,9 @@ def test_questions_behind_one_picture_are_worth_what_each_is_alone(form, picture
             ids = torch.tensor([tokenizer(text)["input_ids"] + answer])
             labels = ids.clone()
             labels[:, : -len(answer)] = -100
-            types = {"mm_token_type_ids" if form == "qwen3_vl" else "token_type_ids": (ids == part_id(tokenizer)).long()}
+            types = {
+                "mm_token_type_ids" if form == "qwen3_vl" else "token_type_ids": (ids == part_id(tokenizer)).long()
+            }
             pixels = plain.pixels_of(form, image_processor, images)
             alone += len(answer) * model(input_ids=ids, labels=labels, **types, **pixels).loss
     assert answers >= 2 * len(asked) > 4 and torch.isclose(total, alone, rtol=1e-5)

@@ -29,8 +29,8 @@ STORED = 768  # px, the width at which scenes are kept: twice the finest scale o
 WINDOW = 256  # px, the side of a part of a scene with native objects, at its own pixels
 WINDOWS = 4  # of such a scene
 LEAST_SEEN = 1.0  # px of a picture that an object must have to be asked about
-STREWN_APART = (11, 20)  # px between objects that are strewn over a picture, for the tower
-STREWN_SIZES = (2.0, 9.0)  # px
+STREWN_APART = (13, 20)  # px between objects that are strewn over a picture, for the tower
+LARGEST_STREWN = 10.0  # px
 FINER = 4  # times as fine as the picture, where they are painted
 
 
@@ -124,12 +124,13 @@ class View:
         return list(found.values())
 
 
-def strewn(view, picture, rng):
-    """A picture with objects strewn all over it, and the view of the scene that has them: one in every second visual token."""
+def strewn(view, picture, rng, smallest):
+    """The view of a scene with objects of `smallest` px and more strewn all over it, one in every second visual token, and its
+    picture."""
     apart = rng.uniform(*STREWN_APART)
     cells = np.stack(np.meshgrid(*(np.arange(apart / 2, side, apart) for side in view.size)), -1).reshape(-1, 2)
     at = cells + rng.uniform(-0.2, 0.2, cells.shape) * apart
-    sizes = np.exp(rng.uniform(*np.log(STREWN_SIZES), len(at))).clip(max=apart / 2)
+    sizes = np.exp(rng.uniform(*np.log((smallest, LARGEST_STREWN)), len(at))).clip(max=apart / 2)
     there = view.place(np.reshape([thing.centre for thing in view.scene.objects], (-1, 2)))
     free = (np.abs(at[:, None] - there).max(-1) > apart).all(1) & (rng.random(len(at)) < 0.8)
     canvas = picture.resize(np.multiply(view.size, FINER).tolist(), Image.NEAREST)
@@ -216,8 +217,9 @@ def draw_views(pictures, form, rng, number):
     draw, tile = rng.random(), (TILE, TILE) if form == "gemma3" else None
     if draw < 0.4:
         aspect = pictures.aspects[rng.integers(len(pictures.aspects))]
-        sides = np.arange(96, LONGEST + 1, 32)  # mostly large ones, in which objects can be seen
-        side = int(rng.choice(sides, p=sides**1.5 / (sides**1.5).sum()))
+        # Mostly such in which objects can be seen; the largest are rare, as they take longest.
+        sides = np.array([96, 128, 160, 192, 256, 320, 384, 448, LONGEST])
+        side = int(rng.choice(sides, p=np.array([2, 2, 2, 3, 4, 5, 6, 1, 1]) / 26))
         size = tile or (side, max(round(side / aspect / CELL) * CELL, CELL))
         made = [pictures.whole(rng, aspect, size) for _ in range(number)]
     elif draw < 0.55:
