@@ -97,11 +97,12 @@ def overviews(sizes) -> list[Row]:
 def jpeg(sizes) -> list[Row]:
     """The example as a JPEG, from the file to UHR-BAT-Tiny's tiles and to those of the paper's scales: every pixel read,
     against libjpeg's smaller picture where that is enough; and by how much the tiles differ."""
-    size = (4000, 3200) if sizes.quick else (10_000, 8000)
+    size = (3200, 2560) if sizes.quick else (10_000, 8000)
     path, rows = photograph(sizes.folder, size), []
     what = f"The example, a JPEG of {size[0]:,} x {size[1]:,} px, file to tiles"
     tiny = load_processor().image_processor
-    for whose, scales, goal in (("UHR-BAT-Tiny's", tiny.scales, 3), ("the paper's", UHRBatImageProcessor.scales, None)):
+    larger = [672, 1344] if sizes.quick else UHRBatImageProcessor.scales
+    for whose, scales, goal in (("UHR-BAT-Tiny's", tiny.scales, 3), ("the paper's", larger, None)):
         options = {"scales": scales, "do_rescale": False, "do_normalize": False, "return_tensors": "np"}
         functions = {
             side: partial(tiny, path, overviews=mode, **options)
