@@ -107,7 +107,7 @@ def figures_of(looks, targets) -> dict[tuple[str, str], np.ndarray]:
     most = max(pair.shape[1] for pair in looks)
     found = {key: np.full((len(looks), 1 + most, len(FIGURES)), np.nan) for key in product(FORMS, TARGETS)}
     for layer, pair in enumerate(looks):
-        asked, empty = torch.cat((pair.mean(1, keepdim=True), pair), dim=1).double().cpu()
+        asked, empty = torch.cat((pair.mean(1, keepdim=True), pair), dim=1).cpu().double()
         weights = asked / asked.sum(-1, keepdim=True), relative_attention(asked, empty)
         for (form, look), (target, portion) in product(zip(FORMS, weights), targets.items()):
             if portion.any():
@@ -248,8 +248,11 @@ def report(result) -> str:
     parts = [f"# {result['about']['title']}", result["about"]["says"]]
     parts += [f"- By {form}: {tell(pick)}" for form, pick in result["picked"].items()]
     parts[-1] += f"\n- Division adds {percent_interval(result['divided'], signed=True)} points to that."
-    chance = {target: "{share:.1%}, recall {recall:.1%}".format(**one) for target, one in result["chance"].items()}
-    parts.append(f"By chance: {'; '.join(f'{target} share {words}' for target, words in chance.items())}.")
+    chance = [
+        f"{target}: share {percent(by['share'])} %, recall {percent(by['recall'])} %"
+        for target, by in result["chance"].items()
+    ]
+    parts.append(f"By chance: {'; '.join(chance)}.")
     heads = [f"{target}: {figure}" for target in TARGETS for figure in ("share (%)", "times", "recall (%)")]
     for form in FORMS:
         lines, groups = [], []
@@ -280,6 +283,7 @@ def plot(result):
     draw_lines(axes, lines)
     axes.axhline(100 * result["chance"][TARGETS[0]]["recall"], color="black", linestyle=":", label="chance")
     axes.set(xlabel="layer", ylabel="% of the sites", title="Found in the rows that are looked at most", ylim=(0, 100))
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.legend()
     for axes, form in zip(pictures, FORMS):
         groups = [row[form][TARGETS[0]]["groups"]["recall"] for row in result["layers"]]
