@@ -10,6 +10,7 @@ from hosts_tiny import FAMILIES
 from images import random_image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from uhr_bat import cli
+from uhr_bat.common import tables
 from uhr_bat.evaluation import hosted, plain, reports, rows
 from uhr_bat.evaluation.suites import SUITES
 from uhr_bat.hosts.prompts import Parts
@@ -92,6 +93,8 @@ def qwen3_vl(host_folder, tmp_path_factory):
 
 @pytest.fixture
 def small_scenes(monkeypatch):
+    monkeypatch.setattr(tables, "RESAMPLES", 20)
+    monkeypatch.setattr(hosted, "METHODS", ("uniform", rows.PAPER, rows.REFINED))
     for name in (hosted.ORDINARY, hosted.SUITE):
         monkeypatch.setattr(SUITES[name], "lay_out", lambda seed: make_scene(seed, 2.0, width=400))
         monkeypatch.setattr(SUITES[name], "max_new_tokens", 2)
