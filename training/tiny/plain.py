@@ -35,10 +35,11 @@ from ...modeling_outputs_uhr_bat import CACHE
 from ...scenes.layout import OBJECTS, PAINTS, SITES
 from ..collator import IGNORED
 from . import plain_models as forms
-from .plain_pictures import LEAST_SEEN, Pictures, draw_views, paint_scenes, strewn
+from .plain_pictures import LEAST_SEEN, Pictures, draw_views, lists, paint_scenes, strewn
 from .stages import train
 
 QUESTIONS = 16  # about a picture
+LISTS = 2  # of the objects of a site, besides
 NOISE = 0.15  # on rows of length 1 (root mean square): without it, scenes are learnt by heart
 TOWER_PIXELS = 10 * 192 * 192  # of a step that trains the tower
 STEP_TOKENS = 6000  # of a step, those of the questions among them, about
@@ -272,6 +273,12 @@ def pixels_of(form, image_processor, images) -> dict:
     return {"pixel_values": made["pixel_values"]}
 
 
+def drawn(view, rng, whole) -> list:
+    """Questions about a picture, and what is at its sites."""
+    questions = view.questions(QUESTIONS, rng, whole)
+    return questions and questions + lists(view, LISTS, rng)
+
+
 class AskedAgain(Dataset):
     """Steps of questions about encoded pictures: one index is one step, the same whenever it is asked for."""
 
@@ -290,9 +297,7 @@ class AskedAgain(Dataset):
             number = int(np.clip((self.tokens - spent) // (visual + 200), 1, len(group.views)))
             chosen = rng.permutation(len(group.views))[:number]
             asked = [
-                (int(idx), questions)
-                for idx in chosen
-                if (questions := group.views[idx].questions(QUESTIONS, rng, group.whole))
+                (int(idx), questions) for idx in chosen if (questions := drawn(group.views[idx], rng, group.whole))
             ]
             spent += number * (visual + 200)
             if not asked:
@@ -389,7 +394,7 @@ class AskedAnew(Dataset):
         while spent < self.tokens:
             images, views, whole = draw_views(self.pictures, self.form, rng, 4)
             asked = [(image, questions) for image, view in zip(images, views)
-                     if (questions := view.questions(QUESTIONS, rng, whole))]  # fmt: skip
+                     if (questions := drawn(view, rng, whole))]  # fmt: skip
             if not asked:
                 continue
             pixels = pixels_of(self.form, self.image_processor, [image for image, _ in asked])

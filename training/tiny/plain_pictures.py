@@ -18,7 +18,7 @@ from ...common.files import whole_files
 from ...scenes.layout import ASPECTS, FINEST, OBJECTS, PAINTS, SITE_SIDE, WIDTH, Object, make_scene
 from ...scenes.native import native_scene, picture_of
 from ...scenes.painting import Painter, paint
-from ...scenes.questions import draw_question
+from ...scenes.questions import SceneQuestion, draw_question
 from .plain_models import CELL, LONGEST, TILE
 
 PLAIN_SEED = (
@@ -143,6 +143,21 @@ def strewn(view, picture, rng, smallest):
         made.append(replace(thing, centre=tuple(place + view.box[:2])))
     scene = replace(view.scene, objects=(*view.scene.objects, *made))
     return View(scene, view.box, view.size), canvas.reduce(FINER)
+
+
+def lists(view, number, rng) -> list[SceneQuestion]:
+    """What is at some of the sites of a picture, in words, object by object in reading order: as captions, they say more than an
+    answer does of what a picture shows, and are learnt from first."""
+    found = []
+    for site in rng.permutation(view.sites)[:number]:
+        things = view.scene.objects_of[site]
+        if any(thing.size * view.pixel_of_unit.min() < LEAST_SEEN for thing in things):
+            continue
+        things = sorted(things, key=lambda thing: tuple(view.place(thing.centre)[::-1] // CELL))
+        words = ", ".join(f"{thing.colour} {thing.kind}" for thing in things) or "no objects"
+        text = f"List the objects at the {view.scene.sites[site].kind}."
+        found.append(SceneQuestion("list", text, words, (int(site),), tuple(things), ()))
+    return found
 
 
 class Pictures:
