@@ -145,6 +145,7 @@ COMMANDS = {
             ("vision", []), ("finetune", []), ("zoom", ["--pools", "pools"]), ("focus", []), ("exchange", ["--tower", str(ROOT)])
         )
     },
+    "tiny plain": ["--form", "gemma3", "--pictures", "{blocked}", "--output", "{blocked}"],
     "batch": ["--images", "{image}", "--questions", "{image}", "--output", "{blocked}/a.parquet"],
     "bench": ["--output", "{blocked}"],
     "bench serve": ["--output", "{blocked}"],

@@ -40,6 +40,9 @@ from .stages import train
 
 QUESTIONS = 16  # about a picture
 LISTS = 2  # of the objects of a site, besides
+# The share of the pictures with fewest rows that the decoder begins with, and the share of its steps after which it sees all: of
+# many rows it would not find the right one.
+SMALL_FIRST, GROWING = 0.2, 0.3
 NOISE = 0.15  # on rows of length 1 (root mean square): without it, scenes are learnt by heart
 TOWER_PIXELS = 10 * 192 * 192  # of a step that trains the tower
 STEP_TOKENS = 6000  # of a step, those of the questions among them, about
@@ -283,7 +286,8 @@ class AskedAgain(Dataset):
     """Steps of questions about encoded pictures: one index is one step, the same whenever it is asked for."""
 
     def __init__(self, encoded, form, tokenizer, length, tokens=STEP_TOKENS):
-        self.encoded, self.form, self.tokenizer, self.length, self.tokens = encoded, form, tokenizer, length, tokens
+        self.encoded = sorted(encoded, key=lambda group: sum(rows.shape[1] for rows in group.rows))
+        self.form, self.tokenizer, self.length, self.tokens = form, tokenizer, length, tokens
 
     def __len__(self):
         return self.length
@@ -291,8 +295,9 @@ class AskedAgain(Dataset):
     def __getitem__(self, index):
         rng = np.random.default_rng([index, 14])
         generator, parts, spent = torch.Generator().manual_seed(index), [], 0
+        share = min(1, SMALL_FIRST + index / (GROWING * self.length))
         while spent < self.tokens:
-            group = self.encoded[rng.integers(len(self.encoded))]
+            group = self.encoded[rng.integers(max(1, round(share * len(self.encoded))))]
             visual = sum(rows.shape[1] for rows in group.rows)
             number = int(np.clip((self.tokens - spent) // (visual + 200), 1, len(group.views)))
             chosen = rng.permutation(len(group.views))[:number]
