@@ -92,7 +92,7 @@ def test_a_run_that_fails_leaves_every_output_as_it_was(scene, tmp_path, capsys,
         (tmp_path / name).write_text("old")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def full(*_):
+    def full(*_, **__):
         raise OSError("No space left on device")
 
     monkeypatch.setattr(command, "write_page", full)
