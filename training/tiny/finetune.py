@@ -362,13 +362,32 @@ def look(config, attentions, inputs, starts, stops, in_sequence) -> dict[str, to
 
 
 @torch.no_grad()
+def begin_by_matching(decoder):
+    """What layers of an untrained decoder add starts out divided by the root of their number. The first head of every group of
+    keys starts as a head that looks for what resembles it, and copies it ("mimetic" initialisation, Trockman and Kolter 2023).
+    """
+    for layer in decoder.layers:
+        attention = layer.self_attn
+        attention.o_proj.weight.div_((2 * len(decoder.layers)) ** 0.5)
+        layer.mlp.down_proj.weight.div_((2 * len(decoder.layers)) ** 0.5)
+        for group in range(decoder.config.num_key_value_heads):
+            head = group * attention.num_key_value_groups
+            keys, queries = (
+                slice(part * attention.head_dim, (part + 1) * attention.head_dim) for part in (group, head)
+            )
+            attention.q_proj.weight[queries] = attention.k_proj.weight[keys]
+            if attention.q_proj.bias is not None:
+                attention.q_proj.bias[queries] = attention.k_proj.bias[keys]
+            attention.o_proj.weight[:, queries] = attention.v_proj.weight[keys].T
+
+
+@torch.no_grad()
 def prepare_decoder(model, features):
     """Prepare an untrained decoder for visual tokens.
 
     Text embeddings and visual tokens get entries of length 1 (root mean square), and the last norm what keeps the
     logits as they were: an embedding is then about as long as what a layer adds, and a step of the optimiser is small
-    beside it. What layers add starts out divided by the root of their number. The first head of every group of keys
-    starts as a head that looks for what resembles it, and copies it ("mimetic" initialisation, Trockman and Kolter 2023).
+    beside it.
     """
     inner = model.model
     embeddings, decoder = model.get_input_embeddings().weight, inner.language_model
@@ -382,18 +401,7 @@ def prepare_decoder(model, features):
         parameter.mul_(factor)
     for image in features:
         image.anchor_tokens, image.tokens = image.anchor_tokens * factor, [rows * factor for rows in image.tokens]
-    for layer in decoder.layers:
-        attention = layer.self_attn
-        attention.o_proj.weight.div_((2 * len(decoder.layers)) ** 0.5)
-        layer.mlp.down_proj.weight.div_((2 * len(decoder.layers)) ** 0.5)
-        for group in range(model.config.text_config.num_key_value_heads):
-            head = group * attention.num_key_value_groups
-            keys, queries = (
-                slice(part * attention.head_dim, (part + 1) * attention.head_dim) for part in (group, head)
-            )
-            attention.q_proj.weight[queries] = attention.k_proj.weight[keys]
-            attention.q_proj.bias[queries] = attention.k_proj.bias[keys]
-            attention.o_proj.weight[:, queries] = attention.v_proj.weight[keys].T
+    begin_by_matching(decoder)
 
 
 @tells_errors

@@ -35,6 +35,7 @@ from ...modeling_outputs_uhr_bat import CACHE
 from ...scenes.layout import OBJECTS, PAINTS, SITES
 from ..collator import IGNORED
 from . import plain_models as forms
+from .finetune import begin_by_matching
 from .plain_pictures import LEAST_SEEN, Pictures, draw_views, lists, paint_scenes, strewn
 from .stages import train
 
@@ -97,9 +98,7 @@ class LabelledPictures(Dataset):
         for _ in range(number):
             draw = rng.random()
             if draw < 0.1 and self.form == "gemma3":
-                found.append(
-                    self.pictures.whole(rng, self.pictures.aspects[rng.integers(len(self.pictures.aspects))], size)
-                )
+                found.append(self.pictures.whole(rng, self.pictures.draw_aspect(rng), size))
             elif draw < 0.25:
                 found.append(strewn(*self.pictures.native(rng, size), rng, smallest))
             else:
@@ -214,19 +213,7 @@ def prepare_decoder(model, tower):
     else:
         model.model.multi_modal_projector.mm_input_projection_weight.div_(tower.length)
         decoder.embed_tokens.weight.div_(model.config.text_config.hidden_size**0.5)  # the family multiplies by it
-    for layer in decoder.layers:
-        attention = layer.self_attn
-        attention.o_proj.weight.div_((2 * len(decoder.layers)) ** 0.5)
-        layer.mlp.down_proj.weight.div_((2 * len(decoder.layers)) ** 0.5)
-        for group in range(model.config.text_config.num_key_value_heads):
-            head = group * attention.num_key_value_groups
-            keys, queries = (
-                slice(part * attention.head_dim, (part + 1) * attention.head_dim) for part in (group, head)
-            )
-            attention.q_proj.weight[queries] = attention.k_proj.weight[keys]
-            if attention.q_proj.bias is not None:
-                attention.q_proj.bias[queries] = attention.k_proj.bias[keys]
-            attention.o_proj.weight[:, queries] = attention.v_proj.weight[keys].T
+    begin_by_matching(decoder)
 
 
 # ---- All of it -------------------------------------------------------------------------------------------------------
@@ -266,14 +253,9 @@ def encode_views(model, form, image_processor, pictures, count, seed) -> list[En
 
 def pixels_of(form, image_processor, images) -> dict:
     """What the family's image processor makes of the pictures of prompts, all of which have pictures of the same sizes."""
-    if form == "qwen3_vl":
-        return dict(
-            image_processor(images=[one for prompt in images for one in prompt], return_tensors="pt", do_resize=False)
-        )
-    made = dict(
-        image_processor(images=[one for prompt in images for one in prompt], return_tensors="pt", do_resize=False)
-    )
-    return {"pixel_values": made["pixel_values"]}
+    flat = [one for prompt in images for one in prompt]
+    made = dict(image_processor(images=flat, return_tensors="pt", do_resize=False))
+    return {name: value for name, value in made.items() if name != "num_crops"}
 
 
 def drawn(view, rng, whole) -> list:
@@ -285,9 +267,9 @@ def drawn(view, rng, whole) -> list:
 class AskedAgain(Dataset):
     """Steps of questions about encoded pictures: one index is one step, the same whenever it is asked for."""
 
-    def __init__(self, encoded, form, tokenizer, length, tokens=STEP_TOKENS):
+    def __init__(self, encoded, form, tokenizer, length):
         self.encoded = sorted(encoded, key=lambda group: sum(rows.shape[1] for rows in group.rows))
-        self.form, self.tokenizer, self.length, self.tokens = form, tokenizer, length, tokens
+        self.form, self.tokenizer, self.length = form, tokenizer, length
 
     def __len__(self):
         return self.length
@@ -296,10 +278,10 @@ class AskedAgain(Dataset):
         rng = np.random.default_rng([index, 14])
         generator, parts, spent = torch.Generator().manual_seed(index), [], 0
         share = min(1, SMALL_FIRST + index / (GROWING * self.length))
-        while spent < self.tokens:
+        while spent < STEP_TOKENS:
             group = self.encoded[rng.integers(max(1, round(share * len(self.encoded))))]
             visual = sum(rows.shape[1] for rows in group.rows)
-            number = int(np.clip((self.tokens - spent) // (visual + 200), 1, len(group.views)))
+            number = int(np.clip((STEP_TOKENS - spent) // (visual + 200), 1, len(group.views)))
             chosen = rng.permutation(len(group.views))[:number]
             asked = [
                 (int(idx), questions) for idx in chosen if (questions := drawn(group.views[idx], rng, group.whole))
@@ -387,16 +369,16 @@ def packed(form, tokenizer, sizes, questions_of, visuals) -> dict:
 class AskedAnew(Dataset):
     """Steps of questions about pictures that the tower sees as well: one index is one step."""
 
-    def __init__(self, pictures, form, tokenizer, image_processor, length, tokens=STEP_TOKENS):
+    def __init__(self, pictures, form, tokenizer, image_processor, length):
         self.pictures, self.form, self.tokenizer, self.image_processor = pictures, form, tokenizer, image_processor
-        self.tokens, self.length = tokens, length
+        self.length = length
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
         rng, parts, spent = np.random.default_rng([index, 15]), [], 0
-        while spent < self.tokens:
+        while spent < STEP_TOKENS:
             images, views, whole = draw_views(self.pictures, self.form, rng, 4)
             asked = [(image, questions) for image, view in zip(images, views)
                      if (questions := drawn(view, rng, whole))]  # fmt: skip

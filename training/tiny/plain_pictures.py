@@ -21,9 +21,7 @@ from ...scenes.painting import Painter, paint
 from ...scenes.questions import SceneQuestion, draw_question
 from .plain_models import CELL, LONGEST, TILE
 
-PLAIN_SEED = (
-    2_000_000  # of the first scene; crowded ones, for the tower, and such with native objects have seeds of their own
-)
+PLAIN_SEED = 2_000_000  # of the first scene; those with native objects have seeds of their own
 KINDS = {"ordinary": 0, "native": 200_000}
 STORED = 768  # px, the width at which scenes are kept: twice the finest scale of UHR-BAT-Tiny
 WINDOW = 256  # px, the side of a part of a scene with native objects, at its own pixels
@@ -51,8 +49,8 @@ def _paint(kind, number, folder):
             centre = np.array(around[rng.integers(len(around))]) * picture.width / WIDTH
             left, top = (centre - rng.uniform(0.2, 0.8, 2) * WINDOW).round().astype(int)
             left, top = np.clip((left, top), 0, (picture.width - WINDOW, picture.height - WINDOW))
-            parts.append(picture.paint((top, left, top + WINDOW, left + WINDOW), (picture.width, picture.height)))
-            parts[-1] = (np.asarray(parts[-1]), (left, top))
+            box = (top, left, top + WINDOW, left + WINDOW)
+            parts.append((picture.paint(box, (picture.width, picture.height)), (left, top)))
         arrays = {"pixels": np.stack([part for part, _ in parts]), "corners": np.array([at for _, at in parts])}
     else:
         small = paint(scene).resize((STORED, round(STORED / scene.aspect)), Image.LANCZOS)
@@ -170,6 +168,10 @@ class Pictures:
             self.by_aspect[self.scene("ordinary", number).aspect].append(number)
         self.aspects = [aspect for aspect in ASPECTS if self.by_aspect[aspect]]
 
+    def draw_aspect(self, rng) -> float:
+        """One of those that whole scenes have."""
+        return self.aspects[rng.integers(len(self.aspects))]
+
     def scene(self, kind, number):
         if (kind, number) not in self.scenes:
             self.scenes[kind, number] = scene_of(kind, number)
@@ -182,7 +184,7 @@ class Pictures:
         pixels = self.read(kind, number)
         scale = STORED / WIDTH
         box = view.box * scale
-        left, top = np.floor(box[:2]).astype(int).clip(0) - 0
+        left, top = np.floor(box[:2]).astype(int).clip(0)
         right, bottom = np.minimum(np.ceil(box[2:]).astype(int), pixels.shape[1::-1])
         part = Image.fromarray(np.ascontiguousarray(pixels[top:bottom, left:right]))
         inside = (box - (left, top, left, top)).clip(0, (*part.size, *part.size))
@@ -231,7 +233,7 @@ def draw_views(pictures, form, rng, number):
     """(pictures of each prompt, view that its questions are about, whether that is whole): of one kind and one size."""
     draw, tile = rng.random(), (TILE, TILE) if form == "gemma3" else None
     if draw < 0.4:
-        aspect = pictures.aspects[rng.integers(len(pictures.aspects))]
+        aspect = pictures.draw_aspect(rng)
         # Mostly such in which objects can be seen; the largest are rare, as they take longest.
         sides = np.array([96, 128, 160, 192, 256, 320, 384, 448, LONGEST])
         side = int(rng.choice(sides, p=np.array([2, 2, 2, 3, 4, 5, 6, 1, 1]) / 26))
@@ -244,7 +246,7 @@ def draw_views(pictures, form, rng, number):
         size = tile or tuple(int(side) for side in rng.choice([96, 128, 160, 192, 224, 256, 288], 2))
         made = [pictures.crop("ordinary", rng, size, (0.6, 2.0)) for _ in range(number)]
     else:  # the whole picture, and a part of it
-        aspect, side = pictures.aspects[rng.integers(len(pictures.aspects))], int(rng.choice([96, 128, 192]))
+        aspect, side = pictures.draw_aspect(rng), int(rng.choice([96, 128, 192]))
         first = tile or (side, max(round(side / aspect / CELL) * CELL, CELL))
         size = tile or tuple(int(side) for side in rng.choice([96, 128, 160, 192], 2))
         made = []
