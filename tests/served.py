@@ -1,8 +1,9 @@
-"""A server that hands out the files of a folder."""
+"""Servers on a thread: one that hands out the files of a folder, and one of an app of ours."""
 
 import functools
 import http.server
 import threading
+import time
 from contextlib import contextmanager
 
 
@@ -49,4 +50,25 @@ def serve(folder, ranges=True):
     finally:
         server.shutdown()
         server.server_close()
+        thread.join()
+
+
+@contextmanager
+def serve_app(app):
+    """An app of `uhr_bat.serving` for a `with` block, as its commands serve it; its address."""
+    import uvicorn
+    from uhr_bat.serving.ports import take_port, url_of
+    from uhr_bat.serving.serve import listening
+
+    server = uvicorn.Server(listening(app))
+    sockets = take_port("127.0.0.1", 0)
+    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
+    thread.start()
+    while not server.started:
+        assert thread.is_alive()
+        time.sleep(0.01)
+    try:
+        yield url_of(*sockets[0].getsockname())
+    finally:
+        server.should_exit = True
         thread.join()

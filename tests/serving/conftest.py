@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import threading
-import time
 from collections.abc import Callable
 from importlib.util import find_spec
 from typing import NamedTuple
@@ -66,19 +64,10 @@ def by_command(backend, folder, options, log_folder):
 
 
 def on_a_thread(folder, options):
-    import uvicorn
+    from served import serve_app
     from uhr_bat.benchmarks.meters import reset_peak
     from uhr_bat.serving import serve
-    from uhr_bat.serving.ports import take_port, url_of
 
     args = serve.parser().parse_args([str(folder), "--name", "endless", *options])
-    server = uvicorn.Server(serve.listening(serve.build(args)))
-    sockets = take_port("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    yield Served(url_of(*sockets[0].getsockname()), reset_peak)
-    server.should_exit = True
-    thread.join()
+    with serve_app(serve.build(args)) as url:
+        yield Served(url, reset_peak)

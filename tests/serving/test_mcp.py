@@ -10,7 +10,6 @@ import shlex
 import shutil
 import sys
 import threading
-import time
 
 import numpy as np
 import pytest
@@ -20,8 +19,9 @@ from images import random_image  # noqa: E402
 from mcp import Client, StdioServerParameters  # noqa: E402
 from PIL import Image  # noqa: E402
 from rasters import random_bands, write_raster  # noqa: E402
+from served import serve_app  # noqa: E402
 from uhr_bat.common.loading import ROOT  # noqa: E402
-from uhr_bat.serving import mcp, mcp_tools, serve  # noqa: E402
+from uhr_bat.serving import mcp, mcp_tools  # noqa: E402
 
 TOOLS = {"open", "ask", "objects", "where", "look", "plan"}
 QUESTION = "How many ships are at the pier?"
@@ -345,35 +345,22 @@ def test_the_pages_client_gets_the_same_over_stdio_and_nothing_else_is_on_the_wi
 def test_over_http_the_answer_is_the_same_by_both_protocols_for_whoever_has_the_key(folder, call, tools, monkeypatch):
     import httpx
     import httpx2
-    import uvicorn
     from mcp.client.streamable_http import streamable_http_client
-    from uhr_bat.serving.ports import take_port, url_of
 
     said = call("ask", image="0.png", question=QUESTION, **FEW)
     monkeypatch.setattr(mcp, "make_tools", lambda args: tools)
     monkeypatch.setattr(tools.engine, "close", Kept(tools).close)
     app = mcp.build(mcp.parser().parse_args(["--name", "tiny", "--api-key", "secret"]))
-    server = uvicorn.Server(serve.listening(app))
-    sockets = take_port("127.0.0.1", 0)
-    thread = threading.Thread(target=server.run, args=(sockets,), daemon=True)
-    thread.start()
-    while not server.started:
-        assert thread.is_alive()
-        time.sleep(0.01)
-    address = f"{url_of(*sockets[0].getsockname())}/mcp"
-
-    async def run(mode):
+    async def run(address, mode):
         async with httpx2.AsyncClient(headers={"Authorization": "Bearer secret"}, timeout=120) as http:
             async with Client(streamable_http_client(address, http_client=http), mode=mode) as client:
                 return await client.call_tool("ask", {"image": "0.png", "question": QUESTION, **FEW})
 
-    try:
-        assert [facts(asyncio.run(run(mode))) for mode in ("auto", "legacy")] == [said, said]
+    with serve_app(app) as url:
+        address = f"{url}/mcp"
+        assert [facts(asyncio.run(run(address, mode))) for mode in ("auto", "legacy")] == [said, said]
         assert httpx.post(address, json={}).status_code == 401
         assert httpx.post(address, json={}, headers={"Host": "elsewhere.example"}).status_code == 403
-    finally:
-        server.should_exit = True
-        thread.join()
 
 
 def test_options_that_no_server_can_have_are_refused_before_a_model_is_loaded(capsys, tmp_path):
