@@ -109,7 +109,7 @@ def part_id(tokenizer):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_model_that_can_be_asked(form, folder, tmp_path, monkeypatch):
     arguments = ["--form", form, "--pictures", folder, "--output", tmp_path / "out", "--views", "24", "--workers", "1"]
-    for name, value in (("ordinary", 4), ("native", 1), ("tower-steps", 2), ("decoder-steps", 2), ("joint-steps", 1)):
+    for name, value in (("ordinary", 4), ("native", 1), ("tower-steps", 2), ("decoder-steps", 3), ("joint-steps", 1)):
         arguments += [f"--{name}", value]
     monkeypatch.setattr(plain, "TOWER_PIXELS", 192 * 192)
     monkeypatch.setattr(plain, "STEP_TOKENS", 800)
@@ -119,9 +119,11 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_model_that_can_be_asked(fo
         with pytest.raises(ZeroDivisionError):
             plain.main(arguments)
     tower = tmp_path / "out" / "stages" / "tower.safetensors"
-    written = tower.stat().st_mtime_ns
+    written, steps, step_of = tower.stat().st_mtime_ns, [], plain.AskedAgain.__getitem__
+    monkeypatch.setattr(plain.AskedAgain, "__getitem__", lambda data, index: steps.append(index) or step_of(data, index))
     plain.main(arguments)
     assert tower.stat().st_mtime_ns == written
+    assert steps == [0, 1, 2]  # in order: the first have the fewest objects
     processor, model = uhr_bat.load_model(tmp_path / "out")
     view, picture = plain_pictures.Pictures(folder, COUNTS).whole(np.random.default_rng(0), 1.0, (256, 256))
     answer = uhr_bat.ask(processor, model, picture, "Where is the pier?", budgets=20)

@@ -41,9 +41,10 @@ from .stages import train
 
 QUESTIONS = 16  # about a picture
 LISTS = 2  # of the objects of a site, besides
-# The share of the pictures with fewest rows that the decoder begins with, and the share of its steps after which it sees all: of
-# many rows it would not find the right one.
-SMALL_FIRST, GROWING = 0.2, 0.3
+CLOSE = 0.35  # of the encoded pictures are parts of scenes that are hardly larger than a site
+# The share of the pictures with fewest objects that the decoder begins with, and the share of its steps after which it sees all:
+# among many objects it would not find the right one.
+FEW_FIRST, GROWING = 0.4, 0.55
 NOISE = 0.15  # on rows of length 1 (root mean square): without it, scenes are learnt by heart
 TOWER_PIXELS = 10 * 192 * 192  # of a step that trains the tower
 STEP_TOKENS = 6000  # of a step, those of the questions among them, about
@@ -235,7 +236,7 @@ def encode_views(model, form, image_processor, pictures, count, seed) -> list[En
     rng, found, total = np.random.default_rng([seed, 13]), [], 0
     with tqdm(total=count, desc="Encoding pictures", unit="picture") as bar:
         while total < count:
-            images, views, whole = draw_views(pictures, form, rng, 12)
+            images, views, whole = draw_views(pictures, form, rng, 12, close=total < CLOSE * count)
             if not views:
                 continue
             with torch.autocast("cpu", torch.bfloat16):
@@ -268,7 +269,7 @@ class AskedAgain(Dataset):
     """Steps of questions about encoded pictures: one index is one step, the same whenever it is asked for."""
 
     def __init__(self, encoded, form, tokenizer, length):
-        self.encoded = sorted(encoded, key=lambda group: sum(rows.shape[1] for rows in group.rows))
+        self.encoded = sorted(encoded, key=lambda group: np.mean([view.crowd for view in group.views]))
         self.form, self.tokenizer, self.length = form, tokenizer, length
 
     def __len__(self):
@@ -277,7 +278,7 @@ class AskedAgain(Dataset):
     def __getitem__(self, index):
         rng = np.random.default_rng([index, 14])
         generator, parts, spent = torch.Generator().manual_seed(index), [], 0
-        share = min(1, SMALL_FIRST + index / (GROWING * self.length))
+        share = np.clip(index / (GROWING * self.length), FEW_FIRST, 1)
         while spent < STEP_TOKENS:
             group = self.encoded[rng.integers(max(1, round(share * len(self.encoded))))]
             visual = sum(rows.shape[1] for rows in group.rows)
@@ -434,6 +435,10 @@ class PlainTrainer(Trainer):
         super().__init__(*args, **kwargs)
         self.form, self.right = form, []  # shares of the answers' tokens that are right, since the last line of the log
 
+    def _load_from_checkpoint(self, folder, model=None):
+        # The Trainer leaves out weights that the family names otherwise in files (Gemma 3).
+        self.model.load_state_dict(type(self.model).from_pretrained(folder).state_dict())
+
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         losses, counts = 0, 0
         for part in inputs["parts"]:
@@ -491,7 +496,9 @@ def main(arguments=None):
             output=stages / stage, steps=getattr(args, f"{stage}_steps"), learning_rate=getattr(args, f"{stage}_rate"),
             batch_size=1, accumulation=1, seed=args.seed, save_steps=args.save_steps, workers=0,
         )  # fmt: skip
-        train(trainer, module, dataset, settings, options, data_collator=collator)
+        # In the order of their indices: what comes first is chosen.
+        in_order = {"train_sampling_strategy": "random"} | (options or {})
+        train(trainer, module, dataset, settings, in_order, data_collator=collator)
 
     tower = Tower(model, args.form)
 

@@ -26,7 +26,8 @@ KINDS = {"ordinary": 0, "native": 200_000}
 STORED = 768  # px, the width at which scenes are kept: twice the finest scale of UHR-BAT-Tiny
 WINDOW = 256  # px, the side of a part of a scene with native objects, at its own pixels
 WINDOWS = 4  # of such a scene
-LEAST_SEEN = 1.0  # px of a picture that an object must have to be asked about
+LEAST_SEEN = 1.0  # px of a picture that an object must have to be named by a head
+LEAST_ASKED = 2.0  # px of a picture that an object must have to be asked about
 STREWN_APART = (13, 20)  # px between objects that are strewn over a picture, for the tower
 LARGEST_STREWN = 10.0  # px
 FINER = 4  # times as fine as the picture, where they are painted
@@ -102,9 +103,15 @@ class View:
         return [index for index, site in enumerate(self.scene.sites)
                 if self.holds(site.placed([(-half, -half), (-half, half), (half, -half), (half, half)]))]  # fmt: skip
 
+    @property
+    def crowd(self) -> int:
+        """How many objects it shows."""
+        places = self.place(np.reshape([thing.centre for thing in self.scene.objects], (-1, 2)))
+        return int(((places >= 0) & (places < self.size)).all(1).sum())
+
     def shows(self, question) -> bool:
         """Whether the picture holds all that a question needs."""
-        if any(thing.size * self.pixel_of_unit.min() < LEAST_SEEN for thing in question.objects):
+        if any(thing.size * self.pixel_of_unit.min() < LEAST_ASKED for thing in question.objects):
             return False
         if question.kind in ("colour", "type"):
             return self.holds([thing.centre for thing in question.objects], margin=2)
@@ -149,7 +156,7 @@ def lists(view, number, rng) -> list[SceneQuestion]:
     found = []
     for site in rng.permutation(view.sites)[:number]:
         things = view.scene.objects_of[site]
-        if any(thing.size * view.pixel_of_unit.min() < LEAST_SEEN for thing in things):
+        if any(thing.size * view.pixel_of_unit.min() < LEAST_ASKED for thing in things):
             continue
         things = sorted(things, key=lambda thing: tuple(view.place(thing.centre)[::-1] // CELL))
         words = ", ".join(f"{thing.colour} {thing.kind}" for thing in things) or "no objects"
@@ -229,10 +236,18 @@ class Pictures:
         return view, Image.fromarray(pixels).resize(size, Image.BICUBIC)
 
 
-def draw_views(pictures, form, rng, number):
-    """(pictures of each prompt, view that its questions are about, whether that is whole): of one kind and one size."""
-    draw, tile = rng.random(), (TILE, TILE) if form == "gemma3" else None
-    if draw < 0.4:
+def draw_views(pictures, form, rng, number, close=False):
+    """(pictures of each prompt, view that its questions are about, whether that is whole): of one kind and one size.
+
+    Args:
+        close: parts of scenes that are hardly larger than a site.
+    """
+    draw, tile = 1.0 if close else rng.random(), (TILE, TILE) if form == "gemma3" else None
+    if close:
+        side = TILE if tile else int(rng.choice([64, 80, 96, 128]))
+        zooms = (1.6, 3.0) if tile else (side / 64, min(side / 56, 2.2))
+        made = [pictures.crop("ordinary", rng, (side, side), zooms) for _ in range(number)]
+    elif draw < 0.4:
         aspect = pictures.draw_aspect(rng)
         # Mostly such in which objects can be seen; the largest are rare, as they take longest.
         sides = np.array([96, 128, 160, 192, 256, 320, 384, 448, LONGEST])
