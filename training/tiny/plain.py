@@ -497,7 +497,7 @@ def main(arguments=None):
             batch_size=1, accumulation=1, seed=args.seed, save_steps=args.save_steps, workers=0,
         )  # fmt: skip
         # In the order of their indices: what comes first is chosen.
-        in_order = {"train_sampling_strategy": "random"} | (options or {})
+        in_order = {"train_sampling_strategy": "sequential"} | (options or {})
         train(trainer, module, dataset, settings, in_order, data_collator=collator)
 
     tower = Tower(model, args.form)
