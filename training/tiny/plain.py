@@ -44,10 +44,10 @@ LISTS = 2  # of the objects of a site, besides
 CLOSE = 0.35  # of the encoded pictures are parts of scenes that are hardly larger than a site
 # The share of the pictures with fewest objects that the decoder begins with, and the share of its steps after which it sees all:
 # among many objects it would not find the right one.
-FEW_FIRST, GROWING = 0.4, 0.55
+FEW_FIRST, GROWING = 0.4, 0.275
 NOISE = 0.15  # on rows of length 1 (root mean square): without it, scenes are learnt by heart
 TOWER_PIXELS = 10 * 192 * 192  # of a step that trains the tower
-STEP_TOKENS = 6000  # of a step, those of the questions among them, about
+STEP_TOKENS = 3500  # of a step, those of the questions among them, about
 
 
 # ---- The tower -------------------------------------------------------------------------------------------------------
@@ -475,7 +475,7 @@ def main(arguments=None):
     for kind, number in ("ordinary", 2600), ("native", 500):
         parser.add_argument(f"--{kind}", type=int, default=number, metavar="N", help=f"{kind} scenes")
     parser.add_argument("--views", type=int, default=4000, help="pictures that are encoded for the second stage")
-    for stage, steps, rate in ("tower", 2500, 2e-3), ("decoder", 2000, 6e-4), ("joint", 300, 2e-4):
+    for stage, steps, rate in ("tower", 2500, 2e-3), ("decoder", 3600, 1e-3), ("joint", 300, 2e-4):
         parser.add_argument(f"--{stage}-steps", type=int, default=steps, metavar="N")
         parser.add_argument(f"--{stage}-rate", type=float, default=rate, metavar="RATE", help="its learning rate")
     parser.add_argument("--seed", type=int, default=0)
