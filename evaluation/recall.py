@@ -2,10 +2,10 @@
 
     uhr-bat evidence recall SUITE --data DIR --model MODEL [--fractions 0.01 0.02 0.04] [--methods ...] [--output DIR]
 
-Objects are the boxes that a suite has: LRS-VQA's hbox, the objects of the made-up scenes, the trees of DeepForest's
-pictures (pascal-voc). An object is kept where one of the tokens that show it, at one of the two finest scales, has a
-place of its own in the prompt, unmerged; its share is that of its tokens at the finest scale. Writes recall.json,
-recall.md and recall.png. Intervals are 95 % of a bootstrap over images.
+Objects are the boxes that a suite has: the evidence of GeoEvidence-6K and TreeBench, LRS-VQA's hbox, the objects of the
+made-up scenes, the trees of DeepForest's pictures (pascal-voc). An object is kept where one of the tokens that show it,
+at one of the two finest scales, has a place of its own in the prompt, unmerged; its share is that of its tokens at the
+finest scale. Writes recall.json, recall.md and recall.png. Intervals are 95 % of a bootstrap over images.
 
 Letters: N tokens of a scale.
 """
@@ -159,7 +159,11 @@ def measure_recall(args) -> dict:
     prompt = prompt_of(suite, args.prompt)
     samples = [sample for sample in suite.load(args.data, args.limit) if sample.boxes]
     if not samples:
-        raise ValueError(f"No sample of {args.suite} has a box of an object.")
+        found = ""
+        if suite.box_fields:
+            record = next(iter(suite.records(args.data)))[0]
+            found = f" Boxes are read from {', '.join(suite.box_fields)}. The first record has {', '.join(record)}."
+        raise ValueError(f"No sample of {args.suite} has a box of an object.{found}")
     pair, outside = load_model(args.model, **args.set), []
     pair[1].eval()
     measure = partial(records_of, pair, suite, prompt, args.fractions, args.methods, outside, image_options(args))
@@ -179,7 +183,7 @@ def measure_recall(args) -> dict:
 def main(arguments=None) -> int:
     parser = argparse.ArgumentParser(prog="uhr-bat evidence recall", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "suite", metavar="SUITE", choices=SUITES, help="one with boxes: scenes, lrs-vqa, pascal-voc, ..."
+        "suite", metavar="SUITE", choices=SUITES, help="one with boxes: scenes, geo-evidence, lrs-vqa, pascal-voc, ..."
     )
     add_suite_arguments(parser)
     parser.add_argument("--fractions", type=float, nargs="+", default=FRACTIONS, metavar="X", help="of all tokens")

@@ -21,6 +21,7 @@ from pathlib import Path
 from ..common.answers import option_lines, right_letters
 from ..common.data_tables import leave_files_closed
 from ..common.extras import require
+from ..common.images import is_file_name
 
 TABLES = {".parquet": "parquet", ".arrow": "arrow", ".tsv": "csv", ".csv": "csv"}
 LINES = (".jsonl", ".json")
@@ -125,6 +126,34 @@ def with_right_letters(sample: Sample, several: bool) -> Sample:
         return replace(sample, answer=right_letters(sample.answer, option_lines(sample.options), several))
     except ValueError as error:
         raise ValueError(f"The right answer of sample {sample.id!r}: {error}") from error
+
+
+def boxes_in(record: dict, names) -> tuple[tuple[float, ...], ...]:
+    """float (x0, y0, x1, y1) in pixels, of the first of some fields that a record has: a box, a list of them, or of
+    objects with one, as JSON too; none where it has no such field.
+
+    Raises:
+        ValueError: four numbers are no such box, or one of shares of the picture.
+    """
+    name = next((name for name in names if record.get(name) not in (None, "", [], {})), None)
+    found = record.get(name, [])
+    found = json.loads(found) if isinstance(found, str) else found
+    several = isinstance(found, (list, tuple)) and (not found or isinstance(found[0], (list, tuple, dict)))
+    return tuple(_box(box, name) for box in (found if several else [found]))
+
+
+def _box(box, name) -> tuple[float, ...]:
+    box = first(box, "bbox", "box") if isinstance(box, dict) else box
+    said = f"`{name}` holds {str(box)[:80]}"
+    numbers = isinstance(box, (list, tuple)) and all(type(edge) in (int, float) and math.isfinite(edge) for edge in box)
+    if not numbers or len(box) != 4:
+        raise ValueError(f"{said}, which is no box of four numbers: [x0, y0, x1, y1] in pixels.")
+    x0, y0, x1, y1 = map(float, box)
+    if x0 > x1 or y0 > y1:
+        raise ValueError(f"{said}, whose edges are turned round: a box is [x0, y0, x1, y1] in pixels.")
+    if 0 <= x0 and 0 <= y0 and x1 <= 1 and y1 <= 1:
+        raise ValueError(f"{said}, which are shares of the picture: a box is [x0, y0, x1, y1] in pixels.")
+    return x0, y0, x1, y1
 
 
 def written_list(text: str) -> list[str] | None:
@@ -312,7 +341,7 @@ PICTURE_COLUMNS = ("image", "images", "bytes", "Image")
 
 def _rows(table, folders):
     """Rows without their pictures, which are `Cell`s that are read later, one key each."""
-    table = leave_files_closed(table, PICTURE_COLUMNS)
+    table = leave_files_closed(table)
     columns = [column for column in PICTURE_COLUMNS if column in table.column_names]
     texts = table.remove_columns(columns)
     arrow = table.with_format("arrow")
@@ -381,16 +410,42 @@ def _picture(buffer, table, row, column, position) -> Picture:
     return Picture(hashlib.sha1(buffer).hexdigest(), Cell(table, row, column, position))
 
 
-def pictures_in(value, folders, places=("",)) -> tuple[Picture, ...]:
+def pictures_in(value, folders, places=("",), anywhere=False) -> tuple[Picture, ...]:
     """Pictures of a record's field: cells of a table, or names, looked for in the folders and the `places` below them.
 
     A name that is nowhere stays as it is: the sample fails by itself when the picture is read, and is listed.
+
+    Args:
+        anywhere: whether a name may be an address or lead out of the folders, as in data of one's own.
+
+    Raises:
+        ValueError: it may not, and does.
     """
     values = value if isinstance(value, (list, tuple)) else [value]
-    return tuple(one if isinstance(one, Picture) else _named(one, folders, tuple(places)) for one in values)
+    return tuple(one if isinstance(one, Picture) else _named(one, folders, tuple(places), anywhere) for one in values)
 
 
-def _named(name, folders, places) -> Picture:
+def _below(name: str, folders) -> list[Path]:
+    """The folders in which a downloaded record may name a picture: the machine's root is none of them.
+
+    Raises:
+        ValueError: the name is an address, or leads out of them.
+    """
+    text, said = name.replace("\\", "/"), f"it names the picture {name[:200]!r}"
+    if not is_file_name(text) and not text.startswith("data:"):
+        raise ValueError(f"{said}, which is an address. The pictures of a benchmark are files beside its questions.")
+    inside = [folder for folder in folders if folder.absolute() != folder.absolute().parent]
+    if folders and (text.startswith(("/", "~")) or ".." in text.split("/")):
+        roots = [os.path.abspath(folder) for folder in inside]
+        named = [os.path.abspath(folder / text) for folder in inside]
+        if not any(path.startswith(root + os.sep) for path in named for root in roots):
+            raise ValueError(f"{said}, which does not lie below {' or '.join(roots)}.")
+    return inside
+
+
+def _named(name, folders, places, anywhere) -> Picture:
+    if isinstance(name, str) and 0 < len(name) < 1024 and not anywhere:
+        folders = _below(name, folders)
     if name == "":
         return Picture("no picture", None)
     if not isinstance(name, str) or len(name) >= 1024:  # base64 in JSON

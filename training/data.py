@@ -8,10 +8,12 @@ A row of the data is one of
     {"messages": [{"role": "user", "content": [{"type": "image", "path": "a.tif"}, {"type": "text", "text": "..."}]}, ...]}
     {"image": ..., "question": "How many ships?", "answer": "Three."}
     {"image": ..., "query": ..., "response": ...}    {"image": ..., "instruction": ..., "input": ..., "output": ...}
+    {"image_paths": ["images/a.png"], "conversations": ...}    {"file_name": "images/a.png", "prompt": ..., "answer": ...}
 
-and `image` may be missing (`images` is the same). Beside them may stand `system`, `history` (pairs of question and answer
-before a plain question), and how the row's images are read: `bands`, `window`, `value_range` of rasters, `budgets` of
-visual tokens.
+and `image` may be missing (`images` is the same). The last two are UHR-BAT-SFT-10K's: lists may be JSON in a text, and
+its images lie below the file's folder or in `images` there.
+Beside them may stand `system`, `history` (pairs of question and answer before a plain question), and how the row's images
+are read: `bands`, `window`, `value_range` of rasters, `budgets` of visual tokens.
 Every answered question of a conversation is a sample of its own, so that
 its selection is the one that `generate` makes. A sample, which the collator takes, is
 
@@ -29,7 +31,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 from transformers.utils import logging
@@ -39,6 +41,7 @@ from ..common.budgets import scale_budgets
 from ..common.chats import ChatError, ChatWriter, answered_turns, as_parts
 from ..common.data_tables import leave_files_closed
 from ..common.extras import require
+from ..common.images import is_file_name
 from ..regions.cache import name_output
 from .rows import COLUMNS, LINES, read_rows
 
@@ -49,6 +52,7 @@ PLACEHOLDER = "<image>"
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
 # A plain question, by the name of its column, and the name of its answer's: ours, ms-swift's, Alpaca's.
 PLAIN = {"question": "answer", "query": "response", "instruction": "output"}
+PATH_COLUMNS = ("image_paths", "file_name")  # of UHR-BAT-SFT-10K, whose plain questions are `prompt`, too
 IMAGE_KEYS = ("path", "url", "image")  # of a part of the type "image", as transformers' chat templates take them
 TEXT_FILES = (".json", *LINES, ".csv", ".tsv")
 ROWS_VERSION = 2  # of what `read_rows` makes of a file: goes up with it, as results are kept
@@ -131,7 +135,12 @@ def as_text(value) -> str:
 
 
 def as_list(value, name) -> list:
-    """What a row lists in a column; None is an empty list. Raises `BadSample`."""
+    """What a row lists in a column, as JSON too; None is an empty list. Raises `BadSample`."""
+    if isinstance(value, str) and value.lstrip().startswith("["):
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError):
+            pass
     if value is None or isinstance(value, list):
         return value or []
     raise BadSample(f"whose `{name}` is no list", repr(value)[:60])
@@ -159,9 +168,18 @@ def find_key(row: dict, *names):
     return next((name for name in names if row.get(name) is not None), None)
 
 
+def talk_of(row: dict) -> str | None:
+    """The column of a row's conversation; None where a plain question stands there, whose conversation may be empty."""
+    column = find_key(row, "conversations", "messages")
+    plain = column and row[column] in ([], "", "[]") and find_key(row, *PLAIN, "prompt")
+    return None if plain else column
+
+
 def read_turns(row: dict) -> tuple[list[tuple[str, str]], list]:
     """([(role, text) of each turn], the images that turns name themselves). Raises `BadSample`."""
-    column, asked = find_key(row, "conversations", "messages"), find_key(row, *PLAIN)
+    column, asked = talk_of(row), find_key(row, *PLAIN)
+    if find_key(row, *PATH_COLUMNS) and row.get("prompt") is not None:
+        asked = "prompt"
     turns, images = [], []
     if column:
         for turn in as_list(row[column], column):
@@ -177,7 +195,7 @@ def read_turns(row: dict) -> tuple[list[tuple[str, str]], list]:
             turns += zip(("user", "assistant"), pair)
         more = as_text(row["input"]) if asked == "instruction" and row.get("input") is not None else ""
         turns.append(("user", "\n".join(filter(str.strip, (as_text(row[asked]), more)))))
-        answer = row.get(PLAIN[asked])
+        answer = row.get(PLAIN.get(asked, "answer"))
         turns.append(("assistant", "" if answer is None else answer))
     else:
         wanted = ", ".join(f"`{name}`" for name in ("conversations", "messages", *PLAIN))
@@ -200,21 +218,47 @@ def read_images(row: dict, named=()) -> list[dict]:
     Raises:
         BadSample: an image that is neither, or images in both places.
     """
-    column = find_key(row, "image", "images")
-    images = row[column] if column else []
+    column, paths = find_key(row, "image", "images"), paths_of(row)
+    images = row[column] if column else paths
     if column == "image" and row.get("images") not in (None, "", [], images, [images]):
         raise BadSample("with images in two columns", "`image` and `images` differ")
+    if column == "image" and len(paths) > 1 and not isinstance(images, list):
+        raise BadSample("with images in two columns", f"1 in `image` and {len(paths)} in `image_paths`")
     images = [image for image in (images if isinstance(images, list) else [images]) if image not in (None, "")]
     if named and images not in ([], named):
         raise BadSample("with images in turns and in a column", f"{len(named)} and {len(images)}")
     found = []
     for image in named or images:
         if isinstance(image, (str, int, float)) and not isinstance(image, bool):
-            image = {"path": as_text(image), "bytes": None}
+            image = {"path": as_text(image), "bytes": None, "within": not column and not named}
         if not isinstance(image, dict) or image.get("path") is None and image.get("bytes") is None:
             raise BadSample("whose image is no path and no file", repr(image)[:60])
         found.append(image)
     return found
+
+
+def paths_of(row: dict) -> list[str]:
+    """The names of a row's images in the form of UHR-BAT-SFT-10K, none of which leads out of the data set.
+
+    Raises:
+        BadSample: one does, or a row of this form has none.
+    """
+    if not any(name in row for name in PATH_COLUMNS):
+        return []
+    found = []
+    for name in PATH_COLUMNS:
+        value = row.get(name)
+        several = isinstance(value, list) or isinstance(value, str) and value.lstrip().startswith("[")
+        found = found or [path for path in (as_list(value, name) if several else [value]) if path not in (None, "")]
+    if not found and not find_key(row, "image", "images"):
+        raise BadSample("without an image", "`image_paths` and `file_name` are empty")
+    names = [str(PurePosixPath(as_text(path).replace("\\", "/").strip())) for path in found]
+    for name in names:
+        if not is_file_name(name) or "://" in name or name.startswith(("/", "~")) or ".." in name.split("/"):
+            raise BadSample(
+                "whose image lies outside of the data", f"{name[:200]!r} is no path below the file's folder"
+            )
+    return names
 
 
 def read_options(row: dict, budgets) -> str:
@@ -319,7 +363,7 @@ class SampleReader:
             row = json.loads(row["row_json"]) if "row_json" in row else row
             turns, named = read_turns(row)
             images = [self.find_image(image, Path(image_folder)) for image in read_images(row, named)]
-            is_plain = not find_key(row, "conversations", "messages")
+            is_plain = not talk_of(row)
             messages = to_messages(turns, len(images), is_plain)
             regions = [self.find_regions(image) for image in images] if self.regions else []
             options = read_options(row, self.budgets)
@@ -352,13 +396,15 @@ class SampleReader:
         path = image.get("path")
         if image.get("bytes") is not None or path is not None and "://" in path:
             return {"path": path, "bytes": image.get("bytes")}
-        try:
-            is_there = path is not None and (folder / path).is_file()
-        except (OSError, ValueError):  # no name that a file can have
-            is_there = False
-        if not is_there:
-            raise BadSample("whose image is missing", f"{str(folder / str(path))[:300]}: there is no such file")
-        return {"path": str(folder / path), "bytes": None}
+        # Names of UHR-BAT-SFT-10K begin in the folder of its table, or in `images` there.
+        within = (path, f"images/{path}", path.removeprefix("images/")) if image.get("within") else (path,)
+        for name in within if path is not None else ():
+            try:
+                if (folder / name).is_file():
+                    return {"path": str(folder / name), "bytes": None}
+            except (OSError, ValueError):  # no name that a file can have
+                break
+        raise BadSample("whose image is missing", f"{str(folder / str(path))[:300]}: there is no such file")
 
     def find_regions(self, image: dict) -> str:
         path = self.regions / name_output(Path(image["path"] or ""))
@@ -429,7 +475,13 @@ def open_table(source: str, split: str):
             raise
         except Exception as error:  # whatever datasets raises for what it cannot read
             raise ValueError(f"{source}: it cannot be read as a data set ({error.__cause__ or error}).") from error
-    return leave_files_closed(table, ("image", "images"))
+    return leave_files_closed(table)
+
+
+def metadata_of(source: str, split: str) -> str:
+    """The table of a folder of images, as UHR-BAT-SFT-10K's train/metadata.parquet; other sources as they are."""
+    names = (Path(source, split, "metadata.parquet"), Path(source, "metadata.parquet"))
+    return next((str(name) for name in names if name.is_file()), source)
 
 
 def split_share(source: str) -> tuple[str, float]:
@@ -545,7 +597,7 @@ def check_rows(source: str, split: str, reader: SampleReader, image_folder, num_
     """What a reader says of every row of a source: of one that cannot be trained on its `kind` and `detail`, too."""
     from datasets import Features, List, Value
 
-    text = Value("string")
+    text, source = Value("string"), metadata_of(source, split)
     features = Features({**_columns(), "lengths": List(Value("int64")), "kind": text, "detail": text})
     table, place = open_table(source, split), Path(source)
     folder = image_folder or (place if place.is_dir() else place.parent if place.is_file() else ".")

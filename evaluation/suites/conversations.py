@@ -39,6 +39,7 @@ def words(turn: dict) -> tuple[str, str]:
 class Conversations(Suite):
     title = "Conversations"
     places = ("", "images", "image")
+    anywhere = True
     prompts = {"conversations/as-written-1": lambda sample: sample.question}
     scorers = (
         Scorer(

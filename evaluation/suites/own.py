@@ -52,6 +52,7 @@ class Own(Suite):
     title = "A suite of one's own"
     files = ("*.tsv", "*.jsonl", "*.json", "*.csv", "**/*.parquet")
     places = ("", "images", "image")
+    anywhere = True
     prompts = {"own/short-1": prompt}
     scorers = (
         Scorer(

@@ -1,4 +1,4 @@
-"""RSHR-Bench, also called XHRBench: 1,932 multiple-choice questions about scenes of 4,000 px to 300 megapixels.
+"""RSHR-Bench and XHRBench, of one form: 1,932 multiple-choice questions about scenes of 4,000 px to 300 megapixels.
 
 It has no public harness: the wording is that of the UHR-BAT release, without its hint at the number of right answers.
 """
@@ -79,3 +79,10 @@ class RSHRBench(Suite):
                 section=section,
             )
         ]
+
+
+class XHRBench(RSHRBench):
+    title = "XHRBench"
+    files = ("dataset.json", "**/*.parquet")
+    above = 0
+    paper = ()

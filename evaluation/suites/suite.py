@@ -1,12 +1,17 @@
 """What every suite says of itself, and how it is loaded."""
 
+import io
+import os
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
 from ...common.answers import option_lines
+from ...common.images import is_file_name
+from ...image_raster_files_uhr_bat import driver_of
 from ..samples import Cell, Picture, Sample, pictures_in, read_records, with_right_letters
 from ..scoring import Scorer
 
@@ -33,6 +38,9 @@ class Suite:
         max_new_tokens: of an answer.
         several: whether several options may be right.
         points: whether a scorer reads boxes, which are then kept in pixels beside the answer.
+        above: how many folders above that of the records may have pictures, too.
+        anywhere: whether records may name pictures by any path or address: the data is the user's own.
+        box_fields: fields of a record in which boxes of evidence are looked for, where a suite has some.
         version: "lite" or "" of a benchmark that has both, see `find_files`.
     """
 
@@ -45,7 +53,9 @@ class Suite:
     averages: dict[str, Callable[[Sample], str]] = {"macro": lambda sample: sample.task}
     paper: tuple[PaperFigure, ...] = ()
     max_new_tokens = 16
-    several = points = False
+    several = points = anywhere = False
+    above = 2
+    box_fields: tuple[str, ...] = ()
     version: str | None = None
 
     def __init__(self, name: str, version: str | None = None):
@@ -58,6 +68,10 @@ class Suite:
         """
         raise NotImplementedError
 
+    def records(self, data: str) -> Iterator[tuple[dict, list[Path]]]:
+        """(record, folders that its pictures are looked for in) of every row, see `read_records`."""
+        return read_records(data, self.files, self.split, self.configuration, self.version)
+
     def load(self, data: str | None, limit: int | None = None) -> list[Sample]:
         """All samples, or `limit` of them, evenly spaced.
 
@@ -67,21 +81,46 @@ class Suite:
         if data is None:
             raise ValueError(f"{self.name} needs --data: a file, a folder or the id of a data set on the Hub.")
         samples = []
-        records = read_records(data, self.files, self.split, self.configuration, self.version)
-        for index, (record, folders) in enumerate(records):
+        for index, (record, folders) in enumerate(self.records(data)):
             if not isinstance(record, dict):
                 raise ValueError(f"{data}: record {index} is no dictionary of fields: {str(record)[:80]!r}.")
-            found = self.samples_of(record, index, partial(pictures_in, folders=folders, places=self.places))
-            samples += [replace(with_right_letters(sample, self.several), row=index) for sample in found]
+            folders = folders[: self.above + 1]
+            pictures = partial(pictures_in, folders=folders, places=self.places, anywhere=self.anywhere)
+            try:
+                found = [
+                    with_right_letters(sample, self.several) for sample in self.samples_of(record, index, pictures)
+                ]
+            except ValueError as error:
+                raise ValueError(f"{data}, record {index}: {error}") from error
+            except (TypeError, AttributeError, LookupError, RecursionError) as error:
+                raise ValueError(f"{data}, record {index} is not of the form of {self.title} ({error!r}).") from error
+            samples += [replace(sample, row=index) for sample in found]
         if not samples:
             raise ValueError(f"{data} holds no sample of {self.title}.")
         return spaced(unique_ids(samples), limit)
 
     def open(self, picture: Picture):
-        """What the image processor reads: a path, a URL, the bytes of a file, base64 or an image."""
-        if picture.source is None:
+        """What the image processor reads: a path, a URL, a file or its bytes, base64 or an image."""
+        source = picture.source
+        if source is None:
             raise ValueError("the record names no picture")
-        return picture.source.read() if isinstance(picture.source, Cell) else picture.source
+        if isinstance(source, Cell):
+            source = source.read()
+        if self.anywhere or not isinstance(source, str):
+            return source
+        if os.path.isdir(source):
+            raise ValueError(f"{source}: the record names a folder, and no picture")
+        if not os.path.isfile(source):
+            if not is_file_name(source) and not source.startswith("data:"):
+                raise ValueError(f"{source[:100]}: the record names an address, and no picture")
+            return source
+        # A downloaded file is opened as what it begins as: what GDAL reads besides may name other files and addresses.
+        with open(source, "rb") as file:
+            if driver_of(start := file.read(16)):
+                return source
+            content = io.BytesIO(start + file.read())
+        content.name = source
+        return content
 
 
 def unique_ids(samples: list[Sample]) -> list[Sample]:

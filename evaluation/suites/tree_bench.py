@@ -1,11 +1,10 @@
 """TreeBench: multiple-choice questions with boxes of the objects that the answer rests on; accuracy and mean IoU."""
 
-import json
 from functools import partial
 
 from ...common.extras import require
 from ...common.objects import PLAIN_BOX, boxes_said, overlap, paired_overlap
-from ..samples import Sample, first, option_columns, text_of
+from ..samples import Sample, boxes_in, first, option_columns, text_of
 from ..scoring import DECLARED_LETTER, Scorer, read_letter, read_letter_1, same_letter
 from .suite import Suite, lettered
 
@@ -84,14 +83,11 @@ class TreeBench(Suite):
     )
     max_new_tokens = 256
     points = True
+    box_fields = ("bboxes", "bbox", "boxes", "target_instances")
 
     def samples_of(self, record, index, pictures):
         options = record.get("options") or record.get("multi-choice options")
         options = option_columns(record) if options is None else options
-        boxes = first(record, "bboxes", "bbox", "boxes", "target_instances", default=[])
-        boxes = json.loads(boxes) if isinstance(boxes, str) else boxes
-        boxes = [boxes] if boxes and not isinstance(boxes[0], (list, tuple, dict)) else boxes
-        boxes = [first(box, "bbox", "box") if isinstance(box, dict) else box for box in boxes]
         return [
             Sample(
                 id=text_of(first(record, "index", "id", "question_id", default=index)),
@@ -100,6 +96,6 @@ class TreeBench(Suite):
                 answer=str(first(record, "answer")).strip(),
                 options=tuple(map(str, options)),
                 task=str(first(record, "category", "task", default="questions")),
-                boxes=tuple(tuple(map(float, box)) for box in boxes),
+                boxes=boxes_in(record, self.box_fields),
             )
         ]

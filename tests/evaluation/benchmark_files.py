@@ -168,6 +168,87 @@ def conversations(folder):
     return folder
 
 
+def xhr(folder):
+    """A list of records, whose pictures lie in `images`."""
+    record = {
+        "images": ["images/a.png"],
+        "question": "What colour?",
+        "options": {"A": "red", "B": "blue"},
+        "answer": ["B"],
+    }
+    picture(folder / "images", "a.png")
+    (folder / "dataset.json").write_text(json.dumps([record]), encoding="utf-8")
+    return folder
+
+
+HINT = "Only focus on the objects inside the red bounding box in the image to answer this question."
+
+
+def geo_evidence(folder, **changes):
+    """The manifest of the authors' training code, with two of its views; a local question and one about the whole."""
+    behind = "\n\nAnswer with the option letters from the given choices, separated by commas."
+    local = {
+        "images": ["images/a.png"], "teacher_images": ["teacher_images/a.png"], "bbox": [4, 5, 12, 9], "answer": "B",
+        "problem": f"<image>\nWhat colour is the roof?\n\n{HINT}\n\nA. red\nB. blue",
+    }  # fmt: skip
+    whole = {
+        "images": ["images/a.png"], "teacher_images": ["teacher_images/a.png"], "answer": "B,A",
+        "problem": f"<image> Which apply?\n\nA. alpha\nB. beta\nC. gamma{behind}",
+    }  # fmt: skip
+    picture(folder / "images", "a.png"), picture(folder / "bbox_images", "a.png", 1)
+    write_lines(folder / "train.jsonl", [local | changes, whole])
+    return folder
+
+
+def ultra_vr(folder):
+    """Records of two pictures: one that is there, one that is named as it lay elsewhere."""
+    record = {
+        "question": "Which?",
+        "options": ["left", "right"],
+        "answer": "B",
+        "question_type": "spatial",
+        "domain": "RS",
+    }
+    names = ("DOTA-v1.5/train/images/P1.png", "/mnt/authors/P1.png")
+    picture(folder / "data" / "annotations" / "DOTA-v1.5" / "train" / "images", "P1.png")
+    picture(folder / "images", "P1.png")
+    write_lines(folder / "data" / "annotations" / "rs.jsonl", [{**record, "image_path": name} for name in names])
+    return folder
+
+
+def rsvqa(start, area):
+    """Three files whose rows are joined by their ids; most rows are stubs."""
+
+    def form(folder):
+        asked = [("presence", "Is there a road?", "yes"), ("count", "How many buildings are there?", "37"), area]
+        stub = {"id": 0, "active": False}
+        questions = [
+            {"id": n, "img_id": 7, "type": kind, "question": question, "answers_ids": [n + 10], "active": True}
+            for n, (kind, question, _) in enumerate(asked, 1)
+        ]
+        answers = [
+            {"id": n + 10, "question_id": n, "answer": answer, "active": True}
+            for n, (_, _, answer) in enumerate(asked, 1)
+        ]
+        files = {"questions": [stub, *questions], "answers": [*answers[::-1], stub], "images": [stub]}
+        for name, rows in files.items():
+            (folder / f"{start}_split_test_{name}.json").write_text(json.dumps({name: rows}), encoding="utf-8")
+        picture(folder / "Images", "7.tif")
+        return folder
+
+    return form
+
+
+def earth_vqa(folder):
+    """A file a split, by the names of its pictures; answers may be numbers, and the test has none."""
+    asked = [("Basic Counting", "How many intersections are in this scene?", 2), ("Basic Judging", "Any water?", "No")]
+    rows = [{"Type": kind, "Question": question, "Answer": answer} for kind, question, answer in asked]
+    for split, name in (("Train", "0.png"), ("Val", "2522.png")):
+        picture(folder / split / "images_png", name)
+        (folder / f"{split}_QA.json").write_text(json.dumps({name: rows}), encoding="utf-8")
+    return folder
+
+
 FORMS = {
     "xlrs-bench-lite": xlrs,
     "mme-realworld-rs": mme_realworld,
@@ -177,4 +258,10 @@ FORMS = {
     "tree-bench": tree_bench,
     "vrsbench-vqa": vrsbench,
     "conversations": conversations,
+    "xhr-bench": xhr,
+    "geo-evidence": geo_evidence,
+    "ultra-vr": ultra_vr,
+    "rsvqa-lr": rsvqa("LR", ("rural_urban", "Is it a rural or an urban area", "urban")),
+    "rsvqa-hr": rsvqa("USGS", ("area", "What is the area covered by buildings?", "1234m2")),
+    "earth-vqa": earth_vqa,
 }

@@ -34,7 +34,7 @@ def test_every_picture_of_every_form_can_be_opened(name, tmp_path):
     for sample in load(name, tmp_path):
         for shown in sample.pictures:
             image = image_processor.process_image(suite.open(shown))
-            assert isinstance(image, Image.Image) and min(image.size) >= 16
+            assert min(image.height, image.width) >= 16
 
 
 def test_xlrs_bench_is_asked_as_lmms_eval_asks(tmp_path):
