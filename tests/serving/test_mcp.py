@@ -255,13 +255,13 @@ def test_of_a_long_list_of_wrong_values_one_is_looked_at(values):
     assert {part for error in caught.value.errors() for part in error["loc"] if isinstance(part, int)} == {0}
 
 
-@pytest.mark.parametrize("folder, error, told", [
+@pytest.mark.parametrize("place, error, told", [
     ("/data", "/data/a.tif: gone, not /database/b.tif and x/data", "a.tif: gone, not /database/b.tif and x/data"),
     ("/data", "[Errno 2] No such file: '/data/a.tif' in '/data'", "[Errno 2] No such file: 'a.tif' in '.'"),
     ("/", "/a.tif and https://b.org/c are gone", "/a.tif and https://b.org/c are gone"),
 ])  # fmt: skip
 def test_errors_do_not_tell_where_the_folder_lies_whatever_step_raised_them(
-    talk, tools, monkeypatch, folder, error, told
+    talk, tools, monkeypatch, place, error, told
 ):
     def gone(*args):
         raise OSError(error)
@@ -270,7 +270,7 @@ def test_errors_do_not_tell_where_the_folder_lies_whatever_step_raised_them(
     picture = (
         "data:image/png;base64," + base64.b64encode((tools.service.sources.folder / "0.png").read_bytes()).decode()
     )
-    monkeypatch.setattr(tools.service, "sources", replace(tools.service.sources, folder=Path(folder)))
+    monkeypatch.setattr(tools.service, "sources", replace(tools.service.sources, folder=Path(place)))
     assert sentence(talk(lambda client: client.call_tool("look", {"image": picture}))) == told
 
 
