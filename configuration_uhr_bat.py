@@ -18,6 +18,7 @@ from typing import Any, Literal, NamedTuple
 from huggingface_hub.dataclasses import strict, validated_field
 from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, PreTrainedConfig
+from transformers.activations import ACT2FN
 
 from .budgets_uhr_bat import is_one_budget, split_budgets
 from .geometry_uhr_bat import check_scales, grids
@@ -331,6 +332,9 @@ class UHRBatConfig(PreTrainedConfig):
         if self.region_focus is not None:
             if unknown := sorted(set(self.region_focus) - {one.name for one in fields(RegionFocus)}):
                 raise ValueError(f"`region_focus` has no {', '.join(unknown)}.")
+            layers = self.region_focus.get("layers")
+            if not isinstance(layers, list | tuple) or any(type(layer) is not int for layer in layers):
+                raise ValueError(f"`region_focus` needs `layers`, a list of decoder layers. Got {layers!r}.")
             self.focus.check(self.text_config.num_hidden_layers, self.text_config.vocab_size)
         elif self.importance_source == "region_focus":
             raise ValueError("`importance_source` is 'region_focus', but there is no `region_focus`.")
@@ -343,11 +347,16 @@ class UHRBatConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` needs {allowed} numbers, or none. Got {given}.")
         if any(number < 1 for number in self.refinement):
             raise ValueError(f"`refinement` counts tokens, at least 1 per scale. Got {self.refinement}.")
-        if self.distinctiveness_power < 0:
-            raise ValueError(f"`distinctiveness_power` must not be negative. Got {self.distinctiveness_power}.")
 
     def validate_numbers(self):
-        """Counts are positive; the image token has a row in the embedding table."""
+        """Weights are numbers, counts positive; the image token has a row in the embedding table."""
+        for name in ("coord_weight", "distinctiveness_power"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(f"`{name}` is a number that is not negative. Got {getattr(self, name)}.")
+        if self.projector_hidden_act not in ACT2FN:
+            raise ValueError(
+                f"`projector_hidden_act` is no function of the library. Got {self.projector_hidden_act!r}."
+            )
         for name in ("kmeans_iterations", "scale_embedding_grid"):
             if getattr(self, name) < 1:
                 raise ValueError(f"`{name}` must be at least 1. Got {getattr(self, name)}.")

@@ -15,7 +15,9 @@ SIDECARS = (".aux.xml", ".ovr", ".msk")
 
 def user_folder() -> Path:
     """Where what was measured on this machine is kept for its user; it may not exist yet."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")) / "uhr_bat"
+    stated = os.environ.get("XDG_CACHE_HOME", "")
+    # A relative path is none, the standard says: it would be another folder from each place.
+    return Path(stated if os.path.isabs(stated) else os.path.expanduser("~/.cache")) / "uhr_bat"
 
 
 def stale_sidecars(path: Path) -> list[Path]:

@@ -23,12 +23,12 @@ def load_config(folder=ROOT, **changes):
     from ..configuration_uhr_bat import UHRBatConfig
 
     folder = find_model(folder, weights=False)
-    config, unknown = UHRBatConfig.from_pretrained(base_of(folder) or folder, return_unused_kwargs=True, **changes)
-    if unknown:
+    # The library takes other names in silence; the towers are those of the weights.
+    if unknown := set(changes) - (UHRBatConfig.__annotations__.keys() - UHRBatConfig.sub_configs.keys()):
         raise ValueError(
             f"UHR-BAT has no setting {', '.join(sorted(unknown))}. Its settings are the fields of {folder / 'config.json'}."
         )
-    return config
+    return UHRBatConfig.from_pretrained(base_of(folder) or folder, **changes)
 
 
 def selector_of(folder=ROOT, **changes) -> str:
@@ -188,7 +188,7 @@ def host_settings(folder, base=None) -> dict:
     if path.is_file():
         try:
             trained = json.loads(path.read_text(encoding="utf-8"))
-            HostSettings(**trained)
+            HostSettings(**trained).changed(trained)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: these are no settings ({reason(error)}).") from error
     return ({} if base is None else measured_settings(base)) | trained | measured_settings(folder)

@@ -1,13 +1,17 @@
 """Settings of models of other families that were measured on this machine (`uhr-bat calibrate`), kept for their user in one
-file: `hosts.json` of `user_folder`. They are found again by the repository and revision, or by the folder, of the model."""
+file: `hosts.json` of `user_folder`. They are found again by the repository and revision, or by the folder, of the model, as
+long as that holds a model of the same form."""
 
 import json
+import warnings
 from dataclasses import fields
 from pathlib import Path
 
 from ..image_raster_files_uhr_bat import reason
 from .files import edited_alone, user_folder, whole_files, write_json
-from .models import hub_name, told, with_revision
+from .models import base_of, hub_name, is_tiny, told
+
+FORM = "measured_on"  # what else an entry of the file has
 
 
 def measured_file() -> Path:
@@ -17,40 +21,75 @@ def measured_file() -> Path:
 def names_of(folder) -> list[str]:
     """What a model may be called in the file, the name that it is written under last: a repository's revisions may be measured
     apart, a folder is the same from wherever it is named."""
-    about = told(folder)
-    return [about["model"], with_revision(about) if hub_name(folder) else str(Path(folder).resolve())]
+    name, revision = hub_name(folder) or (str(Path(folder).resolve()), None)
+    return [name, *([f"{name}@{revision}"] if revision else [])]
 
 
-def read_measured() -> dict[str, dict]:
-    """All of the file, {} where there is none that can be opened. Raises `ValueError` for one that holds something else."""
+def form_of(folder) -> str:
+    """ "qwen3_vl, 28 layers of 2048": type, layers and width of a model, or of an adapter's."""
+    from transformers import PreTrainedConfig
+
+    stated = PreTrainedConfig.get_config_dict(str(base_of(folder) or folder))[0]
+    text = stated.get("text_config") or stated
+    return f"{stated.get('model_type')}, {text.get('num_hidden_layers')} layers of {text.get('hidden_size')}"
+
+
+def read_measured(needed: bool = False) -> dict[str, dict]:
+    """All of the file, {} where there is none, or none that can be opened.
+
+    Args:
+        needed: whether one that is there but cannot be opened is an `OSError`, as where it is to be written again.
+
+    Raises:
+        ValueError: a file that holds something else.
+    """
     from ..hosts.settings import HostSettings
 
-    path, known = measured_file(), {one.name for one in fields(HostSettings)}
+    path, known = measured_file(), {one.name for one in fields(HostSettings)} | {FORM}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         for name, settings in found.items():
             if unknown := sorted(set(settings) - known):
                 raise ValueError(f"{name} has no setting {', '.join(unknown)}")
-            HostSettings().changed(settings)
+            HostSettings().changed({field: value for field, value in settings.items() if field != FORM})
     except OSError:
+        if needed and path.exists():
+            raise
         return {}
-    except (ValueError, TypeError, AttributeError) as error:
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
         mend = "Mend the file, or delete it and measure anew: uhr-bat calibrate"
         raise ValueError(f"{path}: these are no measured settings ({reason(error)}). {mend}.") from error
     return found
 
 
 def measured_settings(folder) -> dict:
-    """Of the model of a folder; {} where it was not measured. Raises `ValueError` as `read_measured`."""
-    found = read_measured()
-    return {field: value for name in names_of(folder) for field, value in found.get(name, {}).items()}
+    """Of the model of a folder; {} where it was not measured, or another model was there then, which is a warning. Raises
+    `ValueError` as `read_measured`."""
+    known, found = read_measured(), {}
+    for name in names_of(folder):
+        entry = dict(known.get(name, {}))
+        before = entry.pop(FORM, None)
+        if before is not None and before != form_of(folder):
+            says = f"{measured_file()}: what is kept for {name} was measured on another model ({before}, now {form_of(folder)})"
+            warnings.warn(f"{says} and is not taken. Measure anew: uhr-bat calibrate.", stacklevel=2)
+            continue
+        found |= entry
+    return found
 
 
-def keep_measured(folder, settings: dict) -> Path:
-    """Adds to what is known of the model of a folder; the file. What another process keeps meanwhile stays."""
+def told_as_measured(folder, changes: dict | None = None) -> dict:
+    """What `told` tells, with what was measured among the settings: a run by another calibration is another run."""
+    return told(folder, ({} if is_tiny(folder) else measured_settings(folder)) | (changes or {}))
+
+
+def keep_measured(folder, settings: dict, form: str | None = None) -> Path:
+    """Adds to what is known of the model of a folder; the file. What another process keeps meanwhile stays. `form`: that of
+    `form_of`, of the model that was measured; settings of another form go."""
     path, name = measured_file(), names_of(folder)[-1]
     with edited_alone(path) as check, whole_files(path.parent) as built:
-        known = read_measured()
-        write_json(built / path.name, known | {name: known.get(name, {}) | settings})
+        known = read_measured(needed=True)
+        before = known.get(name, {})
+        before = before if before.get(FORM) == form else {}
+        write_json(built / path.name, known | {name: before | settings | ({FORM: form} if form else {})})
         check()
     return path

@@ -7,7 +7,7 @@ and the revision. What stands behind it reads folders alone. Weights are fetched
 import json
 import os
 import re
-from argparse import Action, ArgumentParser
+from argparse import Action, ArgumentError, ArgumentParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
@@ -26,10 +26,27 @@ def setting(text: str) -> tuple:
         return name, None if value.lower() == "none" else value
 
 
+# What the calls that load a model take beside its settings.
+NO_SETTINGS = (
+    "folder", "dtype", "device", "device_map", "quantization_config", "check", "make", "calibrated",
+)  # fmt: skip
+
+
+def check_names(settings):
+    """Raises `ValueError` for a name that is no setting of any model, but something else of the calls that load one."""
+    for name in NO_SETTINGS:
+        if name in settings:
+            raise ValueError(f"{name!r} is no setting of a model.")
+
+
 class Settings(Action):
     """Collects `setting` after `setting` in a dictionary; the last one of a name holds."""
 
     def __call__(self, parser, namespace, value, option_string=None):
+        try:
+            check_names(value[:1])
+        except ValueError as error:
+            raise ArgumentError(self, str(error)) from None
         setattr(namespace, self.dest, getattr(namespace, self.dest) | dict([value]))
 
 

@@ -24,7 +24,8 @@ from ..common.budgets import counts_of_fraction
 from ..common.commands import tells_errors
 from ..common.images import image_options
 from ..common.loading import load_model
-from ..common.models import ROOT, model_in_words, model_name, told
+from ..common.measured import told_as_measured
+from ..common.models import ROOT, model_in_words, model_name
 from ..common.tables import table
 from ..configuration_uhr_bat import UHRBatConfig
 from ..modeling_uhr_bat import UHRBatForConditionalGeneration
@@ -218,7 +219,7 @@ def measure(args) -> dict:
         raise ValueError(f"No image could be asked about. The first failure: {errors[0]['error']}")
     name, images, scorer = model_name(args.model), len({record["image"] for record in records}), suite.scorers[0].name
     about = {
-        **told(args.model, args.set), "axis": axis, "suite": args.suite, "data": args.data, "model": name,
+        **told_as_measured(args.model, args.set), "axis": axis, "suite": args.suite, "data": args.data, "model": name,
         "prompt": prompt, "says": SAYS.format(questions=len(records) // len(rows), images=images, scorer=scorer),
     }  # fmt: skip
     about["title"] = f"{args.name}: {args.suite}, {model_in_words(about)}"

@@ -26,7 +26,7 @@ from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files
 from ..common.loading import is_host, load_config, load_model
-from ..common.measured import keep_measured, measured_file, read_measured
+from ..common.measured import form_of, keep_measured, measured_file, measured_settings, read_measured
 from ..common.models import add_model_argument, base_of, find_model, model_name, model_option
 from ..common.outputs import Output, check_outputs
 from ..common.tables import drawn_anew, percent, percent_interval, table
@@ -108,7 +108,7 @@ def figures_of(looks, targets) -> dict[tuple[str, str], np.ndarray]:
     found = {key: np.full((len(looks), 1 + most, len(FIGURES)), np.nan) for key in product(FORMS, TARGETS)}
     for layer, pair in enumerate(looks):
         asked, empty = torch.cat((pair.mean(1, keepdim=True), pair), dim=1).cpu().double()
-        weights = asked / asked.sum(-1, keepdim=True), relative_attention(asked, empty)
+        weights = asked / asked.sum(-1, keepdim=True).clamp(min=1e-30), relative_attention(asked, empty)
         for (form, look), (target, portion) in product(zip(FORMS, weights), targets.items()):
             if portion.any():
                 portion = torch.from_numpy(portion)
@@ -148,8 +148,13 @@ def measure(processor, model, seeds) -> dict:
             cut = processor.image_processor(paint(scene), max_tiles=10**6, return_tensors="pt")
             (image,), image_of = encode(model, cut), scene.seed
         prompt = write_prompt(processor, question.text)["input_ids"][0].to(model.device)
-        targets = targets_of(scene, question, image)
-        for key, of_question in figures_of(looks_of(model, [prompt, empty], image), targets).items():
+        targets, looks = targets_of(scene, question, image), looks_of(model, [prompt, empty], image)
+        for layer, look in zip(found["layers"], looks):
+            if not look.isfinite().all():
+                raise ValueError(
+                    f"The attention of layer {layer} holds what is no number, in {model.dtype}: nothing to measure."
+                )
+        for key, of_question in figures_of(looks, targets).items():
             figures[key].append(of_question)
         found["scenes"].append(scene.seed)
         found["rows"].append(len(image.anchor_tokens))
@@ -213,7 +218,8 @@ def _pick(layers, means, chance) -> dict:
     draws = np.bincount(recall[1:].argmax(1), minlength=len(layers)) / (len(means) - 1)
     layer, group = np.unravel_index(np.nanargmax(groups[0]), groups[0].shape)
     return {
-        "looks": interval_of(recall[:, best])[1] > chance,  # at the sites more than at the rest of the image
+        # At the sites more than at the rest of the image, as the best of so many layers, each of which may seem to.
+        "looks": bool(np.percentile(recall[1:, best], 2.5 / len(layers)) > chance),
         "layer": layers[best], "recall": interval_of(recall[:, best]), "sure": float(draws[best]),
         "rivals": {str(layers[idx]): float(draws[idx]) for idx in others if draws[idx] >= RIVALS},
         "lead": interval_of(recall[:, best] - recall[:, others[0]]) if others else None,
@@ -305,16 +311,21 @@ def keep(folder, model, picked) -> str:
         divides = model.settings.relative_attention
         pick, num_layers = picked[FORMS[divides]], model.config.text_config.num_hidden_layers
         if not pick["looks"]:
-            return "Nothing is kept."
+            before = measured_settings(folder)
+            return "Nothing is kept." + f" What was kept before stays: {_listed(before)}." * bool(before)
         # A share of the depth is above 0: of the first layer it is nearer to that than to the next.
         settings = {"look": max(pick["layer"], 0.25) / max(num_layers - 1, 1), "relative_attention": divides}
-        path, words = keep_measured(folder, settings), ", ".join(f"{name} {value}" for name, value in settings.items())
-        return f"Kept for {model_name(folder)} in {path}: {words}. Loading finds it there."
+        path = keep_measured(folder, settings, form_of(folder))
+        return f"Kept for {model_name(folder)} in {path}: {_listed(settings)}. Loading finds it there."
     pick, config = picked[FORMS[0]], model.config
     own = config.importance_layer % config.text_config.num_hidden_layers
     if not pick["looks"] or pick["layer"] == own:
         return f"Nothing is kept: `importance_layer` of config.json is {own}."
     return f"`importance_layer` of config.json is {own}: write {pick['layer']} there to look at another layer."
+
+
+def _listed(settings) -> str:
+    return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
 def check(args):
@@ -324,7 +335,7 @@ def check(args):
     output = Output("--output", args.output, names=report_files("calibrate"))
     if is_host(base_of(args.model) or args.model):
         check_outputs((args.model,), output, Output("the file of measured settings", measured_file()))
-        read_measured()
+        read_measured(needed=True)
     else:
         check_outputs((args.model,), output)
         if load_config(args.model, **args.set).importance_source != "decoder":

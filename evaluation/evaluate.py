@@ -22,7 +22,8 @@ from ..common.extras import require
 from ..common.files import report_files
 from ..common.images import add_image_arguments, add_tile_arguments, image_options
 from ..common.loading import load_model, load_processor, selector_of
-from ..common.models import add_model_argument, find_model, stay_offline, told
+from ..common.measured import told_as_measured
+from ..common.models import add_model_argument, find_model, stay_offline
 from ..common.outputs import Output, check_outputs
 from ..common.runs import alone
 from . import figures
@@ -119,7 +120,7 @@ def ask_suite(args, suite, samples, prompt):
     read = {name: value for name, value in image_options(args).items() if value is not None}
     read = json.loads(json.dumps(read, default=str))  # as settings.json holds them
     settings = Settings(
-        suite=suite.name, data=args.data, **told(folder, args.set), prompt=prompt,
+        suite=suite.name, data=args.data, **told_as_measured(folder, args.set), prompt=prompt,
         budgets=budgets, selector=args.selector or selector_of(folder, **args.set),
         seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
         versions=versions(), **tiles, weights=folder_digest(folder), image=read or None,

@@ -27,7 +27,8 @@ from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import report_files, whole_files, write_json
 from ..common.loading import load_model
-from ..common.models import add_model_argument, find_model, model_in_words, stay_offline, told
+from ..common.measured import told_as_measured
+from ..common.models import add_model_argument, find_model, model_in_words, stay_offline
 from ..common.outputs import Output, check_outputs
 from ..common.tables import percent, table
 from ..geometry_uhr_bat import tokens_of_points
@@ -326,7 +327,7 @@ def compare(args):
     )  # fmt: skip
     result = {
         "not_measured": NOT_MEASURED,
-        **told(args.model, args.set),
+        **told_as_measured(args.model, args.set),
         "scales": config.scales,
         "image_size": [image.height, image.width],
         "tokens_seen": [len(tokens) for tokens in features.tokens],

@@ -24,7 +24,8 @@ import torch
 from ..common.commands import check_range, tells_errors
 from ..common.images import image_options
 from ..common.loading import load_model
-from ..common.models import model_in_words, told
+from ..common.measured import told_as_measured
+from ..common.models import model_in_words
 from ..common.tables import interval, percent_interval, table, wilson
 from .evaluate import add_suite_arguments, check_suite, prompt_of
 from .reports import draw_lines, finish, in_bins, list_errors
@@ -173,7 +174,7 @@ def measure_recall(args) -> dict:
         raise ValueError(f"No object of {len(samples)} samples could be looked for. The first failure: {first}")
     one = [row for row in records if (row["method"], row["fraction"]) == (args.methods[0], args.fractions[0])]
     about = {
-        "suite": args.suite, "data": args.data, **told(args.model, args.set), "prompt": prompt, "samples": len(samples),
+        "suite": args.suite, "data": args.data, **told_as_measured(args.model, args.set), "prompt": prompt, "samples": len(samples),
         "objects": len(one), "images": len({row["image"] for row in one}),
     }  # fmt: skip
     return {"about": about, "rows": summarise(records), "errors": errors, "boxes": outside}

@@ -20,7 +20,8 @@ from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import check_image, is_host, load_model, load_processor
-from ..common.models import add_model_argument, base_of, find_model, model_name, stay_offline, told
+from ..common.measured import told_as_measured
+from ..common.models import add_model_argument, base_of, find_model, model_name, stay_offline
 from ..common.objects import POINTING, Objects, labelled
 from ..common.outputs import Output, check_outputs
 from ..common.resizing import resize_image
@@ -174,7 +175,7 @@ def detect(args, question):
     size = image.height, image.width
     every = windows_of(size, processor.image_processor.scales[0])
     settings = {
-        **told(args.model.resolve(), args.set),
+        **told_as_measured(args.model.resolve(), args.set),
         "image": args.image,
         "state": _state(args.image),
         "size": size,

@@ -6,12 +6,13 @@ from dataclasses import fields
 from types import SimpleNamespace
 
 import transformers
+from huggingface_hub.errors import StrictDataclassError
 from transformers import CONFIG_MAPPING, AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, PreTrainedConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from ..image_raster_files_uhr_bat import reason
 from ..token_rules_uhr_bat import CompressionRules
-from .looks import attention_modules
+from .looks import full_layers
 from .modeling import HostConfig, HostModel, TileReader
 from .prompts import make_processor
 from .settings import FAMILIES, OLDEST, HostSettings, family_of, rows_a_side, tile_side
@@ -40,13 +41,21 @@ def load_host(folder, dtype="auto", device_map=None, quantization_config=None, c
         return _assemble(parts, host)
 
 
+def check_settings(folder, calibrated=None, **changes) -> HostConfig:
+    """UHR-BAT's configuration of a host, without its weights: of a family that is not in the table all but its rows. Raises as
+    `load_host` for settings that cannot be."""
+    with explained(folder):
+        parts = _read(str(folder), calibrated, changes)
+        return _configure(parts, parts.rows)
+
+
 def host_processor(folder, calibrated=None, **changes):
     """The processor that [`load_host`] returns, without weights, but for those of a family that is not in the table, whose
     tower alone knows its rows. Raises as `load_host`."""
     with explained(folder):
         parts = _read(str(folder), calibrated, changes)
         if parts.config.model_type in FAMILIES:
-            return make_processor(parts, rows_a_side(parts.config, parts.reader.side))
+            return make_processor(parts, parts.rows)
     return load_host(folder, calibrated=calibrated, **changes)[0]
 
 
@@ -89,9 +98,41 @@ def _read(folder, calibrated, changes) -> SimpleNamespace:
     settings = settings if "budgets" in own else settings.changed({"budgets": min(settings.budgets, half)})
     side, options = tile_side(config, image_processor, settings.tile)
     rest = {name: value for name, value in changes.items() if name not in SETTINGS}
-    scales = rest.pop("scales", None) or [side * settings.anchor * 2**level for level in range(settings.levels)]
+    scales = rest.pop("scales") if "scales" in rest else [side * settings.anchor * 2**n for n in range(settings.levels)]
     reader = TileReader(image_processor, side, options)
-    return SimpleNamespace(folder=folder, config=config, reader=reader, settings=settings, scales=scales, changes=rest)
+    parts = SimpleNamespace(folder=folder, config=config, reader=reader, settings=settings, scales=scales, changes=rest)
+    # Those of a family that is not in the table are its tower's to say.
+    parts.rows = rows_a_side(config, side) if config.model_type in FAMILIES else 1
+    _configure(parts, parts.rows)  # settings are refused before weights are read
+    return parts
+
+
+def _configure(parts, p: int) -> HostConfig:
+    """UHR-BAT's configuration of a host whose tiles have p rows a side. Raises `ValueError` for a setting that cannot be."""
+    text, settings, side, scales = parts.config.get_text_config(), parts.settings, parts.reader.side, parts.scales
+    layers = full_layers(text)
+    if not layers:
+        raise ValueError(f"{parts.folder}: the decoder has no layer of full attention to look at.")
+    if not isinstance(scales, list | tuple):
+        raise ValueError(f"`scales` are sides of levels in pixels, as [448, 896]. Got {scales!r}.")
+    wanted = settings.look * (text.num_hidden_layers - 1)
+    importance_layer = min(layers, key=lambda layer: abs(layer - wanted))
+    try:
+        config = HostConfig(
+            vision_config={"model_type": "clip_vision_model", "image_size": side, "patch_size": side // p},
+            text_config=copy(text),
+            scales=scales,
+            budgets=settings.budgets,
+            image_token_index=parts.config.image_token_id,
+            scale_embedding_additions=0,
+            refinement=[settings.refinement] * (len(scales) - 1) if settings.refinement else [],
+            **{"importance_layer": importance_layer, **RULES, **parts.changes},
+        )
+    except StrictDataclassError as error:
+        why = str(error.__cause__ or error)
+        raise ValueError(f"{parts.folder}: this model cannot be read with these settings ({why}).") from None
+    config.name_or_path = parts.folder
+    return config
 
 
 def _assemble(parts, host):
@@ -102,21 +143,6 @@ def _assemble(parts, host):
     if not host._supports_mm_encoder_outputs():
         raise ValueError(f"{folder}: {type(host).__name__} takes no images that are encoded already.")
     p = reader.measure(host)
-    text, layers = host.config.get_text_config(), sorted(attention_modules(host.get_decoder()))
-    if not layers:
-        raise ValueError(f"{folder}: the decoder has no layer of full attention to look at.")
-    wanted = settings.look * (text.num_hidden_layers - 1)
-    config = HostConfig(
-        vision_config={"model_type": "clip_vision_model", "image_size": reader.side, "patch_size": reader.side // p},
-        text_config=copy(text),
-        scales=parts.scales,
-        budgets=settings.budgets,
-        image_token_index=host.config.image_token_id,
-        scale_embedding_additions=0,
-        refinement=[settings.refinement] * (len(parts.scales) - 1) if settings.refinement else [],
-        **{"importance_layer": min(layers, key=lambda layer: abs(layer - wanted)), **RULES, **parts.changes},
-    )
-    config.name_or_path = folder
-    model, processor = HostModel(host, config, reader, settings), make_processor(parts, p)
+    model, processor = HostModel(host, _configure(parts, p), reader, settings), make_processor(parts, p)
     model.vision_chunk_size, model.processor = family_of(host.config.model_type).chunk, processor
     return processor, model

@@ -50,22 +50,27 @@ def look_kernel(module, query, key, value, attention_mask, **kwargs):
 AttentionInterface.register(KERNEL, look_kernel)
 
 
+def full_layers(config) -> list[int]:
+    """Layers of a decoder's configuration that attend to everything before them."""
+    kinds = getattr(config, "layer_types", None) or ["full_attention"] * config.num_hidden_layers
+    return [layer for layer, kind in enumerate(kinds) if kind == "full_attention"]
+
+
 def attention_modules(decoder) -> dict[int, nn.Module]:
     """{layer: its attention module} of those layers of a decoder that attend to everything before them.
 
     All attention modules ask for our kernel from here on, by a configuration of their own: masks and what is saved follow from
     the model's, which stays as it is.
     """
-    types = getattr(decoder.config, "layer_types", None) or ["full_attention"] * len(decoder.layers)
-    found = {}
-    for layer_idx, (layer, kind) in enumerate(zip(decoder.layers, types)):
+    full, found = full_layers(decoder.config), {}
+    for layer_idx, layer in enumerate(decoder.layers):
         modules = (one for one in layer.modules() if "Attention" in type(one).__name__ and hasattr(one, "config"))
         module = next(modules, None)
         if module is not None and not hasattr(module.config, "kernel_of"):
             own = copy(module.config)
             own.kernel_of, own._attn_implementation_internal = module.config, KERNEL
             module.config = own
-        if module is not None and kind == "full_attention":
+        if module is not None and layer_idx in full:
             found[layer_idx] = module
     return found
 

@@ -9,7 +9,7 @@ the decoder, and with DeepStack as many again for each of its layers.
 
 import inspect
 from dataclasses import replace
-from math import isqrt
+from math import isqrt, prod
 
 import torch
 from huggingface_hub.dataclasses import strict
@@ -24,21 +24,37 @@ from ..modeling_encoding_uhr_bat import UHRBatEncodingMixin
 from ..modeling_generation_uhr_bat import UHRBatGenerationMixin
 from ..modeling_importance_uhr_bat import UHRBatImportanceMixin
 from ..modeling_outputs_uhr_bat import CACHE, IMAGE_INPUTS, KeptPlaces, Places, TileCache, has_images
-from .looks import attention_modules, look, relative_attention
+from .looks import attention_modules, full_layers, look, relative_attention
 from .places import coordinates, mark_places, order_of, position_ids
 from .settings import HostSettings
+
+NO_LOOK = "Layer {} cannot be looked at: those with full attention are {}."
 
 
 @strict
 class HostConfig(UHRBatConfig):
     """UHR-BAT's numbers for a host: its decoder's configuration, and a stand-in for its tower that has the sides of a tile and
-    a row alone. Any tower and decoder will do; layers are looked up in `HostModel.attention_of`."""
+    a row alone. Any tower and decoder will do."""
 
     model_type = "uhr_bat_host"
 
     def validate_towers(self): ...
 
-    def validate_layers(self): ...
+    def validate_layers(self):
+        """Layers that are looked at have full attention."""
+        full, number = full_layers(self.text_config), self.text_config.num_hidden_layers
+        for layer in (self.importance_layer, *self.refinement_layers):
+            if layer + number * (layer < 0) not in full:
+                raise ValueError(NO_LOOK.format(layer, ", ".join(map(str, full))))
+
+    def validate_anchor(self):
+        """The anchor, which a question looks at as a whole, leaves room for text in the context window."""
+        rows, window = prod(self.grids[0]) if self.scales else 0, self.text_config.max_position_embeddings
+        if rows >= window:
+            raise ValueError(
+                f"The coarsest level has {rows} rows, but the context window holds {window} tokens and needs room for text: "
+                "lower `anchor`."
+            )
 
 
 class TileReader:
@@ -160,8 +176,6 @@ class HostModel(
         both_ways = getattr(config.text_config, "use_bidirectional_attention", None)
         self.bidirectional = "token_type_ids" in self.type_names or both_ways == "vision"
         self.attention = attention_modules(host.get_decoder())
-        for layer in (config.importance_layer, *config.refinement_layers):
-            self.attention_of(layer)
         self.tile_rows = None if self.mrope else config.tile_size // config.patch_size
         self.train(host.training)
 
@@ -212,9 +226,7 @@ class HostModel(
         """The attention module of a layer. Raises `ValueError` for one that cannot be looked at."""
         found = self.attention.get(layer + self.config.text_config.num_hidden_layers * (layer < 0))
         if found is None:
-            raise ValueError(
-                f"Layer {layer} cannot be looked at: those with full attention are {', '.join(map(str, self.attention))}."
-            )
+            raise ValueError(NO_LOOK.format(layer, ", ".join(map(str, self.attention))))
         return found
 
     # ---- The calls -----------------------------------------------------------------------------------------------------

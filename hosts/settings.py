@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 PLACES = ("grid", "levels", "rectangle")
 SETTINGS_FILE = "uhr_bat_host.json"  # beside an adapter, or a model, that was trained with them
+MOST_LEVELS = 12  # the last of which is 2,048 times as large as the first
 OLDEST = 5, 18  # the first release whose families take images that are encoded already, as far as these were tried
 
 
@@ -53,6 +54,8 @@ class HostSettings:
             least = int(name != "refinement")
             if getattr(made, name) is not None and getattr(made, name) < least:
                 raise ValueError(f"`{name}` must be at least {least}. Got {getattr(made, name)}.")
+        if made.levels > MOST_LEVELS:
+            raise ValueError(f"`levels` must be at most {MOST_LEVELS}. Got {made.levels}.")
         if not 0 < made.look <= 1:
             raise ValueError(f"`look` is a share of the decoder's depth, above 0 and at most 1. Got {made.look}.")
         if made.places not in PLACES:

@@ -28,7 +28,8 @@ from ..common.extras import require
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import load_model
-from ..common.models import add_model_argument, find_model, stay_offline, told, with_revision
+from ..common.measured import told_as_measured
+from ..common.models import add_model_argument, find_model, stay_offline, with_revision
 from ..common.outputs import Output, check_outputs
 from ..common.runs import Line, alone, check_same_settings, whole_lines
 from ..image_raster_files_uhr_bat import reason
@@ -418,7 +419,7 @@ def main(arguments=None) -> int:
     check_outputs((args.images, args.questions, args.model, args.area), *outputs)
     require("batch", "ray.data")
     settings = {
-        **told(args.model.resolve(), args.set),
+        **told_as_measured(args.model.resolve(), args.set),
         "budgets": args.budgets,
         "max_new_tokens": args.max_new_tokens,
         "reading": image_options(args) | tile_options(args),

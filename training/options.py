@@ -12,6 +12,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from transformers.hf_argparser import HfArg
 
 from ..common.loading import ROOT
+from ..common.models import check_names
 from .parts import LORA_TARGETS
 from .scores import SCORES
 
@@ -50,6 +51,11 @@ class ModelOptions:
     def __post_init__(self):
         if isinstance(self.model_settings, str):
             self.model_settings = json.loads(self.model_settings)
+        if not isinstance(self.model_settings, dict | None):
+            raise ValueError(
+                f'`model_settings` are an object of JSON, as {{"levels": 3}}. Got {self.model_settings!r}.'
+            )
+        check_names(self.model_settings or {})
         self.freeze = [] if self.freeze in (None, ["none"]) else self.freeze
         if not self.use_peft and (self.use_rslora or self.use_dora):
             raise ValueError("`use_rslora` and `use_dora` are of an adapter. Train one: `use_peft: true`.")

@@ -4,6 +4,7 @@ import json
 import os
 import socket
 from argparse import ArgumentParser
+from inspect import signature
 
 import pytest
 from hub_cache import REVISION, put
@@ -19,6 +20,8 @@ from uhr_bat.common.models import (
     told,
     with_revision,
 )
+from uhr_bat.hosts.loading import load_host
+from uhr_bat.planning.__main__ import planner_of_folder
 
 NAME = "someone/small-model"
 
@@ -212,12 +215,36 @@ def test_a_setting_is_the_models_and_its_processors(capsys):
     ("selektor=top_k", "Error: UHR-BAT has no setting selektor."),
     ("selector=best", "`selector` is one of preserve_and_merge, distinct, top_k, uniform"),
     ("num_regions=many", "'num_regions'"),
+    ("region_focus={}", "`region_focus` needs `layers`, a list of decoder layers. Got None."),
+    ('region_focus={"layers": 3}', "`region_focus` needs `layers`, a list of decoder layers. Got 3."),
+    ("coord_weight=NaN", "`coord_weight` is a number that is not negative. Got nan."),
+    ("distinctiveness_power=1e999", "`distinctiveness_power` is a number that is not negative. Got inf."),
+    ("projector_hidden_act=none", "projector_hidden_act"),
+    ("projector_hidden_act=best", "`projector_hidden_act` is no function of the library. Got 'best'."),
+    ("vision_config={}", "UHR-BAT has no setting vision_config."),
+    ("revision=main", "UHR-BAT has no setting revision."),
 ])  # fmt: skip
 def test_a_wrong_setting_is_refused_before_the_image_is_read(given, message, tmp_path, capsys):
     (tmp_path / "image.png").write_bytes(b"none")
     assert cli.main(["ask", str(tmp_path / "image.png"), "How many?", "--set", given]) == 2
     said = capsys.readouterr().err
     assert message in said and "Traceback" not in said and "image.png" not in said
+
+
+@pytest.mark.weights
+def test_weights_of_other_shapes_than_a_setting_asks_for_are_an_error_in_one_line():
+    with pytest.raises(ValueError, match="its weights have other shapes than its configuration, with the settings"):
+        load_model(device_map=None, scale_embedding_grid=7)
+
+
+def test_what_loading_takes_beside_settings_is_none_of_them(capsys):
+    parser, calls = ArgumentParser(), (load_model, load_host, planner_of_folder)
+    add_model_argument(parser)
+    taken = {one.name for call in calls for one in signature(call).parameters.values() if one.kind != one.VAR_KEYWORD}
+    for name in sorted(taken):
+        with pytest.raises(SystemExit):
+            parser.parse_args(["--set", f"{name}=x"])
+        assert f"argument --set: '{name}' is no setting of a model." in capsys.readouterr().err
 
 
 def test_values_are_numbers_truths_nothing_or_texts():

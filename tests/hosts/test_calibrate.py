@@ -3,6 +3,7 @@
 import json
 import re
 from concurrent.futures import ThreadPoolExecutor
+from itertools import product
 
 import numpy as np
 import pytest
@@ -95,16 +96,48 @@ def test_the_layer_that_looks_is_found_kept_and_loaded(looking, kept, tmp_path, 
     assert f"| {LAYER} | " in (tmp_path / "out/calibrate.md").read_text() and (tmp_path / "out/calibrate.png").is_file()
     found = json.loads(kept.read_text())
     assert found["org/other"] == {"look": 0.5}
-    assert found[str(looking)] == {"look": pytest.approx(2 / 3), "relative_attention": False}
+    measured = {"measured_on": "qwen2_5_vl, 4 layers of 32"}
+    assert found[str(looking)] == {"look": pytest.approx(2 / 3), "relative_attention": False, **measured}
     assert load_model(looking, check=False)[1].config.importance_layer == LAYER
 
 
 def test_a_model_that_looks_nowhere_keeps_its_defaults(host_folder, kept, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "paint", lambda scene: Image.new("RGB", paint(scene).size, "gray"))
+    keep_measured(host_folder("internvl"), {"look": 0.5})
+    before = kept.read_bytes()
     assert run("--model", host_folder("internvl"), "--scenes", 4) == 0
     printed = capsys.readouterr().out
-    assert "By attention: no layer looks at the sites more than" in printed and "Nothing is kept." in printed
-    assert not kept.exists()
+    assert "By attention: no layer looks at the sites more than" in printed
+    assert "Nothing is kept. What was kept before stays: look 0.5." in printed and kept.read_bytes() == before
+
+
+def test_the_best_of_many_layers_that_look_anywhere_is_not_taken_for_one_that_looks():
+    rng, taken = np.random.default_rng(5), 0
+    for _ in range(5):
+        scenes, chance = np.repeat(np.arange(20), 6), {"share": 0.1, "recall": 0.1}
+        drawn = {key: rng.normal(0.1, 0.1, (120, 36, 2, 2)) for key in product(calibrate.FORMS, calibrate.TARGETS)}
+        found = {"layers": list(range(36)), "scenes": scenes, "figures": drawn}
+        picked = calibrate.summarise(found | {"chance": dict.fromkeys(calibrate.TARGETS, [chance])})["picked"]
+        taken += picked["attention"]["looks"]
+    assert taken <= 1
+
+
+def test_attention_that_is_no_number_is_an_error_and_no_figure(loaded, kept, monkeypatch):
+    processor, model = loaded("internvl")
+    monkeypatch.setattr(model, "looks", lambda prompts, *_: [torch.ones(2, 2, 16), torch.full((2, 2, 16), torch.nan)])
+    with pytest.raises(ValueError, match="The attention of layer 1 holds what is no number, in torch.float32"):
+        calibrate.measure(processor, model, VALIDATION_SEEDS[:1])
+
+
+def test_what_was_measured_on_another_model_in_the_same_folder_is_not_taken(host_folder, kept):
+    folder = host_folder("internvl")
+    keep_measured(folder, {"look": 0.5}, "qwen3_vl, 28 layers of 2048")
+    with pytest.warns(
+        UserWarning, match="measured on another model .qwen3_vl, 28 layers of 2048, now internvl, 4 layers"
+    ):
+        assert measured_settings(folder) == {}
+    keep_measured(folder, {"relative_attention": True}, "internvl, 4 layers of 32")
+    assert measured_settings(folder) == {"relative_attention": True}
 
 
 @pytest.mark.slow
@@ -113,7 +146,8 @@ def test_of_our_own_model_the_layer_that_was_trained_is_found_and_nothing_is_kep
     assert run("--scenes", 6) == 0
     printed = capsys.readouterr().out
     assert (
-        "By attention: layer 1, with " in printed and "Nothing is kept: `importance_layer` of config.json is 1." in printed
+        "By attention: layer 1, with " in printed
+        and "Nothing is kept: `importance_layer` of config.json is 1." in printed
     )
     assert run("--scenes", 6, "--set", "importance_layer=3") == 0
     assert "`importance_layer` of config.json is 3: write 1 there" in capsys.readouterr().out

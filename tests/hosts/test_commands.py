@@ -50,11 +50,21 @@ def test_a_processor_is_known_before_the_weights_and_is_the_models(family, host_
     (["--set", "look=2"], "`look` is a share of the decoder's depth, above 0 and at most 1. Got 2"),
     (["--set", "levels=many"], "`levels` is no str. Got 'many'"),
     (["--set", "places=circle"], "`places` is one of grid, levels, rectangle. Got 'circle'"),
+    (["--set", "selector=best"], "`selector` is one of preserve_and_merge, distinct, top_k, uniform"),
+    (["--set", "importance_layer=9"], "Layer 9 cannot be looked at: those with full attention are 0, 1, 2, 3."),
+    (["--set", "num_regions=many"], "num_regions"),
+    (["--set", "coord_weight=NaN"], "`coord_weight` is a number that is not negative. Got nan."),
+    (["--set", "scales=[]"], "`scales` is empty"),
+    (["--set", "scales=none"], "`scales` are sides of levels in pixels, as [448, 896]. Got None."),
+    (["--set", "levels=40"], "`levels` must be at most 12. Got 40."),
+    (["--set", "anchor=99"], "The coarsest level has 156816 rows, but the context window holds 8192 tokens"),
 ])  # fmt: skip
-def test_a_setting_that_cannot_be_is_refused_in_one_line(host_folder, image, capsys, settings, message):
+def test_a_setting_that_cannot_be_is_refused_in_one_line_before_weights_are_read(
+    host_folder, image, capsys, settings, message
+):
     assert run("ask", image, "How many?", "--model", host_folder("internvl"), *settings) == 2
     said = capsys.readouterr().err
-    assert message in said and "Traceback" not in said
+    assert message in said and "Traceback" not in said and "Loading weights" not in said
 
 
 @pytest.mark.slow
