@@ -17,8 +17,9 @@ import torch
 
 from ..common.commands import check_range, tells_errors
 from ..common.files import whole_files
-from ..common.loading import is_host
-from ..common.models import Settings, base_of, model_name, model_option, setting, told
+from ..common.loading import host_settings, is_host
+from ..common.measured import told_as_measured
+from ..common.models import Settings, base_of, model_name, model_option, setting
 from ..common.runs import alone
 from ..common.tables import percent_interval, table
 from ..scenes.layout import TEST_SEEDS
@@ -76,13 +77,16 @@ def rows_of(fractions, view, grids, also, pair) -> list[Row]:
                 f"Tiling of {grid} x {grid} takes {number * cells} tokens; the context window has {window}."
             )
         if grids or 2 * number * cells <= window:
-            rows.append(Row(TILING, round(100 * number / total, 2), list, ALL, TILING, settings={"scales": sides}))
+            x = 100 * number / total
+            x = round(x, 2 if x >= 1 else 5)  # a row of its own of however many levels
+            rows.append(Row(TILING, x, list, ALL, TILING, settings={"scales": sides}))
     for fraction in fractions:
         refined = row_of(REFINED, fraction)
         closer = Row(DESCENDED, refined.x, refined.counts, refined.rules, DESCENDED, view)
         rows += [Row(PLAIN, refined.x, refined.counts, None, PLAIN, (PLAIN,))]
         rows += [*(row_of(method, fraction) for method in METHODS), closer]
-        for name, value in [*others_of(model), *also.items()]:
+        others = others_of(model)
+        for name, value in others + [one for one in also.items() if one not in others]:
             # A row's rules go over the configuration's.
             own = name in refined.rules and name not in REFINEMENT
             says = {"settings": {name: value}, "rules": refined.rules | ({name: value} if own else {})}
@@ -174,25 +178,31 @@ def write_answers(folder, records: dict):
 
 
 def check_host(args):
-    """Raises `ValueError` for a model of UHR-BAT's own family, or settings that no host has; image processor of the host."""
+    """Raises `ValueError` for a model of UHR-BAT's own family, or settings that it cannot have; image processor of the host."""
     from transformers import AutoImageProcessor
 
-    from ..hosts.loading import CONFIG_FIELDS, SETTINGS
-    from ..hosts.settings import HostSettings
+    from ..hosts.loading import check_settings
 
-    folder = base_of(args.model) or args.model
+    base = base_of(args.model)
+    folder = base or args.model
     if not is_host(folder):
         raise ValueError(
             f"{model_name(args.model)} is UHR-BAT's own and has no plain call. `uhr-bat evidence` measures it. Name a model of "
             "another family with --model."
         )
-    if unknown := sorted(set(args.also) - SETTINGS - CONFIG_FIELDS):
-        raise ValueError(f"A host has no setting {unknown[0]}. It has {', '.join(sorted(SETTINGS | CONFIG_FIELDS))}.")
+    if stated := sorted({"budgets", "max_tiles"} & set(args.also)):
+        raise ValueError(f"--also {stated[0]} would change no row: --fractions and --tiles say how much each spends.")
     if encoded := sorted(ENCODED & set(args.also)):
         raise ValueError(
             f"--also {encoded[0]} would encode other tiles, of which there are other numbers. Give --set and a run more."
         )
-    HostSettings().changed({name: value for name, value in args.also.items() if name in SETTINGS})
+    measured = host_settings(args.model, base)
+    config = check_settings(folder, measured, **args.set)
+    for name, value in args.also.items():
+        check_settings(folder, measured, **args.set | {name: value})
+    anchor = (config.scales[0] // config.tile_size) ** 2
+    if args.native_scenes and args.tiles < anchor:
+        raise ValueError(f"--tiles must be at least {anchor}, those of the coarsest level. Got {args.tiles}.")
     return AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
 
 
@@ -210,10 +220,12 @@ def measure(args, tiles: str) -> tuple[dict, dict]:
         if number
     }
     settings = {
-        **told(args.model, args.set), "weights": folder_digest(args.model), "versions": versions(), "first_seed": args.first_seed,
+        **told_as_measured(args.model, args.set), "weights": folder_digest(args.model), "versions": versions(), "first_seed": args.first_seed,
         "fractions": args.fractions, "grids": args.grids, "tiles": args.tiles, "also": args.also,
+        # Of another machine it is another; None as in runs that did not say it.
+        "dtype": "auto" if torch.accelerator.is_available() else None,
     }  # fmt: skip
-    lines, dtype = args.output / f"{NAME}.jsonl", "auto" if torch.accelerator.is_available() else torch.float32
+    lines, dtype = args.output / f"{NAME}.jsonl", settings["dtype"] or torch.float32
     with alone(lines):
         found = ask_rows(args.model, jobs, args.workers, None, args.set, dtype, Kept(lines, settings), count=True)
     zooms = {
@@ -255,6 +267,9 @@ def main(arguments=None) -> int:
         help="rows of the default rule with another setting, as look=0.4; may be repeated",
     )  # fmt: skip
     args = parser.parse_args(arguments)
+    # What is asked for twice is one row.
+    args.fractions = list(dict.fromkeys(args.fractions))
+    args.grids = args.grids and list(dict.fromkeys(args.grids))
     check_range(args, 0, 1, "fractions", above=True)
     check_range(args, 1, math.inf, "tiles", *(["grids"] if args.grids else []))
     check_range(args, 0, len(TEST_SEEDS), "native_scenes")

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from math import ceil
 
 import torch
+from transformers import PreTrainedModel
 
 from ..common import asking
 from ..common.loading import host_settings
@@ -47,7 +48,10 @@ class OtherSettings:
 @contextmanager
 def without_adapter(host):
     """The host as it was before an adapter of peft was put onto it."""
-    adapted = [one for one in host.modules() if hasattr(one, "enable_adapters") and hasattr(one, "base_layer")]
+    # Layers, and parts that were trained whole; a model of the library has a method of this name, too.
+    adapted = [
+        one for one in host.modules() if hasattr(one, "enable_adapters") and not isinstance(one, PreTrainedModel)
+    ]
     for one in adapted:
         one.enable_adapters(False)
     try:

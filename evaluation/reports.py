@@ -168,7 +168,8 @@ def draw_lines(axes, lines: dict[str, list[tuple]], dashed=(), log=False):
         mean, low, high = 100 * np.array([of for _, of in sorted(points)]).T
         style = {"marker": "x", "linestyle": "--"} if label in dashed else {"marker": "o"}
         style["color"] = colormaps["tab20"].colors[number % 20]
-        axes.errorbar(x, mean, (mean - low, high - mean), label=label or None, capsize=2, **style)
+        # Intervals and means are rounded apart.
+        axes.errorbar(x, mean, np.maximum((mean - low, high - mean), 0), label=label or None, capsize=2, **style)
     if log:
         axes.set(xscale="log", ylim=(0, 100))
         axes.set_xticks(sorted({x for points in lines.values() for x, _ in points}))

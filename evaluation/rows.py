@@ -13,7 +13,8 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import ExitStack, contextmanager
+from concurrent.futures.process import BrokenProcessPool
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
@@ -212,7 +213,7 @@ class Views:
 
 
 # Settings of a host by which its tiles are others.
-ENCODED = {"tile", "anchor", "levels", "scales"}
+ENCODED = {"tile", "anchor", "levels", "scales", "mask_padding"}
 
 
 def timed(call):
@@ -358,8 +359,23 @@ def choose(views: Views, row: Row, question: str):
     prompt = asking.write_prompt(seen.processor, question).to(seen.model.device)
     counts = row.counts(seen.available)
     spend = {"token_counts": [counts]} if seen.letterboxed else {"budgets": sum(counts)}
-    inputs = prompt | {"image_features": [seen.features]} | spend
-    return prompt, asking.compress(seen.model, inputs, rules_for(seen.model, row.rules))
+    inputs, rules = prompt | {"image_features": [seen.features]} | spend, rules_for(seen.model, row.rules)
+    blind = hasattr(seen.model, "host") and (rules or {}).get("selector") == "uniform"
+    with unlooked(seen.model) if blind else nullcontext():
+        return prompt, asking.compress(seen.model, inputs, rules)
+
+
+@contextmanager
+def unlooked(model):
+    """A rule that asks for no look takes none, and pays for none: of a host."""
+    before = vars(model).get("read_attention")
+    model.read_attention = lambda input_ids, rows, *args, **options: torch.ones(len(rows), device=rows.device)
+    try:
+        yield
+    finally:
+        del model.read_attention
+        if before is not None:
+            model.read_attention = before
 
 
 def rules_for(model, rules: dict | None) -> dict | None:
@@ -433,6 +449,16 @@ def about_of(sample, size, scales) -> tuple[dict, list]:
     return about | {"pixels": finest, "native": None if finest is None else finest * max(size) / scales[-1]}, boxes
 
 
+def check_window(model, views, rows):
+    """Raises `ValueError` for a row whose visual tokens alone fill the context window, which a host would leave in silence."""
+    for row in rows if hasattr(model, "host") else ():
+        if row.settings is None or not ENCODED & set(row.settings):
+            spent = 0 if row.counts is list else sum(row.counts(views.seen().available))
+            if spent >= model.context_window:
+                says = f"{row.name} at {row.x:g} % spends {spent} visual tokens, but the context window holds"
+                raise ValueError(f"{says} {model.context_window} tokens and needs room for text.")
+
+
 @torch.no_grad()
 def records_of(
     pair, suite, prompt, rows, group, options=None, focus=None, apart=False, variants=None, plain=None, count=False
@@ -452,6 +478,7 @@ def records_of(
     views, limit = Views(pair, image, focus, variants), {"max_new_tokens": suite.max_new_tokens}
     size, scales = (image.height, image.width), pair[1].config.scales
     asked = [(sample, suite.prompts[prompt](sample), *about_of(sample, size, scales)) for sample in group]
+    check_window(pair[1], views, rows)
     plain_rows, rows = ([row for row in rows if (row.view[0] == PLAIN) == wanted] for wanted in (True, False))
     records = plain_records(plain, views, suite, plain_rows, asked, count)
     flops = count_flops(pair, image, rows, asked[0][1], suite.max_new_tokens, variants) if count else []
@@ -496,7 +523,10 @@ class Kept:
         lines = list(whole_lines(path)) if path.is_file() else []
         if lines:
             check_same_settings(path, lines[0].get("settings"), settings)
-        self.done = {(line["suite"], *line["pictures"]): line["records"] for line in lines[1:]}
+        try:
+            self.done = {(line["suite"], *line["pictures"]): line["records"] for line in lines[1:]}
+        except (KeyError, TypeError):
+            raise ValueError(f"{path} holds lines that are none of such a run. Give another --output.") from None
         self.file = Line(path)
         if not lines:
             self.file.write({"settings": settings})
@@ -544,7 +574,17 @@ def _start_worker(folder, focus, threads, changes, dtype):
         _worker.update(variants=OtherSettings(folder, pair, changes), plain=PlainHost(*pair))
 
 
+def _start_process(*start):
+    """A pool whose processes fail at their start is broken without a word: the first group says why."""
+    try:
+        _start_worker(*start)
+    except (OSError, ValueError, ImportError) as error:
+        _worker["failed"] = error
+
+
 def _measure(suite, prompt, rows, counted, group):
+    if "failed" in _worker:
+        raise _worker["failed"]
     rows = rows(_worker["pair"]) if callable(rows) else rows
     own = {name: _worker.get(name) for name in ("focus", "variants", "plain")}
     return records_of(_worker["pair"], SUITES[suite], prompt, rows, group, count=group[0].id == counted, **own)
@@ -564,7 +604,7 @@ def ask_rows(
         count: whether the first sample of each suite has the FLOPs of every row.
     """
     start = folder, focus, 1 if workers > 1 else torch.get_num_threads(), changes or {}, dtype
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, start) if workers > 1 else None
+    pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, start) if workers > 1 else None
     if pool is None:
         _start_worker(*start)
     found = {}
@@ -575,6 +615,10 @@ def ask_rows(
             found[name] = measure_groups(samples, measure, f"Asking {name}", pool, run and (name, run))
             if not found[name][0]:
                 raise ValueError(f"No image could be asked about. The first failure: {found[name][1][0]['error']}")
+    except BrokenProcessPool:
+        raise OSError(
+            "A process was ended while it worked, as for lack of memory: fewer --workers take less."
+        ) from None
     finally:
         _worker.clear()
         if pool:

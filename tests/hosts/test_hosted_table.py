@@ -2,6 +2,8 @@
 
 import json
 import shutil
+from concurrent.futures.process import BrokenProcessPool
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,10 +12,12 @@ from hosts_tiny import FAMILIES
 from images import random_image
 from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTokenizer
 from uhr_bat import cli
-from uhr_bat.common import tables
+from uhr_bat.common import asking, tables
+from uhr_bat.common.measured import keep_measured
 from uhr_bat.evaluation import hosted, plain, reports, rows
 from uhr_bat.evaluation.suites import SUITES
 from uhr_bat.hosts.prompts import Parts
+from uhr_bat.planning.flops import FlopMeter
 from uhr_bat.scenes.layout import make_scene
 
 QUESTIONS = ["How many ships are at the pier?", "Where is it?"]
@@ -26,7 +30,9 @@ SMALL = [
     "refinement=16",
     "--fractions",
     "0.1",
+    "0.1",  # one row
     "--grids",
+    "2",
     "2",
     "--tiles",
     "6",
@@ -111,9 +117,10 @@ def run(folder, output, *more) -> int:
 
 
 @pytest.mark.slow
-def test_a_table_has_every_row_from_as_many_tokens_and_goes_on(qwen3_vl, small_scenes, tmp_path, capsys):
+def test_a_table_has_every_row_from_as_many_tokens_and_goes_on(qwen3_vl, small_scenes, tmp_path, capsys, monkeypatch):
     scenes = ["--scenes", "1", "--native-scenes", "1"]
-    assert run(qwen3_vl, tmp_path, *scenes, "--also", "look=0.3") == 0, capsys.readouterr().err
+    also = ["--also", "look=0.3", "--also", "places=levels"]  # of which one has rows anyhow
+    assert run(qwen3_vl, tmp_path, *scenes, *also) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "hosted.json").read_text())
     for suite in (hosted.ORDINARY, hosted.SUITE):
         rows = {row["name"]: row for row in result[suite]["rows"]}
@@ -134,13 +141,17 @@ def test_a_table_has_every_row_from_as_many_tokens_and_goes_on(qwen3_vl, small_s
     # A run that was stopped goes on to the same figures, and with other settings not at all.
     lines = (tmp_path / "hosted.jsonl").read_text().splitlines(keepends=True)
     (tmp_path / "hosted.jsonl").write_text("".join(lines[:2]) + lines[2][:40])
-    assert run(qwen3_vl, tmp_path, *scenes, "--also", "look=0.3") == 0
+    assert run(qwen3_vl, tmp_path, *scenes, *also) == 0
     again = json.loads((tmp_path / "hosted.json").read_text())
     assert [row["accuracy"] for row in again[hosted.SUITE]["rows"]] == [
         row["accuracy"] for row in result[hosted.SUITE]["rows"]
     ]
     assert run(qwen3_vl, tmp_path, *scenes) == 2
-    assert "holds a run with also {'look': 0.3}, but {} is asked for" in capsys.readouterr().err
+    assert "holds a run with also {'look': 0.3, 'places': 'levels'}, but {} is asked for" in capsys.readouterr().err
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    keep_measured(qwen3_vl, {"look": 0.9})
+    assert run(qwen3_vl, tmp_path, *scenes, *also) == 2
+    assert "but {'look': 0.9, 'levels': 2, 'refinement': 16, 'tile': 32} is asked for" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -157,12 +168,88 @@ def test_a_1d_family_has_rows_with_words_between_its_tiles(host_folder, small_sc
     (["--also", "places=circle"], "`places` is one of grid, levels, rectangle. Got 'circle'"),
     (["--also", "levels=2"], "--also levels would encode other tiles"),
     (["--also", "bogus=2"], "A host has no setting bogus."),
+    (["--also", "selector=best"], "`selector` is one of preserve_and_merge"),
+    (["--also", "mask_padding=false"], "--also mask_padding would encode other tiles"),
+    (["--also", "budgets=9"], "--also budgets would change no row"),
+    (["--set", "levels=many"], "`levels` is no str. Got 'many'"),
+    (["--set", "tile=32", "--set", "anchor=3", "--tiles", "8"], "--tiles must be at least 9, those of the coarsest level. Got 8."),
     (["--first-seed", "7"], "Scenes before 20000000 were trained on, or chosen by. Got --first-seed 7."),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(host_folder, tmp_path, capsys, options, message):
     model = ["--model", str(host_folder("qwen3_vl"))] if options else []
     assert cli.main(["evidence", "hosted", *model, "--output", str(tmp_path / "out"), *options]) == 2
     assert message in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+@torch.no_grad()
+def test_all_rows_of_an_image_cost_its_encoding_and_its_answer_and_no_look(loaded):
+    pair, picture = loaded("qwen3_vl", levels=2), random_image(60, 64)
+    row = rows.Row(hosted.TILING, 100.0, list, rows.ALL)
+    views = rows.Views(pair, picture)
+    with FlopMeter() as encoding:
+        seen = views.seen()
+    prompt, kept = rows.choose(views, row, QUESTIONS[0])
+    inputs = dict(zip(asking.PROMPT, pair[1].expand_placeholders(*(prompt[name] for name in asking.PROMPT), kept)))
+    inputs |= pair[1].visual_inputs(**inputs, compressed=kept)
+    with FlopMeter() as answering:
+        pair[1].host.generate(**inputs, max_new_tokens=3, min_new_tokens=3, do_sample=False)
+    expected = encoding.get_total_flops() + answering.get_total_flops()
+    assert sum(seen.available) == len(kept.pooler_output[0]) and rows.count_flops(
+        pair, picture, [row], QUESTIONS[0], 3
+    ) == [expected]
+    (looked,) = rows.count_flops(pair, picture, [rows.row_of(rows.TOP_K, 1.0)], QUESTIONS[0], 3)
+    assert looked > expected
+
+
+def test_a_row_that_fills_the_context_window_is_refused_by_name():
+    available = SimpleNamespace(available=[16, 64, 256])
+    views, model = SimpleNamespace(seen=lambda: available), SimpleNamespace(host=None, context_window=300)
+    rows.check_window(model, views, [rows.row_of(rows.DISTINCT, 0.5)])
+    with pytest.raises(
+        ValueError, match="distinct at 100 % spends 336 visual tokens, but the context window holds 300"
+    ):
+        rows.check_window(model, views, [rows.row_of(rows.DISTINCT, 1.0)])
+
+
+class Pool:
+    """In place of processes: their start and their work, here."""
+
+    broken = False
+
+    def __init__(self, workers, context, start, arguments):
+        start(*arguments)
+
+    def map(self, *arguments):
+        if self.broken:
+            raise BrokenProcessPool
+        return map(*arguments)
+
+    def shutdown(self): ...
+
+
+def test_processes_that_cannot_start_or_are_ended_are_an_error_in_one_line(tmp_path, monkeypatch):
+    monkeypatch.setattr(rows, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(torch, "set_num_threads", lambda number: None)
+    jobs = {"scenes": (SUITES["scenes"].samples_of_seed(hosted.TEST_SEEDS[0])[:1], [])}
+    with pytest.raises(ValueError, match="The first failure: FileNotFoundError: .*no config.json in it"):
+        rows.ask_rows(tmp_path, jobs, workers=2)
+    monkeypatch.setattr(Pool, "broken", True)
+    with pytest.raises(OSError, match="A process was ended while it worked"):
+        rows.ask_rows(tmp_path, jobs, workers=2)
+
+
+def test_lines_of_something_else_are_refused_by_the_name_of_their_file(tmp_path):
+    (tmp_path / "hosted.jsonl").write_text('{"settings": {}}\n{"bird": 1}\n')
+    with pytest.raises(ValueError, match="hosted.jsonl holds lines that are none of such a run"):
+        rows.Kept(tmp_path / "hosted.jsonl", {})
+
+
+def test_an_interval_that_ends_at_its_mean_is_drawn():
+    from matplotlib.figure import Figure
+
+    axes = Figure().subplots()
+    reports.draw_lines(axes, {"row": [(1, (0.3, 0.1 + 0.2, 0.4)), (2, (0.1 + 0.2, 0.2, 0.3))]})
+    assert len(axes.containers) == 1
 
 
 def record(row, x, right):
@@ -199,8 +286,11 @@ def test_the_plain_call_of_an_adapter_is_that_of_its_model(host_folder, loaded, 
     folder, settings = host_folder("qwen3_vl"), {"levels": 2, "tile": 32}
     adapted = get_peft_model(
         AutoModelForImageTextToText.from_pretrained(folder),
-        LoraConfig(target_modules="all-linear", init_lora_weights=False),
+        LoraConfig(target_modules="all-linear", init_lora_weights=False, modules_to_save=["lm_head"]),
     )
+    with torch.no_grad():  # of a part that is trained whole, too
+        head = next(one for name, one in adapted.named_parameters() if "modules_to_save" in name)
+        head.copy_(torch.randn(head.shape, generator=torch.Generator().manual_seed(1)))
     adapted.save_pretrained(tmp_path / "adapter")
     picture, found = random_image(100, 100), []
     for place in (folder, tmp_path / "adapter"):
