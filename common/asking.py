@@ -42,8 +42,17 @@ def user_prompt(processor, text, num_images=1) -> str:
     return _rendered(processor, messages, sanitize_control_tokens=True)
 
 
+def check_letters(text: str):
+    """Raises `ValueError` for a text that no tokenizer takes and no file keeps: one with half a letter."""
+    if not text.isascii() and (half := re.search("[\ud800-\udfff]", text)):
+        raise ValueError(
+            f"Letter {half.start() + 1} of the text, {half[0]!a}, is half of one: write the text in UTF-8."
+        )
+
+
 def _rendered(processor, messages, **options):
     """By the chat template. Raises `ValueError` for one that refuses the messages."""
+    check_letters(messages[0]["content"][-1]["text"])
     try:
         return processor.apply_chat_template(messages, add_generation_prompt=True, **options)
     except ValueError:

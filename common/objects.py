@@ -28,9 +28,15 @@ from .answers import after_thinking
 
 # Letters of an answer, or of a part of it, in a message; parts that a message names.
 SHOWN_LETTERS, SHOWN_PARTS = 200, 10
+# Letters of an answer that are read, more than any model writes, and of one object of JSON: what begins like one and is none takes
+# no longer than this.
+MOST_LETTERS, JSON_LETTERS = 2**20, 2**18
+# What no file keeps as it is: control characters, and halves of a letter, which JSON can spell.
+NO_LETTERS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 # Keys of JSON: whether y comes first, and the unit where the key has one whatever the family.
 KEYS = {"bbox_2d": (False, None), "point_2d": (False, None), "box_2d": (True, 1000)}
 NAMED_KEY = re.compile(rf"[\"']({'|'.join(KEYS)})[\"']\s*:")
+OBJECT = re.compile(r"\{\s*\"")
 LOCATIONS = re.compile(r"((?:<loc\d+>\s*)+)(?:<seg\d+>\s*)*([^<;\n]*)")
 BINS = 1024
 POINTS = re.compile(r"<(points?)\b([^<>]*)>(?:([^<>]*)</\1>)?")
@@ -203,6 +209,10 @@ def read_objects(text: str, model_type: str, picture: Picture) -> Objects:
     """
     answer = after_thinking(text)
     found, refused = [], []
+    if len(answer) > MOST_LETTERS:
+        why = f"an answer is read up to {MOST_LETTERS:,} letters, and this has {len(answer):,}"
+        refused.append(_refused(answer[MOST_LETTERS:], why))
+        answer = answer[:MOST_LETTERS]
     for said in sorted(_all_said(answer, model_type), key=lambda one: one.place):
         try:
             if said.fault:
@@ -210,8 +220,12 @@ def read_objects(text: str, model_type: str, picture: Picture) -> Objects:
             shares = _shares(said, model_type, picture)
             found.append(_placed(said, shares, picture))
         except ValueError as error:
-            refused.append(Refused(said.text.strip(), str(error)))
+            refused.append(_refused(said.text, str(error)))
     return Objects(found, text, refused)
+
+
+def _refused(text, why) -> Refused:
+    return Refused(NO_LETTERS.sub("\ufffd", clipped(text.strip())), why)
 
 
 def _shares(said, model_type, picture) -> list[float]:
@@ -252,7 +266,11 @@ def _placed(said, shares, picture) -> ImageObject:
     """Raises `ValueError` for an object beside the image, in its letterbox."""
     x0, y0, *end = picture.place(shares)
     left, top, right, bottom = picture.shown
-    about = {"label": said.label.strip(), "score": said.score, "source": said.source}
+    about = {
+        "label": NO_LETTERS.sub("\ufffd", " ".join(said.label.split())),
+        "score": said.score,
+        "source": said.source,
+    }
     if not end:
         if not (left <= x0 <= right and top <= y0 <= bottom):
             raise ValueError("it lies beside the image, in the letterbox")
@@ -288,44 +306,56 @@ def _matches(pattern, text, read) -> list:
 
 def _said_in_json(text, read) -> Iterator[_Said]:
     """Of every object of JSON that is whole, wherever it stands; one that is cut off, or is no JSON, says so."""
-    decoder, place = json.JSONDecoder(), text.find("{")
-    while place >= 0:
+    decoder, begin = json.JSONDecoder(), OBJECT.search(text) if NAMED_KEY.search(text) else None
+    while begin:
+        place = begin.start()
         try:
-            value, end = decoder.raw_decode(text, place)
+            value, length = decoder.raw_decode(text[place : place + JSON_LETTERS])
         except (ValueError, RecursionError):
-            place = text.find("{", place + 1)
+            begin = OBJECT.search(text, place + 1)
             continue
+        end = place + length
         read.append((place, end))
         yield from _said_in_value(value, place, text[place:end])
-        place = text.find("{", end)
+        begin = OBJECT.search(text, end)
     for match in _matches(NAMED_KEY, text, read):
-        start = text.rfind("{", 0, match.start())
+        start = text.rfind("{", max(0, match.start() - SHOWN_LETTERS), match.start())
         start = match.start() if start < 0 else start
         part = text[start : start + SHOWN_LETTERS]
         yield _Said(start, part, match[1], "", (), None, fault="this is no JSON, or it was cut off")
 
 
 def _said_in_value(value, place, text) -> Iterator[_Said]:
-    if isinstance(value, list):
-        for one in value:
-            yield from _said_in_value(one, place, text)
-    elif isinstance(value, dict):
-        for key, (turned, unit) in KEYS.items():
-            if key in value:
-                boxes = value[key]
-                nested = isinstance(boxes, list) and boxes and all(isinstance(one, list) for one in boxes)
-                for box in boxes if nested else [boxes]:
-                    if turned and isinstance(box, list) and len(box) == 4:
-                        box = [box[1], box[0], box[3], box[2]]
-                    label = value.get("label", value.get("name", ""))
-                    label = label if isinstance(label, str) else ""
-                    part = json.dumps({key: value[key], "label": label}, ensure_ascii=False)
-                    yield _Said(
-                        place, part if len(text) > SHOWN_LETTERS else text, key, label, box, unit, _score(value)
-                    )
-        for one in value.values():
-            if isinstance(one, dict) or isinstance(one, list) and any(isinstance(part, dict) for part in one):
-                yield from _said_in_value(one, place, text)
+    left = [value]  # no recursion: a model nests as deep as it likes
+    while left:
+        value = left.pop()
+        if isinstance(value, dict):
+            yield from _said_in_object(value, place, text)
+            value = list(value.values())
+        if isinstance(value, list):
+            left += [one for one in reversed(value) if isinstance(one, (dict, list))]
+
+
+def _said_in_object(value, place, text) -> Iterator[_Said]:
+    for key, (turned, unit) in KEYS.items():
+        if key in value:
+            boxes = value[key]
+            nested = isinstance(boxes, list) and boxes and all(isinstance(one, list) for one in boxes)
+            label = value.get("label", value.get("name", ""))
+            label = label if isinstance(label, str) else ""
+            for box in boxes if nested else [boxes]:
+                part = (
+                    text if len(text) <= SHOWN_LETTERS else f'{{"{key}": {_shown(box)}, "label": "{clipped(label)}"}}'
+                )
+                if turned and isinstance(box, list) and len(box) == 4:
+                    box = [box[1], box[0], box[3], box[2]]
+                yield _Said(place, part, key, label, box, unit, _score(value))
+
+
+def _shown(box) -> str:
+    """Numbers as they are written, of a few."""
+    is_deep = isinstance(box, dict) or isinstance(box, list) and any(isinstance(one, (dict, list)) for one in box)
+    return "..." if is_deep else clipped(json.dumps(box))
 
 
 def _score(value) -> float | None:

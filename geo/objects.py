@@ -15,6 +15,8 @@ from .writing import GEOJSON, GEOPACKAGE, check_vectors, write_vectors
 OBJECT_COLUMNS = ("label", "score", "level", "source", "left", "top", "right", "bottom")
 OBJECT_LAYER = "objects"
 CSV = ".csv"
+# Of a text that a spreadsheet would take for a formula.
+FORMULA = ("=", "+", "-", "@")
 OBJECT_FILES = (*GEOJSON, GEOPACKAGE, CSV)
 
 
@@ -63,7 +65,7 @@ def write_objects(objects: Objects, path: Path, about: dict[str, str], georefere
 
     The first two are those of `write_vectors`; what was refused, and why there is no object, stand beside the features. A CSV
     has the columns of `objects_frame`, `wkt`, the geometry in the image's own coordinates, and of an image whose place is known
-    `longitude` and `latitude` of the middle of each.
+    `longitude` and `latitude` of the middle of each. Its texts have a "'" before what would be a formula in a spreadsheet.
 
     Args:
         about: name -> text, as question and answer.
@@ -73,6 +75,8 @@ def write_objects(objects: Objects, path: Path, about: dict[str, str], georefere
         ValueError: what `check_objects` refuses.
         ImportError: a package is missing; says what to install.
     """
+    import shapely
+
     path, place = Path(path), {"transform": georeference.transform, "crs": georeference.crs}
     frame = objects_frame(objects, **place)
     if path.suffix.lower() != CSV:
@@ -82,9 +86,11 @@ def write_objects(objects: Objects, path: Path, about: dict[str, str], georefere
         return
     table = frame.drop(columns="geometry").assign(wkt=frame.geometry.to_wkt(rounding_precision=-1))
     if georeference.crs is not None and has_degrees(georeference.crs):
-        middles = in_degrees(frame.centroid, georeference.crs)
+        middles = in_degrees(shapely.centroid(np.asarray(frame.geometry)), georeference.crs)
         table["longitude"], table["latitude"] = ([getattr(one, axis) for one in middles] for axis in "xy")
     if georeference.crs is not None:
         table["crs"] = crs_name(georeference.crs)
+    for name in {"label", "crs"} & set(table.columns):
+        table[name] = table[name].map(lambda text: f"'{text}" if text.startswith(FORMULA) else text)
     with whole_files(path.parent) as built:
         table.to_csv(built / path.name, index=False)

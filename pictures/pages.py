@@ -43,6 +43,8 @@ DOT, INSET, INSET_TOKENS = 6, 0.42, 12
 # object is no smaller than the last of a panel's pixels.
 MAGNIFIED, AROUND, LEAST_SHOWN, LEAST_MARK = 5, 4, 48, 9
 MARK = "#FF2BD6"
+# Letters of an object's label in a title.
+LABEL_LETTERS = 60
 
 
 class Page:
@@ -89,7 +91,10 @@ class Page:
 def render(figure, width) -> Image.Image:
     """A matplotlib figure as an RGB image, so many pixels wide."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.text import Text
 
+    for text in figure.findobj(Text):  # a question about $5 and $6 is no formula
+        text.set_parse_math(False)
     # matplotlib cuts the product of inches and dots per inch to an integer.
     figure.set_dpi((width + 0.01) / figure.get_figwidth())
     canvas = FigureCanvasAgg(figure)
@@ -311,7 +316,8 @@ def objects_picture(objects, image, question="", *, width=WIDTH) -> Image.Image:
         side = max(LEAST_SHOWN, round(AROUND * max(right - left, bottom - top)))
         box = _part_around(size, ((top + bottom) / 2, (left + right) / 2), side)
         part = screen_image(image, page.panel_width, box)
-        words = [one.label or "object"] + ([] if one.score is None else [f"{100 * one.score:.0f} %"])
+        label = one.label if len(one.label) <= LABEL_LETTERS else f"{one.label[:LABEL_LETTERS]} ..."
+        words = [label or "object"] + ([] if one.score is None else [f"{100 * one.score:.0f} %"])
         words += [] if one.box is None else [f"{right - left:.0f} × {bottom - top:.0f} px"]
         panel = page.show(*next(places), part, f"{number}: {', '.join(words)}")
         shift = (box[1], box[0]) * 2

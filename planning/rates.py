@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import tempfile
+import threading
 import time
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -35,6 +36,7 @@ PROBE_TOKENS, PROBE_SIDES, PROBE_KMEANS = (256, 1024, 4096), (256, 2048), (4096,
 # again.
 FAR_OFF = 1.5
 _looked_at = set()  # files of rates that this process has held against the yardstick
+_measuring = threading.Lock()  # two measurements at a time would each find a busy machine
 
 
 @dataclass(frozen=True)
@@ -111,6 +113,11 @@ def rates_of(config, device: torch.device, dtype: torch.dtype) -> Rates:
         ValueError: the device is not here.
     """
     check_device(device)
+    with _measuring:
+        return _rates_of(config, device, dtype)
+
+
+def _rates_of(config, device, dtype):
     path, key = rates_file(config, device, dtype)
     rates, looked_at = known_rates(config, device, dtype) or _unkept.get(path), path in _looked_at
     _looked_at.add(path)

@@ -397,7 +397,7 @@ def behind_doors(
     max_bytes = most_bytes(service)
     text_bytes = service.engine.window * LETTERS_PER_TOKEN * LETTER_BYTES + TEXT_BYTES
     limited = Limits(app, max_bytes, max_requests, min(max_bytes, text_bytes), on_refusal=on_refusal)
-    doors = Doors(limited, keys, hosts, locked)
+    doors = Doors(limited, keys, hosts, locked, origins)
     if origins:
         doors = CORSMiddleware(
             doors, origins, allow_methods=("GET", "POST"), allow_headers=("*",), expose_headers=("x-request-id",)

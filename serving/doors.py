@@ -58,18 +58,21 @@ class Named:
 
 
 class Doors:
-    """Around an application: who has no key, or comes by a name that is not this server's, gets a 4xx.
+    """Around an application: who has no key, or comes by a name or from a page that is not this server's, gets a 4xx.
 
     Args:
         app: ASGI application.
         keys: of which a request for a `locked` path must bring one; none: everybody may ask.
-        hosts: names by which the server is asked, beside those of this machine. None: any name.
+        hosts: names by which the server is asked, beside those of this machine, and of which pages in browsers may be. None: any.
         locked: beginning of the paths that want a key.
+        origins: of other pages that may ask, "*" for all.
     """
 
-    def __init__(self, app, keys: Collection[str] = (), hosts: Collection[str] | None = None, locked="/v1"):
+    def __init__(
+        self, app, keys: Collection[str] = (), hosts: Collection[str] | None = None, locked="/v1", origins: Collection[str] = ()
+    ):  # fmt: skip
         self.app, self.keys, self.locked = app, [key.encode() for key in keys], locked
-        self.hosts = None if hosts is None else {host.lower() for host in hosts}
+        self.hosts, self.origins = None if hosts is None else {host.lower() for host in hosts}, frozenset(origins)
 
     async def __call__(self, scope, receive, send):
         if scope["type"] == "http":
@@ -94,6 +97,14 @@ class Doors:
                 status=403,
                 code="unknown_host",
             )
+        origin = headers.get(b"origin")
+        if self.hosts is not None and origin is not None and not self.knows_page(origin.decode("latin-1")):
+            # What a browser asks for a page without asking first, such as a text, would be worked on.
+            raise Refusal(
+                f"Pages of {clip(origin.decode('latin-1'), 100)!r} may not ask. Start the server with --cors-origin and that origin.",
+                status=403,
+                code="unknown_origin",
+            )
         if self.keys and path.startswith(self.locked):
             kind, _, key = headers.get(b"authorization", b"").partition(b" ")
             given = key.strip() if kind.lower() == b"bearer" else b""
@@ -105,6 +116,9 @@ class Doors:
                     status=401,
                     code="invalid_api_key",
                 )
+
+    def knows_page(self, origin: str) -> bool:
+        return not self.origins.isdisjoint({origin, "*"}) or self.knows(origin.partition("://")[2])
 
     def knows(self, host: str) -> bool:
         try:

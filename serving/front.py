@@ -64,6 +64,11 @@ class ImageFile:
     content: bytes | str
     digest: str
 
+    @property
+    def key(self) -> tuple:
+        """Names what is read of it: a raster is read where it lies whenever a question looks closer, and by what lies beside it."""
+        return (self.digest, self.content) if isinstance(self.content, str) else (self.digest,)
+
     @classmethod
     def of_bytes(cls, content: bytes, name="image") -> "ImageFile":
         return cls(name, content, hashlib.sha256(content).hexdigest())
@@ -170,7 +175,7 @@ class Front:
             What `read_image` raises.
         """
         options = {name: value for name, value in options.items() if value is not None}
-        key = ("picture", source.digest, repr(sorted(options.items())))
+        key = ("picture", *source.key, repr(sorted(options.items())))
         picture = self.cache.get(key, lambda: self._compute(self._open, source, options))
         self.cache.grown(key)  # a JPEG is decoded when it is looked at
         return picture.image
@@ -198,7 +203,7 @@ class Front:
             raise ValueError(
                 "`native` levels are encoded where the question looks, so many tiles: give `max_tiles` too."
             )
-        key = ("image", self.model_key, source.digest, levels, repr(sorted(options.items())))
+        key = ("image", self.model_key, *source.key, levels, repr(sorted(options.items())))
         tiles = {} if max_tiles is None else {"max_tiles": max_tiles, "native": native}
         return self.cache.get(key, lambda: self._compute(self._encode, key, source, options, tiles))
 

@@ -11,6 +11,7 @@ import json
 import logging
 import sys
 from contextlib import asynccontextmanager
+from importlib import import_module
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -20,7 +21,7 @@ from ..common.extras import require
 from ..common.loading import WEIGHTS_NOTE
 from ..common.models import is_tiny
 from ..image_raster_files_uhr_bat import reason
-from .refusals import Refusal
+from .refusals import Refusal, clip
 from .serve import add_arguments, check, listen, make_service, who_may_ask
 
 logger = logging.getLogger(__name__)
@@ -62,7 +63,12 @@ Side = Annotated[
     Number,
     Field(ge=LEAST_SIDE, le=MOST_SIDE, description="Longest side of a picture in pixels: as large as you can see."),
 ]
-Box = Annotated[list[Number], Field(min_length=4, max_length=4, description="[top, left, bottom, right] in pixels.")]
+Box = Annotated[
+    list[Number],
+    Field(min_length=4, max_length=4, fail_fast=True, description="[top, left, bottom, right] in pixels."),
+]
+Bands = Annotated[list[int | str], Field(max_length=3, fail_fast=True)]
+Range = Annotated[list[float], Field(max_length=2, fail_fast=True)]
 
 
 class Reading(BaseModel):
@@ -70,10 +76,8 @@ class Reading(BaseModel):
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    bands: Annotated[list[int | str] | None, Field(description="Three bands or one, by number or name.")] = None
-    value_range: Annotated[str | list[float] | None, Field(description="[black, white], 'dtype' or 'percentile'.")] = (
-        None
-    )
+    bands: Annotated[Bands | None, Field(description="Three bands or one, by number or name.")] = None
+    value_range: Annotated[str | Range | None, Field(description="[black, white], 'dtype' or 'percentile'.")] = None
     nodata: Annotated[float | None, Field(description="A value that is no part of the image.")] = None
     page: Annotated[int | None, Field(description="Of a TIFF, from 1.")] = None
 
@@ -98,6 +102,7 @@ class Loading:
 
     def __init__(self, args):
         self._args, self._task = args, None
+        self.max_calls = args.max_requests
 
     def start(self):
         if self._task is None:
@@ -125,6 +130,7 @@ class Loaded:
 
     def __init__(self, tools):
         self._tools = tools
+        self.max_calls = tools.engine.max_requests
 
     def start(self):
         pass
@@ -166,7 +172,7 @@ def make_server(ready, note: str = ""):
 
     class Server(MCPServer):
         async def call_tool(self, name, arguments, context=None):
-            """As the package calls a tool; what is wrong with a call is one sentence, and nothing in it is passed over."""
+            """As the package calls a tool; what is wrong with a call is one short sentence, and nothing in it is passed over."""
             known = {tool.name: list(tool.input_schema["properties"]) for tool in await self.list_tools()}
             if name not in known:
                 raise ToolError(f"There is no tool {name[:100]!r}. There are {', '.join(known)}.")
@@ -177,27 +183,36 @@ def make_server(ready, note: str = ""):
             except ToolError as error:
                 cause = error.__cause__
                 if isinstance(cause, ValidationError):
-                    from .chat import fault
-
-                    raise ToolError(fault(arguments, cause, "The arguments").message) from None
+                    # It imports torch: on the loop all others would wait, for a model that is being loaded too.
+                    chat = await asyncio.to_thread(import_module, ".chat", __package__)
+                    raise ToolError(chat.fault(arguments, cause, "The arguments").message) from None
                 raise (cause if isinstance(cause, ToolError) else error)
 
     server = Server("uhr-bat", instructions=f"{SAYS} {note}".strip(), log_level="WARNING", lifespan=lifespan)
 
+    calls = 0
+
     def tool(call):
-        """Lists a tool, which gets the tools and a step where it names a context; whatever it raises is a sentence."""
+        """Lists a tool, which gets the tools and a step where it names a context; whatever it raises is a sentence. Of calls whose
+        client went without a word each is one that is worked on."""
 
         @functools.wraps(call)
         async def told(context, **arguments):
+            nonlocal calls
+            if calls >= ready.max_calls:
+                raise ToolError(f"{calls} calls are being worked on, which is the most of this server. Try again.")
+            calls += 1
             try:
                 return await call(context, **arguments)
             except MemoryError:
                 raise ToolError("This takes more memory than the server has.") from None
             except (Refusal, OSError, ValueError, ImportError) as error:
-                raise ToolError(str(error) or reason(error)) from error
+                raise ToolError(clip(" ".join(str(error).split()) or reason(error))) from error
             except Exception as error:
                 logger.exception("A tool failed.")
                 raise ToolError("The server failed; its log says why.") from error
+            finally:
+                calls -= 1
 
         hints = ToolAnnotations(read_only_hint=True, idempotent_hint=True, destructive_hint=False)
         server.add_tool(told, annotations=hints, structured_output=False)
@@ -343,7 +358,8 @@ def build(args):
         # The server's own doors know its names.
         transport_security=TransportSecuritySettings(enable_dns_rebinding_protection=False),
     )
-    return behind_doors(app, tools.service, args.max_requests, **who_may_ask(args), locked=PATH)
+    # There is a place for the request that cancels a call, however many calls there are.
+    return behind_doors(app, tools.service, 2 * args.max_requests, **who_may_ask(args), locked=PATH)
 
 
 def note_of(args) -> str:

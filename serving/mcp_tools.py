@@ -5,15 +5,18 @@ what the server's cache holds: an image is encoded once, a question is compresse
 left, bottom, right).
 """
 
+import functools
 import io
+import re
 from collections.abc import Awaitable, Callable
-from contextlib import aclosing, contextmanager
+from contextlib import aclosing
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from ..common.asking import check_letters
 from ..common.windows import best_windows, window_importance
 from ..geo import Georeference, overview_jpeg
 from ..geo.georeference import crs_name
@@ -35,6 +38,24 @@ CELL = 8
 Step = Callable[[str, Awaitable], Awaitable[Any]]
 
 
+def without_folder(tool):
+    """A tool whose errors name images as whoever called did: where the server's folder lies is nobody's affair."""
+
+    @functools.wraps(tool)
+    async def told(self, *args, **kwargs):
+        try:
+            return await tool(self, *args, **kwargs)
+        except (Refusal, OSError, ValueError) as error:
+            folder = self.service.sources.folder
+            if folder in (None, Path("/")) or str(folder) not in str(error):
+                raise
+            # The folder itself, and no path that only begins or ends like it.
+            place = rf"(?<![\w.-]){re.escape(str(folder))}(?:/|(?![\w.-]))"
+            raise Refusal(re.sub(place, lambda found: "" if found[0].endswith("/") else ".", str(error))) from error
+
+    return told
+
+
 class Tools:
     """The tools, each a call with a `step`, by which it waits.
 
@@ -49,6 +70,7 @@ class Tools:
     def __init__(self, service: Service):
         self.service, self.engine, self.front = service, service.engine, service.engine.front
 
+    @without_folder
     async def open(self, step: Step, image: str, *, max_tiles: int, reading: dict | None = None) -> dict:
         """Size, place on the ground, levels and costs of an image, of which nothing is encoded."""
         picture, config = await self._picture(step, image, reading), self.front.model.config
@@ -68,11 +90,13 @@ class Tools:
             "cost": told_plan(found),
         }
 
+    @without_folder
     async def plan(self, step: Step, size: tuple[int, int], budgets, max_tiles: int) -> dict:
         """What a question about an image of a size costs; with a limit as "24GiB" or "5s", the budgets that stay below it."""
         found = await step("planning", self.engine.call(self._plan, size, budgets, max_tiles))
         return {"image_size": list(size), "cost": told_plan(found)}
 
+    @without_folder
     async def ask(
         self, step: Step, image: str, question: str, *, max_tiles: int, evidence: int, window=None, budgets=None,
         max_tokens=None, reading: dict | None = None,
@@ -92,6 +116,7 @@ class Tools:
             **best_evidence(kept, evidence, tuple(window[:2]) if window else (0, 0)),
         }
 
+    @without_folder
     async def objects(
         self, step: Step, image: str, question: str, *, max_tiles: int, budgets=None, max_tokens=None, reading: dict | None = None
     ) -> dict:  # fmt: skip
@@ -104,6 +129,7 @@ class Tools:
         found = await step("placing objects", work)
         return {"answer": answer, **found, "objects": [rows_first(one) for one in found["objects"]]}
 
+    @without_folder
     async def where(
         self, step: Step, image: str, question: str, *, number: int, side: int, max_tiles: int, reading: dict | None = None
     ) -> dict:  # fmt: skip
@@ -117,6 +143,7 @@ class Tools:
             "windows": [{"window": list(one.box), "share": round(one.share, 4)} for one in windows],
         }
 
+    @without_folder
     async def look(
         self, step: Step, image: str, window=None, question: str = "", *, side: int, max_tiles: int, reading: dict | None = None
     ) -> tuple[bytes, dict]:  # fmt: skip
@@ -143,9 +170,8 @@ class Tools:
 
         async def opened():
             options = request.reader_options | {"max_image_pixels": self.service.max_image_pixels}
-            with self._without_folder():
-                source = await self.service.sources.read(*request.image_urls())
-                return await self.engine.call(self.front.open, source, **options)
+            source = await self.service.sources.read(*request.image_urls())
+            return await self.engine.call(self.front.open, source, **options)
 
         return await step("reading the image", opened())
 
@@ -153,20 +179,9 @@ class Tools:
         """A question whose image is encoded and compressed, by the server's own way of a request."""
         if not question.strip():
             raise ValueError("There is no question.")
+        check_letters(question)
         request = self._request(image, question.strip(), max_tiles, reading, **fields)
-        with self._without_folder():
-            return await step("encoding and choosing", self.service.ask(request))
-
-    @contextmanager
-    def _without_folder(self):
-        """Errors name images as whoever called did: where the server's folder lies is nobody's affair."""
-        try:
-            yield
-        except (Refusal, OSError, ValueError) as error:
-            folder = self.service.sources.folder
-            if folder is None or str(folder) not in str(error):
-                raise
-            raise Refusal(str(error).replace(f"{folder}/", "").replace(str(folder), ".")) from error
+        return await step("encoding and choosing", self.service.ask(request))
 
     def _request(self, image, question, max_tiles, reading, **fields):
         """As a client of the server would send it."""

@@ -206,7 +206,7 @@ class Desk:
         picture = self.front.processor.image_processor.process_image(source.content, **options)
         limit = {name: value for name, value in options.items() if name == "max_image_pixels"}
         # The front is handed the opened image: it is read and checked once. How it was read is part of what names it.
-        opened = ImageFile(source.name, picture, f"{source.digest} {sorted(options.items())}")
+        opened = ImageFile(source.name, picture, f"{source.key} {sorted(options.items())}")
         start = time.perf_counter()
         max_tiles, native = tiles or (None, None)
         encoded = self.front.encode(opened, max_tiles, native, **limit)

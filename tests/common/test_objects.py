@@ -88,6 +88,37 @@ def test_what_makes_no_sense_is_refused_with_its_text(text, why):
     assert not alone and why in alone.note
 
 
+def test_a_box_is_found_however_deep_it_lies_in_json():
+    text = '{"a": [[{"b": [{"c": [[], [{"bbox_2d": [100, 200, 300, 400], "label": "ship"}]]}]}]]}'
+    assert boxes(text) == boxes('{"a":' * 300 + text[6:-1] + "}" * 300) == SHIP
+
+
+def test_a_label_is_one_line_of_letters_that_every_file_keeps():
+    text = r'{"bbox_2d": [100, 200, 300, 400], "label": " a\n\t big \ud83d\u0000ship "} {"bbox_2d": [9, 9, 1, 1], "label": "\ud83d"}'
+    found = read_objects(
+        text + " " * 99 + r'{"box_2d": ["\ud83d"], "label": "\ud83d", "a": "' + "b" * 300 + '"}', "qwen3_vl", SQUARE
+    )
+    assert [one.label for one in found] == ["a big \ufffd\ufffdship"]
+    assert len(found.refused) == 2 and str(found.record()).encode()
+
+
+@pytest.mark.parametrize("text", [
+    "<points " + " ".join(f'x{idx}="1001" y{idx}="1"' for idx in range(300)) + ">ship</points>",
+    "<loc1024>" * 400 + " ship",
+    f"<box>[{', '.join(['[1, 1, 1001, 2]'] * 300)}]</box>",
+    f'{{"bbox_2d": [{", ".join(["[1, 1, 1001, 2]"] * 300)}], "label": "{"ship" * 300}"}}',
+])  # fmt: skip
+def test_what_is_refused_of_a_long_list_is_told_in_short(text):
+    found = read_objects(text, "internvl", SQUARE)
+    assert not found and len(found.refused) >= 100 and max(len(one.text) for one in found.refused) < 700
+
+
+def test_of_an_endless_answer_the_beginning_is_read_and_the_rest_is_refused():
+    box = '{"bbox_2d": [1, 2, 3, 4]} '
+    found = read_objects(box + "{" * 2**20 + box, "qwen3_vl", SQUARE)
+    assert len(found) == 1 and "up to 1,048,576 letters, and this has 1,048,627" in found.refused[0].why
+
+
 def test_a_family_whose_unit_nobody_knows_is_refused():
     (refused,) = read_objects('{"bbox_2d": [1, 2, 3, 4]}', "llava", SQUARE).refused
     assert refused.why == "what numbers count is not known of a model of the type 'llava'"

@@ -96,10 +96,23 @@ def test_no_objects_are_a_file_without_rows_that_says_what_the_answer_was(ending
         assert json.loads(path.read_text())["empty"] == "The answer holds no box and no point: 'two ships'."
 
 
+@pytest.mark.filterwarnings("error")
 def test_points_beyond_the_antimeridian_come_back_within_a_turn(tmp_path):
     place = Georeference(Affine(0.5, 0, 170, 0, -0.5, 10), rasterio.CRS.from_epsg(4326))
-    write_objects(Objects([ImageObject("a", point=(30, 2))]), tmp_path / "a.geojson", ABOUT, place)
+    found = Objects([ImageObject("a", point=(30, 2)), ImageObject("b", (20, 0, 24, 2))])
+    write_objects(found, tmp_path / "a.geojson", ABOUT, place)
     assert gpd.read_file(tmp_path / "a.geojson").geometry[0].coords[0] == (-175, 9)
+    write_objects(found, tmp_path / "a.csv", ABOUT, place)
+    assert pd.read_csv(tmp_path / "a.csv")[["longitude", "latitude"]].values.tolist() == [[-175, 9], [-179, 9.5]]
+
+
+@pytest.mark.parametrize("label", ['=HYPERLINK("https://a.example")', "+1", "-1+2", "@SUM(A1)"])
+def test_a_label_is_no_formula_in_a_spreadsheet(label, tmp_path):
+    found = Objects([ImageObject(label, point=(1, 2)), ImageObject("a=b-c", point=(1, 2))])
+    write_objects(found, tmp_path / "a.csv", ABOUT)
+    assert pd.read_csv(tmp_path / "a.csv")["label"].tolist() == [f"'{label}", "a=b-c"]
+    write_objects(found, tmp_path / "a.geojson", ABOUT)
+    assert gpd.read_file(tmp_path / "a.geojson")["label"][0] == label
 
 
 def test_a_layer_of_another_kind_stays(tmp_path):

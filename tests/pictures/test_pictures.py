@@ -325,8 +325,9 @@ def test_kept_tokens_that_would_be_dots_are_shown_larger_beside_their_place():
 def test_objects_are_marked_where_they_are_and_the_first_are_shown_larger():
     pixels = np.full((1500, 3000, 3), 60, np.uint8)
     pixels[1000:1004, 400:408] = (0, 255, 0)
-    found = [ImageObject("ship", (400, 1000, 408, 1004), score=0.9), ImageObject("buoy", point=(2900.0, 100.0))]
-    picture = pages.objects_picture(found, Image.fromarray(pixels), "Where?")
+    label = r"ship of $\price$ " * 30  # which is no formula
+    found = [ImageObject(label, (400, 1000, 408, 1004), score=0.9), ImageObject("buoy", point=(2900.0, 100.0))]
+    picture = pages.objects_picture(found, Image.fromarray(pixels), r"Where is $\price$?")
     green = (np.abs(np.asarray(picture).astype(int) - (0, 255, 0)) < 60).all(-1)
     assert green.sum() > 10 * 8 * 4  # of which a third would be left
     panel = pink(picture)[:, : picture.width // 3]

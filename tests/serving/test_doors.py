@@ -65,6 +65,22 @@ def test_who_has_no_key_gets_a_401_in_openais_form(service, header, status):
             assert response.headers["WWW-Authenticate"] == "Bearer"
 
 
+def test_a_page_of_a_stranger_may_not_ask_a_server_of_this_machine(service):
+    pages = [
+        "https://else.example",
+        "null",
+        "http://localhost.else.example",
+        "http://localhost:3000",
+        "https://map.example",
+    ]
+    asked = [("POST", "/v1/chat/completions", {"Origin": page}, QUESTION) for page in pages]
+    options = {"hosts": ["127.0.0.1"], "origins": ["https://map.example"]}
+    responses = ask(service, *asked, **options)
+    assert [response.status_code for response in responses] == [403, 403, 403, 200, 200]
+    assert responses[0].json()["error"]["code"] == "unknown_origin"
+    assert {one.status_code for one in ask(service, *asked, **options | {"origins": ["*"]})} == {200}
+
+
 def test_health_needs_no_key(service):
     assert [one.status_code for one in ask(service, ("GET", "/health", {}, None), keys=["one"])] == [200]
 
@@ -94,7 +110,9 @@ def test_a_server_of_this_machine_is_asked_by_its_own_names(service, host, statu
     assert status == 200 or "--allow-hosts" in response.json()["error"]["message"]
 
 
-@pytest.mark.parametrize("given, taken", [("a-1.B:2", True), ("", False), ("a b", False), ("x" * 129, False), ("<b>", False)])
+@pytest.mark.parametrize(
+    "given, taken", [("a-1.B:2", True), ("", False), ("a b", False), ("x" * 129, False), ("<b>", False)]
+)
 def test_a_client_names_its_request_in_one_word(service, given, taken):
     (response,) = ask(service, ("GET", "/health", {"x-request-id": given}, None))
     name = response.headers["x-request-id"]

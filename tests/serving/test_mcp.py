@@ -10,6 +10,8 @@ import shlex
 import shutil
 import sys
 import threading
+from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -18,6 +20,7 @@ pytest.importorskip("mcp")
 from images import random_image  # noqa: E402
 from mcp import Client, StdioServerParameters  # noqa: E402
 from PIL import Image  # noqa: E402
+from pydantic import ValidationError  # noqa: E402
 from rasters import random_bands, write_raster  # noqa: E402
 from served import serve_app  # noqa: E402
 from uhr_bat.common.loading import ROOT  # noqa: E402
@@ -235,12 +238,73 @@ def test_objects_are_told_rows_first_in_pixels_and_on_the_ground(call, monkeypat
     ("open", {"image": "data:image/png;base64,AAAA"}, "image"),
     ("open", {"image": " "}, "There is no image."),
     ("open", {"image": "."}, "The image '.' is not read: there is no such file"),
+    ("where", {"image": "0.png", "question": "\ud800?"}, "Letter 1 of the text, '\\ud800', is half of one"),
+    ("plan", {"height": 900, "width": 900, "budgets": "1" * 5000}, "Got '1111"),
     ("sing", {}, "There is no tool 'sing'. There are open, ask, objects, where, look, plan."),
 ])  # fmt: skip
 def test_what_is_wrong_with_a_call_is_a_sentence(talk, tools, name, arguments, message):
     said = sentence(talk(lambda client: client.call_tool(name, arguments)))
-    assert message in said and "\n" not in said and "Traceback" not in said
+    assert message in said and "\n" not in said and "Traceback" not in said and len(said) <= 1000
     assert str(tools.service.sources.folder) not in said
+
+
+@pytest.mark.parametrize("values", [{"bands": [{}] * 9}, {"value_range": ["a"] * 9}])
+def test_of_a_long_list_of_wrong_values_one_is_looked_at(values):
+    with pytest.raises(ValidationError) as caught:
+        mcp.Reading.model_validate(values)
+    assert {part for error in caught.value.errors() for part in error["loc"] if isinstance(part, int)} == {0}
+
+
+@pytest.mark.parametrize("place, error, told", [
+    ("/data", "/data/a.tif: gone, not /database/b.tif and x/data", "a.tif: gone, not /database/b.tif and x/data"),
+    ("/data", "[Errno 2] No such file: '/data/a.tif' in '/data'", "[Errno 2] No such file: 'a.tif' in '.'"),
+    ("/", "/a.tif and https://b.org/c are gone", "/a.tif and https://b.org/c are gone"),
+])  # fmt: skip
+def test_errors_do_not_tell_where_the_folder_lies_whatever_step_raised_them(
+    talk, tools, monkeypatch, place, error, told
+):
+    def gone(*args):
+        raise OSError(error)
+
+    monkeypatch.setattr(mcp_tools, "overview_jpeg", gone)
+    picture = (
+        "data:image/png;base64," + base64.b64encode((tools.service.sources.folder / "0.png").read_bytes()).decode()
+    )
+    monkeypatch.setattr(tools.service, "sources", replace(tools.service.sources, folder=Path(place)))
+    assert sentence(talk(lambda client: client.call_tool("look", {"image": picture}))) == told
+
+
+def test_a_raster_that_was_renamed_is_looked_at_where_it_lies_now(call, folder):
+    arguments = {"question": QUESTION, "side": 64, "max_tiles": 8}
+    shutil.copy(folder / "scene.tif", folder / "before.tif")
+    found = call("where", image="before.tif", **arguments)
+    (folder / "before.tif").rename(folder / "after.tif")
+    assert call("where", image="after.tif", **arguments | {"question": QUESTION + " Now?"})["image_size"] == [400, 300]
+    assert call("where", image="after.tif", **arguments) == found
+    assert call("look", image="after.tif")["full_resolution"]
+
+
+def test_more_calls_than_the_server_works_on_are_refused_and_those_that_ended_do_not_count(talk, tools, monkeypatch):
+    size, plan, begun, go_on = {"height": 400, "width": 300}, tools._plan, [], threading.Event()
+
+    def slowly(*args):
+        begun.append(True)
+        go_on.wait(20)
+        return plan(*args)
+
+    async def conversation(client):
+        waiting = [asyncio.create_task(client.call_tool("plan", size)) for _ in range(2)]
+        while len(begun) < 2:
+            await asyncio.sleep(0.01)
+        refused = await client.call_tool("open", {"image": "scene.tif"})
+        go_on.set()
+        return refused, [*await asyncio.gather(*waiting), await client.call_tool("plan", size)]
+
+    monkeypatch.setattr(tools.engine, "max_requests", 2)
+    monkeypatch.setattr(tools, "_plan", slowly)
+    refused, done = talk(conversation)
+    assert sentence(refused) == "2 calls are being worked on, which is the most of this server. Try again."
+    assert len({facts(one)["cost"]["flops"] for one in done}) == 1
 
 
 def test_what_nobody_foresaw_is_a_sentence_too(talk, tools, monkeypatch):
@@ -351,6 +415,7 @@ def test_over_http_the_answer_is_the_same_by_both_protocols_for_whoever_has_the_
     monkeypatch.setattr(mcp, "make_tools", lambda args: tools)
     monkeypatch.setattr(tools.engine, "close", Kept(tools).close)
     app = mcp.build(mcp.parser().parse_args(["--name", "tiny", "--api-key", "secret"]))
+
     async def run(address, mode):
         async with httpx2.AsyncClient(headers={"Authorization": "Bearer secret"}, timeout=120) as http:
             async with Client(streamable_http_client(address, http_client=http), mode=mode) as client:
