@@ -25,13 +25,13 @@ def test_the_commands_run_one_after_the_other(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(convert_checkpoint, "push", lambda folder, repository: pushed.append((folder, repository)))
     (block,) = re.findall(r"```bash\n(.*?)```", PAGE, re.DOTALL)
     commands = [line for line in block.splitlines() if line.startswith("uhr-bat ")]
-    assert len(commands) == 8
+    assert len(commands) == 6
     for command in commands:
         arguments = re.findall(r'"[^"]*"|\S+', command.removeprefix("uhr-bat "))
         arguments = [one.strip('"') for one in arguments] + (SHORTER.split() if " train --" in command else [])
         assert cli.main(arguments) == 0, (command, capsys.readouterr().err[-2000:])
     assert pushed == [(tmp_path / "runs" / "pushed", "USER/NAME")]
-    for name in ("whole", "merged", "release", "pushed"):
+    for name in ("merged", "release", "pushed"):
         assert (tmp_path / "runs" / name / "modeling_uhr_bat.py").is_file(), name
 
 
