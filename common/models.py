@@ -11,19 +11,21 @@ from argparse import Action, ArgumentError, ArgumentParser
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
+NONE_IS_A_NAME = ("region_method",)
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 SMALL, WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt"), ("model*.safetensors", "adapter_model.safetensors")
 
 
 def setting(text: str) -> tuple:
-    """("look", 0.5) from "look=0.5", ("max_tiles", None) from "max_tiles=none"; what is no JSON is text."""
+    """("look", 0.5) from "look=0.5", ("max_tiles", None) from "max_tiles=none"; what is no JSON is text, and so is "none"
+    for a setting that has a value of this name."""
     name, equals, value = text.partition("=")
     if not equals or not name:
         raise ValueError(text)
     try:
         return name, json.loads(value.lower() if value.lower() in ("true", "false") else value)
     except json.JSONDecodeError:
-        return name, None if value.lower() == "none" else value
+        return name, None if value.lower() == "none" and name not in NONE_IS_A_NAME else value
 
 
 # What the calls that load a model take beside its settings.

@@ -1,5 +1,6 @@
 """`docs/first_hour.md`: a newcomer runs its blocks one after the other in an empty folder."""
 
+import json
 import re
 import shlex
 import tomllib
@@ -55,6 +56,10 @@ def test_the_blocks_run_one_after_the_other(tmp_path, monkeypatch, capsys):
         else:
             assert block in printed
     assert len(BLOCKS) == 10 and pages == [ROOT]
+    answers = [json.loads(line) for line in Path("runs/score/predictions.jsonl").read_text().splitlines()]
+    rows = [json.loads(line) for line in Path("test.jsonl").read_text().splitlines()]
+    said = [one["answer"] for one in answers if one["view"] == "image"]
+    assert [one["answer"].strip() for one in rows] == [answer.strip() for answer in said]
     made = {"kept.geojson", "attention.tif", "kept.html", "runs/mine/model.safetensors", "runs/score/figures.md"}
     assert all(Path(path).stat().st_size for path in made)
     # The picture of the page is this one, up to what other weights would keep.

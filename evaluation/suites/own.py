@@ -31,6 +31,11 @@ def prompt(sample: Sample) -> str:
     return f"{sample.question.strip()}\nAnswer the question using a single word or phrase."
 
 
+def as_written(sample: Sample) -> str:
+    """Without a word of ours, as a model that was fine-tuned on such questions has read them."""
+    return f"{sample.question.strip()}\n{lettered(sample)}" if sample.options else sample.question.strip()
+
+
 def options_of(record) -> list[str]:
     options = first(record, "options", "multi-choice options", "Answer choices", "choices", default=[])
     if isinstance(options, str):
@@ -53,7 +58,7 @@ class Own(Suite):
     files = ("*.tsv", "*.jsonl", "*.json", "*.csv", "**/*.parquet")
     places = ("", "images", "image")
     anywhere = True
-    prompts = {"own/short-1": prompt}
+    prompts = {"own/short-1": prompt, "own/as-written-1": as_written}
     scorers = (
         Scorer(
             "own/match-1",

@@ -251,9 +251,11 @@ def test_values_are_numbers_truths_nothing_or_texts():
     parser = ArgumentParser()
     add_model_argument(parser)
     given = ["look=0.5", "levels=3", "marks=True", "max_tiles=none", "places=levels", "budgets=[1,2]", "levels=4"]
+    given += ["region_method=none"]  # the name of a method
     args = parser.parse_args([part for one in given for part in ("--set", one)])
     assert args.set == {
         "look": 0.5, "levels": 4, "marks": True, "max_tiles": None, "places": "levels", "budgets": [1, 2],
+        "region_method": "none",
     }  # fmt: skip
     assert parser.parse_args([]).set == {}
     with pytest.raises(SystemExit):

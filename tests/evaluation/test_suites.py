@@ -309,6 +309,8 @@ def test_a_suite_of_ones_own_needs_no_code(tmp_path):
         asked("own", which)
         == "Which?\nA. red\nB. blue\nAnswer with the option's letter from the given choices directly."
     )
+    as_written = SUITES["own"].prompts["own/as-written-1"]
+    assert [as_written(one) for one in (which, many)] == ["Which?\nA. red\nB. blue", "How many?"]
     assert [scorer.score(which, "The answer is b.") for scorer in SUITES["own"].scorers] == [1, 1]
     assert [scorer.score(many, "2") for scorer in SUITES["own"].scorers] == [0, 1]
 
