@@ -240,6 +240,13 @@ def unread_jpeg(image: Image.Image) -> bytes | None:
     return content if states[0] == states[1] else None
 
 
+def _line(image, axis, place):
+    """A row (axis 0) or column of an image."""
+    line = Image.new("RGB", (image.width, 1) if axis == 0 else (1, image.height))
+    line.paste(image, (0, -place) if axis == 0 else (-place, 0))
+    return line
+
+
 class ReducedPicture(NamedTuple):
     """A smaller copy of a picture, of which a pixel is the mean of `factor` x `factor`.
 
@@ -298,6 +305,13 @@ class ReducedPicture(NamedTuple):
             line = Image.new("RGB", line_size)
             line.paste(padded, (-at[0], -at[1]))
             padded.paste(Image.blend(Image.new("RGB", line_size, tuple(pad_color)), line, share), tuple(at))
+        for axis in range(2):
+            # A pixel that an edge of the canvas cuts counts as a whole one: for the part of it beyond, its neighbour stands.
+            last = sizes[axis] - 1
+            for place, beside, beyond in ((0, 1, lows[axis]), (last, last - 1, last + 1 - ends[axis])):
+                if last and 1e-6 < beyond < 1:
+                    line = Image.blend(_line(padded, axis, place), _line(padded, axis, beside), beyond)
+                    padded.paste(line, (0, place) if axis == 0 else (place, 0))
         box = lows[1], lows[0], min(ends[1], sizes[1]), min(ends[0], sizes[0])
         return np.asarray(padded.resize(view[::-1], resample, box))
 

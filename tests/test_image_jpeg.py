@@ -137,6 +137,15 @@ def test_a_turned_jpeg_of_odd_sides_is_close_to_the_whole_one_at_its_edges_too(p
     assert processor.open_image(tmp_path / "turned.jpg").image.tobytes() == upright.tobytes()
 
 
+@pytest.mark.parametrize("size", [(771, 1029), (513, 300), (1025, 1023)])
+def test_a_line_along_every_edge_is_as_bright_as_in_the_whole(processor, tmp_path, size):
+    pixels = np.full((*size, 3), 60, np.uint8)
+    pixels[[0, -1]], pixels[:, [0, -1]] = 250, 250
+    Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95, subsampling=0)
+    whole, found = (tiles_of(processor, tmp_path / "a.jpg", overviews=mode) for mode in ("off", "auto"))
+    assert 0 < np.abs(found - whole).max() <= 8
+
+
 @pytest.mark.parametrize("mode, image_format, options", [
     ("L", "JPEG", {}), ("RGB", "JPEG", {"progressive": True}), ("RGB", "JPEG", {"subsampling": 0}),
     ("RGB", "MPO", {"save_all": True}),
