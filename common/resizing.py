@@ -40,9 +40,8 @@ def resize_image(
             return image.streamed.picture(size, box)
         reduced = image.smaller(side, gap)
         if box and reduced.factor > 1:
-            ends = reduced.picture.height, reduced.picture.width
-            first = [min(round(edge / reduced.factor), end - 1) for edge, end in zip(box[:2], ends)]
-            box = *first, *(max(round(edge / reduced.factor), low + 1) for edge, low in zip(box[2:], first))
+            top, left, bottom, right = (edge / reduced.factor for edge in box)
+            return reduced.picture.resize(size[::-1], resample, (left, top, right, bottom), reducing_gap)
         image = reduced.picture
     image = image.image if kind == "picture" else image
     if box:
