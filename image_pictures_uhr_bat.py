@@ -262,6 +262,17 @@ class ReducedPicture(NamedTuple):
     size: tuple[int, int]
     orientation: int = 1
 
+    def box(self, edges: tuple[int, int, int, int]) -> tuple[float, float, float, float]:
+        """(left, top, right, bottom) in its own pixels, of a box (top, left, bottom, right) of the picture."""
+        _, *is_reversed = upright_by(self.orientation)
+        copied = self.picture.height, self.picture.width
+        before = [
+            (number * self.factor - length) * at_start
+            for number, length, at_start in zip(copied, self.size, is_reversed)
+        ]
+        top, left, bottom, right = ((edge + before[idx % 2]) / self.factor for idx, edge in enumerate(edges))
+        return left, top, right, bottom
+
     def view(
         self,
         canvas: tuple[int, int],

@@ -39,9 +39,8 @@ def resize_image(
         if image.streamed is not None and jpeg_reduction((image.height, image.width), side, gap) == 1:
             return image.streamed.picture(size, box)
         reduced = image.smaller(side, gap)
-        if box and reduced.factor > 1:
-            top, left, bottom, right = (edge / reduced.factor for edge in box)
-            return reduced.picture.resize(size[::-1], resample, (left, top, right, bottom), reducing_gap)
+        if reduced.factor > 1:
+            return reduced.picture.resize(size[::-1], resample, reduced.box(edges), reducing_gap)
         image = reduced.picture
     image = image.image if kind == "picture" else image
     if box:
