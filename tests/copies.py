@@ -1,12 +1,21 @@
-"""Copies of the test's own process, which have all its imports: what a launcher starts, and what can be killed."""
+"""Copies of the test's own process, which have all its imports: what a launcher starts, and what can be killed. And an
+executor that needs no process."""
 
 import os
+import pickle
 import socket
 import sys
 import threading
+from concurrent.futures import Future
+from contextlib import nullcontext
 from multiprocessing import get_context
 
 from tqdm import tqdm
+
+
+def forked(kind):
+    """In place of a module's `get_context`: its processes are copies of this one, too."""
+    return get_context("fork")
 
 
 def start_copies(number, function, *arguments):
@@ -39,3 +48,17 @@ def _run_as(rank, number, port, function, arguments):
     tqdm.set_lock(threading.RLock())
     AcceleratorState._reset_state(reset_partial_state=True)
     sys.exit(function(*arguments))
+
+
+class Inline(nullcontext):
+    """An executor that runs what it is given at once, in this process: others take seconds to start, and would not see what a
+    test plants. What comes and goes is pickled, as between processes."""
+
+    def __enter__(self):
+        return self
+
+    def submit(self, function, *arguments):
+        function, arguments = pickle.loads(pickle.dumps((function, arguments)))
+        future = Future()
+        future.set_result(pickle.loads(pickle.dumps(function(*arguments))))
+        return future

@@ -1,40 +1,27 @@
 """The benchmark runs, both of its sides agree, and it fails where they do not. No time is asserted."""
 
 import json
-from concurrent.futures import Future
-from contextlib import nullcontext
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from copies import Inline, forked
 from PIL import Image
 from uhr_bat.benchmarks import compare, gpu, images, run, sides
-from uhr_bat.benchmarks.compare import Sizes
-from uhr_bat.benchmarks.measures import MEASURES, compression, end_to_end, flops
+from uhr_bat.benchmarks.measures import MEASURES, compression, end_to_end, flops, quantized
 from uhr_bat.benchmarks.meters import FlopMeter, SyncMeter
 from uhr_bat.benchmarks.sides import SIDES, STAGES, Meter, ask, prompt_ids, side_of
 from uhr_bat.benchmarks.straightforward import Straightforward, cluster, select
 from uhr_bat.token_clustering_uhr_bat import cluster_regions
 from uhr_bat.token_compression_uhr_bat import merge_tokens, select_tokens
+from uhr_bat.training import sft
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="resident memory is read from /proc")
 
 
-class Inline(nullcontext):
-    """An executor that runs what it is given at once, in this process."""
-
-    def __enter__(self):
-        return self
-
-    def submit(self, function, *arguments):
-        future = Future()
-        future.set_result(function(*arguments))
-        return future
-
-
 @pytest.fixture
 def in_one_process(monkeypatch):
-    """Processes take seconds to start, and would not see what a test plants."""
     monkeypatch.setattr(sides, "one_process", Inline)
 
 
@@ -53,9 +40,24 @@ def ask_both(path):
 # The command
 
 
+def first_time(train):
+    """Train by the options of the first call; those of others are read all the same."""
+    trained = []
+
+    def train_once(*options):
+        if not trained:
+            trained.append(train(*options))
+        return trained[0]
+
+    return train_once
+
+
 @pytest.mark.slow
 def test_all_measures_run_and_the_last_line_is_json(in_one_process, monkeypatch, capsys, tmp_path):
     monkeypatch.setattr(end_to_end, "LIBRARIES", "import torch")
+    monkeypatch.setattr(end_to_end, "MAX_TILES", 16)
+    monkeypatch.setattr(quantized, "QUESTIONS", 1)
+    monkeypatch.setattr(sft, "train", first_time(sft.train))
     assert run_quick("--output", str(tmp_path)) == 0
     printed = capsys.readouterr().out
     result = json.loads(printed.splitlines()[-1])
@@ -64,14 +66,16 @@ def test_all_measures_run_and_the_last_line_is_json(in_one_process, monkeypatch,
     written = (tmp_path / "results.md").read_text()
     rows = [row for rows in result["measures"].values() for row in rows]
     assert all(row["measure"] in written and row["result"] in written for row in rows)
-    assert list(result["measures"]["end_to_end"][0]["numbers"]["stages"]) == list(STAGES)
+    question, memory = (row["numbers"] for row in result["measures"]["end_to_end"])
+    assert list(question["stages"]) == list(STAGES) and set(memory["peak_bytes"]) == set(SIDES)
+    assert question["agreement"] == {"same_region": 1.0, "visual_tokens": 152, "answer": 64}
 
 
-@pytest.mark.slow
-def test_each_side_runs_in_a_process_of_its_own(tmp_path):
-    rows = MEASURES["end_to_end"](Sizes(quick=True, repetitions=1, folder=tmp_path))
-    assert set(rows[1].numbers["peak_bytes"]) == set(SIDES)
-    assert rows[0].numbers["agreement"] == {"same_region": 1.0, "visual_tokens": 152, "answer": 64}
+def test_each_side_runs_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(sides, "get_context", forked)
+    with sides.process_pair() as pair:
+        found = {pair[name].submit(os.getpid).result() for name in SIDES for _ in range(2)}
+    assert len(found | {os.getpid()}) == 3
 
 
 def test_a_measure_that_runs_alone_leaves_the_others_as_they_were(in_one_process, tmp_path):

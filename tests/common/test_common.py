@@ -1,7 +1,5 @@
 """What the tools share: loading and saving, the prompt, files, tables, extras."""
 
-import os
-import subprocess
 import sys
 
 import numpy as np
@@ -12,19 +10,8 @@ from uhr_bat.common.asking import answer_texts, expand_placeholder, printable, w
 from uhr_bat.common.budgets import budgets
 from uhr_bat.common.extras import require
 from uhr_bat.common.files import whole_files, whole_folder
-from uhr_bat.common.loading import ROOT, load_model, save_model
+from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.common.tables import interval, percent_interval, table
-
-LOAD_ALONE = """
-import sys
-from transformers import AutoModelForImageTextToText, AutoProcessor
-assert not any(name.split(".")[0] == "uhr_bat" for name in sys.modules)
-processor = AutoProcessor.from_pretrained(".", trust_remote_code=True)
-model, report = AutoModelForImageTextToText.from_pretrained(".", trust_remote_code=True, output_loading_info=True)
-assert not report["missing_keys"] and not report["unexpected_keys"], report
-assert type(model).__module__.startswith("transformers_modules."), type(model)
-assert type(processor.image_processor).__name__ == "UHRBatImageProcessor"
-"""
 
 
 def test_tools_load_the_classes_of_the_package_and_nobody_is_asked_to_trust_it(capfd):
@@ -36,19 +23,6 @@ def test_tools_load_the_classes_of_the_package_and_nobody_is_asked_to_trust_it(c
     assert load_model(ROOT, torch.bfloat16, device_map=None)[1].dtype == torch.bfloat16
     printed = "".join(capfd.readouterr())
     assert "custom code" not in printed and "You are using a model of type" not in printed
-
-
-@pytest.mark.slow
-def test_what_is_saved_loads_where_the_package_is_not(tmp_path):
-    processor, model = load_model()
-    save_model(model, processor, tmp_path / "model")
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    environment |= {"HF_MODULES_CACHE": str(tmp_path / "modules")}
-    overlays = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if "uhr_bat_package_" not in path]
-    environment["PYTHONPATH"] = os.pathsep.join(overlays)
-    command = [sys.executable, "-c", LOAD_ALONE]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=tmp_path / "model")
-    assert done.returncode == 0, done.stderr
 
 
 def test_an_answer_ends_where_its_tokens_do_and_is_shown_without_what_does_not_print():

@@ -8,13 +8,18 @@ import shutil
 import subprocess
 import sys
 import threading
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
+import transformers
 from asking import load, needs_auto_image_processor, picture
+from huggingface_hub import close_session, constants
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageTextToText, AutoProcessor
+from uhr_bat import cli
+from uhr_bat.common.loading import load_model, save_model
 
 
 REPO = "someone/UHR-BAT-Tiny"
@@ -29,7 +34,8 @@ DATA_FILES = {
 }
 
 # Opens the folders or repositories that are named, one after the other, as a user who has nothing else, and prints what
-# was found in each. What is named "SOURCE=FOLDER" is saved to that folder again.
+# was found in each. What is named "SOURCE=FOLDER" is saved to that folder again, "SOURCE=>REPOSITORY" is pushed there and not
+# asked.
 OPEN = """
 import json, sys
 import transformers
@@ -40,6 +46,10 @@ image, *sources = sys.argv[1:]
 found = []
 for source in sources:
     source, _, save_to = source.partition("=")
+    if save_to.startswith(">"):
+        AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True).push_to_hub(save_to[1:])
+        AutoProcessor.from_pretrained(source, trust_remote_code=True).push_to_hub(save_to[1:])
+        continue
     reports = {}
     for door in (AutoModel, AutoModelForImageTextToText):
         model, report = door.from_pretrained(source, trust_remote_code=True, output_loading_info=True)
@@ -56,42 +66,14 @@ for source in sources:
     if save_to:
         model.save_pretrained(save_to)
         processor.save_pretrained(save_to)
+    assert type(model).__module__.startswith("transformers_modules."), type(model)
     found.append({
         "reports": reports,
         "classes": [type(thing).__name__ for thing in (config, processor, processor.image_processor)],
         "padding_side": tokenizer.padding_side,
         "sequence": ids[0].tolist(),
     })
-print(json.dumps(found))
-"""
-
-PUSH = """
-import sys
-import transformers
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-transformers.logging.disable_progress_bar()
-source, repo = sys.argv[1:]
-AutoModelForImageTextToText.from_pretrained(source, trust_remote_code=True).push_to_hub(repo)
-AutoProcessor.from_pretrained(source, trust_remote_code=True).push_to_hub(repo)
-"""
-
-FETCH = """
-import json, sys
-from pathlib import Path
-from huggingface_hub import constants
-from uhr_bat import cli
-
-repo, image = sys.argv[1:]
-commands = (
-    ["plan", repo, "--image-size", "3000x2000", "--tokens", "100", "--device", "cuda"],
-    ["ask", image, "How many ships?", "--max-new-tokens", "1", "--model", repo],
-)
-found = []
-for constants.HF_HUB_OFFLINE in (False, True):
-    for command in commands:
-        code = cli.main(command)
-        found.append((code, bool(list(Path(constants.HF_HUB_CACHE).glob("*/snapshots/*/*.safetensors")))))
+assert not any(name.split(".")[0] == "uhr_bat" for name in sys.modules)
 print(json.dumps(found))
 """
 
@@ -140,14 +122,24 @@ def saved(model_folder, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
+def tools_saved(tmp_path_factory):
+    """A folder that the package's own tools saved."""
+    folder = tmp_path_factory.mktemp("tools") / "model"
+    processor, model = load_model(device_map=None)
+    save_model(model, processor, folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
 def again(tmp_path_factory):
     """A folder for what one process opens from `saved` and saves, and opens again: `opened` fills it."""
     return tmp_path_factory.mktemp("again")
 
 
 @pytest.fixture(scope="module")
-def downloaded(hub, tmp_path_factory):
+def downloaded(pushed, tmp_path_factory):
     """A folder with the files that were pushed."""
+    hub, _ = pushed
     folder = tmp_path_factory.mktemp("downloaded")
     for name, content in hub.files.items():
         (folder / name).write_bytes(content)
@@ -155,12 +147,12 @@ def downloaded(hub, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def opened(model_folder, saved, again, downloaded, image_path, tmp_path_factory):
+def opened(model_folder, saved, again, tools_saved, downloaded, image_path, tmp_path_factory):
     """What one new process finds in the distribution itself, and in copies of it, offline."""
-    sources = (model_folder, f"{saved}={again}", again, downloaded)
+    sources = (model_folder, f"{saved}={again}", again, tools_saved, downloaded)
     found = json.loads(run(OPEN, image_path, *sources, folder=tmp_path_factory.mktemp("opened")))
     assert found[0]["reports"] == {"UHRBatModel": [], "UHRBatForConditionalGeneration": []}
-    return dict(zip(("distribution", "saved", "again", "downloaded"), found, strict=True))
+    return dict(zip(("distribution", "saved", "again", "tools", "downloaded"), found, strict=True))
 
 
 # ---- Saving ---------------------------------------------------------------------------------------------------------
@@ -203,7 +195,7 @@ def test_saving_keeps_every_setting(model_folder, saved):
 
 @pytest.mark.slow
 def test_a_saved_folder_and_a_copy_of_it_open_by_themselves_in_a_new_process(saved, again, opened):
-    assert opened["saved"] == opened["again"] == opened["distribution"]
+    assert opened["saved"] == opened["again"] == opened["tools"] == opened["distribution"]
     assert contents(again).keys() == contents(saved).keys()
 
 
@@ -371,13 +363,21 @@ class HubHandler(BaseHTTPRequestHandler):
 
 
 @pytest.fixture(scope="module")
-def hub(model_folder, tmp_path_factory):
-    """The stub of the Hub after model and processor were pushed to it."""
-    with Hub() as hub:
+def pushed(model_folder, image_path, tmp_path_factory):
+    """The stub of the Hub after one process pushed model and processor to it, and what that process found there then."""
+    with running(Hub()) as hub:
+        sources = f"{model_folder}=>{REPO}", REPO
+        (found,) = json.loads(run(OPEN, image_path, *sources, folder=tmp_path_factory.mktemp("push"), **online(hub)))
+        yield hub, found
+
+
+@contextmanager
+def running(hub):
+    """The stub on a thread for a `with` block."""
+    with hub:
         thread = threading.Thread(target=hub.serve_forever)
         thread.start()
         try:
-            run(PUSH, model_folder, REPO, folder=tmp_path_factory.mktemp("push"), **online(hub))
             yield hub
         finally:
             hub.shutdown()
@@ -397,8 +397,23 @@ def online(hub):
     }
 
 
+@contextmanager
+def reached(hub, monkeypatch):
+    """This process reaches the stub for a `with` block: what the library reads of its environment when it is imported."""
+    for name, value in online(hub).items():
+        monkeypatch.setenv(name, value)
+    for name, value in (("ENDPOINT", hub.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
+    close_session()
+    try:
+        yield
+    finally:
+        close_session()
+
+
 @pytest.mark.slow
-def test_pushing_commits_what_saving_writes(hub, saved):
+def test_pushing_commits_what_saving_writes(pushed, saved):
     """Against a stub of the Hub's HTTP API on loopback: the library's own uploader speaks the real protocol to it."""
 
     def plain(files):
@@ -406,28 +421,41 @@ def test_pushing_commits_what_saving_writes(hub, saved):
         settings = json.loads(files["tokenizer_config.json"])
         return {**files, "tokenizer_config.json": {**settings, "local_files_only": None}}
 
+    hub, _ = pushed
     model_commit, processor_commit = hub.commits
     assert {"config.json", "model.safetensors", "modeling_uhr_bat.py"} <= model_commit.keys()
     assert {"processor_config.json", "tokenizer.json", "chat_template.jinja", "processing_uhr_bat.py"} <= (
         processor_commit.keys()
     )
-    pushed = plain(hub.files)
-    assert pushed.pop("README.md").startswith(b"---")
-    assert pushed == plain(contents(saved))
+    files = plain(hub.files)
+    assert files.pop("README.md").startswith(b"---")
+    assert files == plain(contents(saved))
     assert hub.unknown == []
 
 
 @pytest.mark.slow
-def test_a_pushed_repository_opens_from_the_hub_and_from_a_folder(hub, image_path, opened, tmp_path):
+def test_a_pushed_repository_opens_from_the_hub_and_from_a_folder(pushed, opened):
     """Against the stub, by the name of the repository; then offline from a folder with the files that were pushed."""
-    (found,) = json.loads(run(OPEN, image_path, REPO, folder=tmp_path / "hub", **online(hub)))
+    _, found = pushed
     assert found == opened["downloaded"] == opened["distribution"]
 
 
 @pytest.mark.slow
-def test_a_command_fetches_what_it_needs_and_then_needs_no_network(hub, image_path, tmp_path):
+def test_a_command_fetches_what_it_needs_and_then_needs_no_network(pushed, image_path, tmp_path, monkeypatch):
     """Against the stub: a plan no weights, a question all; then both without it."""
-    found = json.loads(run(FETCH, REPO, image_path, folder=tmp_path / "hub", **online(hub)))
-    assert found == [[0, False], [0, True], [0, True], [0, True]]
-    (snapshot,) = (tmp_path / "hub" / "home" / "hub").glob("models--*/snapshots/*")
+    hub, _ = pushed
+    commands = (
+        ["plan", REPO, "--image-size", "3000x2000", "--tokens", "100", "--device", "cuda"],
+        ["ask", str(image_path), "How many ships?", "--max-new-tokens", "1", "--model", REPO],
+    )
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    found = []
+    with reached(hub, monkeypatch):
+        for offline in (False, True):
+            monkeypatch.setattr(constants, "HF_HUB_OFFLINE", offline)
+            for command in commands:
+                code = cli.main(command)
+                found.append((code, bool(list(tmp_path.glob("*/snapshots/*/*.safetensors")))))
+    assert found == [(0, False), (0, True), (0, True), (0, True)]
+    (snapshot,) = tmp_path.glob("models--*/snapshots/*")
     assert snapshot.name == hub.sha and not list(snapshot.glob("*.py"))

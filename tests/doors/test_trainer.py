@@ -3,22 +3,18 @@
 Runs on every supported release of transformers.
 """
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 from accelerate import init_empty_weights, load_checkpoint_and_dispatch
-from safetensors.torch import load_file
+from copies import run_copies
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file, save_file
 from small import prompt, random_pixels, small_config, small_model
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
 
-TESTS = Path(__file__).resolve().parents[1]
 QUESTION = prompt(5, "image", 6, 7, 30, 31)
 NUM_ANSWERED = 2
 
@@ -171,25 +167,40 @@ def test_who_trains_what_nothing_reads_gets_gradients_of_0():
     assert all((gradients[name] == 0).all() for name in unread(model))
 
 
-@pytest.fixture(scope="module")
-def together(folder, tmp_path_factory):
-    """What two processes trained, one run after the other."""
-    output = tmp_path_factory.mktemp("together")
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    command = [sys.executable, *launcher, str(TESTS / "doors" / "train_small.py"), str(folder), str(output)]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr[-3000:]
-    return output
+def train(source, output, what, gradient_accumulation_steps):
+    """Three steps with gradient checkpointing, and OUTPUT/WHAT.safetensors: the weights that were trained, "all" or those of an
+    adapter ("lora")."""
+    torch.manual_seed(0)
+    model = UHRBatForConditionalGeneration.from_pretrained(source)
+    if what == "lora":
+        model = get_peft_model(model, LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False))
+    trainer = make_trainer(
+        model,
+        output,
+        train=[1] * 12,
+        max_steps=3,
+        learning_rate=1e-3,
+        save_strategy="no",
+        gradient_checkpointing=True,
+        gradient_checkpointing_kwargs={"use_reentrant": False},
+        ddp_find_unused_parameters=False,
+        gradient_accumulation_steps=gradient_accumulation_steps,
+    )
+    trainer.train()
+    if trainer.is_world_process_zero():
+        trained = {name: one.detach().clone() for name, one in model.named_parameters() if one.requires_grad}
+        save_file({name: one.contiguous() for name, one in trained.items()}, output / f"{what}.safetensors")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", ["all", "lora"])
-def test_two_processes_train_with_gradient_checkpointing_as_two_batches_a_step_do(folder, together, tmp_path, what):
-    from train_small import train
-
-    train(folder, tmp_path, what, gradient_accumulation_steps=2)
-    alone, both = (load_file(output / f"{what}.safetensors") for output in (tmp_path, together))
+def test_two_processes_train_with_gradient_checkpointing_as_two_batches_a_step_do(folder, tmp_path, what):
+    outputs = [tmp_path / "together", tmp_path / "alone"]
+    for output in outputs:
+        output.mkdir()
+    run_copies(2, train, folder, outputs[0], what, 1)
+    train(folder, outputs[1], what, 2)
+    both, alone = (load_file(output / f"{what}.safetensors") for output in outputs)
     assert alone.keys() == both.keys()
     for name, weight in alone.items():
         torch.testing.assert_close(both[name], weight, rtol=1e-4, atol=1e-5)

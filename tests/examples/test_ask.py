@@ -1,9 +1,7 @@
 """The question command."""
 
-import subprocess
-import sys
-
 import pytest
+from uhr_bat import cli
 from uhr_bat.examples import ask
 from uhr_bat.examples.ask import QUESTION, WEIGHTS_NOTE
 from uhr_bat.scenes import layout, painting
@@ -19,17 +17,14 @@ def image_path(tmp_path_factory):
 
 
 @pytest.mark.slow
-def test_ask_answers_and_accounts_for_tokens_and_seconds(image_path):
-    # From another folder.
+def test_ask_answers_and_accounts_for_tokens_and_seconds(image_path, monkeypatch, capsys):
+    monkeypatch.chdir(image_path.parent)
     question = ["How many ships?", "--budgets", "8,16,24,32", "--max-new-tokens", "3"]
-    done = subprocess.run(
-        [sys.executable, "-m", "uhr_bat", "ask", image_path.name, *question],
-        capture_output=True, text=True, encoding="utf-8", cwd=image_path.parent,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "600 x 480 px" in done.stdout and WEIGHTS_NOTE in done.stdout
-    assert "Question: How many ships?" in done.stdout and "Answer:" in done.stdout
-    rows = [line.split() for line in done.stdout.splitlines() if line.strip()]
+    assert cli.main(["ask", image_path.name, *question]) == 0
+    printed = capsys.readouterr().out
+    assert "600 x 480 px" in printed and WEIGHTS_NOTE in printed
+    assert "Question: How many ships?" in printed and "Answer:" in printed
+    rows = [line.split() for line in printed.splitlines() if line.strip()]
     # 480 of 600 rows are 51 of 64 px, centred: they touch all 8 rows of patches; at 128 px 14 of 16.
     assert ["64", "px", "8", "x", "8", "64", "8", "8"] in rows
     assert ["128", "px", "16", "x", "16", "224", "16", "16"] in rows

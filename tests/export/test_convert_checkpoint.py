@@ -24,6 +24,7 @@ from checkpoints import (
     with_token_mlp_copy,
     write_released,
 )
+from copies import start_copies
 from huggingface_hub import HfApi, metadata_load
 from safetensors.torch import load_file, save_file
 from uhr_bat.common.loading import ROOT
@@ -156,14 +157,14 @@ def test_an_interrupted_run_leaves_nothing_and_can_be_repeated(released, tmp_pat
 
 @pytest.mark.slow
 def test_a_run_that_is_killed_leaves_a_folder_that_does_not_load_and_is_removed_by_the_next(released, tmp_path):
-    code = (
-        "import os, sys; sys.path.insert(0, sys.argv[1]); from export import convert_checkpoint as c\n"
-        "c.check_weights = lambda *args: os.kill(os.getpid(), 9)\n"
-        "c.convert(*sys.argv[2:])"
-    )
+    def killed():
+        convert_checkpoint.check_weights = lambda *args: os.kill(os.getpid(), 9)
+        convert(released, output)
+
     output = tmp_path / "model"
-    killed = subprocess.run([sys.executable, "-c", code, ROOT, released, output], capture_output=True)
-    assert killed.returncode == -9, killed.stderr
+    (process,) = start_copies(1, killed)
+    process.join()
+    assert process.exitcode == -9
     left = tmp_path / "model.incomplete"
     assert not output.exists() and (left / "model.safetensors").exists() and not (left / "config.json").exists()
     load_clean(convert(released, output))
@@ -205,8 +206,7 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(tmp_path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", [["export/convert_checkpoint.py"], ["-m", "export.convert_checkpoint"]])
-def test_the_command_runs_in_a_clone_that_is_not_installed(released, tmp_path, command):
+def test_the_command_runs_in_a_clone_that_is_not_installed(released, tmp_path):
     # Whatever the clone is called, and whatever `uhr_bat` is installed: the code is that of the clone.
     clone = tmp_path / "UHR-BAT"
     shutil.copytree(ROOT, clone, ignore=shutil.ignore_patterns(".*", "model.safetensors", "tests", "build"))
@@ -214,17 +214,19 @@ def test_the_command_runs_in_a_clone_that_is_not_installed(released, tmp_path, c
     (tmp_path / "installed" / "uhr_bat" / "__init__.py").write_text("raise ImportError('the installed one')")
     path = os.pathsep.join(filter(None, [str(tmp_path / "installed"), os.environ.get("PYTHONPATH")]))
 
-    def run(checkpoint):
+    def run(*command, checkpoint):
         arguments = [*command, "--checkpoint", str(checkpoint), "--output", str(tmp_path / "model")]
         environment = {**os.environ, "PYTHONPATH": path}
         return subprocess.run([sys.executable, *arguments], capture_output=True, text=True, cwd=clone, env=environment)
 
-    done = run(released)
+    # A file, which runs itself again as the module that it is.
+    done = run("export/convert_checkpoint.py", checkpoint=released)
     assert done.returncode == 0, done.stderr
     assert "complete" in done.stdout and "Writing: 100%" in done.stderr and "Checking: 100%" in done.stderr
     shutil.rmtree(tmp_path / "model")
     (tmp_path / "empty").mkdir()
-    refused = run(tmp_path / "empty")  # raised in one file and caught in another: one class of error
+    # Raised in one file and caught in another: one class of error.
+    refused = run("-m", "export.convert_checkpoint", checkpoint=tmp_path / "empty")
     assert refused.returncode == 1 and refused.stderr.startswith("error: ") and "Traceback" not in refused.stderr
 
 
@@ -269,12 +271,16 @@ def test_a_push_that_fails_leaves_the_folder(released, tmp_path, hub, monkeypatc
 
 
 MEASURED = """
-import sys
-sys.path.insert(0, sys.argv[1])
-from export.convert_checkpoint import main
-main(sys.argv[2:])
-# The peak of this program alone; what getrusage tells includes the process that started it.
-print("peak", next(line for line in open("/proc/self/status") if line.startswith("VmHWM")).split()[1])
+import json, sys
+from uhr_bat.benchmarks.meters import peak_bytes, reset_peak
+from uhr_bat.export.convert_checkpoint import convert
+
+grown = []
+for options in json.loads(sys.argv[1]):
+    before = reset_peak()
+    convert(**options)
+    grown.append(peak_bytes() - before)
+print(json.dumps(grown[1:]))  # the first sets up what every conversion needs
 """
 
 
@@ -327,13 +333,12 @@ def write_large(folder, num_bytes, shard_bytes, kind):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="peak memory is read from /proc")
-@pytest.mark.parametrize("kind, sharded, dtype", [("safetensors", True, "auto"), ("bin", False, "float16")])
-def test_memory_holds_two_shards_and_no_more(tmp_path, kind, sharded, dtype):
-    shard = 100_000_000
-    total = write_large(tmp_path / "released", 1_000_000_000, shard if sharded else 2e9, kind)
-    assert total > 0.95e9
-    arguments = ["--checkpoint", tmp_path / "released", "--output", tmp_path / "model", "--max-shard-size", "100MB"]
-    printed = in_new_process(MEASURED, tmp_path, ROOT, *arguments, "--dtype", dtype)
-    peak = int(printed.split()[-1]) * 1024
-    shutil.rmtree(tmp_path / "released"), shutil.rmtree(tmp_path / "model")
-    assert peak < 2 * shard + 1e9, f"{peak:,} bytes"
+def test_memory_holds_two_shards_and_no_more(released, tmp_path):
+    shard, runs = 50_000_000, [{"checkpoint": str(released), "output": str(tmp_path / "small")}]
+    for kind, shard_bytes, dtype in (("safetensors", shard, "auto"), ("bin", 1e9, "float16")):
+        total = write_large(tmp_path / kind, 330_000_000, shard_bytes, kind)
+        assert total > 300_000_000
+        output = str(tmp_path / f"model of {kind}")
+        runs.append({"checkpoint": str(tmp_path / kind), "output": output, "max_shard_size": "50MB", "dtype": dtype})
+    for grown in json.loads(in_new_process(MEASURED, tmp_path, json.dumps(runs)).splitlines()[-1]):
+        assert grown < 2 * shard + 100_000_000, f"{grown:,} bytes"

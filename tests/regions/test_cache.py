@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from copies import forked
 from PIL import Image
 from uhr_bat.common.models import ROOT
 from uhr_bat.regions import cache, segment
@@ -60,7 +61,8 @@ def test_whole_files_are_skipped_and_damaged_ones_are_written_again(images, tmp_
 
 
 @pytest.mark.slow
-def test_two_processes_name_the_bad_image_and_do_the_others(images, tmp_path, sam_folder, capsys):
+def test_two_processes_name_the_bad_image_and_do_the_others(images, tmp_path, sam_folder, capsys, monkeypatch):
+    monkeypatch.setattr(cache, "get_context", forked)
     bad = tmp_path / "bad.png"
     bad.write_bytes(images[0].read_bytes()[:200])
     output = tmp_path / "masks"

@@ -3,9 +3,6 @@
 import json
 import os
 import shutil
-import subprocess
-import sys
-import threading
 import time
 
 import pytest
@@ -16,7 +13,7 @@ from own_data import make_rows, write_rows
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from test_save_and_push import REPO, Hub, online
+from test_save_and_push import REPO, Hub, reached, running
 from uhr_bat.common.loading import ROOT, load_model, save_model
 from uhr_bat.export.convert_checkpoint import convert
 from uhr_bat.training import sft
@@ -238,18 +235,9 @@ def test_an_adapter_on_weights_of_four_bits_is_trained(arguments, small_folder, 
 
 
 @pytest.mark.slow
-def test_a_run_pushes_a_model_folder(arguments):
-    with Hub() as hub:
-        thread = threading.Thread(target=hub.serve_forever)
-        thread.start()
-        try:
-            command = [sys.executable, "-m", "uhr_bat", "train", *arguments, "--save_strategy", "no"]
-            command += ["--push_to_hub", "true", "--hub_model_id", REPO]
-            done = subprocess.run(command, env=os.environ | online(hub), capture_output=True, text=True, timeout=300)
-        finally:
-            hub.shutdown()
-            thread.join()
-    assert done.returncode == 0, done.stderr[-3000:]
+def test_a_run_pushes_a_model_folder(arguments, monkeypatch):
+    with running(Hub()) as hub, reached(hub, monkeypatch):
+        assert not sft.main([*arguments, "--save_strategy", "no", "--push_to_hub", "true", "--hub_model_id", REPO])
     wanted = {"config.json", "model.safetensors", "modeling_uhr_bat.py", "processor_config.json", "tokenizer.json"}
     assert wanted <= hub.files.keys() and not any(name.startswith("checkpoint") for name in hub.files)
 

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from copies import forked
 from safetensors.torch import save_file
 from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.export import build_tiny
@@ -67,7 +68,8 @@ def test_native_scales_start_from_what_deeper_levels_had(tiny):
 
 
 @pytest.mark.slow
-def test_a_run_makes_a_model_that_loads_from_scenes_that_were_encoded_and_others(tiny, tmp_path):
+def test_a_run_makes_a_model_that_loads_from_scenes_that_were_encoded_and_others(tiny, tmp_path, monkeypatch):
+    monkeypatch.setattr(pools, "get_context", forked)
     processor, model = tiny
     kept = tmp_path / "pools" / "fixed" / "7.safetensors"
     kept.parent.mkdir(parents=True)
