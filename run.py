@@ -182,7 +182,8 @@ def run_tests(lane, arguments, overlay=None):
     """
     report = VENV / f"tests-{lane}.xml"
     report.unlink(missing_ok=True)
-    environment = dict(os.environ)
+    # Each of the many processes that tests start would compile anew what it imports, where Python is told to write nothing.
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     if overlay:
         if lane not in ALONE | {"vllm"}:  # vLLM binds its threads itself
             environment.setdefault("OMP_NUM_THREADS", "1")

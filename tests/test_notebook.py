@@ -21,7 +21,7 @@ def run_notebook(folder):
 
     os.environ["IPYTHONDIR"] = str(folder)
     os.chdir(NOTEBOOK.parent)
-    shell = InteractiveShell(config=Config({"HistoryManager": {"enabled": False}}))
+    shell = InteractiveShell.instance(config=Config({"HistoryManager": {"enabled": False}}))
     texts, pictures = [], []
     for cell in json.loads(NOTEBOOK.read_text(encoding="utf-8"))["cells"]:
         if cell["cell_type"] == "code":
