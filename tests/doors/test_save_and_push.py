@@ -402,7 +402,9 @@ def reached(hub, monkeypatch):
     """This process reaches the stub for a `with` block: what the library reads of its environment when it is imported."""
     for name, value in online(hub).items():
         monkeypatch.setenv(name, value)
-    for name, value in (("ENDPOINT", hub.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+    address = f"{hub.address}/{{repo_id}}/resolve/{{revision}}/{{filename}}"
+    values = {"ENDPOINT": hub.address, "HUGGINGFACE_CO_URL_TEMPLATE": address}
+    for name, value in (values | {"HF_HUB_OFFLINE": False, "HF_HUB_DISABLE_XET": True}).items():
         monkeypatch.setattr(constants, name, value)
     monkeypatch.setattr(transformers.utils.hub, "_hf_api", None, raising=False)
     close_session()
