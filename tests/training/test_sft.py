@@ -4,16 +4,18 @@ import json
 import os
 import shutil
 import time
+from contextlib import contextmanager
 
 import pytest
 import torch
 import transformers
 from copies import start_copies
+from huggingface_hub import close_session, constants
 from own_data import make_rows, write_rows
 from peft import PeftModel
 from PIL import Image
 from safetensors.torch import load_file
-from test_save_and_push import REPO, Hub, reached, running
+from test_save_and_push import REPO, Hub, online, running
 from uhr_bat.common.loading import ROOT, load_model, save_model
 from uhr_bat.export.convert_checkpoint import convert
 from uhr_bat.training import sft
@@ -232,6 +234,21 @@ def test_an_adapter_on_weights_of_four_bits_is_trained(arguments, small_folder, 
 
 
 # ---- Pushing --------------------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def reached(hub, monkeypatch):
+    """This process uploads to the stub for a `with` block: what the library reads of its environment when it is imported."""
+    for name, value in online(hub).items():
+        monkeypatch.setenv(name, value)
+    for name, value in (("ENDPOINT", hub.address), ("HF_HUB_OFFLINE", False), ("HF_HUB_DISABLE_XET", True)):
+        monkeypatch.setattr(constants, name, value)
+    monkeypatch.setattr(transformers.utils.hub, "_hf_api", None)
+    close_session()
+    try:
+        yield
+    finally:
+        close_session()
 
 
 @pytest.mark.slow
