@@ -4,6 +4,8 @@ import json
 import warnings
 from pathlib import Path
 
+from huggingface_hub.errors import StrictDataclassError
+
 from ..image_raster_files_uhr_bat import reason
 from .extras import require
 from .images import is_file_name
@@ -28,7 +30,10 @@ def load_config(folder=ROOT, **changes):
         raise ValueError(
             f"UHR-BAT has no setting {', '.join(sorted(unknown))}. Its settings are the fields of {folder / 'config.json'}."
         )
-    return UHRBatConfig.from_pretrained(base_of(folder) or folder, **changes)
+    try:
+        return UHRBatConfig.from_pretrained(base_of(folder) or folder, **changes)
+    except StrictDataclassError as error:  # which is none of Python's kinds
+        raise ValueError(str(error.__cause__ or error)) from error
 
 
 def selector_of(folder=ROOT, **changes) -> str:

@@ -171,6 +171,10 @@ class HostModel(
         super().__init__()
         self.host, self.config, self.reader, self.settings = host, config, reader, settings
         self.family_name, self.mrope = host.config.model_type, hasattr(host.base_model, "get_rope_index")
+        for name, others in (("marks", self.mrope), ("places", not self.mrope)):  # what would change nothing
+            if others and getattr(settings, name) != getattr(HostSettings(), name):
+                says = f"`{name}` is of models {'without' if self.mrope else 'with'} M-RoPE, and {self.family_name} is none."
+                raise ValueError(f"{says} It has `{'places' if self.mrope else 'marks'}`.")
         self.taken = set(inspect.signature(host.forward).parameters)
         self.type_names = [name for name in ("token_type_ids", "mm_token_type_ids") if name in self.taken]
         both_ways = getattr(config.text_config, "use_bidirectional_attention", None)

@@ -86,6 +86,7 @@ def test_what_cannot_be_a_host_is_refused_with_what_it_lacks(tmp_path, host_fold
         ({"look": 0.0}, "`look` is a share of the decoder's depth, above 0 and at most 1. Got 0.0."),
         ({"places": "circle"}, "`places` is one of grid, levels, rectangle. Got 'circle'."),
         ({"levels": 0}, "`levels` must be at least 1. Got 0."),
+        ({"tile": 32, "marks": True}, "`marks` is of models without M-RoPE, and qwen3_vl is none. It has `places`."),
     ):
         with raises(ValueError, message):
             load_model(host_folder("qwen3_vl"), **changes)
@@ -93,6 +94,8 @@ def test_what_cannot_be_a_host_is_refused_with_what_it_lacks(tmp_path, host_fold
         load_model(host_folder("qwen3_vl"), bird=1)
     with pytest.raises(ValueError, match="`tile` is 56 px with this model, whose tower has one size. Got 64."):
         load_model(host_folder("gemma3"), tile=64)
+    with pytest.raises(ValueError, match="`places` is of models with M-RoPE, and gemma3 is none. It has `marks`."):
+        load_model(host_folder("gemma3"), places="levels")
     with pytest.raises(ValueError, match="Layer 0 cannot be looked at: those with full attention are 1, 3."):
         load_model(host_folder("gemma3"), importance_layer=0)
     with pytest.raises(ValueError, match="Layer 5 cannot be looked at"):  # of four

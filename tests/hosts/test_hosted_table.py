@@ -14,6 +14,7 @@ from transformers import AutoImageProcessor, AutoModelForImageTextToText, AutoTo
 from uhr_bat import cli
 from uhr_bat.common import asking, tables
 from uhr_bat.common.measured import keep_measured
+from uhr_bat.common.models import ROOT
 from uhr_bat.evaluation import hosted, plain, reports, rows
 from uhr_bat.evaluation.suites import SUITES
 from uhr_bat.hosts.prompts import Parts
@@ -233,6 +234,8 @@ def test_processes_that_cannot_start_or_are_ended_are_an_error_in_one_line(tmp_p
     jobs = {"scenes": (SUITES["scenes"].samples_of_seed(hosted.TEST_SEEDS[0])[:1], [])}
     with pytest.raises(ValueError, match="The first failure: FileNotFoundError: .*no config.json in it"):
         rows.ask_rows(tmp_path, jobs, workers=2)
+    with pytest.raises(ValueError, match="The first failure: ValueError: `selector` is one of"):
+        rows.ask_rows(ROOT, jobs, workers=2, changes={"selector": "best"})
     monkeypatch.setattr(Pool, "broken", True)
     with pytest.raises(OSError, match="A process was ended while it worked"):
         rows.ask_rows(tmp_path, jobs, workers=2)
