@@ -52,8 +52,7 @@ def flops_of_sides(config, text_before, text_after, num_answer_tokens) -> dict[s
 def zoomed_stages(config, max_tiles, text_before, text_after, candidates=(), layers=()) -> dict[str, int]:
     """{stage: FLOPs} of ours up to the visual tokens, where a question looks at `max_tiles` tiles of the fixed scales; of a
     square image. `candidates`, `layers`: of the refinement of every scale after the anchor, none by default."""
-    rules = {"refinement": list(candidates), "refinement_layers": list(layers)}
-    config = UHRBatConfig.from_dict({**config.to_dict(), **rules})
+    config = changed(config, refinement=list(candidates), refinement_layers=list(layers))
     text = {"text_before": text_before, "text_after": text_after}
     question = costs.question_of(config, (max(config.scales),) * 2, max_tiles=max_tiles, **text)
     flops = costs.question_flops(config, question)
@@ -144,12 +143,19 @@ def zoomed(sizes) -> list[Row]:
     counted = flops_of_sides(config, TEXT_BEFORE, TEXT_AFTER, ANSWER_TOKENS)
     straightforward = sum(counted["straightforward"].values())
     rest = counted["ours"]["prefill"] + counted["ours"]["answer"]
+    tiny = UHRBatConfig.from_pretrained(ROOT)
+    # The same share of the decoder's layers comes before a look: 7 of 28 where it is 1 of 4.
+    times = config.text_config.num_hidden_layers // tiny.text_config.num_hidden_layers
+    shallow = changed(config, importance_layer=times * tiny.importance_layer)
+    shallow_layers = [times * layer for layer in tiny.refinement_layers]
     rows = []
     for part in (4, 8):
         max_tiles = tiles[0] + sum(tiles[1:]) // part
         for name, priced, refined in (
             ("the anchor's importance alone", config, ((), ())),
             ("refined importance", config, REFINEMENT_7B),
+            ("the anchor's importance alone, read as deep as by UHR-BAT-Tiny", shallow, ((), ())),
+            ("refined importance, read as deep as by UHR-BAT-Tiny", shallow, (REFINEMENT_7B[0], shallow_layers)),
             ("importance by a region focus module", focused(config), ((), ())),
         ):
             stages = zoomed_stages(priced, max_tiles, TEXT_BEFORE, TEXT_AFTER, *refined)
@@ -172,7 +178,11 @@ def zoomed(sizes) -> list[Row]:
 def focused(config):
     """The configuration with a region focus module of as many layers as LRS-VQA's, which importance is read from."""
     layers = [layer for layer in (0, 1, 5, 11, 14) if layer < config.text_config.num_hidden_layers]
-    changes = {"region_focus": {"layers": layers}, "importance_source": "region_focus"}
+    return changed(config, region_focus={"layers": layers}, importance_source="region_focus")
+
+
+def changed(config, **changes):
+    """A copy of the configuration with other values for some fields."""
     return UHRBatConfig.from_dict({**config.to_dict(), **changes})
 
 
@@ -181,9 +191,11 @@ def check_zoomed(sizes):
     side = side_of("ours", "quick")
     image, ids, max_tiles = side.read(photograph(sizes.folder, (400, 400))), prompt_ids(side.model.config), 50
     of_module = build_model(focused(side.model.config)).model
+    shallow = build_model(changed(side.model.config, importance_layer=1)).model
     for model, candidates, layers in (
         (side.model.model, (), ()),
         (side.model.model, (40, 90, 60), (1, 0, 2)),
+        (shallow, (40, 90, 60), (1, 0, 2)),
         (of_module, (), ()),
     ):
         config = model.config
