@@ -57,21 +57,25 @@ LOSS_WEIGHTS = {"colour": 0.5, "kind": 3.0}  # types are the hardest to read
 
 
 def labels_of(view) -> dict[str, np.ndarray]:
-    """What stands in each visual token of a picture: float[V, names] of each head, and long[V] of the site; -1 where none of
-    it is sure."""
+    """What stands in each visual token of a picture: float[V, names] of each head, -1 where it may be named or not; and long[V]
+    of the site."""
     columns, rows = view.size[0] // forms.CELL, view.size[1] // forms.CELL
     made = {name: np.zeros((rows * columns, len(names)), np.float32) for name, names in HEADS.items()}
     for thing in view.scene.objects:
         (x, y), seen = view.place(thing.centre), thing.size * view.pixel_of_unit.min()
         if not (0 <= x < view.size[0] and 0 <= y < view.size[1]):
             continue
+        # The token of its centre names it, those that it reaches into need not.
+        reach = [np.clip(((at - seen / 2) // forms.CELL, (at + seen / 2) // forms.CELL), 0, side - 1).astype(int)
+                 for at, side in ((y, rows), (x, columns))]  # fmt: skip
+        touched = [row * columns + column for row in range(reach[0][0], reach[0][1] + 1)
+                   for column in range(reach[1][0], reach[1][1] + 1)]  # fmt: skip
         token = int(y // forms.CELL) * columns + int(x // forms.CELL)
-        margin = min(seen / 4, 1.5)
-        near_edge = min(min(along % forms.CELL, -along % forms.CELL) for along in (x, y)) < margin
-        value = -1.0 if seen < LEAST_SEEN or near_edge else 1.0
         for name, what in (("colour", thing.colour), ("kind", thing.kind)):
-            column = HEADS[name].index(what)
-            made[name][token, column] = 1 if value > 0 else made[name][token, column] or -1
+            marks = made[name][:, HEADS[name].index(what)]
+            marks[touched] = np.where(marks[touched] > 0, 1, -1)
+            if seen >= LEAST_SEEN:
+                marks[token] = 1
     centres = np.stack(np.meshgrid(np.arange(columns) + 0.5, np.arange(rows) + 0.5), -1).reshape(-1, 2) * forms.CELL
     points = centres / view.pixel_of_unit + view.box[:2]
     site = np.zeros(len(points), np.int64)

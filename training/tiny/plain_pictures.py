@@ -28,8 +28,8 @@ WINDOW = 256  # px, the side of a part of a scene with native objects, at its ow
 WINDOWS = 4  # of such a scene
 LEAST_SEEN = 1.0  # px of a picture that an object must have to be named by a head
 LEAST_ASKED = 2.0  # px of a picture that an object must have to be asked about
-STREWN_APART = (13, 20)  # px between objects that are strewn over a picture, for the tower
-LARGEST_STREWN = 10.0  # px
+STREWN_APART = (13, 40)  # px between objects that are strewn over a picture, for the tower
+LARGEST_STREWN = 20.0  # px
 FINER = 4  # times as fine as the picture, where they are painted
 
 
@@ -132,7 +132,7 @@ class View:
 def strewn(view, picture, rng, smallest):
     """The view of a scene with objects of `smallest` px and more strewn all over it, one in every second visual token, and its
     picture."""
-    apart = rng.uniform(*STREWN_APART)
+    apart = np.exp(rng.uniform(*np.log(STREWN_APART)))
     cells = np.stack(np.meshgrid(*(np.arange(apart / 2, side, apart) for side in view.size)), -1).reshape(-1, 2)
     at = cells + rng.uniform(-0.2, 0.2, cells.shape) * apart
     sizes = np.exp(rng.uniform(*np.log((smallest, LARGEST_STREWN)), len(at))).clip(max=apart / 2)
