@@ -23,14 +23,20 @@ def resize_image(
     if kind == "raster":
         return image.picture(size, box)
     if kind == "source":
-        box = box or (0, 0, image.height, image.width)
-        longest = max(image.height, image.width) / max(box[2] - box[0], box[3] - box[1], 1)
+        edges = box or (0, 0, image.height, image.width)
+        longest = max(image.height, image.width) / max(edges[2] - edges[0], edges[3] - edges[1], 1)
         smaller = image.for_scale(math.ceil(longest * max(size)))
-        steps = smaller.height / image.height, smaller.width / image.width
-        box = [round(edge * step) for edge, step in zip(box, steps * 2)]
+        sizes = (smaller.height, smaller.width) * 2
+        edges = [
+            min(edge * there / whole, there)
+            for edge, there, whole in zip(edges, sizes, (image.height, image.width) * 2)
+        ]
+        first = [math.floor(edge) for edge in edges[:2]] * 2
         with smaller.parts() as read:
-            pixels, _ = read(*box[:2], max(box[2], box[0] + 1), max(box[3], box[1] + 1))
-        image, box = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels), None
+            pixels, _ = read(*first[:2], *map(math.ceil, edges[2:]))
+        top, left, bottom, right = (edge - start for edge, start in zip(edges, first))
+        image = pixels if isinstance(pixels, Image.Image) else Image.fromarray(pixels)
+        return image.resize(size[::-1], resample, (left, top, right, bottom), reducing_gap).convert("RGB")
     if kind == "jpeg":
         longest = max(image.height, image.width)
         edges = box or (0, 0, image.height, image.width)

@@ -1,6 +1,7 @@
 """The pictures: where they put what, on small scenes whose object is known."""
 
 import sys
+from contextlib import contextmanager
 
 import numpy as np
 import pytest
@@ -8,6 +9,7 @@ import torch
 from PIL import Image
 from uhr_bat.common.objects import ImageObject
 from uhr_bat.geometry_uhr_bat import token_box
+from uhr_bat.image_sources_uhr_bat import ImageSource
 from uhr_bat.modeling_outputs_uhr_bat import TokenMaps, UHRBatCompressionOutput
 from uhr_bat.pictures import __main__ as command
 from uhr_bat.pictures import drawing, pages
@@ -301,6 +303,30 @@ def test_a_part_of_an_image_is_drawn_on_as_the_whole_is():
     whole = np.asarray(drawing.draw_kept(image, slots, grid))
     part = drawing.draw_kept(image.crop((20, 13, 65, 43)), slots, grid, size, box)
     np.testing.assert_array_equal(np.asarray(part), whole[13:43, 20:65])
+
+
+class Waves(ImageSource):
+    """An image that has a copy of an eighth of its size."""
+
+    def __init__(self, pixels):
+        self.pixels, (self.height, self.width) = pixels, pixels.shape[:2]
+
+    def for_scale(self, side):
+        return Waves(np.asarray(Image.fromarray(self.pixels).reduce(8)))
+
+    @contextmanager
+    def parts(self):
+        yield lambda top, left, bottom, right: (self.pixels[top:bottom, left:right], None)
+
+
+@pytest.mark.parametrize("box", [None, (101, 203, 701, 761)])
+def test_a_part_of_a_smaller_copy_shows_the_very_part_that_was_asked_for(box):
+    rows, columns = np.mgrid[:1024, :776]
+    waves = (127 + 100 * np.sin(rows / 20) * np.cos(columns / 20)).astype(np.uint8)[..., None].repeat(3, axis=2)
+    drawn, whole = (
+        np.asarray(drawing.screen_image(one, 40, box), float) for one in (Waves(waves), Image.fromarray(waves))
+    )
+    assert drawn.shape == whole.shape and np.abs(drawn - whole).mean() < 1.5
 
 
 def pink(picture):
