@@ -218,7 +218,7 @@ def read_images(row: dict, named=()) -> list[dict]:
     Raises:
         BadSample: an image that is neither, or images in both places.
     """
-    column, paths = find_key(row, "image", "images"), paths_of(row)
+    column, paths = find_key(row, "image", "images"), [] if named else paths_of(row)
     images = row[column] if column else paths
     if column == "image" and row.get("images") not in (None, "", [], images, [images]):
         raise BadSample("with images in two columns", "`image` and `images` differ")
@@ -238,7 +238,7 @@ def read_images(row: dict, named=()) -> list[dict]:
 
 
 def paths_of(row: dict) -> list[str]:
-    """The names of a row's images in the form of UHR-BAT-SFT-10K, none of which leads out of the data set.
+    """The names of a row's images in the form of UHR-BAT-SFT-10K; where nothing else shows them, none leads out of the data.
 
     Raises:
         BadSample: one does, or a row of this form has none.
@@ -250,7 +250,9 @@ def paths_of(row: dict) -> list[str]:
         value = row.get(name)
         several = isinstance(value, list) or isinstance(value, str) and value.lstrip().startswith("[")
         found = found or [path for path in (as_list(value, name) if several else [value]) if path not in (None, "")]
-    if not found and not find_key(row, "image", "images"):
+    if find_key(row, "image", "images"):
+        return found
+    if not found:
         raise BadSample("without an image", "`image_paths` and `file_name` are empty")
     names = [str(PurePosixPath(as_text(path).replace("\\", "/").strip())) for path in found]
     for name in names:

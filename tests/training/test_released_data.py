@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from own_data import ask, paint_images
+from own_data import ask, paint_images, write_rows
 from uhr_bat.training import sft
 from uhr_bat.training.data import load_samples
 from uhr_bat.training.options import read_options
@@ -96,6 +96,20 @@ def test_rows_of_the_released_form_that_lead_elsewhere_or_nowhere_are_named(tmp_
     assert said.startswith("9 of 9 samples") and all(kind in said for kind in kinds.values())
     assert "4 whose image lies outside of the data" in said and "without an answer at the end" in said
     assert "whose `conversations` is no list" in said
+
+
+def test_rows_of_other_forms_may_have_columns_of_these_names(tmp_path, processor):
+    (path, _), *_ = paint_images(tmp_path, 1)
+    part = [{"type": "image", "path": path}, {"type": "text", "text": "What?"}]
+    rows = [
+        {"image": path, "file_name": "/mnt/scan.tif", "question": "What?", "answer": "red", "prompt": "Say it."},
+        {"file_name": None, "messages": [{"role": "user", "content": part}, {"role": "assistant", "content": "red"}]},
+        {"question": "What?", "answer": "red", "prompt": "Say it."},
+    ]
+    samples = load_samples(write_rows(tmp_path / "data.json", rows[1:]), processor)
+    assert seen(samples) == [(["0.png"], "red"), ([], "red")]
+    assert samples[1]["messages"][0]["content"][-1]["text"] == "What?"
+    assert seen(load_samples(write_rows(tmp_path / "one.json", rows[:1]), processor)) == [(["0.png"], "red")]
 
 
 def test_no_column_of_a_table_is_decoded_whatever_its_file_says_it_is(tmp_path, processor):
