@@ -3,17 +3,21 @@
 The files are those that GPUs get. Here each process is a CPU, through gloo; ZeRO runs where DeepSpeed is installed.
 """
 
-import ast
 import json
 import os
+import runpy
 import shutil
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.run
+from accelerate import state
+from accelerate.commands.launch import launch_command, launch_command_parser
+from accelerate.utils import DistributedType
+from copies import run_copies
 from own_data import ask, make_model_folder, make_rows, write_rows
 from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.export.convert_checkpoint import convert
@@ -24,7 +28,6 @@ from uhr_bat.training.engines import ENGINES
 from uhr_bat.training.options import read_options
 from uhr_bat.training.trainer import UHRBatTrainer
 
-TESTS = Path(__file__).resolve().parents[1]
 needs_deepspeed = pytest.mark.skipif(
     find_spec("deepspeed") is None or not all(map(shutil.which, ("ninja", "g++"))),
     reason="it takes DeepSpeed, ninja and a C++ compiler: deepspeed.txt",
@@ -52,21 +55,41 @@ def arguments(small_folder, data, output, *more):
     ]  # fmt: skip
 
 
-def launch(engine, *options):
-    """Two processes by `accelerate launch` and the engine's file; what they print."""
+def launch_anew(engine, *options):
+    """Two processes as a user starts them."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "MASTER_PORT": "0"}
-    environment["PYTHONPATH"] = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
-    command = ["-m", "uhr_bat", "train"]
-    if engine == "fsdp2":
-        command = [str(TESTS / "cluster" / "on_cpus.py")]
-    more = ["--use_cpu", "true"] if engine == "ddp" else ["--ddp_backend", "gloo"]
     launcher = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(ENGINES[engine])]
+    more = ["--use_cpu", "true"] if engine == "ddp" else ["--ddp_backend", "gloo"]
+    command = ["-m", "uhr_bat", "train", *options, *more]
     done = subprocess.run(
-        [*launcher, "--num_processes", "2", "--main_process_port", "0", *command, *options, *more],
+        [*launcher, "--num_processes", "2", "--main_process_port", "0", *command],
         env=environment, cwd=ROOT.parent, capture_output=True, text=True, timeout=600,
     )  # fmt: skip
     assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-    return done.stdout
+
+
+@pytest.fixture
+def launch(monkeypatch):
+    """Two processes of an engine. Of what `accelerate launch` starts for FSDP, copies of this process have the imports
+    already."""
+
+    def launch(engine, *options):
+        if engine != "fsdp2":
+            return launch_anew(engine, *options)
+        command = ["--config_file", str(ENGINES[engine]), "--num_processes", "2", "--main_process_port", "0"]
+        options = [*options, "--ddp_backend", "gloo"]
+        monkeypatch.setattr(torch.distributed.run, "run", lambda _: run_copies(2, train_on_cpus, options))
+        launch_command(launch_command_parser().parse_args([*command, "-m", "uhr_bat"]))
+
+    return launch
+
+
+def train_on_cpus(options):
+    """accelerate shards by FSDP on GPUs alone: it is told that every process has one, which is the CPU, and that they speak
+    through gloo. What it does with the engine's file from there on is its own."""
+    state.PartialState._prepare_backend = lambda *_, **__: ("gloo", DistributedType.MULTI_XPU)
+    state.PartialState.set_device = lambda self: setattr(self, "device", torch.device("cpu"))
+    return sft.main(options)
 
 
 @pytest.fixture(scope="module")
@@ -76,11 +99,6 @@ def alone(small_folder, data, tmp_path_factory):
     more = ["--use_cpu", "true", "--gradient_accumulation_steps", "2"]
     trainer = sft.train(*read_options(arguments(small_folder, data, output, *more)))
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry], output
-
-
-def losses(printed):
-    lines = [ast.literal_eval(line) for line in printed.splitlines() if line.startswith("{'loss'")]
-    return [float(line["loss"]) for line in lines]
 
 
 def scores(folder, data):
@@ -93,9 +111,12 @@ def scores(folder, data):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("engine", ["ddp", *SHARDED])
-def test_two_processes_learn_what_one_does_and_go_on_and_are_made_whole(engine, small_folder, data, alone, tmp_path):
+def test_two_processes_learn_what_one_does_and_go_on_and_are_made_whole(
+    engine, launch, small_folder, data, alone, tmp_path
+):
     output, again = tmp_path / "out", tmp_path / "again"
-    found = losses(launch(engine, *arguments(small_folder, data, output)))
+    launch(engine, *arguments(small_folder, data, output))
+    found = losses_of(output)
     # The order of sums differs, and Adam makes the smallest gradients as large as others.
     assert found == pytest.approx(alone[0], rel=2e-3) and found[-1] < 0.8 * found[0]
     torch.testing.assert_close(scores(output, data), scores(alone[1], data), rtol=0.05, atol=0.05)
@@ -120,11 +141,16 @@ def consolidate(engine, output):
     checkpoint, whole = output / f"checkpoint-{STEPS}", output.parent / "whole"
     shutil.copytree(output, whole, ignore=shutil.ignore_patterns("checkpoint-*", "*.safetensors"))
     if engine == "fsdp2":
-        tool = ["-m", "accelerate.commands.merge", str(checkpoint / "pytorch_model_fsdp_0"), str(whole)]
+        run_copies(1, merge, checkpoint / "pytorch_model_fsdp_0", whole)
     else:
         tool = [str(checkpoint / "zero_to_fp32.py"), str(checkpoint), str(whole)]
-    subprocess.run([sys.executable, *tool], check=True, timeout=300)
+        subprocess.run([sys.executable, *tool], check=True, timeout=300)
     return convert(checkpoint=whole, output=output.parent / "exported")
+
+
+def merge(*arguments):
+    sys.argv = ["merge", *map(str, arguments)]
+    runpy.run_module("accelerate.commands.merge", run_name="__main__")
 
 
 def test_samples_that_would_make_processes_wait_are_refused(small_folder, data, tmp_path, monkeypatch):
