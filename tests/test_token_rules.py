@@ -160,7 +160,7 @@ def test_a_scale_that_shows_nothing_takes_no_part_in_the_refinement():
         ({"refinement": [3, 0]}, "at least 1 per scale"),
         ({"refinement": [3, 4], "refinement_layers": [1]}, "`refinement_layers` needs 2 numbers, or none. Got 1"),
         ({"refinement": [3, 4], "refinement_layers": [1, 3]}, "`refinement_layers` is 3, but the decoder has 3 layers"),
-        ({"distinctiveness_power": -1.0}, "must not be negative. Got -1"),
+        ({"distinctiveness_power": -1.0}, "is a number that is not negative. Got -1"),
         ({"budgets": 0}, "at least 1 token"),
         ({"budgets": 256}, "sum to 256 visual tokens, but the context window holds 256"),
     ],

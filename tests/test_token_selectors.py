@@ -247,7 +247,7 @@ def test_rules_that_there_are_not_are_refused_before_a_selection():
         ({"coverage": "no"}, "'coverage' expected bool, got str"),
         ({"coord_frame": "place"}, "'coord_frame' expected one of .*, got place"),
         ({"num_regions": 0}, "`num_regions` must be at least 1, or None for the budget. Got 0"),
-        ({"distinctiveness_power": -1}, "`distinctiveness_power` must not be negative. Got -1"),
+        ({"distinctiveness_power": -1}, "`distinctiveness_power` is a number that is not negative. Got -1"),
         ({"refinement": [1]}, "`refinement` needs 2 numbers, or none. Got 1"),
         ({"refinement": [1, 1], "refinement_layers": [0, 9]}, "`refinement_layers` is 9, but the decoder has 3 layers"),
     ):

@@ -79,6 +79,7 @@ FETCH = """
 import json, sys
 from pathlib import Path
 from huggingface_hub import constants
+from uhr_bat import cli
 
 repo, image = sys.argv[1:]
 commands = (
