@@ -69,7 +69,7 @@ def test_strewn_objects_change_only_the_picture_around_them_and_are_told_of(pict
             assert labels["kind"][token, plain.OBJECTS.index(thing.kind)] == 1
             assert labels["colour"][token, list(plain.PAINTS).index(thing.colour)] == 1
         strewn_over += len(new)
-    assert strewn_over > 100
+    assert strewn_over > 50
 
 
 @pytest.mark.parametrize("form", FORMS)
