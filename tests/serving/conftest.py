@@ -1,7 +1,6 @@
 """A server as users meet it: by each backend, with a folder that requests may name."""
 
 import json
-import os
 import shutil
 from collections.abc import Callable
 from importlib.util import find_spec
@@ -30,11 +29,10 @@ def open_folder(tmp_path_factory):
 
 
 class Served(NamedTuple):
-    """Where a server listens, `resident()` bytes of its processes, and the first of them."""
+    """Where a server listens, and `resident()` bytes of its processes."""
 
     address: str
     resident: Callable[[], int]
-    pid: int
 
 
 @pytest.fixture(
@@ -62,7 +60,7 @@ def by_command(backend, folder, options, log_folder):
 
     command = ["-m", "uhr_bat", "serve", str(folder), "--backend", backend, *options]
     with server(command, log_folder / "log") as (address, process):
-        yield Served(address, lambda: resident_of(process), process.pid)
+        yield Served(address, lambda: resident_of(process))
 
 
 def on_a_thread(folder, options):
@@ -72,4 +70,4 @@ def on_a_thread(folder, options):
 
     args = serve.parser().parse_args([str(folder), "--name", "endless", *options])
     with serve_app(serve.build(args)) as url:
-        yield Served(url, reset_peak, os.getpid())
+        yield Served(url, reset_peak)
