@@ -45,8 +45,7 @@ def check_settings(folder, calibrated=None, **changes) -> HostConfig:
     """UHR-BAT's configuration of a host, without its weights: of a family that is not in the table all but its rows. Raises as
     `load_host` for settings that cannot be."""
     with explained(folder):
-        parts = _read(str(folder), calibrated, changes)
-        return _configure(parts, parts.rows)
+        return _read(str(folder), calibrated, changes).checked
 
 
 def host_processor(folder, calibrated=None, **changes):
@@ -103,7 +102,7 @@ def _read(folder, calibrated, changes) -> SimpleNamespace:
     parts = SimpleNamespace(folder=folder, config=config, reader=reader, settings=settings, scales=scales, changes=rest)
     # Those of a family that is not in the table are its tower's to say.
     parts.rows = rows_a_side(config, side) if config.model_type in FAMILIES else 1
-    _configure(parts, parts.rows)  # settings are refused before weights are read
+    parts.checked = _configure(parts, parts.rows)  # settings are refused before weights are read
     return parts
 
 

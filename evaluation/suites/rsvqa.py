@@ -84,7 +84,10 @@ class RSVQA(Suite):
         ]
 
 
-def scorers_of(name: str, counts: bool, says: str) -> tuple[Scorer, ...]:
+def scorers_of(name: str, counts: bool) -> tuple[Scorer, ...]:
+    what, unit = ("numbers", "") if counts else ("areas", " m2")
+    says = f"Equal words; {what} by the ranges of the benchmark's loader: 0, to 10, to 100, to 1000{unit}, more."
+
     def read(sample, text):
         return in_ranges(text, counts)
 
@@ -95,21 +98,13 @@ def scorers_of(name: str, counts: bool, says: str) -> tuple[Scorer, ...]:
     )
 
 
+def files_of(place: str) -> tuple[str, ...]:
+    return tuple(f"{place}_split_{split}_{ENDS}" for split in ("test", "val", "train"))
+
+
 class RSVQALR(RSVQA):
-    title = "RSVQA-LR"
-    files = ("LR_split_test_questions.json", "LR_split_val_questions.json", "LR_split_train_questions.json")
-    scorers = scorers_of(
-        "rsvqa-lr",
-        True,
-        "Equal words; numbers by the ranges of the benchmark's loader: 0, to 10, to 100, to 1000, more.",
-    )
+    title, files, scorers = "RSVQA-LR", files_of("LR"), scorers_of("rsvqa-lr", counts=True)
 
 
 class RSVQAHR(RSVQA):
-    title = "RSVQA-HR"
-    files = ("USGS_split_test_questions.json", "USGS_split_val_questions.json", "USGS_split_train_questions.json")
-    scorers = scorers_of(
-        "rsvqa-hr",
-        False,
-        "Equal words; areas by the ranges of the benchmark's loader: 0, to 10, to 100, to 1000 m2, more.",
-    )
+    title, files, scorers = "RSVQA-HR", files_of("USGS"), scorers_of("rsvqa-hr", counts=False)
