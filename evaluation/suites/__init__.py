@@ -1,9 +1,11 @@
 """The benchmarks, one class each: how a sample is read, asked and scored."""
 
+from .cdvqa import CDVQA
 from .conversations import Conversations
 from .earth_vqa import EarthVQA
 from .geo_evidence import GeoEvidence
 from .hr_bench import HRBench
+from .levir_cc import LevirCC
 from .lrs_vqa import LRSVQA
 from .made_up_scenes import FORMS, MadeUpScenes
 from .mme_realworld import MMERealWorldRS
@@ -35,6 +37,8 @@ SUITES = {
         RSVQALR("rsvqa-lr"),
         RSVQAHR("rsvqa-hr"),
         EarthVQA("earth-vqa"),
+        CDVQA("cdvqa"),
+        LevirCC("levir-cc"),
         Conversations("conversations"),
         Own("own"),
         PascalVOC("pascal-voc"),

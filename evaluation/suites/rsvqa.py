@@ -7,6 +7,7 @@ import json
 import os
 import re
 from collections import Counter
+from collections.abc import Iterator
 from pathlib import Path
 
 from ...common.answers import plain
@@ -48,29 +49,44 @@ def rows_of(path: Path, name: str) -> list[dict]:
     return rows
 
 
+def joined(data: str, files, title: str) -> Iterator[tuple[dict, Path]]:
+    """(row of a question with its "answer", path of the questions) of every active question, in its order.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no such files, they are of another form, or a question has no answer.
+    """
+    if not os.path.exists(data):
+        raise FileNotFoundError(f"{data}: there is no such file or folder. {title} has files of its own.")
+    path = find_files(data, files)[0]
+    if not path.name.endswith(ENDS):
+        raise ValueError(f"{path}: the questions of {title} are a file ..._{ENDS}. Give it as --data.")
+    answers = beside(path, "answers")
+    found = {row["id"]: row for row in rows_of(answers, "answers")}
+    for row in rows_of(path, "questions"):
+        names = row.get("answers_ids") or ["none"]
+        answer = found.get(names[0]) if isinstance(names, list) and isinstance(names[0], (int, str)) else None
+        if answer is None:
+            raise ValueError(
+                f"{path}: the answer {str(names)[:40]} to question {row['id']!r} is none of the {len(found)} of {answers.name}."
+            )
+        yield row | {"answer": first(answer, "answer")}, path
+
+
+def beside(path: Path, name: str) -> Path:
+    """The file of "answers" or "images" that belongs to one of questions."""
+    found = path.with_name(f"{path.name.removesuffix(ENDS)}{name}.json")
+    if not found.is_file():
+        raise FileNotFoundError(f"{found}: there is no such file, which has the {name} to {path.name}.")
+    return found
+
+
 class RSVQA(Suite):
     places = ("", "Images_LR", "Images_HR", "Images", "Data", "data")
     prompts = {"rsvqa/short-1": prompt}
 
     def records(self, data):
-        if not os.path.exists(data):
-            raise FileNotFoundError(f"{data}: there is no such file or folder. {self.title} has files of its own.")
-        path = find_files(data, self.files)[0]
-        if not path.name.endswith(ENDS):
-            raise ValueError(f"{path}: the questions of {self.title} are a file ..._{ENDS}. Give it as --data.")
-        answers = path.with_name(path.name.removesuffix(ENDS) + "answers.json")
-        if not answers.is_file():
-            raise FileNotFoundError(f"{answers}: there is no such file, which has the answers to {path.name}.")
-        found = {row["id"]: row for row in rows_of(answers, "answers")}
-        for row in rows_of(path, "questions"):
-            names = row.get("answers_ids") or ["none"]
-            answer = found.get(names[0]) if isinstance(names, list) and isinstance(names[0], (int, str)) else None
-            if answer is None:
-                raise ValueError(
-                    f"{path}: the answer {str(names)[:40]} to question {row['id']!r} is none of the {len(found)} of "
-                    f"{answers.name}."
-                )
-            yield row | {"answer": first(answer, "answer")}, [path.parent]
+        for row, path in joined(data, self.files, self.title):
+            yield row, [path.parent]
 
     def samples_of(self, record, index, pictures):
         return [

@@ -249,6 +249,58 @@ def earth_vqa(folder):
     return folder
 
 
+def cdvqa(folder):
+    """Three files a split as the authors publish them, and SECOND's folders: a picture has rows of its own for each type."""
+    asked = [
+        ("change_or_not", "Have the areas of trees changed?", "yes"),
+        ("largest_change", "What is the largest change?", "NVG_surface"),
+        ("change_ratio", "What is the percentage of changed areas?", "30_to_40"),
+    ]
+    rows = {
+        "questions": [
+            {"id": n, "date_added": 1.5, "img_id": n, "type": kind, "question": question, "answers_ids": [n], "active": True}
+            for n, (kind, question, _) in enumerate(asked)
+        ],
+        "answers": [
+            {"id": n, "date_added": 1.5, "question_id": n, "answer": answer, "active": True}
+            for n, (_, _, answer) in enumerate(asked)
+        ],
+        "images": [
+            {"id": n, "res_x": ".1524m", "res_y": ".1524m", "questions_ids": [n], "file_name": "02180.png", "active": True}
+            for n in range(len(asked))
+        ],
+    }  # fmt: skip
+    for name, found in rows.items():
+        (folder / f"Test_{name}.json").write_text(json.dumps({name: found}), encoding="utf-8")
+    picture(folder / "im1", "02180.png"), picture(folder / "im2", "02180.png", 1)
+    return folder
+
+
+def levir_cc(folder):
+    """One file of all splits, the folders of its authors, two pairs of the test."""
+    changed = ["a road is built .", "a road appears in the woods .", "the trees are replaced by a road ."]
+    rows = [
+        ("train", "train_000016.png", 1, changed),
+        ("test", "test_000001.png", 1, changed),
+        ("test", "test_000002.png", 0, ["there is no difference .", "the scene is the same as before ."]),
+    ]
+    images = [
+        {
+            "filepath": split, "filename": name, "imgid": number, "split": split, "changeflag": flag,
+            "sentences": [
+                {"tokens": text.split()[:-1], "raw": f" {text}", "imgid": number, "sentid": n}
+                for n, text in enumerate(texts)
+            ],
+        }
+        for number, (split, name, flag, texts) in enumerate(rows)
+    ]  # fmt: skip
+    for split, name, *_ in rows:
+        for seed, date in enumerate("AB"):
+            picture(folder / "images" / split / date, name, seed)
+    (folder / "LevirCCcaptions.json").write_text(json.dumps({"images": images}), encoding="utf-8")
+    return folder
+
+
 FORMS = {
     "xlrs-bench-lite": xlrs,
     "mme-realworld-rs": mme_realworld,
@@ -264,4 +316,6 @@ FORMS = {
     "rsvqa-lr": rsvqa("LR", ("rural_urban", "Is it a rural or an urban area", "urban")),
     "rsvqa-hr": rsvqa("USGS", ("area", "What is the area covered by buildings?", "1234m2")),
     "earth-vqa": earth_vqa,
+    "cdvqa": cdvqa,
+    "levir-cc": levir_cc,
 }

@@ -164,6 +164,49 @@ def test_earth_vqa_finds_pictures_in_the_folder_of_their_split_and_takes_no_test
             SUITES["earth-vqa"].load(str(tmp_path))
 
 
+def test_cdvqa_shows_both_dates_and_names_what_may_be_answered(tmp_path):
+    trees, largest, share = load("cdvqa", tmp_path)
+    assert [one.source for one in trees.pictures] == [str(tmp_path / date / "02180.png") for date in ("im1", "im2")]
+    assert trees.picture_keys == share.picture_keys and (largest.task, largest.answer) == (
+        "largest_change",
+        "NVG_surface",
+    )
+    assert SUITES["cdvqa"].prompts["cdvqa/choices-1"](trees).endswith("changed?\nAnswer with one of: yes, no.")
+    for sample, right, wrong in (
+        (largest, ("NVG_surface", "Non-vegetated ground surface."), ("trees",)),
+        (share, ("30_to_40", "30 to 40 %", "between 30% and 40%", "30-40", "35 percent"), ("30", "0", "45 %", "350")),
+    ):
+        assert [score("cdvqa", sample, text)["cdvqa/classes-1"] for text in (*right, *wrong)] == [1] * len(right) + [
+            0
+        ] * len(wrong)
+    assert score("cdvqa", share, "35 %")["cdvqa/words-1"] == 0
+    path = tmp_path / "Test_images.json"
+    path.write_text(path.read_text().replace('"id": 2', '"id": 7'))
+    with pytest.raises(ValueError, match="the picture 2 of question 2 is none of the 3 of Test_images.json"):
+        SUITES["cdvqa"].load(str(tmp_path))
+    path.unlink()
+    with pytest.raises(FileNotFoundError, match="which has the images to Test_questions.json"):
+        SUITES["cdvqa"].load(str(tmp_path))
+
+
+def test_levir_cc_scores_a_sentence_by_all_of_its_pair(tmp_path):
+    changed, unchanged = load("levir-cc", tmp_path)
+    assert [one.source for one in changed.pictures] == [
+        str(tmp_path / "images" / "test" / date / "test_000001.png") for date in "AB"
+    ]
+    assert (changed.task, unchanged.task) == ("changed", "unchanged") and len(changed.answer.split("\n")) == 3
+    same = {"levir-cc/rouge-l-1": 1, "levir-cc/bleu-4-1": 1, "levir-cc/changed-1": 1}
+    assert score("levir-cc", changed, "A road appears in the woods.") == pytest.approx(same)
+    assert score("levir-cc", unchanged, "the scene is the same as before") == pytest.approx(same)
+    # "a road" of 3 words, of 4 and of 6: precision 2/3, recall 2/4, with beta 1.2.
+    found = score("levir-cc", changed, "a new road")
+    assert found["levir-cc/rouge-l-1"] == pytest.approx(2.44 * (2 / 3) * (2 / 4) / (2 / 4 + 1.44 * 2 / 3))
+    assert found["levir-cc/bleu-4-1"] < 0.2 and score("levir-cc", unchanged, "a new road")["levir-cc/changed-1"] == 0
+    (tmp_path / "LevirCCcaptions.json").write_text('{"images": [{"filename": "a.png"}]}')
+    with pytest.raises(ValueError, match=r"not of the form .*KeyError\('split'\)"):
+        SUITES["levir-cc"].load(str(tmp_path))
+
+
 def test_a_downloaded_file_that_gdal_would_follow_is_no_picture(tmp_path):
     """A mosaic's XML under a picture's name, and a folder: what they name is not opened."""
     picture(tmp_path, "secret.png", size=(64, 64))
