@@ -152,9 +152,25 @@ def answer_objects(model, text, compressed, image_size, *, ids=None, part=None) 
         ids: long[1, new], of the answer.
         part: (left, top, right, bottom) of the image that the model was shown; None for all of it.
     """
-    pointed = model.point(ids, compressed)[0] if ids is not None and hasattr(model, "point") else None
-    grids = [] if compressed.regions is None else compressed.importance[0].grids  # of a dynamic pyramid nobody asks
-    return objects_of(model, text, image_size, grids, part=part, pointed=pointed)
+    return objects_of_answers(model, [text], compressed, [image_size], ids=ids, part=part)[0]
+
+
+def objects_of_answers(model, texts, compressed, image_sizes, *, ids=None, part=None) -> list[Objects]:
+    """Those of a batch, each about the one image of its prompt: see `answer_objects`.
+
+    Args:
+        texts: of the answers, equally many to every prompt.
+        image_sizes: (height, width) of the image of every prompt.
+        ids: long[answers, new].
+    """
+    pointed = model.point(ids, compressed) if ids is not None and hasattr(model, "point") else [None] * len(texts)
+    found, of_each = [], len(texts) // len(image_sizes)
+    for idx, (text, tokens) in enumerate(zip(texts, pointed)):
+        image_idx = idx // of_each
+        # Of a dynamic pyramid nobody asks.
+        grids = [] if compressed.regions is None else compressed.importance[image_idx].grids
+        found.append(objects_of(model, text, image_sizes[image_idx], grids, part=part, pointed=tokens))
+    return found
 
 
 def printable(text: str) -> str:
@@ -165,14 +181,20 @@ def printable(text: str) -> str:
 # ---- All of them -----------------------------------------------------------------------------------------------------
 
 
-def answers(
+def generated(
     model, processor, questions, features, *, budgets=None, rules=None, counts=None, max_tiles=None, max_new_tokens=16,
     **generation,
-) -> list[tuple[str, int]]:  # fmt: skip
-    """Answers to a batch of questions about encoded images, and the visual tokens that each took: see the steps."""
+) -> tuple[torch.Tensor, Any]:  # fmt: skip
+    """The ids long[B, new] of the answers to a batch of questions about encoded images, and what `compress` returned for them:
+    see the steps."""
     inputs = write_prompts(model, processor, questions, features, budgets, counts, max_tiles)
     compressed = compress(model, inputs, rules)
-    ids = generate(model, inputs, compressed, max_new_tokens=max_new_tokens, **generation)
+    return generate(model, inputs, compressed, max_new_tokens=max_new_tokens, **generation), compressed
+
+
+def answers(model, processor, questions, features, **options) -> list[tuple[str, int]]:
+    """Answers to a batch of questions about encoded images, and the visual tokens that each took; `options` as of `generated`."""
+    ids, compressed = generated(model, processor, questions, features, **options)
     spent = [0] * len(questions) if compressed is None else compressed.tokens_per_prompt
     return list(zip(answer_texts(processor, ids), spent))
 

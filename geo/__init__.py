@@ -7,23 +7,28 @@ it. `objects_frame` and `write_objects` (CSV, too) are of the objects that an an
 
 from .frames import evidence_frame, visual_tokens
 from .georeference import Georeference, read_georeference
-from .objects import check_objects, objects_frame, write_objects
+from .ground import object_members, on_ground
+from .objects import Answered, check_objects, objects_frame, write_joined, write_objects
 from .pages import Served, overview_jpeg, page_html, write_page
 from .styles import write_style
 from .writing import check_vectors, geojson_bytes, write_raster, write_vectors
 
 __all__ = [
+    "Answered",
     "Georeference",
     "Served",
     "check_objects",
     "check_vectors",
     "evidence_frame",
     "geojson_bytes",
+    "object_members",
     "objects_frame",
+    "on_ground",
     "overview_jpeg",
     "page_html",
     "read_georeference",
     "visual_tokens",
+    "write_joined",
     "write_objects",
     "write_page",
     "write_raster",

@@ -19,7 +19,7 @@ def in_degrees(geometries, crs) -> np.ndarray:
     """Points, Polygons and MultiPolygons in WGS 84, longitude first, within -180 to 180, outer rings counterclockwise.
 
     A corner stays a corner. Edges get more points only where they are bent in degrees. What has no longitude and latitude,
-    as beyond the rim of the Earth, is left out; a point is then empty.
+    as beyond the rim of the Earth, is left out; a point is then empty. None stays None.
 
     Args:
         geometries: of shapely, any number.
@@ -29,9 +29,10 @@ def in_degrees(geometries, crs) -> np.ndarray:
 
     geometries, places = np.asarray(geometries, dtype=object), _Places(crs)
     is_point = shapely.get_type_id(geometries) == shapely.GeometryType.POINT
+    is_polygon = ~is_point & ~shapely.is_missing(geometries)
     found = geometries.copy()
     found[is_point] = _points(geometries[is_point], places)
-    found[~is_point] = _polygons(geometries[~is_point], places)
+    found[is_polygon] = _polygons(geometries[is_polygon], places)
     return found
 
 

@@ -1,6 +1,8 @@
 """Objects of an answer as GIS software reads them: a table of boxes and points, as GeoJSON, GeoPackage or CSV."""
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -54,10 +56,11 @@ def objects_frame(objects: Objects, *, transform=None, crs=None):
     return gpd.GeoDataFrame(columns, geometry=gpd.GeoSeries(shapes, crs=crs), crs=crs)
 
 
-def check_objects(path: Path, georeference: Georeference):
-    """Raises `ValueError` for a file that `write_objects` cannot write, before a model is asked."""
+def check_objects(path: Path, georeference: Georeference = PLAIN, columns: Sequence[str] = ()):
+    """Raises `ValueError` for a file that `write_objects`, or with its first `columns` `write_joined`, cannot write, before a model
+    is asked."""
     if path.suffix.lower() != CSV:
-        check_vectors(path, georeference.crs, OBJECT_LAYER, OBJECT_COLUMNS)
+        check_vectors(path, georeference.crs, OBJECT_LAYER, (*columns, *OBJECT_COLUMNS))
 
 
 def write_objects(objects: Objects, path: Path, about: dict[str, str], georeference: Georeference = PLAIN):
@@ -75,22 +78,92 @@ def write_objects(objects: Objects, path: Path, about: dict[str, str], georefere
         ValueError: what `check_objects` refuses.
         ImportError: a package is missing; says what to install.
     """
-    import shapely
-
     path, place = Path(path), {"transform": georeference.transform, "crs": georeference.crs}
     frame = objects_frame(objects, **place)
-    if path.suffix.lower() != CSV:
-        told = {"refused": "; ".join(objects.refusals), "empty": objects.note}
-        about = about | {name: text for name, text in told.items() if text}
-        write_vectors(frame, path, about, georeference.words, OBJECT_LAYER)
+    if path.suffix.lower() == CSV:
+        _write_table(_table(frame), path)
+    else:
+        write_vectors(frame, path, about | _told(objects), georeference.words, OBJECT_LAYER)
+
+
+class Answered(NamedTuple):
+    """The objects of one of several answers.
+
+    Attributes:
+        columns: name -> text, which every row of its objects begins with, as image and question.
+        objects: that it points to.
+        georeference: of its image.
+        ground: of every object its geometry of GeoJSON in WGS 84; None where that is not known.
+    """
+
+    columns: dict[str, str]
+    objects: Objects
+    georeference: Georeference
+    ground: list[dict] | None
+
+
+def write_joined(answers: Iterable[Answered], path: Path, about: dict[str, str]):
+    """Objects of several answers as one file of the forms of `write_objects`, in their order.
+
+    A GeoPackage is in the CRS of the images where they share one; else, as GeoJSON always, in WGS 84, and an object whose place is
+    not known has no geometry. Where no image has a CRS, coordinates are those of `write_objects`. A CSV has each object in the
+    coordinates of its own image, and the column `crs` says which.
+
+    Args:
+        answers: with the same columns, one or more.
+        about: as of `write_objects`.
+    """
+    import geopandas as gpd
+    import pandas as pd
+    import shapely
+
+    answers, path = list(answers), Path(path)
+    is_table = path.suffix.lower() == CSV
+    systems = {str(one.georeference.crs) for one in answers}
+    own = systems == {"None"} or len(systems) == 1 and path.suffix.lower() == GEOPACKAGE
+    frames = []
+    for answer in answers:
+        frame = objects_frame(answer.objects, transform=answer.georeference.transform, crs=answer.georeference.crs)
+        if is_table:
+            frame = _table(frame, answer.ground is not None)
+        elif not own:
+            shapes = [None] * len(frame) if answer.ground is None else list(map(shapely.geometry.shape, answer.ground))
+            frame = frame.set_geometry(gpd.GeoSeries(shapes, frame.index, crs="EPSG:4326"))
+        for column, (name, text) in enumerate(answer.columns.items()):
+            frame.insert(column, name, pd.Series([text] * len(frame), frame.index, dtype="object"))
+        frames.append(frame)
+    frame = pd.concat([frame for frame in frames if len(frame)] or frames[:1], ignore_index=True)
+    if is_table:
+        _write_table(frame, path)
         return
+    every = [one for answer in answers for one in answer.objects]
+    refused = [one for answer in answers for one in answer.objects.refused]
+    words = {one.georeference.words for one in answers}
+    words = words.pop() if len(words) == 1 else "of each image: of its transform where it has one, else its pixels"
+    write_vectors(frame, path, about | _told(Objects(every, answers[0].objects.text, refused)), words, OBJECT_LAYER)
+
+
+def _told(objects) -> dict[str, str]:
+    """What a file says of what is none of its objects."""
+    told = {"refused": "; ".join(objects.refusals), "empty": objects.note}
+    return {name: text for name, text in told.items() if text}
+
+
+def _table(frame, placed=True):
+    """The columns of a CSV; `placed`: whether degrees follow from the frame's CRS."""
+    import shapely
+
     table = frame.drop(columns="geometry").assign(wkt=frame.geometry.to_wkt(rounding_precision=-1))
-    if georeference.crs is not None and has_degrees(georeference.crs):
-        middles = in_degrees(shapely.centroid(np.asarray(frame.geometry)), georeference.crs)
+    if frame.crs is None:
+        return table
+    if placed and has_degrees(frame.crs):
+        middles = in_degrees(shapely.centroid(np.asarray(frame.geometry)), frame.crs)
         table["longitude"], table["latitude"] = ([getattr(one, axis) for one in middles] for axis in "xy")
-    if georeference.crs is not None:
-        table["crs"] = crs_name(georeference.crs)
-    for name in {"label", "crs"} & set(table.columns):
-        table[name] = table[name].map(lambda text: f"'{text}" if text.startswith(FORMULA) else text)
+    return table.assign(crs=crs_name(frame.crs))
+
+
+def _write_table(table, path):
+    for name in table.select_dtypes(exclude="number").columns:
+        table[name] = [f"'{text}" if str(text).startswith(FORMULA) else text for text in table[name]]
     with whole_files(path.parent) as built:
         table.to_csv(built / path.name, index=False)

@@ -18,7 +18,7 @@ from .chat import ChatRequest, read_request
 from .decoding import Sampling
 from .doors import Doors, Named
 from .engine import Engine, Piece
-from .evidence import evidence_members, object_members
+from .evidence import answered_objects, evidence_members
 from .limits import Limits
 from .metrics import Metrics
 from .refusals import LETTERS_PER_TOKEN, Refusal
@@ -81,7 +81,7 @@ class _Asked:
         if request.objects:
             # What the answer goes on with may have begun a box.
             text = "".join(request.messages[-1].texts if request.goes_on() else []) + self.text
-            read = object_members, self.engine.front.model, text, self.selection, self.images[0]
+            read = answered_objects, self.engine.front.model, text, self.selection, self.images[0]
             found["objects"] = await asyncio.to_thread(*read)
         return found
 

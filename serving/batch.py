@@ -2,7 +2,7 @@
 
     uhr-bat batch --images DIR|LIST|ITEMS.json --questions FILE --output results.parquet|.csv|.jsonl [--model DIR] [--address ADDRESS]
         [--workers N] [--gpus 1] [--asset NAME] [--budgets 16,24,40,66] [--max-tiles 128 --native] [--max-new-tokens 64]
-        [--batch-size 8]
+        [--batch-size 8] [--objects out.geojson]
 
 Every image is read and encoded once for all its questions. Answers are kept as they come, and the same command goes on
 where it was stopped; what failed is a row that says so, and is asked again by the next run. The results are written
@@ -26,12 +26,15 @@ from ..common.budgets import budgets
 from ..common.commands import check_range, tells_errors
 from ..common.extras import require
 from ..common.files import whole_files
-from ..common.images import add_image_arguments, add_tile_arguments, image_options, tile_options
+from ..common.images import OPTIONS, add_image_arguments, add_tile_arguments, image_options, tile_options
 from ..common.loading import load_model
 from ..common.measured import told_as_measured
 from ..common.models import add_model_argument, find_model, stay_offline, with_revision
+from ..common.objects import Objects
 from ..common.outputs import Output, check_outputs
 from ..common.runs import Line, alone, check_same_settings, whole_lines
+from ..geo import Answered, Georeference, check_objects, object_members, write_joined
+from ..geo.objects import OBJECT_FILES
 from ..image_raster_files_uhr_bat import reason
 from .batch_inputs import BatchImage, plan, read_images, read_questions
 
@@ -46,12 +49,15 @@ COLUMNS = {
     "item": "string",
     "question": "string",
     "answer": "string",
+    "objects": "string",
     "error": "string",
     "visual_tokens": "int64",
     "seconds": "float64",
     "encoding_seconds": "float64",
     "model": "string",
 }
+# Of a row, what each of its objects is written with.
+JOINED = ("image", "item", "question", "answer")
 # Seconds for a cluster to answer, before that is said.
 ANSWER_SECONDS = 5
 # An image is given up when the processes that had it died so often, as they do where there is too little memory for it.
@@ -83,7 +89,8 @@ class Worker:
     its image while the other one's is answered.
 
     Args:
-        settings: what `told` tells of the model, `budgets`, `max_new_tokens`, and `reading`, the options of the image processor.
+        settings: what `told` tells of the model, `budgets`, `max_new_tokens`, `reading`, the options of the image processor, and
+            perhaps `objects`, whether rows have those of their answers.
         batch_size: questions that are answered at once.
         attempts: handle of the `Attempts` of all workers.
     """
@@ -115,38 +122,58 @@ class Worker:
     def answer_all(self, image, rows):
         from ..common import asking
 
-        inputs = self.cut(image)
+        opened = self.open(image)
+        inputs = self.cut(opened)
+        place = Georeference.of(opened, image) if self.settings.get("objects") else None
         with self.at_work:
             start = time.perf_counter()
             features = asking.encode(self.model, inputs)
             rows[0]["encoding_seconds"] = time.perf_counter() - start
             for first in range(0, len(rows), self.batch_size):
-                self.answer(rows[first : first + self.batch_size], features)
+                self.answer(rows[first : first + self.batch_size], features, (opened.height, opened.width), place)
 
-    def cut(self, image):
-        options = {name: value for name, value in self.settings["reading"].items() if value is not None}
-        return self.processor.image_processor(image, **options, return_tensors="pt")
+    def open(self, image):
+        return self.processor.image_processor.open_image(image, **self.reading(OPTIONS))
 
-    def answer(self, rows, features):
-        """Adds the answers to rows with questions about the same encoded image."""
-        from ..common.asking import answers
+    def cut(self, opened):
+        options = self.reading(("max_image_pixels", "max_tiles", "native"))
+        return self.processor.image_processor(opened, **options, return_tensors="pt")
+
+    def reading(self, names) -> dict:
+        reading = self.settings["reading"]
+        return {name: reading[name] for name in names if reading.get(name) is not None}
+
+    def answer(self, rows, features, image_size, place=None):
+        """Adds the answers to rows with questions about the same encoded image, with their objects where there is a `place`."""
+        from ..common import asking
 
         start = time.perf_counter()
         options = {name: self.settings[name] for name in ("budgets", "max_new_tokens")}
+        questions = [row["question"] for row in rows]
         try:
-            said = answers(
-                self.model, self.processor, [row["question"] for row in rows], [features] * len(rows), **options
-            )
+            ids, compressed = asking.generated(self.model, self.processor, questions, [features] * len(rows), **options)
+            texts, objects = asking.answer_texts(self.processor, ids), [None] * len(rows)
+            if place is not None:
+                sizes = [image_size] * len(rows)
+                found = asking.objects_of_answers(self.model, texts, compressed, sizes, ids=ids)
+                objects = [_kept(one, image_size, place) for one in found]
         except Exception as error:
             if len(rows) == 1:
                 rows[0]["error"] = reason(error)
             else:  # by itself, a question fails alone
                 for row in rows:
-                    self.answer([row], features)
+                    self.answer([row], features, image_size, place)
             return
         seconds = (time.perf_counter() - start) / len(rows)
-        for row, (text, spent) in zip(rows, said):
-            row |= {"answer": text, "visual_tokens": spent, "seconds": seconds}
+        for row, text, of_answer, spent in zip(rows, texts, objects, compressed.tokens_per_prompt):
+            row |= {"answer": text, "objects": of_answer, "visual_tokens": spent, "seconds": seconds}
+
+
+def _kept(objects, image_size, place) -> str:
+    """JSON of a row's objects: those of `object_members`, and from which transform and CRS they have their ground."""
+    record = object_members(objects, image_size, place)
+    record["transform"] = None if place.transform is None else list(place.transform)[:6]
+    return json.dumps(record | {"crs": place.crs and place.crs.to_wkt()}, ensure_ascii=False)
 
 
 def share_machines(workers: int | None, gpus: float | None, resources: dict) -> dict:
@@ -334,6 +361,29 @@ def write_results(path: Path, rows: list[dict], settings: dict):
         (built / settings_path(path).name).write_text(json.dumps(settings), encoding="utf-8")
 
 
+def write_all_objects(path: Path, rows: list[dict], about: dict[str, str]) -> tuple[int, list[tuple[str, str]]]:
+    """The objects of all rows as one file (`write_joined`): how many there are, and (image, why) of those whose place on the ground
+    leads nowhere."""
+    import rasterio
+    from affine import Affine
+
+    answers, lost = [], {}
+    for row in rows:
+        if not row["objects"]:
+            continue  # it failed
+        record = json.loads(row["objects"])
+        ground = [one.pop("ground") for one in record["objects"]]
+        transform = None if record["transform"] is None else Affine(*record["transform"])
+        place = Georeference(transform, None if record["crs"] is None else rasterio.CRS.from_wkt(record["crs"]))
+        if record["ground_error"]:
+            lost[row["image"]] = record["ground_error"]
+        columns = {name: row[name] or "" for name in JOINED}
+        found = Objects.of_record(record, row["answer"] or "")
+        answers.append(Answered(columns, found, place, None if None in ground else ground))
+    write_joined(answers or [Answered(dict.fromkeys(JOINED, ""), Objects(), Georeference(), None)], path, about)
+    return sum(len(one.objects) for one in answers), list(lost.items())
+
+
 def _key(row: dict) -> tuple[str, str, str]:
     """What a row answers."""
     return row["image"], row["item"] or "", row["question"]
@@ -392,6 +442,9 @@ def main(arguments=None) -> int:
         help=".txt, .json, .jsonl or .csv: of all images, or each with the name of its image",
     )  # fmt: skip
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="results: .parquet, .csv or .jsonl")
+    parser.add_argument(
+        "--objects", type=Path, metavar="FILE", help="boxes and points of all answers: .geojson, .gpkg or .csv"
+    )
     parser.add_argument("--asset", metavar="NAME", help="of every STAC item (default: visual, else the first raster)")
     add_model_argument(parser)
     parser.add_argument(
@@ -415,14 +468,22 @@ def main(arguments=None) -> int:
     check_range(args, 0, math.inf, "gpus")
     check_address(args.address)
     args.model = find_model(args.model)
-    outputs = Output("--output", args.output, tuple(READERS)), Output("--output", lines_path(args.output))
+    outputs = (
+        Output("--output", args.output, tuple(READERS)),
+        Output("--output", lines_path(args.output)),
+        Output("--objects", args.objects, OBJECT_FILES),
+    )
     check_outputs((args.images, args.questions, args.model, args.area), *outputs)
     require("batch", "ray.data")
+    if args.objects:
+        require("geo", "rasterio", "geopandas", "pyogrio")
+        check_objects(args.objects, columns=JOINED)
     settings = {
         **told_as_measured(args.model.resolve(), args.set),
         "budgets": args.budgets,
         "max_new_tokens": args.max_new_tokens,
         "reading": image_options(args) | tile_options(args),
+        **({"objects": True} if args.objects else {}),
     }
     work = plan(read_images(args.images, args.asset), read_questions(args.questions))
     check_outputs([image.source for image, _ in work], *outputs)
@@ -430,6 +491,12 @@ def main(arguments=None) -> int:
     rows = run(work, args.output, settings, **options)
     failed = [row for row in rows if row["error"] is not None]
     print(f"{len(rows) - len(failed):,} answers about {len({row['image'] for row in rows}):,} images: {args.output}")
+    if args.objects:
+        about = {"answers": f"{len(rows) - len(failed):,}", "model": with_revision(settings)}
+        number, lost = write_all_objects(args.objects, rows, about)
+        print(f"{number:,} objects: {args.objects}")
+        if lost:
+            print(f"{len(lost):,} images have no place on the ground, as {lost[0][0]}: {lost[0][1]}", file=sys.stderr)
     if failed:
         print(f"{len(failed):,} failed, as {failed[0]['image']}: {failed[0]['error']}", file=sys.stderr)
     return int(bool(failed))

@@ -26,7 +26,7 @@ from ..geometry_uhr_bat import pyramid_scales
 from ..pictures.drawing import parse_colour, screen_image
 from .app import Service
 from .chat import checked_request
-from .evidence import evidence_members, object_members
+from .evidence import answered_objects, evidence_members
 from .refusals import Refusal
 
 # How opaque the colour is where a question looks most.
@@ -125,7 +125,7 @@ class Tools:
         asked = await self._asked(step, image, question, max_tiles, reading, **fields)
         answer = await step("answering", said(asked))
         model, (encoded,) = self.front.model, asked.images
-        work = self.engine.call(object_members, model, answer, asked.selection, encoded)
+        work = self.engine.call(answered_objects, model, answer, asked.selection, encoded)
         found = await step("placing objects", work)
         return {"answer": answer, **found, "objects": [rows_first(one) for one in found["objects"]]}
 

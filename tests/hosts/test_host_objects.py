@@ -5,6 +5,7 @@ import re
 
 import geopandas as gpd
 import numpy as np
+import pandas as pd
 import pytest
 import rasterio
 import torch
@@ -14,6 +15,7 @@ from uhr_bat import ask, cli
 from uhr_bat.common import asking
 from uhr_bat.common.loading import ROOT
 from uhr_bat.geo import detect
+from uhr_bat.serving import batch
 
 UTM = rasterio.CRS.from_epsg(32654)
 ROTATED = rasterio.Affine(1.7320508075688772, 1.0, 375000.0, 1.0, -1.7320508075688772, 3908000.0)
@@ -252,3 +254,79 @@ def test_what_cannot_be_detected_is_refused_before_the_weights(painted, host_fol
             image = path.rename(path.with_name("painted.csv"))
         assert run("detect", image, "ships", "--output", output, *model) == 2
         assert why in capsys.readouterr().err
+
+
+@pytest.fixture
+def batch_of(host_folder, says, scene, tmp_path, monkeypatch):
+    """Asks `uhr-bat batch` about the rotated raster, a raster elsewhere and a plain picture, without Ray; (its exit code, the
+    file of objects)."""
+    random_image(200, 200).save(tmp_path / "plain.png")
+    pixels = np.asarray(random_image(50, 50)).transpose(2, 0, 1)
+    profile = {"driver": "GTiff", "height": 50, "width": 50, "count": 3, "dtype": "uint8", "photometric": "rgb"}
+    with rasterio.open(tmp_path / "other.tif", "w", crs="EPSG:32632", transform=ROTATED, **profile) as raster:
+        raster.write(pixels)
+    (tmp_path / "questions.txt").write_text("Where is the ship?\nWhere?\n")
+
+    def ask_here(work, settings, batch_size, **options):
+        worker = batch.Worker(settings, batch_size, None)
+        for image, questions in work:
+            rows = [
+                dict.fromkeys(batch.COLUMNS) | {"image": image.source, "item": "", "question": one} for one in questions
+            ]
+            try:
+                worker.answer_all(image.source, rows)
+            except OSError as error:
+                rows = [row | {"error": str(error)} for row in rows]
+            yield from rows
+
+    monkeypatch.setattr(batch, "ask", ask_here)
+    monkeypatch.setattr(batch, "require", lambda *names: None)
+
+    def go(names, objects, text='[{"bbox_2d": [100, 300, 150, 500], "label": "=ship"}]', output="rows.csv"):
+        says(text)
+        (tmp_path / "images.txt").write_text("\n".join(names))
+        options = ["--images", tmp_path / "images.txt", "--questions", tmp_path / "questions.txt", "--budgets", "8"]
+        options += ["--model", host_folder("qwen3_vl"), "--max-tiles", "2", "--max-new-tokens", "1"]
+        code = run("batch", *options, "--output", tmp_path / output, "--objects", tmp_path / objects)
+        return code, tmp_path / objects
+
+    return go
+
+
+@pytest.mark.slow
+def test_a_batch_joins_the_objects_of_all_answers_to_their_images_and_questions(batch_of, scene, tmp_path, capsys):
+    code, path = batch_of([scene.name, "other.tif", "plain.png", "gone.tif"], "all.geojson")
+    assert code == 1 and f"6 objects: {path}" in capsys.readouterr().out  # one image is gone
+    ships = gpd.read_file(path)
+    names = [tmp_path / name for name in ("scene.tif", "other.tif", "plain.png")]
+    assert ships["image"].tolist() == [str(name) for name in names for _ in range(2)]
+    assert ships["question"].tolist() == ["Where is the ship?", "Where?"] * 3
+    assert ships["label"].tolist() == ["=ship"] * 6 and "bbox_2d" in str(ships["answer"][0])
+    assert ships.loc[0, ["left", "top", "right", "bottom"]].tolist() == [20, 10, 30, 50]
+    corners = {tuple(np.round(ROTATED @ corner, 3)) for corner in ((20, 10), (30, 10), (30, 50), (20, 50))}
+    assert {tuple(np.round(one, 3)) for one in ships.to_crs(UTM).geometry[0].exterior.coords} == corners
+    assert abs(ships.geometry[2].centroid.x - 9) < 3  # degrees east: another zone
+    assert ships.geometry[4] is None or ships.geometry[4].is_empty  # a picture has no place
+    # What was answered is not asked again, and its objects go on from the rows.
+    assert batch_of([scene.name, "other.tif", "plain.png", "gone.tif"], "all.csv", text="nothing")[0] == 1
+    table = pd.read_csv(tmp_path / "all.csv")
+    assert table["label"].tolist() == ["'=ship"] * 6 and table["left"].tolist() == [20, 20, 5, 5, 20, 20]
+    assert table["crs"].fillna("").tolist()[::2] == ["WGS 84 / UTM zone 54N", "WGS 84 / UTM zone 32N", ""]
+    assert table["longitude"].notna().tolist() == [True] * 4 + [False] * 2
+
+
+@pytest.mark.slow
+def test_a_batch_of_images_of_one_crs_keeps_it_in_a_geopackage_and_pixels_where_there_is_none(
+    batch_of, scene, tmp_path
+):
+    assert batch_of([scene.name], "one.gpkg")[0] == 0
+    ships = gpd.read_file(tmp_path / "one.gpkg", layer="objects")
+    assert ships.crs == UTM and ships["question"].tolist() == ["Where is the ship?", "Where?"]
+    assert batch_of(["plain.png"], "plain.geojson", output="plain.csv")[0] == 0
+    written = json.loads((tmp_path / "plain.geojson").read_text())
+    assert (
+        written["features"][0]["geometry"]["coordinates"][0][0] == [20, 60] and "pixels" in written["coordinate_space"]
+    )
+    assert batch_of(["plain.png"], "none.geojson", text="nothing there", output="none.csv")[0] == 0
+    written = json.loads((tmp_path / "none.geojson").read_text())
+    assert written["features"] == [] and "nothing there" in written["empty"]
