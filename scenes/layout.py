@@ -123,6 +123,22 @@ class Scene:
         return np.stack(((points[..., 1] + top) / WIDTH, points[..., 0] / WIDTH), axis=-1)
 
 
+def draw_object(rng, centre, site: int | None, sizes=OBJECT_SIZES, pixels: int = FINEST) -> Object:
+    """An object at a place. `sizes`: how often each range is drawn, in pixels of an image of `pixels` px."""
+    ranges = list(sizes)
+    low, high = ranges[rng.choice(len(ranges), p=list(sizes.values()))]
+    return Object(
+        OBJECTS[rng.integers(len(OBJECTS))], list(PAINTS)[rng.integers(len(PAINTS))], tuple(map(float, centre)),
+        rng.uniform(0, 2 * math.pi), rng.uniform(low, high) * WIDTH / pixels, site,
+    )  # fmt: skip
+
+
+def place_in_cell(rng, site: Site, cell: int) -> np.ndarray:
+    """A point near the middle of one of the 3 x 3 cells of a site: objects of different cells never touch."""
+    row, column = divmod(cell, 3)
+    return site.placed(((column, row) + rng.uniform(0.4, 0.6, 2)) * SITE_SIDE / 3 - SITE_SIDE / 2)
+
+
 def make_scene(
     seed: int,
     aspect: float | None = None,
@@ -157,20 +173,12 @@ def make_scene(
     )
 
     def draw(centre, site):
-        ranges = list(sizes)
-        low, high = ranges[rng.choice(len(ranges), p=list(sizes.values()))]
-        return Object(
-            OBJECTS[rng.integers(len(OBJECTS))], list(PAINTS)[rng.integers(len(PAINTS))], tuple(map(float, centre)),
-            rng.uniform(0, 2 * math.pi), rng.uniform(low, high) * WIDTH / pixels, site,
-        )  # fmt: skip
+        return draw_object(rng, centre, site, sizes, pixels)
 
     objects = []
     for index, site in enumerate(sites):
-        # One place in each cell of 3 x 3, so that objects of one site never touch.
         cells = rng.permutation(9)[: rng.integers(MOST_OBJECTS + 1)]
-        for row, column in zip(*np.divmod(cells, 3)):
-            place = ((column, row) + rng.uniform(0.4, 0.6, 2)) * SITE_SIDE / 3 - SITE_SIDE / 2
-            objects.append(draw(site.placed(place), index))
+        objects += [draw(place_in_cell(rng, site, cell), index) for cell in cells]
     most = len(objects) + rng.integers(objects_outside[0], objects_outside[1] + 1)
     edge = min(200, height / 2)
     for place in rng.uniform((200, edge), (WIDTH - 200, height - edge), (4 * most, 2)):

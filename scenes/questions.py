@@ -38,7 +38,7 @@ class SceneQuestion:
     words: tuple[str, ...]
 
 
-def _single(things, name):
+def single(things, name):
     """Objects that are alone in their site with what `name` ("kind" or "colour") says of them."""
     values = [getattr(thing, name) for thing in things]
     return [thing for thing, value in zip(things, values) if values.count(value) == 1]
@@ -55,8 +55,8 @@ def make_question(scene: Scene, kind: str, site: int | None = None, *, rng) -> S
     """
     contents = scene.objects_of
     fits = {
-        "colour": lambda index: _single(contents[index], "kind"),
-        "type": lambda index: _single(contents[index], "colour"),
+        "colour": lambda index: single(contents[index], "kind"),
+        "type": lambda index: single(contents[index], "colour"),
         # Asked about empty sites too, "no" would be the more frequent answer.
         "yes/no": lambda index: contents[index],
         "count": lambda index: True,
@@ -73,10 +73,10 @@ def make_question(scene: Scene, kind: str, site: int | None = None, *, rng) -> S
         return options[rng.integers(len(options))]
 
     if kind == "colour":
-        thing = draw(_single(things, "kind"))
+        thing = draw(single(things, "kind"))
         words["object"], answer, things = thing.kind, thing.colour, (thing,)
     elif kind == "type":
-        thing = draw(_single(things, "colour"))
+        thing = draw(single(things, "colour"))
         words["colour"], answer, things = thing.colour, thing.kind, (thing,)
     elif kind == "yes/no":
         name, options = draw([("kind", OBJECTS), ("colour", tuple(PAINTS))])

@@ -7,7 +7,7 @@ from .geo_evidence import GeoEvidence
 from .hr_bench import HRBench
 from .levir_cc import LevirCC
 from .lrs_vqa import LRSVQA
-from .made_up_scenes import FORMS, MadeUpScenes
+from .made_up_scenes import FORMS, MadeUpDates, MadeUpScenes
 from .mme_realworld import MMERealWorldRS
 from .own import Own
 from .pascal_voc import PascalVOC
@@ -43,6 +43,7 @@ SUITES = {
         Own("own"),
         PascalVOC("pascal-voc"),
         *map(MadeUpScenes, FORMS),
+        MadeUpDates(),
     )
 }
 

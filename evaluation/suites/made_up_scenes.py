@@ -4,6 +4,7 @@ from functools import partial
 
 import numpy as np
 
+from ...scenes import dates
 from ...scenes.layout import TEST_SEEDS, WIDTH, make_scene
 from ...scenes.native import native_scene, picture_of
 from ...scenes.painting import RENDER_WIDTH, add_specks, paint
@@ -45,12 +46,14 @@ class MadeUpScenes(Suite):
         super().__init__(name)
         self.title, self.lay_out, self.show = FORMS[name]
 
+    seeds = TEST_SEEDS
+
     def load(self, data=None, limit=None):
-        """The questions about the test scenes, six a scene or fewer; `limit` takes the first scenes' questions."""
+        """The questions about the test scenes, one of a kind or none; `limit` takes the first scenes' questions."""
         if data is not None:
             raise ValueError("The made-up scenes are painted when they are asked about: there is no --data to give.")
         samples = []
-        for seed in TEST_SEEDS:
+        for seed in self.seeds:
             samples += self.samples_of_seed(seed)
             if limit is not None and len(samples) >= limit:
                 break
@@ -75,6 +78,31 @@ class MadeUpScenes(Suite):
 
     def open(self, picture):
         return self.show(self.lay_out(picture.source))
+
+
+class MadeUpDates(MadeUpScenes):
+    """Two dates of a scene: objects appear, go and change their colour, and season, light and a shift change too."""
+
+    prompts = {"scenes-dates/plain-1": lambda sample: sample.question}
+    seeds = dates.PAIR_TEST_SEEDS
+
+    def __init__(self, name="scenes-dates"):
+        Suite.__init__(self, name)
+        self.title = "Two dates of made-up scenes"
+
+    def samples_of_seed(self, seed):
+        pair, rng = dates.make_pair(seed), np.random.default_rng([seed, 9])
+        asked = (dates.make_question(pair, kind, rng=rng) for kind in dates.KINDS)
+        pictures = tuple(Picture(f"{seed}/{date}", (seed, date)) for date in (0, 1))
+        return [
+            Sample(f"{seed}/{question.kind}", pictures, question.text, question.answer, task=question.kind)
+            for question in asked
+            if question is not None
+        ]
+
+    def open(self, picture):
+        seed, date = picture.source
+        return dates.paint_date(dates.make_pair(seed), date)
 
 
 def box_of(thing, width) -> tuple[float, float, float, float]:

@@ -237,3 +237,14 @@ def test_a_table_gives_names_and_files_as_lines_do(tmp_path):
         Dataset.from_list([record | {"images": shown}]).to_parquet(tmp_path / name / "train.parquet")
         (local,) = SUITES["geo-evidence"].load(str(tmp_path / name))
         assert local.boxes == ((4.0, 5.0, 12.0, 9.0),) and SUITES["geo-evidence"].open(local.pictures[0])
+
+
+@pytest.mark.slow
+def test_two_dates_of_a_scene_are_asked_about_together():
+    suite = SUITES["scenes-dates"]
+    samples = suite.load(limit=8)
+    assert all(len(sample.pictures) == 2 for sample in samples) and len({sample.task for sample in samples}) > 3
+    first, second = (suite.open(shown) for shown in samples[0].pictures)
+    assert first.size == second.size and first.tobytes() != second.tobytes()
+    with pytest.raises(ValueError, match="painted when they are asked about"):
+        suite.load("scenes")
