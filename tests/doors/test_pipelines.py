@@ -1,9 +1,12 @@
 """`pipeline(...)` on a copy of the root's files: the answers of the processor and the model, without their calls."""
 
+import numpy as np
 import pytest
+import rasterio
 import torch
 from asking import GENERATION, PROMPT, chat, picture
 from transformers import pipeline
+from uhr_bat.common import asking as asking_tools
 
 
 # Three kinds that UHR-BAT-Tiny was trained on: it answers each in its own way.
@@ -159,3 +162,55 @@ def test_text_alone_is_for_the_text_pipeline(model_folder):
     assert pipe(messages, **settings)[0]["generated_text"] == expected
     batch = pipe([prompt, prompt], batch_size=2, **settings)
     assert [output[0]["generated_text"] for output in batch] == [expected] * 2
+
+
+# Objects
+
+BOX = '[{"box_2d": [450, 100, 550, 200], "label": "ship"}]'  # of a square of 160 px, with 70 px above the image
+
+
+@pytest.fixture
+def says_box(monkeypatch):
+    """UHR-BAT-Tiny answers in words alone."""
+    monkeypatch.setattr(asking_tools, "answer_texts", lambda processor, ids: [BOX] * len(ids))
+
+
+def test_a_result_has_its_objects_in_pixels_and_on_the_ground_where_it_is_asked_for_them(pipe, says_box, tmp_path):
+    path = tmp_path / "scene.tif"
+    pixels = np.asarray(picture()).transpose(2, 0, 1)
+    profile = {"driver": "GTiff", "height": 20, "width": 160, "count": 3, "dtype": "uint8", "photometric": "rgb"}
+    transform = rasterio.Affine(2, 0, 380000, 0, -2, 3950000)
+    with rasterio.open(path, "w", crs="EPSG:32654", transform=transform, **profile) as raster:
+        raster.write(pixels)
+    messages = [
+        {"role": "user", "content": [{"type": "image", "path": str(path)}, {"type": "text", "text": QUESTIONS[0]}]}
+    ]
+    (plain,), (found,) = pipe(text=messages, **NEW_TEXT), pipe(text=messages, objects=True, **NEW_TEXT)
+    objects = found.pop("objects")
+    assert found == plain  # the text of the answer is the same, and so is what was asked
+    assert objects["image_size"] == [20, 160] and objects["note"] == "" and objects["ground_error"] is None
+    (ship,) = objects["objects"]
+    assert ship["label"] == "ship" and ship["box"] == pytest.approx((16, 2, 32, 18)) and ship["point"] is None
+    ((west, south), *_) = ship["ground"]["coordinates"][0]
+    assert 139 < west < 140 and 35 < south < 36
+    # A part of it has its own pixels; options of reading are as without objects.
+    reading = {"processor_kwargs": {"window": [0, 80, 20, 160], "budgets": [1, 1, 1, 1]}}
+    (part,) = pipe(text=messages, objects=True, **NEW_TEXT, **reading)
+    assert part["objects"]["image_size"] == [20, 80]
+
+
+@pytest.mark.slow
+def test_a_batch_has_the_objects_of_each_of_its_images(pipe, says_box, images):
+    given = [images[0], picture(1, (160, 160)), images[2]]
+    outputs = pipe(images=given, text=[PROMPT.format(question) for question in QUESTIONS], objects=True, **NEW_TEXT)
+    assert [one["objects"]["image_size"] for one in outputs] == [[20, 160], [160, 160], [20, 160]]
+    assert [one["objects"]["objects"][0]["box"][1] for one in outputs] == pytest.approx([2, 72, 2])
+    chats = [chat(image, question=question) for image, question in zip(given[:2], QUESTIONS)]
+    outputs = pipe(text=chats, batch_size=2, objects=True, **NEW_TEXT)
+    assert [one["objects"]["objects"][0]["box"][1] for (one,) in outputs] == pytest.approx([2, 72])
+
+
+def test_objects_of_several_images_or_of_none_are_refused_before_the_model(pipe, images):
+    for given, number in (((images[0], images[1]), 2), ((), 0)):
+        with pytest.raises(ValueError, match=f"`objects` lie in one image, .* Got {number} images of 1 prompts"):
+            pipe(text=chat(*given, question=QUESTIONS[0]), objects=True, **NEW_TEXT)
