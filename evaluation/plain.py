@@ -176,7 +176,7 @@ def plain_records(plain, views, suite, rows, asked, count=False) -> list[dict]:
     """
     records, limit = [], suite.max_new_tokens
     for row in rows:
-        available = views.seen().available
+        available = views.available
         pixels, number = plain.view(views.image, None if OWN in row.view else sum(row.counts(available)))
         questions = [question for _, question, *_ in asked]
         size, texts = max(1, AT_ONCE // number), []

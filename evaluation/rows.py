@@ -10,13 +10,14 @@ Letters: S scales, N tokens of a scale, D width of a token, M tokens of a prompt
 import copy
 import math
 import time
+import warnings
 from collections import defaultdict
 from collections.abc import Callable, Iterable
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +44,7 @@ from .running import groups_of
 from .samples import Sample
 from .suites import SUITES
 
+ALL_TILES = 10**6  # more than any image of fixed scales has
 FINEST = 2  # scales at which an object counts as seen: the two finest
 
 
@@ -178,6 +180,17 @@ class Views:
         self.pair, self.image, self.focus, self.variants = pair, image, focus, variants
         self.views, self.others = {}, {}
 
+    @cached_property
+    def available(self) -> list[int]:
+        """int[S], tokens of every fixed scale that show the image; nothing is encoded to know them."""
+        if ("whole",) in self.views:
+            return self.views["whole",].available
+        processor, reads = self.pair[0], all_tiles(self.pair[0].image_processor)
+        (pyramid,) = reads(self.image, max_tiles=ALL_TILES)["image_pyramids"]
+        if all(map(pyramid.is_known, range(len(pyramid.scales)))):
+            return pyramid.available
+        return processor.count_shown(reads(self.image, return_tensors="pt")["pixel_attention_mask"])[0]
+
     def seen(self, view=("whole",), settings=None) -> Seen:
         if settings:
             pair = self.variants(settings)
@@ -234,27 +247,27 @@ def resized(views: Views, share: float) -> Seen:
 def tiles_of_share(views: Views, share: float) -> Seen:
     """Of the tiles behind the anchor's a share, where the question looks."""
     image_processor = views.pair[0].image_processor
-    (pyramid,) = image_processor(views.image, max_tiles=10**6)["image_pyramids"]
+    (pyramid,) = image_processor(views.image, max_tiles=ALL_TILES)["image_pyramids"]
     anchor, *finer = [int((pyramid.num_shown(idx) > 0).sum()) for idx in range(len(pyramid.scales))]
     options = {"max_tiles": anchor + round(share * sum(finer))}
-    return views.encode(available=views.seen().available, options=options)
+    return views.encode(available=views.available, options=options)
 
 
 def native(views: Views, max_tiles: int) -> Seen:
     """Levels down to the image's own pixels, of which `max_tiles` tiles are encoded where the question looks."""
-    return views.encode(available=views.seen().available, options={"max_tiles": max_tiles, "native": True})
+    return views.encode(available=views.available, options={"max_tiles": max_tiles, "native": True})
 
 
 def descended(views: Views) -> Seen:
     """The image as LRS-VQA's module descends it."""
     options = {"dynamic_pyramid": True}
-    return views.encode(pair=views.focus, available=views.seen().available, options=options, letterboxed=False)
+    return views.encode(pair=views.focus, available=views.available, options=options, letterboxed=False)
 
 
 def downsampled(views: Views, fraction: float) -> Seen:
     """The image at the largest single scale whose letterboxed square is within a fraction of all tokens."""
     processor, model = views.pair
-    config, num_tokens = model.config, round(fraction * sum(views.seen().available))
+    config, num_tokens = model.config, round(fraction * sum(views.available))
     side = max(1, int(num_tokens**0.5) // (config.tile_size // config.patch_size)) * config.tile_size
     return views.encode(pair=(processor, one_scale_model(model, side)), options={"scales": [side]}, small=True)
 
@@ -356,6 +369,7 @@ def keeps(slots, evidence) -> bool | None:
 def choose(views: Views, row: Row, question: str):
     """(input_ids and attention_mask long[1, M] with one placeholder, what was kept of the image) for a row."""
     seen = views.seen(row.view, row.settings)
+    warn_of_regions(seen.model.config, row)
     prompt = asking.write_prompt(seen.processor, question).to(seen.model.device)
     counts = row.counts(seen.available)
     spend = {"token_counts": [counts]} if seen.letterboxed else {"budgets": sum(counts)}
@@ -363,6 +377,19 @@ def choose(views: Views, row: Row, question: str):
     blind = hasattr(seen.model, "host") and (rules or {}).get("selector") == "uniform"
     with unlooked(seen.model) if blind else nullcontext():
         return prompt, asking.compress(seen.model, inputs, rules)
+
+
+def warn_of_regions(config, row: Row):
+    """A warning where a row's rule is one over regions and the model, as an export of the released layout, has none: it is then
+    top-k by another name."""
+    rules = row.rules or {}
+    over_regions = rules.get("selector") == "preserve_and_merge" or rules.get("coverage")
+    if over_regions and "region_method" not in rules and getattr(config, "region_method", None) == "none":
+        warnings.warn(
+            f"{row.name}: `region_method` of this model is 'none', so every token is a region of its own and the row keeps what top-k "
+            "keeps. `--set region_method=kmeans` gives it the paper's regions.",
+            stacklevel=2,
+        )
 
 
 @contextmanager
@@ -453,7 +480,7 @@ def check_window(model, views, rows):
     """Raises `ValueError` for a row whose visual tokens alone fill the context window, which a host would leave in silence."""
     for row in rows if hasattr(model, "host") else ():
         if row.settings is None or not ENCODED & set(row.settings):
-            spent = 0 if row.counts is list else sum(row.counts(views.seen().available))
+            spent = 0 if row.counts is list else sum(row.counts(views.available))
             if spent >= model.context_window:
                 says = f"{row.name} at {row.x:g} % spends {spent} visual tokens, but the context window holds"
                 raise ValueError(f"{says} {model.context_window} tokens and needs room for text.")

@@ -1,13 +1,16 @@
 """The paper's tables as commands."""
 
 import json
+import warnings
 
 import numpy as np
 import pytest
+import rasterio
 import torch
-from uhr_bat.common.loading import ROOT
+from images import random_image
+from uhr_bat.common.loading import ROOT, load_processor
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
-from uhr_bat.evaluation import ablations
+from uhr_bat.evaluation import ablations, rows
 from uhr_bat.evaluation.suites import SUITES
 
 AVAILABLE = [64, 256, 1024, 2304]
@@ -39,6 +42,41 @@ def test_table_6_has_budgets_of_zero_and_decreasing_ones(config):
     assert [16, 24, 40, 0] in counts and [48, 24, 40, 66] in counts and [0, 24, 40, 66] in counts
     one_budget = UHRBatConfig.from_pretrained(ROOT, budgets=146)
     assert [sum(row.counts(AVAILABLE)) for row in ablations.ABLATIONS["table-6"][0](one_budget)][0] == 146
+
+
+def test_the_tokens_of_an_image_are_counted_without_encoding_it(tmp_path):
+    """Of a picture, and of a raster a third of which holds no data."""
+    asked, processor = [], load_processor()
+    pixels = np.random.default_rng(0).integers(1, 255, (3, 300, 400), np.uint8)
+    pixels[:, :100] = 0
+    profile = {
+        "driver": "GTiff",
+        "height": 300,
+        "width": 400,
+        "count": 3,
+        "dtype": "uint8",
+        "photometric": "RGB",
+        "nodata": 0,
+    }
+    with rasterio.open(tmp_path / "a.tif", "w", **profile) as raster:
+        raster.write(pixels)
+    for image in (random_image(300, 400), processor.image_processor.open_image(str(tmp_path / "a.tif"))):
+        views = rows.Views((processor, None), image)
+        views.encode = lambda **options: asked.append(options)
+        rows.tiles_of_share(views, 0.25)
+        mask = processor.image_processor(image, return_tensors="pt")["pixel_attention_mask"]
+        assert asked[-1]["available"] == processor.count_shown(mask)[0]
+
+
+@pytest.mark.parametrize("rule, merges", [(rows.PAPER, True), ("with coverage", True), (rows.TOP_K, False)])
+def test_a_rule_over_regions_of_a_model_without_is_a_warning_by_name(rule, merges):
+    row = rows.row_of(rule, 0.1)
+    with warnings.catch_warnings(record=True) as found:
+        warnings.simplefilter("always")
+        rows.warn_of_regions(UHRBatConfig.from_pretrained(ROOT, region_method="none"), row)
+        rows.warn_of_regions(UHRBatConfig.from_pretrained(ROOT, region_method="kmeans"), row)
+    said = [str(one.message) for one in found if "region_method" in str(one.message)]
+    assert len(said) == merges and all(f"{rule}: `region_method` of this model is 'none'" in one for one in said)
 
 
 @pytest.mark.slow

@@ -203,8 +203,7 @@ def test_all_rows_of_an_image_cost_its_encoding_and_its_answer_and_no_look(loade
 
 
 def test_a_row_that_fills_the_context_window_is_refused_by_name():
-    available = SimpleNamespace(available=[16, 64, 256])
-    views, model = SimpleNamespace(seen=lambda: available), SimpleNamespace(host=None, context_window=300)
+    views, model = SimpleNamespace(available=[16, 64, 256]), SimpleNamespace(host=None, context_window=300)
     rows.check_window(model, views, [rows.row_of(rows.DISTINCT, 0.5)])
     with pytest.raises(
         ValueError, match="distinct at 100 % spends 336 visual tokens, but the context window holds 300"
