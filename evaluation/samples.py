@@ -45,7 +45,8 @@ class Cell:
         value = self.table[self.row][self.column]
         if self.position is not None:
             value = (written_list(value) if isinstance(value, str) else value)[self.position]
-        return (value["bytes"] or value["path"]) if isinstance(value, dict) else value
+        value = (value["bytes"] or value["path"]) if isinstance(value, dict) else value
+        return as_base64(value) if isinstance(value, str) else value
 
 
 @dataclass(frozen=True)
@@ -166,6 +167,11 @@ def written_list(text: str) -> list[str] | None:
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         return None
     return found if isinstance(found, list) and all(isinstance(one, str) for one in found) else None
+
+
+def as_base64(text: str) -> str:
+    """Base64 that is read as nothing else: a long path may be spelled in its letters, too."""
+    return text if text.startswith("data:") else f"data:;base64,{text}"
 
 
 # ---- Files -----------------------------------------------------------------------------------------------------------
@@ -294,7 +300,7 @@ def read_records(data: str, patterns=(), split=None, name=None, version=None) ->
         from datasets import get_dataset_split_names, load_dataset
 
         split = choose_split(get_dataset_split_names(data, name), split)
-        yield from _rows(load_dataset(data, name, split=split), [])
+        yield from _rows(load_dataset(data, name, split=split), _downloads(data))
         return
     if folder := _saved_folder(Path(data), split):
         require("evaluate", "datasets")
@@ -315,6 +321,14 @@ def read_records(data: str, patterns=(), split=None, name=None, version=None) ->
             yield from _rows(table, folders)
         else:
             raise ValueError(f"{path}: a benchmark is JSON, JSONL, parquet, arrow, TSV or CSV.")
+
+
+def _downloads(repository: str) -> list[Path]:
+    """Where the library keeps the files of a data set of the Hub: no record names a picture elsewhere on this machine."""
+    from datasets import config
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return [Path(HF_HUB_CACHE, f"datasets--{repository.replace('/', '--')}"), Path(config.DOWNLOADED_DATASETS_PATH)]
 
 
 def _saved_folder(folder: Path, split) -> Path | None:
@@ -435,7 +449,7 @@ def _below(name: str, folders) -> list[Path]:
     if not is_file_name(text) and not text.startswith("data:"):
         raise ValueError(f"{said}, which is an address. The pictures of a benchmark are files beside its questions.")
     inside = [folder for folder in folders if folder.absolute() != folder.absolute().parent]
-    if folders and (text.startswith(("/", "~")) or ".." in text.split("/")):
+    if text.startswith(("/", "~")) or ".." in text.split("/"):
         roots = [os.path.abspath(folder) for folder in inside]
         named = [os.path.abspath(folder / text) for folder in inside]
         if not any(path.startswith(root + os.sep) for path in named for root in roots):
@@ -450,12 +464,13 @@ def _named(name, folders, places, anywhere) -> Picture:
         return Picture("no picture", None)
     if not isinstance(name, str) or len(name) >= 1024:  # base64 in JSON
         text = name if isinstance(name, str) else json.dumps(name)
-        return Picture(hashlib.sha1(text.encode()).hexdigest(), name)
+        source = as_base64(name) if isinstance(name, str) and not anywhere and is_file_name(name) else name
+        return Picture(hashlib.sha1(text.encode()).hexdigest(), source)
     # Files may have been named on Windows, or with accents in another form.
     slashed = name.replace("\\", "/")
     forms = dict.fromkeys([name, slashed, *(unicodedata.normalize(form, slashed) for form in ("NFC", "NFD"))])
     candidates = [folder / place / form for form in forms for folder in folders for place in places]
     found = next((path for path in candidates if os.path.isfile(path)), None)
     if found is None and len(name) > SHARED_NAME and re.fullmatch(r"[A-Za-z0-9+/\s]+={0,2}\s*", name):
-        return Picture(hashlib.sha1(name.encode()).hexdigest(), name)  # base64 of a small picture
+        return Picture(hashlib.sha1(name.encode()).hexdigest(), as_base64(name))  # of a small picture
     return Picture(name, str(found or (candidates[0] if candidates else name)))

@@ -85,7 +85,8 @@ class Suite:
             if not isinstance(record, dict):
                 raise ValueError(f"{data}: record {index} is no dictionary of fields: {str(record)[:80]!r}.")
             folders = folders[: self.above + 1]
-            pictures = partial(pictures_in, folders=folders, places=self.places, anywhere=self.anywhere)
+            anywhere = self.anywhere and os.path.exists(data)  # what is on the Hub is somebody else's
+            pictures = partial(pictures_in, folders=folders, places=self.places, anywhere=anywhere)
             try:
                 found = [
                     with_right_letters(sample, self.several) for sample in self.samples_of(record, index, pictures)

@@ -1,10 +1,12 @@
 """The suites whose forms were stated last: what is read, how it is scored, and what is refused before a model is loaded."""
 
 import json
+import os
 
 import pytest
 from benchmark_files import FORMS, HINT, geo_evidence, picture, rsvqa, write_lines
 from datasets import Dataset
+from PIL import Image
 from uhr_bat.common.loading import ROOT
 from uhr_bat.evaluation import recall
 from uhr_bat.evaluation.suites import SUITES
@@ -248,3 +250,33 @@ def test_two_dates_of_a_scene_are_asked_about_together():
     assert first.size == second.size and first.tobytes() != second.tobytes()
     with pytest.raises(ValueError, match="painted when they are asked about"):
         suite.load("scenes")
+
+
+@pytest.mark.parametrize("suite", ["geo-evidence", "own"])
+def test_a_record_of_the_hub_names_no_picture_of_this_machine(suite, tmp_path, monkeypatch):
+    """An absolute path, one beside the working folder, and one as long as base64 is; what was downloaded with it is found."""
+    import datasets
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(datasets, "get_dataset_split_names", lambda *names: ["test"])
+    monkeypatch.chdir(tmp_path)
+    picture(tmp_path, "secret.png")
+    folder = picture(tmp_path / "hub" / "datasets--owner--name", "a.png").parent
+    record = {"problem": "What?\nA. a\nB. b", "question": "What?", "answer": "A"}
+
+    def load(name):
+        table = Dataset.from_list([record | ({"image": str(name)} if suite == "own" else {"images": [str(name)]})])
+        monkeypatch.setattr(datasets, "load_dataset", lambda *names, **options: table)
+        (sample,) = SUITES[suite].load("owner/name")
+        return SUITES[suite].open(sample.pictures[0])
+
+    for name in (tmp_path / "secret.png", "../../secret.png"):
+        with pytest.raises(
+            ValueError, match="record 0: it names the picture .* which does not lie below .*datasets--owner--name"
+        ):
+            load(name)
+    assert Image.open(load(folder / "a.png")).size == (30, 40)
+    for name in ("secret.png", f"{tmp_path}{'/.' * 600}/secret.png"):
+        found = load(name)
+        assert isinstance(found, str) and not os.path.isfile(found)

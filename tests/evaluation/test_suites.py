@@ -280,7 +280,9 @@ def test_tables_of_vlmevalkit_share_pictures_by_index_and_keep_every_option(tmp_
     assert [len(one.pictures) for one in samples] == [1, 1, 2, 1]
     assert len({key for one in samples[:3] for key in one.picture_keys}) == 1
     assert samples[0].options == ("A. nan", "B. 0")
-    assert all(SUITES["hr-bench"].open(shown) == image for one in samples[:3] for shown in one.pictures)
+    assert all(
+        SUITES["hr-bench"].open(shown) == f"data:;base64,{image}" for one in samples[:3] for shown in one.pictures
+    )
     with pytest.raises(ValueError, match="the record names no picture"):
         SUITES["hr-bench"].open(samples[3].pictures[0])
 
