@@ -23,7 +23,9 @@ MODEL_FILES = (
 # What a folder holds that is one image.
 STORES = (".zarray", ".zgroup", ".zmetadata", "zarr.json")
 # Beside an image, with the whole of its name or without its ending: what GDAL reads with it.
-BESIDE = (".aux.xml", ".ovr", ".msk", ".hdr", ".wld", ".prj", ".tfw", ".tifw", ".jgw", ".jpgw", ".pgw", ".pngw")
+BESIDE = (
+    ".aux.xml", ".ovr", ".msk", ".hdr", ".wld", ".prj", ".tfw", ".tifw", ".jgw", ".jpgw", ".pgw", ".pngw", ".j2w", ".tab", ".aux", ".rrd",
+)  # fmt: skip
 # Longer names are images themselves, in base64.
 LONGEST_NAME = 4096
 
@@ -166,15 +168,17 @@ def files_read(source: Any) -> Iterator[Path]:
     yield from _image_files(text, set())
 
 
+def files_beside(path: Path) -> list[Path]:
+    """The files beside an image that GDAL reads with it."""
+    endings = [spelled for ending in BESIDE for spelled in (ending, ending.upper())]
+    named = [beside for ending in endings for beside in (Path(f"{path}{ending}"), path.with_suffix(ending))]
+    return [beside for beside in named if beside != path and beside.is_file()]
+
+
 def _image_files(name, seen) -> Iterator[Path]:
     for path in _named_in(name):
         yield path
-        for ending in BESIDE:
-            yield from (
-                beside
-                for beside in (Path(f"{path}{ending}"), path.with_suffix(ending))
-                if beside != path and beside.is_file()
-            )
+        yield from files_beside(path)
     if name in seen:
         return
     seen.add(name)

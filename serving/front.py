@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 from ..common import asking
 from ..common.models import base_of, hub_name
+from ..common.outputs import files_beside
 from ..geo import Georeference
 from ..image_reading_uhr_bat import kind_of
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
@@ -58,24 +59,34 @@ class ImageFile:
         name: in errors.
         content: bytes of the file, or the path of a raster.
         digest: SHA-256 of the file.
+        beside: path, time of the last change, bytes and number of every file that is read with that of a path.
     """
 
     name: str
     content: bytes | str
     digest: str
+    beside: tuple = ()
 
     @property
     def key(self) -> tuple:
         """Names what is read of it: a raster is read where it lies whenever a question looks closer, and by what lies beside it."""
-        return (self.digest, self.content) if isinstance(self.content, str) else (self.digest,)
+        return (self.digest, self.content, *self.beside) if isinstance(self.content, str) else (self.digest,)
 
     @classmethod
     def of_bytes(cls, content: bytes, name="image") -> "ImageFile":
         return cls(name, content, hashlib.sha256(content).hexdigest())
 
     @classmethod
-    def of_file(cls, path: Path) -> "ImageFile":
-        return cls(Path(path).name, str(path), DIGESTS.of(path))
+    def of_file(cls, path: Path, digest: str | None = None) -> "ImageFile":
+        """Of a path, which is hashed unless its `digest` is known."""
+        beside = []
+        for file in files_beside(Path(path)):
+            try:
+                facts = file.stat()
+            except OSError:  # it has just gone
+                continue
+            beside.append((str(file), facts.st_mtime_ns, facts.st_size, facts.st_ino))
+        return cls(Path(path).name, str(path), DIGESTS.of(path) if digest is None else digest, tuple(beside))
 
 
 @dataclass(frozen=True)

@@ -80,7 +80,7 @@ class SourceRules:
             if isinstance(found, ImageFile):
                 return found
             try:
-                return ImageFile(found.name, str(found), await DIGESTS.wait_for(found))
+                return await _on(FILES, ImageFile.of_file, found, await DIGESTS.wait_for(found))
             except OSError:
                 raise not_there(url) from None
         raise refused(url, "it must be a data: URL, an https: URL or, where the server allows it, a path")

@@ -4,6 +4,7 @@ import asyncio
 import io
 import threading
 
+import numpy as np
 import pytest
 import torch
 from asking import PROMPT, picture
@@ -11,6 +12,7 @@ from uhr_bat.common.loading import load_model
 from uhr_bat.serving.cache import ContentCache
 from uhr_bat.serving.engine import Engine
 from uhr_bat.serving.front import Front, ImageFile, fingerprint
+from uhr_bat.serving.sources import SourceRules
 
 SHIPS, TRUCKS = PROMPT.format("How many ships are there?"), PROMPT.format("What colour is the truck at the road?")
 
@@ -65,6 +67,26 @@ def test_an_image_that_is_read_in_another_way_is_another_one(front):
     pytest.importorskip("rasterio")
     keys = {front.encode(source(), **options).key for options in ({}, {"window": (0, 0, 20, 80)}, {"bands": [3, 2, 1]})}
     assert len(keys) == 3
+
+
+def test_a_raster_whose_world_file_was_edited_lies_where_that_says_and_is_encoded_anew(front, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    path = tmp_path / "scene.tif"
+    with rasterio.open(path, "w", driver="GTiff", height=20, width=160, count=3, dtype="uint8") as raster:
+        raster.write(np.asarray(picture()).transpose(2, 0, 1))
+    rules = SourceRules(2**20, tmp_path)
+
+    def encode():
+        return front.encode(asyncio.run(rules.read(str(path))))
+
+    def lies(left, ending=".tfw"):
+        path.with_suffix(ending).write_text(f"2\n0\n0\n-2\n{left}\n100\n")
+        return encode().georeference.transform[2]
+
+    assert lies(11) == 10 and lies(21) == 20
+    assert encode() is encode() and front.cache.made["image"] == 2
+    path.with_suffix(".tfw").unlink()
+    assert lies(31, ".TFW") == 30  # as Windows spells it
 
 
 def test_a_model_folder_is_known_by_its_content(tmp_path):
