@@ -41,15 +41,27 @@ def check_names(settings):
             raise ValueError(f"{name!r} is no setting of a model.")
 
 
-class Settings(Action):
-    """Collects `setting` after `setting` in a dictionary; the last one of a name holds."""
+class Each(Action):
+    """Collects `setting` after `setting` in a list."""
 
     def __call__(self, parser, namespace, value, option_string=None):
         try:
             check_names(value[:1])
         except ValueError as error:
             raise ArgumentError(self, str(error)) from None
-        setattr(namespace, self.dest, getattr(namespace, self.dest) | dict([value]))
+        setattr(namespace, self.dest, self.with_one(getattr(namespace, self.dest), value))
+
+    @staticmethod
+    def with_one(found, value):
+        return [*found, value]
+
+
+class Settings(Each):
+    """Collects them in a dictionary; the last one of a name holds."""
+
+    @staticmethod
+    def with_one(found, value):
+        return found | dict([value])
 
 
 def add_model_argument(parser: ArgumentParser, name: str = "--model"):

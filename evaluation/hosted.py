@@ -19,7 +19,7 @@ from ..common.commands import check_range, tells_errors
 from ..common.files import whole_files
 from ..common.loading import host_settings, is_host
 from ..common.measured import told_as_measured
-from ..common.models import Settings, base_of, model_name, model_option, setting
+from ..common.models import Each, base_of, model_name, model_option, setting
 from ..common.runs import alone
 from ..common.tables import percent_interval, table
 from ..scenes.layout import TEST_SEEDS
@@ -61,7 +61,7 @@ def rows_of(fractions, view, grids, also, pair) -> list[Row]:
     Args:
         view: of coarse to fine.
         grids: tiles a side of tiling; None for those of `GRIDS` that take at most half of the context window.
-        also: settings, each of which makes rows more.
+        also: (name, value) of settings, each of which makes rows more.
 
     Raises:
         ValueError: tiling that the context window does not hold.
@@ -86,7 +86,7 @@ def rows_of(fractions, view, grids, also, pair) -> list[Row]:
         rows += [Row(PLAIN, refined.x, refined.counts, None, PLAIN, (PLAIN,))]
         rows += [*(row_of(method, fraction) for method in METHODS), closer]
         others = others_of(model)
-        for name, value in others + [one for one in also.items() if one not in others]:
+        for name, value in others + [one for one in also if one not in others]:
             # A row's rules go over the configuration's.
             own = name in refined.rules and name not in REFINEMENT
             says = {"settings": {name: value}, "rules": refined.rules | ({name: value} if own else {})}
@@ -190,15 +190,15 @@ def check_host(args):
             f"{model_name(args.model)} is UHR-BAT's own and has no plain call. `uhr-bat evidence` measures it. Name a model of "
             "another family with --model."
         )
-    if stated := sorted({"budgets", "max_tiles"} & set(args.also)):
+    if stated := sorted({"budgets", "max_tiles"} & set(dict(args.also))):
         raise ValueError(f"--also {stated[0]} would change no row: --fractions and --tiles say how much each spends.")
-    if encoded := sorted(ENCODED & set(args.also)):
+    if encoded := sorted(ENCODED & set(dict(args.also))):
         raise ValueError(
             f"--also {encoded[0]} would encode other tiles, of which there are other numbers. Give --set and a run more."
         )
     measured = host_settings(args.model, base)
     config = check_settings(folder, measured, **args.set)
-    for name, value in args.also.items():
+    for name, value in args.also:
         check_settings(folder, measured, **args.set | {name: value})
     anchor = (config.scales[0] // config.tile_size) ** 2
     if args.native_scenes and args.tiles < anchor:
@@ -221,7 +221,7 @@ def measure(args, tiles: str) -> tuple[dict, dict]:
     }
     settings = {
         **told_as_measured(args.model, args.set), "weights": folder_digest(args.model), "versions": versions(), "first_seed": args.first_seed,
-        "fractions": args.fractions, "grids": args.grids, "tiles": args.tiles, "also": args.also,
+        "fractions": args.fractions, "grids": args.grids, "tiles": args.tiles, "also": [list(one) for one in args.also],
         # Of another machine it is another; None as in runs that did not say it.
         "dtype": "auto" if torch.accelerator.is_available() else None,
     }  # fmt: skip
@@ -232,7 +232,7 @@ def measure(args, tiles: str) -> tuple[dict, dict]:
         ORDINARY: "a quarter of the tiles behind the coarsest level's",
         SUITE: f"{args.tiles} tiles of an image's own levels",
     }
-    also = "".join(f" --also {name}={value}" for name, value in args.also.items())
+    also = "".join(f" --also {name}={value}" for name, value in args.also)
     command = f"uhr-bat evidence hosted{model_option(args.model, args.set)} --scenes {args.scenes}"
     command += f" --native-scenes {args.native_scenes} --first-seed {args.first_seed}{also}"
     results = {}
@@ -263,13 +263,14 @@ def main(arguments=None) -> int:
         "--grids", type=int, nargs="+", metavar="G", help="tiles a side of tiling (default: 1 2 3 4, where they fit)"
     )
     parser.add_argument(
-        "--also", type=setting, action=Settings, default={}, metavar="NAME=VALUE",
-        help="rows of the default rule with another setting, as look=0.4; may be repeated",
+        "--also", type=setting, action=Each, default=[], metavar="NAME=VALUE",
+        help="rows of the default rule with another setting, as look=0.4; may be repeated, with the same name, too",
     )  # fmt: skip
     args = parser.parse_args(arguments)
     # What is asked for twice is one row.
     args.fractions = list(dict.fromkeys(args.fractions))
     args.grids = args.grids and list(dict.fromkeys(args.grids))
+    args.also = [one for idx, one in enumerate(args.also) if one not in args.also[:idx]]
     check_range(args, 0, 1, "fractions", above=True)
     check_range(args, 1, math.inf, "tiles", *(["grids"] if args.grids else []))
     check_range(args, 0, len(TEST_SEEDS), "native_scenes")

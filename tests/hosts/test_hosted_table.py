@@ -120,7 +120,7 @@ def run(folder, output, *more) -> int:
 @pytest.mark.slow
 def test_a_table_has_every_row_from_as_many_tokens_and_goes_on(qwen3_vl, small_scenes, tmp_path, capsys, monkeypatch):
     scenes = ["--scenes", "1", "--native-scenes", "1"]
-    also = ["--also", "look=0.3", "--also", "places=levels"]  # of which one has rows anyhow
+    also = ["--also", "look=0.3", "--also", "look=0.9", "--also", "places=levels"]  # of which one has rows anyhow
     assert run(qwen3_vl, tmp_path, *scenes, *also) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "hosted.json").read_text())
     for suite in (hosted.ORDINARY, hosted.SUITE):
@@ -128,7 +128,7 @@ def test_a_table_has_every_row_from_as_many_tokens_and_goes_on(qwen3_vl, small_s
         named = {
             f"{rule}; {other}"
             for rule in hosted.DEFAULTS
-            for other in ("places=levels", "places=rectangle", "look=0.3")
+            for other in ("places=levels", "places=rectangle", "look=0.3", "look=0.9")
         }
         assert named | {*hosted.METHODS, hosted.PLAIN, hosted.OWN, hosted.TILING, hosted.DESCENDED} <= set(rows)
         spent = {rows[name]["tokens"] for name in (*hosted.METHODS, hosted.DESCENDED, *named)}
@@ -148,7 +148,8 @@ def test_a_table_has_every_row_from_as_many_tokens_and_goes_on(qwen3_vl, small_s
         row["accuracy"] for row in result[hosted.SUITE]["rows"]
     ]
     assert run(qwen3_vl, tmp_path, *scenes) == 2
-    assert "holds a run with also {'look': 0.3, 'places': 'levels'}, but {} is asked for" in capsys.readouterr().err
+    was = "[['look', 0.3], ['look', 0.9], ['places', 'levels']]"
+    assert f"holds a run with also {was}, but [] is asked for" in capsys.readouterr().err
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     keep_measured(qwen3_vl, {"look": 0.9})
     assert run(qwen3_vl, tmp_path, *scenes, *also) == 2
