@@ -150,6 +150,54 @@ def make_tools(args):
     return Tools(service)
 
 
+class Answered:
+    """A transport's messages, less what is none, which the package passes over in silence: that is answered by the error that
+    JSON-RPC 2.0 has for it, of no id.
+
+    Args:
+        messages: the package's stream of messages and errors.
+        answers: its stream of answers.
+    """
+
+    def __init__(self, messages, answers):
+        self.messages, self.answers = messages, answers
+
+    def __getattr__(self, name):
+        return getattr(self.messages, name)
+
+    def __aiter__(self):
+        return self
+
+    async def __anext__(self):
+        while isinstance(item := await anext(self.messages), Exception):
+            if told := _no_message(item):
+                await self.answers.send(told)
+        return item
+
+    async def __aenter__(self):
+        await self.messages.__aenter__()
+        return self
+
+    async def __aexit__(self, *error):
+        return await self.messages.__aexit__(*error)
+
+
+def _no_message(error):
+    """The answer to a line that could not be read; None to an empty one."""
+    from mcp.shared.message import SessionMessage
+    from mcp.types import INVALID_REQUEST, PARSE_ERROR, ErrorData, JSONRPCError
+
+    faults = error.errors(include_url=False) if isinstance(error, ValidationError) else []
+    is_json = bool(faults) and all(one["type"] != "json_invalid" for one in faults)
+    if not is_json and faults and not str(faults[0]["input"]).strip():
+        return None
+    code, why = (
+        (INVALID_REQUEST, "a line is no JSON-RPC 2.0 message") if is_json else (PARSE_ERROR, "a line is no JSON")
+    )
+    about = ErrorData(code=code, message=f"{why}: {clip(faults[0]['msg'] if faults else reason(error))}")
+    return SessionMessage(JSONRPCError(jsonrpc="2.0", id=None, error=about))
+
+
 def make_server(ready, note: str = ""):
     """The `MCPServer` with the tools.
 
@@ -160,6 +208,7 @@ def make_server(ready, note: str = ""):
     require("mcp", "mcp")
     from mcp.server.mcpserver import Context, MCPServer
     from mcp.server.mcpserver.exceptions import ToolError
+    from mcp.server.stdio import stdio_server
     from mcp.types import CallToolResult, ImageContent, TextContent, ToolAnnotations
 
     @asynccontextmanager
@@ -171,6 +220,12 @@ def make_server(ready, note: str = ""):
             await ready.close()
 
     class Server(MCPServer):
+        async def run_stdio_async(self):
+            """As the package's, but a line that is no message has an answer."""
+            inner = self._lowlevel_server
+            async with stdio_server() as (messages, answers):
+                await inner.run(Answered(messages, answers), answers, inner.create_initialization_options())
+
         async def call_tool(self, name, arguments, context=None):
             """As the package calls a tool; what is wrong with a call is one short sentence, and nothing in it is passed over."""
             known = {tool.name: list(tool.input_schema["properties"]) for tool in await self.list_tools()}

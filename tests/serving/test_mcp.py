@@ -12,6 +12,7 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -403,6 +404,20 @@ def test_the_pages_client_gets_the_same_over_stdio_and_nothing_else_is_on_the_wi
     assert capsys.readouterr().out.strip() == said["answer"]
     lines = (tmp_path / "wire").read_text().splitlines()
     assert len(lines) >= 4 and all(json.loads(line)["jsonrpc"] == "2.0" for line in lines)
+
+
+def test_a_line_that_is_no_message_is_answered_over_stdio_and_the_next_one_is_read(monkeypatch):
+    told = {"protocolVersion": "2025-06-18", "capabilities": {}, "clientInfo": {"name": "test", "version": "1"}}
+    begin = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": told}
+    lines = ['{"jsonrpc": "2.0", "id": 7, "method', "", '{"id": 8}', "[]", json.dumps(begin)]
+    wire = io.BytesIO()
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO("\n".join(lines).encode())))
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(wire, write_through=True))
+    ready = Kept(SimpleNamespace(engine=SimpleNamespace(max_requests=2)))
+    mcp.make_server(ready).run("stdio")
+    *errors, begun = map(json.loads, wire.getvalue().decode().splitlines())
+    assert [(one["id"], one["error"]["code"]) for one in errors] == [(None, -32700), (None, -32600), (None, -32600)]
+    assert "no JSON" in errors[0]["error"]["message"] and begun["id"] == 1 and begun["result"]["serverInfo"]
 
 
 @pytest.mark.slow
