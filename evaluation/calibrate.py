@@ -29,7 +29,7 @@ from ..common.loading import is_host, load_config, load_model
 from ..common.measured import form_of, keep_measured, measured_file, measured_settings, read_measured
 from ..common.models import add_model_argument, base_of, find_model, model_name, model_option
 from ..common.outputs import Output, check_outputs
-from ..common.tables import drawn_anew, percent, percent_interval, table
+from ..common.tables import drawn_anew, percent, percent_interval, table, wilson
 from ..hosts.looks import relative_attention
 from ..modeling_layers_uhr_bat import mean_attention, queries_and_keys
 from ..scenes.evidence import evidence_tokens, site_cells
@@ -180,8 +180,13 @@ def resampled(values, scenes) -> np.ndarray:
     sums = np.zeros((of_scene.max() + 1, *values.shape[1:]))
     np.add.at(sums, of_scene[has], values[has])
     counts = np.bincount(of_scene[has], minlength=len(sums))
-    drawn = np.vstack((np.ones(len(sums)), drawn_anew(len(sums), np.random.default_rng(0))))
+    drawn = np.vstack((np.ones(len(sums)), _drawn(len(sums))))
     return np.tensordot(drawn, sums, 1) / (drawn @ counts).reshape(-1, *[1] * (values.ndim - 1)).clip(1)
+
+
+def _drawn(num_scenes) -> np.ndarray:
+    """long[R, scenes]: the draws that all figures share."""
+    return drawn_anew(num_scenes, np.random.default_rng(0))
 
 
 def interval_of(means) -> tuple[float, float, float]:
@@ -206,16 +211,19 @@ def summarise(found) -> dict:
                 **{name: interval_of(of_layer[:, 0, idx]) for idx, name in enumerate(FIGURES)},
                 "times": float(of_layer[0, 0, 0] / chance[target]["share"]), "groups": dict(zip(FIGURES, groups)),
             }  # fmt: skip
-    picked = {form: _pick(layers, means[form, TARGETS[0]], chance[TARGETS[0]]["recall"]) for form in FORMS}
+    # A set that is one scene over and over says nothing of another scene.
+    several = (_drawn(len(set(found["scenes"]))) > 0).sum(1) > 1
+    picked = {form: _pick(layers, means[form, TARGETS[0]], chance[TARGETS[0]]["recall"], several) for form in FORMS}
     own, divided = (means[form, TARGETS[0]][:, layers.index(picked[form]["layer"]), 0, 1] for form in FORMS)
     return {"layers": rows, "picked": picked, "chance": chance, "divided": interval_of(divided - own)}
 
 
-def _pick(layers, means, chance) -> dict:
-    """The layer of the largest recall of the sites, and how sure that is, of means float[1 + R, L, 1 + G, F]."""
+def _pick(layers, means, chance, several) -> dict:
+    """The layer of the largest recall of the sites, and how sure that is, of means float[1 + R, L, 1 + G, F]; `several` bool[R]:
+    the draws that have more than one scene, without which a draw picks nothing."""
     recall, groups = means[:, :, 0, 1], means[:, :, 1:, 1]
     best, *others = np.argsort(-recall[0], kind="stable").tolist()
-    draws = np.bincount(recall[1:].argmax(1), minlength=len(layers)) / (len(means) - 1)
+    draws = np.bincount(recall[1:][several].argmax(1), minlength=len(layers)) / len(several)
     layer, group = np.unravel_index(np.nanargmax(groups[0]), groups[0].shape)
     return {
         # At the sites more than at the rest of the image, as the best of so many layers, each of which may seem to.
@@ -232,14 +240,16 @@ def _pick(layers, means, chance) -> dict:
 # ---- Reports ---------------------------------------------------------------------------------------------------------
 
 
-def tell(pick) -> str:
-    """What `_pick` found, as sentences."""
+def tell(pick, num_scenes: int) -> str:
+    """What `_pick` found, as sentences; how sure that is, with what so few scenes leave open."""
     if not pick["looks"]:
         return "no layer looks at the sites more than at the rest of the image."
     text = f"layer {pick['layer']}, with {percent_interval(pick['recall'])} % of the sites"
     if pick["lead"]:
         text += f", {percent_interval(pick['lead'], signed=True)} points more than the next"
-    text += f". {percent(pick['sure'])} % of the resampled sets of scenes pick it"
+    text += (
+        f". {percent_interval(wilson(pick['sure'], num_scenes))} % of the resampled sets of {num_scenes} scenes pick it"
+    )
     if pick["rivals"]:
         text += f" ({', '.join(f'layer {layer}: {percent(draws)} %' for layer, draws in pick['rivals'].items())})"
     group = pick["group"]
@@ -252,7 +262,7 @@ def tell(pick) -> str:
 def report(result) -> str:
     """Markdown of what `summarise` made, "about" and what was kept of it."""
     parts = [f"# {result['about']['title']}", result["about"]["says"]]
-    parts += [f"- By {form}: {tell(pick)}" for form, pick in result["picked"].items()]
+    parts += [f"- By {form}: {tell(pick, result['about']['scenes'])}" for form, pick in result["picked"].items()]
     parts[-1] += f"\n- Division adds {percent_interval(result['divided'], signed=True)} points to that."
     chance = [
         f"{target}: share {percent(by['share'])} %, recall {percent(by['recall'])} %"

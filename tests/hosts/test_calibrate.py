@@ -122,6 +122,20 @@ def test_the_best_of_many_layers_that_look_anywhere_is_not_taken_for_one_that_lo
     assert taken <= 1
 
 
+@pytest.mark.parametrize("num_scenes, least, most, text", [
+    (2, 0.4, 0.6, r"% of the resampled sets of 2 scenes"), (40, 1, 1, r"100.0 [91.2, 100.0] % of the resampled sets of 40 scenes"),
+])  # fmt: skip
+def test_how_sure_a_layer_is_says_how_few_the_scenes_are(num_scenes, least, most, text):
+    """Layer 1 is the best by far in every scene."""
+    figures = np.full((6 * num_scenes, 3, 2, 2), 0.2)
+    figures[:, 1] = 0.9
+    chance = dict.fromkeys(calibrate.TARGETS, [{"share": 0.1, "recall": 0.1}])
+    found = {"layers": [0, 1, 2], "scenes": np.repeat(np.arange(num_scenes), 6), "chance": chance}
+    found["figures"] = dict.fromkeys(product(calibrate.FORMS, calibrate.TARGETS), figures)
+    picked = calibrate.summarise(found)["picked"]["attention"]
+    assert picked["layer"] == 1 and least <= picked["sure"] <= most and text in calibrate.tell(picked, num_scenes)
+
+
 def test_attention_that_is_no_number_is_an_error_and_no_figure(loaded, kept, monkeypatch):
     processor, model = loaded("internvl")
     monkeypatch.setattr(model, "looks", lambda prompts, *_: [torch.ones(2, 2, 16), torch.full((2, 2, 16), torch.nan)])
