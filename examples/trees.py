@@ -26,10 +26,10 @@ from ..evaluation.suites import SUITES
 from ..image_pictures_uhr_bat import PICTURE_FORMATS
 
 ASKED = "2019_YELL_2_528000_4978000_image_crop2"  # the largest picture; the others are learnt from
-# By axis (0: left and right): the question, and what is answered.
+# By axis (0: left and right): the question, and what is answered, as UHR-BAT-Tiny does: its answers begin with a space.
 QUESTIONS = {
-    "Which half has more trees, the left or the right?": ("left", "right"),
-    "Which half has more trees, the upper or the lower?": ("upper", "lower"),
+    "Which half has more trees, the left or the right?": (" left", " right"),
+    "Which half has more trees, the upper or the lower?": (" upper", " lower"),
 }
 SIDES = (160, 320)  # of the parts that are learnt from, drawn between the two
 SIDE = 256  # of the parts that are asked about; one begins at every half of it

@@ -18,7 +18,7 @@ from ..common.budgets import scale_budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
 from ..common.loading import host_settings, is_host, load_model, load_processor
-from ..common.models import base_of, find_model, model_name
+from ..common.models import base_of, find_model, is_tiny, model_name
 from ..common.outputs import MODEL_FILES, Output, check_outputs
 from .collator import UHRBatDataCollator, answer_of
 from .data import load_samples
@@ -140,6 +140,18 @@ def tell_changes(checkpoint: str | None, facts: dict):
         )
 
 
+def tell_spaces(folder, samples):
+    """A warning where rows for UHR-BAT-Tiny do not begin their answers with a space, as it does."""
+    if not is_tiny(folder):
+        return
+    bare = sum(not answer_of({"messages": messages}).startswith(" ") for messages in samples["messages"])
+    if bare:
+        logger.warning(
+            f'{bare} of {len(samples)} answers do not begin with a space, and those of UHR-BAT-Tiny do: write " Three.", or it learns '
+            "first to leave the space out."
+        )
+
+
 def train(options, data, training) -> UHRBatTrainer:
     """Train by a recipe, see [`read_options`]. Raises whatever is wrong with the data before the model is loaded."""
     require("train", "datasets", "peft")
@@ -162,6 +174,7 @@ def train(options, data, training) -> UHRBatTrainer:
     samples, held_out = read_data(data, processor, training.data_seed or training.seed)
     facts = facts_of(options, samples)
     tell_changes(checkpoint, facts)
+    tell_spaces(base or options.model_name_or_path, samples)
     collator = UHRBatDataCollator(
         processor,
         budget_range=data.budget_range,

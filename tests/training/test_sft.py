@@ -113,17 +113,42 @@ def test_parts_learn_at_their_rates_and_frozen_ones_not_at_all(arguments, small_
 
 @pytest.mark.slow
 def test_the_tower_and_what_follows_it_may_have_rates_of_their_own_and_nothing_be_frozen(arguments):
-    more = ["--freeze", "none", "--visual_learning_rate", "1e-4", "--vision_tower_learning_rate", "1e-5", "--max_steps", "1"]
+    more = [
+        "--freeze",
+        "none",
+        "--visual_learning_rate",
+        "1e-4",
+        "--vision_tower_learning_rate",
+        "1e-5",
+        "--max_steps",
+        "1",
+    ]
     trainer = run(arguments, *more, "--lr_scheduler_type", "constant", "--save_strategy", "no")
     names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
     rates = {names[id(one)]: group["lr"] for group in trainer.optimizer.param_groups for one in group["params"]}
-    for part, rate in (("vision_tower", 1e-5), ("projector", 1e-4), ("scale_embedding", 1e-4), ("language_model", 1e-2)):
+    for part, rate in (
+        ("vision_tower", 1e-5),
+        ("projector", 1e-4),
+        ("scale_embedding", 1e-4),
+        ("language_model", 1e-2),
+    ):
         assert {found for name, found in rates.items() if part in name} == {rate}
 
 
 @pytest.mark.slow
 def test_a_run_that_gets_no_better_ends_early(arguments):
-    more = ["--learning_rate", "0", "--max_steps", "20", "--eval_share", "0.2", "--eval_strategy", "steps", "--eval_steps", "1"]
+    more = [
+        "--learning_rate",
+        "0",
+        "--max_steps",
+        "20",
+        "--eval_share",
+        "0.2",
+        "--eval_strategy",
+        "steps",
+        "--eval_steps",
+        "1",
+    ]
     more += ["--early_stopping_patience", "2", "--save_steps", "1", "--eval_max_new_tokens", "0"]
     assert run(arguments, *more).state.global_step == 3
     with pytest.raises(ValueError, match="needs evaluations"):
@@ -141,6 +166,24 @@ def test_a_model_that_is_saved_in_float16_is_trained_in_another_type(arguments, 
     wanted = torch.bfloat16 if bf16 else torch.float32
     assert {one.dtype for one in trainer.model.parameters()} == {wanted} and "is saved in float16" in caplog.text
     assert load_model(tmp_path / "out", device_map=None)[1].dtype == wanted
+
+
+@pytest.mark.slow
+def test_answers_without_the_space_of_uhr_bat_tiny_are_counted_before_it_is_loaded(
+    arguments, data, caplog, monkeypatch
+):
+    monkeypatch.setattr(sft, "prepare_model", lambda *args: 1 / 0)
+    rows = json.loads(data.read_text())
+    for row in rows[:3]:
+        row["conversations"][1]["value"] = row["conversations"][1]["value"].strip()
+    bare = write_rows(data.parent / "bare.json", rows)
+    said = []
+    for model, file in ((ROOT, bare), (ROOT, data), (arguments[1], bare)):
+        caplog.clear()
+        with caplog.at_level("WARNING"), pytest.raises(ZeroDivisionError):
+            run(arguments, "--model_name_or_path", str(model), "--train_data", str(file))
+        said.append("3 of 12 answers do not begin with a space, and those of UHR-BAT-Tiny do" in caplog.text)
+    assert said == [True, False, False]  # no other model's answers are looked at
 
 
 @pytest.mark.slow
@@ -331,7 +374,10 @@ def test_a_run_that_goes_on_as_another_one_says_so(arguments, data, tmp_path, ca
     more = ["--save_steps", "1", "--eval_max_new_tokens", "0", "--eval_share", "0.3"]
     run(arguments, *more)
     assert sft.main([*arguments, *more, "--use_peft", "true"]) == 2
-    assert "checkpoint-2 is of a run that trains the whole model, and this one trains an adapter" in capsys.readouterr().err
+    assert (
+        "checkpoint-2 is of a run that trains the whole model, and this one trains an adapter"
+        in capsys.readouterr().err
+    )
     with caplog.at_level("WARNING"):
         before = load_file(tmp_path / "out" / "model.safetensors")
         again = run(arguments, *more)
@@ -341,7 +387,9 @@ def test_a_run_that_goes_on_as_another_one_says_so(arguments, data, tmp_path, ca
         # An option whose callback the checkpoint did not have.
         more += ["--max_steps", "3", "--early_stopping_patience", "2", "--eval_strategy", "steps", "--eval_steps", "1"]
         trainer = run(arguments, *more, "--train_data", str(data), f"{data}:2")
-    assert "with other data: 8 samples before, 24 now, not the same ones" in caplog.text and trainer.state.global_step == 3
+    assert (
+        "with other data: 8 samples before, 24 now, not the same ones" in caplog.text and trainer.state.global_step == 3
+    )
 
 
 @pytest.mark.slow
@@ -407,7 +455,9 @@ def test_trls_preferences_are_scored_over_the_visual_tokens_of_the_question(smal
     (processor, model), (_, reference) = (load_model(small_folder, device_map=None) for _ in range(2))
     turn = {role: {"role": role, "content": [{"type": "text", "text": "What?"}]} for role in ("user", "assistant")}
     turn["user"]["content"].insert(0, {"type": "image"})
-    said = [{**turn["assistant"], "content": [{"type": "text", "text": text}]} for text in (" red", " a long one of blue")]
+    said = [
+        {**turn["assistant"], "content": [{"type": "text", "text": text}]} for text in (" red", " a long one of blue")
+    ]
     row = {"prompt": [turn["user"]], "chosen": said[:1], "rejected": said[1:]}
     rows = [row | {"images": [Image.new("RGB", (40, 30), (9 * number, 0, 0))]} for number in range(2)]
     config = trl.DPOConfig(
