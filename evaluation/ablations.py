@@ -44,6 +44,7 @@ from .rows import (
     records_of,
     row_of,
     say,
+    without_regions,
 )
 from .suites import SUITES
 
@@ -222,6 +223,8 @@ def measure(args) -> dict:
         **told_as_measured(args.model, args.set), "axis": axis, "suite": args.suite, "data": args.data, "model": name,
         "prompt": prompt, "says": SAYS.format(questions=len(records) // len(rows), images=images, scorer=scorer),
     }  # fmt: skip
+    if bare := without_regions(model.config, rows):
+        about["says"] += f" {bare}"
     about["title"] = f"{args.name}: {args.suite}, {model_in_words(about)}"
     found = [row | {"flops": flops[row["name"]]} for row in summarise(records, {rows[0].name: rows[0].x})]
     result = {"about": about, "rows": found, "errors": errors}

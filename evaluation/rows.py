@@ -369,7 +369,8 @@ def keeps(slots, evidence) -> bool | None:
 def choose(views: Views, row: Row, question: str):
     """(input_ids and attention_mask long[1, M] with one placeholder, what was kept of the image) for a row."""
     seen = views.seen(row.view, row.settings)
-    warn_of_regions(seen.model.config, row)
+    if bare := without_regions(seen.model.config, [row]):
+        warnings.warn(bare, stacklevel=2)
     prompt = asking.write_prompt(seen.processor, question).to(seen.model.device)
     counts = row.counts(seen.available)
     spend = {"token_counts": [counts]} if seen.letterboxed else {"budgets": sum(counts)}
@@ -379,17 +380,21 @@ def choose(views: Views, row: Row, question: str):
         return prompt, asking.compress(seen.model, inputs, rules)
 
 
-def warn_of_regions(config, row: Row):
-    """A warning where a row's rule is one over regions and the model, as an export of the released layout, has none: it is then
-    top-k by another name."""
-    rules = row.rules or {}
-    over_regions = rules.get("selector") == "preserve_and_merge" or rules.get("coverage")
-    if over_regions and "region_method" not in rules and getattr(config, "region_method", None) == "none":
-        warnings.warn(
-            f"{row.name}: `region_method` of this model is 'none', so every token is a region of its own and the row keeps what top-k "
-            "keeps. `--set region_method=kmeans` gives it the paper's regions.",
-            stacklevel=2,
-        )
+def without_regions(config, rows: list[Row]) -> str:
+    """What is to be said of rows whose rule is one over regions where the model, as an export of the released layout, has none: they
+    are top-k by another name; "" of no such row."""
+
+    def is_bare(rules):
+        over_regions = rules.get("selector") == "preserve_and_merge" or rules.get("coverage")
+        return over_regions and "region_method" not in rules and getattr(config, "region_method", None) == "none"
+
+    names = [row.name for row in rows if is_bare(row.rules or {})]
+    if not names:
+        return ""
+    return (
+        f"{', '.join(names)}: `region_method` of this model is 'none', so every token is a region of its own, and kept is what top-k "
+        "keeps. `--set region_method=kmeans` gives the paper's regions."
+    )
 
 
 @contextmanager

@@ -1,14 +1,13 @@
 """The paper's tables as commands."""
 
 import json
-import warnings
 
 import numpy as np
 import pytest
 import rasterio
 import torch
 from images import random_image
-from uhr_bat.common.loading import ROOT, load_processor
+from uhr_bat.common.loading import ROOT, load_model, load_processor
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.evaluation import ablations, rows
 from uhr_bat.evaluation.suites import SUITES
@@ -68,15 +67,20 @@ def test_the_tokens_of_an_image_are_counted_without_encoding_it(tmp_path):
         assert asked[-1]["available"] == processor.count_shown(mask)[0]
 
 
-@pytest.mark.parametrize("rule, merges", [(rows.PAPER, True), ("with coverage", True), (rows.TOP_K, False)])
-def test_a_rule_over_regions_of_a_model_without_is_a_warning_by_name(rule, merges):
-    row = rows.row_of(rule, 0.1)
-    with warnings.catch_warnings(record=True) as found:
-        warnings.simplefilter("always")
-        rows.warn_of_regions(UHRBatConfig.from_pretrained(ROOT, region_method="none"), row)
-        rows.warn_of_regions(UHRBatConfig.from_pretrained(ROOT, region_method="kmeans"), row)
-    said = [str(one.message) for one in found if "region_method" in str(one.message)]
-    assert len(said) == merges and all(f"{rule}: `region_method` of this model is 'none'" in one for one in said)
+def test_rules_over_regions_of_a_model_without_are_named_and_no_others():
+    asked = [rows.row_of(rule, 0.1) for rule in (rows.PAPER, rows.TOP_K, "with coverage", "k-means merge")]
+    said = rows.without_regions(UHRBatConfig.from_pretrained(ROOT, region_method="none"), asked)
+    assert said.startswith(f"{rows.PAPER}, with coverage: `region_method` of this model is 'none'")
+    assert rows.without_regions(UHRBatConfig.from_pretrained(ROOT, region_method="kmeans"), asked) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_a_row_over_regions_warns_where_the_model_has_none():
+    processor, model = load_model(region_method="none")
+    views = rows.Views((processor, model), random_image(30, 200))
+    with pytest.warns(UserWarning, match=f"{rows.PAPER}: `region_method` of this model is 'none'"):
+        rows.choose(views, rows.row_of(rows.PAPER, 0.01), "How many?")
 
 
 @pytest.mark.slow
