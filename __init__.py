@@ -15,6 +15,7 @@ _MODULES = {
     "UHRBatProcessor": "processing_uhr_bat",
     "UHRBatModel": "modeling_uhr_bat",
     "UHRBatForConditionalGeneration": "modeling_uhr_bat",
+    "register": "image_registration_uhr_bat",
     "token_box": "geometry_uhr_bat",
     "token_corners": "geometry_uhr_bat",
     "evidence_frame": "geo",

@@ -24,6 +24,7 @@ VERBS = {
     "evidence native": ("evaluation.native", "the same for objects of a few native pixels, coarse to fine"),
     "evidence hosted": ("evaluation.hosted", "a model of another family: plain, with tiling, and by UHR-BAT's rules"),
     "evidence looks": ("evaluation.looks", "looks until evidence is in sight, guided by `uhr-bat mcp`'s where"),
+    "evidence dates": ("evaluation.dates", "what is kept of two dates, compared and each by itself"),
     "evidence recall": ("evaluation.recall", "evidence recall at budget: which objects a choice of tokens keeps"),
     "evidence partitions": ("evaluation.partitions", "what every partition into regions does to small objects"),
     "evidence ablations": ("evaluation.ablations", "the paper's Table 4 and ablations, each by one command"),

@@ -11,15 +11,38 @@ Axes: I images, S scales, B prompts, M text tokens, D decoder width.
 
 from itertools import groupby
 
+import numpy as np
 import torch
 from transformers.processing_utils import Unpack
 from transformers.utils import logging
 
 from .budgets_uhr_bat import settle_counts
-from .modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageInputs, accept_region_labels
+from .modeling_outputs_uhr_bat import TokenMaps, UHRBatCompressionOutput, UHRBatImageInputs, accept_region_labels
+from .token_dates_uhr_bat import difference, inverse, places_of, weigh_dates
 from .token_rules_uhr_bat import CompressedImage, CompressionRules, compress_image
 
 logger = logging.get_logger(__name__)
+
+
+def check_dates(registration, images_per_prompt, image_features):
+    """Raises `ValueError` where `registration` is not of two images in every prompt that has any."""
+    if len(registration) != len(images_per_prompt):
+        raise ValueError(
+            f"`registration` has {len(registration)} entries, but there are {len(images_per_prompt)} prompts: one for each."
+        )
+    if odd := [number for number in images_per_prompt if number not in (0, 2)]:
+        raise ValueError(
+            f"Two dates of one place are 2 images in a prompt. Got {odd[0]}: ask about them apart, or without `dates`."
+        )
+    pairs = [found for found, number in zip(registration, images_per_prompt) if number]
+    if wrong := [found for found in pairs if np.shape(found) != (2, 3)]:
+        raise ValueError(
+            f"A registration is [[a, b, c], [d, e, f]], as `register` returns it. Got {str(wrong[0])[:80]}."
+        )
+    if any(image.kind == "dynamic" for image in image_features):
+        raise ValueError(
+            "Two dates are compared scale by scale, which a dynamic pyramid has not: leave `dynamic_pyramid` out."
+        )
 
 
 class UHRBatCompressionMixin:
@@ -71,26 +94,74 @@ class UHRBatCompressionMixin:
         placeholder = self.find_placeholders(input_ids, inputs_embeds) & visible
         images_per_prompt, token_counts = self.settle_counts(placeholder, image_features, images)
 
-        of_images, compressed = iter(zip(image_features, token_counts)), []
+        of_images, compressed, differences = iter(zip(image_features, token_counts)), [], None
+        registration = images.get("registration")
+        if registration is not None:
+            check_dates(registration, images_per_prompt, image_features)
+            differences = []
         for row, num_images in enumerate(images_per_prompt):
             text = visible[row] & ~placeholder[row]
             spots = placeholder[row].nonzero()[:, 0]
             group = [next(of_images) for _ in range(num_images)]
             # A prompt that is not expanded yet holds one placeholder per image.
             sizes = [1] * num_images if len(spots) == num_images else [sum(counts) for _, counts in group]
+            asked = []
             for (image, counts), run in zip(group, spots.split(sizes)):
                 seen = _seen(text, spots, run, None if answer_mask is None else answer_mask[row])
                 with torch.no_grad():
                     ids, embeds = (None if one is None else one[row][seen] for one in (input_ids, inputs_embeds))
-                compressed.append(self.compress_one(ids, embeds, image, counts, rules))
+                asked.append((ids, embeds, image, counts))
+            looked = [None] * num_images
+            if registration is not None and num_images:
+                looked, found = self.look_at_dates(asked, registration[row], rules)
+                differences += found
+            compressed += [self.compress_one(*one, rules, looked=seen) for one, seen in zip(asked, looked)]
 
         tokens, importance, regions, slots = map(list, zip(*compressed)) if compressed else ([], [], [], [])
         visual_tokens = [torch.cat(scales) for scales in tokens]
         scales = [list(image.scales) for image in image_features]
         regions = None if None in regions else regions  # a region focus module has none
-        return UHRBatCompressionOutput(visual_tokens, tokens, importance, regions, slots, images_per_prompt, scales)
+        return UHRBatCompressionOutput(
+            visual_tokens, tokens, importance, regions, slots, images_per_prompt, scales, differences
+        )
 
-    def compress_one(self, input_ids, inputs_embeds, image, counts, rules) -> CompressedImage:
+    def look(self, input_ids, inputs_embeds, image, rules) -> tuple:
+        """What one image of one prompt has to choose from, and the importance of each; the arguments are those of
+        `compress_one`, what is returned that of `look_closer`."""
+        grad = torch.is_grad_enabled()
+        with torch.no_grad():
+            importance = self.read_attention(input_ids, image.anchor_tokens, [image.anchor_places], inputs_embeds)
+            return self.look_closer(input_ids, image, importance, rules, inputs_embeds, grad=grad)
+
+    def look_at_dates(self, asked, registration, rules) -> tuple[list, list[TokenMaps]]:
+        """`look` at both images of a prompt, which show one place, each weighed by how much it differs from the other
+        (`token_dates_uhr_bat.py`).
+
+        Args:
+            asked: for each the first four arguments of `compress_one`.
+            registration: float[2, 3], from the first image to the second, see `register`.
+
+        Returns:
+            (for each what `look` returns, for each the differences of its tokens).
+        """
+        looked = [self.look(ids, embeds, image, rules) for ids, embeds, image, _ in asked]
+        with torch.no_grad():
+            plain = [[self.without_scale(image, idx) for idx in range(len(image.grids))] for image, _ in looked]
+        weighed, found = [], []
+        for date, way in enumerate((registration, inverse(registration))):
+            (image, maps), (other, other_maps) = looked[date], looked[1 - date]
+            of_scales, new_maps = [], []
+            for idx, (grid, positions) in enumerate(zip(image.grids, image.positions)):
+                at = min(idx, len(other.grids) - 1)  # levels of its own pixels may be fewer
+                others = other.positions[at], other.grids[at]
+                places = places_of(positions, grid, others[1], way)
+                of_scales.append(difference(plain[date][idx], places, plain[1 - date][at], *others))
+                new_maps.append(weigh_dates(maps[idx], of_scales[-1], places, other_maps[at], *others))
+            weighed.append((image, new_maps))
+            found.append(TokenMaps(of_scales, image.positions, image.grids, fill=0))
+        return weighed, found
+
+    def compress_one(self, input_ids, inputs_embeds, image, counts, rules, *, looked=None) -> CompressedImage:
         """One image of one prompt.
 
         Args:
@@ -99,11 +170,9 @@ class UHRBatCompressionMixin:
             image: an encoded image.
             counts: int[S], visual tokens of every scale, or int[1], of all of them.
             rules: [`CompressionRules`].
+            looked: what `look` returned for it, if it was called.
         """
-        grad = torch.is_grad_enabled()
-        with torch.no_grad():
-            importance = self.read_attention(input_ids, image.anchor_tokens, [image.anchor_places], inputs_embeds)
-            image, importance = self.look_closer(input_ids, image, importance, rules, inputs_embeds, grad=grad)
+        image, importance = self.look(input_ids, inputs_embeds, image, rules) if looked is None else looked
         return compress_image(image, importance, counts, self, rules)
 
     def find_placeholders(self, input_ids, inputs_embeds=None) -> torch.Tensor:

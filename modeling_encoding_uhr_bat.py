@@ -218,6 +218,12 @@ class UHRBatEncodingMixin:
             return image.anchor_tokens.new_empty(0, self.patches_per_side**2, self.row_width)
         return torch.stack([found[tile] for tile in tile_idx])
 
+    def without_scale(self, image: UHRBatImageFeatures, scale_idx: int) -> torch.Tensor:
+        """float[V, D], `features_of` the tokens of a scale without the embedding of where they lie: what they show."""
+        tokens, times = image.tokens[scale_idx], self.config.scale_embedding_additions
+        where = self._add_scale(torch.zeros_like(tokens), image.scales[scale_idx], image.positions[scale_idx], times)
+        return self.features_of(tokens - where)
+
     # ---- Parts -----------------------------------------------------------------------------------------------------
 
     def _project_in_chunks(self, tiles, encoded_idx, desc) -> torch.Tensor:

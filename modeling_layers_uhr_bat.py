@@ -310,9 +310,9 @@ class UHRBatTowersMixin:
             inputs_embeds = self.get_input_embeddings()(input_ids)
         return super().compress(input_ids, attention_mask, inputs_embeds, *args, **kwargs)
 
-    def compress_one(self, *args):
+    def compress_one(self, *args, **looked):
         """See [`UHRBatCompressionMixin`], with the token MLP after the selection."""
-        one = super().compress_one(*args)
+        one = super().compress_one(*args, **looked)
         return one if self.token_mlp is None else one._replace(tokens=[self.token_mlp(rows) for rows in one.tokens])
 
     def read_layers(self, layers, sequence, read, read_at=(-1,), position_ids=None, attention_mask=None) -> list:

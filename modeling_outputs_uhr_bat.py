@@ -238,6 +238,8 @@ class UHRBatImageInputs(TypedDict, total=False):
             configuration. (A tensor of two dimensions is `token_counts` under its old name.)
         token_counts: long[I, S], exact visual tokens per image and scale, as the processor counts them.
         images_per_prompt: long[B], as the processor counts them.
+        registration: list of B affine maps float[2, 3] from the first of a prompt's two images to the second, which show one
+            place at two dates (`register`); of prompts without images anything. None: images have nothing to do with each other.
     """
 
     pixel_values: torch.Tensor | None
@@ -248,6 +250,7 @@ class UHRBatImageInputs(TypedDict, total=False):
     budgets: list[int] | torch.Tensor | None
     token_counts: torch.Tensor | None
     images_per_prompt: torch.Tensor | None
+    registration: list | None
 
 
 IMAGE_INPUTS = tuple(UHRBatImageInputs.__annotations__)
@@ -340,6 +343,8 @@ class UHRBatCompressionOutput(ModelOutput):
             were averaged; -1 for those that were dropped.
         images_per_prompt: number of images in each prompt of the batch.
         scales: sides of the views in pixels, per image.
+        differences: float[H, W] per image and scale, how much each token differs from the other date, 1 on average; None
+            where there are no two dates.
         hidden_states, attentions: None. The library's image outputs have these names; here the states of the vision
             tower are never held for all tiles at once, unless `get_image_features` is called.
     """
@@ -351,6 +356,7 @@ class UHRBatCompressionOutput(ModelOutput):
     slots: list[Sequence[torch.Tensor]] | None = None
     images_per_prompt: list[int] | None = None
     scales: list[list[int]] | None = None
+    differences: list[Sequence[torch.Tensor]] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 

@@ -282,7 +282,7 @@ class UHRBatRegionFocusMixin:
         values, positions = zip(of_thumbnail, *maps)
         return CompressedImage(tokens, TokenMaps(values, positions, image.grids[: len(values)], 0), None, slots)
 
-    def compress_one(self, input_ids, inputs_embeds, image, counts, rules) -> CompressedImage:
+    def compress_one(self, input_ids, inputs_embeds, image, counts, rules, **looked) -> CompressedImage:
         """As of other images, by Algorithm 1."""
         if image.kind == "dynamic":
             if rules != CompressionRules.of(self.config):
@@ -291,4 +291,4 @@ class UHRBatRegionFocusMixin:
                     "are the configuration's `region_focus`: leave `rules` out."
                 )
             return self._focus(input_ids, inputs_embeds, image, counts)
-        return super().compress_one(input_ids, inputs_embeds, image, counts, rules)
+        return super().compress_one(input_ids, inputs_embeds, image, counts, rules, **looked)

@@ -339,6 +339,7 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
             "budgets": budgets,
             "token_counts": token_counts,
             "images_per_prompt": images_per_prompt,
+            "registration": kwargs.pop("registration", None),
         }
         if compress_only:
             rules = kwargs.pop("rules", None)

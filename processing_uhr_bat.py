@@ -23,9 +23,10 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from .budgets_uhr_bat import count_tokens, equal_shares, is_one_budget, split_budgets
 from .configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig, refuse_own_folder
 from .geometry_uhr_bat import grids, shown_patches
-from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs
+from .image_processing_uhr_bat import READING, UHRBatImageProcessor, UHRBatImageProcessorKwargs
 from .image_pyramids_uhr_bat import ImagePyramid, UnreadImage
 from .image_reading_uhr_bat import ENCODED, flatten_images, kind_of
+from .image_registration_uhr_bat import register
 
 # Behind every letter of a control token that a message spells: the tokenizer then finds none, and its normalizer drops
 # the mark. Unicode keeps this code point for programs; no text has it.
@@ -43,10 +44,12 @@ class UHRBatImagesKwargs(UHRBatImageProcessorKwargs, total=False):
     budgets (`list[int]`, `int` or `str`): visual tokens that each scale, or all scales together, may spend in one
         prompt, shared by its images; or a limit, "24GiB" or "5s".
     images_per_prompt (`list[int]`): filled in by the processor, which sees text and images together.
+    dates (`bool` or `list`): whether the two images of every prompt show one place at two dates.
     """
 
     budgets: list[int] | int | str | None
     images_per_prompt: list[int] | None
+    dates: bool | list | None
 
 
 class UHRBatProcessorKwargs(ProcessingKwargs, total=False):
@@ -67,7 +70,9 @@ class UHRBatProcessor(ProcessorMixin):
     """
 
     valid_processor_kwargs = UHRBatProcessorKwargs
-    skip_tensor_conversion = [*ProcessorMixin.skip_tensor_conversion, "image_features", "image_pyramids"]
+    skip_tensor_conversion = [
+        *ProcessorMixin.skip_tensor_conversion, "image_features", "image_pyramids", "registration",
+    ]  # fmt: skip
 
     def __init__(
         self,
@@ -120,6 +125,9 @@ class UHRBatProcessor(ProcessorMixin):
             dynamic_pyramid: read the images as LRS-VQA's system does, where the model has a `region_focus`: how many visual
                 tokens there are is then known when the model has looked, and every prompt keeps one placeholder per image.
                 One number of `budgets` is the most that a prompt may spend.
+            dates: True where the two images of every prompt show one place, the earlier date first: what differs between them is
+                then kept before what does not. They are registered by their geotransforms, or by their pixels. Of
+                `image_features`, which do not say where they lie, a list with what `register` returned for each prompt.
 
         Returns:
             input_ids, attention_mask: long[B, M], every placeholder repeated once per visual token;
@@ -268,9 +276,11 @@ class UHRBatProcessor(ProcessorMixin):
             )
         return per_prompt
 
-    def _process_images(self, images, budgets=None, images_per_prompt=None, **kwargs):
+    def _process_images(self, images, budgets=None, images_per_prompt=None, dates=None, **kwargs):
         """Adds the exact number of visual tokens per image and scale to what the image processor returns."""
-        images = flatten_images(images)
+        images, dates = flatten_images(images), None if dates is False else dates
+        if dates is not None:
+            images, registration = self._register(images, images_per_prompt, dates, kwargs)
         scales = kwargs.get("scales") or self.image_processor.scales
         if images_per_prompt is None:
             images_per_prompt = [1] * len(images)
@@ -278,6 +288,8 @@ class UHRBatProcessor(ProcessorMixin):
         dynamic = kwargs.get("dynamic_pyramid")
         dynamic = self.image_processor.dynamic_pyramid if dynamic is None else dynamic
         if "dynamic" in kinds or dynamic and not kinds <= set(ENCODED):
+            if dates is not None:
+                raise ValueError("`dates` are compared scale by scale: leave `dynamic_pyramid` out.")
             return self._process_dynamic(images, budgets, images_per_prompt, kwargs)
         if kinds <= set(ENCODED):
             images = _share_tiles(images, kwargs.get("max_tiles"), images_per_prompt)
@@ -304,7 +316,27 @@ class UHRBatProcessor(ProcessorMixin):
             )
         counts = count_tokens(budgets, scales, images_per_prompt, available)
         inputs["token_counts"], inputs["images_per_prompt"] = np.array(counts), np.array(images_per_prompt)
+        if dates is not None:
+            inputs["registration"] = registration
         return inputs, [self.image_token * sum(count) for count in counts]
+
+    def _register(self, images, images_per_prompt, dates, kwargs) -> tuple[list, list]:
+        """The images, opened, and for every prompt the map from its first to its second; what says how they are read is taken
+        out of `kwargs`."""
+        numbers = [len(images)] if images_per_prompt is None else images_per_prompt
+        if odd := [number for number in numbers if number not in (0, 2)]:
+            raise ValueError(f"`dates` compares 2 images of one place in a prompt. Got {odd[0]}.")
+        if dates is not True:
+            return images, list(dates)
+        if set(map(kind_of, images)) & set(ENCODED):
+            raise ValueError(
+                "Encoded images do not say where they lie: pass `dates=[register(earlier, later), ...]`, one for each prompt."
+            )
+        reading = {name: kwargs.pop(name) for name in READING if name in kwargs and name != "max_image_pixels"}
+        limit = {"max_image_pixels": kwargs.get("max_image_pixels")}
+        images = [self.image_processor.process_image(image, **limit, **reading) for image in images]
+        pairs = iter(images)
+        return images, [register(next(pairs), next(pairs)) if number else None for number in numbers]
 
     def _budgets_within(self, limit, available, inputs) -> list[int] | int:
         """The largest budgets that stay below a limit, of one image that is cut or encoded."""

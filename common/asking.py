@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from ..image_raster_files_uhr_bat import reason
+from ..image_registration_uhr_bat import register
 from .objects import Objects, objects_of
 
 PROMPT = ("input_ids", "attention_mask")
@@ -88,7 +89,7 @@ def encode(model, image_inputs) -> list:
     return model.encode_image(**image_inputs.to(model.device))
 
 
-def write_prompts(model, processor, questions, features, budgets=None, counts=None, max_tiles=None):
+def write_prompts(model, processor, questions, features, budgets=None, counts=None, max_tiles=None, dates=None):
     """Inputs of questions about encoded images, on the model's device: `input_ids` and `attention_mask` long[B, M], padded
     on the left, with a placeholder per visual token, and where there are images what `compress` takes beside them.
 
@@ -98,11 +99,14 @@ def write_prompts(model, processor, questions, features, budgets=None, counts=No
         budgets: int[S], one number or a limit, see [`UHRBatProcessor`]; None for those of the model.
         counts: int[I][S], exact visual tokens of every image instead of budgets: of any order, which budgets are not.
         max_tiles: that the pyramids of a prompt share; None for what each has.
+        dates: of questions about two dates of one place, what `register` returned for each; None for images that have nothing to
+            do with each other.
     """
     texts = [prompt_text(processor, question, len(images)) for question, images in zip(questions, features)]
     images = [image for of_question in features for image in of_question]
     if counts is None:
         options = {"image_features": images, "budgets": budgets, "max_tiles": max_tiles} if images else {}
+        options |= {} if dates is None else {"dates": dates}
         return processor(text=texts, **options, padding=True, return_tensors="pt").to(model.device)
     numbers = map(sum, counts)
     expanded = [
@@ -111,6 +115,7 @@ def write_prompts(model, processor, questions, features, budgets=None, counts=No
     inputs = _tokenize(processor, expanded)
     inputs |= {"image_features": images, "token_counts": torch.tensor(counts)}
     inputs["images_per_prompt"] = torch.tensor([len(of_question) for of_question in features])
+    inputs |= {} if dates is None else {"registration": dates}
     return inputs.to(model.device)
 
 
@@ -201,12 +206,12 @@ def answers(model, processor, questions, features, **options) -> list[tuple[str,
 
 @dataclass(frozen=True)
 class Answer:
-    """An answer about one image, and what it was read from.
+    """An answer about one image, or two dates of it, and what it was read from.
 
     Attributes:
         text: of the answer.
         objects: that it points to, [`Objects`], a sequence of [`ImageObject`] in pixels of the image.
-        compressed: what `compress` returned.
+        compressed: what `compress` returned; of two dates the earlier one is its first image.
         image: that was asked about, with its `height` and `width`, opened.
     """
 
@@ -222,27 +227,34 @@ class Answer:
 
 
 def ask(
-    processor, model, image, question, *, budgets=None, max_tiles=None, native=None, max_new_tokens=64, image_inputs=None,
-    **reading,
+    processor, model, image, question, *, before=None, budgets=None, max_tiles=None, native=None, max_new_tokens=64,
+    image_inputs=None, **reading,
 ) -> Answer:  # fmt: skip
-    """An answer about one image of any kind.
+    """An answer about one image of any kind, or about what changed since an earlier one.
 
     Args:
         processor, model: of `load_model`.
         image: path, URL, array or whatever else `read_image` takes.
+        before: an earlier image of the same place, read likewise: what differs between the two is kept before what does not
+            (`dates` of [`UHRBatProcessor`]).
         budgets, max_tiles, native: see [`UHRBatProcessor`].
-        image_inputs: what the image processor made of the opened `image`, where that was done already.
+        image_inputs: what the image processor made of the opened `image`, with `before` of the two opened images, the earlier
+            one first, where that was done already.
         reading: how a raster is read, as `bands` and `window` of `open_image`.
 
     Raises:
         What reading the image raises, and `ValueError` for budgets that do not fit.
     """
+    images = [image] if before is None else [before, image]
     if image_inputs is None:
-        image = processor.image_processor.process_image(image, **reading)
+        images = [processor.image_processor.process_image(one, **reading) for one in images]
         limit = {name: value for name, value in reading.items() if name == "max_image_pixels"}
         tiles = {"max_tiles": max_tiles, "native": native}
-        image_inputs = processor.image_processor(image, return_tensors="pt", **limit, **tiles)
-    inputs = write_prompts(model, processor, [question], [encode(model, image_inputs)], budgets)
+        image_inputs = processor.image_processor(images, return_tensors="pt", **limit, **tiles)
+    image, both = images[-1], {}
+    if before is not None:
+        both = {"max_tiles": max_tiles, "dates": [register(*images)]}
+    inputs = write_prompts(model, processor, [question], [encode(model, image_inputs)], budgets, **both)
     compressed = compress(model, inputs)
     ids = generate(model, inputs, compressed, max_new_tokens=max_new_tokens)
     (text,) = answer_texts(processor, ids)

@@ -49,6 +49,14 @@ def add_question_arguments(parser: ArgumentParser, several=False):
     add_tile_arguments(parser)
 
 
+def add_before_argument(parser: ArgumentParser):
+    parser.add_argument(
+        "--before",
+        metavar="IMAGE",
+        help="an earlier image of the same place, read likewise: what differs between the two is kept before what does not",
+    )
+
+
 def check_range(args: Namespace, low: float, high: float, *names: str, above: bool = False):
     """Raises `ValueError` where an option, or one of its numbers, is not `low` to `high`; over `low` with `above`. None
     is not

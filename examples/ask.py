@@ -1,6 +1,6 @@
 """Ask a question about an image, and see where the visual tokens and the seconds go.
 
-    uhr-bat ask [IMAGE] [QUESTION] [--model MODEL [--set NAME=VALUE]] [--budgets 16,24,40,66] [--max-new-tokens 64]
+    uhr-bat ask [IMAGE] [QUESTION] [--before IMAGE] [--model MODEL [--set NAME=VALUE]] [--budgets 16,24,40,66] [--max-new-tokens 64]
                 [--bands 4,3,2] [--value-range 0,2047] [--window 0,0,4096,4096] [--max-pixels N]
                 [--max-tiles N [--native]] [--objects out.geojson]
 
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
-from ..common.commands import add_question_arguments, tells_errors
+from ..common.commands import add_before_argument, add_question_arguments, tells_errors
 from ..common.extras import require
 from ..common.images import image_options, tile_options
 from ..common.loading import WEIGHTS_NOTE, check_image, load_model, load_processor
@@ -22,6 +22,7 @@ from ..common.models import find_model, is_tiny, stay_offline
 from ..common.outputs import Output, check_outputs
 from ..geo import Georeference, check_objects, write_objects
 from ..geo.objects import OBJECT_FILES
+from ..image_registration_uhr_bat import register
 from ..scenes import painting
 
 QUESTION = "What colour is the plane at the runway?"
@@ -58,30 +59,34 @@ def ask(args):
     seconds = {}
     with timed(seconds, "open"):  # a raster is decoded while it is resized
         image_processor = load_processor(args.model, args.set).image_processor
-        image = image_processor.open_image(args.image, **image_options(args))
+        paths = [args.image] if args.before is None else [args.before, args.image]
+        images = [image_processor.open_image(path, **image_options(args)) for path in paths]
+    image, both = images[-1], {}
+    if args.before is not None:
+        both = {"max_tiles": args.max_tiles, "dates": [register(*images)]}
     if args.objects:
         georeference = Georeference.of(image, args.image)
         check_objects(args.objects, georeference)
-    print(f"Image: {args.image}, {image.width:,} x {image.height:,} px")
+    for path, one in zip(paths, images):
+        print(f"Image: {path}, {one.width:,} x {one.height:,} px")
     if is_tiny(args.model):
         print(WEIGHTS_NOTE)
 
     with timed(seconds, "preprocess"):  # whatever is wrong with the image is said before the model is loaded
         options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}
-        image_inputs = image_processor(image, return_tensors="pt", **options)
+        image_inputs = image_processor(images, return_tensors="pt", **options)
     with timed(seconds, "load"):
         from ..common import asking
 
         processor, model = load_model(args.model, **args.set)
     with timed(seconds, "encode"):
         features = asking.encode(model, image_inputs)
-    inputs = asking.write_prompts(model, processor, [args.question], [features], args.budgets)
+    inputs = asking.write_prompts(model, processor, [args.question], [features], args.budgets, **both)
     with timed(seconds, "compress"):
         compressed = asking.compress(model, inputs)
     with timed(seconds, "generate"):
         options = {"max_new_tokens": args.max_new_tokens, "streamer": token_bar(args.max_new_tokens)}
         ids = asking.generate(model, inputs, compressed, **options)
-    spent = [len(tokens) for tokens in compressed.tokens[0]]
     (text,) = asking.answer_texts(processor, ids)
     print(f"\nQuestion: {args.question}\nAnswer: {asking.printable(text)}\n")
     if args.objects:
@@ -89,10 +94,14 @@ def ask(args):
         about = {"image": Path(args.image).name, "question": args.question, "answer": asking.printable(text)}
         write_objects(objects, args.objects, about, georeference)
         print_objects(objects, args.objects)
-    counts = inputs["token_counts"][0].tolist() if "token_counts" in inputs else []
-    seen = [int((importance > 0).sum()) for importance in compressed.importance[0]]
-    usual = None if features[0].kind == "dynamic" else model.config.budgets
-    print_tokens(features[0], seen, args.budgets or usual, counts, spent)
+    for number, (path, one) in enumerate(zip(paths, features)):
+        if len(paths) > 1:
+            print(f"\nOf {path}")
+        spent = [len(tokens) for tokens in compressed.tokens[number]]
+        counts = inputs["token_counts"][number].tolist() if "token_counts" in inputs else []
+        seen = [int((importance > 0).sum()) for importance in compressed.importance[number]]
+        usual = None if one.kind == "dynamic" else model.config.budgets
+        print_tokens(one, seen, args.budgets or usual, counts, spent)
     print_seconds(seconds)
 
 
@@ -137,6 +146,7 @@ def main(arguments=None) -> int:
     parser.add_argument(
         "--objects", type=Path, metavar="FILE", help="boxes and points of the answer: .geojson, .gpkg or .csv"
     )
+    add_before_argument(parser)
     add_question_arguments(parser)
     args = parser.parse_args(arguments)
     stay_offline(args.model)
@@ -146,10 +156,12 @@ def main(arguments=None) -> int:
             print(f"Painting the example scene, once: {args.image}", file=sys.stderr, flush=True)
             painting.write()
     check_image(args.image)
+    if args.before is not None:
+        check_image(args.before)
     args.model = find_model(args.model)
     if args.objects:
         require("geo", "rasterio", "geopandas", "pyogrio")
-        check_outputs((args.image, args.model, args.area), Output("--objects", args.objects, OBJECT_FILES))
+        check_outputs((args.image, args.before, args.model, args.area), Output("--objects", args.objects, OBJECT_FILES))
     ask(args)
     return 0
 

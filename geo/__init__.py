@@ -2,9 +2,10 @@
 
 `evidence_frame` (a GeoDataFrame), `write_vectors` (GeoJSON, GeoPackage), `write_raster` (GeoTIFF), `write_style` (QGIS) and
 `write_page` (HTML) are drawn from the result of `model.compress(...)` alone, as the pictures are. `uhr-bat evidence-map` does all of
-it. `objects_frame` and `write_objects` (CSV, too) are of the objects that an answer points to.
+it, and writes what changed since an earlier image (`changes_frame`). `objects_frame` and `write_objects` (CSV, too) are of the objects that an answer points to.
 """
 
+from .changes import changes_frame
 from .frames import evidence_frame, visual_tokens
 from .georeference import Georeference, read_georeference
 from .ground import object_members, on_ground
@@ -17,6 +18,7 @@ __all__ = [
     "Answered",
     "Georeference",
     "Served",
+    "changes_frame",
     "check_objects",
     "check_vectors",
     "evidence_frame",

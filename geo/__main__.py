@@ -1,11 +1,12 @@
 """Ask about an image, and write what was kept to answer as GIS software reads it.
 
     uhr-bat evidence-map IMAGE "QUESTION" [--geojson out.geojson] [--geopackage out.gpkg [--layer evidence]]
-        [--raster attention.tif] [--page out.html] [--budgets 16,24,40,66] [--model MODEL] [--max-new-tokens 64]
+        [--raster attention.tif] [--page out.html] [--before EARLIER [--changes changes.geojson]] [--budgets 16,24,40,66]
+        [--model MODEL] [--max-new-tokens 64]
 
 Polygons of the kept and merged tokens go into a GeoJSON (WGS 84, RFC 7946) and a GeoPackage (the CRS of the image), the
 importance into a GeoTIFF over the image, and all of it into a page that opens offline. A plain image has pixel
-coordinates.
+coordinates. With an earlier image of the same place, polygons of what changed since go into a file of their own.
 """
 
 import argparse
@@ -13,7 +14,7 @@ import sys
 from pathlib import Path
 
 from ..budgets_uhr_bat import split_budgets
-from ..common.commands import add_question_arguments, tells_errors
+from ..common.commands import add_before_argument, add_question_arguments, tells_errors
 from ..common.extras import require
 from ..common.files import edited_alone, whole_outputs
 from ..common.images import image_options, tile_options
@@ -21,6 +22,7 @@ from ..common.loading import WEIGHTS_NOTE, check_image, load_model, load_process
 from ..common.models import find_model, is_tiny, stay_offline
 from ..common.outputs import Output, check_outputs
 from . import Georeference, check_vectors, evidence_frame, write_page, write_raster, write_vectors
+from .changes import changes_frame
 from .styles import style_path, write_style
 from .writing import GEOJSON, GEOPACKAGE, LAYER, check_layer, shown_importance
 
@@ -29,6 +31,7 @@ ENDINGS = {
     "geopackage": (GEOPACKAGE,),
     "raster": (".tif", ".tiff"),
     "page": (".html", ".htm"),
+    "changes": GEOJSON,
 }
 
 
@@ -39,12 +42,16 @@ def draw(args):
 
     print("Reading ...", file=sys.stderr, flush=True)
     processor = load_processor(args.model, args.set)
-    image = processor.image_processor.open_image(args.image, **image_options(args))
+    paths = [args.image] if args.before is None else [args.before, args.image]
+    images = [processor.image_processor.open_image(path, **image_options(args)) for path in paths]
+    image, number = images[-1], len(images) - 1
     georeference = Georeference.of(image, args.image)
     if args.geojson:
         check_vectors(args.geojson, georeference.crs)
+    if args.changes:
+        check_vectors(args.changes, georeference.crs)
     options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}
-    image_inputs = processor.image_processor(image, return_tensors="pt", **options)
+    image_inputs = processor.image_processor(images, return_tensors="pt", **options)
     check_letterboxes(image_inputs)
     if args.budgets is not None and not args.native:
         split_budgets(args.budgets, processor.image_processor.scales)
@@ -52,27 +59,35 @@ def draw(args):
     processor, model = load_model(args.model, **args.set)
     print("Answering ...", file=sys.stderr, flush=True)
     options = {"budgets": args.budgets, "max_new_tokens": args.max_new_tokens, "image_inputs": image_inputs}
+    if args.before is not None:
+        options |= {"before": images[0], "max_tiles": args.max_tiles}
     said = asking.ask(processor, model, image, args.question, **options)
     compressed, answer = said.compressed, asking.printable(said.text)
 
     about = {"image": Path(args.image).name, "question": args.question, "answer": answer}
     if is_tiny(args.model):
         about["note"] = WEIGHTS_NOTE
-    seen = (image.height, image.width), compressed.scales[0]
-    frame = evidence_frame(compressed, *seen, transform=georeference.transform, crs=georeference.crs)
-    pixel_frame = evidence_frame(compressed, *seen)
-    finest = compressed.importance[0][-1], compressed.regions[0][-1]
+    if args.before is not None:
+        about["before"] = Path(args.before).name
+    seen, which = ((image.height, image.width), compressed.scales[number]), {"image_idx": number}
+    place = {"transform": georeference.transform, "crs": georeference.crs}
+    frame = evidence_frame(compressed, *seen, **place, **which)
+    pixel_frame = evidence_frame(compressed, *seen, **which)
+    finest = compressed.importance[number][-1], compressed.regions[number][-1]
     writers = {
         args.geojson: lambda path: write_vectors(frame, path, about, georeference.words),
         args.geopackage: lambda path: write_vectors(
             frame, path, about, georeference.words, args.layer, onto=args.geopackage
         ),
-        args.raster: lambda path: write_raster(path, compressed, *seen, about, georeference),
+        args.raster: lambda path: write_raster(path, compressed, *seen, about, georeference, **which),
         args.raster and style_path(args.raster): lambda path: write_style(
-            path, shown_importance(*finest), len(compressed.importance[0])
+            path, shown_importance(*finest), len(compressed.importance[number])
         ),
         args.page: lambda path: write_page(
-            path, compressed, pixel_frame, image, seen[1], about, georeference, objects=said.objects
+            path, compressed, pixel_frame, image, seen[1], about, georeference, objects=said.objects, **which
+        ),
+        args.changes: lambda path: write_vectors(
+            changes_frame(compressed, seen[0], **place, **which), path, about, georeference.words
         ),
     }
     writers.pop(None, None)
@@ -106,18 +121,26 @@ def main(arguments=None) -> int:
         help="importance as a GeoTIFF, a band for every scale, with a style for QGIS",
     )
     parser.add_argument("--page", type=Path, metavar="FILE", help="an HTML page with a map that opens offline")
+    add_before_argument(parser)
+    parser.add_argument(
+        "--changes", type=Path, metavar="FILE", help="polygons of what changed since --before, in WGS 84"
+    )
     parser.add_argument("--max-new-tokens", type=int, default=64, metavar="N")
     add_question_arguments(parser)
     args = parser.parse_args(arguments)
     stay_offline(args.model)
     check_image(args.image)
+    if args.before is not None:
+        check_image(args.before)
+    elif args.changes:
+        raise ValueError("--changes are those since an earlier image: give it as --before.")
     args.model = find_model(args.model)
     outputs = [Output(f"--{name}", getattr(args, name), endings) for name, endings in ENDINGS.items()]
     if all(output.path is None for output in outputs):
-        raise ValueError("Nothing to write: give --geojson, --geopackage, --raster or --page a file.")
+        raise ValueError("Nothing to write: give --geojson, --geopackage, --raster, --page or --changes a file.")
     require("geo", "rasterio", "geopandas", "pyogrio")
     style = args.raster and style_path(args.raster)
-    check_outputs((args.image, args.model, args.area), *outputs, Output("--raster", style))
+    check_outputs((args.image, args.before, args.model, args.area), *outputs, Output("--raster", style))
     if args.geopackage:
         check_layer(args.geopackage, args.layer)
     draw(args)

@@ -55,6 +55,17 @@ def test_an_image_takes_exactly_its_budget(processor):
     assert inputs["pixel_attention_mask"].shape == (1, 4 + 16 + 36)
 
 
+def test_two_dates_of_a_place_are_registered_beside_the_same_inputs(processor):
+    texts, images = ["<image><image>\nWhat is new?", "Hello?"], [[image(40, 80), image(20, 40, seed=1)], []]
+    plain = processor(text=texts, images=images, padding=True, return_tensors="pt")
+    dates = processor(text=texts, images=images, dates=True, padding=True, return_tensors="pt")
+    first, second = dates.pop("registration")
+    assert np.allclose(first, [[1, 0, 0], [0, 1, 0]]) and second is None
+    assert dates.keys() == plain.keys() and all(torch.equal(dates[name], plain[name]) for name in plain)
+    with pytest.raises(ValueError, match="compares 2 images of one place in a prompt. Got 1"):
+        processor(text="<image>", images=image(), dates=True)
+
+
 @pytest.mark.parametrize(("height", "width"), [(90, 90), (90, 30), (20, 90), (1, 90), (90, 1), (61, 84)])
 def test_a_scale_spends_no_more_than_it_shows(processor, height, width):
     inputs = processor(text="<image>", images=image(height, width), return_tensors="pt", budgets=[3, 14, 33])

@@ -118,7 +118,7 @@ def test_the_documented_python_runs(scene, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "Nothing to write: give --geojson, --geopackage, --raster or --page a file."),
+        ([], "Nothing to write: give --geojson, --geopackage, --raster, --page or --changes a file."),
         (["--geojson", "kept.shp"], "kept.shp: the file of --geojson ends in .geojson or .json."),
         (["--raster", "kept"], "kept: the file of --raster ends in .tif or .tiff."),
         (["--page", "kept.html", "--model", "nowhere"], "nowhere: this is no model folder"),

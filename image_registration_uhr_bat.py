@@ -1,0 +1,85 @@
+# Copyright 2026 The UHR-BAT authors. Licensed under the Apache License, Version 2.0 (the "License"); you may not use this
+# file except in compliance with the License. You may obtain a copy of the License at
+# http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software distributed
+# under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or
+# implied. See the License for the specific language governing permissions and limitations under the License.
+"""UHR-BAT registration of two images of one place: where in one letterboxed square a place of the other lies.
+
+By their geotransforms where both have one, else by their pixels: the same part of the height and of the width.
+"""
+
+import numpy as np
+from transformers.utils import logging
+
+from .geometry_uhr_bat import box_corners, letterbox
+from .image_raster_files_uhr_bat import import_rasterio
+
+logger = logging.get_logger(__name__)
+
+# Points a side by which two geotransforms are compared, and how far one of them may lie from the affine map between the images,
+# as a part of the other's square: half a token of a grid of 250.
+POINTS, BENT = 5, 1 / 500
+
+
+def place_of(image) -> tuple:
+    """(crs, transform) of an opened image; (None, None) of one that lies nowhere."""
+    crs, transform = getattr(image, "crs", None), getattr(image, "transform", None)
+    return (None, None) if crs is None or transform is None else (crs, transform)
+
+
+def register(earlier, later) -> list[list[float]]:
+    """The affine map from points of one image to those of another that show the same ground.
+
+    Args:
+        earlier, later: opened images, with `height`, `width` and, where they lie somewhere, `crs` and `transform`.
+
+    Returns:
+        [[a, b, c], [d, e, f]]: y' = a y + b x + c and x' = d y + e x + f, from points (y, x) in [0, 1] of the letterboxed square of
+        the earlier image to those of the later.
+
+    Raises:
+        ValueError: the two lie apart, or no affine map leads from one to the other.
+        ImportError: rasterio is missing; says what to install.
+    """
+    steps = np.linspace(0, 1, POINTS)
+    parts = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+    sizes = [(image.height, image.width) for image in (earlier, later)]
+    (crs, transform), (other_crs, other_transform) = map(place_of, (earlier, later))
+    if (crs is None) != (other_crs is None):
+        logger.warning(
+            "One of the two dates has a place on the ground, the other has none: they are compared by their pixels, as if both "
+            "showed the same ground."
+        )
+    if crs is None or other_crs is None:
+        there = parts * sizes[1]
+    else:
+        points = parts * sizes[0]
+        x, y = box_corners(np.concatenate((points, points), axis=-1), transform)[:, 0].T
+        if crs != other_crs:
+            x, y = import_rasterio("warp").transform(crs, other_crs, x, y)
+        a, b, c, d, e, f = tuple(other_transform)[:6]
+        there = np.linalg.solve([[a, b], [d, e]], np.stack((np.subtract(x, c), np.subtract(y, f))))[::-1].T
+        _check_ground(there, sizes[1], (earlier, later))
+    here, there = (
+        (points + letterbox(size)[1:]) / letterbox(size)[0] for points, size in zip((parts * sizes[0], there), sizes)
+    )
+    known = np.concatenate((here, np.ones((len(here), 1))), axis=1)
+    found = np.linalg.lstsq(known, there, rcond=None)[0]
+    if (bent := np.abs(known @ found - there).max()) > BENT:
+        raise ValueError(
+            f"The grids of the two dates are bent against each other by {bent:.1%} of their width, where {BENT:.1%} is allowed: warp "
+            "one onto the grid of the other first."
+        )
+    return found.T.tolist()
+
+
+def _check_ground(there, size, images):
+    """Raises `ValueError` where points of one image, (row, column) in pixels of the other, do not touch that."""
+    if not np.isfinite(there).all() or (there.max(0) <= 0).any() or (there.min(0) >= size).any():
+        names = " and ".join(str(getattr(image, "filename", "image")) for image in images)
+        raise ValueError(
+            f"The two dates show no common ground: {names} lie apart by their geotransforms. Give images of one place."
+        )
+
+
+__all__ = ["register"]
