@@ -30,6 +30,9 @@ LEAST_SEEN = 1.0  # px of a picture that an object must have to be named by a he
 LEAST_ASKED = 2.0  # px of a picture that an object must have to be asked about
 STREWN_APART = (13, 40)  # px between objects that are strewn over a picture, for the tower
 LARGEST_STREWN = 20.0  # px
+# Shares of whole scenes, parts of images with native objects, parts of scenes, and wholes with a part of them. Few objects can be
+# told apart in a whole scene that is pressed into 160 px.
+SHARES = {"qwen3_vl": (0.4, 0.15, 0.3, 0.15), "gemma3": (0.2, 0.15, 0.5, 0.15)}
 FINER = 4  # times as fine as the picture, where they are painted
 
 
@@ -242,22 +245,24 @@ def draw_views(pictures, form, rng, number, close=False):
     Args:
         close: parts of scenes that are hardly larger than a site.
     """
-    draw, tile = 1.0 if close else rng.random(), (TILE, TILE) if form == "gemma3" else None
+    draw, tile = rng.random(), (TILE, TILE) if form == "gemma3" else None
+    whole, native, part = np.cumsum(SHARES[form])[:3]
+    is_whole = draw < whole and not close
     if close:
         side = TILE if tile else int(rng.choice([64, 80, 96, 128]))
         zooms = (1.6, 3.0) if tile else (side / 64, min(side / 56, 2.2))
         made = [pictures.crop("ordinary", rng, (side, side), zooms) for _ in range(number)]
-    elif draw < 0.4:
+    elif is_whole:
         aspect = pictures.draw_aspect(rng)
-        # Mostly such in which objects can be seen; the largest are rare, as they take longest.
+        # Mostly such in which objects can be seen.
         sides = np.array([96, 128, 160, 192, 256, 320, 384, 448, LONGEST])
-        side = int(rng.choice(sides, p=np.array([2, 2, 2, 3, 4, 5, 6, 1, 1]) / 26))
+        side = int(rng.choice(sides, p=np.array([1, 1, 1, 2, 3, 4, 6, 4, 4]) / 26))
         size = tile or (side, max(round(side / aspect / CELL) * CELL, CELL))
         made = [pictures.whole(rng, aspect, size) for _ in range(number)]
-    elif draw < 0.55:
+    elif draw < native:
         size = tile or tuple(int(side) for side in rng.choice([96, 128, 160, 192], 2))
         made = [pictures.native(rng, size) for _ in range(number)]
-    elif draw < 0.85:
+    elif draw < part:
         size = tile or tuple(int(side) for side in rng.choice([96, 128, 160, 192, 224, 256, 288], 2))
         made = [pictures.crop("ordinary", rng, size, (0.6, 2.0)) for _ in range(number)]
     else:  # the whole picture, and a part of it
@@ -269,5 +274,5 @@ def draw_views(pictures, form, rng, number, close=False):
             view, picture = pictures.crop("ordinary", rng, size, (0.8, 2.0), pictures.by_aspect[aspect])
             made.append((view, (pictures.whole(rng, aspect, first, view.number)[1], picture)))
     rng = np.random.default_rng(0)
-    kept = [(picture, view) for view, picture in made if view.questions(1, rng, draw < 0.4)]
-    return [one if isinstance(one, tuple) else (one,) for one, _ in kept], [view for _, view in kept], draw < 0.4
+    kept = [(picture, view) for view, picture in made if view.questions(1, rng, is_whole)]
+    return [one if isinstance(one, tuple) else (one,) for one, _ in kept], [view for _, view in kept], is_whole
