@@ -21,6 +21,7 @@ from ..common.images import image_options, tile_options
 from ..common.loading import WEIGHTS_NOTE, check_image, load_model, load_processor
 from ..common.models import find_model, is_tiny, stay_offline
 from ..common.outputs import Output, check_outputs
+from ..image_registration_uhr_bat import register
 from . import Georeference, check_vectors, evidence_frame, write_page, write_raster, write_vectors
 from .changes import changes_frame
 from .styles import style_path, write_style
@@ -46,6 +47,8 @@ def draw(args):
     images = [processor.image_processor.open_image(path, **image_options(args)) for path in paths]
     image, number = images[-1], len(images) - 1
     georeference = Georeference.of(image, args.image)
+    if args.before is not None:
+        register(*images)  # which refuses images of two places
     if args.geojson:
         check_vectors(args.geojson, georeference.crs)
     if args.changes:
@@ -87,7 +90,7 @@ def draw(args):
             path, compressed, pixel_frame, image, seen[1], about, georeference, objects=said.objects, **which
         ),
         args.changes: lambda path: write_vectors(
-            changes_frame(compressed, seen[0], **place, **which), path, about, georeference.words
+            changes_frame(compressed, seen[0], **place, **which), path, about, georeference.words, "changes"
         ),
     }
     writers.pop(None, None)

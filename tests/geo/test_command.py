@@ -104,6 +104,25 @@ def test_a_run_that_fails_leaves_every_output_as_it_was(scene, tmp_path, capsys,
 
 
 @pytest.mark.slow
+def test_what_was_painted_over_since_is_what_changed(scene, tmp_path, capsys, monkeypatch):
+    with rasterio.open(scene / "scene.tif") as raster:
+        profile, pixels = raster.profile, raster.read()
+    pixels[:, 40:56, 96:112] = np.array([250, 20, 250], np.uint8)[:, None, None]
+    later, apart, changes = (str(tmp_path / name) for name in ("later.tif", "apart.tif", "changes.geojson"))
+    for path, place in ((later, TRANSFORM), (apart, rasterio.Affine(2.4, 0, 475141.6, 0, -2.4, 3908606.4))):
+        with rasterio.open(path, "w", **{**profile, "transform": place}) as raster:
+            raster.write(pixels)
+    before = ["--before", str(scene / "scene.tif")]
+    assert command.main([later, QUESTION, *before, "--changes", changes, "--max-new-tokens", "2"]) == 0
+    found = gpd.read_file(changes).to_crs(CRS)
+    x, y = rasterio.transform.xy(TRANSFORM, 48, 104, offset="ul")
+    assert found.geometry[0].contains(gpd.points_from_xy([x], [y])[0]) and found.area.sum() < 6 * (16 * 2.4) ** 2
+    monkeypatch.delattr(command, "load_model")
+    assert command.main([apart, QUESTION, *before, "--changes", changes]) == 2
+    assert "show no common ground: " in capsys.readouterr().err
+
+
+@pytest.mark.slow
 def test_the_documented_python_runs(scene, monkeypatch, capsys):
     (block,) = re.findall(
         r"```python\n(.*?)```", (ROOT / "docs/evidence_maps.md").read_text(encoding="utf-8"), re.DOTALL
@@ -132,6 +151,8 @@ def test_the_documented_python_runs(scene, monkeypatch, capsys):
         ),
         (["--geojson", "x.json", "--max-tiles", "1"], "`max_tiles` is 1, but the 4 tiles of the anchor"),
         (["--geojson", "x.json", "--budgets", "4,8"], "budgets"),
+        (["--changes", "x.json"], "--changes are those since an earlier image: give it as --before."),
+        (["--changes", "x.gpkg", "--before", "{scene}/scene.png"], "the file of --changes ends in .geojson or .json"),
     ],
 )
 def test_what_cannot_be_is_refused_before_anything_is_loaded(scene, capsys, monkeypatch, arguments, message):
