@@ -33,6 +33,10 @@ class UHRBatPipeline(ImageTextToTextPipeline):
     `pipeline_class`.
     """
 
+    def check_model_type(self, supported_models):
+        if not hasattr(self.model, "host"):  # whose class the library cannot know
+            super().check_model_type(supported_models)
+
     def _sanitize_parameters(self, objects=None, **kwargs):
         steps = super()._sanitize_parameters(**kwargs)
         if objects is not None:

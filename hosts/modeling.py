@@ -207,6 +207,7 @@ class HostModel(
     save_pretrained = property(lambda self: self.host.save_pretrained)
     get_input_embeddings = property(lambda self: self.host.get_input_embeddings)
     get_output_embeddings = property(lambda self: self.host.get_output_embeddings)
+    can_generate = property(lambda self: self.host.can_generate)  # asked by a pipeline
 
     def features_of(self, rows):
         return rows[..., : self.row_width // self.reader.num_layers]

@@ -15,6 +15,7 @@ from uhr_bat import ask, cli
 from uhr_bat.common import asking
 from uhr_bat.common.loading import ROOT
 from uhr_bat.geo import detect
+from uhr_bat.pipeline_uhr_bat import UHRBatPipeline
 from uhr_bat.serving import batch
 
 UTM = rasterio.CRS.from_epsg(32654)
@@ -56,6 +57,19 @@ def test_an_answer_has_its_objects_in_pixels_of_the_image(family, text, loaded, 
     # A square of 200 px, with 50 px above the image.
     assert ship.label == "ship" and ship.box == pytest.approx((20, 10, 30, 50))
     assert (answer.text, answer.num_tokens, answer.image.width) == (text, 8, 200)
+
+
+def test_a_pipeline_has_the_objects_of_a_model_in_memory_and_the_same_answer_without(loaded, says, scene, caplog):
+    processor, model = loaded("qwen3_vl")
+    pipe = UHRBatPipeline(model=model, processor=processor)
+    assert "is not supported" not in caplog.text
+    chat = [{"role": "user", "content": [{"type": "image", "path": str(scene)}, {"type": "text", "text": "Where is it?"}]}]
+    options = {"max_new_tokens": 4, "processor_kwargs": {"budgets": 8, "max_tiles": 2}, "return_full_text": False}
+    (plain,), (found,) = (pipe(text=chat, objects=objects, **options) for objects in (False, True))
+    assert found["generated_text"] == plain["generated_text"] and found["objects"]["objects"] == []
+    says('[{"bbox_2d": [100, 300, 150, 500], "label": "ship"}]')
+    (ship,) = pipe(text=chat, objects=True, **options)[0]["objects"]["objects"]
+    assert ship["label"] == "ship" and ship["box"] == pytest.approx((20, 10, 30, 50))
 
 
 def test_pixels_of_a_picture_that_is_shown_as_several_are_refused(host_folder, says, scene, capsys, tmp_path):
