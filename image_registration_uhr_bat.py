@@ -16,9 +16,9 @@ from .image_raster_files_uhr_bat import import_rasterio
 
 logger = logging.get_logger(__name__)
 
-# Points a side by which two geotransforms are compared, and how far one of them may lie from the affine map between the images,
-# as a part of the other's square: half a token of a grid of 250.
-POINTS, BENT = 5, 1 / 500
+# Points a side of each image by which two geotransforms are compared, and how far one of them may lie from the affine map between
+# the images, as a part of the other's square: half a token of a grid of 250.
+POINTS, BENT = 33, 1 / 500
 
 
 def place_of(image) -> tuple:
@@ -41,30 +41,28 @@ def register(earlier, later) -> list[list[float]]:
         ValueError: the two lie apart, or no affine map leads from one to the other.
         ImportError: rasterio is missing; says what to install.
     """
-    steps = np.linspace(0, 1, POINTS)
-    parts = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
     sizes = [(image.height, image.width) for image in (earlier, later)]
-    (crs, transform), (other_crs, other_transform) = map(place_of, (earlier, later))
-    if (crs is None) != (other_crs is None):
+    places = [place_of(image) for image in (earlier, later)]
+    if len(lacking := [crs for crs, _ in places if crs is None]) == 1:
         logger.warning(
             "One of the two dates has a place on the ground, the other has none: they are compared by their pixels, as if both "
             "showed the same ground."
         )
-    if crs is None or other_crs is None:
-        there = parts * sizes[1]
+    steps = np.linspace(0, 1, POINTS)
+    parts = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
+    if lacking:
+        here, there = parts * sizes[0], parts * sizes[1]
     else:
-        points = parts * sizes[0]
-        x, y = box_corners(np.concatenate((points, points), axis=-1), transform)[:, 0].T
-        if crs != other_crs:
-            x, y = import_rasterio("warp").transform(crs, other_crs, x, y)
-        a, b, c, d, e, f = tuple(other_transform)[:6]
-        there = np.linalg.solve([[a, b], [d, e]], np.stack((np.subtract(x, c), np.subtract(y, f))))[::-1].T
-        _check_ground(there, sizes[1], (earlier, later))
-    here, there = (
-        (points + letterbox(size)[1:]) / letterbox(size)[0] for points, size in zip((parts * sizes[0], there), sizes)
-    )
+        here, there = _common_ground(parts, places, sizes)
+    here, there = ((points + letterbox(size)[1:]) / letterbox(size)[0] for points, size in zip((here, there), sizes))
     known = np.concatenate((here, np.ones((len(here), 1))), axis=1)
-    found = np.linalg.lstsq(known, there, rcond=None)[0]
+    found, _, rank, _ = np.linalg.lstsq(known, there, rcond=1e-9)
+    if rank < 3:
+        names = " and ".join(str(getattr(image, "filename", "image")) for image in (earlier, later))
+        raise ValueError(
+            f"The two dates show no common ground: {names} lie apart by their geotransforms, but for a narrow strip at most. "
+            "Give images of one place."
+        )
     if (bent := np.abs(known @ found - there).max()) > BENT:
         raise ValueError(
             f"The grids of the two dates are bent against each other by {bent:.1%} of their width, where {BENT:.1%} is allowed: warp "
@@ -73,13 +71,29 @@ def register(earlier, later) -> list[list[float]]:
     return found.T.tolist()
 
 
-def _check_ground(there, size, images):
-    """Raises `ValueError` where points of one image, (row, column) in pixels of the other, do not touch that."""
-    if not np.isfinite(there).all() or (there.max(0) <= 0).any() or (there.min(0) >= size).any():
-        names = " and ".join(str(getattr(image, "filename", "image")) for image in images)
-        raise ValueError(
-            f"The two dates show no common ground: {names} lie apart by their geotransforms. Give images of one place."
-        )
+def _common_ground(parts, places, sizes) -> tuple[np.ndarray, np.ndarray]:
+    """float[K, 2], (row, column) in pixels of either image, of ground that both show: of the points `parts` float[P, 2] of each
+    image those that the other has. Beyond, a system may be bent, or know no place."""
+    pairs = []
+    for one, other in ((0, 1), (1, 0)):
+        (crs, transform), (other_crs, other_transform) = places[one], places[other]
+        points = parts * sizes[one]
+        x, y = box_corners(np.concatenate((points, points), axis=-1), transform)[:, 0].T
+        if crs != other_crs:
+            warp = import_rasterio("warp")
+            try:
+                x, y = warp.transform(crs, other_crs, x, y)
+            except (
+                Exception
+            ):  # PROJ's own, of places that the other system does not have: the other image may lie inside
+                continue
+        a, b, c, d, e, f = tuple(other_transform)[:6]
+        there = np.linalg.solve([[a, b], [d, e]], np.stack((np.subtract(x, c), np.subtract(y, f))))[::-1].T
+        inside = ((there >= 0) & (there <= sizes[other])).all(1)  # infinite where there is no place
+        pair = points[inside], there[inside]
+        pairs.append(pair if one == 0 else pair[::-1])
+    none = np.empty((0, 2))
+    return tuple(map(np.concatenate, zip((none, none), *pairs)))
 
 
 __all__ = ["register"]

@@ -11,38 +11,16 @@ Axes: I images, S scales, B prompts, M text tokens, D decoder width.
 
 from itertools import groupby
 
-import numpy as np
 import torch
 from transformers.processing_utils import Unpack
 from transformers.utils import logging
 
 from .budgets_uhr_bat import settle_counts
 from .modeling_outputs_uhr_bat import TokenMaps, UHRBatCompressionOutput, UHRBatImageInputs, accept_region_labels
-from .token_dates_uhr_bat import difference, inverse, places_of, weigh_dates
+from .token_dates_uhr_bat import check_registration, difference, inverse, places_of, scale_beside, weigh_dates
 from .token_rules_uhr_bat import CompressedImage, CompressionRules, compress_image
 
 logger = logging.get_logger(__name__)
-
-
-def check_dates(registration, images_per_prompt, image_features):
-    """Raises `ValueError` where `registration` is not of two images in every prompt that has any."""
-    if len(registration) != len(images_per_prompt):
-        raise ValueError(
-            f"`registration` has {len(registration)} entries, but there are {len(images_per_prompt)} prompts: one for each."
-        )
-    if odd := [number for number in images_per_prompt if number not in (0, 2)]:
-        raise ValueError(
-            f"Two dates of one place are 2 images in a prompt. Got {odd[0]}: ask about them apart, or without `dates`."
-        )
-    pairs = [found for found, number in zip(registration, images_per_prompt) if number]
-    if wrong := [found for found in pairs if np.shape(found) != (2, 3)]:
-        raise ValueError(
-            f"A registration is [[a, b, c], [d, e, f]], as `register` returns it. Got {str(wrong[0])[:80]}."
-        )
-    if any(image.kind == "dynamic" for image in image_features):
-        raise ValueError(
-            "Two dates are compared scale by scale, which a dynamic pyramid has not: leave `dynamic_pyramid` out."
-        )
 
 
 class UHRBatCompressionMixin:
@@ -97,7 +75,11 @@ class UHRBatCompressionMixin:
         of_images, compressed, differences = iter(zip(image_features, token_counts)), [], None
         registration = images.get("registration")
         if registration is not None:
-            check_dates(registration, images_per_prompt, image_features)
+            check_registration(registration, images_per_prompt)
+            if any(image.kind == "dynamic" for image in image_features):
+                raise ValueError(
+                    "Two dates are compared scale by scale, which a dynamic pyramid has not: leave `dynamic_pyramid` out."
+                )
             differences = []
         for row, num_images in enumerate(images_per_prompt):
             text = visible[row] & ~placeholder[row]
@@ -152,7 +134,7 @@ class UHRBatCompressionMixin:
             (image, maps), (other, other_maps) = looked[date], looked[1 - date]
             of_scales, new_maps = [], []
             for idx, (grid, positions) in enumerate(zip(image.grids, image.positions)):
-                at = min(idx, len(other.grids) - 1)  # levels of its own pixels may be fewer
+                at = scale_beside(grid, other.grids, way)
                 others = other.positions[at], other.grids[at]
                 places = places_of(positions, grid, others[1], way)
                 of_scales.append(difference(plain[date][idx], places, plain[1 - date][at], *others))

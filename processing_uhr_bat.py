@@ -27,6 +27,7 @@ from .image_processing_uhr_bat import READING, UHRBatImageProcessor, UHRBatImage
 from .image_pyramids_uhr_bat import ImagePyramid, UnreadImage
 from .image_reading_uhr_bat import ENCODED, flatten_images, kind_of
 from .image_registration_uhr_bat import register
+from .token_dates_uhr_bat import check_registration
 
 # Behind every letter of a control token that a message spells: the tokenizer then finds none, and its normalizer drops
 # the mark. Unicode keeps this code point for programs; no text has it.
@@ -327,6 +328,7 @@ class UHRBatProcessor(ProcessorMixin):
         if odd := [number for number in numbers if number not in (0, 2)]:
             raise ValueError(f"`dates` compares 2 images of one place in a prompt. Got {odd[0]}.")
         if dates is not True:
+            check_registration(dates, numbers)
             return images, list(dates)
         if set(map(kind_of, images)) & set(ENCODED):
             raise ValueError(

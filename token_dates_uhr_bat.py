@@ -11,8 +11,10 @@ then weighed by how far it is from what the other date shows there. Pure functio
 Axes: N tokens of a scale of one date, M of the other, D width of a token.
 """
 
+import math
 from itertools import product
 
+import numpy as np
 import torch
 
 # What a token counts that equals the other date, where 1 is the mean of a scale's differences.
@@ -21,6 +23,8 @@ LEAST = 0.1
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 # Differences that are a smaller part of what tokens of a date differ by are those of rounding.
 SAME = 1e-8
+# The area, in squares of the other date, from which on the square of a date is one.
+TINY = 1e-12
 # Tokens by which the step is found, evenly spaced, and tokens that are compared at once.
 LOOKED_AT, BLOCK = 2048, 4096
 
@@ -40,11 +44,48 @@ def places_of(positions, grid, other_grid, registration) -> torch.Tensor:
     return (there * torch.tensor(other_grid)[:, None] - 0.5).round(decimals=4).T.float().to(positions.device)
 
 
+def check_registration(registration, images_per_prompt):
+    """Raises `ValueError` where `registration` is not of two images in every prompt that has any."""
+    if not isinstance(registration, (list, tuple, torch.Tensor, np.ndarray)):
+        raise ValueError(f"`dates` is True, or a list of what `register` returned. Got {str(registration)[:80]}.")
+    if len(registration) != len(images_per_prompt):
+        raise ValueError(
+            f"`registration` has {len(registration)} entries, but there are {len(images_per_prompt)} prompts: one for each."
+        )
+    if odd := [number for number in images_per_prompt if number not in (0, 2)]:
+        raise ValueError(
+            f"Two dates of one place are 2 images in a prompt. Got {odd[0]}: ask about them apart, or without `dates`."
+        )
+    for found, number in zip(registration, images_per_prompt):
+        if number and not _is_registration(found):
+            raise ValueError(
+                f"A registration is [[a, b, c], [d, e, f]], as `register` returns it. Got {str(found)[:80]}."
+            )
+
+
+def _is_registration(found) -> bool:
+    """Whether it is an affine map that can be turned round."""
+    try:
+        numbers = torch.as_tensor(found, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        return False
+    shaped = numbers.shape == (2, 3) and bool(numbers.isfinite().all())
+    return shaped and bool(torch.linalg.det(numbers[:, :2]).abs() > TINY)
+
+
 def inverse(registration) -> torch.Tensor:
     """float64[2, 3]: the map from the other date to this one."""
     a = torch.as_tensor(registration, dtype=torch.float64)
     turned = torch.linalg.inv(a[:, :2])
     return torch.cat((turned, -turned @ a[:, 2:]), dim=1)
+
+
+def scale_beside(grid, other_grids, registration) -> int:
+    """Index of the scale of the other date whose tokens are nearest to those of this one in size on the ground, the finer of equals."""
+    a = torch.as_tensor(registration, dtype=torch.float64)
+    wanted = math.log2(grid[0]) - math.log2(float(torch.linalg.det(a[:, :2]).abs())) / 2
+    far = [round(abs(math.log2(height) - wanted), 6) for height, _ in other_grids]
+    return max(range(len(far)), key=lambda idx: (-far[idx], idx))
 
 
 def read_at(places, values, positions, grid) -> tuple[torch.Tensor, torch.Tensor]:
@@ -79,7 +120,8 @@ def read_at(places, values, positions, grid) -> tuple[torch.Tensor, torch.Tensor
 def difference(tokens, places, other, other_positions, other_grid) -> torch.Tensor:
     """How far each token is from what the other date shows at its place.
 
-    The mean of a date is taken out of its tokens: light and haze move all of them. The two dates may lie up to a token apart:
+    The mean of a date, over ground that both show, is taken out of its tokens: light and haze move all of them. The two dates may
+    lie up to a token apart:
     of `STEPS` that one is taken by which they differ least, by the median over tokens, most of which show no change.
 
     Args:
@@ -92,7 +134,13 @@ def difference(tokens, places, other, other_positions, other_grid) -> torch.Tens
     """
     if not len(tokens) or not len(other):
         return torch.ones(len(tokens), device=tokens.device)
-    means = tokens.mean(0, dtype=torch.float32), other.mean(0, dtype=torch.float32)
+    blocks = torch.arange(len(tokens), device=tokens.device).split(BLOCK)
+    means, number = tokens.new_zeros((2, tokens.shape[1]), dtype=torch.float32), 0
+    for rows in blocks:
+        there, known = read_at(places[rows], other, other_positions, other_grid)
+        means += torch.stack((tokens[rows][known].float().sum(0), there[known].sum(0)))
+        number += int(known.sum())
+    means /= max(number, 1)
 
     def apart(rows, step):
         there, known = read_at(places[rows] + places.new_tensor(step), other, other_positions, other_grid)
@@ -104,7 +152,6 @@ def difference(tokens, places, other, other_positions, other_grid) -> torch.Tens
         far, known = apart(some, step)
         if known.any() and (middle := float(far[known].median())) < least:
             nearest, least = step, middle
-    blocks = torch.arange(len(tokens), device=tokens.device).split(BLOCK)
     far, known = map(torch.cat, zip(*(apart(rows, nearest) for rows in blocks)))
     if not known.any():
         return torch.ones_like(far)

@@ -13,6 +13,7 @@ Letters: B prompts of a batch, I images of all prompts, S scales, M tokens of a 
 
 import re
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -161,20 +162,21 @@ def answer_objects(model, text, compressed, image_size, *, ids=None, part=None) 
 
 
 def objects_of_answers(model, texts, compressed, image_sizes, *, ids=None, part=None) -> list[Objects]:
-    """Those of a batch, each about the one image of its prompt: see `answer_objects`.
+    """Those of a batch, each about the last image of its prompt, which of two dates is the later one: see `answer_objects`.
 
     Args:
         texts: of the answers, equally many to every prompt.
-        image_sizes: (height, width) of the image of every prompt.
+        image_sizes: (height, width) of that image of every prompt.
         ids: long[answers, new].
     """
     pointed = model.point(ids, compressed) if ids is not None and hasattr(model, "point") else [None] * len(texts)
     found, of_each = [], len(texts) // len(image_sizes)
+    ends = [*accumulate(compressed.images_per_prompt)]
     for idx, (text, tokens) in enumerate(zip(texts, pointed)):
-        image_idx = idx // of_each
+        row = idx // of_each
         # Of a dynamic pyramid nobody asks.
-        grids = [] if compressed.regions is None else compressed.importance[image_idx].grids
-        found.append(objects_of(model, text, image_sizes[image_idx], grids, part=part, pointed=tokens))
+        grids = [] if compressed.regions is None else compressed.importance[ends[row] - 1].grids
+        found.append(objects_of(model, text, image_sizes[row], grids, part=part, pointed=tokens))
     return found
 
 

@@ -64,6 +64,13 @@ def test_two_dates_of_a_place_are_registered_beside_the_same_inputs(processor):
     assert dates.keys() == plain.keys() and all(torch.equal(dates[name], plain[name]) for name in plain)
     with pytest.raises(ValueError, match="compares 2 images of one place in a prompt. Got 1"):
         processor(text="<image>", images=image(), dates=True)
+    for wrong, message in (
+        (1, "`dates` is True, or a list"),
+        ([first] * 3, "3 entries, .* 2 prompts"),
+        ([None] * 2, "Got None"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            processor(text=texts, images=images, dates=wrong, padding=True)
 
 
 @pytest.mark.parametrize(("height", "width"), [(90, 90), (90, 30), (20, 90), (1, 90), (90, 1), (61, 84)])
@@ -203,7 +210,9 @@ def test_a_chat_without_images_may_spell_the_place_of_one_that_is_given_beside_i
 
 
 def test_chats_of_a_batch_and_answers_of_a_turn_spell_no_control_tokens(processor):
-    chats = [[{"role": "user", "content": "Hi"}, {"role": "assistant", "content": word}] for word in ("<|im_end|>", "ho")]
+    chats = [
+        [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": word}] for word in ("<|im_end|>", "ho")
+    ]
     end = processor.tokenizer.convert_tokens_to_ids("<|im_end|>")
     for options in ({}, {"return_assistant_tokens_mask": True}):
         inputs = processor.apply_chat_template(chats, tokenize=True, return_dict=True, **options)

@@ -1,5 +1,6 @@
 """Two dates of one place: where the tokens of one lie on the other, and what is kept because it differs."""
 
+import re
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import rasterio.warp
 import torch
 from small import BUDGETS, prompt, random_pixels, small_model
 from uhr_bat import register
-from uhr_bat.token_dates_uhr_bat import difference, inverse, places_of, read_at
+from uhr_bat.token_dates_uhr_bat import difference, inverse, places_of, read_at, scale_beside
 
 GRID = (9, 9)
 EVERY = torch.arange(81)
@@ -47,6 +48,18 @@ def test_images_with_a_place_are_registered_by_the_ground():
     apart = picture(100, 100, rasterio.Affine(2, 0, 475000, 0, -2, 3908000), utm)
     with pytest.raises(ValueError, match="no common ground: 100 x 100 and 100 x 100 lie apart"):
         register(whole, apart)
+    # What encloses it overlaps, but a corner of the other is cut off by the diagonal.
+    diagonal = picture(100, 100, rasterio.Affine(2, 2, 375210, 2, -2, 3907900), utm)
+    beside = picture(100, 100, rasterio.Affine(2, 0, 375200, 0, -2, 3908000), utm)
+    for other in (diagonal, beside):
+        with pytest.raises(ValueError, match="no common ground.* but for a narrow strip"):
+            register(whole, other)
+    # A map of the world, most of which no zone of UTM has.
+    world = picture(18_000_000, 36_000_000, rasterio.Affine(1e-5, 0, -180, 0, -1e-5, 90), rasterio.CRS.from_epsg(4326))
+    y, x = moved(register(whole, world), 0.5, 0.5)
+    lon, lat = rasterio.warp.transform(utm, "EPSG:4326", [375100], [3907900])
+    assert (y, x) == pytest.approx((0.25 + (90 - lat[0]) / 360, (lon[0] + 180) / 360), abs=1e-9)
+    assert np.allclose(inverse(register(world, whole)), register(whole, world))
     large = picture(1000, 1000, rasterio.Affine(1000, 0, 0, 0, -1000, 4_000_000), utm)
     degrees = rasterio.warp.transform_bounds(utm, "EPSG:4326", 0, 3_000_000, 1_000_000, 4_000_000)
     bent = picture(1000, 1000, rasterio.transform.from_bounds(*degrees, 1000, 1000), rasterio.CRS.from_epsg(4326))
@@ -86,6 +99,30 @@ def test_dates_that_are_equal_or_show_other_ground_are_all_alike():
     assert torch.equal(difference(features(), places, features(), EVERY, GRID), ones)
     assert torch.equal(difference(features(), places + 50, features(1), EVERY, GRID), ones)
     assert torch.equal(difference(features(), places, features(1)[:0], EVERY[:0], GRID), ones)
+
+
+def test_what_only_one_date_shows_takes_no_part_in_what_changed():
+    before, after = (
+        features(),
+        features(2),
+    )  # of other ground, in other colours, but for the five columns that both show
+    after += 9
+    after.view(*GRID, -1)[:, :5] = before.view(*GRID, -1)[:, 4:]
+    after[40] = features(1)[40]
+    shift = [[1.0, 0.0, 0.0], [0.0, 1.0, 4 / 9]]
+    found = difference(after, places_of(EVERY, GRID, GRID, shift), before, EVERY, GRID)
+    # Of 45 tokens one changed, and moves their mean by a 45th.
+    assert found[40] == pytest.approx(44) and found.view(GRID)[:, :5].sum() == pytest.approx(45)
+    assert (found.view(GRID)[:, 5:] == 1).all()
+
+
+def test_the_scale_of_the_other_date_is_the_one_of_as_large_tokens_on_the_ground():
+    grids = [(12, 12), (24, 24), (48, 48)]
+    quarter = [[4.0, 0.0, 0.0], [0.0, 4.0, -1.0]]  # all of the other is a sixteenth of this square
+    assert [scale_beside(grid, grids, SAME) for grid in grids] == [0, 1, 2]
+    assert [scale_beside(grid, grids, quarter) for grid in grids] == [0, 0, 0]
+    assert [scale_beside(grid, grids, inverse(quarter)) for grid in grids] == [2, 2, 2]
+    assert scale_beside((96, 96), grids, SAME) == 2
 
 
 # ---- A model ---------------------------------------------------------------------------------------------------------
@@ -128,5 +165,6 @@ def test_other_numbers_of_images_are_no_two_dates(model):
         model.model.compress(ids, pixel_values=random_pixels(1), registration=[SAME])
     with pytest.raises(ValueError, match="`registration` has 2 entries, but there are 1 prompts"):
         kept(model, random_pixels(2), registration=[SAME, SAME])
-    with pytest.raises(ValueError, match=r"A registration is .* Got None"):
-        kept(model, random_pixels(2), registration=[None])
+    for wrong in (None, "north", [[0.0] * 3] * 2, [[1, 0, float("nan")], [0, 1, 0]]):
+        with pytest.raises(ValueError, match=rf"A registration is .* Got {re.escape(str(wrong))}"):
+            kept(model, random_pixels(2), registration=[wrong])

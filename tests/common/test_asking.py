@@ -1,5 +1,7 @@
 """Asking, step by step: the steps say what one call says, of a batch, of text alone and of exact counts."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from images import random_image
@@ -60,3 +62,12 @@ def test_a_model_that_names_tokens_points_to_their_boxes(loaded, monkeypatch):
     # The finest scale has 48 tokens a side, over a square of 90 px with 15 px above the image.
     (plane,) = answer.objects
     assert plane.box == (88.125, 30, 90, 31.875) and (plane.score, plane.level, plane.source) == (0.75, 3, "token")
+
+
+def test_objects_lie_in_the_last_image_of_a_prompt():
+    grids = [(2, 2), (8, 8), (4, 4)]
+    maps = [SimpleNamespace(grids=[grid]) for grid in grids]
+    compressed = SimpleNamespace(regions=[], importance=maps, images_per_prompt=[2, 1])
+    model = SimpleNamespace(point=lambda ids, compressed: [[Pointed("plane", 0, 9)]] * 2)
+    found = asking.objects_of_answers(model, ["", ""], compressed, [(80, 80), (40, 40)], ids=torch.zeros(2, 1))
+    assert [one.box for (one,) in found] == [(10, 10, 20, 20), (10, 20, 20, 30)]
