@@ -19,6 +19,8 @@ logger = logging.get_logger(__name__)
 # Points a side of each image by which two geotransforms are compared, and how far one of them may lie from the affine map between
 # the images, as a part of the other's square: half a token of a grid of 250.
 POINTS, BENT = 33, 1 / 500
+# The area, in squares of the other image, from which on the square of an image is one.
+TINY = 1e-12
 
 
 def place_of(image) -> tuple:
@@ -94,6 +96,35 @@ def _common_ground(parts, places, sizes) -> tuple[np.ndarray, np.ndarray]:
         pairs.append(pair if one == 0 else pair[::-1])
     none = np.empty((0, 2))
     return tuple(map(np.concatenate, zip((none, none), *pairs)))
+
+
+def check_registration(registration, images_per_prompt):
+    """Raises `ValueError` where `registration` is not of two images in every prompt that has any."""
+    if not isinstance(registration, (list, tuple, np.ndarray)):
+        raise ValueError(f"`dates` is True, or a list of what `register` returned. Got {str(registration)[:80]}.")
+    if len(registration) != len(images_per_prompt):
+        raise ValueError(
+            f"`registration` has {len(registration)} entries, but there are {len(images_per_prompt)} prompts: one for each."
+        )
+    if odd := [number for number in images_per_prompt if number not in (0, 2)]:
+        raise ValueError(
+            f"Two dates of one place are 2 images in a prompt. Got {odd[0]}: ask about them apart, or without `dates`."
+        )
+    for found, number in zip(registration, images_per_prompt):
+        if number and not _is_registration(found):
+            raise ValueError(
+                f"A registration is [[a, b, c], [d, e, f]], as `register` returns it. Got {str(found)[:80]}."
+            )
+
+
+def _is_registration(found) -> bool:
+    """Whether it is an affine map that can be turned round."""
+    try:
+        numbers = np.asarray(found, float)
+    except (TypeError, ValueError):
+        return False
+    shaped = numbers.shape == (2, 3) and bool(np.isfinite(numbers).all())
+    return shaped and bool(abs(np.linalg.det(numbers[:, :2])) > TINY)
 
 
 __all__ = ["register"]

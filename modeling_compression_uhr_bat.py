@@ -16,8 +16,9 @@ from transformers.processing_utils import Unpack
 from transformers.utils import logging
 
 from .budgets_uhr_bat import settle_counts
+from .image_registration_uhr_bat import check_registration
 from .modeling_outputs_uhr_bat import TokenMaps, UHRBatCompressionOutput, UHRBatImageInputs, accept_region_labels
-from .token_dates_uhr_bat import check_registration, difference, inverse, places_of, scale_beside, weigh_dates
+from .token_dates_uhr_bat import difference, inverse, places_of, scale_beside, weigh_dates
 from .token_rules_uhr_bat import CompressedImage, CompressionRules, compress_image
 
 logger = logging.get_logger(__name__)

@@ -26,8 +26,7 @@ from .geometry_uhr_bat import grids, shown_patches
 from .image_processing_uhr_bat import READING, UHRBatImageProcessor, UHRBatImageProcessorKwargs
 from .image_pyramids_uhr_bat import ImagePyramid, UnreadImage
 from .image_reading_uhr_bat import ENCODED, flatten_images, kind_of
-from .image_registration_uhr_bat import register
-from .token_dates_uhr_bat import check_registration
+from .image_registration_uhr_bat import check_registration, register
 
 # Behind every letter of a control token that a message spells: the tokenizer then finds none, and its normalizer drops
 # the mark. Unicode keeps this code point for programs; no text has it.

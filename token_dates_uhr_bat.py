@@ -14,7 +14,6 @@ Axes: N tokens of a scale of one date, M of the other, D width of a token.
 import math
 from itertools import product
 
-import numpy as np
 import torch
 
 # What a token counts that equals the other date, where 1 is the mean of a scale's differences.
@@ -23,8 +22,6 @@ LEAST = 0.1
 STEPS = (-1.0, -0.5, 0.0, 0.5, 1.0)
 # Differences that are a smaller part of what tokens of a date differ by are those of rounding.
 SAME = 1e-8
-# The area, in squares of the other date, from which on the square of a date is one.
-TINY = 1e-12
 # Tokens by which the step is found, evenly spaced, and tokens that are compared at once.
 LOOKED_AT, BLOCK = 2048, 4096
 
@@ -42,35 +39,6 @@ def places_of(positions, grid, other_grid, registration) -> torch.Tensor:
     there = a[:, :2] @ (here / torch.tensor(grid)[:, None]) + a[:, 2:]
     # Rounded: of equal squares tokens lie on tokens, to the last bit.
     return (there * torch.tensor(other_grid)[:, None] - 0.5).round(decimals=4).T.float().to(positions.device)
-
-
-def check_registration(registration, images_per_prompt):
-    """Raises `ValueError` where `registration` is not of two images in every prompt that has any."""
-    if not isinstance(registration, (list, tuple, torch.Tensor, np.ndarray)):
-        raise ValueError(f"`dates` is True, or a list of what `register` returned. Got {str(registration)[:80]}.")
-    if len(registration) != len(images_per_prompt):
-        raise ValueError(
-            f"`registration` has {len(registration)} entries, but there are {len(images_per_prompt)} prompts: one for each."
-        )
-    if odd := [number for number in images_per_prompt if number not in (0, 2)]:
-        raise ValueError(
-            f"Two dates of one place are 2 images in a prompt. Got {odd[0]}: ask about them apart, or without `dates`."
-        )
-    for found, number in zip(registration, images_per_prompt):
-        if number and not _is_registration(found):
-            raise ValueError(
-                f"A registration is [[a, b, c], [d, e, f]], as `register` returns it. Got {str(found)[:80]}."
-            )
-
-
-def _is_registration(found) -> bool:
-    """Whether it is an affine map that can be turned round."""
-    try:
-        numbers = torch.as_tensor(found, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError):
-        return False
-    shaped = numbers.shape == (2, 3) and bool(numbers.isfinite().all())
-    return shaped and bool(torch.linalg.det(numbers[:, :2]).abs() > TINY)
 
 
 def inverse(registration) -> torch.Tensor:
