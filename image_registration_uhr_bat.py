@@ -100,8 +100,6 @@ def _common_ground(parts, places, sizes) -> tuple[np.ndarray, np.ndarray]:
 
 def check_registration(registration, images_per_prompt):
     """Raises `ValueError` where `registration` is not of two images in every prompt that has any."""
-    if not isinstance(registration, (list, tuple, np.ndarray)):
-        raise ValueError(f"`dates` is True, or a list of what `register` returned. Got {str(registration)[:80]}.")
     if len(registration) != len(images_per_prompt):
         raise ValueError(
             f"`registration` has {len(registration)} entries, but there are {len(images_per_prompt)} prompts: one for each."

@@ -10,13 +10,14 @@ Their seeds are those of no other stage, and of no test.
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from ..common.commands import tells_errors
+from ..common.commands import check_range, tells_errors
 from ..common.files import whole_files
 from ..common.outputs import Output, check_outputs
 from ..scenes.layout import WIDTH, make_scene
@@ -47,11 +48,15 @@ def view_of(kind: str, number: int, rng) -> tuple[View, Image.Image]:
     return View(scene, box, (WINDOW, WINDOW)), Image.fromarray(pixels)
 
 
+def picture_name(kind: str, number: int) -> str:
+    return f"{kind}_{number}.png"
+
+
 def write(kind: str, number: int, questions: int, folder: Path) -> list[dict]:
     """Rows about a scene, whose picture is written."""
     rng = np.random.default_rng([FIRST_SEED + number, KINDS.index(kind)])
     view, picture = view_of(kind, number, rng)
-    asked, name = view.questions(questions, rng, kind == "ordinary"), f"{kind}_{number}.png"
+    asked, name = view.questions(questions, rng, kind == "ordinary"), picture_name(kind, number)
     if asked:
         picture.save(folder / name)
     return [{"image": name, "question": one.text, "answer": f" {one.answer}"} for one in asked]
@@ -65,8 +70,13 @@ def main(arguments=None) -> int:
         parser.add_argument(f"--{kind}", type=int, default=number, metavar="N", help=f"{kind} scenes")
     parser.add_argument("--questions", type=int, default=16, help="about each, at most")
     args = parser.parse_args(arguments)
-    check_outputs((), Output("--output", args.output, names=("train.json",)))
+    check_range(args, 0, NATIVE_SEEDS, *KINDS)
+    check_range(args, 1, math.inf, "questions")
     scenes = [(kind, number) for kind in KINDS for number in range(getattr(args, kind))]
+    if not scenes:
+        raise ValueError("No scene is asked for: give --ordinary or --native a number above 0.")
+    pictures = (picture_name(*scene) for scene in scenes)
+    check_outputs((), Output("--output", args.output, names=("train.json", *pictures)))
     with whole_files(args.output) as built:
         bar = tqdm(scenes, desc="Painting scenes", unit="scene")
         rows = [row for kind, number in bar for row in write(kind, number, args.questions, built)]

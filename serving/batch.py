@@ -305,6 +305,7 @@ def _read_parquet(path):
 
 
 def _read_csv(path):
+    csv.field_size_limit(sys.maxsize)  # objects of one answer
     with open(path, encoding="utf-8", newline="") as file:
         found = list(csv.DictReader(file))
     rows = []

@@ -65,7 +65,6 @@ def test_two_dates_of_a_place_are_registered_beside_the_same_inputs(processor):
     with pytest.raises(ValueError, match="compares 2 images of one place in a prompt. Got 1"):
         processor(text="<image>", images=image(), dates=True)
     for wrong, message in (
-        (1, "`dates` is True, or a list"),
         ([first] * 3, "3 entries, .* 2 prompts"),
         ([None] * 2, "Got None"),
     ):

@@ -19,3 +19,16 @@ def test_rows_name_pictures_of_whole_scenes_and_of_parts_at_native_pixels(tmp_pa
     assert all(row["answer"].startswith(" ") for row in rows)
     assert len(load_samples(tmp_path / "out" / "train.json", load_model(device_map=None)[0])) == len(rows)
     assert f"{len(rows)} questions about 2 pictures" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("options, message", [
+    (["--native", "0", "--ordinary", "-1"], "--ordinary must be at least 0"),
+    (["--native", "0", "--ordinary", "0"], "No scene is asked for"),
+    (["--questions", "0"], "--questions must be at least 1"),
+    (["--native", "6"], "native_5.png: --output writes a file of this name, and this is a folder"),
+])  # fmt: skip
+def test_what_cannot_be_written_is_refused_before_a_scene_is_painted(tmp_path, capsys, monkeypatch, options, message):
+    monkeypatch.delattr(scenes, "write")
+    (tmp_path / "native_5.png").mkdir()
+    assert scenes.main(["--output", str(tmp_path), *options]) == 2
+    assert message in capsys.readouterr().err

@@ -23,7 +23,7 @@ class Workers:
     """Stands for `batch.ask`: answers in reverse order, fails at images, and stops after some rows."""
 
     def __init__(self, monkeypatch):
-        self.asked, self.failing, self.stop_after = [], (), None
+        self.asked, self.failing, self.stop_after, self.objects = [], (), None, None
         monkeypatch.setattr(batch, "ask", self.ask)
 
     def ask(self, work, settings, **options):
@@ -33,9 +33,8 @@ class Workers:
             self.asked.append((image.source, question))
             row = dict.fromkeys(COLUMNS) | {"image": image.source, "item": image.item, "question": question}
             failed = image.source in self.failing
-            yield row | (
-                {"error": "OSError: torn"} if failed else {"answer": f"{len(self.asked)}", "visual_tokens": 30}
-            )
+            answer = {"answer": f"{len(self.asked)}", "visual_tokens": 30, "objects": self.objects}
+            yield row | ({"error": "OSError: torn"} if failed else answer)
 
 
 @pytest.fixture
@@ -138,9 +137,18 @@ def test_results_are_csv_or_lines_of_json_too_and_go_on_as_well(tmp_path, worker
     assert keys(written) == EXPECTED and [row["answer"] or None for row in written] == [row["answer"] for row in rows]
     workers.failing, workers.asked = (), []
     again = run(WORK, output, SETTINGS)
-    assert workers.asked == EXPECTED[2:4] and [again[idx] for idx in (0, 1, 4, 5)] == [rows[idx] for idx in (0, 1, 4, 5)]
+    assert workers.asked == EXPECTED[2:4] and [again[idx] for idx in (0, 1, 4, 5)] == [
+        rows[idx] for idx in (0, 1, 4, 5)
+    ]
     with pytest.raises(ValueError, match="budgets .* but 14 is asked for"):
         run(WORK, output, SETTINGS | {"budgets": 14})
+
+
+def test_an_answer_of_very_many_objects_does_not_keep_a_run_from_going_on(tmp_path, workers):
+    csv.field_size_limit(2**17)  # as Python has it
+    workers.objects = "1" * 2**18
+    rows = [run(WORK, tmp_path / "results.csv", SETTINGS) for _ in range(2)][1]
+    assert rows[0]["objects"] == workers.objects and len(workers.asked) == len(EXPECTED)
 
 
 def test_items_that_share_an_image_have_a_row_each(tmp_path, workers):
