@@ -36,6 +36,16 @@ ENDINGS = {
 }
 
 
+def check_whole(pyramids):
+    """Raises `ValueError` where tiles of a level may be left out: what nobody read would be missing among the changes."""
+    sizes = [sum(map(pyramid.num_tiles, range(len(pyramid.scales)))) for pyramid in pyramids]
+    if pyramids and pyramids[0].max_tiles < (least := len(sizes) * max(sizes)):
+        raise ValueError(
+            f"--changes are of all that both images show, whose tiles are {least:,}: give --max-tiles at least that many, or leave "
+            f"it out. Got {pyramids[0].max_tiles:,}."
+        )
+
+
 def draw(args):
     """Ask, write the files that were asked for, and print their names."""
     from ..common import asking
@@ -56,6 +66,8 @@ def draw(args):
     options = {"max_image_pixels": args.max_image_pixels, **tile_options(args)}
     image_inputs = processor.image_processor(images, return_tensors="pt", **options)
     check_letterboxes(image_inputs)
+    if args.changes:
+        check_whole(image_inputs.get("image_pyramids") or ())
     if args.budgets is not None and not args.native:
         split_budgets(args.budgets, processor.image_processor.scales)
     print("Loading ...", file=sys.stderr, flush=True)

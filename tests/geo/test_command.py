@@ -152,6 +152,10 @@ def test_the_documented_python_runs(scene, monkeypatch, capsys):
         (["--geojson", "x.json", "--max-tiles", "1"], "`max_tiles` is 1, but the 4 tiles of the anchor"),
         (["--geojson", "x.json", "--budgets", "4,8"], "budgets"),
         (["--changes", "x.json"], "--changes are those since an earlier image: give it as --before."),
+        (
+            ["--changes", "x.json", "--before", "{scene}/scene.png", "--max-tiles", "455"],
+            "--changes are of all that both images show, whose tiles are 456: give --max-tiles at least that many",
+        ),
         (["--changes", "x.gpkg", "--before", "{scene}/scene.png"], "the file of --changes ends in .geojson or .json"),
     ],
 )
