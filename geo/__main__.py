@@ -41,8 +41,8 @@ def check_whole(pyramids):
     sizes = [sum(map(pyramid.num_tiles, range(len(pyramid.scales)))) for pyramid in pyramids]
     if pyramids and pyramids[0].max_tiles < (least := len(sizes) * max(sizes)):
         raise ValueError(
-            f"--changes are of all that both images show, whose tiles are {least:,}: give --max-tiles at least that many, or leave "
-            f"it out. Got {pyramids[0].max_tiles:,}."
+            f"--changes are of all that both images show, whose tiles are {least:,}: --max-tiles must be at least that. "
+            f"Got {pyramids[0].max_tiles:,}."
         )
 
 

@@ -154,7 +154,7 @@ def test_the_documented_python_runs(scene, monkeypatch, capsys):
         (["--changes", "x.json"], "--changes are those since an earlier image: give it as --before."),
         (
             ["--changes", "x.json", "--before", "{scene}/scene.png", "--max-tiles", "455"],
-            "--changes are of all that both images show, whose tiles are 456: give --max-tiles at least that many",
+            "--changes are of all that both images show, whose tiles are 456: --max-tiles must be at least that. Got 455.",
         ),
         (["--changes", "x.gpkg", "--before", "{scene}/scene.png"], "the file of --changes ends in .geojson or .json"),
     ],
