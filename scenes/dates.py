@@ -153,7 +153,8 @@ def make_pair(seed: int, shift: tuple[float, float] | None = None) -> ScenePair:
     edge = min(200, scene.height / 2)
     for place in rng.uniform((200, edge), (WIDTH - 200, scene.height - edge), (round(FEW * len(outside)), 2)):
         far = all(np.hypot(*(place - site.centre)) > SITE_SIDE for site in scene.sites)
-        if far and all(np.hypot(*(place - thing.centre)) > SITE_SIDE / 3 for thing in scene.objects):
+        standing = [*scene.objects, *(change.after for change in changes if change.before is None)]
+        if far and all(np.hypot(*(place - thing.centre)) > SITE_SIDE / 3 for thing in standing):
             changes.append(Change(None, draw_object(rng, place, None)))
     turned = {change.before: change.after for change in changes if change.before}
     objects = [turned.get(thing, thing) for thing in scene.objects]
