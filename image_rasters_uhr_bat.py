@@ -99,7 +99,7 @@ class RasterImage(ImageSource):
         driver: GDAL's that opens it; by default whichever knows the file.
 
     Attributes:
-        height, width: of the part that is read, in pixels.
+        height, width: of the part that is read, in pixels; `part`: of the whole.
         crs, transform: rasterio's coordinate system, and affine from (column, row) of that part to coordinates; None
             where the file has none.
 
@@ -224,6 +224,7 @@ class RasterImage(ImageSource):
             if top >= bottom or left >= right:
                 raise ValueError(f"{self.filename}: the area {str(area)[:200]} lies outside the image, or the window.")
         self.height, self.width = bottom - top, right - left
+        self.part = top / size[0], left / size[1], bottom / size[0], right / size[1]
         self.crs = crs
         self.transform = transform and compose(transform, transform.translation(left, top))
 

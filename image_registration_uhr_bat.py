@@ -5,7 +5,8 @@
 # implied. See the License for the specific language governing permissions and limitations under the License.
 """UHR-BAT registration of two images of one place: where in one letterboxed square a place of the other lies.
 
-By their geotransforms where both have one, else by their pixels: the same part of the height and of the width.
+By their geotransforms where both have one, else by their pixels: the same part of the height and of the width, of the whole images
+where they are windows.
 """
 
 import numpy as np
@@ -13,6 +14,7 @@ from transformers.utils import logging
 
 from .geometry_uhr_bat import box_corners, letterbox
 from .image_raster_files_uhr_bat import import_rasterio
+from .image_sources_uhr_bat import WHOLE
 
 logger = logging.get_logger(__name__)
 
@@ -29,11 +31,18 @@ def place_of(image) -> tuple:
     return (None, None) if crs is None or transform is None else (crs, transform)
 
 
+def _part_of_whole(image) -> tuple:
+    """A transform to parts of the height and of the width of the whole image, of which this one may be a window."""
+    top, left, bottom, right = getattr(image, "part", WHOLE)
+    return (right - left) / image.width, 0, left, 0, (bottom - top) / image.height, top
+
+
 def register(earlier, later) -> list[list[float]]:
     """The affine map from points of one image to those of another that show the same ground.
 
     Args:
-        earlier, later: opened images, with `height`, `width` and, where they lie somewhere, `crs` and `transform`.
+        earlier, later: opened images, with `height`, `width` and, where they lie somewhere, `crs` and `transform`; where they are
+            windows, `part`.
 
     Returns:
         [[a, b, c], [d, e, f]]: y' = a y + b x + c and x' = d y + e x + f, from points (y, x) in [0, 1] of the letterboxed square of
@@ -50,19 +59,18 @@ def register(earlier, later) -> list[list[float]]:
             "One of the two dates has a place on the ground, the other has none: they are compared by their pixels, as if both "
             "showed the same ground."
         )
+    if lacking:
+        places = [(None, _part_of_whole(image)) for image in (earlier, later)]
     steps = np.linspace(0, 1, POINTS)
     parts = np.stack(np.meshgrid(steps, steps, indexing="ij"), axis=-1).reshape(-1, 2)
-    if lacking:
-        here, there = parts * sizes[0], parts * sizes[1]
-    else:
-        here, there = _common_ground(parts, places, sizes)
+    here, there = _common_ground(parts, places, sizes)
     here, there = ((points + letterbox(size)[1:]) / letterbox(size)[0] for points, size in zip((here, there), sizes))
     known = np.concatenate((here, np.ones((len(here), 1))), axis=1)
     found, _, rank, _ = np.linalg.lstsq(known, there, rcond=1e-9)
     if rank < 3:
         names = " and ".join(str(getattr(image, "filename", "image")) for image in (earlier, later))
         raise ValueError(
-            f"The two dates show no common ground: {names} lie apart by their geotransforms, but for a narrow strip at most. "
+            f"The two dates show no common ground: {names} lie apart, but for a narrow strip at most. "
             "Give images of one place."
         )
     if (bent := np.abs(known @ found - there).max()) > BENT:

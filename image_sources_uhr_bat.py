@@ -18,6 +18,8 @@ from PIL import Image
 
 from .geometry_uhr_bat import PAD_COLOR
 
+WHOLE = (0.0, 0.0, 1.0, 1.0)
+
 
 def check_overviews(overviews: str | None):
     """Raises `ValueError` for what says neither that nor whether smaller copies of an image are used."""
@@ -35,12 +37,14 @@ class ImageSource:
         masked: whether some of its pixels may be no part of the image.
         kind: what it is, in a word.
         crs, transform: where it lies, as rasterio has it; None: nowhere.
+        part: (top, left, bottom, right) of the window that it is, in parts of the height and width of the whole image.
     """
 
     kind = "source"
     filename = "image"
     masked = False
     crs = transform = None
+    part = WHOLE
 
     def for_scale(self, side: int) -> "ImageSource":
         """The image to make views of at most `side` pixels from: itself, or a smaller copy that has at least so many."""

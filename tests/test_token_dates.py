@@ -8,8 +8,10 @@ import pytest
 import rasterio.transform
 import rasterio.warp
 import torch
+from PIL import Image
 from small import BUDGETS, prompt, random_pixels, small_model
 from uhr_bat import register
+from uhr_bat.image_processing_uhr_bat import UHRBatImageProcessor
 from uhr_bat.token_dates_uhr_bat import difference, inverse, places_of, read_at, scale_beside
 
 GRID = (9, 9)
@@ -31,6 +33,20 @@ def test_images_without_a_place_are_registered_by_their_pixels():
     registration = register(picture(20, 40), picture(10, 10))
     assert moved(registration, 0.25, 0.5) == pytest.approx([0, 0.5])
     assert moved(registration, 0.75, 1.0) == pytest.approx([1, 1])
+
+
+def test_windows_of_images_without_a_place_are_parts_of_the_whole_images(tmp_path):
+    for name, side in (("small.png", 40), ("large.png", 80)):
+        Image.new("RGB", (side, side)).save(tmp_path / name)
+    small, large = (
+        UHRBatImageProcessor().open_image(tmp_path / name, window=(20, 20, 40, 40))
+        for name in ("small.png", "large.png")
+    )
+    # The last half of one and the second quarter of the other meet in a corner alone.
+    with pytest.raises(ValueError, match="no common ground"):
+        register(small, large)
+    whole = UHRBatImageProcessor().open_image(tmp_path / "small.png")
+    assert np.allclose(register(large, whole), [[0.25, 0, 0.25], [0, 0.25, 0.25]])
 
 
 def test_images_with_a_place_are_registered_by_the_ground():

@@ -118,7 +118,8 @@ class LevirCC(Suite):
         sentences = [sentence for sentence in sentences if sentence]
         if not sentences:
             raise ValueError(f"the pair {name!r} has no sentence.")
-        flag = record.get("changeflag")
+        if (flag := record.get("changeflag")) not in (None, 0, 1, "0", "1"):
+            raise ValueError(f"the `changeflag` of the pair {name!r} is 0 or 1. Got {str(flag)[:40]!r}.")
         unchanged = sentences[min(1, len(sentences) - 1)] in NO_CHANGE if flag is None else not int(flag)
         return [
             Sample(

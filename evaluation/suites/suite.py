@@ -15,6 +15,9 @@ from ...image_raster_files_uhr_bat import driver_of
 from ..samples import Cell, Picture, Sample, pictures_in, read_records, with_right_letters
 from ..scoring import Scorer
 
+# What reading raises of files whose values are of other types than those of the benchmark.
+NOT_OF_THE_FORM = (TypeError, AttributeError, LookupError, ArithmeticError, RecursionError)
+
 
 class PaperFigure(NamedTuple):
     """A figure that a paper reports, never one of ours. `says`: over what, and what it is a mean of."""
@@ -81,7 +84,7 @@ class Suite:
         if data is None:
             raise ValueError(f"{self.name} needs --data: a file, a folder or the id of a data set on the Hub.")
         samples = []
-        for index, (record, folders) in enumerate(self.records(data)):
+        for index, (record, folders) in enumerate(self._records(data)):
             if not isinstance(record, dict):
                 raise ValueError(f"{data}: record {index} is no dictionary of fields: {str(record)[:80]!r}.")
             folders = folders[: self.above + 1]
@@ -93,12 +96,19 @@ class Suite:
                 ]
             except ValueError as error:
                 raise ValueError(f"{data}, record {index}: {error}") from error
-            except (TypeError, AttributeError, LookupError, RecursionError) as error:
+            except NOT_OF_THE_FORM as error:
                 raise ValueError(f"{data}, record {index} is not of the form of {self.title} ({error!r}).") from error
             samples += [replace(sample, row=index) for sample in found]
         if not samples:
             raise ValueError(f"{data} holds no sample of {self.title}.")
         return spaced(unique_ids(samples), limit)
+
+    def _records(self, data):
+        """`records`, which raise `ValueError` for files of another form."""
+        try:
+            yield from self.records(data)
+        except NOT_OF_THE_FORM as error:
+            raise ValueError(f"{data} is not of the form of {self.title} ({error!r}).") from error
 
     def open(self, picture: Picture):
         """What the image processor reads: a path, a URL, a file or its bytes, base64 or an image."""

@@ -182,7 +182,12 @@ def test_cdvqa_shows_both_dates_and_names_what_may_be_answered(tmp_path):
             0
         ] * len(wrong)
     assert score("cdvqa", share, "35 %")["cdvqa/words-1"] == 0
-    path = tmp_path / "Test_images.json"
+    questions, path = tmp_path / "Test_questions.json", tmp_path / "Test_images.json"
+    written = questions.read_text()
+    questions.write_text(written.replace('"img_id": 0', '"img_id": [0]'))
+    with pytest.raises(ValueError, match="is not of the form of CDVQA"):
+        SUITES["cdvqa"].load(str(tmp_path))
+    questions.write_text(written)
     path.write_text(path.read_text().replace('"id": 2', '"id": 7'))
     with pytest.raises(ValueError, match="the picture 2 of question 2 is none of the 3 of Test_images.json"):
         SUITES["cdvqa"].load(str(tmp_path))
@@ -204,9 +209,15 @@ def test_levir_cc_scores_a_sentence_by_all_of_its_pair(tmp_path):
     found = score("levir-cc", changed, "a new road")
     assert found["levir-cc/rouge-l-1"] == pytest.approx(2.44 * (2 / 3) * (2 / 4) / (2 / 4 + 1.44 * 2 / 3))
     assert found["levir-cc/bleu-4-1"] < 0.2 and score("levir-cc", unchanged, "a new road")["levir-cc/changed-1"] == 0
-    (tmp_path / "LevirCCcaptions.json").write_text('{"images": [{"filename": "a.png"}]}')
-    with pytest.raises(ValueError, match=r"not of the form .*KeyError\('split'\)"):
-        SUITES["levir-cc"].load(str(tmp_path))
+    pair = '{"images": [{"filename": "a.png", "split": %s, "changeflag": %s, "sentences": [{"raw": "a road"}]}]}'
+    for text, said in (
+        ('{"images": [{"filename": "a.png"}]}', r"not of the form .*KeyError\('split'\)"),
+        (pair % ("3", "1"), "is not of the form of LEVIR-CC"),
+        (pair % ('"test"', "Infinity"), "the `changeflag` of the pair 'a.png' is 0 or 1. Got 'inf'"),
+    ):
+        (tmp_path / "LevirCCcaptions.json").write_text(text)
+        with pytest.raises(ValueError, match=said):
+            SUITES["levir-cc"].load(str(tmp_path))
 
 
 def test_a_downloaded_file_that_gdal_would_follow_is_no_picture(tmp_path):
