@@ -472,6 +472,7 @@ def main(arguments=None) -> int:
     outputs = (
         Output("--output", args.output, tuple(READERS)),
         Output("--output", lines_path(args.output)),
+        Output("--output", settings_path(args.output)),
         Output("--objects", args.objects, OBJECT_FILES),
     )
     check_outputs((args.images, args.questions, args.model, args.area), *outputs)

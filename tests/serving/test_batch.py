@@ -191,6 +191,7 @@ def test_a_cluster_that_keeps_one_waiting_is_named(capsys, monkeypatch):
         (["--output", "a.csv", "--batch-size", "0"], "--batch-size must be at least 1. Got 0."),
         (["--output", "a.csv", "--workers", "0"], "--workers must be at least 1. Got 0."),
         (["--output", "a.csv", "--max-new-tokens", "-1"], "--max-new-tokens must be at least 1. Got -1."),
+        (["--output", "r.jsonl", "--objects", "r.jsonl.settings.json"], "--output and --objects would be one file"),
     ],
 )
 def test_options_of_no_batch_are_refused_before_it_begins(options, message, capsys):
