@@ -76,6 +76,7 @@ class UHRBatCompressionMixin:
         of_images, compressed, differences = iter(zip(image_features, token_counts)), [], None
         registration = images.get("registration")
         if registration is not None:
+            registration = [one.tolist() if isinstance(one, torch.Tensor) else one for one in registration]
             check_registration(registration, images_per_prompt)
             if any(image.kind == "dynamic" for image in image_features):
                 raise ValueError(

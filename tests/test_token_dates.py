@@ -157,7 +157,8 @@ def kept(model, pixels, **images):
 
 def test_equal_dates_keep_what_each_keeps_by_itself(model):
     pixels = random_pixels(1).expand(2, -1, -1, -1, -1)
-    alone, both = kept(model, pixels), kept(model, pixels, registration=[SAME])
+    # A tensor that goes along with the others to their device and type is a map, too.
+    alone, both = kept(model, pixels), kept(model, pixels, registration=torch.tensor([SAME], dtype=torch.bfloat16))
     assert alone.differences is None and all((maps[2] == 1).all() for maps in both.differences)
     for one, other in zip(alone.slots, both.slots):
         assert [slots.tolist() for slots in one] == [slots.tolist() for slots in other]
