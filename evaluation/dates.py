@@ -48,15 +48,16 @@ def measure(pair_of_model, seeds, shift=None) -> dict:
     for seed in tqdm(seeds, desc="Looking", unit="pair"):
         pair = dates.make_pair(seed, None if shift is None else (shift * WIDTH / finest, 0.0))
         images = [dates.paint_date(pair, date) for date in (0, 1)]
+        ways = {APART: None, COMPARED: [register(*images)]}
         features = asking.encode(model, processor.image_processor(images, return_tensors="pt"))
-        grids, rng = features[0].grids, np.random.default_rng([seed, 9])
+        grids = features[0].grids
         changed = dates.changed_tokens(pair, grids)
-        for question in filter(None, (dates.make_question(pair, kind, rng=rng) for kind in dates.KINDS)):
+        for question in dates.questions_of(pair):
             evidence = dates.evidence_of_pair(pair, question, grids)
             asked = [changed[date] | set(site_tokens(pair.shown[date], question.sites, grids)) for date in (0, 1)]
             for fraction in FRACTIONS:
                 counts = [counts_of_fraction(fraction, image.available, BUDGETS) for image in features]
-                for way, both in ((APART, None), (COMPARED, [register(*images)])):
+                for way, both in ways.items():
                     inputs = asking.write_prompts(
                         model, processor, [question.text], [features], counts=counts, dates=both
                     )

@@ -14,21 +14,22 @@ from functools import cached_property
 import numpy as np
 from PIL import Image
 
-from .evidence import evidence_tokens, tokens_at
+from .evidence import object_tokens, tokens_at
 from .layout import (
     FINEST,
     MOST_OBJECTS,
     PAINTS,
-    SITE_SIDE,
     WIDTH,
     Object,
     Scene,
     draw_object,
+    draw_places,
+    is_outside,
     make_scene,
     place_in_cell,
 )
 from .painting import GRAIN, fractal, paint
-from .questions import SceneQuestion, single
+from .questions import single
 
 # Pairs for training have seeds from PAIR_SEED on. Those from 61,000,000 on are held back: nothing here reads them.
 PAIR_SEED = 40_000_000
@@ -150,12 +151,11 @@ def make_pair(seed: int, shift: tuple[float, float] | None = None) -> ScenePair:
         changes += [Change(None, draw_object(rng, place_in_cell(rng, site, cell), index)) for cell in free[:comes]]
     outside = [thing for thing in scene.objects if thing.site is None]
     change_some(outside, FEW, FEW)
-    edge = min(200, scene.height / 2)
-    for place in rng.uniform((200, edge), (WIDTH - 200, scene.height - edge), (round(FEW * len(outside)), 2)):
-        far = all(np.hypot(*(place - site.centre)) > SITE_SIDE for site in scene.sites)
-        standing = [*scene.objects, *(change.after for change in changes if change.before is None)]
-        if far and all(np.hypot(*(place - thing.centre)) > SITE_SIDE / 3 for thing in standing):
+    standing = [*scene.objects, *(change.after for change in changes if change.before is None)]
+    for place in draw_places(rng, scene.height, round(FEW * len(outside))):
+        if is_outside(place, scene.sites, standing):
             changes.append(Change(None, draw_object(rng, place, None)))
+            standing.append(changes[-1].after)
     turned = {change.before: change.after for change in changes if change.before}
     objects = [turned.get(thing, thing) for thing in scene.objects]
     objects += [change.after for change in changes if not change.before]
@@ -233,6 +233,12 @@ def make_question(pair: ScenePair, kind: str, *, rng) -> PairQuestion | None:
     return PairQuestion(kind, text, answer, named, tuple(map(tuple, objects)), tuple(words.values()))
 
 
+def questions_of(pair: ScenePair) -> list[PairQuestion]:
+    """One of each kind that the pair allows, the same whenever it is asked for."""
+    rng = np.random.default_rng([pair.seed, 9])
+    return [question for kind in KINDS if (question := make_question(pair, kind, rng=rng))]
+
+
 def evidence_of_pair(pair: ScenePair, question: PairQuestion, grids) -> list[tuple[int, list[tuple[int, int]]]]:
     """(date, [(scale, position), ...]) for everything that has to be read: the tokens at the two finest scales that show an
     object, or the place where it stands at the other date. It is read if one of its tokens is."""
@@ -240,10 +246,7 @@ def evidence_of_pair(pair: ScenePair, question: PairQuestion, grids) -> list[tup
     for date, things in enumerate(question.objects):
         for thing in things:
             seen = replace(thing, centre=pair.moved(thing.centre)) if date else thing
-            asked = SceneQuestion(
-                question.kind, question.text, question.answer, question.sites, (seen,), question.words
-            )
-            found.append((date, evidence_tokens(pair.shown[date], asked, grids)))
+            found.append((date, object_tokens(pair.shown[date], [seen], grids)))
     return found
 
 

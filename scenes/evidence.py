@@ -52,6 +52,13 @@ def site_tokens(scene, sites, grids) -> list[tuple[int, int]]:
     return found
 
 
+def object_tokens(scene, things, grids) -> list[tuple[int, int]]:
+    """(scale, position) of the tokens that show objects, at the two finest scales, object by object."""
+    points, finest = [thing.centre for thing in things], range(len(grids))[-2:]
+    by_scale = [[(scale, token) for token in tokens_at(scene, points, grids[scale])] for scale in finest]
+    return [token for of_object in zip(*by_scale) for token in of_object]
+
+
 def evidence_tokens(scene, question, grids) -> list[tuple[int, int]]:
     """(scale, position) of what has to be read for the answer.
 
@@ -61,6 +68,4 @@ def evidence_tokens(scene, question, grids) -> list[tuple[int, int]]:
     if question.kind == "quadrant":
         points = [scene.sites[index].centre for index in question.sites]
         return [(scale, token) for scale, grid in enumerate(grids) for token in tokens_at(scene, points, grid)]
-    points, finest = [thing.centre for thing in question.objects], range(len(grids))[-2:]
-    by_scale = [[(scale, token) for token in tokens_at(scene, points, grids[scale])] for scale in finest]
-    return [token for of_object in zip(*by_scale) for token in of_object]
+    return object_tokens(scene, question.objects, grids)

@@ -139,6 +139,18 @@ def place_in_cell(rng, site: Site, cell: int) -> np.ndarray:
     return site.placed(((column, row) + rng.uniform(0.4, 0.6, 2)) * SITE_SIDE / 3 - SITE_SIDE / 2)
 
 
+def draw_places(rng, height: float, number: int) -> np.ndarray:
+    """float[number, 2]: points of a scene, off its edges."""
+    edge = min(200, height / 2)
+    return rng.uniform((200, edge), (WIDTH - 200, height - edge), (number, 2))
+
+
+def is_outside(place, sites, things) -> bool:
+    """Whether an object may stand at a place: away from all sites and from the objects that stand already."""
+    far = all(math.dist(place, site.centre) > SITE_SIDE for site in sites)
+    return far and all(math.dist(place, thing.centre) > SITE_SIDE / 3 for thing in things)
+
+
 def make_scene(
     seed: int,
     aspect: float | None = None,
@@ -180,11 +192,8 @@ def make_scene(
         cells = rng.permutation(9)[: rng.integers(MOST_OBJECTS + 1)]
         objects += [draw(place_in_cell(rng, site, cell), index) for cell in cells]
     most = len(objects) + rng.integers(objects_outside[0], objects_outside[1] + 1)
-    edge = min(200, height / 2)
-    for place in rng.uniform((200, edge), (WIDTH - 200, height - edge), (4 * most, 2)):
-        far = all(math.dist(place, site.centre) > SITE_SIDE for site in sites)
-        free = all(math.dist(place, other.centre) > SITE_SIDE / 3 for other in objects)
-        if len(objects) < most and far and free:
+    for place in draw_places(rng, height, 4 * most):
+        if len(objects) < most and is_outside(place, sites, objects):
             objects.append(draw(place, None))
     if width is None:
         return Scene(seed, aspect, sites, tuple(objects))

@@ -91,13 +91,10 @@ class MadeUpDates(MadeUpScenes):
         self.title = "Two dates of made-up scenes"
 
     def samples_of_seed(self, seed):
-        pair, rng = dates.make_pair(seed), np.random.default_rng([seed, 9])
-        asked = (dates.make_question(pair, kind, rng=rng) for kind in dates.KINDS)
         pictures = tuple(Picture(f"{seed}/{date}", (seed, date)) for date in (0, 1))
         return [
             Sample(f"{seed}/{question.kind}", pictures, question.text, question.answer, task=question.kind)
-            for question in asked
-            if question is not None
+            for question in dates.questions_of(dates.make_pair(seed))
         ]
 
     def open(self, picture):
