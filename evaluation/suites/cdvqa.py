@@ -9,7 +9,7 @@ import re
 from ...common.answers import plain
 from ..samples import Sample, first, text_of
 from ..scoring import Scorer, read_words, same_words
-from .rsvqa import ENDS, RSVQA, beside, joined, rows_of
+from .rsvqa import ENDS, RSVQA, beside, joined, questions_file, rows_of
 from .vrsbench import prompt as short_prompt
 
 YES_NO = ("yes", "no")
@@ -66,10 +66,10 @@ class CDVQA(RSVQA):
     )
 
     def records(self, data):
-        names = {}
-        for row, path in joined(data, self.files, self.title):
-            images = beside(path, "images")
-            names = names or {image["id"]: first(image, "file_name") for image in rows_of(images, "images")}
+        path = questions_file(data, self.files, self.title)
+        images = beside(path, "images")
+        names = {image["id"]: first(image, "file_name") for image in rows_of(images, "images")}
+        for row in joined(path):
             if row.get("img_id") not in names:
                 raise ValueError(
                     f"{path}: the picture {row.get('img_id')!r} of question {row['id']!r} is none of the {len(names)} of "

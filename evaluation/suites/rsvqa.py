@@ -49,17 +49,22 @@ def rows_of(path: Path, name: str) -> list[dict]:
     return rows
 
 
-def joined(data: str, files, title: str) -> Iterator[tuple[dict, Path]]:
-    """(row of a question with its "answer", path of the questions) of every active question, in its order.
-
-    Raises:
-        FileNotFoundError, ValueError: there are no such files, they are of another form, or a question has no answer.
-    """
+def questions_file(data: str, files, title: str) -> Path:
+    """The file of the questions. Raises `FileNotFoundError` or `ValueError` where there is none."""
     if not os.path.exists(data):
         raise FileNotFoundError(f"{data}: there is no such file or folder. {title} has files of its own.")
     path = find_files(data, files)[0]
     if not path.name.endswith(ENDS):
         raise ValueError(f"{path}: the questions of {title} are a file ..._{ENDS}. Give it as --data.")
+    return path
+
+
+def joined(path: Path) -> Iterator[dict]:
+    """Every active question of a file with its "answer", in its order.
+
+    Raises:
+        FileNotFoundError, ValueError: there are no answers, they are of another form, or a question has none.
+    """
     answers = beside(path, "answers")
     found = {row["id"]: row for row in rows_of(answers, "answers")}
     for row in rows_of(path, "questions"):
@@ -69,7 +74,7 @@ def joined(data: str, files, title: str) -> Iterator[tuple[dict, Path]]:
             raise ValueError(
                 f"{path}: the answer {str(names)[:40]} to question {row['id']!r} is none of the {len(found)} of {answers.name}."
             )
-        yield row | {"answer": first(answer, "answer")}, path
+        yield row | {"answer": first(answer, "answer")}
 
 
 def beside(path: Path, name: str) -> Path:
@@ -85,7 +90,8 @@ class RSVQA(Suite):
     prompts = {"rsvqa/short-1": prompt}
 
     def records(self, data):
-        for row, path in joined(data, self.files, self.title):
+        path = questions_file(data, self.files, self.title)
+        for row in joined(path):
             yield row, [path.parent]
 
     def samples_of(self, record, index, pictures):
