@@ -23,7 +23,7 @@ from ..common.outputs import Output, check_outputs
 from ..scenes.layout import WIDTH, make_scene
 from ..scenes.native import native_scene, picture_of
 from ..scenes.painting import paint
-from ..training.tiny.plain_pictures import View
+from ..training.tiny.plain_pictures import View, native_window
 
 FIRST_SEED = 4_000_000
 NATIVE_SEEDS = 500_000  # behind it
@@ -39,12 +39,9 @@ def view_of(kind: str, number: int, rng) -> tuple[View, Image.Image]:
         return View(scene, (0, 0, WIDTH, scene.height), picture.size), picture
     scene = native_scene(FIRST_SEED + NATIVE_SEEDS + number)
     image = picture_of(scene)
-    around = [thing.centre for thing in scene.objects if thing.site is not None] or [scene.sites[0].centre]
-    unit, size = WIDTH / image.width, np.array((image.width, image.height))
-    corner = np.array(around[rng.integers(len(around))]) / unit - rng.uniform(0.2, 0.8, 2) * WINDOW
-    left, top = np.clip(corner.round().astype(int), 0, size - WINDOW)
-    pixels = image.paint((top, left, top + WINDOW, left + WINDOW), tuple(size))
-    box = np.array((left, top, left + WINDOW, top + WINDOW)) * unit
+    top, left, bottom, right = window = native_window(scene, image, rng, WINDOW)
+    pixels = image.paint(window, (image.width, image.height))
+    box = np.array((left, top, right, bottom)) * WIDTH / image.width
     return View(scene, box, (WINDOW, WINDOW)), Image.fromarray(pixels)
 
 

@@ -44,17 +44,22 @@ def scene_of(kind, number):
     return native_scene(seed) if kind == "native" else make_scene(seed)
 
 
+def native_window(scene, picture, rng, side: int) -> tuple[int, int, int, int]:
+    """(top, left, bottom, right) in pixels of a scene's picture: a square part around an object of a site, or a site."""
+    around = [thing.centre for thing in scene.objects if thing.site is not None] or [scene.sites[0].centre]
+    centre = np.array(around[rng.integers(len(around))]) * picture.width / WIDTH
+    left, top = (centre - rng.uniform(0.2, 0.8, 2) * side).round().astype(int)
+    left, top = np.clip((left, top), 0, (picture.width - side, picture.height - side))
+    return top, left, top + side, left + side
+
+
 def _paint(kind, number, folder):
     scene = scene_of(kind, number)
-    if kind == "native":  # parts around an object of a site, or a site, at the image's own pixels
+    if kind == "native":  # at the image's own pixels
         picture, rng, parts = picture_of(scene), np.random.default_rng([scene.seed, 8]), []
-        around = [thing.centre for thing in scene.objects if thing.site is not None] or [scene.sites[0].centre]
         for _ in range(WINDOWS):
-            centre = np.array(around[rng.integers(len(around))]) * picture.width / WIDTH
-            left, top = (centre - rng.uniform(0.2, 0.8, 2) * WINDOW).round().astype(int)
-            left, top = np.clip((left, top), 0, (picture.width - WINDOW, picture.height - WINDOW))
-            box = (top, left, top + WINDOW, left + WINDOW)
-            parts.append((picture.paint(box, (picture.width, picture.height)), (left, top)))
+            box = native_window(scene, picture, rng, WINDOW)
+            parts.append((picture.paint(box, (picture.width, picture.height)), box[1::-1]))
         arrays = {"pixels": np.stack([part for part, _ in parts]), "corners": np.array([at for _, at in parts])}
     else:
         small = paint(scene).resize((STORED, round(STORED / scene.aspect)), Image.LANCZOS)
