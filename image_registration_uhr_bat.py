@@ -93,9 +93,7 @@ def _common_ground(parts, places, sizes) -> tuple[np.ndarray, np.ndarray]:
             warp = import_rasterio("warp")
             try:
                 x, y = warp.transform(crs, other_crs, x, y)
-            except (
-                Exception
-            ):  # PROJ's own, of places that the other system does not have: the other image may lie inside
+            except Exception:  # PROJ's own, of places that the other system lacks: the other image may lie inside
                 continue
         a, b, c, d, e, f = tuple(other_transform)[:6]
         there = np.linalg.solve([[a, b], [d, e]], np.stack((np.subtract(x, c), np.subtract(y, f))))[::-1].T

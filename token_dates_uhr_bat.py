@@ -89,8 +89,8 @@ def difference(tokens, places, other, other_positions, other_grid) -> torch.Tens
     """How far each token is from what the other date shows at its place.
 
     The mean of a date, over ground that both show, is taken out of its tokens: light and haze move all of them. The two dates may
-    lie up to a token apart:
-    of `STEPS` that one is taken by which they differ least, by the median over tokens, most of which show no change.
+    lie up to a token apart: of `STEPS` that one is taken by which they differ least, by the median over tokens, most of which
+    show no change.
 
     Args:
         tokens: float[N, D] of this date, without their scale embedding, which says where they lie and not what they show.
