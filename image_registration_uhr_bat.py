@@ -37,6 +37,25 @@ def _part_of_whole(image) -> tuple:
     return (right - left) / image.width, 0, left, 0, (bottom - top) / image.height, top
 
 
+def open_dates(open_image, image, before=None) -> tuple[list, list | None]:
+    """An image and, where there is one, an earlier one of the same place, opened and registered before anything of them is cut.
+
+    Args:
+        open_image: opens one of them, as `open_image` of the image processor does.
+        image, before: what it takes; `before` None for an image that is compared with nothing.
+
+    Returns:
+        ([image], None); ([before, image], [what `register` returned]): `dates` of the processor for this prompt.
+
+    Raises:
+        What `open_image` and `register` raise.
+    """
+    if before is None:
+        return [open_image(image)], None
+    images = [open_image(before), open_image(image)]
+    return images, [register(*images)]
+
+
 def register(earlier, later) -> list[list[float]]:
     """The affine map from points of one image to those of another that show the same ground.
 
@@ -68,9 +87,11 @@ def register(earlier, later) -> list[list[float]]:
     known = np.concatenate((here, np.ones((len(here), 1))), axis=1)
     found, _, rank, _ = np.linalg.lstsq(known, there, rcond=1e-9)
     if rank < 3:
-        names = " and ".join(str(getattr(image, "filename", "image")) for image in (earlier, later))
+        names = [getattr(image, "filename", None) or "image" for image in (earlier, later)]
+        if names == ["image"] * 2:
+            names = ["the earlier", "the later"]
         raise ValueError(
-            f"The two dates show no common ground: {names} lie apart, but for a narrow strip at most. "
+            f"The two dates show no common ground: {names[0]} and {names[1]} lie apart, but for a narrow strip at most. "
             "Give images of one place."
         )
     if (bent := np.abs(known @ found - there).max()) > BENT:
@@ -104,16 +125,21 @@ def _common_ground(parts, places, sizes) -> tuple[np.ndarray, np.ndarray]:
     return tuple(map(np.concatenate, zip((none, none), *pairs)))
 
 
+def check_dates(images_per_prompt):
+    """Raises `ValueError` where a prompt has another number of images than two, or none."""
+    if odd := [number for number in images_per_prompt if number not in (0, 2)]:
+        raise ValueError(
+            f"`dates` compares 2 images of one place in a prompt. Got {odd[0]}: ask about them apart, or without `dates`."
+        )
+
+
 def check_registration(registration, images_per_prompt):
     """Raises `ValueError` where `registration` is not of two images in every prompt that has any."""
     if len(registration) != len(images_per_prompt):
         raise ValueError(
             f"`registration` has {len(registration)} entries, but there are {len(images_per_prompt)} prompts: one for each."
         )
-    if odd := [number for number in images_per_prompt if number not in (0, 2)]:
-        raise ValueError(
-            f"Two dates of one place are 2 images in a prompt. Got {odd[0]}: ask about them apart, or without `dates`."
-        )
+    check_dates(images_per_prompt)
     for found, number in zip(registration, images_per_prompt):
         if number and not _is_registration(found):
             raise ValueError(
@@ -131,4 +157,4 @@ def _is_registration(found) -> bool:
     return shaped and bool(abs(np.linalg.det(numbers[:, :2])) > TINY)
 
 
-__all__ = ["register"]
+__all__ = ["open_dates", "register"]

@@ -14,6 +14,7 @@ Letters: B prompts, I images, S scales, T tiles and N patches of all scales, M t
 import re
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
+from functools import partial
 
 import numpy as np
 from tokenizers import normalizers, pre_tokenizers
@@ -26,7 +27,7 @@ from .geometry_uhr_bat import grids, shown_patches
 from .image_processing_uhr_bat import READING, UHRBatImageProcessor, UHRBatImageProcessorKwargs
 from .image_pyramids_uhr_bat import ImagePyramid, UnreadImage
 from .image_reading_uhr_bat import ENCODED, flatten_images, kind_of
-from .image_registration_uhr_bat import check_registration, register
+from .image_registration_uhr_bat import check_dates, check_registration, open_dates
 
 # Behind every letter of a control token that a message spells: the tokenizer then finds none, and its normalizer drops
 # the mark. Unicode keeps this code point for programs; no text has it.
@@ -324,20 +325,23 @@ class UHRBatProcessor(ProcessorMixin):
         """The images, opened, and for every prompt the map from its first to its second; what says how they are read is taken
         out of `kwargs`."""
         numbers = [len(images)] if images_per_prompt is None else images_per_prompt
-        if odd := [number for number in numbers if number not in (0, 2)]:
-            raise ValueError(f"`dates` compares 2 images of one place in a prompt. Got {odd[0]}.")
         if dates is not True:
             check_registration(dates, numbers)
             return images, list(dates)
+        check_dates(numbers)
         if set(map(kind_of, images)) & set(ENCODED):
             raise ValueError(
                 "Encoded images do not say where they lie: pass `dates=[register(earlier, later), ...]`, one for each prompt."
             )
         reading = {name: kwargs.pop(name) for name in READING if name in kwargs and name != "max_image_pixels"}
         limit = {"max_image_pixels": kwargs.get("max_image_pixels")}
-        images = [self.image_processor.process_image(image, **limit, **reading) for image in images]
-        pairs = iter(images)
-        return images, [register(next(pairs), next(pairs)) if number else None for number in numbers]
+        read = partial(self.image_processor.open_image, **limit, **reading)
+        left, opened, registration = iter(images), [], []
+        for number in numbers:
+            pair, found = open_dates(read, before=next(left), image=next(left)) if number else ([], [None])
+            opened += pair
+            registration += found
+        return opened, registration
 
     def _budgets_within(self, limit, available, inputs) -> list[int] | int:
         """The largest budgets that stay below a limit, of one image that is cut or encoded."""

@@ -13,13 +13,14 @@ Letters: B prompts of a batch, I images of all prompts, S scales, M tokens of a 
 
 import re
 from dataclasses import dataclass
+from functools import partial
 from itertools import accumulate
 from typing import Any
 
 import torch
 
 from ..image_raster_files_uhr_bat import reason
-from ..image_registration_uhr_bat import register
+from ..image_registration_uhr_bat import open_dates
 from .objects import Objects, objects_of
 
 PROMPT = ("input_ids", "attention_mask")
@@ -100,7 +101,7 @@ def write_prompts(model, processor, questions, features, budgets=None, counts=No
         budgets: int[S], one number or a limit, see [`UHRBatProcessor`]; None for those of the model.
         counts: int[I][S], exact visual tokens of every image instead of budgets: of any order, which budgets are not.
         max_tiles: that the pyramids of a prompt share; None for what each has.
-        dates: of questions about two dates of one place, what `register` returned for each; None for images that have nothing to
+        dates: of questions about two dates of one place, what `open_dates` found for each; None for images that have nothing to
             do with each other.
     """
     texts = [prompt_text(processor, question, len(images)) for question, images in zip(questions, features)]
@@ -229,8 +230,7 @@ class Answer:
 
 
 def ask(
-    processor, model, image, question, *, before=None, budgets=None, max_tiles=None, native=None, max_new_tokens=64,
-    image_inputs=None, **reading,
+    processor, model, image, question, *, before=None, budgets=None, max_tiles=None, native=None, max_new_tokens=64, **reading,
 ) -> Answer:  # fmt: skip
     """An answer about one image of any kind, or about what changed since an earlier one.
 
@@ -240,22 +240,27 @@ def ask(
         before: an earlier image of the same place, read likewise: what differs between the two is kept before what does not
             (`dates` of [`UHRBatProcessor`]).
         budgets, max_tiles, native: see [`UHRBatProcessor`].
-        image_inputs: what the image processor made of the opened `image`, with `before` of the two opened images, the earlier
-            one first, where that was done already.
         reading: how a raster is read, as `bands` and `window` of `open_image`.
 
     Raises:
-        What reading the image raises, and `ValueError` for budgets that do not fit.
+        What reading the image raises, and `ValueError` for images that lie apart and for budgets that do not fit.
     """
-    images = [image] if before is None else [before, image]
-    if image_inputs is None:
-        images = [processor.image_processor.process_image(one, **reading) for one in images]
-        limit = {name: value for name, value in reading.items() if name == "max_image_pixels"}
-        tiles = {"max_tiles": max_tiles, "native": native}
-        image_inputs = processor.image_processor(images, return_tensors="pt", **limit, **tiles)
-    image, both = images[-1], {}
-    if before is not None:
-        both = {"max_tiles": max_tiles, "dates": [register(*images)]}
+    images, dates = open_dates(partial(processor.image_processor.open_image, **reading), image, before)
+    limit = {name: value for name, value in reading.items() if name == "max_image_pixels"}
+    image_inputs = processor.image_processor(images, return_tensors="pt", max_tiles=max_tiles, native=native, **limit)
+    options = {"dates": dates, "max_tiles": max_tiles, "budgets": budgets, "max_new_tokens": max_new_tokens}
+    return ask_opened(processor, model, images[-1], image_inputs, question, **options)
+
+
+def ask_opened(
+    processor, model, image, image_inputs, question, *, dates=None, budgets=None, max_tiles=None, max_new_tokens=64
+) -> Answer:
+    """`ask` about an opened image that was cut.
+
+    Args:
+        image_inputs: what the image processor made of what `open_dates` opened, and `dates` what it found.
+    """
+    both = {} if dates is None else {"max_tiles": max_tiles, "dates": dates}
     inputs = write_prompts(model, processor, [question], [encode(model, image_inputs)], budgets, **both)
     compressed = compress(model, inputs)
     ids = generate(model, inputs, compressed, max_new_tokens=max_new_tokens)

@@ -11,6 +11,7 @@ import argparse
 import sys
 import time
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 
 from ..budgets_uhr_bat import is_one_budget
@@ -22,7 +23,7 @@ from ..common.models import find_model, is_tiny, stay_offline
 from ..common.outputs import Output, check_outputs
 from ..geo import Georeference, check_objects, write_objects
 from ..geo.objects import OBJECT_FILES
-from ..image_registration_uhr_bat import register
+from ..image_registration_uhr_bat import open_dates
 from ..scenes import painting
 
 QUESTION = "What colour is the plane at the runway?"
@@ -59,14 +60,13 @@ def ask(args):
     seconds = {}
     with timed(seconds, "open"):  # a raster is decoded while it is resized
         image_processor = load_processor(args.model, args.set).image_processor
-        paths = [args.image] if args.before is None else [args.before, args.image]
-        images = [image_processor.open_image(path, **image_options(args)) for path in paths]
-    image, both = images[-1], {}
-    if args.before is not None:
-        both = {"max_tiles": args.max_tiles, "dates": [register(*images)]}
+        read = partial(image_processor.open_image, **image_options(args))
+        images, dates = open_dates(read, args.image, args.before)
+    image, both = images[-1], {} if dates is None else {"max_tiles": args.max_tiles, "dates": dates}
     if args.objects:
         georeference = Georeference.of(image, args.image)
         check_objects(args.objects, georeference)
+    paths = [args.image] if args.before is None else [args.before, args.image]
     for path, one in zip(paths, images):
         print(f"Image: {path}, {one.width:,} x {one.height:,} px")
     if is_tiny(args.model):

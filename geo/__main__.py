@@ -11,6 +11,7 @@ coordinates. With an earlier image of the same place, polygons of what changed s
 
 import argparse
 import sys
+from functools import partial
 from pathlib import Path
 
 from ..budgets_uhr_bat import split_budgets
@@ -21,7 +22,7 @@ from ..common.images import image_options, tile_options
 from ..common.loading import WEIGHTS_NOTE, check_image, load_model, load_processor
 from ..common.models import find_model, is_tiny, stay_offline
 from ..common.outputs import Output, check_outputs
-from ..image_registration_uhr_bat import register
+from ..image_registration_uhr_bat import open_dates
 from . import Georeference, check_vectors, evidence_frame, write_page, write_raster, write_vectors
 from .changes import changes_frame
 from .styles import style_path, write_style
@@ -53,12 +54,10 @@ def draw(args):
 
     print("Reading ...", file=sys.stderr, flush=True)
     processor = load_processor(args.model, args.set)
-    paths = [args.image] if args.before is None else [args.before, args.image]
-    images = [processor.image_processor.open_image(path, **image_options(args)) for path in paths]
+    read = partial(processor.image_processor.open_image, **image_options(args))
+    images, dates = open_dates(read, args.image, args.before)
     image, number = images[-1], len(images) - 1
     georeference = Georeference.of(image, args.image)
-    if args.before is not None:
-        register(*images)  # which refuses images of two places
     if args.geojson:
         check_vectors(args.geojson, georeference.crs)
     if args.changes:
@@ -73,10 +72,9 @@ def draw(args):
     print("Loading ...", file=sys.stderr, flush=True)
     processor, model = load_model(args.model, **args.set)
     print("Answering ...", file=sys.stderr, flush=True)
-    options = {"budgets": args.budgets, "max_new_tokens": args.max_new_tokens, "image_inputs": image_inputs}
-    if args.before is not None:
-        options |= {"before": images[0], "max_tiles": args.max_tiles}
-    said = asking.ask(processor, model, image, args.question, **options)
+    options = {"dates": dates, "max_tiles": args.max_tiles, "budgets": args.budgets}
+    options["max_new_tokens"] = args.max_new_tokens
+    said = asking.ask_opened(processor, model, image, image_inputs, args.question, **options)
     compressed, answer = said.compressed, asking.printable(said.text)
 
     about = {"image": Path(args.image).name, "question": args.question, "answer": answer}

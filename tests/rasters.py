@@ -31,3 +31,15 @@ def write_raster(path, bands, driver="GTiff", mask=None, colours=None, **profile
 def rgb_of(bands):
     """uint8[h, w, 3] of the first three of uint8 bands."""
     return np.moveaxis(bands[:3], 0, -1)
+
+
+def write_dates(folder):
+    """Paths of a place at an earlier and a later date, the later one finer, and of another place 100 km away."""
+    paths = []
+    for name, west, factor in (("earlier", 375000, 1), ("later", 375000, 2), ("apart", 475000, 1)):
+        bands = random_bands(height=45, width=70).repeat(factor, 1).repeat(factor, 2)
+        if name == "later":
+            bands[:, 20:44, 60:90] = np.array([250, 20, 250], np.uint8)[:, None, None]
+        place = rasterio.Affine(2 / factor, 0, west, 0, -2 / factor, 3908000)
+        paths.append(write_raster(folder / f"{name}.tif", bands, crs="EPSG:32654", transform=place))
+    return paths

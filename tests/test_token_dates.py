@@ -178,7 +178,7 @@ def test_what_changed_is_weighed_at_both_dates_by_the_mean_importance_of_both(mo
 
 def test_other_numbers_of_images_are_no_two_dates(model):
     ids = prompt("image", 5, num_tokens=1)
-    with pytest.raises(ValueError, match="2 images in a prompt. Got 1"):
+    with pytest.raises(ValueError, match="2 images of one place in a prompt. Got 1"):
         model.model.compress(ids, pixel_values=random_pixels(1), registration=[SAME])
     with pytest.raises(ValueError, match="`registration` has 2 entries, but there are 1 prompts"):
         kept(model, random_pixels(2), registration=[SAME, SAME])

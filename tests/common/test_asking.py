@@ -5,9 +5,12 @@ from types import SimpleNamespace
 import pytest
 import torch
 from images import random_image
+from rasters import write_dates
 from uhr_bat.common import asking
 from uhr_bat.common.loading import load_model
 from uhr_bat.common.objects import Pointed
+from uhr_bat.examples import ask as ask_command
+from uhr_bat.geo import __main__ as evidence_map
 
 QUESTIONS = ["What colour is the plane at the runway?", "How many ships?"]
 BUDGETS = [2, 3, 5, 6]
@@ -71,3 +74,22 @@ def test_objects_lie_in_the_last_image_of_a_prompt():
     model = SimpleNamespace(point=lambda ids, compressed: [[Pointed("plane", 0, 9)]] * 2)
     found = asking.objects_of_answers(model, ["", ""], compressed, [(80, 80), (40, 40)], ids=torch.zeros(2, 1))
     assert [one.box for (one,) in found] == [(10, 10, 20, 20), (10, 20, 20, 30)]
+
+
+def test_dates_that_lie_apart_are_refused_by_their_names_before_anything_is_cut(loaded, monkeypatch, tmp_path, capsys):
+    processor, model, _, _ = loaded
+    here, _, there = write_dates(tmp_path)
+
+    def never(*args, **kwargs):
+        raise AssertionError("An image was cut.")
+
+    monkeypatch.setattr(type(processor.image_processor), "preprocess", never)
+    for ask in (
+        lambda: asking.ask(processor, model, there, "What is new?", before=here),
+        lambda: processor(text="<image><image>What is new?", images=[here, there], dates=True),
+    ):
+        with pytest.raises(ValueError, match="common ground: .*earlier.tif and .*apart.tif lie apart"):
+            ask()
+    assert ask_command.main([there, "What is new?", "--before", here]) == 2
+    assert evidence_map.main([there, "What?", "--before", here, "--page", str(tmp_path / "page.html")]) == 2
+    assert capsys.readouterr().err.count("earlier.tif and ") == 2
