@@ -190,12 +190,12 @@ def printable(text: str) -> str:
 
 
 def generated(
-    model, processor, questions, features, *, budgets=None, rules=None, counts=None, max_tiles=None, max_new_tokens=16,
-    **generation,
+    model, processor, questions, features, *, budgets=None, rules=None, counts=None, max_tiles=None, dates=None,
+    max_new_tokens=16, **generation,
 ) -> tuple[torch.Tensor, Any]:  # fmt: skip
     """The ids long[B, new] of the answers to a batch of questions about encoded images, and what `compress` returned for them:
     see the steps."""
-    inputs = write_prompts(model, processor, questions, features, budgets, counts, max_tiles)
+    inputs = write_prompts(model, processor, questions, features, budgets, counts, max_tiles, dates)
     compressed = compress(model, inputs, rules)
     return generate(model, inputs, compressed, max_new_tokens=max_new_tokens, **generation), compressed
 

@@ -36,6 +36,7 @@ from ..common.runs import Line, alone, check_same_settings, whole_lines
 from ..geo import Answered, Georeference, check_objects, object_members, write_joined
 from ..geo.objects import OBJECT_FILES
 from ..image_raster_files_uhr_bat import reason
+from ..image_registration_uhr_bat import open_dates
 from .batch_inputs import BatchImage, plan, read_images, read_questions
 
 # Entry of the results' metadata that says what they were asked with.
@@ -47,6 +48,7 @@ CORES_PER_WORKER = 4
 COLUMNS = {
     "image": "string",
     "item": "string",
+    "before": "string",
     "question": "string",
     "answer": "string",
     "objects": "string",
@@ -71,15 +73,15 @@ LOST = "The processes that had this image died: there may be too little memory f
 
 
 class Attempts:
-    """How often each image (source, item) was begun; it outlives the workers, which Ray starts again, with what they had, for ever."""
+    """How often each image (source, item, before) was begun; it outlives the workers, which Ray starts again, with what they had, for ever."""
 
     def __init__(self):
         self.numbers = {}
 
-    def number(self, image: tuple[str, str]) -> int:
+    def number(self, image: tuple[str, str, str]) -> int:
         return self.numbers.get(image, 0)
 
-    def begin(self, image: tuple[str, str]) -> int:
+    def begin(self, image: tuple[str, str, str]) -> int:
         self.numbers[image] = self.number(image) + 1
         return self.numbers[image]
 
@@ -101,11 +103,12 @@ class Worker:
         self.at_work = threading.RLock()
 
     def __call__(self, row: dict) -> list[dict]:
-        """The rows of the results (`COLUMNS`) of {"image", "item", "questions"}."""
+        """The rows of the results (`COLUMNS`) of {"image", "item", "before", "questions"}."""
         import ray
 
         rows = [{"question": question} for question in row["questions"]]
-        image = row["image"], row["item"]
+        about = {name: row[name] for name in ("image", "item", "before")}
+        image = tuple(about.values())
         begun = ray.get(self.attempts.number.remote(image))
         # What was begun before may have ended its process, and would end its neighbour's work again.
         with self.at_work if begun else nullcontext():
@@ -113,24 +116,25 @@ class Worker:
             try:
                 if ray.get(self.attempts.begin.remote(image)) > MAX_ATTEMPTS:
                     raise MemoryError(LOST)
-                self.answer_all(row["image"], rows)
+                self.answer_all(row["image"], rows, row["before"] or None)
             except Exception as error:  # an image can fail in any way; the other ones are still to come
                 rows = [{"question": question, "error": reason(error)} for question in row["questions"]]
-        about = {"image": row["image"], "item": row["item"], "model": with_revision(self.settings)}
+        about["model"] = with_revision(self.settings)
         return [dict.fromkeys(COLUMNS) | about | answer for answer in rows]
 
-    def answer_all(self, image, rows):
+    def answer_all(self, image, rows, before=None):
         from ..common import asking
 
-        opened = self.open(image)
-        inputs = self.cut(opened)
+        images, dates = open_dates(self.open, image, before)
+        opened, inputs = images[-1], self.cut(images)
         place = Georeference.of(opened, image) if self.settings.get("objects") else None
         with self.at_work:
             start = time.perf_counter()
             features = asking.encode(self.model, inputs)
             rows[0]["encoding_seconds"] = time.perf_counter() - start
             for first in range(0, len(rows), self.batch_size):
-                self.answer(rows[first : first + self.batch_size], features, (opened.height, opened.width), place)
+                size = opened.height, opened.width
+                self.answer(rows[first : first + self.batch_size], features, size, place, dates)
 
     def open(self, image):
         return self.processor.image_processor.open_image(image, **self.reading(OPTIONS))
@@ -143,12 +147,15 @@ class Worker:
         reading = self.settings["reading"]
         return {name: reading[name] for name in names if reading.get(name) is not None}
 
-    def answer(self, rows, features, image_size, place=None):
-        """Adds the answers to rows with questions about the same encoded image, with their objects where there is a `place`."""
+    def answer(self, rows, features, image_size, place=None, dates=None):
+        """Adds the answers to rows with questions about the same encoded image, or two `dates` of `open_dates`, with their objects
+        where there is a `place`."""
         from ..common import asking
 
         start = time.perf_counter()
         options = {name: self.settings[name] for name in ("budgets", "max_new_tokens")}
+        if dates is not None:
+            options |= {"dates": dates * len(rows), **self.reading(("max_tiles",))}
         questions = [row["question"] for row in rows]
         try:
             ids, compressed = asking.generated(self.model, self.processor, questions, [features] * len(rows), **options)
@@ -162,7 +169,7 @@ class Worker:
                 rows[0]["error"] = reason(error)
             else:  # by itself, a question fails alone
                 for row in rows:
-                    self.answer([row], features, image_size, place)
+                    self.answer([row], features, image_size, place, dates)
             return
         seconds = (time.perf_counter() - start) / len(rows)
         for row, text, of_answer, spent in zip(rows, texts, objects, compressed.tokens_per_prompt):
@@ -256,7 +263,10 @@ def ask(work: list[tuple[BatchImage, list[str]]], settings: dict, batch_size=8, 
         context.print_on_execution_start = False
         logging.getLogger("ray.data").setLevel(logging.ERROR)
         attempts = ray.remote(num_cpus=0)(Attempts).remote()
-        rows = [{"image": image.source, "item": image.item, "questions": questions} for image, questions in work]
+        rows = [
+            {"image": image.source, "item": image.item, "before": image.before, "questions": questions}
+            for image, questions in work
+        ]
         # A block is an image: what a worker loses, and what is handed out, is one image.
         answered = ray.data.from_items(rows, override_num_blocks=len(rows)).flat_map(
             Worker,
@@ -314,8 +324,9 @@ def _read_csv(path):
         for name, kind in COLUMNS.items():
             if row[name] is not None and kind != "string":
                 row[name] = float(row[name]) if kind == "float64" else int(row[name])
-        # A row without an error has an answer, and every row an item: an empty one is none of them left out.
-        rows.append(row | {"item": row["item"] or ""} | ({} if row["error"] else {"answer": row["answer"] or ""}))
+        # A row without an error has an answer, and every row an item and what it is compared with: an empty one is none left out.
+        row |= {name: row[name] or "" for name in ("item", "before")}
+        rows.append(row | ({} if row["error"] else {"answer": row["answer"] or ""}))
     return _read_settings(path), rows
 
 
@@ -385,9 +396,9 @@ def write_all_objects(path: Path, rows: list[dict], about: dict[str, str]) -> tu
     return sum(len(one.objects) for one in answers), list(lost.items())
 
 
-def _key(row: dict) -> tuple[str, str, str]:
-    """What a row answers."""
-    return row["image"], row["item"] or "", row["question"]
+def _key(row: dict) -> tuple[str, str, str, str]:
+    """What a row answers; results that were written before there were two dates have no `before`."""
+    return row["image"], row["item"] or "", row.get("before") or "", row["question"]
 
 
 def run(work: list[tuple[BatchImage, list[str]]], output: Path, settings: dict, **options) -> list[dict]:
@@ -407,9 +418,9 @@ def _run_alone(work, output, settings, options):
 
     found = {_key(row): row for row in read_results(output, settings)}
     done = {key for key, row in found.items() if row["error"] is None}
-    order = [(image.source, image.item, question) for image, questions in work for question in questions]
+    order = [(image.source, image.item, image.before, question) for image, questions in work for question in questions]
     left = [
-        (image, [question for question in questions if (image.source, image.item, question) not in done])
+        (image, [question for question in questions if (image.source, image.item, image.before, question) not in done])
         for image, questions in work
     ]
     left = [(image, questions) for image, questions in left if questions]
@@ -487,8 +498,8 @@ def main(arguments=None) -> int:
         "reading": image_options(args) | tile_options(args),
         **({"objects": True} if args.objects else {}),
     }
-    work = plan(read_images(args.images, args.asset), read_questions(args.questions))
-    check_outputs([image.source for image, _ in work], *outputs)
+    work = plan(read_images(args.images, args.asset), read_questions(args.questions), args.questions)
+    check_outputs([source for image, _ in work for source in (image.source, image.before) if source], *outputs)
     options = {name: getattr(args, name) for name in ("batch_size", "workers", "gpus", "address")}
     rows = run(work, args.output, settings, **options)
     failed = [row for row in rows if row["error"] is not None]

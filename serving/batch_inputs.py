@@ -4,7 +4,7 @@ import csv
 import io
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from ..common.extras import require
@@ -26,10 +26,12 @@ class BatchImage:
     Attributes:
         source: absolute path, URL or name of GDAL's, as the results have it.
         item: id of its STAC item, "" where it has none.
+        before: an earlier image of the same place that it is compared with, as `source`; "" for none.
     """
 
     source: str
     item: str = ""
+    before: str = ""
 
     @property
     def names(self) -> set[str]:
@@ -125,16 +127,16 @@ def _choose_asset(item, name, path):
 # ---- Questions -------------------------------------------------------------------------------------------------------
 
 
-def read_questions(path: Path) -> list[tuple[str | None, str]]:
-    """(image, question) of every row; None stands for all images.
+def read_questions(path: Path) -> list[tuple[str | None, str, str | None]]:
+    """(image, question, before) of every row; None stands for all images, and for no earlier one.
 
     Args:
-        path: .txt, a question a line; .json or .jsonl, strings, or records with `question` and perhaps `image`; .csv with
-            such columns.
+        path: .txt, a question a line; .json or .jsonl, strings, or records with `question` and perhaps `image` and `before`; .csv
+            with such columns.
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: another ending, a row without a question, or no row.
+        ValueError: another ending, a row without a question or with an image that is no text, or no row.
     """
     if not path.is_file():
         raise FileNotFoundError(f"{path}: there is no such file of questions.")
@@ -155,20 +157,26 @@ def read_questions(path: Path) -> list[tuple[str | None, str]]:
 
 def _question(row, number, path):
     record = row if isinstance(row, dict) else {"question": row}
-    image, question = record.get("image"), record.get("question")
+    question, named = record.get("question"), {name: record.get(name) or None for name in ("image", "before")}
     if not isinstance(question, str) or not question.strip():
         raise ValueError(f"{path}, row {number}: there is no question in {row!r}.")
-    return image or None, question.strip()
+    for name, value in named.items():
+        if not isinstance(value, str | None):
+            raise ValueError(f"{path}, row {number}: {name!r} is a path, a URL or a name. Got {value!r}.")
+    return named["image"], question.strip(), named["before"]
 
 
 def plan(
-    images: Iterable[BatchImage], questions: Iterable[tuple[str | None, str]]
+    images: Iterable[BatchImage],
+    questions: Iterable[tuple[str | None, str, str | None]],
+    path: Path = Path("questions"),
 ) -> list[tuple[BatchImage, list[str]]]:
-    """Every image that is asked about with its questions, each once, in the order of both.
+    """Every image that is asked about, alone or with an earlier one, with its questions, each once, in the order of both.
 
     Args:
         images, questions: of `read_images` and `read_questions`. A question names its image by the whole path or URL, the
-            last part of it, or the id of the STAC item.
+            last part of it, or the id of the STAC item. So it may name the earlier one, which may also be none of the images.
+        path: of the questions: that of an earlier image is relative to its folder.
 
     Raises:
         ValueError: a question names an image that is none of them, or several of them.
@@ -178,14 +186,24 @@ def plan(
     for image in images:
         for name in image.names:
             by_name[name].append(image)
-    asked = {image: {} for image in images}
-    for name, question in questions:
-        named = images if name is None else by_name[name]
-        if name is not None and len({image.source for image in named}) != 1:
+
+    def found(name, question):
+        named = by_name.get(name, [])
+        if len({image.source for image in named}) != 1:
             raise ValueError(
                 f"A question is about the image {name!r}, which is the name of {len(named)} of the {len(images)} images: "
                 f"{question!r}."
             )
-        for image in named:
-            asked[image][question] = None
-    return [(image, list(of_image)) for image, of_image in asked.items() if of_image]
+        return named
+
+    asked = {image: defaultdict(dict) for image in images}
+    for name, question, before in questions:
+        if before is not None:
+            before = (found(before, question)[0] if before in by_name else _named(before, path)).source
+        for image in images if name is None else found(name, question):
+            asked[image][before or ""][question] = None
+    return [
+        (replace(image, before=before), list(texts))
+        for image, pairs in asked.items()
+        for before, texts in pairs.items()
+    ]

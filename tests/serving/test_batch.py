@@ -4,9 +4,12 @@ import csv
 import io
 import json
 import time
+from dataclasses import replace
 
 import pyarrow.parquet as pq
 import pytest
+from rasters import write_dates
+from uhr_bat import ask
 from uhr_bat.common.loading import ROOT
 from uhr_bat.scenes import painting
 from uhr_bat.serving import batch
@@ -31,7 +34,8 @@ class Workers:
             if number == self.stop_after:
                 raise KeyboardInterrupt
             self.asked.append((image.source, question))
-            row = dict.fromkeys(COLUMNS) | {"image": image.source, "item": image.item, "question": question}
+            row = dict.fromkeys(COLUMNS) | {"image": image.source, "item": image.item, "before": image.before}
+            row["question"] = question
             failed = image.source in self.failing
             answer = {"answer": f"{len(self.asked)}", "visual_tokens": 30, "objects": self.objects}
             yield row | ({"error": "OSError: torn"} if failed else answer)
@@ -105,6 +109,26 @@ def test_a_worker_looks_closer_where_it_is_told_to(tmp_path):
     assert features.scales == [64, 128, 256, 512, 704] and features.pyramid.max_tiles == 24
     worker.answer_all(tmp_path / "scene.png", rows)
     assert [row["visual_tokens"] for row in rows] == [40] * 3 and len({row["answer"] for row in rows}) == 1
+    earlier, later, apart = write_dates(tmp_path)
+    worker.answer_all(later, rows, earlier)
+    of_dates = {"before": earlier, "budgets": 40, "max_tiles": 24, "native": True, "max_new_tokens": 2}
+    assert [row["answer"] for row in rows] == [
+        ask(worker.processor, worker.model, later, "How many ships?", **of_dates).text
+    ] * 3
+    with pytest.raises(ValueError, match="earlier.tif and .*apart.tif lie apart"):
+        worker.answer_all(apart, rows, earlier)
+
+
+def test_a_question_about_two_dates_is_another_one_than_about_the_later_alone(tmp_path, workers):
+    output = tmp_path / "results.csv"
+    run(WORK[:1], output, SETTINGS)
+    rows = run([*WORK[:1], (replace(IMAGES[0], before="/data/old.tif"), ["How many?"])], output, SETTINGS)
+    assert [(row["before"], row["question"]) for row in rows] == [
+        ("", "How many?"),
+        ("", "What colour?"),
+        ("/data/old.tif", "How many?"),
+    ]
+    assert run(WORK[:1], output, SETTINGS)[:3] == rows and len(workers.asked) == 3
 
 
 def test_new_questions_are_added_to_what_was_answered(tmp_path, workers):

@@ -1,5 +1,7 @@
 """What a batch is made of: images and questions from files of every kind, and errors that name what is wrong in them."""
 
+from dataclasses import replace
+
 import pytest
 from images import raises
 from uhr_bat.serving.batch_inputs import BatchImage, plan, read_images, read_questions
@@ -35,8 +37,8 @@ def test_a_missing_image_of_a_list_is_one_of_the_batch(tmp_path):
 
 def test_a_question_about_an_image_is_one_about_all_its_items():
     items = [BatchImage("/data/a.tif", item) for item in ("first", "second")]
-    assert plan(items, [("/data/a.tif", "How many?")]) == [(item, ["How many?"]) for item in items]
-    assert plan(items, [("second", "How many?")]) == [(items[1], ["How many?"])]
+    assert plan(items, [("/data/a.tif", "How many?", None)]) == [(item, ["How many?"]) for item in items]
+    assert plan(items, [("second", "How many?", None)]) == [(items[1], ["How many?"])]
 
 
 def test_a_list_names_paths_beside_it_and_addresses_each_once(tmp_path):
@@ -63,7 +65,10 @@ def test_images_that_are_not_there_are_an_error(tmp_path):
     ],
 )
 def test_questions_of_every_kind_of_file(tmp_path, name, text):
-    assert read_questions(write(tmp_path / name, text)) == [(None, "How many?"), (None, "What colour?")]
+    assert read_questions(write(tmp_path / name, text)) == [
+        (None, "How many?", None),
+        (None, "What colour?", None),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -74,6 +79,7 @@ def test_questions_of_every_kind_of_file(tmp_path, name, text):
         ("q.csv", "image,text\na.tif,How many?\n", "row 1: there is no question in"),
         ("q.jsonl", '{"question": "How many?"}\n{"question": 3}\n', "row 2: there is no question in"),
         ("q.jsonl", '{"question": "How many?"}\n{"ques\n', "line 2: this is no JSON"),
+        ("q.json", '[{"question": "New?", "before": ["a.tif"]}]', "row 1: 'before' is a path, a URL or a name. Got "),
     ],
 )
 def test_questions_that_are_none_are_an_error_that_says_where(tmp_path, name, text, message):
@@ -83,18 +89,18 @@ def test_questions_that_are_none_are_an_error_that_says_where(tmp_path, name, te
 
 def test_a_question_is_about_all_images_or_the_one_that_it_names():
     questions = [("b.tif", "How many?"), (None, "What colour?"), ("S2C", "How many?"), ("/data/b.tif", "How many?")]
-    assert plan([A, B, C], questions) == [
+    assert plan([A, B, C], [(*one, None) for one in questions]) == [
         (A, ["What colour?"]),
         (B, ["How many?", "What colour?"]),
         (C, ["What colour?", "How many?"]),
     ]
-    assert plan([A, B], [("a.tif", "How many?")]) == [(A, ["How many?"])]
+    assert plan([A, B], [("a.tif", "How many?", None)]) == [(A, ["How many?"])]
 
 
 @pytest.mark.parametrize("name, number", [("d.tif", 0), ("a.tif", 2)])
 def test_a_question_about_no_image_or_several_is_an_error(name, number):
     with pytest.raises(ValueError, match=f"{name!r}, which is the name of {number} of the 3 images: 'How many"):
-        plan([A, BatchImage("/other/a.tif"), B], [(name, "How many?")])
+        plan([A, BatchImage("/other/a.tif"), B], [(name, "How many?", None)])
 
 
 @pytest.mark.parametrize("name", ["list.txt", "questions.txt", "questions.csv"])
@@ -109,3 +115,11 @@ def test_lines_of_a_list_end_where_lines_of_files_do(tmp_path):
     path = tmp_path / "list.txt"
     path.write_bytes("\ufeffa b/ü.tif\r\n\r\n/data/x\u2028y.tif\r\n".encode())
     assert [image.source for image in read_images(path)] == [str(tmp_path / "a b/ü.tif"), "/data/x\u2028y.tif"]
+
+
+def test_an_earlier_image_is_one_of_the_images_by_its_name_or_a_file_beside_the_questions(tmp_path):
+    path = write(tmp_path / "q.csv", "image,question,before\na.tif,New?,b.tif\na.tif,New?,old/a.tif\na.tif,New?,\n")
+    pairs = [replace(A, before=before) for before in (B.source, str(tmp_path / "old/a.tif"), "")]
+    assert plan([A, B], read_questions(path), path) == [(pair, ["New?"]) for pair in pairs]
+    with pytest.raises(ValueError, match="'b.tif', which is the name of 2 of the 3 images"):
+        plan([A, B, replace(B, source="/other/b.tif")], read_questions(path), path)
