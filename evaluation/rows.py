@@ -181,15 +181,20 @@ class Views:
         self.views, self.others = {}, {}
 
     @cached_property
+    def pyramid(self):
+        """The fixed scales, cut for no question: their numbers alone are asked for."""
+        return all_tiles(self.pair[0].image_processor)(self.image, max_tiles=ALL_TILES)["image_pyramids"][0]
+
+    @cached_property
     def available(self) -> list[int]:
         """int[S], tokens of every fixed scale that show the image; nothing is encoded to know them."""
         if ("whole",) in self.views:
             return self.views["whole",].available
-        processor, reads = self.pair[0], all_tiles(self.pair[0].image_processor)
-        (pyramid,) = reads(self.image, max_tiles=ALL_TILES)["image_pyramids"]
-        if all(map(pyramid.is_known, range(len(pyramid.scales)))):
-            return pyramid.available
-        return processor.count_shown(reads(self.image, return_tensors="pt")["pixel_attention_mask"])[0]
+        if all(map(self.pyramid.is_known, range(len(self.pyramid.scales)))):
+            return self.pyramid.available
+        processor = self.pair[0]
+        cut = all_tiles(processor.image_processor)(self.image, return_tensors="pt")
+        return processor.count_shown(cut["pixel_attention_mask"])[0]
 
     def seen(self, view=("whole",), settings=None) -> Seen:
         if settings:
@@ -246,11 +251,8 @@ def resized(views: Views, share: float) -> Seen:
 
 def tiles_of_share(views: Views, share: float) -> Seen:
     """Of the tiles behind the anchor's a share, where the question looks."""
-    image_processor = views.pair[0].image_processor
-    (pyramid,) = image_processor(views.image, max_tiles=ALL_TILES)["image_pyramids"]
-    anchor, *finer = [int((pyramid.num_shown(idx) > 0).sum()) for idx in range(len(pyramid.scales))]
-    options = {"max_tiles": anchor + round(share * sum(finer))}
-    return views.encode(available=views.available, options=options)
+    anchor, *finer = views.pyramid.num_chosen  # of all tiles those that show the image
+    return views.encode(available=views.available, options={"max_tiles": anchor + round(share * sum(finer))})
 
 
 def native(views: Views, max_tiles: int) -> Seen:

@@ -62,9 +62,13 @@ def test_the_tokens_of_an_image_are_counted_without_encoding_it(tmp_path):
     for image in (random_image(300, 400), processor.image_processor.open_image(str(tmp_path / "a.tif"))):
         views = rows.Views((processor, None), image)
         views.encode = lambda **options: asked.append(options)
+        processor.image_processor.native = True  # which the rows of the fixed scales do not hear
         rows.tiles_of_share(views, 0.25)
+        processor.image_processor.native = None
         mask = processor.image_processor(image, return_tensors="pt")["pixel_attention_mask"]
         assert asked[-1]["available"] == processor.count_shown(mask)[0]
+        anchor, *finer = processor.image_processor(image, max_tiles=10**6)["image_pyramids"][0].num_chosen
+        assert asked[-1]["options"] == {"max_tiles": anchor + round(0.25 * sum(finer))}
 
 
 def test_rules_over_regions_of_a_model_without_are_named_and_no_others():
