@@ -177,6 +177,13 @@ def as_base64(text: str) -> str:
 # ---- Files -----------------------------------------------------------------------------------------------------------
 
 
+def existing(data: str, otherwise: str) -> Path:
+    """The file or folder of a benchmark. Raises `FileNotFoundError` where there is none, with what else it could have been."""
+    if not os.path.exists(data):
+        raise FileNotFoundError(f"{data}: there is no such file or folder, and {otherwise}.")
+    return Path(data)
+
+
 def find_files(data: str, patterns, version: str | None = None, split: str | None = None) -> list[Path]:
     """The files of a benchmark: one that is named, or those of a folder that fit the first pattern that any fits, if
     they are one file or the shards of one split.
@@ -186,10 +193,10 @@ def find_files(data: str, patterns, version: str | None = None, split: str | Non
         split: that is wanted; else test before validation before train.
 
     Raises:
-        FileNotFoundError: no such file is in the folder.
+        FileNotFoundError: no such file is in the folder, or there is no such folder.
         ValueError: several are, and none of them is the one; it names them.
     """
-    path = Path(data)
+    path = existing(data, f"this benchmark is read from files of its own: {', '.join(patterns)}")
     if path.is_file():
         return [path]
     for pattern in (*patterns, "*.jsonl", "*.json", "*.parquet", "*.tsv", "*.csv", "*.arrow"):
@@ -293,9 +300,7 @@ def read_records(data: str, patterns=(), split=None, name=None, version=None) ->
     """
     if not os.path.exists(data):
         if data.count("/") != 1 or data.startswith(("/", ".", "~")):
-            raise FileNotFoundError(
-                f"{data}: there is no such file or folder, and it is no id of a data set (OWNER/NAME)."
-            )
+            existing(data, "it is no id of a data set (OWNER/NAME)")
         require("evaluate", "datasets")
         from datasets import get_dataset_split_names, load_dataset
 

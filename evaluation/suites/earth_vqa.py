@@ -4,7 +4,6 @@ One file a split, {picture: [{"Type": ..., "Question": ..., "Answer": ...}, ...]
 """
 
 import json
-import os
 
 from ..samples import Sample, find_files, first, text_of
 from ..scoring import TOLERANT, Scorer, read_tolerant, read_words, same_tolerant, same_words
@@ -35,10 +34,6 @@ class EarthVQA(Suite):
     max_new_tokens = 48  # of the longest of its answers, which are sentences
 
     def records(self, data):
-        if not os.path.exists(data):
-            raise FileNotFoundError(
-                f"{data}: there is no such file or folder. {self.title} is read from its own files."
-            )
         path = find_files(data, self.files)[0]
         try:
             found = json.loads(path.read_text(encoding="utf-8-sig"), object_pairs_hook=once)

@@ -5,7 +5,6 @@ images/SPLIT/A before and images/SPLIT/B after.
 """
 
 import json
-import os
 import re
 
 from ...common.extras import require
@@ -101,8 +100,6 @@ class LevirCC(Suite):
     above = 0
 
     def records(self, data):
-        if not os.path.exists(data):
-            raise FileNotFoundError(f"{data}: there is no such file or folder. {self.title} is read from its own file.")
         path = find_files(data, self.files)[0]
         try:
             rows = json.loads(path.read_text(encoding="utf-8-sig"))["images"]

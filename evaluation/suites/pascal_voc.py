@@ -3,9 +3,8 @@
 import math
 import xml.etree.ElementTree as ElementTree
 from collections import defaultdict
-from pathlib import Path
 
-from ..samples import Sample, pictures_in
+from ..samples import Sample, existing, pictures_in
 from ..scoring import Scorer, read_words
 from .suite import Suite, spaced
 
@@ -34,10 +33,11 @@ class PascalVOC(Suite):
 
     def load(self, data, limit=None):
         """A question for every kind of object in every picture of a folder of XML files, or of one file."""
-        path = Path(data or "")
+        wanted = "--data is an XML file of Pascal VOC, or a folder that holds some"
+        path = existing(str(data), wanted)
         files = [path] if path.is_file() else sorted(path.glob("**/*.xml"))
-        if data is None or not files:
-            raise FileNotFoundError(f"{data}: --data is an XML file of Pascal VOC, or a folder that holds some.")
+        if not files:
+            raise FileNotFoundError(f"{data}: {wanted}.")
         samples = []
         for file in files:
             try:

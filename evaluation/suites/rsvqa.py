@@ -4,7 +4,6 @@ Questions and answers are files of their own, joined by their ids; a picture is 
 """
 
 import json
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator
@@ -51,8 +50,6 @@ def rows_of(path: Path, name: str) -> list[dict]:
 
 def questions_file(data: str, files, title: str) -> Path:
     """The file of the questions. Raises `FileNotFoundError` or `ValueError` where there is none."""
-    if not os.path.exists(data):
-        raise FileNotFoundError(f"{data}: there is no such file or folder. {title} has files of its own.")
     path = find_files(data, files)[0]
     if not path.name.endswith(ENDS):
         raise ValueError(f"{path}: the questions of {title} are a file ..._{ENDS}. Give it as --data.")

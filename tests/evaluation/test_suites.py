@@ -201,6 +201,9 @@ def test_data_that_is_nowhere_is_an_error(tmp_path):
         SUITES["xlrs-bench"].load("nowhere")
     with pytest.raises(FileNotFoundError, match="no file of this benchmark"):
         SUITES["xlrs-bench"].load(str(tmp_path))
+    for name in ("earth-vqa", "rsvqa-lr", "cdvqa", "levir-cc", "pascal-voc"):  # those that are on no Hub
+        with pytest.raises(FileNotFoundError, match="^my/data: there is no such file or folder, and "):
+            SUITES[name].load("my/data")
 
 
 # ---- Right answers, files, pictures ----------------------------------------------------------------------------------
