@@ -100,12 +100,14 @@ def write_prompts(model, processor, questions, features, budgets=None, counts=No
         features: for every question the list of what `encode` returned for its images; empty for text alone.
         budgets: int[S], one number or a limit, see [`UHRBatProcessor`]; None for those of the model.
         counts: int[I][S], exact visual tokens of every image instead of budgets: of any order, which budgets are not.
-        max_tiles: that the pyramids of a prompt share; None for what each has.
+        max_tiles: that the pyramids of a prompt share; None for what each has, or of `dates` for those of the processor.
         dates: of questions about two dates of one place, what `open_dates` found for each; None for images that have nothing to
             do with each other.
     """
     texts = [prompt_text(processor, question, len(images)) for question, images in zip(questions, features)]
     images = [image for of_question in features for image in of_question]
+    if dates is not None:
+        max_tiles = max_tiles or processor.image_processor.max_tiles
     if counts is None:
         options = {"image_features": images, "budgets": budgets, "max_tiles": max_tiles} if images else {}
         options |= {} if dates is None else {"dates": dates}
@@ -260,8 +262,8 @@ def ask_opened(
     Args:
         image_inputs: what the image processor made of what `open_dates` opened, and `dates` what it found.
     """
-    both = {} if dates is None else {"max_tiles": max_tiles, "dates": dates}
-    inputs = write_prompts(model, processor, [question], [encode(model, image_inputs)], budgets, **both)
+    features = encode(model, image_inputs)
+    inputs = write_prompts(model, processor, [question], [features], budgets, max_tiles=max_tiles, dates=dates)
     compressed = compress(model, inputs)
     ids = generate(model, inputs, compressed, max_new_tokens=max_new_tokens)
     (text,) = answer_texts(processor, ids)

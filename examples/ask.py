@@ -62,7 +62,7 @@ def ask(args):
         image_processor = load_processor(args.model, args.set).image_processor
         read = partial(image_processor.open_image, **image_options(args))
         images, dates = open_dates(read, args.image, args.before)
-    image, both = images[-1], {} if dates is None else {"max_tiles": args.max_tiles, "dates": dates}
+    image = images[-1]
     if args.objects:
         georeference = Georeference.of(image, args.image)
         check_objects(args.objects, georeference)
@@ -81,6 +81,7 @@ def ask(args):
         processor, model = load_model(args.model, **args.set)
     with timed(seconds, "encode"):
         features = asking.encode(model, image_inputs)
+    both = {"max_tiles": args.max_tiles, "dates": dates}
     inputs = asking.write_prompts(model, processor, [args.question], [features], args.budgets, **both)
     with timed(seconds, "compress"):
         compressed = asking.compress(model, inputs)

@@ -81,7 +81,7 @@ class _Asked:
         if request.objects:
             # What the answer goes on with may have begun a box.
             text = "".join(request.messages[-1].texts if request.goes_on() else []) + self.text
-            read = answered_objects, self.engine.front.model, text, self.selection, self.images[0]
+            read = answered_objects, self.engine.front.model, text, self.selection, self.images[-1]
             found["objects"] = await asyncio.to_thread(*read)
         return found
 
@@ -164,12 +164,15 @@ class Service:
                     code="context_length_exceeded",
                 )
             engine.front.check_limit(request.budgets, request.max_tiles)
-            images = []
-            for url in urls:
-                source = await self.sources.read(url)
-                options = request.reader_options | {"max_image_pixels": self.max_image_pixels}
+            options = request.reader_options | {"max_image_pixels": self.max_image_pixels}
+            images, pair, dates = [], [], None
+            if request.dates:
+                pair = [await self.sources.read(url) for url in urls]
+                dates = await engine.register(*pair, **options | {"max_tiles": None, "native": None})
+            for idx, url in enumerate(urls):
+                source = pair[idx] if pair else await self.sources.read(url)
                 images.append(await engine.encode(source, **options))
-            selection = await engine.select(prompt, images, request.budgets, request.max_tiles)
+            selection = await engine.select(prompt, images, request.budgets, request.max_tiles, dates)
         except MemoryError:
             raise Refusal("An image takes more memory than the server has.", 413, code="image_too_large") from None
         except (OSError, ValueError, ImportError) as error:

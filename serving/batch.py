@@ -154,8 +154,7 @@ class Worker:
 
         start = time.perf_counter()
         options = {name: self.settings[name] for name in ("budgets", "max_new_tokens")}
-        if dates is not None:
-            options |= {"dates": dates * len(rows), **self.reading(("max_tiles",))}
+        options |= {"dates": dates and dates * len(rows), **self.reading(("max_tiles",))}
         questions = [row["question"] for row in rows]
         try:
             ids, compressed = asking.generated(self.model, self.processor, questions, [features] * len(rows), **options)

@@ -40,6 +40,7 @@ NAMED = {
     "window": ("window", "bounds"),
     "nodata": ("nodata",),
     "page": ("page",),
+    "dates": ("the two dates",),
 }
 
 
@@ -212,6 +213,7 @@ class ChatRequest(_Strict):
     window: Annotated[list[Whole | Number | System], Field(min_length=4, max_length=5, fail_fast=True)] | None = None
     nodata: Value | Annotated[list[Value], Field(min_length=2, max_length=2, fail_fast=True)] | None = None
     page: Count | None = None
+    dates: bool = False
     evidence: bool = False
     objects: bool = False
 
@@ -267,13 +269,19 @@ class ChatRequest(_Strict):
         """In the order of the text.
 
         Raises:
-            Refusal: more than `MAX_IMAGES`; `objects` of several, or of none.
+            Refusal: more than `MAX_IMAGES`; `dates` of other than two; `objects` of several that are no dates, or of none.
         """
         parts = [part for message in self.messages if not isinstance(message.content, str) for part in message.content]
         urls = [part.image_url.url for part in parts if part.type == "image_url"]
         if len(urls) > MAX_IMAGES:
             raise Refusal(f"{len(urls)} images are more than the {MAX_IMAGES} of a request.", param="messages")
-        if self.objects and len(urls) != 1:
+        if self.dates and len(urls) != 2:
+            raise Refusal(
+                f"`dates` compares 2 images of one place, the earlier one first. Got {len(urls)} in all messages.",
+                param="dates",
+                code="invalid_request",
+            )
+        if self.objects and len(urls) != 1 and not self.dates:
             raise Refusal(
                 f"`objects` lie in one image, and no answer says in which of several. Got {len(urls)} images.",
                 param="objects",

@@ -51,9 +51,13 @@ class Engine:
         """See `Front.encode`."""
         return await self.call(self.front.encode, source, **options)
 
-    async def select(self, prompt, images, budgets=None, max_tiles=None) -> Selection:
+    async def register(self, earlier, later, **options) -> list:
+        """See `Front.register`."""
+        return await self.call(self.front.register, earlier, later, **options)
+
+    async def select(self, prompt, images, budgets=None, max_tiles=None, dates=None) -> Selection:
         """See `Front.select`."""
-        return await self.call(self.front.select, prompt, images, budgets, max_tiles)
+        return await self.call(self.front.select, prompt, images, budgets, max_tiles, dates)
 
     async def call(self, function, *args, **kwargs):
         """What a function returns on a thread, which is told where the caller goes meanwhile (`has_left`)."""

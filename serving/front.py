@@ -20,6 +20,7 @@ from ..common.models import base_of, hub_name
 from ..common.outputs import files_beside
 from ..geo import Georeference
 from ..image_reading_uhr_bat import kind_of
+from ..image_registration_uhr_bat import open_dates
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
 from ..planning import planner_of
 from .cache import Abandoned, ContentCache
@@ -191,6 +192,22 @@ class Front:
         self.cache.grown(key)  # a JPEG is decoded when it is looked at
         return picture.image
 
+    def register(self, earlier: ImageFile, later: ImageFile, **options) -> list:
+        """The `dates` of `select`, from the cache where the same two files were opened in the same way before; `options` as of `open`.
+
+        Raises:
+            What `read_image` and `open_dates` raise.
+        """
+        options = {name: value for name, value in options.items() if value is not None}
+
+        def opened(source):
+            image = self._open(source, options).image
+            image.filename = source.name  # where the server's folder lies is nobody's affair
+            return image
+
+        key = ("dates", *earlier.key, *later.key, repr(sorted(options.items())))
+        return self.cache.get(key, lambda: self._compute(open_dates, opened, later, earlier)[1])
+
     def _open(self, source, options):
         image = self.processor.image_processor.process_image(source.content, **options)
         return Picture(image, len(source.content) if isinstance(source.content, bytes) else 0)
@@ -248,6 +265,7 @@ class Front:
         images: list[EncodedImage],
         budgets: list[int] | int | str | None = None,
         max_tiles: int | None = None,
+        dates: list | None = None,
     ) -> Selection:
         """The question's visual tokens in its prompt, from the cache where the same was asked of the same images.
 
@@ -256,23 +274,26 @@ class Front:
             images: in the order of the text; none for text alone.
             budgets: int[S] or one number, or a limit as "24GiB" or "5s"; None for those of the model.
             max_tiles: that the images share, which were encoded with some.
+            dates: what `register` returned where the two images show one place, the earlier one first.
 
         Raises:
             ValueError: counts or budgets that do not fit, or a prompt over the context window.
         """
         max_tiles = max_tiles or self.processor.image_processor.max_tiles
-        key = ("selection", self.model_key, prompt, repr(budgets), max_tiles, *(image.key for image in images))
-        selection = self.cache.get(key, lambda: self._compute(self._select, prompt, images, budgets, max_tiles))
+        asked = prompt, images, budgets, max_tiles, dates
+        key = ("selection", self.model_key, prompt, *map(repr, asked[2:]), *(image.key for image in images))
+        selection = self.cache.get(key, lambda: self._compute(self._select, *asked))
         for image in images:
             self.cache.grown(image.key)
         return selection
 
-    def _select(self, prompt, images, budgets, max_tiles):
+    def _select(self, prompt, images, budgets, max_tiles, dates):
         self.check_limit(budgets, max_tiles)
         device = self.model.device
         features = [self._to(image.features, device) for image in images]
         # Without images there is nothing to spend a budget on.
         options = {"image_features": features, "budgets": budgets, "max_tiles": max_tiles} if images else {}
+        options |= {} if dates is None else {"dates": dates}
         inputs = self.processor(text=prompt, **options, return_tensors="pt").to(device)
         number = inputs["input_ids"].shape[1]
         if number >= self.window:

@@ -15,8 +15,10 @@ import numpy as np
 import openai
 import pytest
 import torch
+import uhr_bat
 from asking import data_uri, picture
 from PIL import Image
+from rasters import write_dates
 from uhr_bat.common.asking import prompt_text
 from uhr_bat.common.loading import load_model
 from uhr_bat.planning import planner_of
@@ -117,7 +119,9 @@ def test_what_was_looked_at_is_kept_for_the_next_question_with_any_number_of_til
     made = metric(address, 'uhr_bat_made_total{kind="image"}')
     for max_tiles in (20, 40):
         answer = ask(client, image, picture(), extra_body={"max_tiles": max_tiles, "native": True})
-        assert answer.choices[0].message.content == expected(loaded, image, picture(), max_tiles=max_tiles, native=True)[0]
+        assert (
+            answer.choices[0].message.content == expected(loaded, image, picture(), max_tiles=max_tiles, native=True)[0]
+        )
     assert metric(address, 'uhr_bat_made_total{kind="image"}') == made + 2
 
 
@@ -262,6 +266,7 @@ WRONG = {
     "a band that is not there": ({"bands": [9]}, "bands", "invalid_request"),
     "a window elsewhere": ({"window": [0, 0, 900, 900]}, "window", "invalid_request"),
     "bounds upside down": ({"window": [0, 9, 9, 0, "EPSG:4326"]}, "window", "invalid_request"),
+    "two dates of one image": ({"dates": True}, "dates", "invalid_request"),
     "a limit of two images": ({"messages": messages(picture(1), picture(2)), "budgets": "5s"}, "budgets", "invalid_request"),
     "a limit of no image": ({"messages": messages(), "budgets": "0s"}, "budgets", "invalid_request"),
     "nodata that is a word": ({"nodata": "nan"}, "nodata", None),
@@ -272,6 +277,31 @@ WRONG = {
     "no message to go on with": ({"continue_final_message": True}, "continue_final_message", None),
     "nothing to answer with": ({"add_generation_prompt": False}, "add_generation_prompt", None),
 }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def two_dates(open_folder):
+    """Paths that the server opens: an earlier, a later date, another place."""
+    return write_dates(open_folder)
+
+
+def test_two_dates_are_compared_as_ask_compares_them(client, loaded, two_dates):
+    (earlier, later, _), fields = two_dates, {"max_tiles": 20, "native": True, "budgets": 60}
+    said = uhr_bat.ask(*loaded, later, SHIPS, before=earlier, max_new_tokens=NUM_TOKENS, **fields)
+    answer = ask(client, earlier, later, extra_body={"dates": True, "evidence": True, "objects": True} | fields)
+    assert answer.choices[0].message.content.strip() == said.text
+    assert sum(len(one["tokens"]) for one in answer.evidence) == said.num_tokens
+    assert answer.objects["image_size"] == answer.evidence[1]["image_size"] == [90, 140]
+    kept = {(token["scale"], str(token["boxes"])) for token in answer.evidence[1]["tokens"]}
+    alone = ask(client, earlier, later, extra_body={"evidence": True} | fields).evidence[1]["tokens"]
+    assert kept != {(token["scale"], str(token["boxes"])) for token in alone}
+
+
+def test_places_that_lie_apart_are_no_two_dates_and_nothing_is_encoded(client, address, two_dates):
+    made = metric(address, 'uhr_bat_made_total{kind="image"}')
+    with pytest.raises(openai.BadRequestError, match="common ground: earlier.tif and apart.tif lie apart") as refused:
+        ask(client, two_dates[0], two_dates[2], extra_body={"dates": True, "bands": [1]})
+    assert refused.value.param == "dates" and metric(address, 'uhr_bat_made_total{kind="image"}') == made
 
 
 @pytest.mark.parametrize("case", WRONG)
@@ -354,7 +384,9 @@ def form(schema):
     return {"type": "json_schema", "json_schema": {"name": "ship", "strict": True, "schema": schema}}
 
 
-@pytest.mark.parametrize("fields", [{}, {"temperature": 2, "seed": 1}, {"stream": True}], ids=["best", "drawn", "streamed"])
+@pytest.mark.parametrize(
+    "fields", [{}, {"temperature": 2, "seed": 1}, {"stream": True}], ids=["best", "drawn", "streamed"]
+)
 def test_an_answer_keeps_to_the_schema_of_a_request_and_its_neighbours_do_not(client, loaded, fields):
     pytest.importorskip("llguidance")
     with ThreadPoolExecutor(2) as users:
@@ -500,7 +532,9 @@ def test_a_stream_is_kept_by_no_proxy_and_an_answer_has_the_name_of_its_request(
     assert len({ask(client, max_tokens=1)._request_id for _ in range(2)}) == 2
 
 
-@pytest.mark.parametrize("host, status", [("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("a.example", 403)])
+@pytest.mark.parametrize(
+    "host, status", [("localhost:1", 200), ("127.0.0.1", 200), ("[::1]:80", 200), ("a.example", 403)]
+)
 def test_a_page_whose_name_leads_to_this_machine_reads_nothing(address, host, status):
     assert httpx.get(f"{address}/v1/models", headers={"Host": host}).status_code == status
 
@@ -596,7 +630,10 @@ def test_any_seed_of_64_bits_is_taken_and_draws_alike(client, seed):
 GIANT = 10**6
 TOO_MUCH = {
     "parts": ({"messages": [{"role": "user", "content": [{"type": "text", "text": ""}] * 5000}]}, "5001 messages and"),
-    "messages": ({"messages": [{"role": "user", "content": ""}] * 5000}, "5000 messages and parts, of which at most 4096"),
+    "messages": (
+        {"messages": [{"role": "user", "content": ""}] * 5000},
+        "5000 messages and parts, of which at most 4096",
+    ),
     "values": ({"value_range": [[0, 1]] * 200_000}, "values, of which at most 196608 fit"),
     "wrong parts": ({"messages": [{"role": "user", "content": [0] * 10**5}]}, "messages.0.content"),
     "fields": ({f"field {idx}": 0 for idx in range(10**5)}, "100002 fields are more than the 200 of an object"),
