@@ -5,12 +5,18 @@ import json
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterable
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 # What GDAL and QGIS keep beside an image, by the whole of its name: overviews, statistics and a mask of its old pixels.
 SIDECARS = (".aux.xml", ".ovr", ".msk")
+# Beginning of the hidden folders in which files are written.
+BUILDS = ".build-uhr_bat-"
+# So many times as long as a folder is looked through, it is not looked through again.
+LEAST_WAIT = 20
+_next_look = {}  # folder -> seconds of the clock
 
 
 def user_folder() -> Path:
@@ -26,15 +32,56 @@ def stale_sidecars(path: Path) -> list[Path]:
 
 
 @contextmanager
+def _held(folder: Path, waits: bool = False):
+    """For a `with` block: whether a folder is there and is this run's alone, which ends with the run, however that does; no where
+    the file system has no locks. Raises `BlockingIOError` where a living run holds it and nobody `waits` for that."""
+    try:
+        held = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    except OSError:
+        yield False
+        return
+    try:
+        try:
+            fcntl.flock(held, fcntl.LOCK_EX | (0 if waits else fcntl.LOCK_NB))
+            is_held = os.path.samestat(os.fstat(held), os.stat(folder))  # it may have been removed or renamed meanwhile
+        except BlockingIOError:
+            raise
+        except OSError:
+            is_held = False
+        yield is_held
+    finally:
+        os.close(held)
+
+
+def _clear(folder):
+    """Removes what killed runs left in a folder. One of very many files is not looked through for each that is written."""
+    start = time.monotonic()
+    if start < _next_look.get(folder, 0):
+        return
+    for left in folder.glob(f"{BUILDS}*"):
+        with suppress(BlockingIOError), _held(left) as is_held:
+            if is_held:
+                shutil.rmtree(left, ignore_errors=True)
+    _next_look[folder] = start + LEAST_WAIT * (time.monotonic() - start)
+
+
+@contextmanager
 def whole_files(folder: Path):
     """A folder for a `with` block: the files that it leaves there replace those of `folder`, or none does if it fails.
 
-    Weights come last: where they are, all else is. What GDAL kept beside a file that is replaced goes with it.
+    Weights come last: where they are, all else is. What GDAL kept beside a file that is replaced goes with it. So does what
+    killed runs left in `folder`.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=folder, prefix=".build-") as built:
-        yield Path(built)
-        paths = sorted(Path(built).iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
+    _clear(folder)
+    with ExitStack() as stack:
+        is_held = False
+        while not is_held:  # another run may take it for a killed one's before it is held
+            built = Path(tempfile.mkdtemp(dir=folder, prefix=BUILDS))
+            is_held = stack.enter_context(_held(built, waits=True)) or built.is_dir()
+        stack.callback(shutil.rmtree, built, ignore_errors=True)
+        yield built
+        paths = sorted(built.iterdir(), key=lambda path: (path.suffix == ".safetensors", path.name))
         for path in paths:
             if (folder / path.name).is_dir():
                 raise IsADirectoryError(
@@ -77,9 +124,7 @@ def edited_alone(path: Path | None):
         yield lambda: None
         return
     path.parent.mkdir(parents=True, exist_ok=True)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX)
+    with _held(path.parent, waits=True):
         before = _state_of(path)
 
         def check():
@@ -89,8 +134,6 @@ def edited_alone(path: Path | None):
                 )
 
         yield check
-    finally:
-        os.close(folder)
 
 
 def _state_of(path):
@@ -103,11 +146,20 @@ def whole_folder(folder: Path):
     """A folder for a `with` block, which becomes `folder`, new or empty so far, when the block ends well.
 
     Until then its name ends in ".incomplete". A run that is killed leaves that behind, and the next run removes it.
+
+    Raises:
+        OSError: another run is making it.
     """
     building = folder.with_name(f"{folder.name}.incomplete")
-    shutil.rmtree(building, ignore_errors=True)
-    building.mkdir(parents=True)
-    try:
+    building.mkdir(parents=True, exist_ok=True)
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(_held(building))
+        except BlockingIOError:
+            raise OSError(f"{folder}: another run is writing it. Wait for that run, or give another folder.") from None
+        stack.callback(shutil.rmtree, building, ignore_errors=True)
+        for left in building.iterdir():
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         yield building
         for path in building.iterdir():
             path.chmod(0o644)  # safetensors makes files for their owner alone
@@ -116,9 +168,6 @@ def whole_folder(folder: Path):
         if folder.exists():
             folder.rmdir()
         building.rename(folder)
-    except BaseException:
-        shutil.rmtree(building, ignore_errors=True)
-        raise
 
 
 def report_files(name: str) -> tuple[str, ...]:

@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import tempfile
 import threading
 import time
 from dataclasses import dataclass, fields
@@ -23,7 +22,7 @@ import transformers
 from PIL import Image
 from transformers import AutoModel
 
-from ..common.files import user_folder
+from ..common.files import user_folder, whole_files, write_json
 from ..image_views_uhr_bat import image_to_tiles, normalize_views
 from ..token_clustering_uhr_bat import cluster_regions
 from .costs import decoder_layer_flops, tower_layer_flops
@@ -149,16 +148,9 @@ def _keep(path, content) -> bool:
     """Whether the file was written, whole. It is not where there is no such folder, as without a home: the next process
     measures again."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False, encoding="utf-8")
+        with whole_files(path.parent) as built:
+            write_json(built / path.name, content)
     except OSError:
-        return False
-    try:
-        with file:
-            json.dump(content, file, indent=2)
-        os.replace(file.name, path)
-    except OSError:
-        Path(file.name).unlink(missing_ok=True)
         return False
     return True
 

@@ -7,7 +7,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 
-from ..common.files import user_folder, whole_folder
+from ..common.files import edited_alone, user_folder, whole_folder
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
 
 # A temperature below is 0: what is left of the other tokens no float32 shows, and what is divided by it overflows.
@@ -102,8 +102,6 @@ def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = N
     Raises:
         ValueError: the weights are quantized, or an adapter is live in them.
     """
-    from transformers import AutoModelForCausalLM, GenerationConfig
-
     whole = getattr(model, "host", model)
     if getattr(whole, "hf_quantizer", None) is not None:
         raise ValueError(
@@ -117,8 +115,15 @@ def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = N
     if cache_home is None:
         cache_home = user_folder() / "decoders"
     folder = cache_home / f"{model_key[:32]}-{str(model.dtype).removeprefix('torch.')}"
-    if (folder / "tokenizer.json").is_file():  # a folder that is there is whole
-        return folder
+    with edited_alone(folder):  # servers that start together wait for the first of them
+        if not (folder / "tokenizer.json").is_file():  # a folder that is there is whole
+            _write(whole, model, tokenizer, folder)
+    return folder
+
+
+def _write(whole, model, tokenizer, folder):
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
     with torch.device("meta"):  # no memory: the weights are those that the model has
         decoder = AutoModelForCausalLM.from_config(whole.config.get_text_config())
     setattr(decoder, decoder.base_model_prefix, whole.get_decoder())
@@ -130,4 +135,3 @@ def decoder_folder(model, tokenizer, model_key: str, cache_home: Path | None = N
     with whole_folder(folder) as built:
         decoder.save_pretrained(built)
         tokenizer.save_pretrained(built)
-    return folder

@@ -6,6 +6,7 @@ same command is given again. `output_dir` becomes a model folder, or the folder 
 
 import json
 import os
+import shutil
 import sys
 from hashlib import blake2b
 from pathlib import Path
@@ -95,7 +96,9 @@ def last_whole_checkpoint(folder: str) -> str | None:
             return last
         except (OSError, ValueError):
             logger.warning(f"{last}: was not written to its end. The run goes on from the checkpoint before it.")
-            os.replace(last, Path(last).with_name(f"incomplete-{Path(last).name}"))
+            aside = Path(last).with_name(f"incomplete-{Path(last).name}")
+            shutil.rmtree(aside, ignore_errors=True)  # of a run that was killed at the same step before
+            os.replace(last, aside)
     return None
 
 

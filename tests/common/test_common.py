@@ -1,6 +1,8 @@
 """What the tools share: loading and saving, the prompt, files, tables, extras."""
 
 import sys
+import time
+from multiprocessing import get_context
 
 import numpy as np
 import pytest
@@ -49,6 +51,35 @@ def test_files_replace_those_of_a_folder_or_none_does(tmp_path):
     with whole_files(tmp_path) as built:
         (built / "a.txt").write_text("after")
     assert (tmp_path / "a.txt").read_text() == "after"
+
+
+@pytest.mark.parametrize("kind, place", [(whole_files, ""), (whole_folder, "model")])
+def test_what_a_killed_run_was_writing_goes_with_the_next_one_and_not_what_a_living_one_writes(kind, place, tmp_path):
+    def write(at_work):
+        with kind(tmp_path / place) as built:
+            (built / "a.txt").write_text("half")
+            at_work.set()
+            time.sleep(60)
+
+    at_work = get_context("fork").Event()
+    run = get_context("fork").Process(target=write, args=(at_work,))
+    run.start()
+    assert at_work.wait(30)
+    (left,) = tmp_path.iterdir()
+    if kind is whole_files:
+        with kind(tmp_path) as built:
+            (built / "b.txt").write_text("whole")
+    else:
+        with pytest.raises(OSError, match="model: another run is writing it"), kind(tmp_path / place):
+            pass
+    assert (left / "a.txt").read_text() == "half"
+    run.kill()
+    run.join()
+    assert left.is_dir()
+    with kind(tmp_path / place) as built:
+        assert not list(built.iterdir())
+        (built / "c.txt").write_text("whole")
+    assert not any(path.name.startswith(".") or path.suffix == ".incomplete" for path in tmp_path.iterdir())
 
 
 def test_a_folder_appears_whole_or_not_at_all(tmp_path):
