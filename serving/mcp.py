@@ -310,6 +310,9 @@ def make_server(ready, note: str = ""):
         context: Context,
         image: Source,
         question: Question,
+        before: Annotated[
+            Source | None, Field(description="An earlier image of the same place: what differs is kept.")
+        ] = None,
         window: Annotated[Box | None, Field(description="Only this part of a raster, in pixels.")] = None,
         budgets: Tokens | None = None,
         max_tiles: Tiles = TILES,
@@ -317,11 +320,11 @@ def make_server(ready, note: str = ""):
         evidence: Annotated[Number, Field(ge=0, le=MOST_EVIDENCE, description="Places that are told.")] = EVIDENCE,
         reading: Reading | None = None,
     ) -> CallToolResult:
-        """The model's answer to a question about an image, and the places that it was read from, the most important first: boxes
-        in pixels with a score, and GeoJSON where the image lies on the ground."""
+        """The model's answer to a question about an image, or about what changed since `before`, and the places of the image that
+        it was read from, the most important first: boxes in pixels with a score, and GeoJSON where the image lies on the ground."""
         tools, step = await begin(context)
         said = await tools.ask(
-            step, image, question, window=window, budgets=budgets, max_tiles=max_tiles, max_tokens=max_tokens,
+            step, image, question, before=before, window=window, budgets=budgets, max_tiles=max_tiles, max_tokens=max_tokens,
             evidence=evidence, reading=told_reading(reading),
         )  # fmt: skip
         return result(said)

@@ -98,21 +98,23 @@ class Tools:
 
     @without_folder
     async def ask(
-        self, step: Step, image: str, question: str, *, max_tiles: int, evidence: int, window=None, budgets=None,
+        self, step: Step, image: str, question: str, *, max_tiles: int, evidence: int, before=None, window=None, budgets=None,
         max_tokens=None, reading: dict | None = None,
     ) -> dict:  # fmt: skip
         """The answer to a question, and where it was read: the kept tokens as boxes in pixels of the whole image and, where that
-        lies on the ground, as GeoJSON. `window`: the part of a raster that was read."""
-        fields = {"budgets": budgets, "max_completion_tokens": max_tokens, "window": window}
+        lies on the ground, as GeoJSON. `before`: an earlier image that it is compared with, of whose tokens none are told but their
+        number. `window`: the part of a raster that was read."""
+        fields = {"before": before, "budgets": budgets, "max_completion_tokens": max_tokens, "window": window}
         asked = await self._asked(step, image, question, max_tiles, reading, **fields)
         answer = await step("answering", said(asked))
         work = self.engine.call(evidence_members, asked.selection, asked.images)
-        (kept,) = await step("writing the evidence", work)
+        members = await step("writing the evidence", work)
+        kept = members[-1]
         return {
             "answer": answer,
             "complete": asked.finish_reason != "length",
             "window": list(window or (0, 0, *kept["image_size"])),
-            "visual_tokens": len(kept["tokens"]),
+            "visual_tokens": sum(len(one["tokens"]) for one in members),
             **best_evidence(kept, evidence, tuple(window[:2]) if window else (0, 0)),
         }
 
@@ -183,12 +185,14 @@ class Tools:
         request = self._request(image, question.strip(), max_tiles, reading, **fields)
         return await step("encoding and choosing", self.service.ask(request))
 
-    def _request(self, image, question, max_tiles, reading, **fields):
+    def _request(self, image, question, max_tiles, reading, before=None, **fields):
         """As a client of the server would send it."""
-        parts = [
-            {"type": "image_url", "image_url": {"url": place_of(image, self.service.sources.folder)}},
-            {"type": "text", "text": question},
-        ]
+        named = [image] if before is None else [before, image]
+        urls = [place_of(one, self.service.sources.folder) for one in named]
+        parts = [{"type": "image_url", "image_url": {"url": url}} for url in urls]
+        parts.append({"type": "text", "text": question})
+        if before is not None:
+            fields["dates"] = True
         fields |= reading or {}
         if max_tiles:
             fields |= {"max_tiles": max_tiles, "native": True}

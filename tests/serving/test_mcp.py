@@ -22,8 +22,9 @@ from images import random_image  # noqa: E402
 from mcp import Client, StdioServerParameters  # noqa: E402
 from PIL import Image  # noqa: E402
 from pydantic import ValidationError  # noqa: E402
-from rasters import random_bands, write_raster  # noqa: E402
+from rasters import random_bands, write_dates, write_raster  # noqa: E402
 from served import serve_app  # noqa: E402
+from uhr_bat import ask  # noqa: E402
 from uhr_bat.common.loading import ROOT  # noqa: E402
 from uhr_bat.serving import mcp, mcp_tools  # noqa: E402
 
@@ -44,6 +45,7 @@ def folder(tmp_path_factory):
     rasterio = pytest.importorskip("rasterio")
     place = rasterio.transform.from_origin(500_000, 4_000_000, 10, 10)
     write_raster(folder / "scene.tif", random_bands(4, 400, 300), crs="EPSG:32654", transform=place)
+    write_dates(folder)
     random_image(8, 8).save(outside / "secret.png")
     (folder / "link.png").symlink_to(outside / "secret.png")
     return folder
@@ -153,6 +155,15 @@ def test_an_answer_is_the_servers_with_its_evidence_in_pixels_and_on_the_ground(
     assert 140.9 < longitude < 141.1 and 36 < latitude < 36.2
 
 
+def test_an_answer_about_two_dates_is_that_of_ask_with_places_of_the_later(call, tools, folder):
+    said = call("ask", image="later.tif", before="earlier.tif", question=QUESTION, **FEW)
+    options = {"max_tiles": 8, "native": True, "max_new_tokens": 4}
+    front, before = tools.front, str(folder / "earlier.tif")
+    expected = ask(front.processor, front.model, str(folder / "later.tif"), QUESTION, before=before, **options)
+    assert (said["answer"].strip(), said["visual_tokens"]) == (expected.text, expected.num_tokens)
+    assert said["window"] == [0, 0, 90, 140]
+
+
 def test_boxes_of_a_part_are_in_pixels_of_the_whole_image(call):
     said = call("ask", image="scene.tif", question=QUESTION, window=[300, 200, 400, 300], **FEW)
     assert said["window"] == [300, 200, 400, 300] and said["evidence"]
@@ -219,6 +230,10 @@ def test_objects_are_told_rows_first_in_pixels_and_on_the_ground(call, monkeypat
     ("ask", {"image": "scene.tif", "question": "q", "reading": {"bands": [9]}}, "band"),
     ("ask", {"image": "scene.tif", "question": "q", "reading": {"colour": 1}}, "reading.colour: "),
     ("ask", {"image": "scene.tif", "question": "q", "window": [0, 0, 900, 9]}, "400"),
+    ("ask", {"image": "apart.tif", "before": "earlier.tif", "question": "q"}, ": earlier.tif and apart.tif lie apart"),
+    ("ask", {"image": "later.tif", "before": "../secret.png", "question": "q"}, "The image '../secret.png' is not read: "),
+    ("ask", {"image": "later.tif", "before": "", "question": "q"}, "There is no image."),
+    ("ask", {"image": "later.tif", "before": "earlier.tif", "question": "q", "max_tiles": 7}, "7 tiles of a prompt are shared"),
     ("ask", {"image": 3, "question": "q"}, "image: Input should be a valid string."),
     ("where", {"image": "0.png", "question": "q", "side": 5}, "side: Input should be greater than or equal to 16."),
     ("where", {"image": "0.png", "question": "q", "number": 0}, "number: Input should be greater than or equal to 1."),
