@@ -25,7 +25,7 @@ SOURCES = ("image", "url", "path", "base64")
 class UHRBatPipeline(ImageTextToTextPipeline):
     """The library's pipeline, but `images` may be whatever the processor takes (`read_image`), rasters of any size too.
 
-    With `objects=True` every result of a prompt about one image has an entry "objects", as the answers of `uhr-bat serve` have
+    With `objects=True` every result of a prompt about one image, or with `dates=True` two dates of it, has an entry "objects", as the answers of `uhr-bat serve` have
     it: {"image_size": [height, width], "objects": [...], "refused", "note", "ground_error"}, each object with its box or point in
     pixels of the image and, where that has a CRS, on the ground. It takes the package: `pip install "uhr-bat[geo]"`.
 
@@ -49,10 +49,10 @@ class UHRBatPipeline(ImageTextToTextPipeline):
     ):
         given, seen = inputs, None
         if objects:
-            reading = {}
+            reading, both = {}, any((options or {}).get("dates") for options in (kwargs, processor_kwargs))
             kwargs = _without_reading(kwargs, reading)
             processor_kwargs = processor_kwargs and _without_reading(processor_kwargs, reading)
-            inputs, seen = self._open(inputs, reading)
+            inputs, seen = self._open(inputs, reading, 2 if both else 1)
             if _goes_on(given, continue_final_message):
                 seen[0].begun = _texts(given.messages[-1]["content"])
         if not isinstance(inputs, dict):
@@ -61,7 +61,7 @@ class UHRBatPipeline(ImageTextToTextPipeline):
             model_inputs = super().preprocess(inputs, timeout, continue_final_message, **kwargs)
         else:
             images, text = inputs["images"], inputs["text"]
-            options = dict(kwargs if processor_kwargs is None else processor_kwargs)
+            options = kwargs | (processor_kwargs or {})
             if isinstance(text, (list, tuple)) and len(text) > 1:
                 options.setdefault("padding", True)
             model_inputs = self.processor(images=images, text=text, return_tensors="pt", **options).to(dtype=self.dtype)
@@ -71,13 +71,13 @@ class UHRBatPipeline(ImageTextToTextPipeline):
             model_inputs["seen"] = seen
         return model_inputs
 
-    def _open(self, inputs, reading):
-        """Inputs whose images are open, and what was seen of the one of each prompt."""
+    def _open(self, inputs, reading, number):
+        """Inputs whose images are open, and what was seen of the last one of each prompt, which has `number`."""
         if isinstance(inputs, dict):
             texts = [inputs["text"]] if isinstance(inputs["text"], str) else inputs["text"]
             seen = [self._see(source, reading) for source in flatten_images(inputs["images"])]
-            _check_one_each(len(seen), len(texts))
-            return {**inputs, "images": [one.image for one in seen]}, seen
+            _check_images(len(seen), len(texts), number)
+            return {**inputs, "images": [one.image for one in seen]}, seen[number - 1 :: number]
         seen = []
 
         def opened(part):
@@ -95,8 +95,8 @@ class UHRBatPipeline(ImageTextToTextPipeline):
             else message
             for message in getattr(inputs, "messages", [])
         ]
-        _check_one_each(len(seen), 1)
-        return type(inputs)(messages), seen
+        _check_images(len(seen), 1, number)
+        return type(inputs)(messages), seen[number - 1 :: number]
 
     def _see(self, source, reading, is_path=True):
         geo = _of_package("geo")
@@ -157,10 +157,11 @@ def _without_reading(options, reading) -> dict:
     return left
 
 
-def _check_one_each(num_images, num_prompts):
-    if num_images != num_prompts:
+def _check_images(num_images, num_prompts, number):
+    if num_images != number * num_prompts:
         raise ValueError(
-            f"`objects` lie in one image, and no answer says in which of several. Got {num_images} images of {num_prompts} prompts."
+            f"`objects` lie in one image, or with `dates` in the later one of two, and no answer says in which of several. Got "
+            f"{num_images} images of {num_prompts} prompts."
         )
 
 

@@ -4,10 +4,11 @@ import numpy as np
 import pytest
 import rasterio
 import torch
+import uhr_bat
 from asking import GENERATION, PROMPT, chat, picture
+from rasters import write_dates
 from transformers import pipeline
 from uhr_bat.common import asking as asking_tools
-
 
 # Three kinds that UHR-BAT-Tiny was trained on: it answers each in its own way.
 QUESTIONS = [
@@ -208,6 +209,19 @@ def test_a_batch_has_the_objects_of_each_of_its_images(pipe, says_box, images):
     chats = [chat(image, question=question) for image, question in zip(given[:2], QUESTIONS)]
     outputs = pipe(text=chats, batch_size=2, objects=True, **NEW_TEXT)
     assert [one["objects"]["objects"][0]["box"][1] for (one,) in outputs] == pytest.approx([2, 72])
+
+
+def test_two_dates_are_compared_as_ask_compares_them_and_objects_lie_in_the_later(pipe, tmp_path):
+    earlier, later, apart = write_dates(tmp_path)
+    options = {"max_tiles": 8, "native": True, "budgets": 12}
+    expected = uhr_bat.ask(pipe.processor, pipe.model, later, QUESTIONS[0], before=earlier, max_new_tokens=6, **options)
+    call = {"dates": True, "processor_kwargs": options, "return_full_text": False, "max_new_tokens": 6}
+    prompt = asking_tools.prompt_text(pipe.processor, QUESTIONS[0], 2)
+    (found,) = pipe(images=[earlier, later], text=prompt, objects=True, **call)
+    assert found["generated_text"].strip() == expected.text and found["objects"]["image_size"] == [90, 140]
+    assert pipe(text=chat(earlier, later, question=QUESTIONS[0]), **call)[0]["generated_text"].strip() == expected.text
+    with pytest.raises(ValueError, match="earlier.tif and .*apart.tif lie apart"):
+        pipe(images=[earlier, apart], text=prompt, **call)
 
 
 def test_objects_of_several_images_or_of_none_are_refused_before_the_model(pipe, images):
