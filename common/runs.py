@@ -10,13 +10,19 @@ from filelock import FileLock, Timeout
 
 
 class Line:
-    """A file to which lines are appended whole; what a killed process left of a line is ended first."""
+    """A file to which lines are appended whole; what a killed process left of a line is ended first.
 
-    def __init__(self, path: Path):
+    `settings`: of a run, which are the first line of its file.
+    """
+
+    def __init__(self, path: Path, settings: dict | None = None):
         torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
+        is_new = settings is not None and not _all_lines(path)
         self.file = open(path, "a", encoding="utf-8")
         if torn:
             self.file.write("\n")
+        if is_new:
+            self.write(settings)
 
     def write(self, record: dict):
         self.file.write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -55,12 +61,31 @@ def whole_lines(path: Path) -> Iterator[dict]:
         yield record
 
 
-def check_same_settings(place: Path, old: dict, new: dict):
-    """Raises `ValueError` where a run at `place` had other settings, and names the first one that differs."""
+def _all_lines(path) -> list[dict]:
+    return list(whole_lines(path)) if path.is_file() else []
+
+
+def lines_of_run(path: Path, settings: dict) -> list[dict]:
+    """The records that a run with these settings left in a file of [`Line`], without its first one; [] where there is none yet.
+
+    Raises:
+        ValueError: it had other settings.
+    """
+    kept, *records = _all_lines(path) or [None]
+    if kept is not None:
+        check_same_settings(path, kept.get("settings", kept), settings)
+    return records
+
+
+def check_same_settings(place: Path, old: dict, new: dict, mend: str = "Give another --output"):
+    """Raises `ValueError` where a run at `place` had other settings, and names the first one that differs; one that only either
+    run has is None of the other."""
     if not isinstance(old, dict):
-        raise ValueError(f"{place}: its settings are no record of settings. Give another --output.")
-    for name, value in json.loads(json.dumps(new)).items():
-        if old.get(name) != value:
+        raise ValueError(f"{place}: its settings are no record of settings. {mend}.")
+    new = json.loads(json.dumps(new))
+    for name in new | old:
+        if old.get(name) != new.get(name):
             raise ValueError(
-                f"{place} holds a run with {name} {old.get(name)!r}, but {value!r} is asked for. Give another --output."
+                f"{place} holds a run with {name} {old.get(name)!r}, but {new.get(name)!r} is asked for. {mend}, or ask for the "
+                "same."
             )

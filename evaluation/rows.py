@@ -30,7 +30,7 @@ from ..common import asking
 from ..common.budgets import counts_of_fraction
 from ..common.loading import load_model
 from ..common.resizing import resize_image
-from ..common.runs import Line, check_same_settings, whole_lines
+from ..common.runs import Line, lines_of_run
 from ..export.build_tiny import BUDGETS
 from ..export.build_tiny import RULES as SHIPPED
 from ..geometry_uhr_bat import letterbox
@@ -554,16 +554,12 @@ class Kept:
     """
 
     def __init__(self, path: Path, settings: dict):
-        lines = list(whole_lines(path)) if path.is_file() else []
-        if lines:
-            check_same_settings(path, lines[0].get("settings"), settings)
         try:
-            self.done = {(line["suite"], *line["pictures"]): line["records"] for line in lines[1:]}
+            lines = lines_of_run(path, settings)
+            self.done = {(line["suite"], *line["pictures"]): line["records"] for line in lines}
         except (KeyError, TypeError):
             raise ValueError(f"{path} holds lines that are none of such a run. Give another --output.") from None
-        self.file = Line(path)
-        if not lines:
-            self.file.write({"settings": settings})
+        self.file = Line(path, settings)
 
     def keep(self, suite: str, pictures, records: list[dict]):
         self.file.write({"suite": suite, "pictures": list(pictures), "records": records})

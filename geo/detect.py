@@ -25,7 +25,7 @@ from ..common.models import add_model_argument, base_of, find_model, model_name,
 from ..common.objects import POINTING, Objects, labelled
 from ..common.outputs import Output, check_outputs
 from ..common.resizing import resize_image
-from ..common.runs import Line, alone, check_same_settings, whole_lines
+from ..common.runs import Line, alone, lines_of_run
 from ..geometry_uhr_bat import PAD_COLOR, pixel_tokens
 from ..hosts.settings import FAMILIES
 from .georeference import Georeference
@@ -144,16 +144,12 @@ def ask_windows(path: Path, settings: dict, choose, objects) -> list[tuple[tuple
     """
     from tqdm import tqdm
 
-    kept, *lines = (list(whole_lines(path)) if path.is_file() else []) or [None]
-    if kept is not None:
-        check_same_settings(path, kept, settings)
+    lines = lines_of_run(path, settings)
     chosen = next((line["windows"] for line in lines if "windows" in line), None)
     done = {tuple(line["window"]): Objects.of_record(line, line["text"]) for line in lines if "window" in line}
     windows = choose().tolist() if chosen is None else chosen
-    lines = Line(path)
+    lines = Line(path, settings)
     with lines.file:
-        if kept is None:
-            lines.write(settings)
         if chosen is None:
             lines.write({"windows": windows})
         with tqdm(total=len(windows), initial=len(done), desc="Asking", unit="window") as bar:
@@ -186,9 +182,7 @@ def detect(args, question):
     }
     lines = lines_path(args.output)
     with alone(lines):
-        for kept in whole_lines(lines) if lines.is_file() else ():  # before the weights are loaded
-            check_same_settings(lines, kept, settings)
-            break
+        lines_of_run(lines, settings)  # before the weights are loaded
         print("Loading ...", file=sys.stderr, flush=True)
         processor, model = load_model(args.model, **args.set)
         asker = Asker(processor, model, question, args.things, image, args.max_new_tokens)

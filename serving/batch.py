@@ -32,7 +32,7 @@ from ..common.measured import told_as_measured
 from ..common.models import add_model_argument, find_model, stay_offline, with_revision
 from ..common.objects import Objects
 from ..common.outputs import Output, check_outputs
-from ..common.runs import Line, alone, check_same_settings, whole_lines
+from ..common.runs import Line, alone, check_same_settings, lines_of_run, whole_lines
 from ..geo import Answered, Georeference, check_objects, object_members, write_joined
 from ..geo.objects import OBJECT_FILES
 from ..image_raster_files_uhr_bat import reason
@@ -298,11 +298,7 @@ def read_results(path: Path, settings: dict) -> list[dict]:
     if path.is_file():
         kept, rows = READERS[path.suffix.lower()](path)
         check_same_settings(path, kept, settings)
-    if lines_path(path).is_file():
-        kept, *lines = whole_lines(lines_path(path))
-        check_same_settings(lines_path(path), kept, settings)
-        rows += lines
-    return rows
+    return rows + lines_of_run(lines_path(path), settings)
 
 
 def _read_parquet(path):
@@ -428,10 +424,7 @@ def _run_alone(work, output, settings, options):
         with tqdm(total=sum(len(questions) for _, questions in left), desc="Asking", unit="answer") as bar:
             for row in ask(left, settings, **options):
                 if lines is None:  # nothing is left of a run without an answer
-                    is_new = not lines_path(output).exists()
-                    lines = Line(lines_path(output))
-                    if is_new:
-                        lines.write(settings)
+                    lines = Line(lines_path(output), settings)
                 lines.write(row)
                 found[_key(row)] = row
                 bar.update()

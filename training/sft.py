@@ -21,6 +21,7 @@ from ..common.extras import require
 from ..common.loading import host_settings, is_host, load_model, load_processor
 from ..common.models import base_of, find_model, is_tiny, model_name
 from ..common.outputs import MODEL_FILES, Output, check_outputs
+from ..common.runs import check_same_settings
 from .collator import UHRBatDataCollator, answer_of
 from .data import load_samples
 from .grouping import hold_out
@@ -114,33 +115,29 @@ def check_kind(checkpoint: str | None, use_peft: bool):
         )
 
 
-def facts_of(options, samples) -> dict:
-    """What a run is of: the model that it begins with, and a digest of what is learnt."""
+def facts_of(options, data, samples, budgets) -> dict:
+    """What a run is of: the model that it begins with, a digest of what is learnt, and the options that say which parts are
+    trained, and on which visual tokens."""
     digest = blake2b(digest_size=16)
     for batch in samples.select_columns(["messages", "options"]).iter(1000):
         digest.update(repr(batch).encode("utf-8", "surrogatepass"))
+    parts = {name: value for name, value in vars(options).items() if name not in ("model_name_or_path", "dtype")}
+    tokens = {name: getattr(data, name) for name in ("budget_range", "image_options", "regions", "max_length")}
     return {
-        "model": model_name(options.model_name_or_path), "samples": len(samples), "data": digest.hexdigest(),
+        "model": model_name(options.model_name_or_path), "samples": len(samples), "data": digest.hexdigest(), **parts,
+        "budgets": budgets, **tokens,
     }  # fmt: skip
 
 
-def tell_changes(checkpoint: str | None, facts: dict):
-    """A warning where a run goes on with another model or with other data than those of its checkpoint."""
+def check_facts(checkpoint: str | None, facts: dict, mend: str):
+    """Raises `ValueError` where a run would go on as another one than that of its checkpoint."""
     if checkpoint is None:
         return
     state = json.loads(Path(checkpoint, "trainer_state.json").read_text(encoding="utf-8"))
-    kept = (state.get("stateful_callbacks") or {}).get("RunFacts")
-    was = kept["args"]["facts"] if kept else facts
-    if was["model"] != facts["model"]:
-        logger.warning(
-            f"The weights are those of {checkpoint}, whose run began with {was['model']}, not with {facts['model']}. For "
-            "a run of its own give another --output_dir."
-        )
-    if (was["samples"], was["data"]) != (facts["samples"], facts["data"]):
-        logger.warning(
-            f"The run goes on from {checkpoint} with other data: {was['samples']} samples before, {facts['samples']} now, not "
-            "the same ones. It skips as many steps as were made. For a run of its own give another --output_dir."
-        )
+    if kept := (state.get("stateful_callbacks") or {}).get("RunFacts"):
+        check_same_settings(
+            Path(checkpoint), facts | kept["args"]["facts"], facts, mend
+        )  # of an earlier release it has less
 
 
 def tell_spaces(folder, samples):
@@ -175,8 +172,9 @@ def train(options, data, training) -> UHRBatTrainer:
     budgets = {} if data.budgets is None else {"default_budgets": data.budgets}
     processor = load_processor(options.model_name_or_path, options.model_settings, **budgets)
     samples, held_out = read_data(data, processor, training.data_seed or training.seed)
-    facts = facts_of(options, samples)
-    tell_changes(checkpoint, facts)
+    facts = facts_of(options, data, samples, processor.default_budgets)
+    mend = "Leave --resume_from_checkpoint out" if checkpoint == named else "Give another --output_dir"
+    check_facts(checkpoint, facts, mend)
     tell_spaces(base or options.model_name_or_path, samples)
     collator = UHRBatDataCollator(
         processor,

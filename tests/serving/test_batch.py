@@ -145,6 +145,21 @@ def test_answers_of_other_settings_are_not_mixed(tmp_path, workers):
     run(WORK, output, SETTINGS)
     with pytest.raises(ValueError, match=r"budgets \[2, 4, 8, 16\], but 14 is asked for. Give another --output"):
         run(WORK, output, SETTINGS | {"budgets": 14})
+    with pytest.raises(ValueError, match="a run with objects None, but True is asked for"):
+        run(WORK, output, SETTINGS | {"objects": True})
+    run(WORK, tmp_path / "placed.csv", SETTINGS | {"objects": True})
+    with pytest.raises(ValueError, match="a run with objects True, but None is asked for"):
+        run(WORK, tmp_path / "placed.csv", SETTINGS)
+
+
+def test_a_run_that_was_killed_before_its_first_answer_goes_on(tmp_path, workers):
+    output = tmp_path / "results.parquet"
+    lines_path(output).write_text('{"mod')
+    workers.stop_after = 3
+    with pytest.raises(KeyboardInterrupt):
+        run(WORK, output, SETTINGS)
+    workers.stop_after = None
+    assert keys(run(WORK, output, SETTINGS)) == EXPECTED and sorted(workers.asked) == sorted(EXPECTED)
 
 
 @pytest.mark.parametrize("ending", [".csv", ".jsonl"])

@@ -370,7 +370,7 @@ def test_a_killed_run_goes_on_from_its_last_whole_checkpoint(arguments, tmp_path
 
 
 @pytest.mark.slow
-def test_a_run_that_goes_on_as_another_one_says_so(arguments, data, tmp_path, caplog, capsys):
+def test_a_run_that_would_go_on_as_another_one_is_refused(arguments, data, tmp_path, caplog, capsys):
     more = ["--save_steps", "1", "--eval_max_new_tokens", "0", "--eval_share", "0.3"]
     run(arguments, *more)
     assert sft.main([*arguments, *more, "--use_peft", "true"]) == 2
@@ -386,10 +386,13 @@ def test_a_run_that_goes_on_as_another_one_says_so(arguments, data, tmp_path, ca
         assert again.state.global_step == 2 and all(torch.equal(one, after[name]) for name, one in before.items())
         # An option whose callback the checkpoint did not have.
         more += ["--max_steps", "3", "--early_stopping_patience", "2", "--eval_strategy", "steps", "--eval_steps", "1"]
-        trainer = run(arguments, *more, "--train_data", str(data), f"{data}:2")
-    assert (
-        "with other data: 8 samples before, 24 now, not the same ones" in caplog.text and trainer.state.global_step == 3
-    )
+        assert run(arguments, *more).state.global_step == 3
+    for options, says in (
+        (["--train_data", str(data), f"{data}:2"], "checkpoint-3 holds a run with samples 8, but 24 is asked for"),
+        (["--budget_range", "0.5", "2"], "with budget_range [1.0, 1.0], but [0.5, 2.0] is asked for. Give another"),
+        (["--freeze", "none"], "with freeze ['vision_tower'], but [] is asked for"),
+    ):
+        assert sft.main([*arguments, *more, *options]) == 2 and says in capsys.readouterr().err
 
 
 @pytest.mark.slow
