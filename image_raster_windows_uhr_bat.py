@@ -163,7 +163,7 @@ def upright_transform(transform, upright: tuple[bool, bool, bool], size: tuple[i
     return transform
 
 
-def _period(crs) -> float | None:
+def period_of(crs) -> float | None:
     """By how much x grows once around the globe, where the same place comes again then: in degrees, and in projections
     onto a cylinder; None in others."""
     transform = import_rasterio("warp").transform
@@ -332,7 +332,7 @@ def _window_of_bounds(dataset, crs, transform, bounds, bounds_crs, size, name):
             f"{name}: bounds are (west, south, east, north, crs), west below east and south below north. Got {given}."
         )
     try:
-        period = _period(crs)
+        period = period_of(crs)
         x, y = _outline(bounds, bounds_crs, crs, period)
     except Exception as error:  # PROJ knows no way from one to the other
         raise ValueError(
@@ -423,7 +423,7 @@ def read_area(area: Any, crs, transform, size: tuple[int, int], name: str) -> li
     longest = max(bounds[2] - bounds[0], bounds[3] - bounds[1]) / NUM_POINTS
     try:
         moved = shapes.geometry.segmentize(longest).to_crs(crs.to_wkt())
-        if period := _period(crs):
+        if period := period_of(crs):
             (height, width), corners = size, np.array([(0, 0), (1, 0), (0, 1), (1, 1)])
             moved = _around(moved, period, apply(transform, width * corners[:, 0], height * corners[:, 1]))
         a, b, c, d, e, f = tuple(~transform)[:6]

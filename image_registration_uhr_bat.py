@@ -14,6 +14,7 @@ from transformers.utils import logging
 
 from .geometry_uhr_bat import box_corners, letterbox
 from .image_raster_files_uhr_bat import import_rasterio
+from .image_raster_windows_uhr_bat import period_of
 from .image_sources_uhr_bat import WHOLE
 
 logger = logging.get_logger(__name__)
@@ -104,7 +105,7 @@ def register(earlier, later) -> list[list[float]]:
 
 def _common_ground(parts, places, sizes) -> tuple[np.ndarray, np.ndarray]:
     """float[K, 2], (row, column) in pixels of either image, of ground that both show: of the points `parts` float[P, 2] of each
-    image those that the other has. Beyond, a system may be bent, or know no place."""
+    image those that the other has, which may lie turns of the globe apart. Beyond, a system may be bent, or know no place."""
     pairs = []
     for one, other in ((0, 1), (1, 0)):
         (crs, transform), (other_crs, other_transform) = places[one], places[other]
@@ -116,9 +117,17 @@ def _common_ground(parts, places, sizes) -> tuple[np.ndarray, np.ndarray]:
                 x, y = warp.transform(crs, other_crs, x, y)
             except Exception:  # PROJ's own, of places that the other system lacks: the other image may lie inside
                 continue
+        period, x = other_crs and period_of(other_crs), np.asarray(x)
+        if period and crs != other_crs and np.isfinite(middle := x[len(x) // 2]):
+            with np.errstate(invalid="ignore"):  # infinite where there is no place
+                x = x - period * np.round((x - middle) / period)
         a, b, c, d, e, f = tuple(other_transform)[:6]
-        there = np.linalg.solve([[a, b], [d, e]], np.stack((np.subtract(x, c), np.subtract(y, f))))[::-1].T
-        inside = ((there >= 0) & (there <= sizes[other])).all(1)  # infinite where there is no place
+        ways = []
+        for turn in (0, 1, -1, 2, -2) if period else (0,):
+            moved = np.stack((x + turn * (period or 0) - c, np.subtract(y, f)))
+            there = np.linalg.solve([[a, b], [d, e]], moved)[::-1].T
+            ways.append((there, ((there >= 0) & (there <= sizes[other])).all(1)))
+        there, inside = max(ways, key=lambda way: way[1].sum())
         pair = points[inside], there[inside]
         pairs.append(pair if one == 0 else pair[::-1])
     none = np.empty((0, 2))

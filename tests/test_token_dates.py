@@ -76,6 +76,17 @@ def test_images_with_a_place_are_registered_by_the_ground():
     lon, lat = rasterio.warp.transform(utm, "EPSG:4326", [375100], [3907900])
     assert (y, x) == pytest.approx((0.25 + (90 - lat[0]) / 360, (lon[0] + 180) / 360), abs=1e-9)
     assert np.allclose(inverse(register(world, whole)), register(whole, world))
+    # Longitudes of one of them go on where those of the other begin anew.
+    wgs84, zone, web = map(rasterio.CRS.from_epsg, (4326, 32701, 3857))
+    fiji = [picture(50, 50, rasterio.Affine(0.02, 0, west, 0, -0.02, -17), wgs84) for west in (179.5, -180.5)]
+    assert np.allclose(register(*fiji), SAME) and np.allclose(register(*reversed(fiji)), SAME)
+    seam = picture(100, 100, rasterio.Affine(200, 0, 171937, 0, -200, 8039394), zone)
+    wests = [x - 4600 * 25 for x in (20037508.34, -20037508.34)]
+    webs = [picture(50, 50, rasterio.Affine(4600, 0, west, 0, -2300, -1920000), web) for west in wests]
+    for one in (seam, *webs):
+        found = [register(one, other) for other in fiji] + [inverse(register(other, one)) for other in fiji]
+        assert all(np.allclose(other, found[0], atol=0.01) for other in found[1:])
+        assert moved(found[0], 0.5, 0.5)[1] == pytest.approx(0.5, abs=0.01)
     large = picture(1000, 1000, rasterio.Affine(1000, 0, 0, 0, -1000, 4_000_000), utm)
     degrees = rasterio.warp.transform_bounds(utm, "EPSG:4326", 0, 3_000_000, 1_000_000, 4_000_000)
     bent = picture(1000, 1000, rasterio.transform.from_bounds(*degrees, 1000, 1000), rasterio.CRS.from_epsg(4326))
