@@ -124,7 +124,7 @@ def ask_suite(args, suite, samples, prompt):
         budgets=budgets, selector=args.selector or selector_of(folder, **args.set),
         seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
         versions=versions(), **tiles, weights=folder_digest(folder), image=read or None,
-        batch_size=args.batch_size,
+        batch_size=args.batch_size, dates=suite.two_dates or None,
     )  # fmt: skip
     find_selector(settings.selector, budgets)
     check_settings(args.output, settings)

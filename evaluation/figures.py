@@ -174,6 +174,7 @@ def report(suite: Suite, result: dict, settings: dict) -> str:
         f"Model {model_in_words(settings)}, {spent} visual tokens at most, selector {settings['selector']}, prompt "
         f"{settings['prompt']}, seed {settings['seed']}"
         + (f", at most {settings['max_tiles']} tiles" if settings.get("max_tiles") else "")
+        + (", two dates compared" if settings.get("dates") else "")
         + (" of levels down to each image's own resolution" if settings.get("native") else "")
         + (f"; a part of the suite, {settings['limit']} samples" if settings["limit"] else "")
         + ". Percent, with 95 % intervals of a bootstrap over images, and Wilson's, an image a trial, which hold where few or all "

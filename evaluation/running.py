@@ -11,6 +11,7 @@ import json
 import platform
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,7 +23,9 @@ from ..common.asking import answers, encode
 from ..common.files import whole_files, write_json
 from ..common.objects import POINTING, family_name, objects_of
 from ..common.runs import Line, check_same_settings, whole_lines
+from ..image_processing_uhr_bat import READING
 from ..image_raster_files_uhr_bat import reason
+from ..image_registration_uhr_bat import check_dates, open_dates
 from .asked import asked, check_asked
 from .reducers import find_selector
 from .samples import Sample
@@ -52,6 +55,7 @@ class Settings:
         model_settings: other values for settings of the model.
         image: options of reading that were given, as `bands`.
         batch_size: questions that are answered together.
+        dates: True where the two pictures of every sample are compared as two dates of one place.
     """
 
     suite: str
@@ -71,12 +75,14 @@ class Settings:
     weights: str | None = None
     image: dict | None = None
     batch_size: int = 1
+    dates: bool | None = None
 
     @property
     def of_a_line(self) -> dict:
         """What every line repeats, so that it can be read by itself."""
         said = {name: getattr(self, name) for name in ("prompt", "budgets", "selector", "seed", "versions")}
-        return said | ({"image_options": self.image} if self.image else {}) | self.tiles
+        said |= {"image_options": self.image} if self.image else {}
+        return said | ({"dates": True} if self.dates else {}) | self.tiles
 
     @property
     def tiles(self) -> dict:
@@ -144,8 +150,8 @@ def looking_closer(budgets, default, max_tiles, native) -> tuple[dict, list[int]
 
 
 class Cut(Dataset):
-    """The images of every group of samples, read and cut into tiles, or the reason why that failed. `options`: of the
-    image processor."""
+    """The images of every group of samples, read and cut into tiles, with what `open_dates` found of two dates and None of other
+    images; or the reason why that failed. `options`: of the image processor."""
 
     def __init__(self, suite: Suite, image_processor, groups: list[list[Sample]], options=None):
         self.suite, self.image_processor, self.groups, self.options = suite, image_processor, groups, options or {}
@@ -154,12 +160,19 @@ class Cut(Dataset):
         return len(self.groups)
 
     def __getitem__(self, index):
-        pictures = self.groups[index][0].pictures
+        pictures, options, dates = self.groups[index][0].pictures, self.options, None
         if not pictures:
             return None
         try:
             images = [self.suite.open(picture) for picture in pictures]
-            return self.image_processor(images, return_tensors="pt", **self.options)
+            if self.suite.two_dates:
+                check_dates([len(images)])
+                read = partial(
+                    self.image_processor.open_image, **{name: options[name] for name in options if name in READING}
+                )
+                images, dates = open_dates(read, images[1], images[0])
+                options = {name: options[name] for name in options if name not in READING or name == "max_image_pixels"}
+            return self.image_processor(images, return_tensors="pt", **options), dates
         except Exception as error:  # an image can fail in any way; the other ones are still to come
             return reason(error)
 
@@ -226,13 +239,16 @@ def ask_unit(model, processor, suite, unit, cuts, blank, done, settings) -> Iter
         return any((sample.id, view) not in done for _, sample in batch)
 
     needed = {at for batch in batches if waits(batch, IMAGE) for at, _ in batch}
-    features, failed = {}, {}
+    features, dates, failed = {}, {}, {}
     for at in sorted(needed):
         try:
             if isinstance(cuts[at], str):
                 failed[at] = cuts[at]
-            else:  # None: a question without an image
-                features[at] = [] if cuts[at] is None else encode(model, cuts[at])
+            elif cuts[at] is None:  # a question without an image
+                features[at] = []
+            else:
+                inputs, dates[at] = cuts[at]
+                features[at] = encode(model, inputs)
         except Exception as error:
             failed[at] = reason(error)
     for batch in batches:
@@ -244,7 +260,8 @@ def ask_unit(model, processor, suite, unit, cuts, blank, done, settings) -> Iter
                 BLANK: lambda at, sample: blank * len(sample.pictures),
                 TEXT: lambda at, sample: [],
             }[view]
-            questions = [(ask(sample), shown(at, sample)) for at, sample in batch]
+            compared = dates if view == IMAGE else {}
+            questions = [(ask(sample), shown(at, sample), compared.get(at)) for at, sample in batch]
             found = answers_or_errors(model, processor, questions, settings)
             for (at, sample), (said, error, spent) in zip(batch, found):
                 if (sample.id, view) not in done:
@@ -268,7 +285,8 @@ def placed_boxes(model, processor, suite, sample, said, features, settings) -> d
 
 
 def answers_or_errors(model, processor, questions, settings) -> list[tuple[str | None, str | None, int]]:
-    """(answer, error, visual tokens) of every (text, features of its images); features None: it is not asked.
+    """(answer, error, visual tokens) of every (text, features of its images, what `open_dates` found of them); features None: it
+    is not asked. Of questions with images all are about two dates, or none.
 
     Questions that fail together are asked one by one: one that is too long fails alone.
     """
@@ -276,10 +294,11 @@ def answers_or_errors(model, processor, questions, settings) -> list[tuple[str |
 
     def ask(numbers):
         try:
-            texts, features = zip(*(questions[number] for number in numbers))
+            texts, features, dates = zip(*(questions[number] for number in numbers))
             said = answers(
                 model, processor, list(texts), list(features), budgets=settings.budgets, max_tiles=settings.max_tiles,
                 rules={"selector": find_selector(settings.selector)}, max_new_tokens=settings.max_new_tokens,
+                dates=None if None in dates else [one for of_question in dates for one in of_question],
             )  # fmt: skip
             for number, (text, spent) in zip(numbers, said):
                 found[number] = text, None, spent
@@ -290,7 +309,7 @@ def answers_or_errors(model, processor, questions, settings) -> list[tuple[str |
                 for number in numbers:
                     ask([number])
 
-    there = [number for number, (_, features) in enumerate(questions) if features is not None]
+    there = [number for number, (_, features, _) in enumerate(questions) if features is not None]
     for with_images in (True, False):
         if numbers := [number for number in there if bool(questions[number][1]) == with_images]:
             ask(numbers)

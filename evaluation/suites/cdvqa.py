@@ -50,6 +50,7 @@ def in_classes(text: str) -> str:
 
 class CDVQA(RSVQA):
     title = "CDVQA"
+    two_dates = True
     files = tuple(f"{split}_{ENDS}" for split in ("Test", "Val", "Train"))
     places = ("", "SECOND", "train", "SECOND/train")
     prompts = {"cdvqa/choices-1": prompt, "cdvqa/short-1": short_prompt}

@@ -71,6 +71,7 @@ def read_sentence(sample: Sample, text: str) -> list[str]:
 
 class LevirCC(Suite):
     title = "LEVIR-CC"
+    two_dates = True
     files = ("LevirCCcaptions.json",)
     prompts = {"levir-cc/sentence-1": prompt}
     scorers = (

@@ -85,6 +85,7 @@ class MadeUpDates(MadeUpScenes):
 
     prompts = {"scenes-dates/plain-1": lambda sample: sample.question}
     seeds = dates.PAIR_TEST_SEEDS
+    two_dates = True
 
     def __init__(self, name="scenes-dates"):
         Suite.__init__(self, name)

@@ -40,6 +40,7 @@ class Suite:
         paper: figures of the UHR-BAT paper, quoted.
         max_new_tokens: of an answer.
         several: whether several options may be right.
+        two_dates: whether the two pictures of a sample show one place, the earlier date first: they are then compared.
         points: whether a scorer reads boxes, which are then kept in pixels beside the answer.
         above: how many folders above that of the records may have pictures, too.
         anywhere: whether records may name pictures by any path or address: the data is the user's own.
@@ -56,7 +57,7 @@ class Suite:
     averages: dict[str, Callable[[Sample], str]] = {"macro": lambda sample: sample.task}
     paper: tuple[PaperFigure, ...] = ()
     max_new_tokens = 16
-    several = points = anywhere = False
+    several = two_dates = points = anywhere = False
     above = 2
     box_fields: tuple[str, ...] = ()
     version: str | None = None

@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from benchmark_files import conversations, picture, write_lines, xlrs
+import uhr_bat
+from benchmark_files import FORMS, conversations, picture, write_lines, xlrs
 from copies import run_copies, start_copies
 from small import count_tiles
 from uhr_bat.common.loading import ROOT, load_model
@@ -367,3 +368,26 @@ def test_runs_of_two_suites_are_not_compared(tmp_path, capsys):
     assert "they cannot be paired" in capsys.readouterr().err
     assert compare_runs.main([str(tmp_path), str(ROOT)]) == 2
     assert "this is no run of `uhr-bat evaluate`" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_dates_are_compared_as_ask_compares_them(tiny, tmp_path, monkeypatch):
+    processor, model = tiny
+    suite, compress, registered = SUITES["levir-cc"], model.compress, []
+
+    def compressed(**inputs):
+        registered.append(inputs.get("registration"))
+        return compress(**inputs)
+
+    monkeypatch.setattr(model, "compress", compressed)
+    sample, other = suite.load(str(FORMS["levir-cc"](tmp_path)))
+    prompt, asking = suite.prompts["levir-cc/sentence-1"](sample), {"max_new_tokens": 3, "budgets": [2, 3, 4, 5]}
+    earlier, later = (picture.source for picture in sample.pictures)
+    expected = uhr_bat.ask(processor, model, later, prompt, before=earlier, **asking)
+    settings = replace(SETTINGS, suite="levir-cc", prompt="levir-cc/sentence-1", dates=True, **asking)
+    other = replace(other, pictures=other.pictures[:1])
+    lines = run(model, processor, suite, [sample, other], settings, tmp_path / "run", workers=0)
+    line = lines[sample.id, IMAGE]
+    assert (line["answer"], line["visual_tokens"], line["dates"]) == (expected.text, expected.num_tokens, True)
+    assert registered[0] and registered == [registered[0]] * 2 + [None] * 2  # blank images are no dates
+    assert "Got 1" in lines[other.id, IMAGE]["error"]
