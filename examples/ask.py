@@ -151,6 +151,10 @@ def main(arguments=None) -> int:
     add_question_arguments(parser)
     args = parser.parse_args(arguments)
     stay_offline(args.model)
+    if args.image is None and args.before is not None:
+        raise ValueError(
+            "--before is earlier than an image, of which there is none: uhr-bat ask IMAGE QUESTION --before EARLIER."
+        )
     if args.image is None:
         args.image = str(painting.DEFAULT_PATH)
         if not painting.DEFAULT_PATH.exists():

@@ -298,7 +298,9 @@ def read_results(path: Path, settings: dict) -> list[dict]:
     if path.is_file():
         kept, rows = READERS[path.suffix.lower()](path)
         check_same_settings(path, kept, settings)
-    return rows + lines_of_run(lines_path(path), settings)
+    rows += lines_of_run(lines_path(path), settings)
+    # Results that were written before there were two dates have no `before`.
+    return [row | {"before": row.get("before") or ""} for row in rows]
 
 
 def _read_parquet(path):
@@ -319,9 +321,8 @@ def _read_csv(path):
         for name, kind in COLUMNS.items():
             if row[name] is not None and kind != "string":
                 row[name] = float(row[name]) if kind == "float64" else int(row[name])
-        # A row without an error has an answer, and every row an item and what it is compared with: an empty one is none left out.
-        row |= {name: row[name] or "" for name in ("item", "before")}
-        rows.append(row | ({} if row["error"] else {"answer": row["answer"] or ""}))
+        # A row without an error has an answer, and every row an item: an empty one is none of them left out.
+        rows.append(row | {"item": row["item"] or ""} | ({} if row["error"] else {"answer": row["answer"] or ""}))
     return _read_settings(path), rows
 
 
@@ -392,8 +393,8 @@ def write_all_objects(path: Path, rows: list[dict], about: dict[str, str]) -> tu
 
 
 def _key(row: dict) -> tuple[str, str, str, str]:
-    """What a row answers; results that were written before there were two dates have no `before`."""
-    return row["image"], row["item"] or "", row.get("before") or "", row["question"]
+    """What a row answers."""
+    return row["image"], row["item"] or "", row["before"] or "", row["question"]
 
 
 def run(work: list[tuple[BatchImage, list[str]]], output: Path, settings: dict, **options) -> list[dict]:

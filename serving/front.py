@@ -10,6 +10,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from PIL import Image
@@ -20,7 +21,8 @@ from ..common.models import base_of, hub_name
 from ..common.outputs import files_beside
 from ..geo import Georeference
 from ..image_reading_uhr_bat import kind_of
-from ..image_registration_uhr_bat import open_dates
+from ..image_registration_uhr_bat import open_dates, place_of
+from ..image_sources_uhr_bat import WHOLE
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
 from ..planning import planner_of
 from .cache import Abandoned, ContentCache
@@ -202,8 +204,11 @@ class Front:
 
         def opened(source):
             image = self._open(source, options).image
-            image.filename = source.name  # where the server's folder lies is nobody's affair
-            return image
+            (crs, transform), part = place_of(image), getattr(image, "part", WHOLE)
+            # Less its pixels, which two images would hold, and by a name that tells nobody where the server's folder lies.
+            return SimpleNamespace(
+                height=image.height, width=image.width, crs=crs, transform=transform, part=part, filename=source.name
+            )
 
         key = ("dates", *earlier.key, *later.key, repr(sorted(options.items())))
         return self.cache.get(key, lambda: self._compute(open_dates, opened, later, earlier)[1])

@@ -38,11 +38,12 @@ def test_ask_answers_and_accounts_for_tokens_and_seconds(image_path, monkeypatch
     [
         (["missing.jpg"], "missing.jpg: there is no such image file."),
         ([__file__], "test_ask.py: not an image"),
+        (["--before", "IMAGE"], "--before is earlier than an image, of which there is none"),
         (["IMAGE", "How many?", "--budgets", "1,2"], "2 budgets [1, 2] and 4 scales"),
         (["IMAGE", "How many?", "--budgets", "all"], "invalid budgets value: 'all'"),
         (["IMAGE", "How many?", "--model", "nowhere"], "nowhere: this is no model folder"),
     ],
-    ids=["missing", "not an image", "budgets", "numbers", "model"],
+    ids=["missing", "not an image", "earlier than nothing", "budgets", "numbers", "model"],
 )
 def test_ask_says_what_is_wrong(image_path, capsys, arguments, message):
     arguments = [str(image_path) if argument == "IMAGE" else argument for argument in arguments]

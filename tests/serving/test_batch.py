@@ -120,8 +120,9 @@ def test_a_worker_looks_closer_where_it_is_told_to(tmp_path):
 
 
 def test_a_question_about_two_dates_is_another_one_than_about_the_later_alone(tmp_path, workers):
-    output = tmp_path / "results.csv"
+    output = tmp_path / "results.jsonl"
     run(WORK[:1], output, SETTINGS)
+    output.write_text(output.read_text().replace(', "before": ""', ""))  # as it was written before there were any
     rows = run([*WORK[:1], (replace(IMAGES[0], before="/data/old.tif"), ["How many?"])], output, SETTINGS)
     assert [(row["before"], row["question"]) for row in rows] == [
         ("", "How many?"),
