@@ -73,6 +73,7 @@ def to_rgb(image: Image.Image, name: str = "image") -> Image.Image:
         ValueError: its mode has no right conversion.
     """
     try:
+        _feed_at_once(image)
         image.load()
     except Exception as error:  # decoders raise whatever they like
         raise OSError(f"{name}: the image cannot be decoded whole ({reason(error)}).") from error
@@ -142,10 +143,22 @@ def open_picture(file, path):
             accepted = accept is None or accept(prefix)
             if accepted and not isinstance(accepted, str):  # a string is a reason to say no
                 file.seek(0)
-                return reader(file, path)
+                image = reader(file, path)
+                _feed_at_once(image)
+                return image
         except (SyntaxError, IndexError, TypeError, struct.error):  # another format's file
             continue
     return None
+
+
+def _feed_at_once(image):
+    """Pillow hands libjpeg a file piece by piece, and of an arithmetic JPEG that cannot wait for the next one: all is one
+    piece."""
+    file = getattr(image, "fp", None)
+    if image.format in REDUCED_FORMATS and file is not None and not file.closed:
+        place = file.tell()
+        image.decodermaxblock = max(image.decodermaxblock, file.seek(0, io.SEEK_END))
+        file.seek(place)
 
 
 def decode_picture(image, name):
@@ -218,6 +231,10 @@ def decode_jpeg(content: bytes, name: str, reduction: int, is_turned: bool) -> I
     image = open_picture(io.BytesIO(content), "")
     if reduction > 1:
         image.draft(None, tuple(length // reduction for length in image.size))
+        try:
+            image.load()
+        except Exception:  # libjpeg has no smaller pictures of a lossless one; what is damaged raises again
+            image = to_rgb(open_picture(io.BytesIO(content), ""), name).reduce(reduction)
     return decode_picture(image, name) if is_turned else to_rgb(image, name)
 
 

@@ -158,6 +158,42 @@ def test_grey_progressive_and_several_pictures_are_read_reduced(processor, tmp_p
     assert 0 < difference(tiles_of(processor, path), tiles_of(processor, path, overviews="off")) <= 0.3
 
 
+def lossless(height, width, color):
+    """A lossless JPEG of one colour: how far its first pixel is from grey, and every other one from the one beside it."""
+
+    def segment(marker, content):
+        return bytes((255, marker)) + (len(content) + 2).to_bytes(2, "big") + content
+
+    frame = bytes((8, *height.to_bytes(2, "big"), *width.to_bytes(2, "big"), 3))
+    frame += b"".join(bytes((name, 0x11, 0)) for name in b"RGB")
+    table = bytes((0, 0, 0, 0, 9, *[0] * 12, *range(9)))  # a number of i bits has the code i of four bits
+    scan = bytes((3, *(byte for name in b"RGB" for byte in (name, 0)), 1, 0, 0))
+    coded = [(value - 128, abs(value - 128).bit_length()) for value in color]
+    bits = "".join(f"{size:04b}{far + ((1 << size) - 1) * (far < 0):0{size}b}" for far, size in coded)
+    bits += "0" * (12 * (height * width - 1))
+    content = int(bits.ljust(-(-len(bits) // 8) * 8, "1"), 2).to_bytes(-(-len(bits) // 8), "big")
+    return b"\xff\xd8" + segment(0xC3, frame) + segment(0xC4, table) + segment(0xDA, scan) + content + b"\xff\xd9"
+
+
+def test_arithmetic_and_lossless_ones_are_read_as_their_whole(processor, tmp_path):
+    rasterio = pytest.importorskip("rasterio")
+    profile = {"driver": "JPEG", "height": 600, "width": 800, "count": 3, "dtype": "uint8", "ARITHMETIC": "YES"}
+    with rasterio.open(tmp_path / "arithmetic.jpg", "w", **profile) as raster:
+        raster.write(np.moveaxis(np.asarray(scene(600, 800)), 2, 0))
+    path = tmp_path / "arithmetic.jpg"
+    assert (
+        b"\xff\xc9" in path.read_bytes()[:1000] and path.stat().st_size > 2**16
+    )  # of more than one of Pillow's pieces
+    with open(path, "rb") as file:
+        image = Image.open(file)
+        assert (tiles_of(processor, image, overviews="off") == tiles_of(processor, path, overviews="off")).all()
+    tiles_of(processor, image, overviews="off")  # whose file is closed by now
+    assert 0 < difference(tiles_of(processor, path), tiles_of(processor, path, overviews="off")) <= 0.3
+    (tmp_path / "lossless.jpg").write_bytes(lossless(300, 300, (200, 90, 30)))
+    found = tiles_of(processor, tmp_path / "lossless.jpg")
+    assert (found == np.array([200, 90, 30]).reshape(3, 1, 1)).all()
+
+
 def test_other_pictures_and_small_ones_are_bit_equal_to_the_whole(processor, tmp_path):
     scene(600, 800, "CMYK").save(tmp_path / "cmyk.jpg")
     scene(600, 800).save(tmp_path / "scene.png", compress_level=1)
