@@ -111,7 +111,8 @@ def part_id(tokenizer):
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_model_that_can_be_asked(form, folder, tmp_path, monkeypatch):
     arguments = ["--form", form, "--pictures", folder, "--output", tmp_path / "out", "--views", "24", "--workers", "1"]
-    for name, value in (("ordinary", 4), ("native", 1), ("tower-steps", 2), ("decoder-steps", 3), ("joint-steps", 1)):
+    sizes = COUNTS | {"tower-steps": 2, "decoder-steps": 3, "anew-steps": 1, "ask": 1}
+    for name, value in sizes.items():
         arguments += [f"--{name}", value]
     monkeypatch.setattr(plain, "TOWER_PIXELS", 192 * 192)
     monkeypatch.setattr(plain, "STEP_TOKENS", 800)

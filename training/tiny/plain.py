@@ -5,7 +5,8 @@ tokens, one picture or two in a prompt; no levels, no budget, no selection.
 
 Three stages. The tower: linear heads on the visual tokens of pictures name what stands in each, and the words get their
 vectors, as in `vision.py`. The decoder: by the language model's loss on the answers alone, from pictures that are encoded
-once. All of it: the same from pictures. A run that was cut off goes on, stage by stage and from its last checkpoint.
+once, those with few objects first. The decoder anew: from other pictures at every step, since the same ones are learnt by
+heart. A run that was cut off goes on, stage by stage and from its last checkpoint.
 
 The questions about a picture stand behind it, each at the positions that it would have alone, and none sees another.
 
@@ -24,30 +25,32 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.utils.data import Dataset
 from tqdm import tqdm
-from transformers import Trainer
+from transformers import AutoModelForImageTextToText, Trainer
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
-from ...common.commands import tells_errors
+from ...common.commands import check_range, tells_errors
 from ...common.files import whole_files
 from ...common.outputs import MODEL_FILES, Output, check_outputs
 from ...modeling_outputs_uhr_bat import CACHE
-from ...scenes.layout import OBJECTS, PAINTS, SITES
+from ...scenes.layout import OBJECTS, PAINTS, SITES, VALIDATION_SEEDS
 from ..collator import IGNORED
 from . import plain_models as forms
 from .finetune import begin_by_matching
-from .plain_pictures import LEAST_SEEN, Pictures, draw_views, lists, paint_scenes, strewn
+from .plain_pictures import LEAST_SEEN, RESOLVED, Pictures, draw_views, lists, paint_scenes, strewn
 from .stages import train
 
-QUESTIONS = 16  # about a picture
+QUESTIONS = 28  # about a picture
 LISTS = 2  # of the objects of a site, besides
-CLOSE = 0.35  # of the encoded pictures are parts of scenes that are hardly larger than a site
+CLOSE = 0.35  # of the pictures are parts of scenes that are hardly larger than a site
 # The share of the pictures with fewest objects that the decoder begins with, and the share of its steps after which it sees all:
 # among many objects it would not find the right one.
 FEW_FIRST, GROWING = 0.4, 0.275
 NOISE = 0.15  # on rows of length 1 (root mean square): without it, scenes are learnt by heart
 TOWER_PIXELS = 10 * 192 * 192  # of a step that trains the tower
 STEP_TOKENS = 3500  # of a step, those of the questions among them, about
+ADAM = {"adam_beta2": 0.98}
+WHOLE = 448  # px, the width of whole scenes that a trained model is asked about
 
 
 # ---- The tower -------------------------------------------------------------------------------------------------------
@@ -372,7 +375,7 @@ def packed(form, tokenizer, sizes, questions_of, visuals) -> dict:
 
 
 class AskedAnew(Dataset):
-    """Steps of questions about pictures that the tower sees as well: one index is one step."""
+    """Steps of questions about pictures that no other step has: one index is one step."""
 
     def __init__(self, pictures, form, tokenizer, image_processor, length):
         self.pictures, self.form, self.tokenizer, self.image_processor = pictures, form, tokenizer, image_processor
@@ -384,7 +387,7 @@ class AskedAnew(Dataset):
     def __getitem__(self, index):
         rng, parts, spent = np.random.default_rng([index, 15]), [], 0
         while spent < STEP_TOKENS:
-            images, views, whole = draw_views(self.pictures, self.form, rng, 4)
+            images, views, whole = draw_views(self.pictures, self.form, rng, 4, close=rng.random() < CLOSE)
             asked = [(image, questions) for image, view in zip(images, views)
                      if (questions := drawn(view, rng, whole))]  # fmt: skip
             if not asked:
@@ -418,12 +421,17 @@ def taken(form, rows):
     return {"mm_encoder_outputs": {"image": made}}
 
 
-def loss_of(model, form, part, right=None) -> tuple[torch.Tensor, int]:
-    """(sum over the tokens of the answers, how many they are); `right` gets the share of those that are right."""
-    image, labels = taken(form, part["rows"]) if "rows" in part else part["pixels"], part["labels"]
+def read(model, form, part) -> torch.Tensor:
+    """The questions' last hidden states, behind their pictures."""
+    image = taken(form, part["rows"]) if "rows" in part else part["pixels"]
     cache = model.model(**part["start"], **image, use_cache=True)[CACHE]
     cache.batch_select_indices(part["picture"])
-    hidden = model.model(**part["questions"], **{CACHE: cache}, use_cache=True).last_hidden_state
+    return model.model(**part["questions"], **{CACHE: cache}, use_cache=True).last_hidden_state
+
+
+def loss_of(model, form, part, right=None) -> tuple[torch.Tensor, int]:
+    """(sum over the tokens of the answers, how many they are); `right` gets the share of those that are right."""
+    hidden, labels = read(model, form, part), part["labels"]
     rows, columns = (labels[:, 1:] != IGNORED).nonzero(as_tuple=True)
     logits, wanted = model.lm_head(hidden[rows, columns]).float(), labels[rows, columns + 1]
     if right is not None:
@@ -458,6 +466,42 @@ class PlainTrainer(Trainer):
         super().log(logs, *args, **kwargs)
 
 
+# ---- Answers ---------------------------------------------------------------------------------------------------------
+
+
+def answers_right(model, form, pictures, number) -> dict[str, list[bool]]:
+    """Whether answers are right, word for word: to questions about so many batches of parts of scenes, and of whole ones where the
+    form takes them in more than one size. Objects that a question needs have `RESOLVED` px and more."""
+    tokenizer, image_processor = forms.tokenizer_of(form), forms.image_processor_of(form)
+    found = {"parts": []} | ({} if form == "gemma3" else {"whole": []})
+    for name, right in found.items():
+        rng, whole = np.random.default_rng(5), name == "whole"
+        for _ in tqdm(range(number), desc=f"Asking about {name}"):
+            if whole:
+                aspect = pictures.draw_aspect(rng)
+                size = WHOLE, round(WHOLE / aspect / forms.CELL) * forms.CELL
+                made = [pictures.whole(rng, aspect, size) for _ in range(4)]
+            else:
+                size = forms.TILE, forms.TILE
+                made = [pictures.crop("ordinary", rng, size, (1.0, 1.8)) for _ in range(6)]
+            asked = [(picture, questions) for view, picture in made
+                     if (questions := view.questions(12, rng, whole, RESOLVED))]  # fmt: skip
+            if asked:
+                right += right_of(model, form, tokenizer, image_processor, size, asked)
+    return found
+
+
+@torch.no_grad()
+def right_of(model, form, tokenizer, image_processor, size, asked) -> list[bool]:
+    """Of (picture, questions) of one size: whether each answer would be written as it is, to its end."""
+    rows = forms.ROWS if form == "gemma3" else size[0] * size[1] // forms.CELL**2
+    part = packed(form, tokenizer, [size], [questions for _, questions in asked], [rows])
+    part["pixels"] = pixels_of(form, image_processor, [(picture,) for picture, _ in asked])
+    hidden = read(model, form, part)
+    written, wanted = model.lm_head(hidden).argmax(-1)[:, :-1], part["labels"][:, 1:]
+    return ((written == wanted) | (wanted == IGNORED)).all(1).tolist()
+
+
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 
@@ -470,23 +514,8 @@ def weights(path: Path, module, make):
     module.load_state_dict(load_file(path))
 
 
-@tells_errors
-def main(arguments=None):
-    parser = argparse.ArgumentParser(prog="uhr-bat tiny plain", description=__doc__.splitlines()[0])
-    parser.add_argument("--form", choices=forms.FORMS, required=True, help="class of the library that the model is of")
-    parser.add_argument("--pictures", type=Path, required=True, metavar="DIR", help="where painted scenes are kept")
-    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
-    for kind, number in ("ordinary", 2600), ("native", 500):
-        parser.add_argument(f"--{kind}", type=int, default=number, metavar="N", help=f"{kind} scenes")
-    parser.add_argument("--views", type=int, default=4000, help="pictures that are encoded for the second stage")
-    for stage, steps, rate in ("tower", 2500, 2e-3), ("decoder", 3600, 1e-3), ("joint", 300, 2e-4):
-        parser.add_argument(f"--{stage}-steps", type=int, default=steps, metavar="N")
-        parser.add_argument(f"--{stage}-rate", type=float, default=rate, metavar="RATE", help="its learning rate")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--save-steps", type=int, default=200, help="a checkpoint every so many steps")
-    parser.add_argument("--workers", type=int, default=2, help="processes that paint scenes")
-    args = parser.parse_args(arguments)
-    check_outputs((args.pictures,), Output("--output", args.output, names=MODEL_FILES))
+def trained(args):
+    """All stages of the run, those that are done from their files, and the model folder."""
     counts = {kind: getattr(args, kind) for kind in ("ordinary", "native")}
     paint_scenes(args.pictures, counts, args.workers)
     pictures, stages = Pictures(args.pictures, counts), args.output / "stages"
@@ -517,22 +546,47 @@ def main(arguments=None):
     def train_decoder():
         name_words(tower, model.get_input_embeddings(), tokenizer)
         prepare_decoder(model, tower)
-        model.requires_grad_(False)
-        for parameter in decoder:
-            parameter.requires_grad_(True)
         encoded = encode_views(model, args.form, image_processor, pictures, args.views, args.seed)
-        data = AskedAgain(encoded, args.form, tokenizer, args.decoder_steps)
-        run("decoder", answers, model, data, {"adam_beta2": 0.98})
+        run("decoder", answers, model, AskedAgain(encoded, args.form, tokenizer, args.decoder_steps), ADAM)
 
+    def train_anew():
+        run("anew", answers, model, AskedAnew(pictures, args.form, tokenizer, image_processor, args.anew_steps), ADAM)
+
+    model.requires_grad_(False)
+    for parameter in decoder:
+        parameter.requires_grad_(True)
     weights(stages / "decoder.safetensors", model, train_decoder)
-
-    def train_all():
-        model.requires_grad_(True)
-        data = AskedAnew(pictures, args.form, tokenizer, image_processor, args.joint_steps)
-        run("joint", answers, model, data, {"adam_beta2": 0.98})
-
-    weights(stages / "joint.safetensors", model, train_all)
+    weights(stages / "anew.safetensors", model, train_anew)
     forms.save_plain(model.to(torch.bfloat16), args.form, args.output)
+
+
+@tells_errors
+def main(arguments=None):
+    parser = argparse.ArgumentParser(prog="uhr-bat tiny plain", description=__doc__.splitlines()[0])
+    parser.add_argument("--form", choices=forms.FORMS, required=True, help="class of the library that the model is of")
+    parser.add_argument("--pictures", type=Path, required=True, metavar="DIR", help="where painted scenes are kept")
+    parser.add_argument("--output", type=Path, required=True, metavar="DIR", help="model folder to write")
+    for kind, number in ("ordinary", 2600), ("native", 500):
+        parser.add_argument(f"--{kind}", type=int, default=number, metavar="N", help=f"{kind} scenes")
+    parser.add_argument("--views", type=int, default=4000, help="pictures that are encoded for the second stage")
+    for stage, steps, rate in ("tower", 2500, 2e-3), ("decoder", 3600, 1e-3), ("anew", 3000, 8e-4):
+        parser.add_argument(f"--{stage}-steps", type=int, default=steps, metavar="N")
+        parser.add_argument(f"--{stage}-rate", type=float, default=rate, metavar="RATE", help="its learning rate")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--save-steps", type=int, default=200, help="a checkpoint every so many steps")
+    parser.add_argument("--workers", type=int, default=2, help="processes that paint scenes")
+    parser.add_argument("--ask", type=int, default=60, metavar="N", help="validation scenes that it is asked about")
+    args = parser.parse_args(arguments)
+    check_range(args, 1, len(VALIDATION_SEEDS), "ask")
+    check_outputs((args.pictures,), Output("--output", args.output, names=MODEL_FILES))
+    if not (args.output / "config.json").exists():
+        trained(args)
+    model = AutoModelForImageTextToText.from_pretrained(args.output, dtype="float32").eval()
+    seen = args.pictures / "validation", {"ordinary": args.ask}
+    paint_scenes(*seen, args.workers, VALIDATION_SEEDS.start)
+    pictures = Pictures(*seen, VALIDATION_SEEDS.start)
+    for name, right in answers_right(model, args.form, pictures, args.ask).items():
+        print(f"{name}: {np.mean(right):.1%} of {len(right)} answers right")
 
 
 if __name__ == "__main__":

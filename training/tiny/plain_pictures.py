@@ -28,6 +28,7 @@ WINDOW = 256  # px, the side of a part of a scene with native objects, at its ow
 WINDOWS = 4  # of such a scene
 LEAST_SEEN = 1.0  # px of a picture that an object must have to be named by a head
 LEAST_ASKED = 2.0  # px of a picture that an object must have to be asked about
+RESOLVED = 5.0  # px from which the towers' heads name 94 % of the types
 STREWN_APART = (13, 40)  # px between objects that are strewn over a picture, for the tower
 LARGEST_STREWN = 20.0  # px
 # Shares of whole scenes, parts of images with native objects, parts of scenes, and wholes with a part of them. Few objects can be
@@ -39,8 +40,8 @@ FINER = 4  # times as fine as the picture, where they are painted
 # ---- Pictures --------------------------------------------------------------------------------------------------------
 
 
-def scene_of(kind, number):
-    seed = PLAIN_SEED + KINDS[kind] + number
+def scene_of(kind, number, first=PLAIN_SEED):
+    seed = first + KINDS[kind] + number
     return native_scene(seed) if kind == "native" else make_scene(seed)
 
 
@@ -53,8 +54,8 @@ def native_window(scene, picture, rng, side: int) -> tuple[int, int, int, int]:
     return top, left, top + side, left + side
 
 
-def _paint(kind, number, folder):
-    scene = scene_of(kind, number)
+def _paint(kind, number, folder, first=PLAIN_SEED):
+    scene = scene_of(kind, number, first)
     if kind == "native":  # at the image's own pixels
         picture, rng, parts = picture_of(scene), np.random.default_rng([scene.seed, 8]), []
         for _ in range(WINDOWS):
@@ -69,13 +70,13 @@ def _paint(kind, number, folder):
             np.save(built / f"{kind}_{number}_{name}.npy", array)
 
 
-def paint_scenes(folder: Path, counts: dict[str, int], workers: int):
-    """The scenes of each kind, from 0 on, as files of pixels; those that are there are not made again."""
+def paint_scenes(folder: Path, counts: dict[str, int], workers: int, first=PLAIN_SEED):
+    """The scenes of each kind, from the first seed on, as files of pixels; those that are there are not made again."""
     folder.mkdir(parents=True, exist_ok=True)
     missing = [(kind, number) for kind, count in counts.items() for number in range(count)
                if not (folder / f"{kind}_{number}_pixels.npy").exists()]  # fmt: skip
     with ProcessPoolExecutor(workers, get_context("spawn")) as pool:
-        jobs = [pool.submit(_paint, kind, number, folder) for kind, number in missing]
+        jobs = [pool.submit(_paint, kind, number, folder, first) for kind, number in missing]
         for job in tqdm(jobs, desc="Painting scenes", unit="scene", disable=not jobs):
             job.result()
 
@@ -117,20 +118,20 @@ class View:
         places = self.place(np.reshape([thing.centre for thing in self.scene.objects], (-1, 2)))
         return int(((places >= 0) & (places < self.size)).all(1).sum())
 
-    def shows(self, question) -> bool:
-        """Whether the picture holds all that a question needs."""
-        if any(thing.size * self.pixel_of_unit.min() < LEAST_ASKED for thing in question.objects):
+    def shows(self, question, least=LEAST_ASKED) -> bool:
+        """Whether the picture holds all that a question needs, at so many pixels."""
+        if any(thing.size * self.pixel_of_unit.min() < least for thing in question.objects):
             return False
         if question.kind in ("colour", "type"):
             return self.holds([thing.centre for thing in question.objects], margin=2)
         return set(question.sites) <= set(self.sites)
 
-    def questions(self, number, rng, whole):
+    def questions(self, number, rng, whole, least=LEAST_ASKED):
         """Up to so many different questions that the picture answers."""
         found = {}
         for _ in range(3 * number):
             question = draw_question(self.scene, rng)
-            if (whole or question.kind != "quadrant") and self.shows(question):
+            if (whole or question.kind != "quadrant") and self.shows(question, least):
                 found.setdefault(question.text, question)
             if len(found) == number:
                 break
@@ -176,8 +177,8 @@ def lists(view, number, rng) -> list[SceneQuestion]:
 class Pictures:
     """The painted scenes, and views of them."""
 
-    def __init__(self, folder: Path, counts: dict[str, int]):
-        self.folder, self.counts, self.scenes = folder, counts, {}
+    def __init__(self, folder: Path, counts: dict[str, int], first=PLAIN_SEED):
+        self.folder, self.counts, self.first, self.scenes = folder, counts, first, {}
         self.by_aspect = {aspect: [] for aspect in ASPECTS}
         for number in range(counts.get("ordinary", 0)):
             self.by_aspect[self.scene("ordinary", number).aspect].append(number)
@@ -189,7 +190,7 @@ class Pictures:
 
     def scene(self, kind, number):
         if (kind, number) not in self.scenes:
-            self.scenes[kind, number] = scene_of(kind, number)
+            self.scenes[kind, number] = scene_of(kind, number, self.first)
         return self.scenes[kind, number]
 
     def read(self, kind, number, name="pixels"):
