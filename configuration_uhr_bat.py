@@ -226,6 +226,9 @@ class UHRBatConfig(PreTrainedConfig):
     refinement: list[int] | tuple[int, ...] = ()
     # Decoder layer at which each of these looks is read. Empty: `importance_layer`.
     refinement_layers: list[int] | tuple[int, ...] = ()
+    # Where the tokens of all scales compete for one budget, the part of it that only the anchor's may have: a model that was
+    # not trained on chosen tokens needs the whole scene around them.
+    anchor_share: float | int = 0.0
     # Eq. 9 keeps a_i >= mean; the released code keeps a_i > mean.
     threshold: Literal["ge", "gt"] = "ge"
     # Whether every region is guaranteed a token. Eq. 12 alone does not: early regions can fill the budget.
@@ -353,6 +356,8 @@ class UHRBatConfig(PreTrainedConfig):
         for name in ("coord_weight", "distinctiveness_power"):
             if not 0 <= getattr(self, name) < float("inf"):
                 raise ValueError(f"`{name}` is a number that is not negative. Got {getattr(self, name)}.")
+        if not 0 <= self.anchor_share <= 1:
+            raise ValueError(f"`anchor_share` is a part of the budget, from 0 to 1. Got {self.anchor_share}.")
         if self.projector_hidden_act not in ACT2FN:
             raise ValueError(
                 f"`projector_hidden_act` is no function of the library. Got {self.projector_hidden_act!r}."

@@ -12,7 +12,7 @@ Axes: S scales, N tokens of a scale, V of them that show the image, H and W heig
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import NamedTuple
 
@@ -38,6 +38,7 @@ class CompressionRules:
     distinctiveness_power: float
     refinement: list[int]
     refinement_layers: list[int]
+    anchor_share: float
     region_method: str
     num_regions: int | None
     kmeans_iterations: int
@@ -168,7 +169,8 @@ def choose_tokens(importance, regions, tokens, budget, rules: CompressionRules) 
 
 
 def choose_of_all_scales(importance, regions, tokens, budget, rules: CompressionRules):
-    """Slots where the tokens of all scales compete for one budget; the arguments are lists over scales.
+    """Slots where the tokens of all scales compete for one budget, or those of all finer ones for what the anchor's share
+    leaves; the arguments are lists over scales.
 
     Returns:
         (`slots` long[V_s] of every scale, int[S] places of each scale).
@@ -176,6 +178,16 @@ def choose_of_all_scales(importance, regions, tokens, budget, rules: Compression
     Raises:
         ValueError: the selector merges tokens of different scales, which have no scale to stand in.
     """
+    if own := min(round(rules.anchor_share * budget), len(tokens[0])):
+        finer = sum(map(len, tokens[1:]))
+        own = max(own, min(budget - finer, len(tokens[0])))
+        apart = choose_tokens(importance[0], regions[0], tokens[0], own, rules)
+        if rest := min(budget - own, finer):
+            competing = replace(rules, anchor_share=0)
+            slots, counts = choose_of_all_scales(importance[1:], regions[1:], tokens[1:], rest, competing)
+        else:
+            slots, counts = [torch.full_like(one, -1) for one in regions[1:]], [0] * (len(regions) - 1)
+        return [apart, *slots], [own, *counts]
     numbers = [int(region.max()) + 1 if len(region) else 0 for region in regions]
     apart = [region + sum(numbers[:scale_idx]) for scale_idx, region in enumerate(regions)]
     joined = choose_tokens(torch.cat(importance), torch.cat(apart), torch.cat(tokens), budget, rules)
@@ -210,7 +222,8 @@ def compress_image(
     with torch.no_grad():
         budgets = counts
         if one_budget:  # equal parts of it bound the number of regions, where each of them gets a token
-            share = max(1, counts[0] // sum(map(bool, image.available)))
+            part = min(rules.anchor_share, 1 - rules.anchor_share) or 1
+            share = max(1, int(part * counts[0]) // sum(map(bool, image.available)))
             budgets = [share if size else 0 for size in image.available]
         # A scale that spends nothing has no regions either.
         regions = [

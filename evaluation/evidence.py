@@ -130,10 +130,11 @@ def scenes_parser(prog: str, says: str, output: str):
     return parser
 
 
-def check_scenes(args, name: str, seeds: int = 1, focus=None, more=()):
+def check_scenes(args, name: str, seeds: int = 1, focus=None, more=(), least: int = 1):
     """`args.model` becomes its folder; raises `ValueError` or `FileNotFoundError` before anything is asked of `seeds` sets of
     scenes. `more`: other files that are written."""
-    check_range(args, 1, math.inf, "scenes", "workers")
+    check_range(args, least, math.inf, "scenes")
+    check_range(args, 1, math.inf, "workers")
     require("evaluate", "matplotlib")
     args.model = find_model(args.model)
     check_outputs((args.model, focus), Output("--output", args.output, names=(*report_files(name), *more)))

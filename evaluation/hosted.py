@@ -232,9 +232,11 @@ def measure(args, tiles: str) -> tuple[dict, dict]:
         ORDINARY: "a quarter of the tiles behind the coarsest level's",
         SUITE: f"{args.tiles} tiles of an image's own levels",
     }
-    also = "".join(f" --also {name}={value}" for name, value in args.also)
     command = f"uhr-bat evidence hosted{model_option(args.model, args.set)} --scenes {args.scenes}"
-    command += f" --native-scenes {args.native_scenes} --first-seed {args.first_seed}{also}"
+    command += f" --native-scenes {args.native_scenes} --first-seed {args.first_seed} --tiles {args.tiles}"
+    for option, values in ("fractions", args.fractions), ("grids", args.grids or []):
+        command += f" --{option} {' '.join(map(str, values))}" * bool(values)
+    command += "".join(f" --also {name}={value}" for name, value in args.also)
     results = {}
     for suite, (records, errors) in found.items():
         questions = len({record["sample"] for record in records})
@@ -278,7 +280,7 @@ def main(arguments=None) -> int:
         raise ValueError(
             f"Scenes before {TEST_SEEDS.start} were trained on, or chosen by. Got --first-seed {args.first_seed}."
         )
-    check_scenes(args, NAME, more=(f"{NAME}.jsonl", f"{NAME}.csv"))
+    check_scenes(args, NAME, more=(f"{NAME}.jsonl", f"{NAME}.csv"), least=int(not args.native_scenes))
     own = own_tiles(check_host(args))
     results, records = measure(args, "; this family cuts tiles of its own, so that this is its own tiling" * own)
     write_answers(args.output, records)

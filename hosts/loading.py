@@ -23,7 +23,7 @@ SETTINGS = {one.name for one in fields(HostSettings)}
 OTHERS = {"scales", "importance_layer", "question_tokens", "mask_padding"}
 CONFIG_FIELDS = {one.name for one in fields(CompressionRules)} - SETTINGS | OTHERS
 # The rules whose numbers were measured on made-up scenes, with the weights of UHR-BAT-Tiny.
-RULES = {"selector": "distinct", "num_regions": 4, "coord_weight": 8.0}
+RULES = {"selector": "distinct", "num_regions": 4, "coord_weight": 8.0, "anchor_share": 0.5}
 
 
 def load_host(folder, dtype="auto", device_map=None, quantization_config=None, calibrated=None, make=None,

@@ -19,10 +19,11 @@ def half_shown():
 # ---- One budget of all scales ---------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("anchor_share", [0, 0.4, 1])
 @pytest.mark.parametrize("budget", [1, 5, 14, 55, 56, 70])
 @pytest.mark.parametrize("selector", ["preserve_and_merge", "distinct", "top_k", "uniform", diversity])
-def test_one_budget_is_spent_exactly_among_all_scales(selector, budget):
-    rules = {"selector": selector}
+def test_one_budget_is_spent_exactly_among_all_scales(selector, budget, anchor_share):
+    rules = {"selector": selector, "anchor_share": anchor_share}
     out = small_model().compress(input_ids=QUESTION, pixel_values=random_pixels(), budgets=budget, rules=rules)
     assert len(out.pooler_output[0]) == min(budget, 56)
     for tokens, slots in zip(out.tokens[0], out.slots[0]):
@@ -39,6 +40,19 @@ def test_the_best_tokens_of_all_scales_are_kept_scale_by_scale_in_order():
     ]
     best = torch.cat(scores).argsort(descending=True, stable=True)[:14].sort().values
     assert torch.equal(out.pooler_output[0], torch.cat(features.tokens)[best])
+
+
+def test_a_share_of_one_budget_is_the_anchors_alone_and_the_finer_scales_compete_for_the_rest():
+    model = small_model(selector="top_k")
+    inputs = {"input_ids": QUESTION, "image_features": model.encode_image(random_pixels())}
+    out = model.compress(**inputs, budgets=14, rules={"anchor_share": 0.2})
+    anchor, *finer = [importance.flatten() for importance in out.importance[0]]
+    wanted = [anchor.topk(min(3, len(anchor))).indices, torch.cat(finer).topk(14 - min(3, len(anchor))).indices]
+    slots = [slots.flatten() for slots in out.slots[0]]
+    kept = [slots[0], torch.cat(slots[1:])]
+    assert [set((one >= 0).nonzero()[:, 0].tolist()) for one in kept] == [set(one.tolist()) for one in wanted]
+    with pytest.raises(ValueError, match="`anchor_share` is a part of the budget, from 0 to 1. Got 1.5"):
+        model.compress(**inputs, budgets=14, rules={"anchor_share": 1.5})
 
 
 def test_a_selector_that_merges_across_scales_is_refused_one_budget():

@@ -31,9 +31,9 @@ LEAST_ASKED = 2.0  # px of a picture that an object must have to be asked about
 RESOLVED = 5.0  # px from which the towers' heads name 94 % of the types
 STREWN_APART = (13, 40)  # px between objects that are strewn over a picture, for the tower
 LARGEST_STREWN = 20.0  # px
-# Shares of whole scenes, parts of images with native objects, parts of scenes, and wholes with a part of them. Few objects can be
-# told apart in a whole scene that is pressed into 160 px.
-SHARES = {"qwen3_vl": (0.4, 0.15, 0.3, 0.15), "gemma3": (0.2, 0.15, 0.5, 0.15)}
+# Shares of whole scenes, parts of images with native objects, parts of scenes, pictures with a grid of tiles of them, and wholes
+# with a part of them. Few objects can be told apart in a whole scene that is pressed into 160 px.
+SHARES = {"qwen3_vl": (0.4, 0.15, 0.3, 0, 0.15), "gemma3": (0.1, 0.1, 0.25, 0.45, 0.1)}
 FINER = 4  # times as fine as the picture, where they are painted
 
 
@@ -252,7 +252,7 @@ def draw_views(pictures, form, rng, number, close=False):
         close: parts of scenes that are hardly larger than a site.
     """
     draw, tile = rng.random(), (TILE, TILE) if form == "gemma3" else None
-    whole, native, part = np.cumsum(SHARES[form])[:3]
+    whole, native, part, tiled = np.cumsum(SHARES[form])[:4]
     is_whole = draw < whole and not close
     if close:
         side = TILE if tile else int(rng.choice([64, 80, 96, 128]))
@@ -271,6 +271,16 @@ def draw_views(pictures, form, rng, number, close=False):
     elif draw < part:
         size = tile or tuple(int(side) for side in rng.choice([96, 128, 160, 192, 224, 256, 288], 2))
         made = [pictures.crop("ordinary", rng, size, (0.6, 2.0)) for _ in range(number)]
+    elif draw < tiled:  # as pan and scan
+        is_whole, aspect, grid = rng.random() < 0.5, pictures.draw_aspect(rng), int(rng.choice([2, 3], p=[0.6, 0.4]))
+        size, made = (grid * TILE, grid * TILE), []
+        for _ in range(max(1, number // 2)):
+            if is_whole:
+                view, picture = pictures.whole(rng, aspect, size)
+            else:
+                view, picture = pictures.crop("ordinary", rng, size, (0.6, 1.6))
+            boxes = [(x, y, x + TILE, y + TILE) for y in range(0, size[1], TILE) for x in range(0, size[0], TILE)]
+            made.append((view, (picture.resize(tile, Image.BICUBIC), *map(picture.crop, boxes))))
     else:  # the whole picture, and a part of it
         aspect, side = pictures.draw_aspect(rng), int(rng.choice([96, 128, 192]))
         first = tile or (side, max(round(side / aspect / CELL) * CELL, CELL))
