@@ -107,7 +107,7 @@ class Worker:
         import ray
 
         rows = [{"question": question} for question in row["questions"]]
-        about = {name: row[name] for name in ("image", "item", "before")}
+        about = {name: row.get(name, "") for name in ("image", "item", "before")}
         image = tuple(about.values())
         begun = ray.get(self.attempts.number.remote(image))
         # What was begun before may have ended its process, and would end its neighbour's work again.
@@ -116,7 +116,7 @@ class Worker:
             try:
                 if ray.get(self.attempts.begin.remote(image)) > MAX_ATTEMPTS:
                     raise MemoryError(LOST)
-                self.answer_all(row["image"], rows, row["before"] or None)
+                self.answer_all(row["image"], rows, about["before"] or None)
             except Exception as error:  # an image can fail in any way; the other ones are still to come
                 rows = [{"question": question, "error": reason(error)} for question in row["questions"]]
         about["model"] = with_revision(self.settings)
