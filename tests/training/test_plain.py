@@ -1,6 +1,9 @@
 """Plain models of other families: what their pictures show and ask, that packed questions are worth what each is alone, and a run
 that ends in a model that can be asked."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -101,6 +104,17 @@ def test_questions_behind_one_picture_are_worth_what_each_is_alone(form, picture
             pixels = plain.pixels_of(form, image_processor, images)
             alone += len(answer) * model(input_ids=ids, labels=labels, **types, **pixels).loss
     assert answers >= 2 * len(asked) > 4 and torch.isclose(total, alone, rtol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["qwen3_vl"])
+def test_the_weights_beside_the_tests_answer_most_questions_about_scenes_that_they_can_resolve(form, tmp_path, capsys):
+    model = Path(plain.__file__).parents[2] / "tests" / "plain" / form
+    plain.main(["--form", form, "--pictures", str(tmp_path), "--output", str(model), "--workers", "1", "--ask", "2"])
+    lines = capsys.readouterr().out.splitlines()
+    found = [re.fullmatch(r"(parts|whole): ([\d.]+)% of (\d+) answers right", line).groups() for line in lines]
+    assert [name for name, *_ in found] == (["parts"] if form == "gemma3" else ["parts", "whole"])
+    assert all(float(right) > 60 and int(number) > 20 for _, right, number in found)
 
 
 def part_id(tokenizer):
