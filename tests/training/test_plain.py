@@ -107,7 +107,7 @@ def test_questions_behind_one_picture_are_worth_what_each_is_alone(form, picture
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["qwen3_vl"])
+@pytest.mark.parametrize("form", FORMS)
 def test_the_weights_beside_the_tests_answer_most_questions_about_scenes_that_they_can_resolve(form, tmp_path, capsys):
     model = Path(plain.__file__).parents[2] / "tests" / "plain" / form
     plain.main(["--form", form, "--pictures", str(tmp_path), "--output", str(model), "--workers", "1", "--ask", "2"])
