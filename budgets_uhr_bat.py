@@ -77,6 +77,30 @@ def equal_shares(total: int, number: int) -> list[int]:
     return [share + rest] + [share] * (number - 1) if share else [0] * (number - rest) + [1] * rest
 
 
+def anchor_tokens(budget: int, available: Sequence[int], share: float) -> int:
+    """Of one budget, the tokens that are the anchor's alone, the first scale that has any: its `share` as far as it has so
+    many, and what all finer scales together cannot spend; 0 where all scales compete for all of it.
+
+    Args:
+        available: int[S], tokens that every scale has.
+    """
+    anchor = next(filter(None, available), 0)
+    own = min(round(share * budget), anchor)
+    return own and max(own, min(budget - sum(available) + anchor, anchor))
+
+
+def bounds_of_regions(budget: int, available: Sequence[int], share: float) -> list[int]:
+    """int[S], how many regions every scale may have where each of them gets a token of one budget: the anchor as many as it
+    has tokens of its own (`anchor_tokens`), those that compete equal parts; 0 of a scale without tokens."""
+    own = anchor_tokens(budget, available, share)
+    competing = sum(map(bool, available)) - bool(own)
+    part = max(1, (budget - own) // max(1, competing))
+    bounds = [part if number else 0 for number in available]
+    if own:
+        bounds[next(idx for idx, number in enumerate(available) if number)] = own
+    return bounds
+
+
 def count_tokens(budgets, scales, images_per_prompt: Sequence[int], available) -> list[list[int]]:
     """int[I][S], the visual tokens that every image spends at every scale: min(its share of the budget, `available`).
 

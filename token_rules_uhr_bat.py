@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from .budgets_uhr_bat import anchor_tokens, bounds_of_regions
 from .configuration_uhr_bat import check_selector
 from .geometry_uhr_bat import patch_centres
 from .modeling_outputs_uhr_bat import TokenMaps, UHRBatImageFeatures, on_grid
@@ -178,16 +179,15 @@ def choose_of_all_scales(importance, regions, tokens, budget, rules: Compression
     Raises:
         ValueError: the selector merges tokens of different scales, which have no scale to stand in.
     """
-    if own := min(round(rules.anchor_share * budget), len(tokens[0])):
-        finer = sum(map(len, tokens[1:]))
-        own = max(own, min(budget - finer, len(tokens[0])))
-        apart = choose_tokens(importance[0], regions[0], tokens[0], own, rules)
-        if rest := min(budget - own, finer):
-            competing = replace(rules, anchor_share=0)
-            slots, counts = choose_of_all_scales(importance[1:], regions[1:], tokens[1:], rest, competing)
-        else:
-            slots, counts = [torch.full_like(one, -1) for one in regions[1:]], [0] * (len(regions) - 1)
-        return [apart, *slots], [own, *counts]
+    if own := anchor_tokens(budget, list(map(len, tokens)), rules.anchor_share):
+        anchor = next(idx for idx, one in enumerate(tokens) if len(one))
+        slots = [torch.full_like(one, -1) for one in regions]
+        slots[anchor] = choose_tokens(importance[anchor], regions[anchor], tokens[anchor], own, rules)
+        counts, finer = [0] * anchor + [own] + [0] * (len(tokens) - anchor - 1), slice(anchor + 1, None)
+        if rest := min(budget - own, sum(map(len, tokens[finer]))):
+            scales = importance[finer], regions[finer], tokens[finer]
+            slots[finer], counts[finer] = choose_of_all_scales(*scales, rest, replace(rules, anchor_share=0))
+        return slots, counts
     numbers = [int(region.max()) + 1 if len(region) else 0 for region in regions]
     apart = [region + sum(numbers[:scale_idx]) for scale_idx, region in enumerate(regions)]
     joined = choose_tokens(torch.cat(importance), torch.cat(apart), torch.cat(tokens), budget, rules)
@@ -221,10 +221,8 @@ def compress_image(
     one_budget = len(counts) < len(image.grids)
     with torch.no_grad():
         budgets = counts
-        if one_budget:  # equal parts of it bound the number of regions, where each of them gets a token
-            part = min(rules.anchor_share, 1 - rules.anchor_share) or 1
-            share = max(1, int(part * counts[0]) // sum(map(bool, image.available)))
-            budgets = [share if size else 0 for size in image.available]
+        if one_budget:
+            budgets = bounds_of_regions(counts[0], image.available, rules.anchor_share)
         # A scale that spends nothing has no regions either.
         regions = [
             partition(image, scale_idx, budget, model, rules) if budget else torch.full_like(positions, -1)

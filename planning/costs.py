@@ -10,7 +10,7 @@ decoder, F width of an MLP, R regions, b bytes of a value.
 
 from dataclasses import dataclass
 
-from ..budgets_uhr_bat import count_tokens, is_one_budget
+from ..budgets_uhr_bat import bounds_of_regions, count_tokens, is_one_budget
 from ..geometry_uhr_bat import shown_patches
 from ..image_pyramids_uhr_bat import ImagePyramid, UnreadImage, split_tiles
 from ..image_reading_uhr_bat import HELD_PIXELS
@@ -214,9 +214,8 @@ def candidates_of(config, question) -> list[tuple[int, int, int]]:
 def region_counts(config, question) -> list[int]:
     """int[S], regions that the tokens of every scale are clustered into, 0 where nothing is clustered."""
     counts = question.counts
-    if is_one_budget(question.budgets):  # equal parts bound the number of regions, as in `compress_image`
-        share = max(1, counts[0] // sum(map(bool, question.available)))
-        counts = [share if number else 0 for number in question.available]
+    if is_one_budget(question.budgets):
+        counts = bounds_of_regions(counts[0], question.available, config.anchor_share)
     if config.region_method in ("grid", "none"):
         return [0] * len(counts)
     if config.region_method == "birch":
@@ -248,7 +247,9 @@ def question_flops(config, question: Question, calls=None) -> dict[str, int]:
     flops = {
         "encode": calls.encode_flops(num_tiles),
         "importance": calls.weigh_flops(anchor, reading_layer(config), num_rows, question.num_text),
-        "refinement": sum(calls.weigh_flops(*of_scale, question.num_text) for of_scale in candidates_of(config, question)),
+        "refinement": sum(
+            calls.weigh_flops(*of_scale, question.num_text) for of_scale in candidates_of(config, question)
+        ),
         "regions": kmeans_flops(config, question.available, region_counts(config, question)),
         "prefill": calls.pass_flops(question.prompt),
         "answer": sum(calls.step_flops(question.prompt + step) for step in steps),

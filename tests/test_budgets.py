@@ -3,6 +3,7 @@ from math import floor
 import pytest
 from uhr_bat.budgets_uhr_bat import (
     apportion,
+    bounds_of_regions,
     budgets_of_total,
     check_counts,
     count_tokens,
@@ -175,3 +176,18 @@ def test_fewer_image_tokens_than_scales_are_a_wrong_prompt_and_not_an_expanded_o
         settle([[2]])
     with pytest.raises(ValueError, match=r"tokens: \[2\] per prompt, features: 1 images"):
         settle([[1, 1]])
+
+
+@pytest.mark.parametrize(
+    "available, share, bounds",
+    [
+        ([4, 16, 36], 0, [4, 4, 4]),
+        ([4, 16, 36], 0.2, [3, 5, 5]),
+        ([4, 16, 36], 0.5, [4, 5, 5]),
+        ([16, 36, 0], 0.5, [7, 7, 0]),
+        ([0, 16, 36], 0.5, [0, 7, 7]),
+        ([16, 4, 0], 0.1, [10, 4, 0]),
+    ],
+)
+def test_regions_of_a_scale_are_no_more_than_its_part_of_one_budget(available, share, bounds):
+    assert bounds_of_regions(14, available, share) == bounds

@@ -55,6 +55,14 @@ def test_a_share_of_one_budget_is_the_anchors_alone_and_the_finer_scales_compete
         model.compress(**inputs, budgets=14, rules={"anchor_share": 1.5})
 
 
+def test_the_anchor_whose_share_it_is_is_the_first_scale_that_shows_the_image():
+    rules = CompressionRules.of(small_config(selector="top_k", anchor_share=0.5))
+    sizes = (0, *SIZES[1:])
+    scales = [torch.rand(size) for size in sizes], [torch.zeros(size).long() for size in sizes]
+    slots, counts = choose_of_all_scales(*scales, [torch.rand(size, 4) for size in sizes], 20, rules)
+    assert counts == [0, 10, 10] and [int((one >= 0).sum()) for one in slots] == counts
+
+
 def test_a_selector_that_merges_across_scales_is_refused_one_budget():
     model, rules = small_model(), {"selector": similarity_merging}
     with pytest.raises(ValueError, match="'similarity_merging' merges tokens of different scales.*one of 9 tokens"):
