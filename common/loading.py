@@ -38,10 +38,11 @@ def load_config(folder=ROOT, **changes):
 
 def selector_of(folder=ROOT, **changes) -> str:
     """The rule by which a model chooses its tokens, if it is not told another. `changes`: of `load_model`."""
-    if is_host(base_of(folder) or folder):
+    base = base_of(folder)
+    if is_host(base or folder):
         from ..hosts.loading import RULES
 
-        return (RULES | changes)["selector"]
+        return (RULES | host_settings(folder, base) | changes)["selector"]
     return load_config(folder, **changes).selector
 
 
@@ -187,16 +188,19 @@ def host_settings(folder, base=None) -> dict:
     """Settings of a model of another family, or of an adapter of `base`: those that were measured on it, from the user's own
     `hosts.json`, over those that it was trained with, which stand beside it. Raises `ValueError` for such a file that is
     none."""
-    from ..hosts.settings import SETTINGS_FILE, HostSettings
+    from ..hosts.loading import CONFIG_FIELDS
+    from ..hosts.settings import SETTINGS_FILE, HostSettings, over
 
     path, trained = Path(folder, SETTINGS_FILE), {}
     if path.is_file():
         try:
             trained = json.loads(path.read_text(encoding="utf-8"))
-            HostSettings(**trained).changed(trained)
-        except (ValueError, TypeError) as error:
+            own = {name: value for name, value in trained.items() if name not in CONFIG_FIELDS}
+            HostSettings(**own).changed(own)
+        except (ValueError, TypeError, AttributeError) as error:
             raise ValueError(f"{path}: these are no settings ({reason(error)}).") from error
-    return ({} if base is None else measured_settings(base)) | trained | measured_settings(folder)
+        trained = {"anchor_share": 0.0} | trained  # one of an earlier release says nothing of what there was not
+    return over(over({} if base is None else measured_settings(base), trained), measured_settings(folder))
 
 
 def _load(folder, processor, dtype, device_map, quantization_config, changes):

@@ -15,7 +15,7 @@ from ..token_rules_uhr_bat import CompressionRules
 from .looks import full_layers
 from .modeling import HostConfig, HostModel, TileReader
 from .prompts import make_processor
-from .settings import FAMILIES, OLDEST, HostSettings, family_of, rows_a_side, tile_side
+from .settings import FAMILIES, OLDEST, HostSettings, family_of, over, rows_a_side, tile_side
 from .weights import read_weights
 
 SETTINGS = {one.name for one in fields(HostSettings)}
@@ -30,8 +30,8 @@ def load_host(folder, dtype="auto", device_map=None, quantization_config=None, c
               **changes):  # fmt: skip
     """(processor, model) of a vision-language model of the library: see `common.loading.load_model`.
 
-    `calibrated`: fields of [`HostSettings`] that were measured for this model, on which `changes` go. `make`: makes the model of
-    its configuration, as one of shapes alone. Raises `ValueError` for a model that cannot be a host, a setting that cannot be;
+    `calibrated`: settings that were measured for this model, or that it was trained with, on which `changes` go. `make`: makes
+    the model of its configuration, as one of shapes alone. Raises `ValueError` for a model that cannot be a host, a setting that cannot be;
     `ImportError` for a release of transformers before 5.18.
     """
     how = {"dtype": dtype, "device_map": device_map, "quantization_config": quantization_config}
@@ -84,22 +84,23 @@ def explained(folder):
 
 
 def _read(folder, calibrated, changes) -> SimpleNamespace:
-    """What is known of a host before its weights are read. `changes` that are left are of UHR-BAT's configuration."""
-    if unknown := sorted(set(changes) - SETTINGS - CONFIG_FIELDS):
+    """What is known of a host before its weights are read. `rules` are of UHR-BAT's configuration."""
+    given = over(calibrated or {}, changes)
+    if unknown := sorted(set(given) - SETTINGS - CONFIG_FIELDS):
         known = f"{', '.join(sorted(SETTINGS))}, and of UHR-BAT's configuration {', '.join(sorted(CONFIG_FIELDS))}"
         raise ValueError(f"A host has no setting {', '.join(unknown)}. It has {known}.")
     # Left out, the library asks on a terminal whether to run a class that the folder brings along.
     image_processor = AutoImageProcessor.from_pretrained(folder, trust_remote_code=False)
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    own = {**(calibrated or {}), **{name: value for name, value in changes.items() if name in SETTINGS}}
+    own = {name: value for name, value in given.items() if name in SETTINGS}
     settings = family_of(config.model_type).settings.changed(own)
     half = config.get_text_config().max_position_embeddings // 2
     settings = settings if "budgets" in own else settings.changed({"budgets": min(settings.budgets, half)})
     side, options = tile_side(config, image_processor, settings.tile)
-    rest = {name: value for name, value in changes.items() if name not in SETTINGS}
-    scales = rest.pop("scales") if "scales" in rest else [side * settings.anchor * 2**n for n in range(settings.levels)]
+    rules = RULES | {name: value for name, value in given.items() if name not in SETTINGS}
+    scales = rules.get("scales", [side * settings.anchor * 2**n for n in range(settings.levels)])
     reader = TileReader(image_processor, side, options)
-    parts = SimpleNamespace(folder=folder, config=config, reader=reader, settings=settings, scales=scales, changes=rest)
+    parts = SimpleNamespace(folder=folder, config=config, reader=reader, settings=settings, scales=scales, rules=rules)
     # Those of a family that is not in the table are its tower's to say.
     parts.rows = rows_a_side(config, side) if config.model_type in FAMILIES else 1
     parts.checked = _configure(parts, parts.rows)  # settings are refused before weights are read
@@ -120,12 +121,11 @@ def _configure(parts, p: int) -> HostConfig:
         config = HostConfig(
             vision_config={"model_type": "clip_vision_model", "image_size": side, "patch_size": side // p},
             text_config=copy(text),
-            scales=scales,
             budgets=settings.budgets,
             image_token_index=parts.config.image_token_id,
             scale_embedding_additions=0,
             refinement=[settings.refinement] * (len(scales) - 1) if settings.refinement else [],
-            **{"importance_layer": importance_layer, **RULES, **parts.changes},
+            **{"importance_layer": importance_layer, **parts.rules, "scales": scales},
         )
     except StrictDataclassError as error:
         why = str(error.__cause__ or error)

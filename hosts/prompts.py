@@ -35,7 +35,7 @@ class HostProcessor(UHRBatProcessor):
         for path in sorted(own.iterdir()) if not own.samefile(to) else ():
             if any(map(path.match, OWN)) and not any(map(path.match, OTHERS)):
                 copied.append(shutil.copyfile(path, to / path.name))
-        settings = asdict(self.settings) | {"budgets": self.default_budgets}
+        settings = asdict(self.settings) | self.rules | {"budgets": self.default_budgets}
         del settings["max_tiles"]  # how many tiles a question takes is no matter of what was learnt
         (to / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         return copied
@@ -121,4 +121,5 @@ def make_processor(parts, p: int) -> HostProcessor:
         image_token=image_token,
     )
     made.prompts, made.folder, made.settings = prompts, parts.folder, parts.settings
+    made.rules = parts.rules
     return made

@@ -9,6 +9,12 @@ from typing import NamedTuple
 PLACES = ("grid", "levels", "rectangle")
 SETTINGS_FILE = "uhr_bat_host.json"  # beside an adapter, or a model, that was trained with them
 MOST_LEVELS = 12  # the last of which is 2,048 times as large as the first
+# Settings that state in full what others say in short, or that fit these alone: where these are said later, they go.
+INSTEAD = {
+    "scales": {"anchor", "levels"},
+    "importance_layer": {"look"},
+    "refinement_layers": {"levels", "scales", "refinement"},
+}
 OLDEST = 5, 18  # the first release whose families take images that are encoded already, as far as these were tried
 
 
@@ -97,6 +103,11 @@ FAMILIES = {
     # Its tower lays all tiles of a call end to end, and its mask grows with the square of them.
     "mistral3": Family(Prompts(after="[IMG_END]", row_end="[IMG_BREAK]"), chunk=1),
 }
+
+
+def over(before: dict, after: dict) -> dict:
+    """Settings with others over them, see `INSTEAD`."""
+    return {name: value for name, value in before.items() if not INSTEAD.get(name, set()) & set(after)} | after
 
 
 def family_of(model_type: str) -> Family:

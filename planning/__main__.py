@@ -48,14 +48,15 @@ def planner_of_folder(folder: Path, device: str | None = None, dtype: str | None
     from . import planner_of
     from .counting import Shapes, shapes_of
 
-    folder, note = base_of(folder) or folder, ""
+    base, note = base_of(folder), ""
+    place, folder = folder, base or folder
     if is_host(folder):
         from transformers import PreTrainedConfig
 
         from ..hosts.loading import load_host
 
         wanted = "auto" if dtype is None else getattr(torch, dtype)
-        options = {"calibrated": host_settings(folder), **changes}
+        options = {"calibrated": host_settings(place, base), **changes}
         with Shapes():
             _, model = load_host(folder, make=lambda config: shapes_of(config, wanted), **options)
         if PreTrainedConfig.get_config_dict(folder)[0].get("quantization_config"):

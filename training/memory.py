@@ -125,9 +125,10 @@ def main(arguments=None) -> int:
         options.use_peft |= base is not None
         check_host(options)
         from ..hosts.loading import load_host
+        from ..hosts.settings import over
         from ..planning.counting import Shapes, shapes_of
 
-        settings = host_settings(options.model_name_or_path, base) | options.model_settings
+        settings = over(host_settings(options.model_name_or_path, base), options.model_settings)
         with Shapes():
             _, host = load_host(base or options.model_name_or_path, make=shapes_of, **settings)
         print(predict_memory(host.config, options, data, training, host))

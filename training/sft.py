@@ -64,7 +64,9 @@ def prepare_model(options, budgets, bf16=False):
     base = base_of(options.model_name_or_path)
     place, changes = base or options.model_name_or_path, options.model_settings or {}
     if is_host(place):
-        changes = host_settings(options.model_name_or_path, base) | changes
+        from ..hosts.settings import over
+
+        changes = over(host_settings(options.model_name_or_path, base), changes)
     _, model = load_model(place, dtype, None, quantization(options), **changes)
     halves = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype == torch.float16]
     if halves:

@@ -14,7 +14,7 @@ from hosts_tiny import FAMILIES, MROPE, save_family, save_unknown
 from images import raises, random_image
 from uhr_bat import load_model
 from uhr_bat.common.asking import prompt_text
-from uhr_bat.common.loading import load_processor
+from uhr_bat.common.loading import host_settings, load_processor
 from uhr_bat.hosts import loading
 from uhr_bat.hosts.places import coordinates, order_of
 from uhr_bat.hosts.prompts import find_prompts
@@ -326,6 +326,27 @@ def test_measured_settings_of_the_user_are_taken_and_flags_go_over_them(host_fol
     assert model.config.importance_layer == 3 and model.config.scales == [56, 112, 224]
     _, model = load_model(folder, check=False, levels=1)
     assert model.config.importance_layer == 3 and model.config.scales == [56]
+
+
+@pytest.mark.parametrize(
+    "trained, later, wanted",
+    [
+        ({"anchor_share": 0.2, "selector": "top_k"}, {}, {"anchor_share": 0.2, "selector": "top_k"}),
+        ({}, {}, {"anchor_share": 0.5}),
+        ({"anchor_share": 0.2}, {"anchor_share": 0}, {"anchor_share": 0}),
+        ({"scales": [64, 192], "importance_layer": 1}, {}, {"scales": [64, 192], "importance_layer": 1}),
+        ({"scales": [64, 192], "importance_layer": 1}, {"levels": 1, "look": 1}, {"scales": [64], "importance_layer": 3}),
+    ],
+)
+def test_what_was_trained_by_some_rules_is_asked_by_them(host_folder, tmp_path, trained, later, wanted):
+    folder = host_folder("qwen3_vl")
+    load_processor(folder, changed("qwen3_vl") | trained).save_pretrained(tmp_path)
+    config = loading.check_settings(folder, host_settings(tmp_path), **later)
+    assert {name: getattr(config, name) for name in wanted} == wanted
+    stated = json.loads((tmp_path / "uhr_bat_host.json").read_text())
+    del stated["anchor_share"]  # as of an earlier release, by which no part of a budget was the anchor's
+    (tmp_path / "uhr_bat_host.json").write_text(json.dumps(stated))
+    assert loading.check_settings(folder, host_settings(tmp_path)).anchor_share == 0
 
 
 @pytest.mark.parametrize("normalized", [False, True])
