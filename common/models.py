@@ -263,17 +263,17 @@ def with_revision(about: dict) -> str:
 
 def model_in_words(about: dict) -> str:
     """What `told` told, for a report."""
-    changes = ", ".join(map(_as_given, (about.get("model_settings") or {}).items()))
+    changes = ", ".join(map(as_given, (about.get("model_settings") or {}).items()))
     return with_revision(about) + f" ({changes})" * bool(changes)
 
 
 def model_option(folder, changes: dict) -> str:
     """ " --model NAME --set NAME=VALUE", as a command that a report repeats has it; nothing for UHR-BAT-Tiny as it is."""
     named = "" if is_tiny(folder) else f" --model {with_revision(told(folder))}"
-    return named + "".join(f" --set {_as_given(change)}" for change in changes.items())
+    return named + "".join(f" --set {as_given(change)}" for change in changes.items())
 
 
-def _as_given(change: tuple) -> str:
+def as_given(change: tuple) -> str:
     """What `setting` reads as this."""
     name, value = change
     return f"{name}={value if isinstance(value, str) else json.dumps(value, separators=(',', ':'))}"

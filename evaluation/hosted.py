@@ -19,7 +19,7 @@ from ..common.commands import check_range, tells_errors
 from ..common.files import whole_files
 from ..common.loading import host_settings, is_host
 from ..common.measured import told_as_measured
-from ..common.models import Each, base_of, model_name, model_option, setting
+from ..common.models import Each, as_given, base_of, model_name, model_option, setting
 from ..common.runs import alone
 from ..common.tables import percent_interval, table
 from ..scenes.layout import TEST_SEEDS
@@ -232,11 +232,13 @@ def measure(args, tiles: str) -> tuple[dict, dict]:
         ORDINARY: "a quarter of the tiles behind the coarsest level's",
         SUITE: f"{args.tiles} tiles of an image's own levels",
     }
-    command = f"uhr-bat evidence hosted{model_option(args.model, args.set)} --scenes {args.scenes}"
+    command = (
+        f"uhr-bat evidence hosted{model_option(args.model, settings['model_settings'] or {})} --scenes {args.scenes}"
+    )
     command += f" --native-scenes {args.native_scenes} --first-seed {args.first_seed} --tiles {args.tiles}"
     for option, values in ("fractions", args.fractions), ("grids", args.grids or []):
         command += f" --{option} {' '.join(map(str, values))}" * bool(values)
-    command += "".join(f" --also {name}={value}" for name, value in args.also)
+    command += "".join(f" --also {as_given(one)}" for one in args.also)
     results = {}
     for suite, (records, errors) in found.items():
         questions = len({record["sample"] for record in records})
