@@ -335,7 +335,11 @@ def test_measured_settings_of_the_user_are_taken_and_flags_go_over_them(host_fol
         ({}, {}, {"anchor_share": 0.5}),
         ({"anchor_share": 0.2}, {"anchor_share": 0}, {"anchor_share": 0}),
         ({"scales": [64, 192], "importance_layer": 1}, {}, {"scales": [64, 192], "importance_layer": 1}),
-        ({"scales": [64, 192], "importance_layer": 1}, {"levels": 1, "look": 1}, {"scales": [64], "importance_layer": 3}),
+        (
+            {"scales": [64, 192], "importance_layer": 1},
+            {"levels": 1, "look": 1},
+            {"scales": [32], "importance_layer": 3},
+        ),
     ],
 )
 def test_what_was_trained_by_some_rules_is_asked_by_them(host_folder, tmp_path, trained, later, wanted):
