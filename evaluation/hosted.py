@@ -209,7 +209,7 @@ def check_host(args):
 def measure(args, tiles: str) -> tuple[dict, dict]:
     """({suite: result}, {suite: records})."""
     seeds = range(args.first_seed, args.first_seed + max(args.scenes, args.native_scenes))
-    views = {ORDINARY: ("share", ENCODED_SHARE), SUITE: ("native", args.tiles)}
+    views = {ORDINARY: ("share", args.share), SUITE: ("native", args.tiles)}
     numbers = {ORDINARY: args.scenes, SUITE: args.native_scenes}
     jobs = {
         suite: (
@@ -224,18 +224,20 @@ def measure(args, tiles: str) -> tuple[dict, dict]:
         "fractions": args.fractions, "grids": args.grids, "tiles": args.tiles, "also": [list(one) for one in args.also],
         # Of another machine it is another; None as in runs that did not say it.
         "dtype": "auto" if torch.accelerator.is_available() else None,
+        "share": args.share if args.share != ENCODED_SHARE else None,
     }  # fmt: skip
     lines, dtype = args.output / f"{NAME}.jsonl", settings["dtype"] or torch.float32
     with alone(lines):
         found = ask_rows(args.model, jobs, args.workers, None, args.set, dtype, Kept(lines, settings), count=True)
     zooms = {
-        ORDINARY: "a quarter of the tiles behind the coarsest level's",
+        ORDINARY: f"{args.share:.4g} of the tiles behind the coarsest level's",
         SUITE: f"{args.tiles} tiles of an image's own levels",
     }
     command = (
         f"uhr-bat evidence hosted{model_option(args.model, settings['model_settings'] or {})} --scenes {args.scenes}"
     )
     command += f" --native-scenes {args.native_scenes} --first-seed {args.first_seed} --tiles {args.tiles}"
+    command += f" --share {args.share}" * (args.share != ENCODED_SHARE)
     for option, values in ("fractions", args.fractions), ("grids", args.grids or []):
         command += f" --{option} {' '.join(map(str, values))}" * bool(values)
     command += "".join(f" --also {as_given(one)}" for one in args.also)
@@ -264,6 +266,9 @@ def main(arguments=None) -> int:
     )
     parser.add_argument("--tiles", type=int, default=TILES, help="of native levels that may be encoded for a question")
     parser.add_argument(
+        "--share", type=float, default=ENCODED_SHARE, help="of the tiles behind the coarsest level's, on ordinary scenes"
+    )
+    parser.add_argument(
         "--grids", type=int, nargs="+", metavar="G", help="tiles a side of tiling (default: 1 2 3 4, where they fit)"
     )
     parser.add_argument(
@@ -275,7 +280,7 @@ def main(arguments=None) -> int:
     args.fractions = list(dict.fromkeys(args.fractions))
     args.grids = args.grids and list(dict.fromkeys(args.grids))
     args.also = [one for idx, one in enumerate(args.also) if one not in args.also[:idx]]
-    check_range(args, 0, 1, "fractions", above=True)
+    check_range(args, 0, 1, "fractions", "share", above=True)
     check_range(args, 1, math.inf, "tiles", *(["grids"] if args.grids else []))
     check_range(args, 0, len(TEST_SEEDS), "native_scenes")
     if args.first_seed < TEST_SEEDS.start:
