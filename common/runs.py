@@ -17,7 +17,7 @@ class Line:
 
     def __init__(self, path: Path, settings: dict | None = None):
         torn = path.is_file() and not path.read_bytes().endswith(b"\n") and path.stat().st_size > 0
-        is_new = settings is not None and not _all_lines(path)
+        is_new = settings is not None and next(_lines(path), None) is None
         self.file = open(path, "a", encoding="utf-8")
         if torn:
             self.file.write("\n")
@@ -61,8 +61,8 @@ def whole_lines(path: Path) -> Iterator[dict]:
         yield record
 
 
-def _all_lines(path) -> list[dict]:
-    return list(whole_lines(path)) if path.is_file() else []
+def _lines(path) -> Iterator[dict]:
+    yield from whole_lines(path) if path.is_file() else ()
 
 
 def lines_of_run(path: Path, settings: dict) -> list[dict]:
@@ -71,7 +71,7 @@ def lines_of_run(path: Path, settings: dict) -> list[dict]:
     Raises:
         ValueError: it had other settings.
     """
-    kept, *records = _all_lines(path) or [None]
+    kept, *records = list(_lines(path)) or [None]
     if kept is not None:
         check_same_settings(path, kept.get("settings", kept), settings)
     return records

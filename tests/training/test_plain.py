@@ -9,7 +9,15 @@ import pytest
 import torch
 import uhr_bat
 from uhr_bat.training.tiny import plain, plain_pictures
-from uhr_bat.training.tiny.plain_models import AROUND, FORMS, MARKERS, image_processor_of, model_of, tokenizer_of
+from uhr_bat.training.tiny.plain_models import (
+    AROUND,
+    FORMS,
+    MARKERS,
+    image_processor_of,
+    model_of,
+    rows_of,
+    tokenizer_of,
+)
 
 COUNTS = {"ordinary": 4, "native": 1}
 
@@ -79,12 +87,11 @@ def test_strewn_objects_change_only_the_picture_around_them_and_are_told_of(pict
 def test_questions_behind_one_picture_are_worth_what_each_is_alone(form, pictures):
     tokenizer, image_processor, model = tokenizer_of(form), image_processor_of(form), model_of(form, 0).eval()
     with torch.no_grad():
-        data = plain.AskedAnew(pictures, form, tokenizer, image_processor, 10)
         rng = np.random.default_rng(3)
         pairs = [pictures.crop("ordinary", rng, (160, 160), (1.0, 1.5)) for _ in range(8)]
         asked = max((view.questions(3, rng, whole=False) for view, _ in pairs), key=len)
         images = [tuple(picture for _, picture in pairs[:2])]
-        part = plain.packed(form, tokenizer, [(160, 160)] * 2, [asked], [data.rows_of((160, 160))] * 2)
+        part = plain.packed(form, tokenizer, [(160, 160)] * 2, [asked], [rows_of(form, (160, 160))] * 2)
         total, answers = plain.loss_of(model, form, part | {"pixels": plain.pixels_of(form, image_processor, images)})
         alone = 0
         for question in asked:
@@ -93,7 +100,7 @@ def test_questions_behind_one_picture_are_worth_what_each_is_alone(form, picture
             ]
             text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
             text = text.replace(MARKERS[form], AROUND[form])
-            text = text.replace(tokenizer.image_token, tokenizer.image_token * data.rows_of((160, 160)))
+            text = text.replace(tokenizer.image_token, tokenizer.image_token * rows_of(form, (160, 160)))
             answer = tokenizer(f" {question.answer}")["input_ids"] + [tokenizer.eos_token_id]
             ids = torch.tensor([tokenizer(text)["input_ids"] + answer])
             labels = ids.clone()

@@ -394,7 +394,7 @@ class AskedAnew(Dataset):
                 continue
             pixels = pixels_of(self.form, self.image_processor, [image for image, _ in asked])
             sizes = [one.size for one in images[0]]
-            visuals = [self.rows_of(size) for size in sizes]
+            visuals = [forms.rows_of(self.form, size) for size in sizes]
             parts.append(
                 {
                     **packed(self.form, self.tokenizer, sizes, [questions for _, questions in asked], visuals),
@@ -403,9 +403,6 @@ class AskedAnew(Dataset):
             )
             spent += len(asked) * (sum(visuals) + 200)
         return parts
-
-    def rows_of(self, size):
-        return forms.ROWS if self.form == "gemma3" else size[0] * size[1] // forms.CELL**2
 
 
 def taken(form, rows):
@@ -494,8 +491,8 @@ def answers_right(model, form, pictures, number) -> dict[str, list[bool]]:
 @torch.no_grad()
 def right_of(model, form, tokenizer, image_processor, size, asked) -> list[bool]:
     """Of (picture, questions) of one size: whether each answer would be written as it is, to its end."""
-    rows = forms.ROWS if form == "gemma3" else size[0] * size[1] // forms.CELL**2
-    part = packed(form, tokenizer, [size], [questions for _, questions in asked], [rows])
+    questions = [questions for _, questions in asked]
+    part = packed(form, tokenizer, [size], questions, [forms.rows_of(form, size)])
     part["pixels"] = pixels_of(form, image_processor, [(picture,) for picture, _ in asked])
     hidden = read(model, form, part)
     written, wanted = model.lm_head(hidden).argmax(-1)[:, :-1], part["labels"][:, 1:]

@@ -97,6 +97,11 @@ def model_of(form: str, seed: int):
     return model
 
 
+def rows_of(form: str, size) -> int:
+    """Visual tokens of a picture of (width, height)."""
+    return ROWS if form == "gemma3" else size[0] * size[1] // CELL**2
+
+
 def save_plain(model, form: str, folder):
     """A model folder as the Hub has them."""
     model.save_pretrained(folder)
