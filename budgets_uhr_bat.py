@@ -77,14 +77,19 @@ def equal_shares(total: int, number: int) -> list[int]:
     return [share + rest] + [share] * (number - 1) if share else [0] * (number - rest) + [1] * rest
 
 
+def first_with_tokens(available: Sequence[int]) -> int:
+    """Index of the anchor, the first scale that has any of int[S] tokens; 0 where none has."""
+    return next((idx for idx, number in enumerate(available) if number), 0)
+
+
 def anchor_tokens(budget: int, available: Sequence[int], share: float) -> int:
-    """Of one budget, the tokens that are the anchor's alone, the first scale that has any: its `share` as far as it has so
+    """Of one budget, the tokens that are the anchor's alone (`first_with_tokens`): its `share` as far as it has so
     many, and what all finer scales together cannot spend; 0 where all scales compete for all of it.
 
     Args:
         available: int[S], tokens that every scale has.
     """
-    anchor = next(filter(None, available), 0)
+    anchor = available[first_with_tokens(available)]
     own = min(round(share * budget), anchor)
     return own and max(own, min(budget - sum(available) + anchor, anchor))
 
@@ -97,7 +102,7 @@ def bounds_of_regions(budget: int, available: Sequence[int], share: float) -> li
     part = max(1, (budget - own) // max(1, competing))
     bounds = [part if number else 0 for number in available]
     if own:
-        bounds[next(idx for idx, number in enumerate(available) if number)] = own
+        bounds[first_with_tokens(available)] = own
     return bounds
 
 

@@ -34,6 +34,15 @@ READING = (
 )  # fmt: skip
 
 
+def part_reading(options: dict) -> tuple[dict, dict]:
+    """(reading, cutting): of the options of a call those by which an image is opened, and those by which an opened one is cut. The
+    limit of pixels is in both: an image may come opened."""
+    reading = {name: value for name, value in options.items() if name in READING}
+    return reading, {
+        name: value for name, value in options.items() if name not in reading or name == "max_image_pixels"
+    }
+
+
 class UHRBatImageProcessorKwargs(ImagesKwargs, total=False):
     """
     scales (`list[int]`):
@@ -275,7 +284,7 @@ class UHRBatImageProcessor(BaseImageProcessor):
         **kwargs,
     ) -> BatchFeature:
         sources = flatten_images(images)
-        kwargs = {name: kwargs[name] for name in READING if name in kwargs}
+        kwargs, _ = part_reading(kwargs)
         tile_size = crop_size.height
         arithmetic = (
             rescale_factor if do_rescale else None,

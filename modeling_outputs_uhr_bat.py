@@ -20,6 +20,8 @@ import torch.utils._pytree as pytree
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast, ModelOutput
 from transformers.utils.deprecation import deprecate_kwarg
 
+from .budgets_uhr_bat import first_with_tokens
+
 # What the library calls the cache of keys and values, as a field and as an argument: `past_key_values` up to 5.23,
 # `cache` from 5.24 on.
 CACHE = next(one.name for one in fields(BaseModelOutputWithPast) if one.name in ("cache", "past_key_values"))
@@ -101,7 +103,7 @@ class UHRBatImageFeatures:
     @property
     def anchor_idx(self) -> int:
         """Index of the anchor: the coarsest scale that shows anything of the image."""
-        return next(scale_idx for scale_idx, positions in enumerate(self.positions) if len(positions))
+        return first_with_tokens(list(map(len, self.positions)))
 
     @property
     def available(self) -> list[int]:

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 
 from transformers import ImageTextToTextPipeline
 
-from .image_processing_uhr_bat import READING
+from .image_processing_uhr_bat import part_reading
 from .image_reading_uhr_bat import flatten_images
 
 # Where a part of a chat says which image it is, the first of them that it has, as in the library.
@@ -145,15 +145,10 @@ def _texts(content) -> str:
 
 def _without_reading(options, reading) -> dict:
     """The options less those of opening an image, which `reading` gets; the limit of an image in memory stays, too."""
-    left = {}
-    for name, value in options.items():
-        if name == "images_kwargs":
-            left[name] = _without_reading(value, reading)
-            continue
-        if name in READING:
-            reading[name] = value
-        if name not in READING or name == "max_image_pixels":
-            left[name] = value
+    own, left = part_reading(options)
+    reading |= own
+    if "images_kwargs" in left:
+        left["images_kwargs"] = _without_reading(left["images_kwargs"], reading)
     return left
 
 

@@ -24,7 +24,7 @@ from transformers.processing_utils import MultiModalData, ProcessingKwargs, Proc
 from .budgets_uhr_bat import count_tokens, equal_shares, is_one_budget, split_budgets
 from .configuration_uhr_bat import PAPER_BUDGETS, UHRBatConfig, refuse_own_folder
 from .geometry_uhr_bat import grids, shown_patches
-from .image_processing_uhr_bat import READING, UHRBatImageProcessor, UHRBatImageProcessorKwargs
+from .image_processing_uhr_bat import UHRBatImageProcessor, UHRBatImageProcessorKwargs, part_reading
 from .image_pyramids_uhr_bat import ImagePyramid, UnreadImage
 from .image_reading_uhr_bat import ENCODED, flatten_images, kind_of
 from .image_registration_uhr_bat import check_dates, check_registration, open_dates
@@ -333,9 +333,10 @@ class UHRBatProcessor(ProcessorMixin):
             raise ValueError(
                 "Encoded images do not say where they lie: pass `dates=[register(earlier, later), ...]`, one for each prompt."
             )
-        reading = {name: kwargs.pop(name) for name in READING if name in kwargs and name != "max_image_pixels"}
-        limit = {"max_image_pixels": kwargs.get("max_image_pixels")}
-        read = partial(self.image_processor.open_image, **limit, **reading)
+        reading, cutting = part_reading(kwargs)
+        for name in kwargs.keys() - cutting.keys():
+            del kwargs[name]
+        read = partial(self.image_processor.open_image, **reading)
         left, opened, registration = iter(images), [], []
         for number in numbers:
             pair, found = open_dates(read, before=next(left), image=next(left)) if number else ([], [None])

@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 import torch
 
-from .budgets_uhr_bat import anchor_tokens, bounds_of_regions
+from .budgets_uhr_bat import anchor_tokens, bounds_of_regions, first_with_tokens
 from .configuration_uhr_bat import check_selector
 from .geometry_uhr_bat import patch_centres
 from .modeling_outputs_uhr_bat import TokenMaps, UHRBatImageFeatures, on_grid
@@ -179,12 +179,13 @@ def choose_of_all_scales(importance, regions, tokens, budget, rules: Compression
     Raises:
         ValueError: the selector merges tokens of different scales, which have no scale to stand in.
     """
-    if own := anchor_tokens(budget, list(map(len, tokens)), rules.anchor_share):
-        anchor = next(idx for idx, one in enumerate(tokens) if len(one))
+    available = list(map(len, tokens))
+    if own := anchor_tokens(budget, available, rules.anchor_share):
+        anchor = first_with_tokens(available)
         slots = [torch.full_like(one, -1) for one in regions]
         slots[anchor] = choose_tokens(importance[anchor], regions[anchor], tokens[anchor], own, rules)
         counts, finer = [0] * anchor + [own] + [0] * (len(tokens) - anchor - 1), slice(anchor + 1, None)
-        if rest := min(budget - own, sum(map(len, tokens[finer]))):
+        if rest := min(budget - own, sum(available[finer])):
             scales = importance[finer], regions[finer], tokens[finer]
             slots[finer], counts[finer] = choose_of_all_scales(*scales, rest, replace(rules, anchor_share=0))
         return slots, counts

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from ..image_processing_uhr_bat import part_reading
 from ..image_raster_files_uhr_bat import reason
 from ..image_registration_uhr_bat import open_dates
 from .objects import Objects, objects_of
@@ -248,8 +249,8 @@ def ask(
         What reading the image raises, and `ValueError` for images that lie apart and for budgets that do not fit.
     """
     images, dates = open_dates(partial(processor.image_processor.open_image, **reading), image, before)
-    limit = {name: value for name, value in reading.items() if name == "max_image_pixels"}
-    image_inputs = processor.image_processor(images, return_tensors="pt", max_tiles=max_tiles, native=native, **limit)
+    _, cutting = part_reading(reading)
+    image_inputs = processor.image_processor(images, return_tensors="pt", max_tiles=max_tiles, native=native, **cutting)
     options = {"dates": dates, "max_tiles": max_tiles, "budgets": budgets, "max_new_tokens": max_new_tokens}
     return ask_opened(processor, model, images[-1], image_inputs, question, **options)
 

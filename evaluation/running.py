@@ -23,7 +23,7 @@ from ..common.asking import answers, encode
 from ..common.files import whole_files, write_json
 from ..common.objects import POINTING, family_name, objects_of
 from ..common.runs import Line, check_same_settings, whole_lines
-from ..image_processing_uhr_bat import READING
+from ..image_processing_uhr_bat import part_reading
 from ..image_raster_files_uhr_bat import reason
 from ..image_registration_uhr_bat import check_dates, open_dates
 from .asked import asked, check_asked
@@ -167,11 +167,8 @@ class Cut(Dataset):
             images = [self.suite.open(picture) for picture in pictures]
             if self.suite.two_dates:
                 check_dates([len(images)])
-                read = partial(
-                    self.image_processor.open_image, **{name: options[name] for name in options if name in READING}
-                )
-                images, dates = open_dates(read, images[1], images[0])
-                options = {name: options[name] for name in options if name not in READING or name == "max_image_pixels"}
+                reading, options = part_reading(options)
+                images, dates = open_dates(partial(self.image_processor.open_image, **reading), images[1], images[0])
             return self.image_processor(images, return_tensors="pt", **options), dates
         except Exception as error:  # an image can fail in any way; the other ones are still to come
             return reason(error)

@@ -10,7 +10,7 @@ decoder, F width of an MLP, R regions, b bytes of a value.
 
 from dataclasses import dataclass
 
-from ..budgets_uhr_bat import bounds_of_regions, count_tokens, is_one_budget
+from ..budgets_uhr_bat import bounds_of_regions, count_tokens, first_with_tokens, is_one_budget
 from ..geometry_uhr_bat import shown_patches
 from ..image_pyramids_uhr_bat import ImagePyramid, UnreadImage, split_tiles
 from ..image_reading_uhr_bat import HELD_PIXELS
@@ -83,7 +83,7 @@ class Question:
 
     @property
     def anchor_idx(self) -> int:
-        return next(scale_idx for scale_idx, number in enumerate(self.available) if number)
+        return first_with_tokens(self.available)
 
 
 def tiles_of(shown, patches_per_side: int) -> int:

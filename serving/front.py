@@ -20,6 +20,7 @@ from ..common import asking
 from ..common.models import base_of, hub_name
 from ..common.outputs import files_beside
 from ..geo import Georeference
+from ..image_processing_uhr_bat import part_reading
 from ..image_reading_uhr_bat import kind_of
 from ..image_registration_uhr_bat import open_dates, place_of
 from ..image_sources_uhr_bat import WHOLE
@@ -249,8 +250,8 @@ class Front:
     def _encode(self, key, source, options, tiles):
         picture = self._open(source, options)
         image = picture.image
-        limit = {"max_image_pixels": options["max_image_pixels"]} if "max_image_pixels" in options else {}
-        inputs = self.processor.image_processor(image, **limit, **tiles, return_tensors="pt")
+        _, cutting = part_reading(options)
+        inputs = self.processor.image_processor(image, **cutting, **tiles, return_tensors="pt")
         (features,) = asking.encode(self.model, inputs)
         held = picture.held_bytes if tiles else 0
         return EncodedImage(key, self._to(features, "cpu"), (image.height, image.width), Georeference.of(image), held)

@@ -21,6 +21,7 @@ from ..common import asking
 from ..common.objects import Objects
 from ..geo import Georeference, Served, evidence_frame, geojson_bytes, objects_frame, overview_jpeg, page_html
 from ..geo.pages import PAGE_SIDE
+from ..image_processing_uhr_bat import part_reading
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
 from .front import EncodedImage, Front, ImageFile
 from .refusals import LETTERS_PER_TOKEN, check_count
@@ -204,12 +205,12 @@ class Desk:
         """
         options = {name: value for name, value in options.items() if value is not None}
         picture = self.front.processor.image_processor.process_image(source.content, **options)
-        limit = {name: value for name, value in options.items() if name == "max_image_pixels"}
+        _, cutting = part_reading(options)
         # The front is handed the opened image: it is read and checked once. How it was read is part of what names it.
         opened = ImageFile(source.name, picture, f"{source.key} {sorted(options.items())}")
         start = time.perf_counter()
         max_tiles, native = tiles or (None, None)
-        encoded = self.front.encode(opened, max_tiles, native, **limit)
+        encoded = self.front.encode(opened, max_tiles, native, **cutting)
         if max_tiles is not None:  # it may have been encoded for another number
             encoded = replace(encoded, features=encoded.features.with_max_tiles(max_tiles))
         seconds = time.perf_counter() - start
