@@ -2,10 +2,13 @@
 
 import json
 import warnings
+from functools import partial
 from pathlib import Path
 
 from huggingface_hub.errors import StrictDataclassError
 
+from ..budgets_uhr_bat import is_one_budget, split_budgets
+from ..hosts.settings import SETTINGS_FILE, HostSettings, over, write_settings
 from ..image_raster_files_uhr_bat import reason
 from .extras import require
 from .images import is_file_name
@@ -17,23 +20,33 @@ WEIGHTS_NOTE = (
     "These weights were trained on made-up scenes only: most answers about those are right, none about a real image is to "
     "be trusted."
 )
+PROCESSOR_FILE = "processor_config.json"
+SHARED = {"budgets", "scales", "mask_padding"}  # settings that a processor of this package has, too
 
 
 def load_config(folder=ROOT, **changes):
-    """Configuration of a model of this package, or of an adapter's. `changes`: other values of its fields. Raises `ValueError`
-    for one that there is not."""
+    """Configuration of a model of this package; of an adapter of one, with the settings that it was trained with. `changes`: other
+    values of its fields. Raises `ValueError` for one that there is not."""
     from ..configuration_uhr_bat import UHRBatConfig
 
     folder = find_model(folder, weights=False)
-    # The library takes other names in silence; the towers are those of the weights.
-    if unknown := set(changes) - (UHRBatConfig.__annotations__.keys() - UHRBatConfig.sub_configs.keys()):
-        raise ValueError(
-            f"UHR-BAT has no setting {', '.join(sorted(unknown))}. Its settings are the fields of {folder / 'config.json'}."
-        )
+    base = base_of(folder)
+    # The library takes other names in silence.
+    if unknown := sorted(changes.keys() - _own_fields()):
+        place = (base or folder) / "config.json"
+        raise ValueError(f"UHR-BAT has no setting {', '.join(unknown)}. Its settings are the fields of {place}.")
+    changes = over({} if base is None else trained_settings(folder), changes)
     try:
-        return UHRBatConfig.from_pretrained(base_of(folder) or folder, **changes)
+        return UHRBatConfig.from_pretrained(base or folder, **changes)
     except StrictDataclassError as error:  # which is none of Python's kinds
         raise ValueError(str(error.__cause__ or error)) from error
+
+
+def _own_fields() -> set[str]:
+    """Settings of a model of this package. The towers are those of the weights."""
+    from ..configuration_uhr_bat import UHRBatConfig
+
+    return UHRBatConfig.__annotations__.keys() - UHRBatConfig.sub_configs.keys()
 
 
 def selector_of(folder=ROOT, **changes) -> str:
@@ -63,16 +76,21 @@ def load_processor(folder=ROOT, changes=None, **settings):
         budgets = {"budgets": settings["default_budgets"]} if "default_budgets" in settings else {}
         return host_processor(base or folder, host_settings(folder, base), **{**(changes or {}), **budgets})
     config = load_config(folder, **(changes or {}))  # which refuses what there is not
-    if "budgets" in (changes or {}):
-        settings = {"default_budgets": config.budgets} | settings
+    budgets = settings.pop("default_budgets", None)
     if base is None:
         processor = UHRBatProcessor.from_pretrained(folder, **settings)
     else:
         # The configuration is the model's, and says which class the tokenizer is of.
-        beside = (folder / "tokenizer_config.json").is_file() and (folder / "processor_config.json").is_file()
+        beside = (folder / "tokenizer_config.json").is_file() and (folder / PROCESSOR_FILE).is_file()
         processor = UHRBatProcessor.from_pretrained(folder if beside else base, config=config, **settings)
-    for name in {"scales", "mask_padding"} & set(changes or {}):
+    shared = SHARED & {*(changes or {}), *(trained_settings(folder) if base else {})}
+    for name in shared - {"budgets"}:
         setattr(processor.image_processor, name, getattr(config, name))
+    if budgets is None and "budgets" in shared:
+        budgets = config.budgets
+    if budgets is not None:
+        split_budgets(budgets, processor.image_processor.scales)
+        processor.default_budgets = budgets if is_one_budget(budgets) else list(budgets)
     return processor
 
 
@@ -141,10 +159,10 @@ def load_model(folder=ROOT, dtype="auto", device_map="auto", quantization_config
     if base is None:
         return _load(folder, load_processor(folder, changes), dtype, device_map, quantization_config, changes)
     require("train", "peft")
-    processor = load_processor(folder, changes)
+    processor, changes = load_processor(folder, changes), over(trained_settings(folder), changes)
     changes = {"budgets": processor.default_budgets} | changes
     _, model = _load(base, processor, dtype, device_map, quantization_config, changes)
-    adapted = attach_adapter(model, folder)
+    adapted = keep_settings(attach_adapter(model, folder), changes)
     # The model itself, so that all that calls one finds its methods; what it saves is the adapter.
     model = adapted.get_base_model()
     model.save_pretrained, model.push_to_hub = adapted.save_pretrained, adapted.push_to_hub
@@ -184,22 +202,50 @@ def _load_host(folder, base, dtype, device_map, quantization_config, check, chan
     return processor, model
 
 
+def trained_settings(folder, of_host: bool = False) -> dict:
+    """Settings that an adapter, or a model of another family, was trained with, which stand beside it; {} where none do. Raises
+    `ValueError` for such a file that is none."""
+    path, trained = Path(folder, SETTINGS_FILE), {}
+    try:
+        if path.is_file():
+            trained = json.loads(path.read_text(encoding="utf-8"))
+            if of_host:
+                from ..hosts.loading import CONFIG_FIELDS
+
+                own = {name: value for name, value in trained.items() if name not in CONFIG_FIELDS}
+                HostSettings(**own).changed(own)
+                # One of an earlier release says nothing of what there was not.
+                trained = {"anchor_share": 0.0} | trained
+            elif unknown := sorted(trained.keys() - _own_fields()):
+                raise ValueError(f"UHR-BAT has no setting {', '.join(unknown)}")
+        if not of_host and (path := Path(folder, PROCESSOR_FILE)).is_file():
+            stated = json.loads(path.read_text(encoding="utf-8"))
+            # What an earlier release left has it there alone.
+            stated = stated.get("image_processor", {}) | {"budgets": stated.get("default_budgets")}
+            trained |= {name: stated[name] for name in SHARED if stated.get(name) is not None}
+    except (ValueError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path}: these are no settings ({reason(error)}).") from error
+    return trained
+
+
+def keep_settings(adapted, settings: dict):
+    """A peft model of a model of this package, which writes the settings that it is trained with beside the adapter that it
+    saves, for [`trained_settings`]."""
+    adapted.save_pretrained = partial(_save_adapter, adapted, settings)
+    return adapted
+
+
+def _save_adapter(adapted, settings, folder, *args, **kwargs):
+    type(adapted).save_pretrained(adapted, folder, *args, **kwargs)
+    if kwargs.get("is_main_process", True):
+        write_settings(folder, settings | {"budgets": adapted.get_base_model().config.budgets})
+
+
 def host_settings(folder, base=None) -> dict:
     """Settings of a model of another family, or of an adapter of `base`: those that were measured on it, from the user's own
     `hosts.json`, over those that it was trained with, which stand beside it. Raises `ValueError` for such a file that is
     none."""
-    from ..hosts.loading import CONFIG_FIELDS
-    from ..hosts.settings import SETTINGS_FILE, HostSettings, over
-
-    path, trained = Path(folder, SETTINGS_FILE), {}
-    if path.is_file():
-        try:
-            trained = json.loads(path.read_text(encoding="utf-8"))
-            own = {name: value for name, value in trained.items() if name not in CONFIG_FIELDS}
-            HostSettings(**own).changed(own)
-        except (ValueError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path}: these are no settings ({reason(error)}).") from error
-        trained = {"anchor_share": 0.0} | trained  # one of an earlier release says nothing of what there was not
+    trained = trained_settings(folder, of_host=True)
     return over(over({} if base is None else measured_settings(base), trained), measured_settings(folder))
 
 

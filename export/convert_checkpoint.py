@@ -30,7 +30,7 @@ from safetensors.torch import save_file
 from tqdm import tqdm
 from uhr_bat.common.budgets import budgets as read_budgets
 from uhr_bat.common.files import whole_folder, write_json
-from uhr_bat.common.loading import is_host
+from uhr_bat.common.loading import is_host, trained_settings
 from uhr_bat.common.models import base_of, hub_name
 from uhr_bat.common.outputs import Output, check_outputs
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
@@ -277,8 +277,14 @@ class Plan:
         folder = locate(checkpoint)
         tensors = Checkpoint(folder)
         config, notes, is_released = read_config(folder, tensors.tensors, vision_heads)
+        try:
+            trained = trained_settings(adapters[-1]) if adapters else {}
+            config = UHRBatConfig.from_dict(config.to_dict(), **trained) if trained else config
+        except Exception as error:  # a field of a wrong type fails wherever it is used first
+            raise CheckpointError(f"{adapters[-1]}: {reason(error)}") from error
         contents = Contents(config, notes, tensors, released_layout.rename if is_released else nest_tower, is_released)
-        return cls.of_contents(checkpoint, folder, contents, adapters=adapters, **output)
+        budgets = trained.get("budgets")
+        return cls.of_contents(checkpoint, folder, contents, adapters=adapters, budgets=budgets, **output)
 
     @classmethod
     def of_start(cls, start, *, vision_heads=None, vision_tower=None, scales=None, budgets=None, **output) -> "Plan":
@@ -298,7 +304,17 @@ class Plan:
 
     @classmethod
     def of_contents(
-        cls, name, folder, contents, *, is_start=False, adapters=(), dtype="auto", license=None, base_model=None
+        cls,
+        name,
+        folder,
+        contents,
+        *,
+        is_start=False,
+        adapters=(),
+        budgets=None,
+        dtype="auto",
+        license=None,
+        base_model=None,
     ) -> "Plan":
         """Of what was read of a checkpoint.
 
@@ -306,6 +322,7 @@ class Plan:
             name: of the checkpoint, as it was given: a folder, or a repository that lies in `folder`.
             contents: [`Contents`].
             adapters: folders of what is merged into the weights.
+            budgets: of the output; those of the checkpoint's processor if None.
             dtype, license, base_model: as on the command line.
         """
         config, notes, tensors, rename, is_released = contents
@@ -336,16 +353,17 @@ class Plan:
             "base_models": base_models,
             "limits": ["The scale tables of this checkpoint are noise: they were never trained."] * bool(untrained)
             + ["**This model is a start: nothing in it was trained to read an image at several scales.**"] * is_start,
-            "has_tokenizer": plan.make_files(folder, is_released),
+            "has_tokenizer": plan.make_files(folder, is_released, budgets),
         }
         return plan
 
-    def make_files(self, folder: Path, is_released: bool) -> bool:
+    def make_files(self, folder: Path, is_released: bool, budgets=None) -> bool:
         """Tokenizer, processors and chat template of the output, and its budgets; whether the checkpoint has a tokenizer."""
         # A Trainer that was given the processor saves it beside the adapter.
         beside = [adapter for adapter in self.adapters if (adapter / "tokenizer_config.json").is_file()]
         files = Path(self.files.name)
-        has_tokenizer = model_folder.write_processing(files, beside[-1] if beside else folder, self.config, is_released)
+        source = beside[-1] if beside else folder
+        has_tokenizer = model_folder.write_processing(files, source, self.config, is_released, budgets)
         self.config.budgets = read_json(files / "processor_config.json")["default_budgets"]
         return has_tokenizer
 

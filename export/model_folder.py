@@ -67,23 +67,23 @@ def write_code(output: Path):
         shutil.copyfile(path, output / path.name)
 
 
-def write_processing(output: Path, source: Path, config: UHRBatConfig, is_released: bool) -> bool:
+def write_processing(output: Path, source: Path, config: UHRBatConfig, is_released: bool, budgets=None) -> bool:
     """Tokenizer, processors, chat template and generation config; whether there is a tokenizer.
 
     What the checkpoint's folder `source` states is kept, as far as the layout means the same: a released checkpoint has
-    neither budgets nor a token for images, and its settings of generation are those of its base model. `config` gets
-    the id of the image token.
+    neither budgets nor a token for images, and its settings of generation are those of its base model. `budgets` go
+    before the folder's. `config` gets the id of the image token.
     """
     settings = read_json(source / "config.json") if (source / "config.json").is_file() else {}
     tokenizer = write_tokenizer(output, source, config, None if is_released else config.image_token_index,
                                 settings.get("tokenizer_model_max_length"))  # fmt: skip
-    stated, budgets, generation = None, None, None
+    stated, generation = None, None
     if not is_released:
         stated = read_chat_template(source)
         if (source / "generation_config.json").is_file():
             generation = read_json(source / "generation_config.json")
         if (source / "processor_config.json").is_file():
-            budgets = read_json(source / "processor_config.json").get("default_budgets")
+            budgets = budgets or read_json(source / "processor_config.json").get("default_budgets")
     ends = []
     if tokenizer is None:
         print(f"tokenizer: none in {source}, so none here; `image_token_index` is {config.image_token_index}")
@@ -188,9 +188,7 @@ def _load_tokenizer(folder, source):
     except Exception as error:  # whatever a broken file makes of it
         alone = (folder / SENTENCEPIECE).is_file() and not (folder / "tokenizer.json").is_file()
         mend = f" {SENTENCEPIECE} alone needs: pip install sentencepiece protobuf" if alone else ""
-        raise CheckpointError(
-            f"{source}: the tokenizer cannot be loaded ({reason(error)}).{mend}"
-        ) from error
+        raise CheckpointError(f"{source}: the tokenizer cannot be loaded ({reason(error)}).{mend}") from error
 
 
 def write_generation_config(output: Path, config: UHRBatConfig, ends=(), settings: dict | None = None):

@@ -14,7 +14,7 @@ from transformers.models.auto.processing_auto import PROCESSOR_MAPPING_NAMES
 
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..processing_uhr_bat import UHRBatProcessor
-from .settings import FAMILIES, SETTINGS_FILE, Prompts
+from .settings import FAMILIES, SETTINGS_FILE, Prompts, write_settings
 
 # Files of a host's folder that are a processor's, and those of these names that are none.
 OWN = ("*.json", "*.jinja", "*.model", "*.txt")
@@ -37,7 +37,7 @@ class HostProcessor(UHRBatProcessor):
                 copied.append(shutil.copyfile(path, to / path.name))
         settings = asdict(self.settings) | self.rules | {"budgets": self.default_budgets}
         del settings["max_tiles"]  # how many tiles a question takes is no matter of what was learnt
-        (to / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        write_settings(to, settings)
         return copied
 
     def empty_prompt(self):

@@ -1,13 +1,15 @@
 """What differs from family to family of hosts, and their settings, each with its reason. Most of what a family needs is read
 from its configuration and its image processor, so that one that is not in the table may be tried, too."""
 
+import json
 from dataclasses import dataclass, replace
 from math import isqrt
+from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
 
 PLACES = ("grid", "levels", "rectangle")
-SETTINGS_FILE = "uhr_bat_host.json"  # beside an adapter, or a model, that was trained with them
+SETTINGS_FILE = "uhr_bat_host.json"  # beside an adapter of any family, or a host, that was trained with them
 MOST_LEVELS = 12  # the last of which is 2,048 times as large as the first
 # Settings that state in full what others say in short, or that fit these alone: where these are said later, they go.
 INSTEAD = {
@@ -108,6 +110,11 @@ FAMILIES = {
 def over(before: dict, after: dict) -> dict:
     """Settings with others over them, see `INSTEAD`."""
     return {name: value for name, value in before.items() if not INSTEAD.get(name, set()) & set(after)} | after
+
+
+def write_settings(folder, settings: dict):
+    """Beside an adapter or a model, those that it was trained with."""
+    Path(folder, SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
 
 
 def family_of(model_type: str) -> Family:

@@ -62,7 +62,7 @@ def planner_of_folder(folder: Path, device: str | None = None, dtype: str | None
         if PreTrainedConfig.get_config_dict(folder)[0].get("quantization_config"):
             note = " Weights are counted as if they were not quantised."
     else:
-        config = load_config(folder, **changes)
+        config = load_config(place, **changes)
         dtype = config.dtype or torch.float32 if dtype is None else getattr(torch, dtype)
         with torch.device("meta"):
             model = UHRBatForConditionalGeneration(config).to(dtype)

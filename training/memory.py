@@ -133,7 +133,7 @@ def main(arguments=None) -> int:
             _, host = load_host(base or options.model_name_or_path, make=shapes_of, **settings)
         print(predict_memory(host.config, options, data, training, host))
         return 0
-    config = load_config(options.model_name_or_path)
+    config = load_config(options.model_name_or_path, **(options.model_settings or {}))
     print(predict_memory(config, options, data, training))
     return 0
 

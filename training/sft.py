@@ -18,10 +18,11 @@ from transformers.utils import logging
 from ..common.budgets import scale_budgets
 from ..common.commands import tells_errors
 from ..common.extras import require
-from ..common.loading import host_settings, is_host, load_model, load_processor
+from ..common.loading import host_settings, is_host, keep_settings, load_model, load_processor, trained_settings
 from ..common.models import base_of, find_model, is_tiny, model_name
 from ..common.outputs import MODEL_FILES, Output, check_outputs
 from ..common.runs import check_same_settings
+from ..hosts.settings import over
 from .collator import UHRBatDataCollator, answer_of
 from .data import load_samples
 from .grouping import hold_out
@@ -64,9 +65,9 @@ def prepare_model(options, budgets, bf16=False):
     base = base_of(options.model_name_or_path)
     place, changes = base or options.model_name_or_path, options.model_settings or {}
     if is_host(place):
-        from ..hosts.settings import over
-
         changes = over(host_settings(options.model_name_or_path, base), changes)
+    elif base is not None:
+        changes = over(trained_settings(options.model_name_or_path), changes)
     _, model = load_model(place, dtype, None, quantization(options), **changes)
     halves = [tensor for tensor in (*model.parameters(), *model.buffers()) if tensor.dtype == torch.float16]
     if halves:
@@ -80,12 +81,11 @@ def prepare_model(options, budgets, bf16=False):
     model.config.budgets = budgets
     asker = model if is_host(place) else None
     trained = model if asker is None else model.host
-    if base is not None:
-        return continue_adapter(trained, options.model_name_or_path), asker
-    if not options.use_peft:
+    if base is None and not options.use_peft:
         freeze_parts(model, options.freeze)
         return model, None
-    return add_adapter(trained, options), asker
+    adapted = add_adapter(trained, options) if base is None else continue_adapter(trained, options.model_name_or_path)
+    return adapted if asker is not None else keep_settings(adapted, changes), asker
 
 
 def last_whole_checkpoint(folder: str) -> str | None:

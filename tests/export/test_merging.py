@@ -9,10 +9,11 @@ from checkpoints import nothing_was_made
 from huggingface_hub import constants
 from own_data import make_model_folder
 from safetensors.torch import load_file, save_file
-from uhr_bat.common.loading import load_model, save_model
+from uhr_bat.common.loading import keep_settings, load_config, load_model, save_model
 from uhr_bat.export.checkpoint_files import CheckpointError
 from uhr_bat.export.convert_checkpoint import convert
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
+from uhr_bat.planning.__main__ import planner_of_folder
 
 peft = pytest.importorskip("peft")
 IDS = torch.arange(5, 60)[None]
@@ -110,13 +111,27 @@ def test_a_merge_that_would_answer_otherwise_is_refused(bases, tmp_path, monkeyp
     assert nothing_was_made(tmp_path / "merged")
 
 
-def test_budgets_beside_an_adapter_are_those_of_the_merged_model(bases, tmp_path):
-    _, adapter = make_adapter(bases[True], tmp_path / "adapter")
-    processor, _ = load_model(bases[True], device_map=None)
-    processor.default_budgets = [2, 6]
-    processor.save_pretrained(adapter)
-    _, merged = load_model(convert(bases[True], tmp_path / "merged", merge_adapter=adapter), device_map=None)
-    assert merged.config.budgets == [2, 6] == load_model(adapter, device_map=None)[1].config.budgets
+def test_settings_that_an_adapter_was_trained_with_are_asked_planned_saved_again_and_merged(bases, tmp_path):
+    scales = load_model(bases[True], device_map=None)[1].config.scales
+    trained = {"selector": "top_k", "anchor_share": 0.25, "budgets": 9, "scales": [scales[0], 3 * scales[-1]]}
+    processor, model = load_model(bases[True], device_map=None, **trained)
+    adapted = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    save_model(keep_settings(adapted, trained), processor, tmp_path / "adapter")
+    processor, model = load_model(tmp_path / "adapter", device_map=None)
+    model.save_pretrained(tmp_path / "again")
+    processor.default_budgets = trained["budgets"] = [2, 6]
+    processor.save_pretrained(tmp_path / "adapter")
+    convert(bases[True], tmp_path / "merged", merge_adapter=tmp_path / "adapter")
+    for folder, budgets in (("again", 9), ("adapter", [2, 6]), ("merged", [2, 6])):
+        processor, model = load_model(tmp_path / folder, device_map=None)
+        for config in (model.config, planner_of_folder(tmp_path / folder, "cpu").config):
+            assert {name: getattr(config, name) for name in trained} == trained | {"budgets": budgets}
+        assert (processor.default_budgets, processor.image_processor.scales) == (budgets, trained["scales"])
+    config = load_config(tmp_path / "adapter", selector="uniform")
+    assert (config.selector, config.anchor_share) == ("uniform", 0.25)
+    (tmp_path / "adapter" / "uhr_bat_host.json").write_text('{"levels": 3}')
+    with pytest.raises(ValueError, match="uhr_bat_host.json: these are no settings .*UHR-BAT has no setting levels"):
+        load_model(tmp_path / "adapter", device_map=None)
 
 
 # The adapter's folder as a model

@@ -74,10 +74,12 @@ def test_a_run_goes_on_from_an_adapter_and_leaves_one(adapter, small_folder, dat
 @pytest.mark.slow
 def test_what_a_run_leaves_is_found_from_any_folder(small_folder, data, tmp_path, monkeypatch):
     monkeypatch.chdir(small_folder.parent)
-    run(small_folder.name, data, tmp_path / "run", "--use_peft", "true")
+    run(small_folder.name, data, tmp_path / "run", "--use_peft", "true", "--model_settings", '{"selector": "top_k"}')
     monkeypatch.chdir(tmp_path)
-    processor, model = load_model("run", device_map=None)
+    run("run", data, tmp_path / "more", "--model_settings", '{"anchor_share": 0.5}')
+    processor, model = load_model("more", device_map=None)
     assert "default" in model.peft_config and processor.default_budgets == model.config.budgets
+    assert (model.config.selector, model.config.anchor_share) == ("top_k", 0.5)
 
 
 @pytest.mark.slow
