@@ -96,10 +96,10 @@ def anchor_tokens(budget: int, available: Sequence[int], share: float) -> int:
 
 def bounds_of_regions(budget: int, available: Sequence[int], share: float) -> list[int]:
     """int[S], how many regions every scale may have where each of them gets a token of one budget: the anchor as many as it
-    has tokens of its own (`anchor_tokens`), those that compete equal parts; 0 of a scale without tokens."""
+    has tokens of its own (`anchor_tokens`), those that compete equal parts; 0 of a scale that has or gets no tokens."""
     own = anchor_tokens(budget, available, share)
     competing = sum(map(bool, available)) - bool(own)
-    part = max(1, (budget - own) // max(1, competing))
+    part = max(1, (budget - own) // max(1, competing)) if budget > own else 0
     bounds = [part if number else 0 for number in available]
     if own:
         bounds[first_with_tokens(available)] = own

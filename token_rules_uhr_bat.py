@@ -11,12 +11,14 @@ means (eq. 10). It knows no model: the rules come as arguments, the image as fea
 Axes: S scales, N tokens of a scale, V of them that show the image, H and W height and width of a grid, D decoder width.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from itertools import product
 from typing import NamedTuple
 
 import torch
+from transformers.utils import logging
 
 from .budgets_uhr_bat import anchor_tokens, bounds_of_regions, first_with_tokens
 from .configuration_uhr_bat import check_selector
@@ -25,6 +27,8 @@ from .modeling_outputs_uhr_bat import TokenMaps, UHRBatImageFeatures, on_grid
 from .token_clustering_uhr_bat import cluster_regions, grid_regions, vote_regions
 from .token_compression_uhr_bat import WITHOUT_FLOAT64, align_importance, merge_tokens
 from .token_selectors_uhr_bat import SELECTORS, check_slots, name_of
+
+logger = logging.get_logger(__name__)
 
 # Fewer places of a grid than one in so many are looked up one by one.
 FEW = 16
@@ -207,6 +211,42 @@ def choose_of_all_scales(importance, regions, tokens, budget, rules: Compression
     return slots, counts
 
 
+def check_coverage(regions, budget: int, available: list[int], rules: CompressionRules):
+    """Raises `ValueError` where either part of one budget, the anchor's own (`anchor_share`) or what is left of it, has fewer tokens
+    than there are regions that each get one. The selectors see one part, and would name its tokens as the budget."""
+    own, anchor = anchor_tokens(budget, available, rules.anchor_share), first_with_tokens(available)
+    if not own or not rules.coverage or "coverage" not in SELECTORS.get(rules.selector, ((), ()))[1]:
+        return
+    numbers = [len(of_scale.unique()) if of_scale.numel() and of_scale.max() >= 0 else 0 for of_scale in regions]
+    R, R_rest, rest = numbers[anchor], sum(numbers[anchor + 1 :]), budget - own
+    if R <= own and R_rest <= rest:
+        return
+    lowest, highest = math.ceil(100 * R / budget) / 100, math.floor(100 * (budget - R_rest) / budget) / 100
+    mend = f"Lower `anchor_share` to at most {max(highest, 0):g}, or raise the budget"
+    if R > own:
+        fits = R + R_rest <= budget
+        mend = f"Raise `anchor_share` to at least {lowest:g}" if fits else f"Raise the budget to at least {R + R_rest}"
+    raise ValueError(
+        f"`coverage` gives each region a token, and the coarsest scale has {R}, the finer ones have {R_rest} regions. Of the budget of "
+        f"{budget} tokens `anchor_share` {rules.anchor_share:g} gives them {own} and {rest}. {mend}, or leave `coverage` out."
+    )
+
+
+def tell_idle_share(config, changes: dict | None = None):
+    """A warning, once, for budgets of every scale where somebody asked for an anchor's share, which is one of a budget of all scales.
+
+    Args:
+        config: of the model. A share that is its family's default, as it says, was asked for by nobody.
+        changes: rules of a call.
+    """
+    default = 0 if getattr(config, "anchor_share_by_default", False) else config.anchor_share
+    if share := (changes or {}).get("anchor_share", default):
+        logger.warning_once(
+            f"`anchor_share` {share:g} is a part of one budget of all scales, and has no effect on budgets of every scale. Give one "
+            "number of `budgets`, or no `anchor_share`."
+        )
+
+
 def compress_image(
     image: UHRBatImageFeatures, importance: list[torch.Tensor], counts: list[int], model, rules: CompressionRules
 ) -> CompressedImage:
@@ -231,6 +271,7 @@ def compress_image(
         ]
         features = [model.features_of(tokens) for tokens in image.tokens]
         if one_budget:
+            check_coverage(regions, counts[0], image.available, rules)
             slots, counts = choose_of_all_scales(importance, regions, features, counts[0], rules)
         else:
             slots = [

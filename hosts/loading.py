@@ -101,6 +101,7 @@ def _read(folder, calibrated, changes) -> SimpleNamespace:
     scales = rules.get("scales", [side * settings.anchor * 2**n for n in range(settings.levels)])
     reader = TileReader(image_processor, side, options)
     parts = SimpleNamespace(folder=folder, config=config, reader=reader, settings=settings, scales=scales, rules=rules)
+    parts.default_share = "anchor_share" not in changes
     # Those of a family that is not in the table are its tower's to say.
     parts.rows = rows_a_side(config, side) if config.model_type in FAMILIES else 1
     parts.checked = _configure(parts, parts.rows)  # settings are refused before weights are read
@@ -130,7 +131,7 @@ def _configure(parts, p: int) -> HostConfig:
     except StrictDataclassError as error:
         why = str(error.__cause__ or error)
         raise ValueError(f"{parts.folder}: this model cannot be read with these settings ({why}).") from None
-    config.name_or_path = parts.folder
+    config.name_or_path, config.anchor_share_by_default = parts.folder, parts.default_share
     return config
 
 

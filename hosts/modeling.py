@@ -37,6 +37,7 @@ class HostConfig(UHRBatConfig):
     a row alone. Any tower and decoder will do."""
 
     model_type = "uhr_bat_host"
+    anchor_share_by_default = False  # whether nobody asked for it
 
     def validate_towers(self): ...
 

@@ -187,6 +187,7 @@ def test_fewer_image_tokens_than_scales_are_a_wrong_prompt_and_not_an_expanded_o
         ([16, 36, 0], 0.5, [7, 7, 0]),
         ([0, 16, 36], 0.5, [0, 7, 7]),
         ([16, 4, 0], 0.1, [10, 4, 0]),
+        ([16, 36, 36], 1, [14, 0, 0]),
     ],
 )
 def test_regions_of_a_scale_are_no_more_than_its_part_of_one_budget(available, share, bounds):

@@ -3,9 +3,10 @@
 import pytest
 import torch
 from small import BUDGETS, GRIDS, IMAGE, SIZES, prompt, random_pixels, small_config, small_model
+from uhr_bat import planner_of, token_rules_uhr_bat
 from uhr_bat.evaluation.reducers import diversity, similarity_merging
 from uhr_bat.token_compression_uhr_bat import align_importance, distinctiveness
-from uhr_bat.token_rules_uhr_bat import CompressionRules, choose_of_all_scales, look_up
+from uhr_bat.token_rules_uhr_bat import CompressionRules, check_coverage, choose_of_all_scales, look_up
 
 QUESTION = torch.tensor([[5, IMAGE, 6, 7, 8]])
 REFINED = {"refinement": [6, 10], "refinement_layers": [0, 2]}
@@ -61,6 +62,45 @@ def test_the_anchor_whose_share_it_is_is_the_first_scale_that_shows_the_image():
     scales = [torch.rand(size) for size in sizes], [torch.zeros(size).long() for size in sizes]
     slots, counts = choose_of_all_scales(*scales, [torch.rand(size, 4) for size in sizes], 20, rules)
     assert counts == [0, 10, 10] and [int((one >= 0).sum()) for one in slots] == counts
+
+
+@pytest.mark.parametrize(
+    "share, numbers, says",
+    [
+        (0.8, [4, 1, 1], "has 4, the finer ones have 2 .* budget of 5 .*0.8 gives them 4 and 1. Lower .* at most 0.6,"),
+        (0.4, [4, 1, 1], "has 4, the finer ones have 2 .* budget of 5 .*0.4 gives them 2 and 3. Raise the budget to at least 6"),
+        (0.6, [4, 1, 0], "has 4, the finer ones have 1 .*0.6 gives them 3 and 2. Raise `anchor_share` to at least 0.8"),
+    ],
+)
+def test_coverage_names_what_was_given_where_the_anchors_share_leaves_too_few_tokens(share, numbers, says):
+    rules = CompressionRules.of(small_config(coverage=True, anchor_share=share))
+    regions = [torch.arange(size) % R if R else torch.full((size,), -1) for size, R in zip(SIZES, numbers)]
+    with pytest.raises(ValueError, match=says):
+        check_coverage(regions, 5, list(SIZES), rules)
+
+
+def test_with_coverage_all_of_a_budget_may_be_the_anchors_but_not_almost_all():
+    model, inputs = small_model(coverage=True), {"input_ids": QUESTION, "pixel_values": random_pixels(), "budgets": 4}
+    (slots,) = model.compress(**inputs, rules={"anchor_share": 1}).slots
+    assert [int((one >= 0).sum()) for one in slots] == [4, 0, 0]
+    with pytest.raises(ValueError, match="budget of 4 tokens `anchor_share` 0.8 gives them 3 and 1. Lower .* at most 0.5,"):
+        model.compress(**inputs, rules={"anchor_share": 0.8})
+
+
+def test_an_anchors_share_that_was_asked_for_beside_budgets_of_every_scale_is_a_warning(monkeypatch):
+    said = []
+    monkeypatch.setattr(token_rules_uhr_bat.logger, "warning_once", said.append)
+    model, inputs = small_model(), {"input_ids": QUESTION, "pixel_values": random_pixels()}
+    model.compress(**inputs)
+    model.compress(**inputs, budgets=14, rules={"anchor_share": 0.5})
+    assert not said
+    model.compress(**inputs, budgets=list(BUDGETS), rules={"anchor_share": 0.5})
+    model.config.anchor_share = 0.2
+    model.compress(**inputs)
+    model.compress(**inputs, token_counts=torch.tensor([BUDGETS]))
+    planner_of(model).plan((20, 20), seconds=False)
+    assert [text[:18] for text in said] == ["`anchor_share` 0.5"] + ["`anchor_share` 0.2"] * 3
+    assert "has no effect on budgets of every scale" in said[0]
 
 
 def test_a_selector_that_merges_across_scales_is_refused_one_budget():

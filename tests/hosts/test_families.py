@@ -347,6 +347,7 @@ def test_what_was_trained_by_some_rules_is_asked_by_them(host_folder, tmp_path, 
     load_processor(folder, changed("qwen3_vl") | trained).save_pretrained(tmp_path)
     config = loading.check_settings(folder, host_settings(tmp_path), **later)
     assert {name: getattr(config, name) for name in wanted} == wanted
+    assert config.anchor_share_by_default == ("anchor_share" not in later)
     stated = json.loads((tmp_path / "uhr_bat_host.json").read_text())
     del stated["anchor_share"]  # as of an earlier release, by which no part of a budget was the anchor's
     (tmp_path / "uhr_bat_host.json").write_text(json.dumps(stated))
