@@ -134,23 +134,24 @@ def _common_ground(parts, places, sizes) -> tuple[np.ndarray, np.ndarray]:
     return tuple(map(np.concatenate, zip((none, none), *pairs)))
 
 
-def check_dates(images_per_prompt):
+def check_dates(images_per_prompt, allowed=(0, 2)):
     """Raises `ValueError` where a prompt has another number of images than two, or none."""
-    if odd := [number for number in images_per_prompt if number not in (0, 2)]:
+    if odd := [number for number in images_per_prompt if number not in allowed]:
         raise ValueError(
             f"`dates` compares 2 images of one place in a prompt. Got {odd[0]}: ask about them apart, or without `dates`."
         )
 
 
 def check_registration(registration, images_per_prompt):
-    """Raises `ValueError` where `registration` is not of two images in every prompt that has any."""
+    """Raises `ValueError` where `registration` is not of two images in every prompt that has any, but for those where it is False,
+    whose images have nothing to do with each other."""
     if len(registration) != len(images_per_prompt):
         raise ValueError(
             f"`registration` has {len(registration)} entries, but there are {len(images_per_prompt)} prompts: one for each."
         )
-    check_dates(images_per_prompt)
+    check_dates(number for found, number in zip(registration, images_per_prompt) if found is not False)
     for found, number in zip(registration, images_per_prompt):
-        if number and not _is_registration(found):
+        if number and found is not False and not _is_registration(found):
             raise ValueError(
                 f"A registration is [[a, b, c], [d, e, f]], as `register` returns it. Got {str(found)[:80]}."
             )

@@ -97,9 +97,10 @@ class UHRBatCompressionMixin:
                 with torch.no_grad():
                     ids, embeds = (None if one is None else one[row][seen] for one in (input_ids, inputs_embeds))
                 asked.append((ids, embeds, image, counts))
-            looked = [None] * num_images
-            if registration is not None and num_images:
+            looked, found = [None] * num_images, [None] * num_images
+            if registration is not None and num_images and registration[row] is not False:
                 looked, found = self.look_at_dates(asked, registration[row], rules)
+            if differences is not None:
                 differences += found
             compressed += [self.compress_one(*one, rules, looked=seen) for one, seen in zip(asked, looked)]
 
@@ -131,21 +132,44 @@ class UHRBatCompressionMixin:
             (for each what `look` returns, for each the differences of its tokens).
         """
         looked = [self.look(ids, embeds, image, rules) for ids, embeds, image, _ in asked]
-        with torch.no_grad():
-            plain = [[self.without_scale(image, idx) for idx in range(len(image.grids))] for image, _ in looked]
-        weighed, found = [], []
+        return self.weigh_looked(looked, registration)
+
+    @torch.no_grad()
+    def weigh_looked(self, looked, registration) -> tuple[list, list[TokenMaps]]:
+        """The second half of `look_at_dates`; `looked`: for each date what `look` returns."""
+        (earlier, _), (later, _) = looked
+        differences, weighed = self.differences_of(earlier, later, registration), []
         for date, way in enumerate((registration, inverse(registration))):
             (image, maps), (other, other_maps) = looked[date], looked[1 - date]
-            of_scales, new_maps = [], []
+            new_maps = []
             for idx, (grid, positions) in enumerate(zip(image.grids, image.positions)):
                 at = scale_beside(grid, other.grids, way)
                 others = other.positions[at], other.grids[at]
                 places = places_of(positions, grid, others[1], way)
-                of_scales.append(difference(plain[date][idx], places, plain[1 - date][at], *others))
-                new_maps.append(weigh_dates(maps[idx], of_scales[-1], places, other_maps[at], *others))
+                new_maps.append(weigh_dates(maps[idx], differences[date][idx], places, other_maps[at], *others))
             weighed.append((image, new_maps))
-            found.append(TokenMaps(of_scales, image.positions, image.grids, fill=0))
-        return weighed, found
+        images = zip(differences, (earlier, later))
+        return weighed, [TokenMaps(of_scales, image.positions, image.grids, fill=0) for of_scales, image in images]
+
+    @torch.no_grad()
+    def differences_of(self, earlier, later, registration) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+        """float32[V_s] of every scale of either date, see `difference`. No question has a part in them: the later image keeps them,
+        among its `partitions`, until it is compared with another one."""
+        kept = later.partitions.get("dates")
+        if kept is not None and kept[0] is earlier.tokens and kept[1] == registration:
+            return kept[2]
+        images = earlier, later
+        plain = [[self.without_scale(image, idx) for idx in range(len(image.grids))] for image in images]
+        found = ([], [])
+        for date, way in enumerate((registration, inverse(registration))):
+            image, other = images[date], images[1 - date]
+            for idx, (grid, positions) in enumerate(zip(image.grids, image.positions)):
+                at = scale_beside(grid, other.grids, way)
+                others = other.positions[at], other.grids[at]
+                places = places_of(positions, grid, others[1], way)
+                found[date].append(difference(plain[date][idx], places, plain[1 - date][at], *others))
+        later.partitions["dates"] = earlier.tokens, registration, found
+        return found
 
     def compress_one(self, input_ids, inputs_embeds, image, counts, rules, *, looked=None) -> CompressedImage:
         """One image of one prompt.

@@ -77,7 +77,8 @@ class UHRBatImageFeatures:
         scales: sides of the views in pixels: those of the configuration, or levels of the image's own.
         grids: (height, width) in tokens of every scale.
         regions: long[V_s] for every scale where regions were handed in (0 = background), else None.
-        partitions: long[V_s] by (scale index, number of regions): partitions that were computed so far.
+        partitions: long[V_s] by (scale index, number of regions): partitions that were computed so far; and by "dates" what the
+            image was last compared with, and how it differs.
     """
 
     anchor_tokens: torch.Tensor
@@ -87,7 +88,7 @@ class UHRBatImageFeatures:
     scales: list[int]
     grids: list[tuple[int, int]]
     regions: list[torch.Tensor] | None = None
-    partitions: dict[tuple[int, int], torch.Tensor] = field(default_factory=dict)
+    partitions: dict = field(default_factory=dict)
 
     kind = "whole"
 

@@ -42,7 +42,7 @@ def changes_frame(
     import geopandas as gpd
     import shapely
 
-    if compressed.differences is None:
+    if compressed.differences is None or compressed.differences[image_idx] is None:
         raise ValueError(
             "These images were not compared as two dates of one place: ask with `before`, or `dates=True`."
         )

@@ -4,6 +4,7 @@ Letters: B prompts, I images, S scales, N patches of all scales, M tokens of the
 """
 
 import json
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 
@@ -16,6 +17,8 @@ from transformers.utils import logging
 from ..budgets_uhr_bat import count_tokens
 from ..common.budgets import scale_budgets
 from ..common.chats import ChatError, ChatWriter, as_parts
+from ..image_processing_uhr_bat import READING
+from ..image_registration_uhr_bat import check_dates, open_dates
 from ..regions.cache import read_labels
 
 logger = logging.get_logger(__name__)
@@ -36,7 +39,7 @@ class UHRBatDataCollator:
     - `answers`: "all" to learn every turn of the assistant's, over the visual tokens that the question of the first of them
       needs; else the last one;
     - `options`: how its images are read, as JSON or a dictionary: `bands`, `window`, `value_range` of the image processor,
-      `budgets` in place of the collator's;
+      `budgets` in place of the collator's; `dates`, whether its two images show one place, the earlier one first;
     - `name`: for messages.
 
     Args:
@@ -96,7 +99,8 @@ class UHRBatDataCollator:
             labels;
             pixel_values, pixel_attention_mask, token_counts, images_per_prompt as the processor returns them, where the
             batch has images;
-            regions: long[I, N] where the samples have label maps.
+            regions: long[I, N] where the samples have label maps;
+            registration: where the batch has `dates`, what `register` found for each sample, False for the others.
 
         Raises:
             OSError: an image that cannot be read; names the file and the sample.
@@ -169,10 +173,11 @@ class UHRBatDataCollator:
 
     def read_images(self, sample, factor) -> dict[str, torch.Tensor]:
         """What the processor returns for the images of one sample; {} for text alone."""
-        images = [as_image(image) for image in sample.get("images") or []]
+        images, own = [as_image(image) for image in sample.get("images") or []], read_own(sample)
+        if own.get("dates"):
+            check_dates([len(images)], allowed=(2,))
         if not images:
             return {}
-        own = read_own(sample)
         budgets = own.pop("budgets", self.budgets)
         if factor is not None:  # at least a token for each image
             budgets = scale_budgets(budgets, factor, len(images))
@@ -191,7 +196,14 @@ class UHRBatDataCollator:
 
     def cut(self, images, **own) -> dict[str, torch.Tensor]:
         """What the image processor returns, with options of a sample's own."""
-        return {**self.processor.image_processor(images, return_tensors="pt", **(self.image_options | own))}
+        dates = own.pop("dates", False)
+        options = self.image_options | own
+        if not dates:
+            return {**self.processor.image_processor(images, return_tensors="pt", **options)}
+        reading = {name: options.pop(name) for name in READING if name in options}
+        limit = {name: value for name, value in reading.items() if name == "max_image_pixels"}
+        images, dates = open_dates(partial(self.processor.image_processor.open_image, **reading), *reversed(images))
+        return {**self.processor.image_processor(images, return_tensors="pt", **options, **limit), "registration": dates}
 
     def read_regions(self, sample, num_images) -> dict[str, torch.Tensor]:
         """`regions` long[I, N] of a sample with label maps, else {}."""
@@ -291,6 +303,8 @@ def join_images(rows: list[dict]) -> dict[str, torch.Tensor]:
         return {}
     if any(("regions" in row) != ("regions" in with_images[0]) for row in with_images):
         raise ValueError("Some samples of a batch have label maps, others have none: all with images need one.")
-    inputs = {name: torch.cat([row[name] for row in with_images]) for name in with_images[0]}
+    inputs = {name: torch.cat([row[name] for row in with_images]) for name in with_images[0] if name != "registration"}
+    if any("registration" in row for row in rows):
+        inputs["registration"] = [found for row in rows for found in row.get("registration", [False])]
     numbers = [int(row["images_per_prompt"]) if row else 0 for row in rows]
     return {**inputs, "images_per_prompt": torch.from_numpy(np.array(numbers))}

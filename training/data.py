@@ -13,7 +13,8 @@ A row of the data is one of
 and `image` may be missing (`images` is the same). The last two are UHR-BAT-SFT-10K's: lists may be JSON in a text, and
 its images lie below the file's folder or in `images` there.
 Beside them may stand `system`, `history` (pairs of question and answer before a plain question), and how the row's images
-are read: `bands`, `window`, `value_range` of rasters, `budgets` of visual tokens.
+are read: `bands`, `window`, `value_range` of rasters, `budgets` of visual tokens; `dates`, whether its two images show one place,
+the earlier one first: they are then compared before tokens are chosen, as `uhr-bat ask --before` compares them.
 Every answered question of a conversation is a sample of its own, so that
 its selection is the one that `generate` makes. A sample, which the collator takes, is
 
@@ -21,7 +22,7 @@ its selection is the one that `generate` makes. A sample, which the collator tak
     images     a path, or the bytes of a file, for each part of the type "image"
     answers    "last": the last turn is learnt; "all": every turn of the assistant's
     regions    paths of their label maps (`uhr-bat regions`), where there are any
-    options    how its images are read, in JSON: `bands`, `window`, `value_range`, `budgets`, those that the row has
+    options    how its images are read, in JSON: `bands`, `window`, `value_range`, `budgets`, `dates`, those that the row has
     length     tokens of the sample with its visual tokens, at most
     name       file and row, for messages
 """
@@ -31,6 +32,7 @@ import math
 import re
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path, PurePosixPath
 
 import numpy as np
@@ -42,7 +44,10 @@ from ..common.chats import ChatError, ChatWriter, answered_turns, as_parts
 from ..common.data_tables import leave_files_closed
 from ..common.extras import require
 from ..common.images import is_file_name
+from ..image_raster_files_uhr_bat import is_raster
+from ..image_registration_uhr_bat import check_dates, open_dates
 from ..regions.cache import name_output
+from .collator import as_image, read_own
 from .rows import COLUMNS, LINES, read_rows
 
 logger = logging.get_logger(__name__)
@@ -92,6 +97,7 @@ ROW_OPTIONS = {
         or _are_numbers(value)
         and all(isinstance(count, int) and count >= 0 for count in value)
     ),
+    "dates": lambda value: isinstance(value, bool),
 }
 NAMED = 5  # bad samples of each kind that a message names
 
@@ -266,6 +272,8 @@ def paths_of(row: dict) -> list[str]:
 def read_options(row: dict, budgets) -> str:
     """`options` of a sample, of a row that may say how its images are read. Raises `BadSample`."""
     options = {name: as_numbers(row[name]) for name in ROW_OPTIONS if row.get(name) not in (None, "", [])}
+    if str(options.get("dates")).lower() in ("true", "false"):  # of tables, too, where everything is text
+        options["dates"] = str(options["dates"]).lower() == "true"
     for name, fits in ROW_OPTIONS.items():
         if name in options and not fits(options[name]):
             raise BadSample(f"whose `{name}` cannot be read", f"{json.dumps(options[name])}")
@@ -274,6 +282,8 @@ def read_options(row: dict, budgets) -> str:
             "with budgets of another kind",
             f"{options['budgets']}, but the run has {budgets}: one number, or one per scale",
         )
+    if options.get("dates") is False:
+        del options["dates"]
     return json.dumps(options) if options else ""
 
 
@@ -329,6 +339,16 @@ def split_answers(sample: dict) -> list[dict]:
     return found
 
 
+def lies_somewhere(image) -> bool:
+    """Whether an image, a path or a file's bytes, is a raster, which may say where it lies; of a URL nobody asks."""
+    if isinstance(image, bytes):
+        return is_raster(image[:16])
+    if "://" in image:
+        return False
+    with open(image, "rb") as file:
+        return is_raster(file.read(16))
+
+
 # ---- Samples --------------------------------------------------------------------------------------------------------
 
 
@@ -370,13 +390,29 @@ class SampleReader:
             regions = [self.find_regions(image) for image in images] if self.regions else []
             options = read_options(row, self.budgets)
             whole = sample | {"messages": messages, "images": images, "regions": regions, "options": options}
-            own = json.loads(options).get("budgets") if options else None
+            if "dates" in (own := read_own(whole)):
+                self.check_dates(whole, own)
+            own = own.get("budgets")
             budgets = self.budgets if own is None else scale_budgets(own, self.budget_factor)
             lengths = [self.count_tokens(part["messages"], len(part["images"]), budgets) for part in self.split(whole)]
             sample = whole | {"lengths": lengths}
         except BadSample as problem:
             sample |= {"kind": problem.kind, "detail": problem.detail}
         return sample
+
+    def check_dates(self, sample: dict, own: dict):
+        """Raises `BadSample` where what is compared is not two images of one place. Pictures, which lie nowhere, stay closed."""
+        try:
+            check_dates([len(part["images"]) for part in split_answers(sample)], allowed=(2,))
+        except ValueError as error:
+            raise BadSample("whose `dates` are not two images", str(error)) from error
+        images = [as_image(image) for image in sample["images"]]
+        reading = {name: value for name, value in own.items() if name not in ("budgets", "dates")}
+        if reading or any(map(lies_somewhere, images)):
+            try:
+                open_dates(partial(self.processor.image_processor.open_image, **reading), *reversed(images))
+            except (OSError, ValueError) as error:
+                raise BadSample("whose `dates` cannot be compared", str(error)) from error
 
     def split(self, sample: dict) -> list[dict]:
         """The samples of a chat."""

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.data import DataLoader, Subset
 from tqdm import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import BatchFeature, Trainer, TrainerCallback
 from transformers.integrations import is_deepspeed_zero3_enabled
 from transformers.trainer_callback import ExportableState, TrainerState
 
@@ -239,7 +239,7 @@ class KeptPictures(TrainerCallback):
         processor = self.collator.processor
         inputs = self.collator.ask([sample])["inputs"]
         training = model.training
-        inputs = {name: value.to(model.device) for name, value in inputs.items()}
+        inputs = BatchFeature(inputs).to(model.device)
         compressed = asking.compress(model.eval(), inputs)
         model.train(training)
         image = processor.image_processor.process_image(as_image(sample["images"][0]), **self.collator.image_options)

@@ -9,7 +9,9 @@ import pytest
 import torch
 from own_data import BUDGETS, SCALES, ask, make_rows, paint_images, write_rows
 from PIL import Image
+from rasters import write_dates
 from torch.utils.data import DataLoader
+from uhr_bat.common import asking
 from uhr_bat.common.budgets import scale_budgets
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from uhr_bat.regions.cache import to_tiles, write_whole
@@ -78,6 +80,29 @@ def test_the_selection_of_training_is_that_of_generation_whatever_the_answer(sam
     for other in (batch, collator([samples[0]])):
         with pytest.raises(AssertionError):
             alike(importance(model, other), asked)
+
+
+def test_two_dates_are_chosen_from_as_ask_chooses_beside_rows_that_have_none(tmp_path, processor, model):
+    earlier, later, apart = write_dates(tmp_path)
+    pair = {"image": [earlier, later], "question": "What is new?", "answer": " Red.", "dates": True}
+    rows = [pair, {"image": earlier, "question": "What?", "answer": " Blue."}, {**pair, "window": [0, 0, 40, 60]}]
+    both, alone, windowed = load_samples(write_rows(tmp_path / "data.json", rows), processor)
+    collator = UHRBatDataCollator(processor)
+    for sample, batch, reading in ((both, [both, alone], {}), (windowed, [windowed], {"window": (0, 0, 40, 60)})):
+        said = asking.ask(processor, model, later, "What is new?", before=earlier, max_new_tokens=1, **reading)
+        with torch.no_grad():
+            kept = model(**collator(batch)).image_outputs.slots
+        for mine, asked in zip(kept, said.compressed.slots):
+            assert all(map(torch.equal, mine.values, asked.values))
+    assert collator([alone]).keys() == collator([both]).keys() - {"registration"}
+    wrong = [{**pair, "image": images} for images in (earlier, [earlier] * 3, [earlier, apart])] + [{**pair, "dates": 1}]
+    turns = ask("<image>\nWhat?", " Red.", "<image>\nWhat now?", " Blue.")
+    wrong.append({"image": [earlier, later], "conversations": turns, "dates": True})
+    with pytest.raises(ValueError) as refused:
+        load_samples(write_rows(tmp_path / "wrong.json", wrong), processor)
+    for told in ("5 of 5", "3 whose `dates` are not two images", "row 2: `dates` compares 2 images of one place in a prompt. Got 3",
+                 "row 3: The two dates show no common ground", "1 whose `dates` cannot be read"):  # fmt: skip
+        assert told in str(refused.value)
 
 
 def test_a_sample_per_chat_learns_all_answers_over_what_the_first_question_needs(tmp_path, processor, model):
