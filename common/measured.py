@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 
 from ..image_raster_files_uhr_bat import reason
+from .digests import folder_digest
 from .files import edited_alone, user_folder, whole_files, write_json
 from .models import base_of, hub_name, is_tiny, told
 
@@ -78,8 +79,10 @@ def measured_settings(folder) -> dict:
 
 
 def told_as_measured(folder, changes: dict | None = None) -> dict:
-    """What `told` tells, with what was measured among the settings: a run by another calibration is another run."""
-    return told(folder, ({} if is_tiny(folder) else measured_settings(folder)) | (changes or {}))
+    """What `told` tells, with what was measured among the settings, and `weights`, a digest of what lies in the folder now: a run by
+    another calibration, or of other weights in the same folder, is another run."""
+    about = told(folder, ({} if is_tiny(folder) else measured_settings(folder)) | (changes or {}))
+    return about | {"weights": folder_digest(folder)}
 
 
 def keep_measured(folder, settings: dict, form: str | None = None) -> Path:

@@ -1,59 +1,13 @@
-"""What was asked, in a few letters: digests of samples, of pictures and of a model's folder, which tie answers to
-them."""
+"""What was asked, in a few letters: digests of samples and of pictures, which tie answers to them."""
 
-import hashlib
-import json
 import os
 from collections.abc import Iterable
 from functools import cache
-from pathlib import Path
 
-from ..common.models import base_of, hub_name
+from ..common.digests import digest, file_digest
 from .samples import Picture, Sample
 
-WHOLE = 4 << 20  # bytes of a file of weights of which every one counts
 WHOLE_PICTURE = 4 << 30  # of a picture: half a GiB a second, where reading and decoding it takes longer
-BLOCK, STEP = 4096, 1 << 20  # of a larger one: so many bytes at every so many, and its end
-MODEL_FILES = (".safetensors", ".bin", ".json", ".jinja", ".model", ".txt")
-LETTERS = 12
-
-
-def file_digest(path, whole: int = WHOLE) -> str:
-    """12 letters that differ between files of different length or content.
-
-    Args:
-        whole: bytes up to which every one counts. Of a larger file, 4 KiB at every MiB: a tensor of a MiB or a picture that
-            was made anew is noticed, a single weight or pixel need not be.
-    """
-    size, found = os.path.getsize(path), hashlib.sha256()
-    found.update(str(size).encode())
-    with open(path, "rb") as file:
-        if size <= whole:
-            while block := file.read(STEP):
-                found.update(block)
-        else:
-            for start in (*range(0, size, STEP), size - BLOCK):
-                file.seek(start)
-                found.update(file.read(BLOCK))
-    return found.hexdigest()[:LETTERS]
-
-
-def folder_digest(folder: Path) -> str:
-    """Of a model folder: its weights, of large files samples, configuration and tokenizer; of the Hub's, name and revision; of
-    an adapter's, those of its model, too."""
-    base = base_of(folder)
-    found = [base is not None]
-    for place in [Path(folder)] + ([base] if base is not None else []):
-        if hub := hub_name(place):
-            found.append(hub)
-            continue
-        files = [path for path in sorted(place.iterdir()) if path.suffix in MODEL_FILES and path.is_file()]
-        found += [[path.name, file_digest(path)] for path in files]
-    return _digest(found)
-
-
-def _digest(value) -> str:
-    return hashlib.sha256(json.dumps(value, ensure_ascii=False).encode()).hexdigest()[:LETTERS]
 
 
 @cache
@@ -72,8 +26,8 @@ def picture_digest(picture: Picture) -> str:
 
 def asked(sample: Sample) -> str:
     """ "question/pictures": digests of question, options and right answer, and of the pictures' content."""
-    question = _digest([sample.question, sample.options, sample.answer])
-    return f"{question}/{_digest([picture_digest(picture) for picture in sample.pictures])}"
+    question = digest([sample.question, sample.options, sample.answer])
+    return f"{question}/{digest([picture_digest(picture) for picture in sample.pictures])}"
 
 
 def same_question(one: str, other: str) -> bool:

@@ -27,7 +27,6 @@ from ..common.models import add_model_argument, find_model, stay_offline
 from ..common.outputs import Output, check_outputs
 from ..common.runs import alone
 from . import figures
-from .asked import folder_digest
 from .other_answers import other_answers
 from .reducers import find_selector
 from .running import (
@@ -123,7 +122,7 @@ def ask_suite(args, suite, samples, prompt):
         suite=suite.name, data=args.data, **told_as_measured(folder, args.set), prompt=prompt,
         budgets=budgets, selector=args.selector or selector_of(folder, **args.set),
         seed=args.seed, max_new_tokens=args.max_new_tokens or suite.max_new_tokens, limit=args.limit,
-        versions=versions(), **tiles, weights=folder_digest(folder), image=read or None,
+        versions=versions(), **tiles, image=read or None,
         batch_size=args.batch_size, dates=suite.two_dates or None,
     )  # fmt: skip
     find_selector(settings.selector, budgets)

@@ -23,7 +23,6 @@ from ..common.models import Each, as_given, base_of, model_name, model_option, s
 from ..common.runs import alone
 from ..common.tables import percent_interval, table
 from ..scenes.layout import TEST_SEEDS
-from .asked import folder_digest
 from .evidence import SIZES, check_scenes, samples_of, scenes_parser
 from .native import GROUPS, SUITE, TILES
 from .native import ZOOM as DESCENDED
@@ -220,7 +219,7 @@ def measure(args, tiles: str) -> tuple[dict, dict]:
         if number
     }
     settings = {
-        **told_as_measured(args.model, args.set), "weights": folder_digest(args.model), "versions": versions(), "first_seed": args.first_seed,
+        **told_as_measured(args.model, args.set), "versions": versions(), "first_seed": args.first_seed,
         "fractions": args.fractions, "grids": args.grids, "tiles": args.tiles, "also": [list(one) for one in args.also],
         # Of another machine it is another; None as in runs that did not say it.
         "dtype": "auto" if torch.accelerator.is_available() else None,

@@ -2,28 +2,31 @@
 
     uhr-bat regions IMAGE... --output DIR --checkpoint SAM [--jobs N] [--view PX]
 
-A file is written whole or not at all. The same command again goes on where it stopped: whole files are left as they
-are. An image that cannot be read is named at the end, the others are done. Exit code: 0 all images, 1 not all, 2 wrong
+A file is written whole or not at all, with the settings that it was made by. The same command again goes on where it stopped: whole
+files are left as they are, and are refused if they were made by others. An image that cannot be read is named at the end, the others are done. Exit code: 0 all images, 1 not all, 2 wrong
 arguments, 130 interrupted.
 """
 
 import argparse
 import functools
+import json
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from multiprocessing import get_context
 from pathlib import Path
 
 import torch
 
 from ..common.commands import tells_errors
+from ..common.digests import file_digest, folder_digest
 from ..common.files import whole_files
 from ..common.images import add_image_arguments, image_options
 from ..common.loading import load_processor
 from ..common.models import add_model_argument, find_model
 from ..common.outputs import Output, check_outputs
+from ..common.runs import check_same_settings
 from ..released_api_uhr_bat import join_tile_masks, load_multiscale_tile_masks
 from .segment import MaskSettings, import_segment_anything, load_segmenter, segment_image
 
@@ -39,6 +42,14 @@ class Job:
     view: int | None
     options: dict = field(default_factory=dict)  # how images are read
     changes: dict = field(default_factory=dict)  # of the model's settings
+
+    @functools.cached_property
+    def made_by(self) -> dict:
+        """What masks depend on, beside the image and the scales."""
+        digest = folder_digest if self.checkpoint.is_dir() else file_digest
+        about = {"checkpoint": digest(self.checkpoint), **asdict(self.settings), "view": self.view}
+        about |= {name: value for name, value in self.options.items() if value is not None}
+        return json.loads(json.dumps(about, default=str))
 
 
 def to_tiles(labels: dict[int, torch.Tensor], patches_per_side: int) -> dict:
@@ -72,6 +83,13 @@ def is_whole(path: Path, scales: list[int], patch_size: int) -> bool:
     }
 
 
+def check_made_by(path: Path, job: Job):
+    """Raises `ValueError` for a mask cache that says it was made by another SAM or by other settings; foreign ones say nothing."""
+    kept = torch.load(path, map_location="cpu", weights_only=True).get("made_by")
+    if isinstance(kept, str):
+        check_same_settings(path, json.loads(kept), job.made_by)
+
+
 def write_whole(value, path: Path):
     """`torch.save`, whole or not at all."""
     with whole_files(path.parent) as built:
@@ -89,7 +107,8 @@ def cache_image(image_path: Path, output: Path, job: Job):
     processor, segmenter = _tools(job.model, tuple(job.changes.items()), job.checkpoint, job.settings, job.model_type)
     image = processor.process_image(str(image_path), **job.options)
     labels = segment_image(image, segmenter, processor.scales, processor.patch_size, job.view)
-    write_whole(to_tiles(labels, processor.crop_size["height"] // processor.patch_size), output)
+    masks = to_tiles(labels, processor.crop_size["height"] // processor.patch_size)
+    write_whole(masks | {"made_by": json.dumps(job.made_by)}, output)
 
 
 def cache_images(paths: dict[Path, Path], job: Job, num_jobs: int = 1) -> dict[Path, str]:
@@ -204,6 +223,9 @@ def main(arguments=None) -> int:
         for image_path, path in outputs.items()
         if not is_whole(path, processor.scales, processor.patch_size)
     }
+    for path in outputs.values():
+        if path not in missing.values():
+            check_made_by(path, job)
     failed = cache_images(missing, job, min(args.jobs, max(1, len(missing))))
     print(
         f"{args.output}: {len(missing) - len(failed)} written, {len(outputs) - len(missing)} were there already, "

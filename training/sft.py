@@ -17,6 +17,7 @@ from transformers.utils import logging
 
 from ..common.budgets import scale_budgets
 from ..common.commands import tells_errors
+from ..common.digests import folder_digest
 from ..common.extras import require
 from ..common.loading import host_settings, is_host, keep_settings, load_model, load_processor, trained_settings
 from ..common.models import base_of, find_model, is_tiny, model_name
@@ -126,8 +127,8 @@ def facts_of(options, data, samples, budgets) -> dict:
     parts = {name: value for name, value in vars(options).items() if name not in ("model_name_or_path", "dtype")}
     tokens = {name: getattr(data, name) for name in ("budget_range", "image_options", "regions", "max_length")}
     return {
-        "model": model_name(options.model_name_or_path), "samples": len(samples), "data": digest.hexdigest(), **parts,
-        "budgets": budgets, **tokens,
+        "model": model_name(options.model_name_or_path), "weights": folder_digest(options.model_name_or_path),
+        "samples": len(samples), "data": digest.hexdigest(), **parts, "budgets": budgets, **tokens,
     }  # fmt: skip
 
 

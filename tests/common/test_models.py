@@ -7,9 +7,12 @@ from argparse import ArgumentParser
 from inspect import signature
 
 import pytest
+import torch
 from hub_cache import REVISION, put
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from uhr_bat import cli, load_model
+from uhr_bat.common.measured import told_as_measured
 from uhr_bat.common.models import (
     ROOT,
     add_model_argument,
@@ -20,6 +23,7 @@ from uhr_bat.common.models import (
     told,
     with_revision,
 )
+from uhr_bat.common.runs import Line, lines_of_run
 from uhr_bat.hosts.loading import load_host
 from uhr_bat.planning.__main__ import planner_of_folder
 
@@ -178,6 +182,28 @@ def image(tmp_path_factory):
     path = tmp_path_factory.mktemp("image") / "scene.png"
     painting.example((400, 300), 0).save(path)
     return path
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "adapter/adapter_model.safetensors", "adapter/uhr_bat_host.json"])
+def test_a_run_whose_model_was_replaced_in_its_folder_is_another_run(tmp_path, file):
+    """The files are larger than those that are read whole, and one weight of a tensor was changed."""
+    (tmp_path / "config.json").write_text('{"model_type": "uhr_bat"}')
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "adapter_config.json").write_text('{"base_model_name_or_path": ".."}')
+    (tmp_path / "adapter" / "uhr_bat_host.json").write_text("{}")
+    tensors = {name: torch.zeros(300_000) for name in "abcd"}
+    for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+        save_file(tensors, tmp_path / name)
+    lines = tmp_path / "lines.jsonl"
+    Line(lines, told_as_measured(tmp_path / "adapter")).write({"answer": "of the first"})
+    assert lines_of_run(lines, told_as_measured(tmp_path / "adapter")) == [{"answer": "of the first"}]
+    if file.endswith("json"):
+        (tmp_path / file).write_text('{"selector": "top_k"}')
+    else:
+        tensors["c"][0] = 1
+        save_file(tensors, tmp_path / file)
+    with pytest.raises(ValueError, match="lines.jsonl holds a run with weights '.*', but '.*' is asked for. Give another"):
+        lines_of_run(lines, told_as_measured(tmp_path / "adapter"))
 
 
 @pytest.mark.slow

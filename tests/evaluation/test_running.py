@@ -11,10 +11,10 @@ import uhr_bat
 from benchmark_files import FORMS, conversations, picture, write_lines, xlrs
 from copies import run_copies, start_copies
 from small import count_tiles
+from uhr_bat.common.digests import folder_digest
 from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.common.runs import alone
 from uhr_bat.evaluation import compare_runs, evaluate, running
-from uhr_bat.evaluation.asked import folder_digest
 from uhr_bat.evaluation.running import BLANK, IMAGE, TEXT, VIEWS, Settings, read_predictions, run, versions
 from uhr_bat.evaluation.suites import SUITES
 

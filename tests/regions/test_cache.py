@@ -1,5 +1,6 @@
 """The cache of label maps."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,6 @@ from uhr_bat.common.models import ROOT
 from uhr_bat.regions import cache, segment
 from uhr_bat.regions.segment import MaskSettings
 from uhr_bat.scenes import painting
-
 
 SCALES = [64, 128, 256, 384]
 EVERY_MASK_ARGUMENTS = ["--points-per-side", "2", "--pred-iou-thresh", "-100", "--stability-score-thresh", "0"]
@@ -58,6 +58,11 @@ def test_whole_files_are_skipped_and_damaged_ones_are_written_again(images, tmp_
     assert (tmp_path / "a.pt").stat().st_mtime_ns == stamp
     assert cache.is_whole(tmp_path / "b.pt", SCALES, 8)
     assert not cache.is_whole(tmp_path / "b.pt", SCALES[:2], 8)
+    assert run_cache(images, tmp_path, sam_folder, "--view", "32") == 2
+    assert "a.pt holds a run with view 64, but 32 is asked for. Give another --output" in capsys.readouterr().err
+    other = shutil.copytree(sam_folder, tmp_path / "sam")
+    (other / "preprocessor_config.json").write_text("{}")
+    assert run_cache(images, tmp_path, other) == 2 and "holds a run with checkpoint '" in capsys.readouterr().err
 
 
 @pytest.mark.slow
