@@ -280,6 +280,8 @@ def main(arguments=None) -> int:
     args.grids = args.grids and list(dict.fromkeys(args.grids))
     args.also = [one for idx, one in enumerate(args.also) if one not in args.also[:idx]]
     check_range(args, 0, 1, "fractions", "share", above=True)
+    if args.share != ENCODED_SHARE and not args.scenes:
+        raise ValueError(f"--share is of ordinary scenes, of which --scenes 0 asks for none. Got --share {args.share}.")
     check_range(args, 1, math.inf, "tiles", *(["grids"] if args.grids else []))
     check_range(args, 0, len(TEST_SEEDS), "native_scenes")
     if args.first_seed < TEST_SEEDS.start:

@@ -119,7 +119,7 @@ def run(folder, output, *more) -> int:
 
 @pytest.mark.slow
 def test_a_table_has_every_row_from_as_many_tokens_and_goes_on(qwen3_vl, small_scenes, tmp_path, capsys, monkeypatch):
-    scenes = ["--scenes", "1", "--native-scenes", "1"]
+    scenes = ["--scenes", "1", "--native-scenes", "1", "--share", "0.5"]
     also = ["--also", "look=0.3", "--also", "look=0.9", "--also", "places=levels"]  # of which one has rows anyhow
     assert run(qwen3_vl, tmp_path, *scenes, *also) == 0, capsys.readouterr().err
     result = json.loads((tmp_path / "hosted.json").read_text())
@@ -135,6 +135,8 @@ def test_a_table_has_every_row_from_as_many_tokens_and_goes_on(qwen3_vl, small_s
         assert len(spent) == 1 and 0 < rows[hosted.PLAIN]["tokens"] <= spent.pop()
         assert {row["questions"] for row in rows.values()} == {1}
         assert all(row["first_question_flops"] > 0 for row in rows.values())
+    about = result[hosted.ORDINARY]["about"]
+    assert " --share 0.5 " in about["command"] and ": 0.5 of the tiles behind the coarsest level's, by" in about["says"]
     ordinary = {row["name"]: row["first_question_flops"] for row in result[hosted.ORDINARY]["rows"]}
     assert ordinary["uniform"] < ordinary[hosted.REFINED] and ordinary[hosted.PLAIN] < ordinary[hosted.OWN]
     answers = (tmp_path / "hosted.csv").read_text().splitlines()
@@ -175,6 +177,8 @@ def test_a_1d_family_has_rows_with_words_between_its_tiles(host_folder, small_sc
     (["--also", "budgets=9"], "--also budgets would change no row"),
     (["--set", "levels=many"], "`levels` is no str. Got 'many'"),
     (["--set", "tile=32", "--set", "anchor=3", "--tiles", "8"], "--tiles must be at least 9, those of the coarsest level. Got 8."),
+    (["--share", "0"], "--share must be over 0 and at most 1. Got 0.0."),
+    (["--share", "0.5", "--scenes", "0"], "--share is of ordinary scenes, of which --scenes 0 asks for none"),
     (["--first-seed", "7"], "Scenes before 20000000 were trained on, or chosen by. Got --first-seed 7."),
 ])  # fmt: skip
 def test_what_cannot_be_measured_is_refused_before_a_model_is_loaded(host_folder, tmp_path, capsys, options, message):
@@ -201,6 +205,13 @@ def test_all_rows_of_an_image_cost_its_encoding_and_its_answer_and_no_look(loade
     ) == [expected]
     (looked,) = rows.count_flops(pair, picture, [rows.row_of(rows.TOP_K, 1.0)], QUESTIONS[0], 3)
     assert looked > expected
+
+
+@pytest.mark.parametrize("share, encoded", [(0.25, 1 + 1), (0.5, 1 + 2), (1, 1 + 4)])
+def test_a_share_of_the_tiles_behind_the_coarsest_levels_is_encoded(loaded, share, encoded):
+    pair = loaded("qwen3_vl", levels=2)
+    (row,) = (one for one in hosted.rows_of([0.1], ("share", share), [1], [], pair) if one.name == hosted.DESCENDED)
+    assert rows.Views(pair, random_image(64, 64)).seen(row.view).features.pyramid.max_tiles == encoded
 
 
 def test_a_row_that_fills_the_context_window_is_refused_by_name():
