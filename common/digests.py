@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+from functools import cache
 from pathlib import Path
 
 from .models import base_of, hub_name
@@ -21,14 +22,20 @@ def file_digest(path, whole: int = WHOLE) -> str:
         whole: bytes up to which every one counts. Of a larger file, 4 KiB at every MiB, and of safetensors names, shapes and the
             beginning of every tensor: a tensor or a picture that was made anew is noticed, a single weight or pixel need not be.
     """
-    size, found = os.path.getsize(path), hashlib.sha256()
-    found.update(str(size).encode())
+    facts = os.stat(path)
+    return _file_digest(str(path), facts.st_size, facts.st_mtime_ns, facts.st_ino, whole)
+
+
+@cache
+def _file_digest(path: str, size: int, changed: int, number: int, whole: int) -> str:
+    """A file of many questions is looked at once, as long as nobody writes it anew."""
+    found = hashlib.sha256(str(size).encode())
     with open(path, "rb") as file:
         if size <= whole:
             while block := file.read(STEP):
                 found.update(block)
         else:
-            header, starts = _tensors(file) if str(path).endswith(".safetensors") else (b"", ())
+            header, starts = _tensors(file) if path.endswith(".safetensors") else (b"", ())
             found.update(header)
             for start in (*range(0, size, STEP), size - BLOCK, *starts):
                 file.seek(start)
@@ -59,6 +66,16 @@ def folder_digest(folder: Path) -> str:
         files = [path for path in sorted(place.iterdir()) if path.suffix in MODEL_FILES and path.is_file()]
         found += [[path.name, file_digest(path)] for path in files]
     return digest(found)
+
+
+def weights_digest(folder: Path) -> str | None:
+    """Of the weights alone, wherever they lie; of an adapter's, with those of its model. None where there are none, as of a
+    repository of which nothing was fetched."""
+    if not Path(folder).is_dir():
+        return None
+    places = [Path(folder), base_of(folder)]
+    files = [path for place in places if place is not None for path in sorted(place.glob("*.safetensors"))]
+    return digest([[path.name, file_digest(path)] for path in files]) if files else None
 
 
 def digest(value) -> str:

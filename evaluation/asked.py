@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Iterable
-from functools import cache
 
 from ..common.digests import digest, file_digest
 from .samples import Picture, Sample
@@ -10,18 +9,11 @@ from .samples import Picture, Sample
 WHOLE_PICTURE = 4 << 30  # of a picture: half a GiB a second, where reading and decoding it takes longer
 
 
-@cache
-def _file_digest(path: str, size: int, changed: int) -> str:
-    """A picture of many questions is looked at once, as long as nobody writes it anew."""
-    return file_digest(path, WHOLE_PICTURE)
-
-
 def picture_digest(picture: Picture) -> str:
     """Of the file where the picture is one on this machine, else its key, which is the content's digest in tables."""
     if not isinstance(picture.source, str) or not os.path.isfile(picture.source):
         return picture.key
-    found = os.stat(picture.source)
-    return _file_digest(picture.source, found.st_size, found.st_mtime_ns)
+    return file_digest(picture.source, WHOLE_PICTURE)
 
 
 def asked(sample: Sample) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
@@ -12,6 +13,7 @@ from hosts_tiny import save_family
 from hub_cache import REVISION, put
 from huggingface_hub import constants
 from PIL import Image, ImageDraw
+from safetensors.torch import load_file, save_file
 from uhr_bat import cli, load_model
 from uhr_bat.common.asking import encode, write_prompt
 from uhr_bat.common.measured import keep_measured, measured_settings
@@ -152,6 +154,19 @@ def test_what_was_measured_on_another_model_in_the_same_folder_is_not_taken(host
         assert measured_settings(folder) == {}
     keep_measured(folder, {"relative_attention": True}, "internvl, 4 layers of 32")
     assert measured_settings(folder) == {"relative_attention": True}
+
+
+def test_what_was_measured_is_found_where_the_weights_were_copied_and_not_where_others_were_put(host_folder, kept, tmp_path):
+    copied, form = shutil.copytree(host_folder("internvl"), tmp_path / "copied"), "internvl, 4 layers of 32"
+    keep_measured(host_folder("internvl"), {"look": 0.5}, form)
+    assert measured_settings(copied) == {"look": 0.5}
+    keep_measured(copied, {"look": 1.0}, form)
+    assert (measured_settings(copied), measured_settings(host_folder("internvl"))) == ({"look": 1.0}, {"look": 0.5})
+    weights = load_file(copied / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: weights[name] + 1}, copied / "model.safetensors")
+    with pytest.warns(UserWarning, match="for .*copied was measured on another model .*, weights .*, now weights "):
+        assert measured_settings(copied) == {}
 
 
 @pytest.mark.slow
