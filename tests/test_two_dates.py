@@ -27,5 +27,14 @@ def test_kept_tokens_are_told_by_scale_and_place_and_shares_are_of_all_that_were
     maps = TokenMaps([torch.tensor([0, -1]), torch.tensor([1, -1, 0])], [torch.tensor([2, 3]), torch.tensor([5, 6, 7])],
                      [(2, 2), (3, 3)], fill=-1, flat=True)  # fmt: skip
     assert measured.kept_tokens(UHRBatCompressionOutput(slots=[maps])) == [{(0, 2), (1, 5), (1, 7)}]
-    records = {(measured.APART, 0.01): [(1, True, 0.25, 0.5), (2, False, 0.75, 1.0)]}
-    assert "| 1 % | each date by itself | 50.0 " in measured.report(records)
+    right, wrong = (True, True, 0.25, 0.5), (False, False, 0.75, 1.0)
+    asked = [measured.Asked(1, "new", "ship", right), measured.Asked(2, "gone", "car", wrong)]
+    told = measured.report(
+        {(measured.COMPARED, 1.0): asked, (measured.APART, 0.01): asked[:1], (measured.COMPARED, 0.01): asked}
+    )
+    assert "| 1 % | each date by itself | 100.0 [100.0, 100.0] |" in told and "| 100 % | all | 50.0 " in told
+    assert "| right | 100 % | 1 % |" in told and "| new | 100.0 | 100.0 |" in told and "| gone | 0.0 | 0.0 |" in told
+    moved = [measured.Asked(1, "new", "car", wrong), asked[1]]
+    assert measured.differing({(measured.COMPARED, 0.01): moved}, {(measured.COMPARED, 0.01): asked}).endswith(
+        ": 1 of 2 answers differ from those without a shift."
+    )
