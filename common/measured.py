@@ -17,7 +17,8 @@ WEIGHTS = "weights"  # what else the file has: {folder: `weights_digest` of the 
 
 
 def measured_file() -> Path:
-    return user_folder() / "hosts.json"
+    """Where it lies: a link to it, as programs that carry one's settings along make, stays one."""
+    return (user_folder() / "hosts.json").resolve()
 
 
 def names_of(folder) -> list[str]:
@@ -50,7 +51,7 @@ def read_measured(needed: bool = False) -> dict[str, dict]:
     path, known = measured_file(), {one.name for one in fields(HostSettings)} | {FORM}
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
-        if not all(isinstance(one, str) for one in dict(found.get(WEIGHTS, {})).values()):
+        if not all(isinstance(one, str) for one in found.get(WEIGHTS, {}).values()):
             raise ValueError(f"{WEIGHTS} are digests by name")
         for name, settings in found.items():
             if name == WEIGHTS:

@@ -10,7 +10,6 @@ Their seeds are those of no other stage, and of no test.
 
 import argparse
 import json
-import math
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +28,7 @@ FIRST_SEED = 4_000_000
 NATIVE_SEEDS = 500_000  # behind it
 WINDOW = 1024  # px, the side of a part of an image with native objects
 KINDS = ("ordinary", "native")
+MOST_QUESTIONS = 200  # about a scene, which has fewer: they are drawn until there are so many, or for so long
 
 
 def view_of(kind: str, number: int, rng) -> tuple[View, Image.Image]:
@@ -68,7 +68,7 @@ def main(arguments=None) -> int:
     parser.add_argument("--questions", type=int, default=16, help="about each, at most")
     args = parser.parse_args(arguments)
     check_range(args, 0, NATIVE_SEEDS, *KINDS)
-    check_range(args, 1, math.inf, "questions")
+    check_range(args, 1, MOST_QUESTIONS, "questions")
     scenes = [(kind, number) for kind in KINDS for number in range(getattr(args, kind))]
     if not scenes:
         raise ValueError("No scene is asked for: give --ordinary or --native a number above 0.")
@@ -77,6 +77,8 @@ def main(arguments=None) -> int:
     with whole_files(args.output) as built:
         bar = tqdm(scenes, desc="Painting scenes", unit="scene")
         rows = [row for kind, number in bar for row in write(kind, number, args.questions, built)]
+        if not rows:
+            raise ValueError(f"None of {len(scenes)} scenes shows what a question needs. Ask for more scenes or --questions.")
         (built / "train.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print(f"{args.output / 'train.json'}: {len(rows)} questions about {len({row['image'] for row in rows})} pictures")
     return 0

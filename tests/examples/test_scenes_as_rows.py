@@ -25,6 +25,7 @@ def test_rows_name_pictures_of_whole_scenes_and_of_parts_at_native_pixels(tmp_pa
     (["--native", "0", "--ordinary", "-1"], "--ordinary must be at least 0"),
     (["--native", "0", "--ordinary", "0"], "No scene is asked for"),
     (["--questions", "0"], "--questions must be at least 1"),
+    (["--questions", "1000000"], "--questions must be at least 1 and at most 200. Got 1000000."),
     (["--native", "6"], "native_5.png: --output writes a file of this name, and this is a folder"),
 ])  # fmt: skip
 def test_what_cannot_be_written_is_refused_before_a_scene_is_painted(tmp_path, capsys, monkeypatch, options, message):
@@ -32,3 +33,9 @@ def test_what_cannot_be_written_is_refused_before_a_scene_is_painted(tmp_path, c
     (tmp_path / "native_5.png").mkdir()
     assert scenes.main(["--output", str(tmp_path), *options]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_scenes_without_a_question_are_an_error_and_no_file(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(scenes, "write", lambda *arguments: [])
+    assert scenes.main(["--output", str(tmp_path), "--ordinary", "2", "--native", "0"]) == 2
+    assert "None of 2 scenes shows what a question needs" in capsys.readouterr().err and not list(tmp_path.iterdir())

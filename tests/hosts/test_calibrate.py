@@ -220,7 +220,7 @@ def test_a_revision_of_a_repository_is_measured_apart(looking, kept, tmp_path, m
 
 
 @pytest.mark.parametrize("text, why", [
-    ("{", "JSONDecodeError"), ("[1]", "AttributeError"), ('{"org/model": {"loook": 1}}', "org/model has no setting loook"),
+    ("{", "JSONDecodeError"), ("[1]", "AttributeError"), ('{"weights": []}', "AttributeError"), ('{"org/model": {"loook": 1}}', "org/model has no setting loook"),
     ('{"org/model": {"look": 7}}', "above 0 and at most 1. Got 7"), ('{"org/model": 3}', "TypeError"),
 ])  # fmt: skip
 def test_a_broken_file_of_settings_is_refused_by_name_and_left_as_it_is(text, why, host_folder, kept, capsys):
