@@ -49,28 +49,36 @@ def all_tokens(images) -> torch.Tensor:
 
 def cached_features(model, image_processor, seeds, path, workers=1):
     """List of the features of all seeds: read from a safetensors file, or encoded and written whole to it."""
-    num_scales = len(model.config.scales)
     if path.exists():
         stored = load_file(path)
     else:
         stored = {}
         for seed, features in zip(seeds, encode_scenes(model, image_processor, seeds, workers)):
-            stored[f"{seed}.anchor_tokens"], stored[f"{seed}.anchor_positions"] = (
-                features.anchor_tokens, features.anchor_positions
-            )  # fmt: skip
-            for scale in range(num_scales):
-                stored[f"{seed}.tokens.{scale}"] = features.tokens[scale]
-                stored[f"{seed}.positions.{scale}"] = features.positions[scale]
+            stored |= packed(features, seed)
         with whole_files(path.parent) as built:
             save_file(stored, built / path.name)
-    return [
-        UHRBatImageFeatures(
-            stored[f"{seed}.anchor_tokens"],
-            stored[f"{seed}.anchor_positions"],
-            [stored[f"{seed}.tokens.{scale}"] for scale in range(num_scales)],
-            [stored[f"{seed}.positions.{scale}"] for scale in range(num_scales)],
-            model.config.scales,
-            model.config.grids,
-        )
-        for seed in seeds
-    ]
+    return [unpacked(stored.__getitem__, seed, model.config) for seed in seeds]
+
+
+def packed(features, name) -> dict[str, torch.Tensor]:
+    """The tensors of an encoded image as a file keeps them, tokens in bfloat16."""
+    stored = {
+        f"{name}.anchor_tokens": features.anchor_tokens.bfloat16(),
+        f"{name}.anchor_positions": features.anchor_positions,
+    }
+    for scale, (tokens, positions) in enumerate(zip(features.tokens, features.positions)):
+        stored |= {f"{name}.tokens.{scale}": tokens.bfloat16(), f"{name}.positions.{scale}": positions}
+    return stored
+
+
+def unpacked(read, name, config) -> UHRBatImageFeatures:
+    """The encoded image that was `packed` under a name; `read`: its tensor of a file by its name there."""
+    scales = range(len(config.scales))
+    return UHRBatImageFeatures(
+        read(f"{name}.anchor_tokens"),
+        read(f"{name}.anchor_positions"),
+        [read(f"{name}.tokens.{scale}") for scale in scales],
+        [read(f"{name}.positions.{scale}") for scale in scales],
+        config.scales,
+        config.grids,
+    )

@@ -108,6 +108,8 @@ def draw_tokens(features, sites, fraction, grids, generator, finish=lambda rows:
 class Collator:
     """Questions about scenes -> inputs of `GuidedTrainer.compute_loss`."""
 
+    num_images = 1  # of a prompt
+
     def __init__(self, processor, grids, fractions, together):
         """`fractions`: the least and the greatest one of all tokens that a step spends, drawn log-uniformly."""
         self.processor, self.grids, self.fractions, self.together = processor, grids, fractions, together
@@ -127,9 +129,9 @@ class Collator:
         return inputs
 
     def write(self, question):
-        """Ids up to the image's placeholder, ids after it, and the labels of these: long each."""
+        """Ids up to the last image's placeholder, ids after it, and the labels of these: long each."""
         messages = [
-            {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": question.text}]},
+            {"role": "user", "content": [{"type": "image"}] * self.num_images + [{"type": "text", "text": question.text}]},
             # After a space, most words are one token.
             {"role": "assistant", "content": [{"type": "text", "text": f" {question.answer}"}]},
         ]
@@ -140,7 +142,7 @@ class Collator:
             return_assistant_tokens_mask=True,
         )
         ids, answered = torch.tensor(text["input_ids"]), torch.tensor(text["assistant_masks"]).bool()
-        (image,) = (ids == self.processor.image_token_id).nonzero()[:, 0].tolist()
+        image = int((ids == self.processor.image_token_id).nonzero()[-1])
         return ids[: image + 1], ids[image + 1 :], ids.where(answered, IGNORED)[image + 1 :]
 
     def sequence(self, question, num_tokens):
@@ -242,6 +244,7 @@ class GuidedTrainer(Trainer):
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inner = self.accelerator.unwrap_model(model)
+        inner = getattr(inner, "get_base_model", lambda: inner)()
         loss = self.loss_alone(model, inner, inputs["image_features"], **inputs["alone"])
         if together := inputs.get("together"):
             loss = loss + sum(self.loss_together(inner, **scene) for scene in together) / len(together)
@@ -290,7 +293,7 @@ class GuidedTrainer(Trainer):
         mask = inputs.pop("attention_mask")
         mask = torch.cat((mask.new_ones(len(mask), start.shape[1]), mask), dim=1)
         outputs = model(**inputs, attention_mask=mask, cache=cache, output_attentions=True)
-        starts = [start.shape[1] - len(image.pooler_output[0])] * len(targets)
+        starts = (start == model.config.image_token_id).int().argmax(1).tolist() * len(targets)
         parts = self.look(model.config, outputs.attentions, inputs, image.slots * len(targets), starts, targets)
         return self.total(outputs.loss, parts, "whole_")
 

@@ -1,13 +1,18 @@
 """What the stages of training share: arguments, and the Trainer's settings."""
 
 import argparse
+import time
 from pathlib import Path
 
+import numpy as np
 import torch
-from transformers import TrainingArguments
+from torch.optim.lr_scheduler import LambdaLR
+from transformers import TrainerCallback, TrainingArguments
 
 from ...common.loading import load_model
 from ...common.outputs import MODEL_FILES, Output, check_outputs
+
+WARMUP = 0.05  # of a training by the clock at most
 
 
 def make_parser(verb, doc, steps, batch_size, learning_rate) -> argparse.ArgumentParser:
@@ -74,3 +79,50 @@ def train(trainer_class, model, dataset, args, options=None, **kwargs):
     trainer = trainer_class(model=model, args=training_arguments, train_dataset=dataset, **kwargs)
     trainer.train(resume_from_checkpoint=any(checkpoints.glob("checkpoint-*")) or None)
     return trainer
+
+
+def add_minutes(parser):
+    """The option that ends a stage by the clock."""
+    parser.add_argument(
+        "--minutes", type=float, help="of training, after the scenes are encoded; or --steps, if sooner"
+    )
+
+
+class ByTheClock:
+    """For a Trainer that may end by the clock.
+
+    Args:
+        stop: of `time.monotonic()`, when the training ends: the rate has come down by then, whatever the number of steps.
+    """
+
+    def __init__(self, *args, stop=None, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.stop, self.start = stop, None
+        if stop is not None:
+            self.add_callback(_StopInTime(self))
+
+    def progress(self, step) -> float:
+        """Part of the training that is over, 0 to 1, by steps or by time."""
+        part = step / self.args.max_steps
+        if self.stop is not None:
+            self.start = self.start or time.monotonic()
+            part = max(part, (time.monotonic() - self.start) / max(1e-9, self.stop - self.start))
+        return min(part, 1.0)
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        warmup = max(1, self.args.get_warmup_steps(num_training_steps))
+
+        def factor(step):
+            progress = self.progress(step)
+            return min(1, max((step + 1) / warmup, progress / WARMUP)) * (0.5 + 0.5 * float(np.cos(np.pi * progress)))
+
+        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
+        return self.lr_scheduler
+
+
+class _StopInTime(TrainerCallback):
+    def __init__(self, trainer):
+        self.trainer = trainer
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = control.should_training_stop or self.trainer.progress(state.global_step) >= 1

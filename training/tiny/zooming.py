@@ -21,9 +21,7 @@ import numpy as np
 import torch
 from accelerate import PartialState
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
 from torch.utils.data import Dataset
-from transformers import TrainerCallback
 
 from ...common.asking import expand_placeholder
 from ...common.commands import tells_errors
@@ -38,13 +36,12 @@ from ..collator import IGNORED
 from .encoding import freeze_vision
 from .finetune import FRACTION_TOGETHER, NOISE, Collator, GuidedTrainer, draw_tokens, look, targets_of
 from .pools import PooledScene, make_pools
-from .stages import load_with_attentions, make_parser, read_arguments, train
+from .stages import ByTheClock, add_minutes, load_with_attentions, make_parser, read_arguments, train
 
 NATIVE_SEED = FINETUNING_SEED + 100_000  # of the first scene with native objects
 QUESTIONS = 4  # about a scene
 NATIVE_SHARE = 2 / 3  # of the scenes of a step
 TILES_LOOKED_AT = 10  # of a level, whose tokens the question looks at
-WARMUP = 0.05  # of the training at most
 ANSWERED_FROM = (60, 220)  # visual tokens, drawn log-uniformly
 # How often an object that is needed is among the visual tokens of the finest level, the one before, and so on.
 EVIDENCE_SHOWN = (0.9, 0.7, 0.5, 0.3)
@@ -244,35 +241,15 @@ class ZoomCollator(Collator):
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-class ZoomTrainer(GuidedTrainer):
+class ZoomTrainer(ByTheClock, GuidedTrainer):
     """Args:
     pool_tokens: bfloat16[V, D] of all pools, without a scale embedding.
-    stop: of `time.monotonic()`, when the training ends: the rate has come down by then, whatever the number of steps.
+    stop: as in [`ByTheClock`].
     """
 
-    def __init__(self, *args, pool_tokens, stop=None, **kwargs):
+    def __init__(self, *args, pool_tokens, **kwargs):
         super().__init__(*args, **kwargs)
-        self.pool_tokens, self.stop, self.start = pool_tokens.to(self.args.device), stop, None
-        if stop is not None:
-            self.add_callback(_StopInTime(self))
-
-    def progress(self, step) -> float:
-        """Part of the training that is over, 0 to 1, by steps or by time."""
-        part = step / self.args.max_steps
-        if self.stop is not None:
-            self.start = self.start or time.monotonic()
-            part = max(part, (time.monotonic() - self.start) / max(1e-9, self.stop - self.start))
-        return min(part, 1.0)
-
-    def create_scheduler(self, num_training_steps, optimizer=None):
-        warmup = max(1, self.args.get_warmup_steps(num_training_steps))
-
-        def factor(step):
-            progress = self.progress(step)
-            return min(1, max((step + 1) / warmup, progress / WARMUP)) * (0.5 + 0.5 * float(np.cos(np.pi * progress)))
-
-        self.lr_scheduler = LambdaLR(optimizer or self.optimizer, factor)
-        return self.lr_scheduler
+        self.pool_tokens = pool_tokens.to(self.args.device)
 
     def visual(self, model, named) -> torch.Tensor:
         """float[V, D] of tokens long[V, 3] (`ZoomCollator`), with their scale embedding and noise."""
@@ -330,14 +307,6 @@ class ZoomTrainer(GuidedTrainer):
         return self.loss_together(inner, start[None], image, **inputs)
 
 
-class _StopInTime(TrainerCallback):
-    def __init__(self, trainer):
-        self.trainer = trainer
-
-    def on_step_end(self, args, state, control, **kwargs):
-        control.should_training_stop = control.should_training_stop or self.trainer.progress(state.global_step) >= 1
-
-
 @torch.no_grad()
 def start_native_scales(model, scales=NATIVE_SCALES):
     """Give deeper levels scale vectors of their own, which start as that of the finest scale, what they had without."""
@@ -367,9 +336,7 @@ def main(arguments=None):
     parser.add_argument("--first-seed", type=int, default=FINETUNING_SEED + 9000, help="of the ordinary scenes")
     parser.add_argument("--tiles", type=int, default=40, help="tiles of every finer level in a pool")
     parser.add_argument("--together", type=int, default=16, metavar="N", help="questions about a whole ordinary scene")
-    parser.add_argument(
-        "--minutes", type=float, help="of training, after the scenes are encoded; or --steps, if sooner"
-    )
+    add_minutes(parser)
     args = read_arguments(parser, arguments)
     native_seeds, fixed_seeds = (
         range(first, first + number) for first, number in ((NATIVE_SEED, args.native), (args.first_seed, args.fixed))
