@@ -61,8 +61,8 @@ class UHRBatCompressionMixin:
                 "Training without `labels` and without `answer_mask`: answers in the text are seen by the selection of the "
                 "visual tokens. Pass `answer_mask`, bool[B, M], True where a token is part of an answer."
             )
-        if _of_every_scale(images.get("token_counts"), images.get("budgets"), self.config.budgets):
-            tell_idle_share(self.config, rules)
+        counts = images.get("token_counts")
+        tell_idle_share(self.config, images.get("budgets") if counts is None else counts, rules)
         rules = CompressionRules.of(self.config, rules)
         image_features = images.get("image_features")
         if image_features is None:
@@ -203,15 +203,6 @@ class UHRBatCompressionMixin:
         runs = [[len(list(run)) for is_image, run in groupby(row) if is_image] for row in placeholder.tolist()]
         limits = self.config.scales, self.config.budgets, [image.available for image in image_features]
         return settle_counts(budgets, token_counts, images_per_prompt, runs, *limits)
-
-
-def _of_every_scale(*numbers) -> bool:
-    """Whether the first of these that is there, counts of images or budgets, has a number for each scale."""
-    first = next(one for one in numbers if one is not None)
-    first = first.tolist() if isinstance(first, torch.Tensor) else first
-    while isinstance(first, list | tuple) and first and isinstance(first[0], list | tuple):
-        first = first[0]
-    return isinstance(first, list | tuple) and len(first) > 1
 
 
 def _seen(text, spots, run, answer_mask) -> torch.Tensor:

@@ -232,13 +232,20 @@ def check_coverage(regions, budget: int, available: list[int], rules: Compressio
     )
 
 
-def tell_idle_share(config, changes: dict | None = None):
+def tell_idle_share(config, budgets=None, changes: dict | None = None):
     """A warning, once, for budgets of every scale where somebody asked for an anchor's share, which is one of a budget of all scales.
 
     Args:
         config: of the model. A share that is its family's default, as it says, was asked for by nobody.
-        changes: rules of a call.
+        budgets: of a call, or the counts of its images; None for those of the model.
+        changes: rules of the call.
     """
+    budgets = config.budgets if budgets is None else budgets
+    budgets = budgets.tolist() if isinstance(budgets, torch.Tensor) else budgets
+    while isinstance(budgets, list | tuple) and budgets and isinstance(budgets[0], list | tuple):
+        budgets = budgets[0]
+    if not isinstance(budgets, list | tuple) or len(budgets) < 2:
+        return
     default = 0 if getattr(config, "anchor_share_by_default", False) else config.anchor_share
     if share := (changes or {}).get("anchor_share", default):
         logger.warning_once(

@@ -35,11 +35,12 @@ def load_config(folder=ROOT, **changes):
     if unknown := sorted(changes.keys() - _own_fields()):
         place = (base or folder) / "config.json"
         raise ValueError(f"UHR-BAT has no setting {', '.join(unknown)}. Its settings are the fields of {place}.")
-    changes = over({} if base is None else trained_settings(folder), changes)
+    trained = {} if base is None else trained_settings(folder)
     try:
-        return UHRBatConfig.from_pretrained(base or folder, **changes)
+        return UHRBatConfig.from_pretrained(base or folder, **over(trained, changes))
     except StrictDataclassError as error:  # which is none of Python's kinds
-        raise ValueError(str(error.__cause__ or error)) from error
+        why = f"With the settings that {folder} was trained with: " if trained else ""
+        raise ValueError(f"{why}{error.__cause__ or error}") from error
 
 
 def _own_fields() -> set[str]:

@@ -182,7 +182,7 @@ def _base_name(path: Path) -> str | None:
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
         name, revision = settings.get("base_model_name_or_path"), settings.get("revision")
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path}: not a JSON object ({error}).") from None
     if not name or not isinstance(name, str):
         return None
@@ -193,7 +193,7 @@ def _check_type(path: Path):
     """Raises `ValueError` for a config.json that does not say which type its model is of."""
     try:
         model_type = json.loads(path.read_text(encoding="utf-8"))["model_type"]
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise ValueError(f"{path}: names no type of model ({type(error).__name__}: {error}).") from None
     if not isinstance(model_type, str):
         raise ValueError(f"{path}: `model_type` is a text. Got {model_type!r}.")
@@ -217,7 +217,7 @@ def _missing_weights(folder: Path) -> str | None:
     if index.is_file():
         try:
             shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
             raise ValueError(f"{index}: this is no index of weights ({type(error).__name__}: {error}).") from None
         if outside := [name for name in shards if Path(name).name != name]:
             raise ValueError(f"{index}: names weights outside its folder, as {outside[0]}.")

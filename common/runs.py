@@ -54,7 +54,7 @@ def whole_lines(path: Path) -> Iterator[dict]:
     for line in path.read_text(encoding="utf-8", errors="replace").split("\n"):
         try:
             record = json.loads(line)
-        except json.JSONDecodeError:
+        except (json.JSONDecodeError, RecursionError):
             continue
         if not isinstance(record, dict):
             raise ValueError(f"{path}: {line[:80]!r} is no line of a run.")

@@ -78,7 +78,9 @@ def main(arguments=None) -> int:
         bar = tqdm(scenes, desc="Painting scenes", unit="scene")
         rows = [row for kind, number in bar for row in write(kind, number, args.questions, built)]
         if not rows:
-            raise ValueError(f"None of {len(scenes)} scenes shows what a question needs. Ask for more scenes or --questions.")
+            raise ValueError(
+                f"None of {len(scenes)} scenes shows what a question needs. Ask for more scenes or --questions."
+            )
         (built / "train.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
     print(f"{args.output / 'train.json'}: {len(rows)} questions about {len({row['image'] for row in rows})} pictures")
     return 0

@@ -38,7 +38,7 @@ from uhr_bat.image_raster_files_uhr_bat import reason
 
 from . import model_folder, released_layout
 from .checkpoint_files import Checkpoint, CheckpointError, TensorInfo, read_json
-from .merging import MergedModel, merge_host
+from .merging import MergedModel, check_adapter, merge_host, notes_of
 from .model_card import read_provenance, write_model_card
 from .model_folder import EMBEDDINGS, HEAD, meta_model
 from .start_model import Contents, GrownTables, read_start
@@ -281,7 +281,8 @@ class Plan:
             trained = trained_settings(adapters[-1]) if adapters else {}
             config = UHRBatConfig.from_dict(config.to_dict(), **trained) if trained else config
         except Exception as error:  # a field of a wrong type fails wherever it is used first
-            raise CheckpointError(f"{adapters[-1]}: {reason(error)}") from error
+            raise CheckpointError(f"{adapters[-1]}: {reason(error.__cause__ or error)}") from error
+        notes += notes_of(folder, adapters)
         contents = Contents(config, notes, tensors, released_layout.rename if is_released else nest_tower, is_released)
         budgets = trained.get("budgets")
         return cls.of_contents(checkpoint, folder, contents, adapters=adapters, budgets=budgets, **output)
@@ -445,6 +446,7 @@ def convert(
                 raise CheckpointError(
                     f"{base} is of another family than ours: {', '.join(others)} cannot be given for it."
                 )
+            print(*notes_of(locate(base), adapters, of_host=True), sep="\n")
             merge_host(base, adapters, output, DTYPES[options.get("dtype", "auto")] or "auto", max_shard_size)
             print(f"{output}: complete, in the layout of its own family.")
             if push_to_hub:
@@ -482,7 +484,7 @@ def find_adapters(checkpoint, merge_adapter) -> tuple[str | Path, list[Path]]:
         return checkpoint, []
     if merge_adapter is True or merge_adapter == []:
         adapter = locate(checkpoint)
-        read_json(adapter / "adapter_config.json")
+        check_adapter(adapter)
         try:
             base = base_of(adapter)
         except (OSError, ValueError) as error:
@@ -492,9 +494,7 @@ def find_adapters(checkpoint, merge_adapter) -> tuple[str | Path, list[Path]]:
         # A repository's weights are fetched by its name.
         return (hub_name(base) or (base,))[0], [adapter]
     adapters = [locate(name) for name in ([merge_adapter] if isinstance(merge_adapter, (str, Path)) else merge_adapter)]
-    for adapter in adapters:
-        read_json(adapter / "adapter_config.json")
-    if len(set(map(os.path.realpath, adapters))) < len(adapters):
+    if len(set(map(check_adapter, adapters))) < len(adapters):
         raise CheckpointError(
             f"--merge-adapter names an adapter twice, whose changes would count twice: {merge_adapter}."
         )

@@ -3,15 +3,17 @@
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
+from uhr_bat.common.digests import file_digest, weights_digest
 from uhr_bat.common.extras import require
 from uhr_bat.common.files import whole_folder
-from uhr_bat.common.loading import attach_adapter, host_settings, load_model
-from uhr_bat.common.models import find_model
+from uhr_bat.common.loading import attach_adapter, host_settings, load_model, trained_settings
+from uhr_bat.common.models import find_model, hub_name
 from uhr_bat.configuration_uhr_bat import UHRBatConfig
 from uhr_bat.image_raster_files_uhr_bat import reason
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 
-from .checkpoint_files import CheckpointError, TensorInfo
+from .checkpoint_files import CheckpointError, TensorInfo, read_json
 from .model_folder import EMBEDDINGS, HEAD, meta_model
 
 # Differences of the outputs, relative to the largest, that rounding the merged weights makes, by their type.
@@ -60,6 +62,37 @@ class MergedModel:
 
     def read(self, name: str) -> torch.Tensor:
         return self.weights[name]
+
+
+def check_adapter(folder: Path) -> str:
+    """A digest of an adapter's weights. Raises `CheckpointError` for a folder that is none, or whose weights are not whole."""
+    read_json(folder / "adapter_config.json")
+    path = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(path, "pt"):
+            return file_digest(path)
+    except FileNotFoundError:
+        why = "an adapter without weights, there is no adapter_model.safetensors in it. Pickles are not opened"
+        raise CheckpointError(f"{folder}: {why}.") from None
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path}: these are no whole weights ({reason(error)}).") from error
+
+
+def notes_of(base: Path, adapters: list[Path], of_host: bool = False) -> list[str]:
+    """What to know before adapters are merged into `base`: those that name another model, and whose settings are kept where they
+    were trained with different ones."""
+    notes = []
+    for adapter in adapters:
+        named = read_json(adapter / "adapter_config.json").get("base_model_name_or_path")
+        # Nothing is fetched to know it.
+        here = [place for place in (Path(str(named)), adapter / str(named)) if (place / "config.json").is_file()]
+        same = any(one.samefile(base) or weights_digest(one) == weights_digest(base) for one in here[:1])
+        if not same and named != (hub_name(base) or ("",))[0]:
+            notes.append(f"{adapter}: names {named!r} as its model, and is merged into {base}")
+    settings = [trained_settings(adapter, of_host) for adapter in adapters]
+    if any(one != settings[-1] for one in settings):
+        notes.append(f"settings of the adapters differ: those of the last, {adapters[-1]}, are kept")
+    return notes
 
 
 def merge(model, adapters: list[Path], outputs, dtypes):

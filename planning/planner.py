@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from ..budgets_uhr_bat import budgets_of_total, is_one_budget
+from ..budgets_uhr_bat import budgets_of_total
 from ..configuration_uhr_bat import UHRBatConfig
 from ..image_processing_uhr_bat import UHRBatImageProcessor
 from ..image_reading_uhr_bat import check_image_size
@@ -275,8 +275,7 @@ class UHRBatPlanner:
         return replace(question, budgets=budgets)
 
     def _price(self, question, rates) -> UHRBatPlan:
-        if not is_one_budget(question.budgets):
-            tell_idle_share(self.config)
+        tell_idle_share(self.config, question.budgets)
         on_gpu = self.device.type != "cpu"
         b = torch.empty((), dtype=self.dtype).element_size()
         flops = question_flops(self.config, question, self.calls)

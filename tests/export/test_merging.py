@@ -10,8 +10,10 @@ from huggingface_hub import constants
 from own_data import make_model_folder
 from safetensors.torch import load_file, save_file
 from uhr_bat.common.loading import keep_settings, load_config, load_model, save_model
+from uhr_bat.export import convert_checkpoint
 from uhr_bat.export.checkpoint_files import CheckpointError
 from uhr_bat.export.convert_checkpoint import convert
+from uhr_bat.export.merging import notes_of
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from uhr_bat.planning.__main__ import planner_of_folder
 
@@ -131,6 +133,26 @@ def test_settings_that_an_adapter_was_trained_with_are_asked_planned_saved_again
     (tmp_path / "adapter" / "uhr_bat_host.json").write_text('{"levels": 3}')
     with pytest.raises(ValueError, match="uhr_bat_host.json: these are no settings .*UHR-BAT has no setting levels"):
         load_model(tmp_path / "adapter", device_map=None)
+
+
+def test_what_is_wrong_with_adapters_is_said_before_weights_are_read(bases, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_checkpoint, "Checkpoint", lambda folder: pytest.fail("weights were looked at"))
+    _, adapter = make_adapter(bases[True], tmp_path / "adapter")
+    other = shutil.copytree(adapter, tmp_path / "copy")
+    with pytest.raises(CheckpointError, match="names an adapter twice, whose changes would count twice"):
+        convert(bases[True], tmp_path / "merged", merge_adapter=[adapter, other])
+    (other / "uhr_bat_host.json").write_text('{"selector": "top_k"}')
+    assert notes_of(bases[True], [adapter]) == []
+    foreign, settings = notes_of(bases[False], [adapter, other])[1:]
+    assert f"names '{bases[True]}' as its model, and is merged into {bases[False]}" in foreign
+    assert settings == f"settings of the adapters differ: those of the last, {other}, are kept"
+    weights = (other / "adapter_model.safetensors").read_bytes()
+    (other / "adapter_model.safetensors").write_bytes(weights[:-8])
+    with pytest.raises(CheckpointError, match="copy/adapter_model.safetensors: these are no whole weights"):
+        convert(bases[True], tmp_path / "merged", merge_adapter=[adapter, other], dry_run=True)
+    (other / "adapter_config.json").write_text("[" * 100_000)
+    with pytest.raises(CheckpointError, match="copy/adapter_config.json: not a JSON file"):
+        convert(str(other), tmp_path / "merged", merge_adapter=True)
 
 
 # The adapter's folder as a model
