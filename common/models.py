@@ -12,6 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent  # the package, which is UHR-BAT-Tiny's model folder too
 NONE_IS_A_NAME = ("region_method",)
+ADAPTERS = ROOT / "adapters"  # of UHR-BAT-Tiny, that lie in the package; each is called by its name alone
 HUB_NAME = re.compile(r"([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", re.ASCII)
 SMALL, WEIGHTS = ("*.json", "*.jinja", "*.model", "*.txt"), ("model*.safetensors", "adapter_model.safetensors")
 
@@ -69,7 +70,8 @@ def add_model_argument(parser: ArgumentParser, name: str = "--model"):
     optional = {} if name.startswith("-") else {"nargs": "?"}
     parser.add_argument(
         name, default=str(ROOT), metavar="MODEL", **optional,
-        help="folder, or name on the Hub, as org/name or org/name@revision, of a model or an adapter (default: UHR-BAT-Tiny)",
+        help="folder, or name on the Hub, as org/name or org/name@revision, of a model or an adapter, or two_dates (default: "
+        "UHR-BAT-Tiny)",
     )  # fmt: skip
     parser.add_argument(
         "--set", type=setting, action=Settings, default={}, metavar="NAME=VALUE",
@@ -79,8 +81,14 @@ def add_model_argument(parser: ArgumentParser, name: str = "--model"):
 
 def stay_offline(*places):
     """Nothing is looked for on the Hub where all that a command reads is on this machine; None says nothing."""
-    if all(place is None or os.path.exists(place) and not _names_repository(place) for place in places):
+    places = [ADAPTERS / place if _is_own(place) else place for place in places if place is not None]
+    if all(os.path.exists(place) and not _names_repository(place) for place in places):
         os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+def _is_own(place) -> bool:
+    """Whether it is the name of an adapter of the package, and of nothing that is here."""
+    return re.fullmatch(r"\w+", str(place)) is not None and (ADAPTERS / place).is_dir() and not os.path.exists(place)
 
 
 def _names_repository(folder) -> bool:
@@ -96,7 +104,8 @@ def find_model(place=ROOT, weights: bool = True) -> Path:
     """The folder of a model or of an adapter; of a repository, with all that is no weights.
 
     Args:
-        place: a folder, or a repository as `org/name` or `org/name@revision`. A folder that is there is taken first.
+        place: a folder, or a repository as `org/name` or `org/name@revision`, or an adapter of the package by its name, as
+            `two_dates`. A folder that is there is taken first.
         weights: whether they are needed. Those of a repository may still have to be fetched.
 
     Raises:
@@ -200,8 +209,9 @@ def _check_type(path: Path):
 
 
 def _near(name: str | None, folder) -> Path | None:
-    """The folder that an adapter calls so, from here or from its own folder."""
-    for place in (Path(name), Path(folder) / name) if name else ():
+    """The folder that an adapter calls so, from here or from its own folder; from that first where the name says so: `../model`."""
+    places = [Path(name), Path(folder) / name] if name else []
+    for place in places[::-1] if name and name.startswith(".") else places:
         if any((place / name_of_file).is_file() for name_of_file in ("config.json", "adapter_config.json")):
             return place
     return None
@@ -284,6 +294,8 @@ def as_given(change: tuple) -> str:
 
 def _folder(place) -> Path:
     """Of a place that is there, or of a repository: its snapshot, with all that is no weights."""
+    if _is_own(place):
+        return ADAPTERS / place
     if os.path.isdir(place):
         return Path(place)
     named = HUB_NAME.fullmatch(str(place))

@@ -28,6 +28,7 @@ from ..scenes.evidence import site_tokens
 from ..scenes.layout import WIDTH
 
 FRACTIONS = (1.0, 0.04, 0.02, 0.01)  # of all tokens; of 1, nothing is selected
+WINDOW = 8192  # tokens of a prompt
 APART, COMPARED = "each date by itself", "both dates compared"
 COLUMNS = ("right", "evidence kept", "tokens on changed ground", "tokens on ground that changed or is asked about")
 
@@ -126,6 +127,9 @@ def main(arguments=None) -> int:
     check_range(args, -4, 4, "shift")
     seeds = dates.PAIR_TEST_SEEDS[: args.scenes]
     model = load_model(find_model(args.model), **args.set)
+    # All tokens of a square pair are more than the context window of 4,096 holds; the positions of the decoder have no end.
+    decoder = model[1].config.get_text_config()
+    decoder.max_position_embeddings = max(decoder.max_position_embeddings, WINDOW)
     found = measure(model, seeds, args.shift)
     number = len(next(iter(found.values())))
     print(f"{number} questions about {args.scenes} pairs, percent, with 95 % intervals of a bootstrap over pairs.\n")

@@ -16,6 +16,7 @@ from uhr_bat.common.measured import told_as_measured
 from uhr_bat.common.models import (
     ROOT,
     add_model_argument,
+    base_of,
     find_model,
     hub_name,
     model_name,
@@ -147,10 +148,21 @@ def test_offline_is_said_of_commands_that_need_folders_alone(tmp_path, monkeypat
     adapter.mkdir()
     (adapter / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": NAME}))
     for places, offline in (((ROOT,), True), ((ROOT, None), True), ((NAME,), False), ((ROOT, "org/data"), False),
-                            ((adapter,), False)):  # fmt: skip
+                            ((adapter,), False), (("two_dates",), True)):  # fmt: skip
         monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
         stay_offline(*places)
         assert ("HF_HUB_OFFLINE" in os.environ) == offline, places
+
+
+def test_an_adapter_of_the_package_is_called_by_its_name_and_finds_its_model_from_anywhere(tmp_path, monkeypatch):
+    folder = tmp_path / "a" / "b"
+    folder.mkdir(parents=True)
+    (tmp_path / "config.json").write_text('{"model_type": "other"}')  # what `../..` would be from here
+    monkeypatch.chdir(folder)
+    assert find_model("two_dates") == ROOT / "adapters" / "two_dates" and base_of("two_dates").samefile(ROOT)
+    (folder / "two_dates").mkdir()  # a folder that is there is taken first
+    with pytest.raises(FileNotFoundError, match="two_dates: this is no model folder"):
+        find_model("two_dates")
 
 
 # Every door, by a name on the Hub
