@@ -118,6 +118,7 @@ class UHRBatImportanceMixin:
                 # Deeper levels than the configuration has scales are read as its finest one.
                 step = min(scale_idx, len(rules.refinement)) - 1
                 last = step == len(rules.refinement) - 1
+                prior = torch.where(prior.sum() > 0, prior, 1.0)  # all tiles may lie where nothing is known
                 prior = prior / prior.sum()
                 n = min(rules.refinement[step], len(places))
                 chosen = prior.argsort(descending=True, stable=True)[:n].sort().values

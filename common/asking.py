@@ -11,7 +11,9 @@ common: `encode_image`, `compress`, `visual_inputs`, `generate`, and the call of
 Letters: B prompts of a batch, I images of all prompts, S scales, M tokens of a prompt.
 """
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate
@@ -139,11 +141,39 @@ def generate(model, inputs, compressed=None, **generation) -> torch.Tensor:
         compressed: what `compress` returned for them; None for text alone, or where `inputs` hold what it takes too.
         generation: other arguments of `generate`; the best token every time unless they say otherwise.
     """
-    if compressed is not None:
-        prompt = {name: inputs[name] for name in PROMPT}
-        inputs = prompt | model.visual_inputs(**prompt, compressed=compressed)
+    inputs = _with_images(model, inputs, compressed)
     output = model.generate(**inputs, **{"do_sample": False} | generation)
     return output[:, inputs["input_ids"].shape[1] :] if "input_ids" in inputs else output
+
+
+@torch.no_grad()
+def generate_surely(model, inputs, compressed=None, **generation) -> tuple[torch.Tensor, list[float]]:
+    """What `generate` returns, the best token every time, and how sure the model is of each answer (`confidence_of`)."""
+    options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "num_beams": 1}
+    output = model.generate(**_with_images(model, inputs, compressed), **generation | options)
+    ids = output.sequences[:, -len(output.logits) :]
+    logs = torch.cat(
+        [row.float().log_softmax(-1).gather(1, one[:, None]) for row, one in zip(output.logits, ids.T)], dim=1
+    )
+    end_ids = model.generation_config.eos_token_id
+    said = torch.isin(ids, torch.as_tensor([] if end_ids is None else end_ids).to(ids)).cumsum(1) == 0
+    return ids, [confidence_of(own[of_text].tolist()) for own, of_text in zip(logs, said)]
+
+
+def confidence_of(logprobs: Sequence[float]) -> float:
+    """How sure a model is of an answer, 0 to 1: the probability of its tokens, without the one that ends it; 0 of no tokens.
+
+    Args:
+        logprobs: natural logarithms of the tokens' probabilities.
+    """
+    return math.exp(sum(logprobs)) if logprobs else 0.0
+
+
+def _with_images(model, inputs, compressed):
+    if compressed is None:
+        return inputs
+    prompt = {name: inputs[name] for name in PROMPT}
+    return prompt | model.visual_inputs(**prompt, compressed=compressed)
 
 
 def answer_texts(processor, ids) -> list[str]:
@@ -159,7 +189,7 @@ def answer_objects(model, text, compressed, image_size, *, ids=None, part=None) 
         text: of the answer.
         compressed: what `compress` returned for its prompt, perhaps without the tokens themselves.
         image_size: (height, width) of the whole image.
-        ids: long[1, new], of the answer.
+        ids: long[1, new], of the answer, where they are known.
         part: (left, top, right, bottom) of the image that the model was shown; None for all of it.
     """
     return objects_of_answers(model, [text], compressed, [image_size], ids=ids, part=part)[0]
@@ -171,9 +201,10 @@ def objects_of_answers(model, texts, compressed, image_sizes, *, ids=None, part=
     Args:
         texts: of the answers, equally many to every prompt.
         image_sizes: (height, width) of that image of every prompt.
-        ids: long[answers, new].
+        ids: long[answers, new], where they are known.
     """
-    pointed = model.point(ids, compressed) if ids is not None and hasattr(model, "point") else [None] * len(texts)
+    known = texts if ids is None else ids
+    pointed = model.point(known, compressed) if hasattr(model, "point") else [None] * len(texts)
     found, of_each = [], len(texts) // len(image_sizes)
     ends = [*accumulate(compressed.images_per_prompt)]
     for idx, (text, tokens) in enumerate(zip(texts, pointed)):
@@ -219,12 +250,14 @@ class Answer:
         objects: that it points to, [`Objects`], a sequence of [`ImageObject`] in pixels of the image.
         compressed: what `compress` returned; of two dates the earlier one is its first image.
         image: that was asked about, with its `height` and `width`, opened.
+        confidence: how sure the model is of the text, 0 to 1.
     """
 
     text: str
     objects: Objects
     compressed: Any
     image: Any
+    confidence: float
 
     @property
     def num_tokens(self) -> int:
@@ -266,7 +299,7 @@ def ask_opened(
     features = encode(model, image_inputs)
     inputs = write_prompts(model, processor, [question], [features], budgets, max_tiles=max_tiles, dates=dates)
     compressed = compress(model, inputs)
-    ids = generate(model, inputs, compressed, max_new_tokens=max_new_tokens)
+    ids, (confidence,) = generate_surely(model, inputs, compressed, max_new_tokens=max_new_tokens)
     (text,) = answer_texts(processor, ids)
     objects = answer_objects(model, text, compressed, (image.height, image.width), ids=ids)
-    return Answer(text, objects, compressed, image)
+    return Answer(text, objects, compressed, image, confidence)

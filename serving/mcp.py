@@ -320,8 +320,8 @@ def make_server(ready, note: str = ""):
         evidence: Annotated[Number, Field(ge=0, le=MOST_EVIDENCE, description="Places that are told.")] = EVIDENCE,
         reading: Reading | None = None,
     ) -> CallToolResult:
-        """The model's answer to a question about an image, or about what changed since `before`, and the places of the image that
-        it was read from, the most important first: boxes in pixels with a score, and GeoJSON where the image lies on the ground."""
+        """The model's answer to a question about an image, or about what changed since `before`, its `confidence` of 0 to 1 (the
+        probability of its tokens, not calibrated), and the places of the image that it was read from, the most important first: boxes in pixels with a score, and GeoJSON where the image lies on the ground."""
         tools, step = await begin(context)
         said = await tools.ask(
             step, image, question, before=before, window=window, budgets=budgets, max_tiles=max_tiles, max_tokens=max_tokens,

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from ..common.asking import check_letters
+from ..common.asking import check_letters, confidence_of
 from ..common.windows import best_windows, window_importance
 from ..geo import Georeference, overview_jpeg
 from ..geo.georeference import crs_name
@@ -104,14 +104,21 @@ class Tools:
         """The answer to a question, and where it was read: the kept tokens as boxes in pixels of the whole image and, where that
         lies on the ground, as GeoJSON. `before`: an earlier image that it is compared with, of whose tokens none are told but their
         number. `window`: the part of a raster that was read."""
-        fields = {"before": before, "budgets": budgets, "max_completion_tokens": max_tokens, "window": window}
+        fields = {
+            "before": before,
+            "budgets": budgets,
+            "max_completion_tokens": max_tokens,
+            "window": window,
+            "logprobs": True,
+        }
         asked = await self._asked(step, image, question, max_tiles, reading, **fields)
-        answer = await step("answering", said(asked))
+        pieces = await step("answering", said(asked))
         work = self.engine.call(evidence_members, asked.selection, asked.images)
         members = await step("writing the evidence", work)
         kept = members[-1]
         return {
-            "answer": answer,
+            "answer": "".join(piece.text for piece in pieces),
+            "confidence": round(confidence_of([one.logprob for piece in pieces for one in piece.tokens]), 4),
             "complete": asked.finish_reason != "length",
             "window": list(window or (0, 0, *kept["image_size"])),
             "visual_tokens": sum(len(one["tokens"]) for one in members),
@@ -125,7 +132,7 @@ class Tools:
         """The objects that an answer points to: boxes (top, left, bottom, right) or points (row, column), and each on the ground."""
         fields = {"budgets": budgets, "max_completion_tokens": max_tokens}
         asked = await self._asked(step, image, question, max_tiles, reading, **fields)
-        answer = await step("answering", said(asked))
+        answer = "".join(piece.text for piece in await step("answering", said(asked)))
         model, (encoded,) = self.front.model, asked.images
         work = self.engine.call(answered_objects, model, answer, asked.selection, encoded)
         found = await step("placing objects", work)
@@ -261,10 +268,10 @@ def best_evidence(kept: dict, number: int, corner: tuple[int, int]) -> dict:
     return {"evidence": tokens, "geojson": collection, "geojson_error": kept["geojson_error"]}
 
 
-async def said(asked) -> str:
-    """An answer's text."""
+async def said(asked) -> list:
+    """The parts of an answer."""
     async with aclosing(asked.pieces()) as pieces:
-        return "".join([piece.text async for piece in pieces])
+        return [piece async for piece in pieces]
 
 
 def rows_first(found: dict) -> dict:

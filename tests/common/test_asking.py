@@ -93,3 +93,22 @@ def test_dates_that_lie_apart_are_refused_by_their_names_before_anything_is_cut(
     assert ask_command.main([there, "What is new?", "--before", here]) == 2
     assert evidence_map.main([there, "What?", "--before", here, "--page", str(tmp_path / "page.html")]) == 2
     assert capsys.readouterr().err.count("earlier.tif and ") == 2
+
+
+def test_an_answer_says_how_sure_the_model_is_of_it(loaded):
+    processor, model, image, features = loaded
+    answer = asking.ask(processor, model, image, QUESTIONS[0], budgets=BUDGETS, max_new_tokens=3)
+    inputs = asking.write_prompts(model, processor, QUESTIONS[:1], [features], BUDGETS)
+    compressed = asking.compress(model, inputs)
+    ids, (confidence,) = asking.generate_surely(model, inputs, compressed, max_new_tokens=3)
+    assert asking.answer_texts(processor, ids) == [answer.text] and answer.confidence == pytest.approx(confidence)
+    # Token by token, up to the end of the answer.
+    whole, probability = torch.cat((inputs["input_ids"], ids), dim=1), 1.0
+    with torch.no_grad():
+        seen = model.visual_inputs(inputs["input_ids"], inputs["attention_mask"], compressed)
+        scores = model(input_ids=whole, **seen).logits[0].softmax(-1)
+    for place, token in enumerate(ids[0].tolist(), start=inputs["input_ids"].shape[1]):
+        if token == model.generation_config.eos_token_id:
+            break
+        probability *= float(scores[place - 1, token])
+    assert confidence == pytest.approx(probability, rel=1e-4)

@@ -161,6 +161,7 @@ def test_an_answer_about_two_dates_is_that_of_ask_with_places_of_the_later(call,
     front, before = tools.front, str(folder / "earlier.tif")
     expected = ask(front.processor, front.model, str(folder / "later.tif"), QUESTION, before=before, **options)
     assert (said["answer"].strip(), said["visual_tokens"]) == (expected.text, expected.num_tokens)
+    assert said["confidence"] == pytest.approx(expected.confidence, abs=1e-3)
     assert said["window"] == [0, 0, 90, 140]
 
 
