@@ -27,6 +27,7 @@ from served import serve_app  # noqa: E402
 from uhr_bat import ask  # noqa: E402
 from uhr_bat.common.loading import ROOT  # noqa: E402
 from uhr_bat.serving import mcp, mcp_tools  # noqa: E402
+from uhr_bat.serving.engine import Piece
 
 TOOLS = {"open", "ask", "objects", "where", "look", "plan"}
 QUESTION = "How many ships are at the pier?"
@@ -213,7 +214,7 @@ def test_an_answer_without_objects_says_so(call):
 
 def test_objects_are_told_rows_first_in_pixels_and_on_the_ground(call, monkeypatch):
     async def said(asked):  # of 1,000 of a side of the square, 50 px of which lie left of the image
-        return '{"box_2d": [100, 300, 240, 330], "label": "ship"}'
+        return [Piece('{"box_2d": [100, 300, 240, 330], "label": "ship"}', [], 9)]
 
     monkeypatch.setattr(mcp_tools, "said", said)
     (found,) = call("objects", image="scene.tif", question=QUESTION, **FEW)["objects"]
