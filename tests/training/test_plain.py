@@ -124,13 +124,31 @@ def test_the_weights_beside_the_tests_answer_most_questions_about_scenes_that_th
     assert all(float(right) > 60 and int(number) > 20 for _, right, number in found)
 
 
+@pytest.mark.parametrize("changed, message", [
+    ({"--pictures": "notes.txt"}, "is a file. Give a folder"),
+    ({"--pictures": "out"}, "--pictures and --output are both"),
+    ({"--tower-steps": "0"}, "--tower-steps must be at least 1. Got 0"),
+    ({"--output": "other"}, "holds a model of the type 'llava', but --form is 'gemma3'"),
+])  # fmt: skip
+def test_what_cannot_be_is_refused_before_a_scene_is_painted(changed, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llava"}')
+    options = {"--form": "gemma3", "--pictures": "pictures", "--output": "out"} | changed
+    assert plain.main([part for pair in options.items() for part in pair]) == 2
+    assert message in capsys.readouterr().err and not (tmp_path / "pictures").exists()
+
+
 def part_id(tokenizer):
     return tokenizer.convert_tokens_to_ids(tokenizer.image_token)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("form", FORMS)
-def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_model_that_can_be_asked(form, folder, tmp_path, monkeypatch):
+def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_model_that_can_be_asked(
+    form, folder, tmp_path, monkeypatch, capsys
+):
     arguments = ["--form", form, "--pictures", folder, "--output", tmp_path / "out", "--views", "24", "--workers", "1"]
     sizes = COUNTS | {"tower-steps": 2, "decoder-steps": 3, "anew-steps": 1, "ask": 1}
     for name, value in sizes.items():
@@ -147,6 +165,7 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_model_that_can_be_asked(fo
     monkeypatch.setattr(
         plain.AskedAgain, "__getitem__", lambda data, index: steps.append(index) or step_of(data, index)
     )
+    assert plain.main([*arguments, "--seed", "1"]) == 2 and "seed 0, but 1 is asked for" in capsys.readouterr().err
     plain.main(arguments)
     assert tower.stat().st_mtime_ns == written
     assert steps == [0, 1, 2]  # in order: the first have the fewest objects

@@ -14,6 +14,8 @@ Letters: N prompts of a step, V rows of a picture, W their width.
 """
 
 import argparse
+import json
+import math
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +32,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.qwen3_vl.modeling_qwen3_vl import BaseModelOutputWithDeepstackFeatures
 
 from ...common.commands import check_range, tells_errors
-from ...common.files import whole_files
+from ...common.files import whole_files, write_json
 from ...common.outputs import MODEL_FILES, Output, check_outputs
+from ...common.runs import check_same_settings
 from ...modeling_outputs_uhr_bat import CACHE
 from ...scenes.layout import OBJECTS, PAINTS, SITES, VALIDATION_SEEDS
 from ..collator import IGNORED
@@ -502,6 +505,23 @@ def right_of(model, form, tokenizer, image_processor, size, asked) -> list[bool]
 # ---- The run ---------------------------------------------------------------------------------------------------------
 
 
+# Steps and learning rate of each stage, by default.
+STAGES = {"tower": (2500, 2e-3), "decoder": (3600, 1e-3), "anew": (3000, 8e-4)}
+# What a run that goes on must have as before, besides those.
+SETTINGS = ("form", "ordinary", "native", "views", "seed")
+
+
+def keep_stages(folder: Path, args):
+    """Raises `ValueError` where a run in `folder` had other settings."""
+    names = *SETTINGS, *(f"{stage}_{name}" for stage in STAGES for name in ("steps", "rate"))
+    settings, path = {name: getattr(args, name) for name in names}, folder / "settings.json"
+    if path.exists():
+        check_same_settings(folder, json.loads(path.read_text(encoding="utf-8")), settings)
+    else:
+        with whole_files(folder) as built:
+            write_json(built / path.name, settings)
+
+
 def weights(path: Path, module, make):
     """A stage's weights, from its file, or made and kept."""
     if not path.exists():
@@ -514,8 +534,10 @@ def weights(path: Path, module, make):
 def trained(args):
     """All stages of the run, those that are done from their files, and the model folder."""
     counts = {kind: getattr(args, kind) for kind in ("ordinary", "native")}
+    stages = args.output / "stages"
+    keep_stages(stages, args)
     paint_scenes(args.pictures, counts, args.workers)
-    pictures, stages = Pictures(args.pictures, counts), args.output / "stages"
+    pictures = Pictures(args.pictures, counts)
     tokenizer, image_processor = forms.tokenizer_of(args.form), forms.image_processor_of(args.form)
     model = forms.model_of(args.form, args.seed)
     quicken(model)
@@ -566,7 +588,7 @@ def main(arguments=None):
     for kind, number in ("ordinary", 2600), ("native", 500):
         parser.add_argument(f"--{kind}", type=int, default=number, metavar="N", help=f"{kind} scenes")
     parser.add_argument("--views", type=int, default=4000, help="pictures that are encoded for the second stage")
-    for stage, steps, rate in ("tower", 2500, 2e-3), ("decoder", 3600, 1e-3), ("anew", 3000, 8e-4):
+    for stage, (steps, rate) in STAGES.items():
         parser.add_argument(f"--{stage}-steps", type=int, default=steps, metavar="N")
         parser.add_argument(f"--{stage}-rate", type=float, default=rate, metavar="RATE", help="its learning rate")
     parser.add_argument("--seed", type=int, default=0)
@@ -575,9 +597,21 @@ def main(arguments=None):
     parser.add_argument("--ask", type=int, default=60, metavar="N", help="validation scenes that it is asked about")
     args = parser.parse_args(arguments)
     check_range(args, 1, len(VALIDATION_SEEDS), "ask")
+    check_range(args, 1, math.inf, "ordinary", "native", "views", "workers", "save_steps")
+    check_range(args, 1, math.inf, *(f"{stage}_steps" for stage in STAGES))
+    check_range(args, 0, 1, *(f"{stage}_rate" for stage in STAGES), above=True)
+    if args.pictures.exists() and not args.pictures.is_dir():
+        raise ValueError(f"--pictures {args.pictures} is a file. Give a folder, which may be new.")
+    if args.pictures.resolve() == args.output.resolve():
+        raise ValueError(f"--pictures and --output are both {args.output}. Give another folder to one.")
     check_outputs((args.pictures,), Output("--output", args.output, names=MODEL_FILES))
-    if not (args.output / "config.json").exists():
+    kept = args.output / "config.json"
+    if not kept.exists():
         trained(args)
+    elif (other := json.loads(kept.read_text(encoding="utf-8")).get("model_type")) != args.form:
+        raise ValueError(
+            f"{args.output} holds a model of the type {other!r}, but --form is {args.form!r}. Give its own."
+        )
     model = AutoModelForImageTextToText.from_pretrained(args.output, dtype="float32").eval()
     seen = args.pictures / "validation", {"ordinary": args.ask}
     paint_scenes(*seen, args.workers, VALIDATION_SEEDS.start)
