@@ -40,12 +40,15 @@ def run_copies(number, function, *arguments):
 
 
 def _run_as(rank, number, port, function, arguments):
+    import torch
     from accelerate.state import AcceleratorState
 
     where = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": number, "RANK": rank, "LOCAL_RANK": rank}
     os.environ |= {name: str(value) for name, value in where.items()} if number > 1 else {}
     # The bars of all copies share a lock: whoever is killed while it is held would leave the others waiting.
     tqdm.set_lock(threading.RLock())
+    # A copy makes torch's pool of threads anew when it is asked for: not by two threads that load weights at once.
+    torch.set_num_threads(torch.get_num_threads())
     AcceleratorState._reset_state(reset_partial_state=True)
     sys.exit(function(*arguments))
 

@@ -142,10 +142,10 @@ COMMANDS = {
     **{
         f"tiny {name}": ["--model", str(ROOT), "--output", "{blocked}", *more]
         for name, more in (
-            ("vision", []), ("finetune", []), ("zoom", ["--pools", "pools"]), ("focus", []), ("exchange", ["--tower", str(ROOT)])
+            ("vision", []), ("finetune", []), ("zoom", ["--pools", "pools"]), ("focus", []), ("dates", []), ("exchange", ["--tower", str(ROOT)])
         )
     },
-    "tiny plain": ["--form", "gemma3", "--pictures", "{blocked}", "--output", "{blocked}"],
+    "tiny plain": ["--form", "gemma3", "--pictures", "pictures", "--output", "{blocked}"],
     "batch": ["--images", "{image}", "--questions", "{image}", "--output", "{blocked}/a.parquet"],
     "bench": ["--output", "{blocked}"],
     "bench serve": ["--output", "{blocked}"],

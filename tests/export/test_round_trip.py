@@ -176,7 +176,7 @@ def test_an_adapter_that_is_damaged_or_incomplete_is_refused(adapted, tmp_path):
     folder = tmp_path / "adapter"
     folder.mkdir()
     shutil.copy(adapter / "adapter_config.json", folder)
-    with pytest.raises(CheckpointError, match="adapter: cannot be merged"):
+    with pytest.raises(CheckpointError, match="adapter: an adapter without weights"):
         convert(base, tmp_path / "model", merge_adapter=folder)
     weights = load_file(adapter / "adapter_model.safetensors")
     save_file(dict(list(weights.items())[1:]), folder / "adapter_model.safetensors")
@@ -187,6 +187,7 @@ def test_an_adapter_that_is_damaged_or_incomplete_is_refused(adapted, tmp_path):
 
 def test_an_adapter_that_names_no_base_model_asks_for_one(tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.lora_A.weight": torch.ones(1)}, tmp_path / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match="names no base model"):
         convert(tmp_path, tmp_path / "model", merge_adapter=True)
 
@@ -194,6 +195,7 @@ def test_an_adapter_that_names_no_base_model_asks_for_one(tmp_path):
 def test_merging_without_peft_says_what_to_install(trained, tmp_path, monkeypatch):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    save_file({"base_model.model.lora_A.weight": torch.ones(1)}, tmp_path / "adapter" / "adapter_model.safetensors")
     monkeypatch.setitem(sys.modules, "peft", None)
     with pytest.raises(CheckpointError, match=r'pip install "uhr-bat\[train\]"'):
         convert(trained[1], tmp_path / "model", merge_adapter=tmp_path / "adapter")

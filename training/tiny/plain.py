@@ -602,9 +602,9 @@ def main(arguments=None):
     check_range(args, 0, 1, *(f"{stage}_rate" for stage in STAGES), above=True)
     if args.pictures.exists() and not args.pictures.is_dir():
         raise ValueError(f"--pictures {args.pictures} is a file. Give a folder, which may be new.")
+    check_outputs((args.pictures,), Output("--output", args.output, names=MODEL_FILES))
     if args.pictures.resolve() == args.output.resolve():
         raise ValueError(f"--pictures and --output are both {args.output}. Give another folder to one.")
-    check_outputs((args.pictures,), Output("--output", args.output, names=MODEL_FILES))
     kept = args.output / "config.json"
     if not kept.exists():
         trained(args)
