@@ -27,7 +27,7 @@ from served import serve_app  # noqa: E402
 from uhr_bat import ask  # noqa: E402
 from uhr_bat.common.loading import ROOT  # noqa: E402
 from uhr_bat.serving import mcp, mcp_tools  # noqa: E402
-from uhr_bat.serving.engine import Piece
+from uhr_bat.serving.engine import Piece  # noqa: E402
 
 TOOLS = {"open", "ask", "objects", "where", "look", "plan"}
 QUESTION = "How many ships are at the pier?"
