@@ -18,7 +18,7 @@ from transformers.utils import logging
 from .budgets_uhr_bat import settle_counts
 from .image_registration_uhr_bat import check_registration
 from .modeling_outputs_uhr_bat import TokenMaps, UHRBatCompressionOutput, UHRBatImageInputs, accept_region_labels
-from .token_dates_uhr_bat import difference, inverse, places_of, scale_beside, weigh_dates
+from .token_dates_uhr_bat import beside, difference, weigh_dates
 from .token_rules_uhr_bat import CompressedImage, CompressionRules, compress_image, tell_idle_share
 
 logger = logging.get_logger(__name__)
@@ -138,16 +138,10 @@ class UHRBatCompressionMixin:
     def weigh_looked(self, looked, registration) -> tuple[list, list[TokenMaps]]:
         """The second half of `look_at_dates`; `looked`: for each date what `look` returns."""
         (earlier, _), (later, _) = looked
-        differences, weighed = self.differences_of(earlier, later, registration), []
-        for date, way in enumerate((registration, inverse(registration))):
-            (image, maps), (other, other_maps) = looked[date], looked[1 - date]
-            new_maps = []
-            for idx, (grid, positions) in enumerate(zip(image.grids, image.positions)):
-                at = scale_beside(grid, other.grids, way)
-                others = other.positions[at], other.grids[at]
-                places = places_of(positions, grid, others[1], way)
-                new_maps.append(weigh_dates(maps[idx], differences[date][idx], places, other_maps[at], *others))
-            weighed.append((image, new_maps))
+        differences, weighed = self.differences_of(earlier, later, registration), [(earlier, []), (later, [])]
+        for date, idx, at, places, others in beside((earlier, later), registration):
+            own, other_maps = looked[date][1][idx], looked[1 - date][1]
+            weighed[date][1].append(weigh_dates(own, differences[date][idx], places, other_maps[at], *others))
         images = zip(differences, (earlier, later))
         return weighed, [TokenMaps(of_scales, image.positions, image.grids, fill=0) for of_scales, image in images]
 
@@ -161,13 +155,8 @@ class UHRBatCompressionMixin:
         images = earlier, later
         plain = [[self.without_scale(image, idx) for idx in range(len(image.grids))] for image in images]
         found = ([], [])
-        for date, way in enumerate((registration, inverse(registration))):
-            image, other = images[date], images[1 - date]
-            for idx, (grid, positions) in enumerate(zip(image.grids, image.positions)):
-                at = scale_beside(grid, other.grids, way)
-                others = other.positions[at], other.grids[at]
-                places = places_of(positions, grid, others[1], way)
-                found[date].append(difference(plain[date][idx], places, plain[1 - date][at], *others))
+        for date, idx, at, places, others in beside(images, registration):
+            found[date].append(difference(plain[date][idx], places, plain[1 - date][at], *others))
         later.partitions["dates"] = earlier.tokens, registration, found
         return found
 

@@ -56,6 +56,17 @@ def scale_beside(grid, other_grids, registration) -> int:
     return max(range(len(far)), key=lambda idx: (-far[idx], idx))
 
 
+def beside(images, registration):
+    """Of two dates, where each scale of either lies in the other: (date, index of the scale, that of the other date's scale of that
+    size, `places_of` its tokens there, (positions, grid) of the other's). `images`: the earlier one first, with positions and grids."""
+    for date, way in enumerate((registration, inverse(registration))):
+        image, other = images[date], images[1 - date]
+        for idx, (grid, positions) in enumerate(zip(image.grids, image.positions)):
+            at = scale_beside(grid, other.grids, way)
+            others = other.positions[at], other.grids[at]
+            yield date, idx, at, places_of(positions, grid, others[1], way), others
+
+
 def read_at(places, values, positions, grid) -> tuple[torch.Tensor, torch.Tensor]:
     """Values of tokens between their centres, bilinear among those that there are.
 

@@ -40,7 +40,7 @@ from ..collator import IGNORED
 from ..options import ModelOptions
 from ..parts import add_adapter, continue_adapter
 from .encoding import packed, unpacked
-from .finetune import Collator, GuidedTrainer, divergence, draw_tokens
+from .finetune import Collator, GuidedTrainer, divergence, draw_tokens, places_in_sequence
 from .stages import ByTheClock, add_minutes, load_with_attentions, make_parser, read_arguments, train
 
 SHIFTED = 3  # every so many pairs lie up to a token apart
@@ -177,15 +177,6 @@ def joined(slots, gap: int) -> list[torch.Tensor]:
     return earlier + later
 
 
-def places_in_sequence(slots, start: int, gap: int) -> list[torch.Tensor]:
-    """long[N] for every scale of both images: the index in the sequence of each token, -1 of one that was not kept."""
-    places = []
-    for slot in joined(slots, gap):
-        places.append(torch.where(slot >= 0, slot + start, -1))
-        start += int(slot.max()) + 1
-    return places
-
-
 def as_one_image(targets, num_scales: int) -> dict:
     """Targets for each date as those of an image with twice as many scales."""
     both = {
@@ -288,7 +279,8 @@ class PairTrainer(ByTheClock, GuidedTrainer):
 
     def tell_history(self, hidden, slots, start, wanted) -> torch.Tensor:
         """Cross-entropy of what the heads read, from what one sequence holds behind its second layer, float[M, D]."""
-        places, labels = places_in_sequence(slots, start, self.data_collator.gap)[len(slots[0]) :], wanted["history"]
+        places, _ = places_in_sequence(joined(slots, self.data_collator.gap), start)
+        places, labels = places[len(slots[0]) :], wanted["history"]
         kept = [(place >= 0).nonzero()[:, 0] for place in places]
         at = torch.cat([place[one] for place, one in zip(places, kept)])
         labels = torch.cat([of_scale[:, one] for of_scale, one in zip(labels, kept)], dim=1)
@@ -381,7 +373,7 @@ def look_across(weights, slots, start, gap, moved, config) -> torch.Tensor:
         start: index of the first visual token; `gap`: tokens between the images.
         moved: (down, across) that the later picture is moved, in parts of its width.
     """
-    places, losses = places_in_sequence(slots, start, gap), []
+    (places, _), losses = places_in_sequence(joined(slots, gap), start), []
     for earlier, later, (height, width) in zip(places[: len(config.grids)], places[len(config.grids) :], config.grids):
         here, there = ((one >= 0).nonzero()[:, 0] for one in (later, earlier))
         rows, columns = (here // width) - moved[0] * height, (here % width) - moved[1] * width

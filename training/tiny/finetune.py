@@ -131,7 +131,10 @@ class Collator:
     def write(self, question):
         """Ids up to the last image's placeholder, ids after it, and the labels of these: long each."""
         messages = [
-            {"role": "user", "content": [{"type": "image"}] * self.num_images + [{"type": "text", "text": question.text}]},
+            {
+                "role": "user",
+                "content": [{"type": "image"}] * self.num_images + [{"type": "text", "text": question.text}],
+            },
             # After a space, most words are one token.
             {"role": "assistant", "content": [{"type": "text", "text": f" {question.answer}"}]},
         ]
@@ -319,16 +322,27 @@ class GuidedTrainer(Trainer):
         """
         stops, in_sequence = [], []
         for row, wanted in enumerate(targets):
-            stop, places = starts[row], []
-            for slot in slots[row]:
-                places.append(torch.where(slot >= 0, slot + stop, -1))
-                stop += int(slot.max()) + 1
+            places, stop = places_in_sequence(slots[row], starts[row])
             stops.append(stop)
             in_sequence.append({
                 name: sorted({found for scale, token in wanted[name] if (found := int(places[scale][token])) >= 0})
                 for name in ("sites", "evidence")
             } | {"words": wanted["words"]})  # fmt: skip
         return look(config, attentions, inputs, starts, stops, in_sequence)
+
+
+def places_in_sequence(slots, start: int) -> tuple[list[torch.Tensor], int]:
+    """(long[N] for every scale, the index in the sequence of each token, -1 of one that was not kept; the index after the last).
+
+    Args:
+        slots: long[N] per scale: the slot of each token among those of the scale, -1 for none.
+        start: index of the first visual token.
+    """
+    places = []
+    for slot in slots:
+        places.append(torch.where(slot >= 0, slot + start, -1))
+        start += int(slot.max()) + 1
+    return places, start
 
 
 def look(config, attentions, inputs, starts, stops, in_sequence) -> dict[str, torch.Tensor]:
