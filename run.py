@@ -185,7 +185,7 @@ def run_tests(lane, arguments, overlay=None):
     # Each of the many processes that tests start would compile anew what it imports, where Python is told to write nothing.
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     if overlay:
-        if lane not in ALONE | {"vllm"}:  # vLLM binds its threads itself
+        if lane != "vllm":  # it binds its threads itself
             environment.setdefault("OMP_NUM_THREADS", "1")
         environment["PYTHONPATH"] = os.pathsep.join(filter(None, [str(overlay), os.environ.get("PYTHONPATH")]))
         environment["PATH"] = os.pathsep.join([str(overlay / "bin"), os.environ["PATH"]])
@@ -229,14 +229,12 @@ def run_other_tests(lane, tests):
     return run_tests(lane, tests, set_up_lane(lane))
 
 
-# Its tests are several processes that wait for each other.
-ALONE = {"cluster"}
 # What is tested beside the pinned releases; `--without NAME` leaves one out. The longest begin.
 LANES = {
     "vllm": partial(run_other_tests, "vllm", VLLM_TESTS),
     "transformers-newest": run_newest_tests,
-    "cluster": partial(run_other_tests, "cluster", CLUSTER_TESTS),
     "demo-and-batch": partial(run_other_tests, "demo-and-batch", EXTRAS_TESTS),
+    "cluster": partial(run_other_tests, "cluster", CLUSTER_TESTS),
     **{f"transformers-{version}": partial(run_older_tests, version, OVERLAYS[version]) for version in OVERLAYS},
     "hosts": partial(run_older_tests, "5.18.0", ["transformers==5.18.0"], HOSTS_TESTS),
     "clients": partial(run_other_tests, "clients", CLIENTS_TESTS),
@@ -282,10 +280,8 @@ def test(arguments):
     results = {pinned: run_tests(pinned, arguments or PINNED_TESTS)}
     if lanes:
         print(f"\nTwo lanes at a time, each printed when it ends: {', '.join(lanes)}", flush=True)
-        beside = [name for name in lanes if name not in ALONE]
         with ThreadPoolExecutor(2) as pool:
-            results |= zip(beside, pool.map(run_lane, beside))
-        results |= {name: run_lane(name) for name in lanes if name in ALONE}
+            results |= zip(lanes, pool.map(run_lane, lanes))
     summary = "{} passed, {} failed, {} skipped".format
     print()
     for lane, counts in results.items():
