@@ -4,7 +4,8 @@ import json
 from contextlib import ExitStack, contextmanager
 
 import pytest
-from uhr_bat.benchmarks import servers, serving
+from copies import forked
+from uhr_bat.benchmarks import servers, serving, sides
 from uhr_bat.benchmarks.servers import Reply
 
 
@@ -36,8 +37,15 @@ def one_server(tmp_path_factory):
         yield server
 
 
+@pytest.fixture
+def copied_loop(monkeypatch):
+    """The loop's process is a copy of this one, which has the imports already."""
+    monkeypatch.setattr(sides, "get_context", forked)
+
+
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.usefixtures("copied_loop")
 def test_many_requests_leave_no_error_and_no_memory_behind(one_server, monkeypatch, capsys):
     monkeypatch.setattr(serving, "server", one_server)
     monkeypatch.setattr(serving, "QUESTIONS", 4)
@@ -49,6 +57,7 @@ def test_many_requests_leave_no_error_and_no_memory_behind(one_server, monkeypat
 
 @pytest.mark.vllm
 @pytest.mark.slow
+@pytest.mark.usefixtures("copied_loop")
 def test_all_sides_answer_the_same(one_server, monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(serving, "server", one_server)
     monkeypatch.setattr(serving, "QUESTIONS", 2)
