@@ -54,7 +54,7 @@ def first_time(train):
 
 @pytest.mark.slow
 def test_all_measures_run_and_the_last_line_is_json(in_one_process, monkeypatch, capsys, tmp_path):
-    monkeypatch.setattr(end_to_end, "LIBRARIES", "import torch")
+    monkeypatch.setattr(end_to_end, "LIBRARIES", "import json")
     monkeypatch.setattr(end_to_end, "MAX_TILES", 16)
     monkeypatch.setattr(quantized, "QUESTIONS", 1)
     monkeypatch.setattr(sft, "train", first_time(sft.train))

@@ -7,8 +7,8 @@ from asking import GENERATION, PROMPT
 from PIL import Image
 from rasters import random_bands, rasterio, write_raster
 from transformers import pipeline
-
 from uhr_bat import UHRBatProcessor, cli
+from uhr_bat.pictures import pages
 
 pytestmark = pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
 QUESTION = "How many objects are at the pier?"
@@ -86,7 +86,8 @@ def test_the_pipeline_hands_rasters_on_unopened(model_folder, raster, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_commands_read_rasters_as_they_are_told(raster, capsys, tmp_path):
+def test_the_commands_read_rasters_as_they_are_told(raster, capsys, monkeypatch, tmp_path):
+    monkeypatch.setattr(pages, "TSNE_TOKENS", 100)  # of thousands it takes most of the time
     path, _ = raster
     assert cli.main(["ask", path, QUESTION, "--max-new-tokens", "2"]) == 0
     assert "120 x 90 px" in capsys.readouterr().out
@@ -97,5 +98,5 @@ def test_the_commands_read_rasters_as_they_are_told(raster, capsys, tmp_path):
     assert f"{path}: 90 x 120 = 10800 pixels are over the limit of 10799" in capsys.readouterr().err
     assert cli.main(["ask", path, QUESTION, "--bands", "7"]) == 2
     assert "`bands` is one band or three, numbers from 1 to 3. Got [7]" in capsys.readouterr().err
-    assert cli.main(["pictures", path, QUESTION, "--output", str(tmp_path), *options]) == 0
+    assert cli.main(["pictures", path, QUESTION, "--output", str(tmp_path), "--width", "600", *options]) == 0
     assert (tmp_path / "kept.png").is_file()
