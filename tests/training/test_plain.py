@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import uhr_bat
+from copies import forked
 from uhr_bat.training.tiny import plain, plain_pictures
 from uhr_bat.training.tiny.plain_models import (
     AROUND,
@@ -113,7 +114,14 @@ def test_questions_behind_one_picture_are_worth_what_each_is_alone(form, picture
     assert answers >= 2 * len(asked) > 4 and torch.isclose(total, alone, rtol=1e-5)
 
 
+@pytest.fixture
+def painted_by_copies(monkeypatch):
+    """The processes that paint scenes have the imports already."""
+    monkeypatch.setattr(plain_pictures, "get_context", forked)
+
+
 @pytest.mark.slow
+@pytest.mark.usefixtures("painted_by_copies")
 @pytest.mark.parametrize("form", FORMS)
 def test_the_weights_beside_the_tests_answer_most_questions_about_scenes_that_they_can_resolve(form, tmp_path, capsys):
     model = Path(plain.__file__).parents[2] / "tests" / "plain" / form
@@ -145,11 +153,12 @@ def part_id(tokenizer):
 
 
 @pytest.mark.slow
+@pytest.mark.usefixtures("painted_by_copies")
 @pytest.mark.parametrize("form", FORMS)
 def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_model_that_can_be_asked(
     form, folder, tmp_path, monkeypatch, capsys
 ):
-    arguments = ["--form", form, "--pictures", folder, "--output", tmp_path / "out", "--views", "24", "--workers", "1"]
+    arguments = ["--form", form, "--pictures", folder, "--output", tmp_path / "out", "--views", "8", "--workers", "1"]
     sizes = COUNTS | {"tower-steps": 2, "decoder-steps": 3, "anew-steps": 1, "ask": 1}
     for name, value in sizes.items():
         arguments += [f"--{name}", value]
