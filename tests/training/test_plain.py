@@ -164,6 +164,12 @@ def test_a_run_that_was_cut_off_goes_on_and_ends_in_a_model_that_can_be_asked(
         arguments += [f"--{name}", value]
     monkeypatch.setattr(plain, "TOWER_PIXELS", 192 * 192)
     monkeypatch.setattr(plain, "STEP_TOKENS", 800)
+    draw_views = plain.draw_views  # a dozen pictures of 1,024 tokens would take most of the time
+    monkeypatch.setattr(
+        plain,
+        "draw_views",
+        lambda pictures, form, rng, number, **more: draw_views(pictures, form, rng, min(number, 3), **more),
+    )
     arguments = [str(one) for one in arguments]
     with monkeypatch.context() as cut_off:
         cut_off.setattr(plain, "encode_views", lambda *_: 1 / 0)
