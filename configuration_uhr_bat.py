@@ -58,6 +58,29 @@ DECODERS = ("qwen2", "qwen3", "llama")  # "qwen2" is Qwen2.5, too
 
 
 @dataclass(frozen=True)
+class PointerSettings:
+    """A pointer: which of the visual tokens show the objects that a question asks about (`modeling_pointing_uhr_bat.py`).
+
+    Attributes:
+        hidden: width of its layers.
+        width: of what is compared, words with what tokens show.
+        threshold: least probability of a token that is pointed to.
+    """
+
+    hidden: int = 256
+    width: int = 32
+    threshold: float = 0.5
+
+    def check(self):
+        """Raises `ValueError` for what cannot be."""
+        for name in ("hidden", "width"):
+            if type(getattr(self, name)) is not int or getattr(self, name) < 1:
+                raise ValueError(f"`{name}` of `pointer` is a whole number, at least 1. Got {getattr(self, name)!r}.")
+        if isinstance(self.threshold, bool) or not isinstance(self.threshold, int | float) or not 0 < self.threshold < 1:
+            raise ValueError(f"`threshold` of `pointer` is a probability, above 0 and below 1. Got {self.threshold!r}.")
+
+
+@dataclass(frozen=True)
 class RegionFocus:
     """The system of LRS-VQA (arXiv 2503.07588): a module that says where to look, and how it is obeyed (its Algorithm 1).
 
@@ -215,6 +238,9 @@ class UHRBatConfig(PreTrainedConfig):
     # Whose attention eq. 2 reads at the anchor: the decoder's, or that of the region focus module, which has fewer layers.
     importance_source: Literal["decoder", "region_focus"] = "decoder"
 
+    # Fields of [`PointerSettings`], of a model that points to what it counts; None: no such module, and no weights of one.
+    pointer: dict | None = None
+
     # The rule that decides which tokens stay, one of SELECTOR_NAMES. "preserve_and_merge" is the paper's (eq. 8-12); "distinct"
     # ranks tokens by importance times what differs from their region. `compress` takes functions of your own, too.
     selector: Any = validated_field(check_selector, default="preserve_and_merge")
@@ -342,6 +368,15 @@ class UHRBatConfig(PreTrainedConfig):
         elif self.importance_source == "region_focus":
             raise ValueError("`importance_source` is 'region_focus', but there is no `region_focus`.")
 
+    def validate_pointer(self):
+        """The pointer's settings are known; tokens are read as they were before any MLP behind the selection."""
+        if self.pointer is not None:
+            if unknown := sorted(set(self.pointer) - {one.name for one in fields(PointerSettings)}):
+                raise ValueError(f"`pointer` has no {', '.join(unknown)}.")
+            self.pointing.check()
+            if self.token_mlp:
+                raise ValueError("A `pointer` reads tokens without `token_mlp`, and this configuration has both.")
+
     def validate_refinement(self):
         """One number of candidates per scale after the anchor, and a layer for each of them; or none at all."""
         for name, allowed in (("refinement", len(self.scales) - 1), ("refinement_layers", len(self.refinement))):
@@ -394,6 +429,11 @@ class UHRBatConfig(PreTrainedConfig):
     def focus(self) -> RegionFocus:
         """`region_focus`, with its defaults."""
         return RegionFocus(**{**self.region_focus, "layers": tuple(self.region_focus["layers"])})
+
+    @property
+    def pointing(self) -> PointerSettings:
+        """`pointer`, with its defaults."""
+        return PointerSettings(**self.pointer)
 
     @property
     def grids(self) -> list[tuple[int, int]]:

@@ -150,7 +150,8 @@ class UHRBatGenerationMixin(GenerationMixin):
             input_ids, inputs_embeds=inputs_embeds, is_first_iteration=is_first_iteration, **kwargs
         )
         if is_first_iteration or not kwargs.get("use_cache", True):
-            model_inputs["mm_encoder_outputs"] = mm_encoder_outputs
+            again = mm_encoder_outputs is not None and not is_first_iteration
+            model_inputs["mm_encoder_outputs"] = mm_encoder_outputs | {"told": True} if again else mm_encoder_outputs
         return model_inputs
 
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
@@ -169,13 +170,22 @@ class UHRBatGenerationMixin(GenerationMixin):
         input_ids, model_kwargs = super()._expand_inputs_for_generation(
             expand_size=expand_size, is_encoder_decoder=is_encoder_decoder, input_ids=input_ids, **model_kwargs
         )
-        if outputs:
+        if outputs and expand_size > 1:
             image = outputs["image"]
-            tokens = iter(image.pooler_output)
-            groups = [[next(tokens) for _ in range(num_images)] for num_images in image.images_per_prompt]
-            expanded = [visual for group in groups for visual in group * expand_size]
+            every = {"pooler_output": image.pooler_output, "tokens": image.tokens, "slots": image.slots}
+            every |= {"scales": image.scales, "regions": image.regions, "differences": image.differences}
+            expanded = {name: _in_groups(one, image.images_per_prompt, expand_size) for name, one in every.items()}
             numbers = [num_images for num_images in image.images_per_prompt for _ in range(expand_size)]
-            outputs = {"image": UHRBatCompressionOutput(pooler_output=expanded, images_per_prompt=numbers)}
+            outputs = {"image": UHRBatCompressionOutput(**expanded, images_per_prompt=numbers)}
         if outputs is not None:
             model_kwargs["mm_encoder_outputs"] = outputs
         return input_ids, model_kwargs
+
+
+def _in_groups(of_images, images_per_prompt, times):
+    """What every image of some prompts has, as of so many copies of each prompt; None stays."""
+    if of_images is None:
+        return None
+    images = iter(of_images)
+    groups = [[next(images) for _ in range(num_images)] for num_images in images_per_prompt]
+    return [one for group in groups for one in group * times]

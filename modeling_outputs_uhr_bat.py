@@ -348,6 +348,9 @@ class UHRBatCompressionOutput(ModelOutput):
         scales: sides of the views in pixels, per image.
         differences: float[H, W] per image and scale, how much each token differs from the other date, 1 on average; None
             where there are no two dates.
+        pointed: float[n] per image once the decoder has read its prompt, by a model with a `pointer`: the probability that a
+            visual token shows an object that the question asks about, one token for each object, 0 elsewhere. None for an
+            image that the pointer does not look at: of a prompt with several, of two dates, of a dynamic pyramid.
         hidden_states, attentions: None. The library's image outputs have these names; here the states of the vision
             tower are never held for all tiles at once, unless `get_image_features` is called.
     """
@@ -360,6 +363,7 @@ class UHRBatCompressionOutput(ModelOutput):
     images_per_prompt: list[int] | None = None
     scales: list[list[int]] | None = None
     differences: list[Sequence[torch.Tensor]] | None = None
+    pointed: list[torch.Tensor | None] | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
 

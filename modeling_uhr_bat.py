@@ -15,6 +15,7 @@ grid, unless "tile by tile" is said.
 """
 
 import warnings
+from itertools import accumulate
 from importlib import import_module
 
 import torch
@@ -50,6 +51,7 @@ from .modeling_outputs_uhr_bat import (
     accept_region_labels,
     has_images,
 )
+from .modeling_pointing_uhr_bat import UHRBatPointer, UHRBatPointingMixin, is_pointed_at, pointed_tokens
 from .modeling_region_focus_uhr_bat import UHRBatRegionFocusMixin, UHRBatRegionFocusModule
 from .pipeline_uhr_bat import UHRBatPipeline  # saved beside the model, which names it
 from .released_api_uhr_bat import (
@@ -67,7 +69,7 @@ class UHRBatPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["UHRBatScaleEmbedding"]  # the towers bring their own
+    _no_split_modules = ["UHRBatScaleEmbedding", "UHRBatPointer"]  # the towers bring their own
     _skip_keys_device_placement = ["past_key_values", "cache", "image_features", "mm_encoder_outputs"]
     _supports_sdpa = True
     _supports_flash_attn = True
@@ -134,6 +136,7 @@ class UHRBatPreTrainedModel(PreTrainedModel):
 
 class UHRBatModel(
     UHRBatRegionFocusMixin,
+    UHRBatPointingMixin,
     UHRBatTowersMixin,
     UHRBatEncodingMixin,
     UHRBatImportanceMixin,
@@ -157,6 +160,8 @@ class UHRBatModel(
         if config.region_focus is not None:
             self.region_focus = UHRBatRegionFocusModule(config, self.language_model)
             self.image_newline = nn.Parameter(torch.zeros(width))
+        # CODEPATH: UHR-BAT-Tiny points to what it counts, released weights do not.
+        self.pointer = None if config.pointer is None else UHRBatPointer(config).requires_grad_(False)
         for layer in self.language_model.layers:
             layer.self_attn.register_forward_pre_hook(call_reader, with_kwargs=True)
         self.post_init()
@@ -202,7 +207,8 @@ class UHRBatModel(
 
         Args:
             input_ids, attention_mask, inputs_embeds, answer_mask, rules: as in `compress`.
-            mm_encoder_outputs: {"image": what `compress` returned} instead of images, as `generate` passes it on.
+            mm_encoder_outputs: {"image": what `compress` returned} instead of images, as `generate` passes it on; with "told"
+                where a part of the answer is read again, in which nothing is pointed to.
             cache, past_key_values: keys and values of what was read before, under either name.
             kwargs: images, see [`UHRBatImageInputs`]; the rest goes to the decoder.
         """
@@ -228,6 +234,10 @@ class UHRBatModel(
             **{CACHE: past_key_values if cache is None else cache},
             **kwargs,
         )
+        if self.pointer is not None and is_pointed_at(compressed) and not (mm_encoder_outputs or {}).get("told"):
+            outputs.last_hidden_state = self.point_and_tell(
+                compressed, mask[..., 0], attention_mask, answer_mask, outputs.last_hidden_state
+            )
         return UHRBatModelOutputWithPast(**outputs, image_outputs=compressed)
 
 
@@ -282,6 +292,24 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
     def compress(self, rules=None, **inputs) -> UHRBatCompressionOutput:
         """See [`UHRBatModel.compress`]. Without gradients; through `forward`, so that the whole model's hooks fire."""
         return self(**inputs, compress_only=True, rules=rules)
+
+    def point(self, ids, compressed) -> list:
+        """What the answers to prompts point to.
+
+        Args:
+            ids: the answers, equally many to every prompt; what a prompt is pointed to does not depend on them.
+            compressed: what `compress` returned for the prompts, after they were read.
+
+        Returns:
+            for every answer a list of (label "", level, position on its grid, probability), or None where nothing was looked for.
+        """
+        ends = accumulate(compressed.images_per_prompt)
+        found = [
+            pointed_tokens(compressed, end - 1) if number else None
+            for end, number in zip(ends, compressed.images_per_prompt)
+        ]
+        named = [None if one is None else [("", *token) for token in one] for one in found]
+        return [one for one in named for _ in range(len(ids) // max(1, len(named)))]
 
     def generate(self, inputs=None, *args, **kwargs):
         """As of [`UHRBatGenerationMixin`]; the released code's call (`inputs`, `multiscale_pixels`, ...) is translated to it."""

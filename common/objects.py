@@ -407,7 +407,7 @@ class Pointed(NamedTuple):
     score: float | None = None
 
 
-def objects_of_tokens(pointed: Iterable[Pointed], image_size, grids, text: str = "") -> Objects:
+def objects_of_tokens(pointed: Iterable[Pointed | tuple], image_size, grids, text: str = "") -> Objects:
     """Objects from the visual tokens that show them, each with the box of its token.
 
     Args:
@@ -415,7 +415,7 @@ def objects_of_tokens(pointed: Iterable[Pointed], image_size, grids, text: str =
         grids: (height, width) in tokens of every level.
     """
     found = []
-    for one in pointed:
+    for one in map(Pointed._make, pointed):
         top, left, bottom, right = token_box(one.position, image_size, grids[one.level]).tolist()
         box = left, top, right, bottom
         found.append(ImageObject(one.label, box, score=one.score, level=one.level, source="token"))

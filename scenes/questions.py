@@ -7,11 +7,12 @@ counts, 1/2 for yes/no and comparisons.
 
 from dataclasses import dataclass
 
-from .layout import OBJECTS, PAINTS, Object, Scene
+from .layout import OBJECTS, PAINTS, SITES, Object, Scene
 
 # How often each kind is drawn for training: those more often that are learnt last.
 FREQUENCIES = {"colour": 0.175, "type": 0.2, "yes/no": 0.175, "count": 0.25, "quadrant": 0.05, "comparison": 0.15}
 KINDS = tuple(FREQUENCIES)
+ABSENT = "none"  # the answer to a question about what a scene has not
 TEMPLATES = {
     "colour": ("What colour is the {object} at the {site}?", "What is the colour of the {object} at the {site}?"),
     "type": ("What is the {colour} object at the {site}?", "What type of object is {colour} at the {site}?"),
@@ -99,6 +100,30 @@ def make_question(scene: Scene, kind: str, site: int | None = None, *, rng) -> S
         answer = scene.sites[max(named, key=lambda index: len(contents[index]))].kind
         words["other"] = scene.sites[other].kind
     return SceneQuestion(kind, draw(TEMPLATES[kind]).format(**words), answer, named, things, tuple(words.values()))
+
+
+def make_absent_question(scene: Scene, *, rng) -> SceneQuestion:
+    """A question about a site that the scene has not, or about an object that its site has not: its answer is ABSENT, and it
+    needs no token. Arguments as of `make_question`."""
+
+    def draw(options):
+        return options[rng.integers(len(options))]
+
+    kinds = [site.kind for site in scene.sites]
+    missing = [kind for kind in SITES if kind not in kinds]
+    kind = draw(("colour", "type", "count"))
+    sites, words = (), {"site": draw(missing), "object": draw(OBJECTS), "colour": draw(list(PAINTS))}
+    if scene.sites and kind != "count" and rng.random() < 0.5:
+        sites = (int(rng.integers(len(scene.sites))),)
+        things = scene.objects_of[sites[0]]
+        words["site"] = kinds[sites[0]]
+        for name, value, options in (("object", "kind", OBJECTS), ("colour", "colour", tuple(PAINTS))):
+            words[name] = draw([one for one in options if one not in {getattr(thing, value) for thing in things}] or [None])
+        if words["object"] is None:  # all four types are there
+            kind = "type"
+    template = draw(TEMPLATES[kind])
+    words = {name: word for name, word in words.items() if f"{{{name}}}" in template}
+    return SceneQuestion("absent", template.format(**words), ABSENT, sites, (), tuple(words.values()))
 
 
 def draw_question(scene: Scene, rng) -> SceneQuestion:

@@ -1,0 +1,279 @@
+# Copyright 2026 The UHR-BAT authors. Licensed under the Apache License, Version 2.0 (the "License"); you may not use this
+# file except in compliance with the License. You may obtain a copy of the License at
+# http://www.apache.org/licenses/LICENSE-2.0. Unless required by applicable law or agreed to in writing, software distributed
+# under the License is distributed on an "AS IS" BASIS, WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or
+# implied. See the License for the specific language governing permissions and limitations under the License.
+"""UHR-BAT pointing: which of the visual tokens show the objects that a question asks about, and an answer that says so.
+
+A token is pointed to with the probability
+
+    p_i = object_i * there_i * meant_i * asked
+
+that an object's middle lies in it, that it lies at a place that the question names (one, or two that it compares), that the
+object is what the question names, if it names one, and that the question asks for objects at all. Each factor has a loss of its
+own in training. Two places are told apart, so their objects are counted apart. What is found changes the state behind which
+the first token of the answer is read, and nothing else: a number is said if it is what was counted.
+
+Letters: V visual tokens, M text tokens, B prompts, D decoder width, H hidden width, K width of what is compared.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .modeling_outputs_uhr_bat import UHRBatCompressionOutput
+
+MAP_SIDE = 48  # cells of the map on which places are found, over the square that the model sees
+BLURS = (1.0, 2.5)  # cells, standard deviations with which the map is smoothed
+MOST_COUNTED = 9  # what is more is said by the decoder alone
+LEAST_TRUST = 0.02
+
+
+class Seen(NamedTuple):
+    """What a pointer reads of visual tokens.
+
+    Attributes:
+        tokens: float[.., V, D], without the embedding of where they lie.
+        centres: float[.., V, 2], (row, column) in the square that the model sees, 0 to 1.
+        sides: float[.., V], sides of what they show, as parts of that of the square.
+    """
+
+    tokens: torch.Tensor
+    centres: torch.Tensor
+    sides: torch.Tensor
+
+
+class Pointing(NamedTuple):
+    """Logits of what a token is pointed to for, see the module; `scores` float[B, V] is their product as a probability.
+
+    Attributes:
+        object, meant: float[B, V].
+        there: float[B, 2, V], of either place.
+        second, asked: float[B], whether there is a second place, and whether objects are asked for.
+        places: float[B, 2, D], the words for either place.
+        shown: float[B, V, K], what tokens show.
+    """
+
+    object: torch.Tensor
+    meant: torch.Tensor
+    there: torch.Tensor
+    second: torch.Tensor
+    asked: torch.Tensor
+    places: torch.Tensor
+    shown: torch.Tensor
+
+    @property
+    def of_places(self) -> torch.Tensor:
+        """float[B, 2, V]: probability that a token is pointed to for either place."""
+        other = torch.stack((torch.ones_like(self.second), self.second.sigmoid()), dim=1)[..., None]
+        rest = self.object.sigmoid() * self.meant.sigmoid() * self.asked.sigmoid()[:, None]
+        return rest[:, None] * self.there.sigmoid() * other
+
+    @property
+    def scores(self) -> torch.Tensor:
+        return self.of_places.amax(1)
+
+
+class UHRBatPointer(nn.Module):
+    """Trained on frozen visual tokens and states of the decoder; no other part of a model depends on it."""
+
+    def __init__(self, config):
+        super().__init__()
+        D, self.settings = config.text_config.hidden_size, config.pointing
+        H, K = self.settings.hidden, self.settings.width
+        self.see_1, self.see_2 = nn.Linear(D, H), nn.Linear(H, H)
+        self.show, self.trust = nn.Linear(H, 1), nn.Linear(H, 1)
+        self.ground, self.kind = nn.Linear(H, K), nn.Linear(H, K)
+        self.listen = nn.Linear(D, 3)  # to the words for the first place, the second one, and what is meant
+        self.place, self.second = nn.Linear(D, K), nn.Linear(2 * D, 1)
+        self.mean, self.ask = nn.Linear(D, K + 1), nn.Linear(D, 1)
+        self.near_1 = nn.Linear(2 + 2 * len(BLURS), 16)
+        self.near_2 = nn.Linear(16, 1)
+        counted = 3 * (MOST_COUNTED + 1)
+        self.tell_1 = nn.Linear(counted + 3 + 6 + K + 2 * D, H)
+        self.tell_2 = nn.Linear(H, D)
+
+    def see(self, tokens) -> torch.Tensor:
+        """float[.., V, D] -> float[.., V, H], which no question has a part in."""
+        return F.gelu(self.see_2(F.gelu(self.see_1(tokens))))
+
+    def forward(self, seen, centres, visible, states, heard) -> Pointing:
+        """
+        Args:
+            seen: float[B, V, H] or [1, V, H] of `see`.
+            centres: float[B, V, 2], as in [`Seen`].
+            visible: bool[B, V], False where a row is padded.
+            states: float[B, M, D], the decoder's last states of the text behind the images; the last one is that before the answer.
+            heard: bool[B, M], False where it is padded, on the left.
+        """
+        B, V = centres.shape[:2]
+        weights = self.listen(states).masked_fill(~heard[..., None], -torch.inf).softmax(1)
+        places, meant = (weights.transpose(1, 2) @ states).split((2, 1), dim=1)
+        last = states[:, -1]
+        second = self.second(torch.cat((places[:, 1], last), dim=-1))[:, 0]
+        wanted, threshold = self.mean(meant[:, 0]).split((self.settings.width, 1), dim=-1)
+        shown = self.kind(seen).expand(B, -1, -1)
+        match = (shown @ wanted[..., None])[..., 0] + threshold
+        ground, trust = self.ground(seen), F.softplus(self.trust(seen))[..., 0] * visible
+        fits = self.place(places) @ ground.transpose(1, 2) / self.settings.width**0.5  # [B, 2, V]
+        there = self._there(fits, trust, centres)
+        objects = self.show(seen)[..., 0].expand(B, -1)
+        return Pointing(objects, match, there, second, self.ask(last)[:, 0], places, shown)
+
+    def _there(self, fits, trust, centres):
+        """float[B, 2, V] logits: whether tokens lie at places, by what they and the tokens around them show."""
+        B, _, V = fits.shape
+        cells = (centres * MAP_SIDE).long().clamp(0, MAP_SIDE - 1)
+        cells = cells[..., 0] * MAP_SIDE + cells[..., 1]
+        trust = trust.expand(B, -1)
+        layers = torch.stack((trust * fits[:, 0], trust * fits[:, 1], trust), dim=1)  # [B, 3, V]
+        on_map = layers.new_zeros(B, 3, MAP_SIDE**2).scatter_add(2, cells[:, None].expand(-1, 3, -1), layers)
+        on_map, steps = on_map.unflatten(2, (MAP_SIDE, MAP_SIDE)), torch.arange(MAP_SIDE, device=fits.device)
+        found = [fits, (trust[:, None] * fits)]
+        for blur in BLURS:
+            kernel = (-((steps[:, None] - steps) ** 2) / (2 * blur**2)).exp().to(on_map)
+            smooth = (kernel @ on_map @ kernel).flatten(2).gather(2, cells[:, None].expand(-1, 3, -1))
+            weight = smooth[:, 2:] + LEAST_TRUST
+            found += [smooth[:, :2] / weight, weight.log().expand(-1, 2, -1)]
+        return self.near_2(F.gelu(self.near_1(torch.stack(found, dim=-1))))[..., 0]
+
+    def tell(self, pointing, seen: Seen, visible, last) -> torch.Tensor:
+        """float[B, D], to be added to the states `last` float[B, D] behind which the answer begins. Nothing that points is trained
+        by it."""
+        scores, of_places = pointing.scores.detach() * visible, pointing.of_places.detach() * visible[:, None]
+        there = pointing.there.detach().sigmoid() * visible[:, None]
+        second, asked = pointing.second.detach().sigmoid(), pointing.asked.detach().sigmoid()
+        numbers, facts, winners = [], [], []
+        for row in range(len(last)):
+            own = Seen(None, *(one[row if len(one) > 1 else 0] for one in seen[1:]))
+            chosen = count_points(scores[row], own, self.settings.threshold)
+            first = of_places[row, 0, chosen] >= of_places[row, 1, chosen]
+            counts = len(chosen), int(first.sum()), int((~first).sum())
+            numbers.append([min(count, MOST_COUNTED) for count in counts])
+            order = (counts[1] > counts[2]) - (counts[1] < counts[2])
+            facts.append([order == sign for sign in (-1, 0, 1)])
+            winners.append(int(order < 0))
+        device = last.device
+        counted = F.one_hot(torch.tensor(numbers, device=device), MOST_COUNTED + 1).flatten(1)
+        facts, winners = torch.tensor(facts, device=device), torch.tensor(winners, device=device)
+        sure = torch.stack((scores.amax(1), *there.amax(2).unbind(1), second, asked, of_places.amax(2)[:, 0]), dim=1)
+        read = (scores[..., None] * pointing.shown.detach()).sum(1) / (scores.sum(1, keepdim=True) + 0.1)
+        best = pointing.places.detach()[torch.arange(len(last), device=device), winners]
+        known = torch.cat((counted.to(last), facts.to(last), sure.to(last), read.to(last), best, last.detach()), dim=1)
+        return self.tell_2(F.gelu(self.tell_1(known)))
+
+
+def count_points(scores, seen: Seen, threshold: float) -> torch.Tensor:
+    """long[n]: tokens that are pointed to, one for each object. Of tokens that touch or overlap one counts: that which shows
+    least ground, and of such the surest.
+
+    Args:
+        scores: float[V], probabilities.
+        seen: where they lie.
+        threshold: least probability.
+    """
+    chosen = (scores >= threshold).nonzero()[:, 0]
+    if not len(chosen):
+        return chosen
+    order = chosen[scores[chosen].argsort(descending=True, stable=True)]
+    order = order[seen.sides[order].argsort(stable=True)]
+    centres, sides = seen.centres[order].double(), seen.sides[order].double()
+    apart = (centres[:, None] - centres).abs().amax(-1)
+    touch = (apart <= 1.001 * (sides[:, None] + sides) / 2).tolist()
+    kept = []
+    for idx, touches in enumerate(touch):
+        if not any(touches[other] for other in kept):
+            kept.append(idx)
+    return order[torch.tensor(kept, device=order.device)]
+
+
+class UHRBatPointingMixin:
+    """For UHR-BAT's own towers, with a `pointer`."""
+
+    def seen_tokens(self, compressed: UHRBatCompressionOutput, image_idx: int) -> Seen:
+        """What a pointer reads of the visual tokens of an image, in the order of `pooler_output`."""
+        tokens, maps, scales = compressed.tokens[image_idx], compressed.slots[image_idx], compressed.scales[image_idx]
+        found = []
+        for rows, slots, positions, grid, scale in zip(tokens, maps.values, maps.positions, maps.grids, scales):
+            kept = slots >= 0
+            slots, positions = slots[kept], positions[kept]
+            where = self.config.scale_embedding_additions * self.scale_embedding(scale, positions)
+            axes = torch.stack((positions // grid[1], positions % grid[1]), dim=1) + 0.5
+            # Of a merged token both are means.
+            count = slots.bincount(minlength=len(rows))[:, None].to(where)
+            mean = [torch.zeros(len(rows), one.shape[1], device=one.device).index_add(0, slots, one.float()) / count
+                    for one in (where, axes / torch.tensor(grid, device=axes.device))]  # fmt: skip
+            found.append((rows - mean[0].to(rows), mean[1], torch.full_like(mean[1][:, 0], 1 / grid[0])))
+        return Seen(*map(torch.cat, zip(*found)))
+
+    @torch.compiler.disable
+    def point_and_tell(self, compressed, placeholder, attention_mask, answer_mask, states) -> torch.Tensor:
+        """States float[B, M, D] of prompts, changed where the answer begins by what is pointed to; `compressed.pointed` is
+        set. Prompts of one image that a question chose tokens of are looked at, others stay as they are.
+
+        Args:
+            compressed: what `compress` returned.
+            placeholder: bool[B, M], where visual tokens stand.
+            attention_mask: int[B, M] or None.
+            answer_mask: bool[B, M] or None; the question ends where the first answer behind the image begins.
+            states: float[B, M, D], the decoder's last ones.
+        """
+        B, M = placeholder.shape
+        visible = torch.ones_like(placeholder) if attention_mask is None else attention_mask[:, -M:].bool()
+        place = torch.arange(M, device=visible.device)
+        ends = visible & (visible.flip(1).cumsum(1).flip(1) == 1)
+        compressed.pointed, image_idx = [None] * len(compressed.pooler_output), 0
+        rows, lasts, changes = [], [], []
+        for row, num_images in enumerate(compressed.images_per_prompt):
+            first_idx, image_idx = image_idx, image_idx + num_images
+            spots = placeholder[row].nonzero()[:, 0]
+            if num_images != 1 or not len(spots):
+                continue
+            start = int(spots[-1]) + 1
+            end = int(ends[row].nonzero()[0, 0]) + 1
+            if answer_mask is not None:
+                answered = (answer_mask[row].to(place.device) & (place >= start)).nonzero()[:, 0]
+                end = int(answered[0]) if len(answered) else end
+            if start >= end:
+                continue
+            own = states[row : row + 1, start:end]
+            seen = self.seen_tokens(compressed, first_idx)
+            seen = Seen(seen.tokens.to(own)[None], seen.centres[None], seen.sides[None])
+            known = torch.ones(1, len(compressed.pooler_output[first_idx]), dtype=torch.bool, device=own.device)
+            pointing = self.pointer(self.pointer.see(seen.tokens), seen.centres, known, own, own.new_ones(own.shape[:2], dtype=torch.bool))
+            scores = pointing.scores[0].detach().float()
+            chosen = count_points(scores, Seen(None, seen.centres[0], seen.sides[0]), self.pointer.settings.threshold)
+            compressed.pointed[first_idx] = torch.zeros_like(scores).index_copy(0, chosen, scores[chosen])
+            rows.append(row)
+            lasts.append(end - 1)
+            changes.append(self.pointer.tell(pointing, seen, known, own[:, -1])[0])
+        if not rows:
+            return states
+        where = torch.tensor(rows, device=states.device), torch.tensor(lasts, device=states.device)
+        return states.index_put(where, torch.stack(changes).to(states), accumulate=True)
+
+
+def is_pointed_at(compressed) -> bool:
+    """Whether a pointer reads what `compress` returned: tokens with their places, of no dynamic pyramid and no two dates."""
+    known = compressed is not None and compressed.tokens is not None and compressed.scales is not None
+    return known and compressed.regions is not None and compressed.differences is None
+
+
+def pointed_tokens(compressed, image_idx: int) -> list[tuple[int, int, float]] | None:
+    """(level, position on its grid, probability) of every token that is pointed to of an image, the finest level last; None where
+    no pointer looked at it."""
+    scores = None if compressed.pointed is None else compressed.pointed[image_idx]
+    if scores is None:
+        return None
+    maps, found, start = compressed.slots[image_idx], [], 0
+    scores = scores.tolist()
+    for level, (slots, positions) in enumerate(zip(maps.values, maps.positions)):
+        kept = slots >= 0
+        by_slot = {}
+        for slot, position in zip(slots[kept].tolist(), positions[kept].tolist()):
+            by_slot.setdefault(slot, position)
+        found += [(level, position, scores[start + slot]) for slot, position in sorted(by_slot.items()) if scores[start + slot] > 0]
+        start += len(by_slot)
+    return found

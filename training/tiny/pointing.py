@@ -1,0 +1,425 @@
+"""Pointing: a model learns which of the visual tokens show the objects that a question asks about, and to say what it points to.
+
+    uhr-bat tiny point --model . --output runs/pointing --encoded DIR [--scenes 600] [--native 150] [--minutes 20] [--workers 2]
+
+Nothing but the pointer is trained (`modeling_pointing_uhr_bat.py`). So what it reads is computed once and kept in a file for
+each scene: visual tokens and the decoder's states of questions. Questions are asked as users ask them, each with the tokens
+that the model chooses for it, of ordinary scenes and of such with native objects; of ordinary ones sixteen share many
+tokens or all, too. Some ask about what a scene has not.
+
+Letters: Q questions, V visual tokens, M text tokens, D decoder width.
+"""
+
+import time
+from collections import defaultdict
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import asdict
+from functools import partial
+from multiprocessing import get_context
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch.nn.utils.rnn import pad_sequence
+from torch.utils.data import Dataset
+from tqdm import tqdm
+from transformers import Trainer
+
+from ...common.asking import compress, encode, expand_placeholder, write_prompts
+from ...common.budgets import counts_of_fraction
+from ...common.commands import tells_errors
+from ...common.files import whole_files
+from ...common.loading import load_model, save_model
+from ...configuration_uhr_bat import PointerSettings
+from ...modeling_outputs_uhr_bat import CACHE, TokenMaps, UHRBatCompressionOutput
+from ...modeling_pointing_uhr_bat import Seen, UHRBatPointer
+from ...scenes.evidence import points_of_tokens, site_tokens, tokens_at
+from ...scenes.layout import FINETUNING_SEED, OBJECTS, PAINTS, WIDTH, make_scene
+from ...scenes.native import native_scene, picture_of
+from ...scenes.painting import paint
+from ...scenes.questions import ABSENT, draw_question, make_absent_question
+from ..collator import IGNORED
+from .finetune import Collator
+from .stages import ByTheClock, add_minutes, make_parser, read_arguments, train
+
+FIRST_SEED = FINETUNING_SEED + 200_000  # of either kind of scenes
+TOGETHER, ALONE, NATIVE_ALONE = 16, 4, 8  # questions of a scene
+ABSENT_SHARE = 0.15  # of the questions
+FRACTIONS = (0.005, 0.06)  # of all tokens, from which a question alone is answered, drawn log-uniformly
+NATIVE_TILES = 128
+# An object of fewer pixels of a level is not wanted there; of even fewer it is wrong to be found.
+LEAST_PIXELS, UNSEEN_PIXELS = 1.5, 0.8
+EDGE = (0.9, 1.4)  # of a site, in its own frame: nothing stands between the two
+NOISE = 0.1  # on visual tokens of length 1 (root mean square)
+REFUSAL = 3.0  # how far the word for what is not there moves
+ONE_FOR_ALL = ("tokens", "centres", "sides", "shown", "pixels", "object")  # of questions that share tokens
+
+
+def draw_questions(scene):
+    """The questions about a scene that are asked alone, and those that are asked together."""
+    rng, number = np.random.default_rng([scene.seed, 12]), ALONE if scene.width is None else NATIVE_ALONE
+    drawn = [draw_asked(scene, rng) for _ in range(number + TOGETHER)]
+    return drawn[:number], drawn[number:]
+
+
+def draw_asked(scene, rng):
+    return make_absent_question(scene, rng=rng) if rng.random() < ABSENT_SHARE else draw_question(scene, rng)
+
+
+class PointCollator(Collator):
+    """Questions whose answers begin with what is pointed to says: numbers stand without a space before them, as their first
+    token is the number then."""
+
+    def first_token(self, question) -> int:
+        """Id of the first token of the right answer."""
+        said = question.answer if question.kind == "count" else f" {question.answer}"
+        return self.processor.tokenizer(said, add_special_tokens=False)["input_ids"][0]
+
+
+def read_levels(compressed, scene, image_idx=0):
+    """{name: tensor of all visual tokens of an image}: level's side in tokens, position on its grid."""
+    maps, sides, positions = compressed.slots[image_idx], [], []
+    for slots, places, grid in zip(maps.values, maps.positions, maps.grids):
+        kept = places[slots >= 0][slots[slots >= 0].argsort()]
+        positions.append(kept)
+        sides.append(torch.full_like(kept, grid[0]))
+    return {"side": torch.cat(sides), "position": torch.cat(positions)}
+
+
+@torch.no_grad()
+def encode_scene(model, processor, collator, seed, native):
+    """What a file keeps of a scene: for every group of questions that share tokens "tokens", bfloat16[V, D] without scale
+    embedding, "side" and "position", long[V]; "states" bfloat16[Q, M, D] of the text behind the image, padded on the left, and
+    their number "length" long[Q]."""
+    scene = native_scene(seed) if native else make_scene(seed)
+    rng, stored = np.random.default_rng([seed, 11]), {}
+    image = picture_of(scene) if native else paint(scene)
+    cutting = {"native": True, "max_tiles": NATIVE_TILES} if native else {}
+    features = encode(model, processor.image_processor([image], return_tensors="pt", **cutting))[0]
+    total = sum(height * width for height, width in model.config.grids)
+    alone, shared = draw_questions(scene)
+    kept = []
+    for idx, question in enumerate(alone):
+        fraction = float(np.exp(rng.uniform(*np.log(FRACTIONS))))
+        # With budgets per scale and with one for all scales in turn: users have both.
+        if native or rng.random() < 0.5:
+            options = {"budgets": max(8, round(total * fraction))}
+        else:
+            options = {"counts": [counts_of_fraction(fraction, features.available, processor.default_budgets)]}
+        options |= {"max_tiles": NATIVE_TILES} if native else {}
+        inputs = write_prompts(model, processor, [question.text], [[features]], **options)
+        compressed = compress(model, inputs)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        states = model.model(input_ids=ids, attention_mask=mask, **model.visual_inputs(ids, mask, compressed))
+        start = int((ids[0] == processor.image_token_id).nonzero()[-1]) + 1
+        stored |= of_group(f"alone.{idx}", model, compressed, scene, [states.last_hidden_state[0, start:]])
+        kept.append(compressed)
+    if native:
+        compressed = joined(kept)
+    else:
+        fraction = 1.0 if rng.random() < 0.3 else float(np.exp(rng.uniform(*np.log((0.05, 1.0)))))
+        compressed = choose_any(model, features, scene, fraction, rng)
+    states = states_together(model, collator, shared, compressed)
+    return stored | of_group("together", model, compressed, scene, states)
+
+
+def of_group(name, model, compressed, scene, states):
+    tokens = model.model.seen_tokens(compressed, 0)[0]
+    lengths = torch.tensor([len(one) for one in states])
+    padded = pad_sequence([one.flip(0) for one in states], True).flip(1)
+    found = {"tokens": tokens.bfloat16(), "states": padded.bfloat16(), "length": lengths} | read_levels(compressed, scene)
+    return {f"{name}.{key}": value.contiguous() for key, value in found.items()}
+
+
+def choose_any(model, features, scene, fraction, rng):
+    """Some tokens of the sites and others at random, of every scale."""
+    grids, chosen, maps = model.config.grids, [], []
+    of_sites, share = site_tokens(scene, range(len(scene.sites)), grids), rng.uniform(0.5, 1.0)
+    for scale, (tokens, positions) in enumerate(zip(features.tokens, features.positions)):
+        inside = np.isin(positions.numpy(), [token for at, token in of_sites if at == scale])
+        kept = torch.from_numpy(rng.random(len(positions)) < np.where(inside, max(share, fraction), fraction))
+        kept[int(rng.integers(len(kept)))] = True
+        maps.append(torch.where(kept, kept.cumsum(0) - 1, -1))
+        chosen.append(tokens[kept])
+    slots = [TokenMaps(maps, features.positions, features.grids, fill=-1, flat=True)]
+    return UHRBatCompressionOutput(
+        [torch.cat(chosen)], [chosen], slots=slots, images_per_prompt=[1], scales=[list(features.scales)]
+    )
+
+
+def joined(kept):
+    """What any of some questions keeps of an image."""
+    tokens, maps, positions = [], [], []
+    grids = kept[0].slots[0].grids
+    for level_idx in range(len(grids)):
+        found = {}
+        for one in kept:
+            slots, places = one.slots[0].values[level_idx], one.slots[0].positions[level_idx]
+            for place, slot in zip(places[slots >= 0].tolist(), slots[slots >= 0].tolist()):
+                found[place] = one.tokens[0][level_idx][slot]
+        positions.append(torch.tensor(sorted(found), dtype=torch.long))
+        maps.append(torch.arange(len(found)))
+        width = kept[0].tokens[0][0].shape[1]
+        tokens.append(torch.stack([found[place] for place in sorted(found)]) if found else torch.zeros(0, width))
+    slots = [TokenMaps(maps, positions, grids, fill=-1, flat=True)]
+    return UHRBatCompressionOutput(
+        [torch.cat(tokens)], [tokens], slots=slots, images_per_prompt=[1], scales=kept[0].scales
+    )
+
+
+def states_together(model, collator, questions, compressed):
+    """[float[M, D]]: last states of the text of every question behind the same tokens."""
+    before, padded = collator.write_together(questions)
+    start = expand_placeholder(before, model.config.image_token_id, len(compressed.pooler_output[0]))[None]
+    cache = model.model(input_ids=start, **model.visual_inputs(start, None, compressed), use_cache=True)[CACHE]
+    cache.batch_repeat_interleave(len(questions))
+    mask = torch.cat((padded["attention_mask"].new_ones(len(questions), start.shape[1]), padded["attention_mask"]), dim=1)
+    states = model.model(input_ids=padded["input_ids"], attention_mask=mask, cache=cache).last_hidden_state
+    ends = (padded["labels"] != IGNORED).int().argmax(1).tolist()
+    return [of_question[:end] for of_question, end in zip(states, ends)]
+
+
+_worker = {}
+
+
+def _start_worker(folder):
+    torch.set_num_threads(1)
+    processor, model = load_model(folder, torch.float32, device_map=None)
+    _worker["about"] = model, processor, PointCollator(processor, model.config.grids, None, True)
+
+
+def _make(seed, native, folder):
+    stored = encode_scene(*_worker["about"], seed, native)
+    with whole_files(folder) as built:
+        save_file(stored, built / f"{seed}.safetensors")
+
+
+def encode_scenes(model_folder: Path, seeds, native: bool, folder: Path, workers: int) -> dict[int, dict]:
+    """{seed: what `encode_scene` returned}, read from files, which are made where they are missing."""
+    missing = [seed for seed in seeds if not (folder / f"{seed}.safetensors").exists()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (model_folder,)) as pool:
+            jobs = [pool.submit(partial(_make, native=native, folder=folder), seed) for seed in missing]
+            for job in tqdm(jobs, desc=f"Encoding {folder.name}", unit="scene"):
+                job.result()
+    return {seed: load_file(folder / f"{seed}.safetensors") for seed in seeds}
+
+
+# ---- What is right ---------------------------------------------------------------------------------------------------
+
+
+def label_tokens(scene, side, position, patch_size):
+    """What visual tokens of a scene show, from their level's `side` in tokens and their `position`, long[V] each.
+
+    Returns:
+        (long[V] index of the largest object whose middle lies in a token, -1 for none; float[V] its size in pixels of the level;
+        float[V, sites], the larger coordinate of a token's centre in the frame of each site, at most 1 inside it).
+    """
+    shown, pixels = np.full(len(side), -1), np.zeros(len(side))
+    around = np.zeros((len(side), len(scene.sites)))
+    for one in np.unique(side):
+        rows = np.flatnonzero(side == one)
+        grid, per_unit = (one, one), one * patch_size / WIDTH
+        found = {}
+        for idx, token in enumerate(tokens_at(scene, [thing.centre for thing in scene.objects], grid)):
+            if token not in found or scene.objects[found[token]].size < scene.objects[idx].size:
+                found[token] = idx
+        for row in rows:
+            if (idx := found.get(int(position[row]))) is not None:
+                shown[row], pixels[row] = idx, scene.objects[idx].size * per_unit
+        points = points_of_tokens(scene, grid, position[rows])
+        for idx, site in enumerate(scene.sites):
+            around[rows, idx] = np.abs(site.local(points)).max(-1)
+    return shown, pixels, around
+
+
+def is_meant(question, thing) -> bool:
+    """Whether an object is of the type or the colour that a question names; of one that names none, any is."""
+    named = [word.removesuffix(" object") for word in question.words]
+    return all(
+        getattr(thing, name) in named
+        for name, options in (("kind", OBJECTS), ("colour", PAINTS))
+        if any(word in options for word in named)
+    )
+
+
+class PointedScene:
+    """A scene and what was computed of it, with what is right.
+
+    Args:
+        stored: what `encode_scene` returned.
+        first_tokens: function of a question -> id of the first token of its answer.
+    """
+
+    def __init__(self, scene, stored, first_token, patch_size):
+        self.scene, self.groups = scene, []
+        alone, shared = draw_questions(scene)
+        names = [(f"alone.{idx}", [question]) for idx, question in enumerate(alone)] + [("together", shared)]
+        for name, questions in names:
+            group = {key: stored[f"{name}.{key}"] for key in ("tokens", "states", "length", "side", "position")}
+            side, position = group["side"].numpy(), group["position"].numpy()
+            shown, pixels, around = label_tokens(scene, side, position, patch_size)
+            meant = [[is_meant(question, thing) for thing in scene.objects] + [False] for question in questions]
+            # Of a place: 1 inside, 0 outside, -1 where nothing stands, at its edge.
+            inside = np.where(around < EDGE[0], 1, np.where(around < EDGE[1], -1, 0))
+            inside = np.concatenate((inside, np.zeros((len(side), 1), int)), axis=1)
+            places = [(*question.sites, -1, -1)[:2] for question in questions]
+            self.groups.append({
+                "tokens": group["tokens"], "states": group["states"],
+                "heard": torch.arange(group["states"].shape[1]).flip(0) < group["length"][:, None],
+                "centres": torch.from_numpy((np.stack((position // side, position % side), axis=1) + 0.5) / side[:, None]).float(),
+                "sides": 1 / group["side"].float(),
+                "shown": torch.from_numpy(shown), "pixels": torch.from_numpy(pixels).float(),
+                "object": torch.from_numpy(np.where(pixels >= LEAST_PIXELS, 1, np.where(pixels > UNSEEN_PIXELS, -1, 0))),
+                "meant": torch.from_numpy(np.array(meant)[:, shown]),
+                "there": torch.from_numpy(inside.T[np.array(places)]),  # [Q, 2, V]
+                "second": torch.tensor([len(question.sites) > 1 for question in questions]).float(),
+                "asked": torch.tensor([question.kind != "quadrant" for question in questions]).float(),
+                "answer": torch.tensor([first_token(question) for question in questions]),
+                "questions": questions,
+            })  # fmt: skip
+
+
+# ---- Training --------------------------------------------------------------------------------------------------------
+
+
+def batches_of(scene: PointedScene):
+    """The groups of a scene as inputs of a pointer: those asked alone padded to one batch, and those asked together."""
+    *alone, together = scene.groups
+    pad = partial(pad_sequence, batch_first=True)
+    joined = {}
+    for name in ("tokens", "centres", "sides", "shown", "pixels", "object"):
+        joined[name] = pad([group[name] for group in alone])
+    for name in ("states", "heard"):
+        joined[name] = pad([group[name][0].flip(0) for group in alone]).flip(1)
+    joined["meant"] = pad([group["meant"][0] for group in alone])
+    joined["there"] = pad([group["there"][0].T for group in alone]).transpose(1, 2)
+    for name in ("second", "asked", "answer"):
+        joined[name] = torch.cat([group[name] for group in alone])
+    lengths = torch.tensor([len(group["sides"]) for group in alone])
+    joined["visible"] = torch.arange(joined["sides"].shape[1]) < lengths[:, None]
+    joined["questions"] = [group["questions"][0] for group in alone]
+    one = {name: value[None] if name in ONE_FOR_ALL else value for name, value in together.items()}
+    return joined, one | {"visible": torch.ones(1, len(together["sides"]), dtype=torch.bool)}
+
+
+def point(pointer, batch, noise=0.0):
+    """(Pointing, Seen, float[B, D] what is told) of a batch."""
+    tokens, states = batch["tokens"].float(), batch["states"].float()
+    tokens = tokens + noise * torch.randn_like(tokens)
+    seen, B = Seen(tokens, batch["centres"], batch["sides"]), len(states)
+    pointing = pointer(pointer.see(tokens), seen.centres.expand(B, -1, -1), batch["visible"], states, batch["heard"])
+    return pointing, seen, pointer.tell(pointing, seen, batch["visible"].expand(B, -1), states[:, -1])
+
+
+def losses(pointer, lm_head, batch, noise=0.0) -> dict[str, torch.Tensor]:
+    """Every factor's loss, and that of the first token of the answer."""
+    pointing, _, told = point(pointer, batch, noise)
+    cross = partial(F.binary_cross_entropy_with_logits, reduction="none")
+    visible, B = batch["visible"], len(told)
+    labels = batch["object"].expand(len(visible), -1)
+    known = visible & (labels >= 0)
+    shown = pointing.object[: len(visible)]
+    found = {"object": cross(shown, labels.clamp_min(0).float())[known].sum() / (known & (labels > 0)).sum().clamp_min(1)}
+    there = batch["there"]
+    things = (visible & (labels > 0)).expand(B, -1)
+    if things.any():
+        found["meant"] = cross(pointing.meant, batch["meant"].float())[things].mean()
+    wanted = torch.stack((torch.ones_like(batch["second"]), batch["second"]), dim=1)[..., None] > 0
+    known = visible.expand(B, -1)[:, None] & (there >= 0) & wanted
+    by_token = cross(pointing.there, there.clamp_min(0).float())
+    found["there"] = by_token[known].mean()
+    if (known & things[:, None]).any():
+        found["there"] = found["there"] + by_token[known & things[:, None]].mean()
+    found["second"] = cross(pointing.second, batch["second"]).mean()
+    found["asked"] = cross(pointing.asked, batch["asked"]).mean()
+    found["answer"] = F.cross_entropy(lm_head(batch["states"][:, -1].float() + told), batch["answer"])
+    return found
+
+
+class PointTrainer(ByTheClock, Trainer):
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.parts = defaultdict(list)  # of the loss, since the last line of the log
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs |= {name: round(sum(values) / len(values), 4) for name, values in self.parts.items()}
+            self.parts.clear()
+        super().log(logs, *args, **kwargs)
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        inner, total = self.accelerator.unwrap_model(model), 0
+        for batch in inputs["batches"]:
+            for name, loss in losses(inner.model.pointer, inner.lm_head, batch, NOISE).items():
+                self.parts[name].append(float(loss.detach()))
+                total = total + loss / len(inputs["batches"])
+        return (total, None) if return_outputs else total
+
+
+@torch.no_grad()
+def start_pointer(model, tokenizer):
+    """A pointer for a model that has none, untrained. The word for what is not there was never said: its embedding moves towards
+    those of the answers, so that it ends an answer as they do."""
+    model.config.pointer = asdict(PointerSettings())
+    model.model.pointer = pointer = UHRBatPointer(model.config)
+    for layer in pointer.modules():
+        if isinstance(layer, torch.nn.Linear):
+            torch.nn.init.xavier_uniform_(layer.weight)
+            torch.nn.init.zeros_(layer.bias)
+    torch.nn.init.zeros_(pointer.tell_2.weight)
+    (none,) = tokenizer(f" {ABSENT}", add_special_tokens=False)["input_ids"]
+    words = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in (*PAINTS, *OBJECTS, "yes", "no")]
+    rows = model.get_input_embeddings().weight
+    rows[none] += REFUSAL * rows[[ids[0] for ids in words if len(ids) == 1]].mean(0)
+
+
+@tells_errors
+def main(arguments=None):
+    parser = make_parser("tiny point", __doc__, steps=4000, batch_size=4, learning_rate=2e-3)
+    parser.add_argument("--encoded", type=Path, required=True, metavar="DIR", help="what is computed of scenes, kept")
+    parser.add_argument("--scenes", type=int, default=900, help="ordinary ones")
+    parser.add_argument("--native", type=int, default=240, help="with native objects")
+    parser.add_argument("--fresh", action="store_true", help="begin a pointer, also if the model has one")
+    add_minutes(parser)
+    args = read_arguments(parser, arguments)
+    processor, model = load_model(args.model, torch.float32, device_map=None)
+    kinds = (("fixed", args.scenes, make_scene), ("native", args.native, native_scene))
+    first_token = PointCollator(processor, model.config.grids, None, True).first_token
+    scenes = []
+    for name, number, made in kinds:
+        seeds = range(FIRST_SEED, FIRST_SEED + number)
+        stored = encode_scenes(args.model, seeds, name == "native", args.encoded / name, args.workers)
+        scenes += [PointedScene(made(seed), stored.pop(seed), first_token, model.config.patch_size) for seed in seeds]
+    if args.fresh or model.config.pointer is None:
+        start_pointer(model, processor.tokenizer)
+    model.requires_grad_(False)
+    model.model.pointer.requires_grad_(True)
+    args.workers = 0  # scenes are in memory: worker processes would copy them
+    stop = args.minutes and time.monotonic() + 60 * args.minutes
+    dataset = PointedScenes(scenes, args.steps * args.batch_size)
+    train(PointTrainer, model, dataset, args, {"bf16": False, "weight_decay": 0.01}, data_collator=dataset.collate, stop=stop)
+    save_model(model, processor, args.output)
+
+
+class PointedScenes(Dataset):
+    def __init__(self, scenes, length):
+        self.scenes, self.length = scenes, length
+
+    def __len__(self):
+        return self.length
+
+    def __getitem__(self, index):
+        turn, idx = divmod(index, len(self.scenes))
+        return self.scenes[np.random.default_rng([turn, 13]).permutation(len(self.scenes))[idx]]
+
+    @staticmethod
+    def collate(scenes):
+        return {"batches": [batch for scene in scenes for batch in batches_of(scene)]}
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
