@@ -118,10 +118,13 @@ class UHRBatPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, *args, **kwargs):
-        """As the library's. What no forward pass reads stays frozen: loading makes new parameters, which are not."""
+        """As the library's. What no forward pass reads stays frozen, and so does a pointer, which no answer trains: loading makes
+        new parameters, which are not."""
         loaded = super().from_pretrained(*args, **kwargs)
         model = loaded[0] if isinstance(loaded, tuple) else loaded  # a tuple with `output_loading_info`
         model.base_model.vision_tower.freeze_unread_layers()
+        if model.base_model.pointer is not None:
+            model.base_model.pointer.requires_grad_(False)
         return loaded
 
     def save_pretrained(self, save_directory, *args, save_original_format=False, **kwargs):
