@@ -38,6 +38,7 @@ VERBS = {
     "tiny vision": ("training.tiny.vision", "stage 1: the tower learns to read"),
     "tiny finetune": ("training.tiny.finetune", "stages 2 to 4: the decoder learns where to look and to answer"),
     "tiny zoom": ("training.tiny.zooming", "the last stage: the decoder learns to look closer, down to native pixels"),
+    "tiny point": ("training.tiny.pointing", "a pointer: which visual tokens show what a question asks about"),
     "tiny focus": ("training.tiny.focusing", "LRS-VQA's system: its module learns where to look"),
     "tiny plain": ("training.tiny.plain", "a small model of another family, trained as such models are"),
     "tiny exchange": ("training.tiny.exchange", "another vision tower for a trained decoder"),

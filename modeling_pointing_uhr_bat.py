@@ -89,8 +89,8 @@ class UHRBatPointer(nn.Module):
         self.listen = nn.Linear(D, 3)  # to the words for the first place, the second one, and what is meant
         self.place, self.second = nn.Linear(D, K), nn.Linear(2 * D, 1)
         self.mean, self.ask = nn.Linear(D, K + 1), nn.Linear(D, 1)
-        self.near_1 = nn.Linear(2 + 2 * len(BLURS), 16)
-        self.near_2 = nn.Linear(16, 1)
+        self.near_1 = nn.Linear(2 + 2 * len(BLURS), K)
+        self.near_2 = nn.Linear(K, 1)
         counted = 3 * (MOST_COUNTED + 1)
         self.tell_1 = nn.Linear(counted + 3 + 6 + K + 2 * D, H)
         self.tell_2 = nn.Linear(H, D)

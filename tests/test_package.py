@@ -127,7 +127,7 @@ def test_a_group_lists_its_acts(capsys):
 
 
 @pytest.mark.parametrize("arguments, message", [
-    (["tiny"], "which act of tiny? It has build, vision, finetune, zoom, focus, plain, exchange"),
+    (["tiny"], "which act of tiny? It has build, vision, finetune, zoom, point, focus, plain, exchange"),
     (["tiny", "--model", "x"], "which act of tiny?"),
     (["tiny", "visoin"], "tiny has no 'visoin'. It has build, vision,"),
     (["train", "memroy"], "train has no 'memroy'. It has memory, engine"),

@@ -142,7 +142,7 @@ COMMANDS = {
     **{
         f"tiny {name}": ["--model", str(ROOT), "--output", "{blocked}", *more]
         for name, more in (
-            ("vision", []), ("finetune", []), ("zoom", ["--pools", "pools"]), ("focus", []), ("dates", []), ("exchange", ["--tower", str(ROOT)])
+            ("vision", []), ("finetune", []), ("zoom", ["--pools", "pools"]), ("point", ["--encoded", "encoded"]), ("focus", []), ("dates", []), ("exchange", ["--tower", str(ROOT)])
         )
     },
     "tiny plain": ["--form", "gemma3", "--pictures", "pictures", "--output", "{blocked}"],

@@ -401,7 +401,7 @@ def main(arguments=None):
     args.workers = 0  # scenes are in memory: worker processes would copy them
     stop = args.minutes and time.monotonic() + 60 * args.minutes
     dataset = PointedScenes(scenes, args.steps * args.batch_size)
-    train(PointTrainer, model, dataset, args, {"bf16": False, "weight_decay": 0.01}, data_collator=dataset.collate, stop=stop)
+    train(PointTrainer, model, dataset, args, {"bf16": False}, data_collator=dataset.collate, stop=stop)
     save_model(model, processor, args.output)
 
 
