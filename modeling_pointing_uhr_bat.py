@@ -51,14 +51,16 @@ class Pointing(NamedTuple):
     Attributes:
         object, meant: float[B, V].
         there: float[B, 2, V], of either place.
+        fits: float[B, 2, V], of either place by what a token shows alone.
         second, asked: float[B], whether there is a second place, and whether objects are asked for.
-        places: float[B, 2, D], the words for either place.
+        places: float[B, 2, 2 * D], the words for either place.
         shown: float[B, V, K], what tokens show.
     """
 
     object: torch.Tensor
     meant: torch.Tensor
     there: torch.Tensor
+    fits: torch.Tensor
     second: torch.Tensor
     asked: torch.Tensor
     places: torch.Tensor
@@ -86,31 +88,33 @@ class UHRBatPointer(nn.Module):
         self.see_1, self.see_2 = nn.Linear(D, H), nn.Linear(H, H)
         self.show, self.trust = nn.Linear(H, 1), nn.Linear(H, 1)
         self.ground, self.kind = nn.Linear(H, K), nn.Linear(H, K)
-        self.listen = nn.Linear(D, 3)  # to the words for the first place, the second one, and what is meant
-        self.place, self.second = nn.Linear(D, K), nn.Linear(2 * D, 1)
-        self.mean, self.ask = nn.Linear(D, K + 1), nn.Linear(D, 1)
+        self.listen = nn.Linear(2 * D, 3)  # to the words for the first place, the second one, and what is meant
+        self.place, self.second = nn.Linear(2 * D, K), nn.Linear(3 * D, 1)
+        self.mean, self.ask = nn.Linear(2 * D, K + 1), nn.Linear(D, 1)
         self.near_1 = nn.Linear(2 + 2 * len(BLURS), K)
         self.near_2 = nn.Linear(K, 1)
         counted = 3 * (MOST_COUNTED + 1)
-        self.tell_1 = nn.Linear(counted + 3 + 6 + K + 2 * D, H)
+        self.tell_1 = nn.Linear(counted + 3 + 6 + K + 3 * D, H)
         self.tell_2 = nn.Linear(H, D)
 
     def see(self, tokens) -> torch.Tensor:
         """float[.., V, D] -> float[.., V, H], which no question has a part in."""
         return F.gelu(self.see_2(F.gelu(self.see_1(tokens))))
 
-    def forward(self, seen, centres, visible, states, heard) -> Pointing:
+    def forward(self, seen, centres, visible, states, words, heard) -> Pointing:
         """
         Args:
             seen: float[B, V, H] or [1, V, H] of `see`.
             centres: float[B, V, 2], as in [`Seen`].
             visible: bool[B, V], False where a row is padded.
             states: float[B, M, D], the decoder's last states of the text behind the images; the last one is that before the answer.
+            words: float[B, M, D], the embeddings of that text.
             heard: bool[B, M], False where it is padded, on the left.
         """
         B, V = centres.shape[:2]
-        weights = self.listen(states).masked_fill(~heard[..., None], -torch.inf).softmax(1)
-        places, meant = (weights.transpose(1, 2) @ states).split((2, 1), dim=1)
+        text = torch.cat((states, words), dim=-1)
+        weights = self.listen(text).masked_fill(~heard[..., None], -torch.inf).softmax(1)
+        places, meant = (weights.transpose(1, 2) @ text).split((2, 1), dim=1)
         last = states[:, -1]
         second = self.second(torch.cat((places[:, 1], last), dim=-1))[:, 0]
         wanted, threshold = self.mean(meant[:, 0]).split((self.settings.width, 1), dim=-1)
@@ -120,7 +124,7 @@ class UHRBatPointer(nn.Module):
         fits = self.place(places) @ ground.transpose(1, 2) / self.settings.width**0.5  # [B, 2, V]
         there = self._there(fits, trust, centres)
         objects = self.show(seen)[..., 0].expand(B, -1)
-        return Pointing(objects, match, there, second, self.ask(last)[:, 0], places, shown)
+        return Pointing(objects, match, there, fits, second, self.ask(last)[:, 0], places, shown)
 
     def _there(self, fits, trust, centres):
         """float[B, 2, V] logits: whether tokens lie at places, by what they and the tokens around them show."""
@@ -209,7 +213,7 @@ class UHRBatPointingMixin:
         return Seen(*map(torch.cat, zip(*found)))
 
     @torch.compiler.disable
-    def point_and_tell(self, compressed, placeholder, attention_mask, answer_mask, states) -> torch.Tensor:
+    def point_and_tell(self, compressed, placeholder, attention_mask, answer_mask, words, states) -> torch.Tensor:
         """States float[B, M, D] of prompts, changed where the answer begins by what is pointed to; `compressed.pointed` is
         set. Prompts of one image that a question chose tokens of are looked at, others stay as they are.
 
@@ -218,6 +222,7 @@ class UHRBatPointingMixin:
             placeholder: bool[B, M], where visual tokens stand.
             attention_mask: int[B, M] or None.
             answer_mask: bool[B, M] or None; the question ends where the first answer behind the image begins.
+            words: float[B, M, D], the embeddings of the prompts.
             states: float[B, M, D], the decoder's last ones.
         """
         B, M = placeholder.shape
@@ -242,7 +247,9 @@ class UHRBatPointingMixin:
             seen = self.seen_tokens(compressed, first_idx)
             seen = Seen(seen.tokens.to(own)[None], seen.centres[None], seen.sides[None])
             known = torch.ones(1, len(compressed.pooler_output[first_idx]), dtype=torch.bool, device=own.device)
-            pointing = self.pointer(self.pointer.see(seen.tokens), seen.centres, known, own, own.new_ones(own.shape[:2], dtype=torch.bool))
+            heard = torch.ones_like(own[..., 0], dtype=torch.bool)
+            said = words[row : row + 1, start:end].to(own)
+            pointing = self.pointer(self.pointer.see(seen.tokens), seen.centres, known, own, said, heard)
             scores = pointing.scores[0].detach().float()
             chosen = count_points(scores, Seen(None, seen.centres[0], seen.sides[0]), self.pointer.settings.threshold)
             compressed.pointed[first_idx] = torch.zeros_like(scores).index_copy(0, chosen, scores[chosen])

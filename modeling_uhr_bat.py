@@ -239,7 +239,7 @@ class UHRBatModel(
         )
         if self.pointer is not None and is_pointed_at(compressed) and not (mm_encoder_outputs or {}).get("told"):
             outputs.last_hidden_state = self.point_and_tell(
-                compressed, mask[..., 0], attention_mask, answer_mask, outputs.last_hidden_state
+                compressed, mask[..., 0], attention_mask, answer_mask, inputs_embeds, outputs.last_hidden_state
             )
         return UHRBatModelOutputWithPast(**outputs, image_outputs=compressed)
 

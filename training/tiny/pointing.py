@@ -52,7 +52,10 @@ NATIVE_TILES = 128
 # An object of fewer pixels of a level is not wanted there; of even fewer it is wrong to be found.
 LEAST_PIXELS, UNSEEN_PIXELS = 1.5, 0.8
 EDGE = (0.9, 1.4)  # of a site, in its own frame: nothing stands between the two
+NEAR_PIXELS = 1.2  # of a level, from the middle of an object to the edge of its token
 NOISE = 0.1  # on visual tokens of length 1 (root mean square)
+TOKENS_ALONE = 3  # scenes for each other one, of which the pointer learns which tokens show an object
+PLACE_WEIGHTS = (1.0, 3.0)  # fewer questions have a second place
 REFUSAL = 3.0  # how far the word for what is not there moves
 ONE_FOR_ALL = ("tokens", "centres", "sides", "shown", "pixels", "object")  # of questions that share tokens
 
@@ -71,6 +74,11 @@ def draw_asked(scene, rng):
 class PointCollator(Collator):
     """Questions whose answers begin with what is pointed to says: numbers stand without a space before them, as their first
     token is the number then."""
+
+    def words(self, question) -> torch.Tensor:
+        """long[M]: the text behind the image, up to the answer."""
+        _, after, labels = self.write(question)
+        return after[: int((labels != IGNORED).nonzero()[0])]
 
     def first_token(self, question) -> int:
         """Id of the first token of the right answer."""
@@ -216,9 +224,11 @@ def label_tokens(scene, side, position, patch_size):
 
     Returns:
         (long[V] index of the largest object whose middle lies in a token, -1 for none; float[V] its size in pixels of the level;
-        float[V, sites], the larger coordinate of a token's centre in the frame of each site, at most 1 inside it).
+        bool[V], whether the middle of one lies near; float[V, sites], the larger coordinate of a token's centre in the frame of each site, at most 1 inside it).
     """
     shown, pixels = np.full(len(side), -1), np.zeros(len(side))
+    offsets = NEAR_PIXELS * np.array([(x, y) for x in (-1, 0, 1) for y in (-1, 0, 1)])
+    near = np.zeros(len(side), bool)
     around = np.zeros((len(side), len(scene.sites)))
     for one in np.unique(side):
         rows = np.flatnonzero(side == one)
@@ -230,10 +240,14 @@ def label_tokens(scene, side, position, patch_size):
         for row in rows:
             if (idx := found.get(int(position[row]))) is not None:
                 shown[row], pixels[row] = idx, scene.objects[idx].size * per_unit
+        # An object at the edge of its token is seen in its neighbour, too: which is no fault.
+        centres = np.array([thing.centre for thing in scene.objects if thing.size * per_unit >= LEAST_PIXELS]).reshape(-1, 2)
+        around_them = (centres[:, None] + offsets / per_unit).reshape(-1, 2).tolist()
+        near[rows] = np.isin(position[rows], tokens_at(scene, around_them, grid))
         points = points_of_tokens(scene, grid, position[rows])
         for idx, site in enumerate(scene.sites):
             around[rows, idx] = np.abs(site.local(points)).max(-1)
-    return shown, pixels, around
+    return shown, pixels, near, around
 
 
 def is_meant(question, thing) -> bool:
@@ -251,34 +265,37 @@ class PointedScene:
 
     Args:
         stored: what `encode_scene` returned.
-        first_tokens: function of a question -> id of the first token of its answer.
+        collator: [`PointCollator`].
     """
 
-    def __init__(self, scene, stored, first_token, patch_size):
+    def __init__(self, scene, stored, collator, patch_size):
         self.scene, self.groups = scene, []
         alone, shared = draw_questions(scene)
         names = [(f"alone.{idx}", [question]) for idx, question in enumerate(alone)] + [("together", shared)]
         for name, questions in names:
             group = {key: stored[f"{name}.{key}"] for key in ("tokens", "states", "length", "side", "position")}
             side, position = group["side"].numpy(), group["position"].numpy()
-            shown, pixels, around = label_tokens(scene, side, position, patch_size)
+            shown, pixels, near, around = label_tokens(scene, side, position, patch_size)
+            words = pad_sequence([collator.words(question).flip(0) for question in questions], True).flip(1)
+            if words.shape != group["states"].shape[:2]:
+                raise ValueError(f"Scene {scene.seed}: the states of {name} are of other questions.")
             meant = [[is_meant(question, thing) for thing in scene.objects] + [False] for question in questions]
             # Of a place: 1 inside, 0 outside, -1 where nothing stands, at its edge.
             inside = np.where(around < EDGE[0], 1, np.where(around < EDGE[1], -1, 0))
             inside = np.concatenate((inside, np.zeros((len(side), 1), int)), axis=1)
             places = [(*question.sites, -1, -1)[:2] for question in questions]
             self.groups.append({
-                "tokens": group["tokens"], "states": group["states"],
+                "tokens": group["tokens"], "states": group["states"], "words": words,
                 "heard": torch.arange(group["states"].shape[1]).flip(0) < group["length"][:, None],
                 "centres": torch.from_numpy((np.stack((position // side, position % side), axis=1) + 0.5) / side[:, None]).float(),
                 "sides": 1 / group["side"].float(),
                 "shown": torch.from_numpy(shown), "pixels": torch.from_numpy(pixels).float(),
-                "object": torch.from_numpy(np.where(pixels >= LEAST_PIXELS, 1, np.where(pixels > UNSEEN_PIXELS, -1, 0))),
+                "object": torch.from_numpy(np.where(pixels >= LEAST_PIXELS, 1, np.where((pixels > UNSEEN_PIXELS) | near, -1, 0))),
                 "meant": torch.from_numpy(np.array(meant)[:, shown]),
                 "there": torch.from_numpy(inside.T[np.array(places)]),  # [Q, 2, V]
                 "second": torch.tensor([len(question.sites) > 1 for question in questions]).float(),
                 "asked": torch.tensor([question.kind != "quadrant" for question in questions]).float(),
-                "answer": torch.tensor([first_token(question) for question in questions]),
+                "answer": torch.tensor([collator.first_token(question) for question in questions]),
                 "questions": questions,
             })  # fmt: skip
 
@@ -293,7 +310,7 @@ def batches_of(scene: PointedScene):
     joined = {}
     for name in ("tokens", "centres", "sides", "shown", "pixels", "object"):
         joined[name] = pad([group[name] for group in alone])
-    for name in ("states", "heard"):
+    for name in ("states", "words", "heard"):
         joined[name] = pad([group[name][0].flip(0) for group in alone]).flip(1)
     joined["meant"] = pad([group["meant"][0] for group in alone])
     joined["there"] = pad([group["there"][0].T for group in alone]).transpose(1, 2)
@@ -306,37 +323,53 @@ def batches_of(scene: PointedScene):
     return joined, one | {"visible": torch.ones(1, len(together["sides"]), dtype=torch.bool)}
 
 
-def point(pointer, batch, noise=0.0):
+def point(model, batch, noise=0.0):
     """(Pointing, Seen, float[B, D] what is told) of a batch."""
+    pointer, words = model.model.pointer, model.get_input_embeddings()(batch["words"])
     tokens, states = batch["tokens"].float(), batch["states"].float()
     tokens = tokens + noise * torch.randn_like(tokens)
     seen, B = Seen(tokens, batch["centres"], batch["sides"]), len(states)
-    pointing = pointer(pointer.see(tokens), seen.centres.expand(B, -1, -1), batch["visible"], states, batch["heard"])
+    pointing = pointer(pointer.see(tokens), seen.centres.expand(B, -1, -1), batch["visible"], states, words, batch["heard"])
     return pointing, seen, pointer.tell(pointing, seen, batch["visible"].expand(B, -1), states[:, -1])
 
 
-def losses(pointer, lm_head, batch, noise=0.0) -> dict[str, torch.Tensor]:
+def loss_of_objects(logits, batch):
+    """Of which tokens show an object, float[B, V] each, for every one that does."""
+    labels, visible = batch["object"].expand(len(logits), -1), batch["visible"]
+    known = visible & (labels >= 0)
+    wrong = F.binary_cross_entropy_with_logits(logits[known], (labels[known] > 0).float(), reduction="sum")
+    return wrong / (labels[known] > 0).sum().clamp_min(1)
+
+
+def losses(model, batch, noise=0.0) -> dict[str, torch.Tensor]:
     """Every factor's loss, and that of the first token of the answer."""
-    pointing, _, told = point(pointer, batch, noise)
+    pointing, _, told = point(model, batch, noise)
     cross = partial(F.binary_cross_entropy_with_logits, reduction="none")
     visible, B = batch["visible"], len(told)
     labels = batch["object"].expand(len(visible), -1)
-    known = visible & (labels >= 0)
-    shown = pointing.object[: len(visible)]
-    found = {"object": cross(shown, labels.clamp_min(0).float())[known].sum() / (known & (labels > 0)).sum().clamp_min(1)}
+    found = {"object": loss_of_objects(pointing.object[: len(visible)], batch)}
     there = batch["there"]
     things = (visible & (labels > 0)).expand(B, -1)
     if things.any():
         found["meant"] = cross(pointing.meant, batch["meant"].float())[things].mean()
     wanted = torch.stack((torch.ones_like(batch["second"]), batch["second"]), dim=1)[..., None] > 0
     known = visible.expand(B, -1)[:, None] & (there >= 0) & wanted
-    by_token = cross(pointing.there, there.clamp_min(0).float())
-    found["there"] = by_token[known].mean()
-    if (known & things[:, None]).any():
-        found["there"] = found["there"] + by_token[known & things[:, None]].mean()
+    weight = torch.tensor(PLACE_WEIGHTS)[:, None].expand_as(there)
+    by_token = weight * cross(pointing.there, there.clamp_min(0).float())
+    for tokens in (known, known & things[:, None]):
+        if tokens.any():
+            found["there"] = found.get("there", 0) + by_token[tokens].sum() / weight[tokens].sum()
+    # Where a place is by what each token shows: most of its tokens are to fit better than any other.
+    inside = (there > 0) & known
+    named = inside.any(-1)
+    if named.any():
+        fits = pointing.fits.masked_fill(~visible[:, None], -torch.inf).log_softmax(-1)
+        missed = -fits.masked_fill(~inside, 0).sum(-1) / inside.sum(-1).clamp_min(1)
+        weight = weight[..., 0][named]
+        found["fits"] = (missed[named] * weight).sum() / weight.sum()
     found["second"] = cross(pointing.second, batch["second"]).mean()
     found["asked"] = cross(pointing.asked, batch["asked"]).mean()
-    found["answer"] = F.cross_entropy(lm_head(batch["states"][:, -1].float() + told), batch["answer"])
+    found["answer"] = F.cross_entropy(model.lm_head(batch["states"][:, -1].float() + told), batch["answer"])
     return found
 
 
@@ -354,9 +387,13 @@ class PointTrainer(ByTheClock, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inner, total = self.accelerator.unwrap_model(model), 0
         for batch in inputs["batches"]:
-            for name, loss in losses(inner.model.pointer, inner.lm_head, batch, NOISE).items():
+            for name, loss in losses(inner, batch, NOISE).items():
                 self.parts[name].append(float(loss.detach()))
                 total = total + loss / len(inputs["batches"])
+        for batch in inputs["tokens"]:
+            tokens = batch["tokens"].float() + NOISE * torch.randn_like(batch["tokens"].float())
+            logits = inner.model.pointer.show(inner.model.pointer.see(tokens))[..., 0]
+            total = total + loss_of_objects(logits, batch) / len(inputs["tokens"])
         return (total, None) if return_outputs else total
 
 
@@ -388,12 +425,12 @@ def main(arguments=None):
     args = read_arguments(parser, arguments)
     processor, model = load_model(args.model, torch.float32, device_map=None)
     kinds = (("fixed", args.scenes, make_scene), ("native", args.native, native_scene))
-    first_token = PointCollator(processor, model.config.grids, None, True).first_token
+    collator = PointCollator(processor, model.config.grids, None, True)
     scenes = []
     for name, number, made in kinds:
         seeds = range(FIRST_SEED, FIRST_SEED + number)
         stored = encode_scenes(args.model, seeds, name == "native", args.encoded / name, args.workers)
-        scenes += [PointedScene(made(seed), stored.pop(seed), first_token, model.config.patch_size) for seed in seeds]
+        scenes += [PointedScene(made(seed), stored.pop(seed), collator, model.config.patch_size) for seed in seeds]
     if args.fresh or model.config.pointer is None:
         start_pointer(model, processor.tokenizer)
     model.requires_grad_(False)
@@ -414,11 +451,17 @@ class PointedScenes(Dataset):
 
     def __getitem__(self, index):
         turn, idx = divmod(index, len(self.scenes))
-        return self.scenes[np.random.default_rng([turn, 13]).permutation(len(self.scenes))[idx]]
+        rng = np.random.default_rng([turn, 13])
+        order, others = rng.permutation(len(self.scenes)), rng.integers(len(self.scenes), size=(len(self.scenes), TOKENS_ALONE))
+        return [self.scenes[one] for one in (order[idx], *others[idx])]
 
     @staticmethod
-    def collate(scenes):
-        return {"batches": [batch for scene in scenes for batch in batches_of(scene)]}
+    def collate(items):
+        """Of every first scene all, of the others the tokens alone."""
+        return {
+            "batches": [batch for first, *_ in items for batch in batches_of(first)],
+            "tokens": [batches_of(scene)[1] for _, *others in items for scene in others],
+        }
 
 
 if __name__ == "__main__":
