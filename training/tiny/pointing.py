@@ -55,6 +55,8 @@ EDGE = (0.9, 1.4)  # of a site, in its own frame: nothing stands between the two
 NEAR_PIXELS = 1.2  # of a level, from the middle of an object to the edge of its token
 NOISE = 0.1  # on visual tokens of length 1 (root mean square)
 TOKENS_ALONE = 3  # scenes for each other one, of which the pointer learns which tokens show an object
+THINNED = 0.7
+EMPTY_TIMES = 4  # tokens that show nothing, for each one that is looked at
 PLACE_WEIGHTS = (1.0, 3.0)  # fewer questions have a second place
 REFUSAL = 3.0  # how far the word for what is not there moves
 ONE_FOR_ALL = ("tokens", "centres", "sides", "shown", "pixels", "object")  # of questions that share tokens
@@ -303,9 +305,14 @@ class PointedScene:
 # ---- Training --------------------------------------------------------------------------------------------------------
 
 
-def batches_of(scene: PointedScene):
-    """The groups of a scene as inputs of a pointer: those asked alone padded to one batch, and those asked together."""
+def batches_of(scene: PointedScene, share_thinned: float = 0.0):
+    """The groups of a scene as inputs of a pointer: those asked alone padded to one batch, and those asked together, a share of
+    which about fewer tokens."""
     *alone, together = scene.groups
+    if torch.rand(()) < share_thinned:
+        kept = thinned(together)
+        axis = {"meant": 1, "there": 2} | dict.fromkeys((*ONE_FOR_ALL,), 0)
+        together = together | {name: together[name].index_select(at, kept) for name, at in axis.items()}
     pad = partial(pad_sequence, batch_first=True)
     joined = {}
     for name in ("tokens", "centres", "sides", "shown", "pixels", "object"):
@@ -323,6 +330,23 @@ def batches_of(scene: PointedScene):
     return joined, one | {"visible": torch.ones(1, len(together["sides"]), dtype=torch.bool)}
 
 
+def thinned(group):
+    """long[V']: of the tokens of a group all that show an object or lie at a site, and a part of the others."""
+    empty = (group["object"] == 0) & (group["there"] <= 0).all(1).all(0)
+    return (~empty | (torch.rand(len(empty)) < 1 / EMPTY_TIMES)).nonzero()[:, 0]
+
+
+def tokens_of(groups):
+    """(bfloat16[N, D], long[N] labels) of the tokens of some groups, of those without an object one of EMPTY_TIMES."""
+    if not groups:
+        return None
+    found = []
+    for group in groups:
+        kept = (group["object"] != 0) | (torch.rand(len(group["object"])) < 1 / EMPTY_TIMES)
+        found.append((group["tokens"][kept], group["object"][kept]))
+    return tuple(map(torch.cat, zip(*found)))
+
+
 def point(model, batch, noise=0.0):
     """(Pointing, Seen, float[B, D] what is told) of a batch."""
     pointer, words = model.model.pointer, model.get_input_embeddings()(batch["words"])
@@ -333,12 +357,12 @@ def point(model, batch, noise=0.0):
     return pointing, seen, pointer.tell(pointing, seen, batch["visible"].expand(B, -1), states[:, -1])
 
 
-def loss_of_objects(logits, batch):
-    """Of which tokens show an object, float[B, V] each, for every one that does."""
-    labels, visible = batch["object"].expand(len(logits), -1), batch["visible"]
-    known = visible & (labels >= 0)
-    wrong = F.binary_cross_entropy_with_logits(logits[known], (labels[known] > 0).float(), reduction="sum")
-    return wrong / (labels[known] > 0).sum().clamp_min(1)
+def loss_of_objects(logits, labels, times=1.0):
+    """Of which tokens show an object, float[N] and long[N], -1 where that is not known, for every one that does; tokens that show
+    none stand for so many."""
+    known = labels >= 0
+    wrong = F.binary_cross_entropy_with_logits(logits[known], (labels[known] > 0).float(), reduction="none")
+    return torch.where(labels[known] > 0, wrong, times * wrong).sum() / (labels > 0).sum().clamp_min(1)
 
 
 def losses(model, batch, noise=0.0) -> dict[str, torch.Tensor]:
@@ -347,7 +371,9 @@ def losses(model, batch, noise=0.0) -> dict[str, torch.Tensor]:
     cross = partial(F.binary_cross_entropy_with_logits, reduction="none")
     visible, B = batch["visible"], len(told)
     labels = batch["object"].expand(len(visible), -1)
-    found = {"object": loss_of_objects(pointing.object[: len(visible)], batch)}
+    found = {}
+    if len(visible) > 1:  # of tokens that are asked about together, others are looked at
+        found["object"] = loss_of_objects(pointing.object[visible], labels[visible])
     there = batch["there"]
     things = (visible & (labels > 0)).expand(B, -1)
     if things.any():
@@ -390,10 +416,11 @@ class PointTrainer(ByTheClock, Trainer):
             for name, loss in losses(inner, batch, NOISE).items():
                 self.parts[name].append(float(loss.detach()))
                 total = total + loss / len(inputs["batches"])
-        for batch in inputs["tokens"]:
-            tokens = batch["tokens"].float() + NOISE * torch.randn_like(batch["tokens"].float())
+        if inputs["tokens"] is not None:
+            tokens, labels = inputs["tokens"]
+            tokens = tokens.float() + NOISE * torch.randn(tokens.shape)
             logits = inner.model.pointer.show(inner.model.pointer.see(tokens))[..., 0]
-            total = total + loss_of_objects(logits, batch) / len(inputs["tokens"])
+            total = total + loss_of_objects(logits, labels, EMPTY_TIMES)
         return (total, None) if return_outputs else total
 
 
@@ -459,8 +486,8 @@ class PointedScenes(Dataset):
     def collate(items):
         """Of every first scene all, of the others the tokens alone."""
         return {
-            "batches": [batch for first, *_ in items for batch in batches_of(first)],
-            "tokens": [batches_of(scene)[1] for _, *others in items for scene in others],
+            "batches": [batch for first, *_ in items for batch in batches_of(first, THINNED)],
+            "tokens": tokens_of([scene.groups[-1] for _, *others in items for scene in others]),
         }
 
 
