@@ -29,6 +29,7 @@ MAP_SIDE = 48  # cells of the map on which places are found, over the square tha
 BLURS = (1.0, 2.5)  # cells, standard deviations with which the map is smoothed
 MOST_COUNTED = 9  # what is more is said by the decoder alone
 LEAST_TRUST = 0.02
+TOLD_FACTS = 3 * (MOST_COUNTED + 1) + 3 + 6  # numbers of all and of either place, which is more, how sure that is
 
 
 class Seen(NamedTuple):
@@ -93,8 +94,7 @@ class UHRBatPointer(nn.Module):
         self.mean, self.ask = nn.Linear(2 * D, K + 1), nn.Linear(D, 1)
         self.near_1 = nn.Linear(2 + 2 * len(BLURS), K)
         self.near_2 = nn.Linear(K, 1)
-        counted = 3 * (MOST_COUNTED + 1)
-        self.tell_1 = nn.Linear(counted + 3 + 6 + K + 3 * D, H)
+        self.tell_1 = nn.Linear(TOLD_FACTS + K + 3 * D, H)
         self.tell_2 = nn.Linear(H, D)
 
     def see(self, tokens) -> torch.Tensor:

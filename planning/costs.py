@@ -14,6 +14,7 @@ from ..budgets_uhr_bat import bounds_of_regions, count_tokens, first_with_tokens
 from ..geometry_uhr_bat import shown_patches
 from ..image_pyramids_uhr_bat import ImagePyramid, UnreadImage, split_tiles
 from ..image_reading_uhr_bat import HELD_PIXELS
+from ..modeling_pointing_uhr_bat import BLURS, MAP_SIDE, TOLD_FACTS
 from ..token_clustering_uhr_bat import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS
 
 # Text tokens of a prompt before and after the image (the chat template with a question of a dozen words), and those of
@@ -233,9 +234,21 @@ def kmeans_flops(config, sizes, regions) -> int:
     return sum(config.kmeans_iterations * 2 * N * (D + 2) * R for N, R in zip(sizes, regions))
 
 
+def pointer_flops(config, N, num_text) -> int:
+    """Of a pointer that reads N visual tokens and the text behind them (`modeling_pointing_uhr_bat.py`)."""
+    D, H, K = config.text_config.hidden_size, config.pointing.hidden, config.pointing.width
+    of_token = D * H + H * H + 2 * H + 2 * H * K  # seen; object and trust; ground and kind
+    of_token += K + 2 * K + 2 * (2 + 2 * len(BLURS) + 1) * K  # meant, fitting, near either place
+    of_text = 2 * 2 * D * 3  # heard and gathered
+    of_question = 2 * 2 * D * K + 3 * D + 2 * D * (K + 1) + D  # places, second, meant, asked
+    told = (TOLD_FACTS + K + 3 * D) * H + H * D
+    on_map = len(BLURS) * 2 * 3 * MAP_SIDE**3
+    return 2 * (N * of_token + num_text * of_text + of_question + told + on_map)
+
+
 def question_flops(config, question: Question, calls=None) -> dict[str, int]:
-    """{stage: FLOPs} of a question: "encode", "importance", "regions", "prefill", "answer"; "refinement" where there is
-    one.
+    """{stage: FLOPs} of a question: "encode", "importance", "regions", "prefill", "answer"; "refinement" and "pointing"
+    where there is one.
 
     Args:
         calls: what the model's calls cost, [`counting.HostCosts`] of a host; None for UHR-BAT's own formulas.
@@ -252,12 +265,13 @@ def question_flops(config, question: Question, calls=None) -> dict[str, int]:
         ),
         "regions": kmeans_flops(config, question.available, region_counts(config, question)),
         "prefill": calls.pass_flops(question.prompt),
+        "pointing": calls.pointing_flops(sum(question.counts), question.text_after),
         "answer": sum(calls.step_flops(question.prompt + step) for step in steps),
     }
     # Where the question looks its tiles are its own.
     encoded = at_once if question.max_tiles is not None else question.num_images
     flops = {stage: number * (encoded if stage == "encode" else at_once) for stage, number in flops.items()}
-    return {stage: number for stage, number in flops.items() if number or stage != "refinement"}
+    return {stage: number for stage, number in flops.items() if number or stage not in ("refinement", "pointing")}
 
 
 # ---- Bytes -----------------------------------------------------------------------------------------------------------
@@ -296,6 +310,9 @@ class Formulas:
 
     def pass_flops(self, M):
         return decoder_flops(self.config, M) + head_flops(self.config, 1)
+
+    def pointing_flops(self, num_tokens, num_text):
+        return pointer_flops(self.config, num_tokens, num_text) if self.config.pointer is not None else 0
 
     def step_flops(self, num_cached):
         return decoder_flops(self.config, 1, num_cached) + head_flops(self.config, 1)

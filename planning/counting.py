@@ -165,6 +165,9 @@ class HostCosts:
     def pass_flops(self, M):
         return self.passes(M) + -M % CHUNK * self.padding
 
+    def pointing_flops(self, num_tokens, num_text):
+        return 0
+
     def step_flops(self, num_cached):
         return self.rest + sum(number * curve(min(num_cached + 1, most)) for curve, most, number in self.steps)
 
