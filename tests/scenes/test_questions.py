@@ -6,8 +6,16 @@ from collections import Counter, defaultdict
 import numpy as np
 import pytest
 
-from uhr_bat.scenes.layout import make_scene
-from uhr_bat.scenes.questions import FREQUENCIES, KINDS, TEMPLATES, draw_question, make_question
+from uhr_bat.scenes.layout import OBJECTS, PAINTS, SITES, make_scene
+from uhr_bat.scenes.questions import (
+    ABSENT,
+    FREQUENCIES,
+    KINDS,
+    TEMPLATES,
+    draw_question,
+    make_absent_question,
+    make_question,
+)
 
 CHANCE = {"colour": 1 / 6, "type": 1 / 4, "yes/no": 1 / 2, "count": 1 / 5, "quadrant": 1 / 4, "comparison": 1 / 2}
 
@@ -137,3 +145,21 @@ def test_an_empty_site_is_not_asked_about_its_objects(layouts, kind):
     empty = [(scene, site) for scene in layouts for site, things in enumerate(scene.objects_of) if not things]
     assert len(empty) > len(layouts) / 6
     assert all(make_question(scene, kind, site, rng=rng) is None for scene, site in empty)
+
+
+def test_what_is_asked_about_and_absent_is_not_there(layouts):
+    rng, found = np.random.default_rng(4), Counter()
+    for scene in layouts:
+        for _ in range(6):
+            question = make_absent_question(scene, rng=rng)
+            assert question.answer == ABSENT and not question.objects
+            kinds = [site.kind for site in scene.sites]
+            site = next(one for one in SITES if f"the {one}" in question.text)
+            found[bool(question.sites)] += 1
+            if not question.sites:
+                assert site not in kinds
+                continue
+            assert kinds.index(site) == question.sites[0]
+            (word,) = (word for word in question.words if word in (*OBJECTS, *PAINTS))
+            assert not any(word in (thing.kind, thing.colour) for thing in things_at(scene, site))
+    assert min(found.values()) > 10
