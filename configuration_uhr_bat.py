@@ -255,6 +255,9 @@ class UHRBatConfig(PreTrainedConfig):
     # Where the tokens of all scales compete for one budget, the part of it that only the anchor's may have: a model that was
     # not trained on chosen tokens needs the whole scene around them.
     anchor_share: float | int = 0.0
+    # Of an image's own levels, weight of the importance of tokens whose place is encoded at the next level, too, from the third
+    # level on. UHR-BAT-Tiny has 0.1: of an object of few pixels the finest token counts.
+    superseded_weight: float | int = 1.0
     # Eq. 9 keeps a_i >= mean; the released code keeps a_i > mean.
     threshold: Literal["ge", "gt"] = "ge"
     # Whether every region is guaranteed a token. Eq. 12 alone does not: early regions can fill the budget.
@@ -393,6 +396,8 @@ class UHRBatConfig(PreTrainedConfig):
                 raise ValueError(f"`{name}` is a number that is not negative. Got {getattr(self, name)}.")
         if not 0 <= self.anchor_share <= 1:
             raise ValueError(f"`anchor_share` is a part of the budget, from 0 to 1. Got {self.anchor_share}.")
+        if not 0 < self.superseded_weight <= 1:
+            raise ValueError(f"`superseded_weight` is above 0, 1 at most. Got {self.superseded_weight}.")
         if self.projector_hidden_act not in ACT2FN:
             raise ValueError(
                 f"`projector_hidden_act` is no function of the library. Got {self.projector_hidden_act!r}."

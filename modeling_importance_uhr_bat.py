@@ -16,6 +16,8 @@ from .modeling_outputs_uhr_bat import Places, UHRBatImageFeatures
 from .modeling_seam_uhr_bat import VisionLanguageModel
 from .token_rules_uhr_bat import look_up
 
+FIRST_SUPERSEDED = 2  # level; those before it show where a question looks
+
 
 class UHRBatImportanceMixin:
     """For a [`VisionLanguageModel`] with `encode_level`."""
@@ -136,6 +138,8 @@ class UHRBatImportanceMixin:
             maps.append(prior)
         if zooms:
             tokens, positions = map(list, zip(*levels))
+            if rules.superseded_weight != 1:
+                maps = weigh_superseded(maps, positions, grids, image.pyramid.patches_per_side, rules.superseded_weight)
             image = UHRBatImageFeatures(
                 image.anchor_tokens, image.anchor_positions, tokens, positions, image.scales, image.grids
             )
@@ -155,3 +159,17 @@ class UHRBatImportanceMixin:
         scores = found.view(places.shape).nan_to_num(0).sum(1)
         num_shown = pyramid.num_shown(level_idx) if len(candidates) < number else None
         return best_tiles(scores, candidates, number, num_shown)
+
+
+def weigh_superseded(maps, positions, grids, patches_per_side, weight) -> list[torch.Tensor]:
+    """The importance float[V_s] of every level, times `weight` from the third one on where a tile of the next level is encoded: what
+    that tile shows of a place, this level shows worse."""
+    weighed = list(maps)
+    for idx in range(FIRST_SUPERSEDED, len(grids) - 1):
+        (height, width), (finer_height, finer_width) = grids[idx], grids[idx + 1]
+        tiles = tile_of(positions[idx + 1], finer_width, patches_per_side)[0]
+        rows = (2 * (positions[idx] // width) + 1) * finer_height // (2 * height)
+        columns = (2 * (positions[idx] % width) + 1) * finer_width // (2 * width)
+        own = tile_of(rows * finer_width + columns, finer_width, patches_per_side)[0]
+        weighed[idx] = torch.where(torch.isin(own, tiles), weight * maps[idx], maps[idx])
+    return weighed

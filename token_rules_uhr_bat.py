@@ -44,6 +44,7 @@ class CompressionRules:
     refinement: list[int]
     refinement_layers: list[int]
     anchor_share: float
+    superseded_weight: float
     region_method: str
     num_regions: int | None
     kmeans_iterations: int
