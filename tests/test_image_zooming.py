@@ -10,6 +10,7 @@ import torch
 from images import raises, random_image
 from small import BUDGETS, IMAGE, count_tiles, pad_left, prompt, small_model
 from uhr_bat.image_pyramids_uhr_bat import ImagePyramid, best_tiles, least_tokens, overlapping_tiles, split_tiles
+from uhr_bat.modeling_importance_uhr_bat import weigh_superseded
 from uhr_bat.modeling_outputs_uhr_bat import TileCache
 
 NATIVE = {"selector": "distinct", "refinement": [3, 5], "refinement_layers": [1, 1]}
@@ -208,3 +209,16 @@ def test_a_pyramid_without_a_limit_or_with_other_tiles_is_refused(image):
     other = ImagePyramid(image, [16], tile_size=16, patch_size=4, max_tiles=3)
     with pytest.raises(ValueError, match="has tiles of 16 px with patches of 4 px, but the model's have 8 and 4 px"):
         model.encode_image(image_pyramids=[other])
+
+
+def test_what_is_encoded_closer_weighs_less_from_the_third_level_on():
+    grids = [(2, 2), (4, 4), (8, 8), (16, 16), (32, 32)]
+    positions = [torch.arange(side * side) for side, _ in grids]
+    positions[3] = torch.tensor([row * 16 + column for row in range(4) for column in range(2, 6)])  # of two tiles
+    positions[4] = torch.tensor([5 * 32 + 6])
+    maps = [torch.ones(len(one)) for one in positions]
+    found = weigh_superseded(maps, positions, grids, 2, 0.25)
+    assert all(torch.equal(*pair) for pair in zip(found[:2], maps)) and torch.equal(found[4], maps[4])
+    below = (found[2] == 0.25).nonzero()[:, 0].tolist()
+    assert below == [row * 8 + column for row in range(2) for column in range(1, 3)]
+    assert found[3].tolist() == [0.25 if place == 2 * 16 + 3 else 1 for place in positions[3].tolist()]
