@@ -22,6 +22,7 @@ VERBS = {
     "compare": ("evaluation.compare_runs", "two runs of a benchmark, sample by sample"),
     "evidence": ("evaluation.evidence", "accuracy and evidence kept, against visual tokens"),
     "evidence native": ("evaluation.native", "the same for objects of a few native pixels, coarse to fine"),
+    "evidence points": ("evaluation.points", "what answers point to, what they refuse, and how sure they are"),
     "evidence hosted": ("evaluation.hosted", "a model of another family: plain, with tiling, and by UHR-BAT's rules"),
     "evidence looks": ("evaluation.looks", "looks until evidence is in sight, guided by `uhr-bat mcp`'s where"),
     "evidence dates": ("evaluation.dates", "what is answered and kept of two dates, compared and each by itself"),

@@ -147,17 +147,26 @@ def generate(model, inputs, compressed=None, **generation) -> torch.Tensor:
 
 
 @torch.no_grad()
-def generate_surely(model, inputs, compressed=None, **generation) -> tuple[torch.Tensor, list[float]]:
-    """What `generate` returns, the best token every time, and how sure the model is of each answer (`confidence_of`)."""
+def generate_logits(model, inputs, compressed=None, **generation) -> tuple[torch.Tensor, list[torch.Tensor]]:
+    """What `generate` returns, the best token every time, and of each answer float[said, W], the logits of all words for its tokens,
+    without the one that ends it."""
     options = {"return_dict_in_generate": True, "output_logits": True, "do_sample": False, "num_beams": 1}
     output = model.generate(**_with_images(model, inputs, compressed), **generation | options)
-    ids = output.sequences[:, -len(output.logits) :]
-    logs = torch.cat(
-        [row.float().log_softmax(-1).gather(1, one[:, None]) for row, one in zip(output.logits, ids.T)], dim=1
-    )
+    ids, logits = output.sequences[:, -len(output.logits) :], torch.stack(output.logits, dim=1)
     end_ids = model.generation_config.eos_token_id
     said = torch.isin(ids, torch.as_tensor([] if end_ids is None else end_ids).to(ids)).cumsum(1) == 0
-    return ids, [confidence_of(own[of_text].tolist()) for own, of_text in zip(logs, said)]
+    return ids, [own[of_text].float() for own, of_text in zip(logits, said)]
+
+
+def generate_surely(model, inputs, compressed=None, **generation) -> tuple[torch.Tensor, list[float]]:
+    """What `generate` returns, the best token every time, and how sure the model is of each answer (`confidence_of`)."""
+    ids, logits = generate_logits(model, inputs, compressed, **generation)
+    return ids, [confidence_of(logprobs_of(own, said)) for own, said in zip(logits, ids)]
+
+
+def logprobs_of(logits, ids, temperature: float = 1.0) -> list[float]:
+    """Natural logarithms of the probabilities of the first tokens of ids long[new], by their logits float[said, W]."""
+    return (logits / temperature).log_softmax(-1).gather(1, ids[: len(logits), None])[:, 0].tolist()
 
 
 def confidence_of(logprobs: Sequence[float]) -> float:

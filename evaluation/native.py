@@ -36,13 +36,18 @@ intervals of a bootstrap over scenes; differences are paired by question. Kept: 
 a token of its own, unmerged, at one of the two finest scales or levels."""
 
 
+def zoomed_row(fraction: float, tiles: int) -> Row:
+    """Coarse to fine, with the rules of `REFINED` and a fraction of the fixed scales' tokens."""
+    return Row(ZOOM, 100 * fraction, partial(counts_of_fraction, fraction), RULES[REFINED][0], ZOOM, ("native", tiles))
+
+
 def rows_of(fractions, tiles, focus=None) -> list[Row]:
     """From all tokens of the fixed scales, and at every fraction by the paper's rule, by ours, and coarse to fine."""
     rows = [ALL_TOKENS]
     for fraction in fractions:
         counts, x = partial(counts_of_fraction, fraction), 100 * fraction
         rows += [row_of(PAPER, fraction), row_of(REFINED, fraction)]
-        rows.append(Row(ZOOM, x, counts, RULES[REFINED][0], ZOOM, ("native", tiles)))
+        rows.append(zoomed_row(fraction, tiles))
         if focus:
             rows.append(Row(FOCUS, x, counts, None, FOCUS, ("descended",)))
     return rows

@@ -612,16 +612,16 @@ def _start_process(*start):
         _worker["failed"] = error
 
 
-def _measure(suite, prompt, rows, counted, group):
+def _measure(suite, prompt, rows, counted, record, group):
     if "failed" in _worker:
         raise _worker["failed"]
     rows = rows(_worker["pair"]) if callable(rows) else rows
     own = {name: _worker.get(name) for name in ("focus", "variants", "plain")}
-    return records_of(_worker["pair"], SUITES[suite], prompt, rows, group, count=group[0].id == counted, **own)
+    return record(_worker["pair"], SUITES[suite], prompt, rows, group, count=group[0].id == counted, **own)
 
 
 def ask_rows(
-    folder, jobs, workers=1, focus=None, changes=None, dtype=torch.float32, run=None, count=False
+    folder, jobs, workers=1, focus=None, changes=None, dtype=torch.float32, run=None, count=False, record=records_of
 ) -> dict[str, tuple[list[dict], list[dict]]]:
     """(records, errors) by suite; several workers are processes of one thread each.
 
@@ -632,6 +632,7 @@ def ask_rows(
         dtype: of its weights.
         run: [`Kept`] to go on with.
         count: whether the first sample of each suite has the FLOPs of every row.
+        record: what asks about an image, as `records_of` does.
     """
     start = folder, focus, 1 if workers > 1 else torch.get_num_threads(), changes or {}, dtype
     pool = ProcessPoolExecutor(workers, get_context("spawn"), _start_process, start) if workers > 1 else None
@@ -641,7 +642,7 @@ def ask_rows(
     try:
         for name, (samples, rows) in jobs.items():
             counted = samples[0].id if count and samples else None
-            measure = partial(_measure, name, next(iter(SUITES[name].prompts)), rows, counted)
+            measure = partial(_measure, name, next(iter(SUITES[name].prompts)), rows, counted, record)
             found[name] = measure_groups(samples, measure, f"Asking {name}", pool, run and (name, run))
             if not found[name][0]:
                 raise ValueError(f"No image could be asked about. The first failure: {found[name][1][0]['error']}")

@@ -129,6 +129,7 @@ COMMANDS = {
     "scene": ["--output", "{blocked}/a.png"],
     "evidence": ["--output", "{blocked}"],
     "evidence native": ["--output", "{blocked}"],
+    "evidence points": ["--output", "{blocked}"],
     "evidence hosted": ["--output", "{blocked}"],
     "evaluate": ["scenes", "--output", "{blocked}"],
     "calibrate": ["--output", "{blocked}"],
