@@ -95,8 +95,9 @@ class RegionFocus:
         separator_token_id: of the token between thumbnail and level, ":" of the tokenizers of Qwen2.
         newline_votes: as the released code: the newline at the end of each row counts among the tokens, is always chosen, and
             pulls the last tile of its row.
-        mask_mode: "additive": what was not encoded is not there. "upstream", as the released code: it is, as zeros, and takes
-            its share of the attention when that is read.
+        mask_mode: "additive": what was not encoded is not there, but its place in the sequence stays empty. "upstream", as the
+            released code: it is there, as zeros, and takes its share of the attention when that is read. "packed": it leaves no
+            place, as deep levels have far more places than a decoder knows positions.
     """
 
     layers: tuple[int, ...]
@@ -106,7 +107,7 @@ class RegionFocus:
     max_levels: int | None = None
     separator_token_id: int = 25
     newline_votes: bool = False
-    mask_mode: Literal["additive", "upstream"] = "additive"
+    mask_mode: Literal["additive", "upstream", "packed"] = "additive"
 
     def check(self, num_layers: int, vocab_size: int):
         """Raises `ValueError` for what cannot be."""
@@ -120,8 +121,8 @@ class RegionFocus:
                 raise ValueError(f"`{name}` must be at least 1, or None for no limit. Got {getattr(self, name)}.")
         if not 0 <= self.separator_token_id < vocab_size:
             raise ValueError(f"`separator_token_id` is {self.separator_token_id}, but there are {vocab_size} tokens.")
-        if self.mask_mode not in ("additive", "upstream"):
-            raise ValueError(f"`mask_mode` is 'additive' or 'upstream'. Got {self.mask_mode!r}.")
+        if self.mask_mode not in ("additive", "upstream", "packed"):
+            raise ValueError(f"`mask_mode` is 'additive', 'upstream' or 'packed'. Got {self.mask_mode!r}.")
 
 
 SELECTOR_NAMES = ("preserve_and_merge", "distinct", "top_k", "uniform")

@@ -158,10 +158,12 @@ class UHRBatRegionFocusMixin:
             (logits,) = self.read_layers(layers, sequence, last_token_logits, attention_mask=mask)
             logits = logits[:, len(before) : len(before) + num_places].float() + (1 - there)
             return logits.softmax(-1).mean(0)[places]
-        # What is not there has left its place: positions are those of the whole level.
-        start = torch.arange(len(before), device=places.device)
-        stop = len(before) + num_places + torch.arange(len(after), device=places.device)
-        position_ids = torch.cat((start, len(before) + places, stop))[None]
+        position_ids = None
+        if self.config.focus.mask_mode == "additive":
+            # What is not there has left its place: positions are those of the whole level.
+            start = torch.arange(len(before), device=places.device)
+            stop = len(before) + num_places + torch.arange(len(after), device=places.device)
+            position_ids = torch.cat((start, len(before) + places, stop))[None]
         sequence = torch.cat((before, found.tokens.to(before), after))[None]
         (logits,) = self.read_layers(layers, sequence, last_token_logits, position_ids=position_ids)
         return logits[:, len(before) : len(before) + len(places)].float().softmax(-1).mean(0)

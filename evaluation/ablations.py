@@ -4,7 +4,8 @@
 
 NAME is one of table-4 (tokens, FLOPs, memory, seconds; for the 7B model by formula), figure-3-clusters, figure-3-tokens, table-5 (tokens and image
 resolution), table-6, which is figure 4 (the budget of one scale, 0 and decreasing ones too), table-7 (k), table-8
-(regions), keep-rules. Every row is asked the same questions; accuracy has 95 % of a bootstrap over images, differences
+(regions), keep-rules; of a model with LRS-VQA's module focus-pruning (the module against chance and likeness to the thumbnail),
+focus-alpha and focus-n-max. Every row is asked the same questions; accuracy has 95 % of a bootstrap over images, differences
 from the first row are paired. Writes NAME.json, NAME.md and NAME.png.
 
 Budgets are those of the paper as fractions of all 131,328 tokens of its geometry, so that a model of another geometry
@@ -36,10 +37,12 @@ from .reports import finish, plot, report, summarise
 from .rows import (
     PAPER,
     PROPORTIONS,
+    PRUNED_BY,
     RULES,
     Row,
     Views,
     choose,
+    count_flops,
     measure_groups,
     records_of,
     row_of,
@@ -118,6 +121,28 @@ def keep_rows(config):
     ]
 
 
+def focus_row(name, x, line="", pruned_by="module", **changes):
+    return Row(name, x, lambda available: None, None, line, ("descended", pruned_by, tuple(changes.items())))
+
+
+def pruning_rows(config):
+    """By whom the tokens are chosen, at several shares of each level."""
+    return [
+        focus_row(f"{by}, {share:g}", share, by, by, alpha_select=share, alpha_keep=share)
+        for by in PRUNED_BY
+        for share in (0.05, 0.1, 0.25)
+    ]
+
+
+def alpha_rows(config):
+    shares = (0.02, 0.05, 0.1, 0.25, 0.5)
+    return [focus_row(f"alpha {one:g}", one, alpha_select=one, alpha_keep=one) for one in shares]
+
+
+def n_max_rows(config):
+    return [focus_row(f"N_max {number}", number, n_max=number) for number in (10, 20, 40, 80, 160)]
+
+
 def default_budgets(config) -> list[int]:
     """The configuration's budgets; one number for all scales is shared in the paper's proportions."""
     if is_one_budget(config.budgets):
@@ -136,6 +161,9 @@ ABLATIONS = {
     "table-7": (lambda config: clusters_rows(config, (10, 50, 120, 240, 360, 480, 600, 720, 1000)), "k"),
     "table-8": (region_rows, "kept tokens of 131, thousands"),
     "keep-rules": (keep_rows, "visual tokens, % of all"),
+    "focus-pruning": (pruning_rows, "share of a level's tokens"),
+    "focus-alpha": (alpha_rows, "share of a level's tokens"),
+    "focus-n-max": (n_max_rows, "tiles of a level at most"),
 }
 
 
@@ -147,6 +175,9 @@ def flops_of(pair, suite, prompt, rows, sample, options) -> dict[str, float]:
     from torch.utils.flop_counter import FlopCounterMode
 
     image = pair[0].image_processor.process_image(suite.open(sample.pictures[0]), **options)
+    if rows[0].view[0] == "descended":  # tiles are encoded where a question looks
+        found = count_flops(pair, image, rows, suite.prompts[prompt](sample), suite.max_new_tokens)
+        return {row.name: flops for row, flops in zip(rows, found)}
     views, question, limit, found = Views(pair, image), suite.prompts[prompt](sample), suite.max_new_tokens, {}
     with FlopCounterMode(display=False) as counter:
         views.seen()
@@ -207,6 +238,8 @@ def measure(args) -> dict:
     pair = load_model(args.model, **args.set)
     model = pair[1].eval()
     make_rows, axis = ABLATIONS[args.name]
+    if args.name.startswith("focus") and model.config.region_focus is None:
+        raise ValueError(f"{args.model} has no region focus module (`uhr-bat tiny focus`).")
     rows, options, flops = make_rows(model.config), image_options(args), {}
 
     def ask(group):

@@ -57,7 +57,8 @@ class Row:
 
     Attributes:
         name: of the row; `x`: where it stands on the axis of a plot, `line`: on which line; none: across the plot.
-        counts: int[S], tokens that every scale has -> int[S], those that it spends, or int[1], those of all scales.
+        counts: int[S], tokens that every scale has -> int[S], those that it spends, or int[1], those of all scales; None of
+            LRS-VQA's mode: its share of the last level.
         rules: other values for fields of the configuration, see `compress`.
         view: name and settings of the way in which the image is encoded, see `WAYS`; "plain": a host by itself is asked.
         settings: of a host that are others than those of the run, as `--set` has them.
@@ -260,10 +261,43 @@ def native(views: Views, max_tiles: int) -> Seen:
     return views.encode(available=views.available, options={"max_tiles": max_tiles, "native": True})
 
 
-def descended(views: Views) -> Seen:
-    """The image as LRS-VQA's module descends it."""
-    options = {"dynamic_pyramid": True}
-    return views.encode(pair=views.focus, available=views.available, options=options, letterboxed=False)
+def descended(views: Views, pruned_by: str = "module", changes: tuple = ()) -> Seen:
+    """The image as LRS-VQA's system descends it.
+
+    Args:
+        pruned_by: one of `PRUNED_BY`, whose scores take the place of the module's.
+        changes: (name, value) of fields of `region_focus`.
+    """
+    if pruned_by != "module" or changes:  # of the same tiles
+        seen = views.seen(("descended",))
+        return seen._replace(model=focus_variant(seen.model, PRUNED_BY[pruned_by], dict(changes)))
+    pair, options = views.focus or views.pair, {"dynamic_pyramid": True}
+    return views.encode(pair=pair, available=views.available, options=options, letterboxed=False)
+
+
+def at_random(before, after, found):
+    """What `focus_scores` returns, by the tokens' number alone."""
+    return torch.rand(len(found.places), generator=torch.Generator().manual_seed(len(found.places))).to(before.device)
+
+
+def like_the_thumbnail(num_tokens, before, after, found):
+    """By how alike a token and the mean of the thumbnail's are, whose `num_tokens` stand before the separator."""
+    thumbnail = before[-1 - num_tokens : -1].float().mean(0)
+    return 1 + torch.cosine_similarity(found.tokens.float(), thumbnail[None], dim=-1)
+
+
+PRUNED_BY = {"module": None, "random": at_random, "thumbnail": like_the_thumbnail}
+
+
+def focus_variant(model, scores, changes):
+    """The same weights with other scores of a level's tokens, and other fields of `region_focus`."""
+    variant = copy.deepcopy(model, {id(one): one for one in model.parameters()})
+    variant.config.region_focus = {**variant.config.region_focus, **changes}
+    if scores is like_the_thumbnail:
+        scores = partial(scores, (model.config.tile_size // model.config.patch_size) ** 2)
+    if scores is not None:
+        variant.model.focus_scores = scores
+    return variant.eval()
 
 
 def downsampled(views: Views, fraction: float) -> Seen:
@@ -375,7 +409,7 @@ def choose(views: Views, row: Row, question: str):
         warnings.warn(bare, stacklevel=2)
     prompt = asking.write_prompt(seen.processor, question).to(seen.model.device)
     counts = row.counts(seen.available)
-    spend = {"token_counts": [counts]} if seen.letterboxed else {"budgets": sum(counts)}
+    spend = {"token_counts": [counts]} if seen.letterboxed else {} if counts is None else {"budgets": sum(counts)}
     inputs, rules = prompt | {"image_features": [seen.features]} | spend, rules_for(seen.model, row.rules)
     blind = hasattr(seen.model, "host") and (rules or {}).get("selector") == "uniform"
     with unlooked(seen.model) if blind else nullcontext():

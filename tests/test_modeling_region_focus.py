@@ -126,6 +126,17 @@ def test_what_is_not_there_has_no_part_in_the_attention_or_as_upstream_a_part_of
     torch.testing.assert_close(model.model.focus_scores(head, tail, found), expected, rtol=1e-4, atol=1e-6)
 
 
+@torch.no_grad()
+def test_what_is_not_there_leaves_no_place_where_levels_are_packed():
+    model, pyramid = focus_model(mask_mode="packed"), picture()
+    features = model.encode_image(image_pyramids=[pyramid])[0]
+    head, tail = head_and_tail(model, features)
+    found = model.model.level_tokens(features, 2, [0, 5, 9])
+    logits = plain_attention(model, torch.cat((head, found.tokens, tail))[None])
+    expected = logits[:, len(head) : len(head) + len(found.tokens)].softmax(-1).mean(0)
+    torch.testing.assert_close(model.model.focus_scores(head, tail, found), expected, rtol=1e-4, atol=1e-6)
+
+
 # ---- From tokens to tiles -------------------------------------------------------------------------------------------
 
 
@@ -287,7 +298,7 @@ def test_what_does_not_fit_is_refused():
         ({"layers": [0, 9]}, "decoder layers, 0 to 2"),
         ({"alpha_keep": 0}, "a share above 0"),
         ({"n_max": 0}, "at least 1, or None"),
-        ({"mask_mode": "none"}, "'additive' or 'upstream'"),
+        ({"mask_mode": "none"}, "'additive', 'upstream' or 'packed'"),
         ({"shape": 3}, "has no shape"),
     ):
         with pytest.raises(Exception, match=message):

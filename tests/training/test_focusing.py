@@ -8,7 +8,9 @@ from torch.utils.data import DataLoader
 from uhr_bat.common.asking import prompt_text
 from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.modeling_layers_uhr_bat import last_token_logits
-from uhr_bat.training.tiny import focusing
+from uhr_bat.scenes.native import native_scene, picture_of
+from uhr_bat.scenes.questions import make_question
+from uhr_bat.training.tiny import descending, focusing
 from uhr_bat.training.tiny.focusing import FocusScenes, distillation_loss, pairs_of
 
 
@@ -75,4 +77,60 @@ def test_the_stage_runs_and_what_it_writes_answers(tmp_path, capsys):
     scene, image, questions = FocusScenes(1, 0.0, 1)[0]
     text = prompt_text(processor, questions[0].text)
     inputs = processor(text=text, images=image, dynamic_pyramid=True, budgets=60, return_tensors="pt")
+    assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1
+
+
+def test_pooled_tokens_are_to_say_what_their_fullest_patch_says():
+    tokens = torch.arange(16.0).view(1, 16, 1)
+    counts = torch.zeros(1, 4, 4)
+    counts[0, 1, 0], counts[0, 0, 2:] = 3.0, 0.1  # an object in the first block; a pad on two patches of the second
+    target, most = descending.pooled_target(tokens, counts)
+    assert target[0, :, 0].tolist() == [4.0, 2.5, 10.5, 12.5]
+    assert most[0].tolist() == pytest.approx([3.0, 0.1, 0, 0])
+    assert descending.pool(tokens)[0, :, 0].tolist() == [2.5, 4.5, 10.5, 12.5]
+
+
+def test_questions_that_share_a_beginning_do_not_see_each_other():
+    seen = descending.shared_mask(2, [2, 1])[0, 0].int().tolist()
+    assert seen == [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
+
+
+def test_a_level_of_a_scene_is_what_the_model_makes_of_its_tiles():
+    scene = native_scene(descending.SEEDS["native"])
+    level = descending.pyramid_levels(scene)[1]
+    tile = np.arange(np.prod(level.tiles))
+    of_scene = descending.LevelOfScene(scene, level, torch.zeros(len(tile), 36, 1), tile)
+    order = of_scene.sequence(of_scene.tile == 0)
+    assert order.tolist()[:7] == [0, 1, 2, 3, 4, 5, -1] and len(order) == 42
+    assert len(of_scene.place) + level.grid[0] == level.num_tokens and len(set(of_scene.place)) == len(of_scene.place)
+    thing = next(thing for thing in scene.objects if thing.site is not None)
+    question = make_question(scene, "count", thing.site, rng=np.random.default_rng(0))
+    wanted = of_scene.wanted(question)
+    assert wanted.sum() == pytest.approx(1) and wanted[of_scene.at([thing.centre])].sum() > 0
+    assert not wanted[(of_scene.site >= 0) & (of_scene.site != thing.site)].any()
+
+
+@pytest.mark.slow
+@pytest.mark.weights
+def test_a_model_of_the_own_form_is_made_in_two_steps_and_answers(tmp_path, monkeypatch):
+    for name, small in {"WHOLE": 9, "SITES": 1, "PER_SITE": 1, "ELSEWHERE": 2, "TILES_OF_STEP": 4}.items():
+        monkeypatch.setattr(descending, name, small)
+    options = ["--painted", tmp_path / "painted", "--scenes", 1, "--steps", 2, "--batch-size", 1, "--workers", 0]
+    for model, output in (ROOT, tmp_path / "tower"), (tmp_path / "tower", tmp_path / "out"):
+        assert not focusing.main(list(map(str, ["--model", model, "--output", output, *options])))
+    before, (processor, model) = (
+        load_model(tmp_path / "tower", device_map=None)[1],
+        load_model(tmp_path / "out", device_map=None),
+    )
+    assert model.config.tile_size == 96 and model.config.focus.layers == (0, 1, 2)
+    module, decoder = model.model.region_focus, model.model.language_model
+    for own, layer in zip(module.layers, decoder.layers):
+        assert torch.equal(own.self_attn.q_proj.weight, layer.self_attn.q_proj.weight)
+    assert not torch.equal(
+        decoder.layers[0].mlp.up_proj.weight, before.model.language_model.layers[0].mlp.up_proj.weight
+    )
+    scene = native_scene(descending.SEEDS["native"])
+    inputs = processor(text=prompt_text(processor, "How many objects are at the pier?"), images=picture_of(scene),
+                       dynamic_pyramid=True, return_tensors="pt")  # fmt: skip
+    model.config.region_focus["max_levels"] = 2
     assert model.generate(**inputs, max_new_tokens=2).shape[0] == 1

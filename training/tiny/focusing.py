@@ -4,6 +4,12 @@ from what the module finds.
     uhr-bat tiny focus --model . --output runs/taught --freeze-decoder --steps 400
     uhr-bat tiny focus --model runs/taught --output runs/focus --steps 400
 
+    uhr-bat tiny focus --model . --output runs/lrs_tower --painted runs/lrs --minutes 15
+    uhr-bat tiny focus --model runs/lrs_tower --output runs/lrs --painted runs/lrs --minutes 30
+
+The last two make a model of that system's own form (`descending.py`): first the tower, then the decoder, whose first layers become
+the module. Of the first two:
+
 The module begins as the decoder's own layers (`--layers`), or as that of the model. A step takes some scenes, ordinary ones and ones with objects of a
 few native pixels, and asks four questions about each. From thumbnail and first level the module's attention is drawn to the
 decoder's (distillation, eq. 4-6 of arXiv 2503.07588); the decoder learns to answer from what Algorithm 1 keeps, unless it is frozen.
@@ -11,6 +17,8 @@ Tower and projector stay as they are.
 
 Letters: H heads, n tokens of an image in the sequence.
 """
+
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -30,8 +38,9 @@ from ...scenes.native import native_scene, picture_of
 from ...scenes.painting import paint
 from ...scenes.questions import draw_question
 from ..collator import IGNORED
+from .descending import TILE, encode_scenes, paint_scenes, train_descents, train_tower
 from .encoding import freeze_vision
-from .stages import make_parser, read_arguments, train
+from .stages import add_minutes, make_parser, read_arguments, train
 from .zooming import NATIVE_SEED
 
 QUESTIONS = 4  # about a scene
@@ -199,13 +208,36 @@ def show(measured) -> str:
 def main(arguments=None):
     parser = make_parser("tiny focus", __doc__, steps=250, batch_size=2, learning_rate=3e-4)
     parser.add_argument(
-        "--layers", type=int, nargs="+", default=[0, 2], help="of the decoder, which those of a new module begin as"
+        "--layers",
+        type=int,
+        nargs="+",
+        help="of the decoder, which those of a new module begin as: 0 2, or 0 1 2 with --painted",
     )
     parser.add_argument("--freeze-decoder", action="store_true", help="the module alone learns")
     parser.add_argument("--native", type=float, default=0.5, help="share of scenes with objects of a few native pixels")
     parser.add_argument("--measured", type=int, default=100, help="validation scenes that agreement is measured on")
+    parser.add_argument(
+        "--painted", type=Path, metavar="DIR",
+        help="LRS-VQA's own form, from scenes that DIR keeps: the tower of a model with other tiles, else decoder and module",
+    )  # fmt: skip
+    parser.add_argument(
+        "--scenes", type=int, default=300, help="with --painted: native ones; ordinary ones are half as many"
+    )
+    add_minutes(parser)
     args = read_arguments(parser, arguments)
-    if UHRBatConfig.from_pretrained(args.model).region_focus is None:
+    args.layers = args.layers or ([0, 2] if args.painted is None else [0, 1, 2])
+    config = UHRBatConfig.from_pretrained(args.model)
+    if args.painted is not None:
+        painted = paint_scenes(args.painted, {"native": args.scenes, "fixed": args.scenes // 2}, args.workers)
+        if config.tile_size != TILE:
+            processor, model = train_tower(args, painted)
+        else:
+            processor, model = load_model(args.model, torch.float32, None)
+            encoded = encode_scenes(model, painted, args.output / "encoded")
+            train_descents(args, model, processor, encoded)
+        save_model(model, processor, args.output)
+        return
+    if config.region_focus is None:
         processor, model = load_model(args.model, torch.float32, None, region_focus={"layers": args.layers})
         model.config.region_focus["separator_token_id"] = processor.tokenizer.convert_tokens_to_ids(":")
         model.model.region_focus.start_from(model.model.language_model, args.layers)
