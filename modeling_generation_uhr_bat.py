@@ -152,17 +152,33 @@ class UHRBatGenerationMixin(GenerationMixin):
         if is_first_iteration or not kwargs.get("use_cache", True):
             again = mm_encoder_outputs is not None and not is_first_iteration
             model_inputs["mm_encoder_outputs"] = mm_encoder_outputs | {"told": True} if again else mm_encoder_outputs
+            if mm_encoder_outputs and "prompt_length" in mm_encoder_outputs:
+                place = torch.arange(input_ids.shape[1], device=input_ids.device)
+                model_inputs["answer_mask"] = (place >= mm_encoder_outputs["prompt_length"]).expand_as(input_ids)
         return model_inputs
 
+    def _assisted_decoding(self, input_ids, *args, mm_encoder_outputs=None, **kwargs):
+        """The prompt is read with tokens that may follow it: a pointer is told where it ends."""
+        if mm_encoder_outputs and self.config.pointer is not None:
+            mm_encoder_outputs = mm_encoder_outputs | {"prompt_length": input_ids.shape[1]}
+        if mm_encoder_outputs is not None:
+            kwargs["mm_encoder_outputs"] = mm_encoder_outputs
+        return super()._assisted_decoding(input_ids, *args, **kwargs)
+
     def _prefill(self, input_ids, generation_config, model_kwargs, *args, **kwargs):
-        """`prefill_chunk_size` only where the library hands every chunk its images: older releases leave them out."""
-        if model_kwargs.get("mm_encoder_outputs") and not hasattr(generation_utils, "_slice_mm_encoder_output"):
+        """`prefill_chunk_size` only where the library hands every chunk its images, which older releases leave out, and where no
+        pointer looks at all of the prompt at once."""
+        outputs = model_kwargs.get("mm_encoder_outputs")
+        sliced = hasattr(generation_utils, "_slice_mm_encoder_output")
+        if outputs and (self.config.pointer is not None or not sliced):
             if generation_config.prefill_chunk_size is not None:
-                logger.warning_once(
-                    "This release of transformers cannot read images in chunks: `prefill_chunk_size` is left out."
-                )
+                reader = "A model with a `pointer`" if sliced else "This release of transformers"
+                logger.warning_once(f"{reader} cannot read images in chunks: `prefill_chunk_size` is left out.")
                 generation_config.prefill_chunk_size = None
-        return super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        output = super()._prefill(input_ids, generation_config, model_kwargs, *args, **kwargs)
+        if isinstance(outputs, _Copies):
+            outputs.tell_pointed()
+        return output
 
     def _expand_inputs_for_generation(self, expand_size=1, is_encoder_decoder=False, input_ids=None, **model_kwargs):
         """Beams of one prompt share its images as a group: [A, B] becomes [A, B, A, B], not [A, A, B, B]."""
@@ -176,10 +192,28 @@ class UHRBatGenerationMixin(GenerationMixin):
             every |= {"scales": image.scales, "regions": image.regions, "differences": image.differences}
             expanded = {name: _in_groups(one, image.images_per_prompt, expand_size) for name, one in every.items()}
             numbers = [num_images for num_images in image.images_per_prompt for _ in range(expand_size)]
-            outputs = {"image": UHRBatCompressionOutput(**expanded, images_per_prompt=numbers)}
+            outputs = _Copies(image, UHRBatCompressionOutput(**expanded, images_per_prompt=numbers), expand_size)
         if outputs is not None:
             model_kwargs["mm_encoder_outputs"] = outputs
         return input_ids, model_kwargs
+
+
+class _Copies(dict):
+    """`mm_encoder_outputs` of so many copies of every prompt of a batch, and what `compress` returned for the prompts themselves,
+    where the caller looks for what was pointed to."""
+
+    def __init__(self, compressed, expanded, times):
+        super().__init__(image=expanded)
+        self.compressed, self.times = compressed, times
+
+    def tell_pointed(self):
+        if self["image"].pointed is not None:
+            copies = iter(self["image"].pointed)
+            groups = [
+                [next(copies) for _ in range(num_images * self.times)][:num_images]
+                for num_images in self.compressed.images_per_prompt
+            ]
+            self.compressed.pointed = [one for group in groups for one in group]
 
 
 def _in_groups(of_images, images_per_prompt, times):

@@ -1,11 +1,14 @@
 """How an answer is decoded, whatever decodes it, and the decoder as a plain model folder."""
 
-from collections.abc import AsyncIterator
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 import torch
+from transformers import LogitsProcessor, LogitsProcessorList, TemperatureLogitsWarper, TopPLogitsWarper
 
 from ..common.files import edited_alone, user_folder, whole_folder
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
@@ -51,6 +54,32 @@ class Scored(int):
         scored.logprob, scored.top = logprob, top
         return scored
 
+    @classmethod
+    def among(cls, token: int, logprobs: torch.Tensor, number: int) -> "Scored":
+        """Of the log probabilities float[V] of all tokens, with the likeliest `number` of them."""
+        values, ids = logprobs.topk(min(number, len(logprobs)))
+        return cls.of(token, logprobs[token].item(), dict(zip(ids.tolist(), values.tolist())))
+
+
+class Draws:
+    """Chooses the tokens of one answer, which do not depend on what else is decoded with it."""
+
+    def __init__(self, sampling: Sampling):
+        self.generator = None
+        if not sampling.is_greedy:
+            self.generator = torch.Generator()
+            self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
+            self.warp = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
+            if sampling.top_p < 1:
+                self.warp.append(TopPLogitsWarper(sampling.top_p))
+
+    def next(self, scores: torch.Tensor) -> int:
+        """The token that the logits float[V] give."""
+        if self.generator is None:
+            return int(scores.argmax())
+        probabilities = self.warp(None, scores[None]).softmax(-1).cpu()
+        return int(torch.multinomial(probabilities[0], 1, generator=self.generator))
+
 
 @dataclass(frozen=True)
 class Prompt:
@@ -81,6 +110,53 @@ class Decoder(Protocol):
 
     async def close(self):
         """Ends what is on its way."""
+
+
+class FirstToken(LogitsProcessor):
+    """Of the one answer of a `generate`: its first token has the logits float[V], the others those of the decoder."""
+
+    def __init__(self, logits: torch.Tensor):
+        self.logits = logits
+
+    def __call__(self, input_ids, scores):
+        logits, self.logits = self.logits, None
+        return scores if logits is None else logits[None].to(scores)
+
+
+async def decode_from(
+    decoder: Decoder, prompt: torch.Tensor, logits: torch.Tensor, embed: Callable, sampling: Sampling
+) -> AsyncIterator[list[int]]:
+    """As `decode` of the decoder, with a first token that it has no part in: the decoder reads it behind the prompt, and goes on.
+
+    Args:
+        prompt: float[M, D].
+        logits: float[V] of the first token.
+        embed: the model's embeddings, long[n] -> float[n, D].
+    """
+
+    @torch.inference_mode()
+    def begin():
+        draws = Draws(sampling)
+        token, seed = draws.next(logits), sampling.seed
+        if draws.generator is not None and seed is not None:
+            # The same seed again would draw the second token by the number that drew the first.
+            seed = int(torch.randint(2**31, (), generator=draws.generator))
+        read = embed(torch.tensor([token], device=embed.weight.device)).to(prompt)
+        if sampling.top_logprobs is not None:
+            token = Scored.among(token, logits.float().log_softmax(-1), sampling.top_logprobs)
+        return (
+            token,
+            torch.cat((prompt, read)),
+            sampling._replace(max_new_tokens=sampling.max_new_tokens - 1, seed=seed),
+        )
+
+    token, longer, rest = await asyncio.to_thread(begin)
+    yield [token]
+    if token in decoder.end_ids or not rest.max_new_tokens:
+        return
+    async with aclosing(decoder.decode(longer, rest)) as parts:
+        async for ids in parts:
+            yield ids
 
 
 def end_ids(model) -> frozenset[int]:

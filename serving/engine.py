@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from tokenizers.decoders import DecodeStream
 
-from .decoding import Decoder, Sampling
+from .decoding import Decoder, Sampling, decode_from
 from .front import Front, Selection, has_left
 from .refusals import Refusal
 from .structure import Forms
@@ -98,7 +98,7 @@ class Engine:
             return tokens
 
         held = max(map(len, stop), default=1) - 1  # letters that may be the beginning of such a word
-        async with aclosing(self.decoder.decode(selection.prompt or selection.embeds, sampling)) as tokens:
+        async with aclosing(self._decode(selection, sampling)) as tokens:
             async for new in tokens:
                 for token in new:
                     if token not in self.decoder.end_ids:
@@ -118,6 +118,14 @@ class Engine:
         found = find_stop(text, stop, sent)
         reason = "stop" if found is not None or ids and ids[-1] in self.decoder.end_ids else "length"
         yield Piece(text[sent:found], taken(len(text) + 1 if found is None else found), len(ids), reason)
+
+    def _decode(self, selection, sampling):
+        """The tokens of the answer, as of `Decoder`."""
+        # An answer that keeps to a schema begins with a sign of the schema, not with what a pointer tells.
+        if selection.first_logits is None or sampling.schema:
+            return self.decoder.decode(selection.prompt or selection.embeds, sampling)
+        embed = self.front.model.get_input_embeddings()
+        return decode_from(self.decoder, selection.embeds, selection.first_logits, embed, sampling)
 
     async def close(self):
         await self.decoder.close()

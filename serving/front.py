@@ -25,6 +25,7 @@ from ..image_reading_uhr_bat import kind_of
 from ..image_registration_uhr_bat import open_dates, place_of
 from ..image_sources_uhr_bat import WHOLE
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput, UHRBatImageFeatures, UHRBatPyramidFeatures
+from ..modeling_pointing_uhr_bat import is_pointed_at
 from ..planning import planner_of
 from .cache import Abandoned, ContentCache
 from .decoding import Prompt
@@ -140,11 +141,13 @@ class Selection:
         embeds: float[M, D], what the decoder reads; None where that is the `prompt`.
         compressed: what `compress` returned, less the tokens themselves, for pictures and evidence; None without images.
         prompt: of a model of another family.
+        first_logits: float[V] of the answer's first token, where a pointer has a part in it; None where the decoder alone has.
     """
 
     embeds: torch.Tensor | None
     compressed: UHRBatCompressionOutput | None
     prompt: Prompt | None = None
+    first_logits: torch.Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -313,14 +316,28 @@ class Front:
         for image, seen in zip(images, features):  # regions that were computed on another device
             for name, regions in (seen.partitions if seen.kind == "whole" else {}).items():
                 image.features.partitions.setdefault(name, regions.cpu())
+        first_logits = self._point(inputs, compressed)
         kept = UHRBatCompressionOutput(
             importance=_to_cpu(compressed.importance),
             regions=_to_cpu(compressed.regions),
             slots=_to_cpu(compressed.slots),
             images_per_prompt=compressed.images_per_prompt,
             scales=compressed.scales,
+            pointed=compressed.pointed and [None if one is None else one.cpu() for one in compressed.pointed],
         )
-        return self._handed(inputs, kept, compressed)
+        return replace(self._handed(inputs, kept, compressed), first_logits=first_logits)
+
+    def _point(self, inputs, compressed):
+        """float[V] logits of the answer's first token, as `generate` has them, for a model with a pointer and a prompt that it
+        looks at, whose `compressed.pointed` is set by that; else None. The decoder, which is handed embeddings, knows no visual
+        tokens to point to."""
+        if hasattr(self.model, "host") or self.model.model.pointer is None:
+            return None
+        if not is_pointed_at(compressed) or compressed.images_per_prompt != [1]:
+            return None
+        prompt = {name: inputs[name] for name in asking.PROMPT}
+        seen = self.model.visual_inputs(**prompt, compressed=compressed)
+        return self.model(**prompt, **seen, logits_to_keep=1, use_cache=False).logits[0, -1].float().cpu()
 
     def _handed(self, inputs, kept=None, compressed=None):
         """The selection of one prompt, with what was kept of its images."""

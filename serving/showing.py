@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import LogitsProcessorList
 
 from ..budgets_uhr_bat import budgets_of_total, is_one_budget
 from ..common import asking
@@ -23,6 +24,7 @@ from ..geo import Georeference, Served, evidence_frame, geojson_bytes, objects_f
 from ..geo.pages import PAGE_SIDE
 from ..image_processing_uhr_bat import part_reading
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
+from .decoding import FirstToken
 from .front import EncodedImage, Front, ImageFile
 from .refusals import LETTERS_PER_TOKEN, check_count
 
@@ -278,7 +280,9 @@ class Desk:
             if prompt is not None:
                 rows = [tokens.to(model.device) for tokens in prompt.compressed.pooler_output]
                 whole = replace(prompt.compressed, pooler_output=rows)
-            ids = asking.generate(model, inputs, whole, max_new_tokens=self.max_new_tokens)
+            first = [] if selection.first_logits is None else [FirstToken(selection.first_logits)]
+            options = {"max_new_tokens": self.max_new_tokens, "logits_processor": LogitsProcessorList(first)}
+            ids = asking.generate(model, inputs, whole, **options)
         (text,) = asking.answer_texts(processor, ids)
         objects = asking.answer_objects(model, text, selection.compressed, image.size, ids=ids)
         seconds = compressed_at - start, time.perf_counter() - compressed_at

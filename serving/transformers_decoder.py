@@ -15,18 +15,11 @@ from collections import deque
 
 import torch
 import torch.nn.functional as F
-from transformers import (
-    LogitsProcessor,
-    LogitsProcessorList,
-    StoppingCriteria,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
-    TopPLogitsWarper,
-)
+from transformers import LogitsProcessor, LogitsProcessorList, StoppingCriteria, StoppingCriteriaList
 from transformers.generation import BaseStreamer
 
 from ..modeling_outputs_uhr_bat import UHRBatCompressionOutput
-from .decoding import Prompt, Sampling, Scored, end_ids
+from .decoding import Draws, Prompt, Sampling, Scored, end_ids
 from .structure import Forms
 
 # Steps after which a batch stops for requests that wait. Its prompts are read anew then, which costs as much as some
@@ -44,13 +37,7 @@ class _Job:
         self.ids, self.done = [], False
         self.again = deque()  # tokens of the answer that are not read with the prompt, but said once more
         self.alone = False  # a batch that it was in failed
-        self.generator = None
-        if not sampling.is_greedy:
-            self.generator = torch.Generator()
-            self.generator.seed() if sampling.seed is None else self.generator.manual_seed(sampling.seed)
-            self.warp = LogitsProcessorList([TemperatureLogitsWarper(sampling.temperature)])
-            if sampling.top_p < 1:
-                self.warp.append(TopPLogitsWarper(sampling.top_p))
+        self.draws = None if sampling.is_greedy else Draws(sampling)
 
     def put(self, ids: list[int] | Exception | None):
         """Tokens, the error that ended the answer, or None at the end."""
@@ -72,10 +59,7 @@ class _Job:
 
     def scored(self, token: int) -> int:
         """The token, with its log probability where it is asked for."""
-        if self.logprobs is None:
-            return token
-        values, ids = self.logprobs.topk(min(self.sampling.top_logprobs, len(self.logprobs)))
-        return Scored.of(token, self.logprobs[token].item(), dict(zip(ids.tolist(), values.tolist())))
+        return token if self.logprobs is None else Scored.among(token, self.logprobs, self.sampling.top_logprobs)
 
 
 class _Rows(BaseStreamer, StoppingCriteria):
@@ -129,17 +113,13 @@ class _Draw(LogitsProcessor):
                     job.logprobs = scores[row].float().log_softmax(-1).cpu()
                 if job.form is not None:
                     scores[row, ~job.form.allowed().to(scores.device)] = -torch.inf
-                if job.generator is not None:
-                    token = self.draw(job, input_ids[row : row + 1], scores[row : row + 1])
-                    scores[row] = torch.full_like(scores[row], -torch.inf).index_fill(0, token.to(scores.device), 0)
+                if job.draws is not None:
+                    token = job.draws.next(scores[row])
+                    scores[row] = torch.full_like(scores[row], -torch.inf)
+                    scores[row, token] = 0
             except Exception as error:  # that of this row: the others are decoded on
                 job.end(error)
         return scores
-
-    def draw(self, job, input_ids, scores):
-        """long[1], the next token of a row."""
-        probabilities = job.warp(input_ids, scores).softmax(-1).cpu()
-        return torch.multinomial(probabilities[0], 1, generator=job.generator)
 
 
 class TransformersDecoder:

@@ -222,8 +222,50 @@ def test_reading_the_prompt_in_chunks_does_not_change_the_answer(chunk):
     assert torch.equal(answer(model, **batch, prefill_chunk_size=chunk), answer(model, **batch))
 
 
-def test_looking_tokens_up_in_the_prompt_gives_the_greedy_answer():
-    model = small_model()
+def pointing_model():
+    """With a pointer that was not trained: it points to many tokens, and changes what is said."""
+    model = small_model(pointer={"hidden": 8, "width": 4})
+    pointer = model.model.pointer
+    with torch.no_grad():
+        for layer in (pointer.show, pointer.near_2, pointer.ask, pointer.mean):
+            layer.bias[-1] = 20
+        torch.nn.init.normal_(pointer.tell_2.weight, std=3.0)
+    return model
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"num_beams": 3},
+        {"num_beams": 2, "num_return_sequences": 2},
+        {"do_sample": True, "num_return_sequences": 3},
+        {"use_cache": False},
+        {"prefill_chunk_size": 5},  # which is left out
+    ],
+    ids=str,
+)
+def test_what_is_pointed_to_is_known_to_whoever_asked_in_whatever_way(settings):
+    model = pointing_model()
+    batch = pad_left(QUESTION, prompt(5, 9, 10, "image", 30))
+    features = model.encode_image(random_pixels(2))
+
+    def asked(**settings):
+        compressed = model.compress(**batch, image_features=features)
+        ids = answer(model, **batch, **model.visual_inputs(**batch, compressed=compressed), **settings)
+        return ids, compressed.pointed
+
+    (ids, pointed), (right_ids, right) = asked(**settings), asked()
+    assert all(torch.equal(*pair) and pair[0].sum() > 0 for pair in zip(pointed, right)) and len(pointed) == 2
+    if settings.keys() <= {"use_cache", "prefill_chunk_size"}:
+        assert torch.equal(ids, right_ids)
+        model.model.pointer = None
+        assert not torch.equal(asked()[0], right_ids)
+
+
+@pytest.mark.parametrize("make", [small_model, pointing_model])
+def test_looking_tokens_up_in_the_prompt_gives_the_greedy_answer(make):
+    model = make()
     inputs = {"input_ids": QUESTION, "pixel_values": random_pixels(), "eos_token_id": 49}
     assert torch.equal(answer(model, **inputs, prompt_lookup_num_tokens=2), answer(model, **inputs))
 
