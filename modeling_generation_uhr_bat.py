@@ -159,7 +159,7 @@ class UHRBatGenerationMixin(GenerationMixin):
 
     def _assisted_decoding(self, input_ids, *args, mm_encoder_outputs=None, **kwargs):
         """The prompt is read with tokens that may follow it: a pointer is told where it ends."""
-        if mm_encoder_outputs and self.config.pointer is not None:
+        if mm_encoder_outputs and self.model.pointer is not None:
             mm_encoder_outputs = mm_encoder_outputs | {"prompt_length": input_ids.shape[1]}
         if mm_encoder_outputs is not None:
             kwargs["mm_encoder_outputs"] = mm_encoder_outputs
@@ -170,7 +170,7 @@ class UHRBatGenerationMixin(GenerationMixin):
         pointer looks at all of the prompt at once."""
         outputs = model_kwargs.get("mm_encoder_outputs")
         sliced = hasattr(generation_utils, "_slice_mm_encoder_output")
-        if outputs and (self.config.pointer is not None or not sliced):
+        if outputs and (self.model.pointer is not None or not sliced):
             if generation_config.prefill_chunk_size is not None:
                 reader = "A model with a `pointer`" if sliced else "This release of transformers"
                 logger.warning_once(f"{reader} cannot read images in chunks: `prefill_chunk_size` is left out.")
