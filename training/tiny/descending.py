@@ -386,7 +386,7 @@ def train_tower(args, painted):
 QUESTIONS = 5  # about a site, which share what is seen of it
 KINDS = {"colour": 0.22, "type": 0.24, "yes/no": 0.22, "count": 0.25, "quadrant": 0.07}
 COMPARED = 0.15  # share of items about two sites
-TILES_SEEN = (6, 12)  # of a level, which a question looks at
+TILES_SEEN = (4, 10)  # of a level, which a question looks at
 ANSWERED_FROM = (50, 260)  # tokens of a level, drawn log-uniformly
 EVIDENCE_SHOWN, PADS_SHOWN = 0.95, 0.6
 DEPTHS = {1: 0.72, 2: 0.22, 3: 0.06}  # how often an answer is read from the last level, the one before, and so on
