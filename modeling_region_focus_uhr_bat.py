@@ -159,6 +159,7 @@ class UHRBatRegionFocusMixin:
             logits = logits[:, len(before) : len(before) + num_places].float() + (1 - there)
             return logits.softmax(-1).mean(0)[places]
         position_ids = None
+        # CODEPATH: modules distilled here at the first level were trained "additive", those of every level "packed".
         if self.config.focus.mask_mode == "additive":
             # What is not there has left its place: positions are those of the whole level.
             start = torch.arange(len(before), device=places.device)
