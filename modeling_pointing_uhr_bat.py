@@ -111,7 +111,7 @@ class UHRBatPointer(nn.Module):
             words: float[B, M, D], the embeddings of that text.
             heard: bool[B, M], False where it is padded, on the left.
         """
-        B, V = centres.shape[:2]
+        B = len(centres)
         text = torch.cat((states, words), dim=-1)
         weights = self.listen(text).masked_fill(~heard[..., None], -torch.inf).softmax(1)
         places, meant = (weights.transpose(1, 2) @ text).split((2, 1), dim=1)
@@ -128,7 +128,7 @@ class UHRBatPointer(nn.Module):
 
     def _there(self, fits, trust, centres):
         """float[B, 2, V] logits: whether tokens lie at places, by what they and the tokens around them show."""
-        B, _, V = fits.shape
+        B = len(fits)
         cells = (centres * MAP_SIDE).long().clamp(0, MAP_SIDE - 1)
         cells = cells[..., 0] * MAP_SIDE + cells[..., 1]
         trust = trust.expand(B, -1)
@@ -225,7 +225,7 @@ class UHRBatPointingMixin:
             words: float[B, M, D], the embeddings of the prompts.
             states: float[B, M, D], the decoder's last ones.
         """
-        B, M = placeholder.shape
+        M = placeholder.shape[1]
         visible = torch.ones_like(placeholder) if attention_mask is None else attention_mask[:, -M:].bool()
         place = torch.arange(M, device=visible.device)
         ends = visible & (visible.flip(1).cumsum(1).flip(1) == 1)
@@ -281,6 +281,10 @@ def pointed_tokens(compressed, image_idx: int) -> list[tuple[int, int, float]] |
         by_slot = {}
         for slot, position in zip(slots[kept].tolist(), positions[kept].tolist()):
             by_slot.setdefault(slot, position)
-        found += [(level, position, scores[start + slot]) for slot, position in sorted(by_slot.items()) if scores[start + slot] > 0]
+        found += [
+            (level, position, scores[start + slot])
+            for slot, position in sorted(by_slot.items())
+            if scores[start + slot] > 0
+        ]
         start += len(by_slot)
     return found

@@ -196,12 +196,18 @@ def test_prompts_that_nobody_points_in_are_as_without_a_pointer():
     pixels = random_pixels(2)
     dates = {"registration": [[[1.0, 0, 0], [0, 1, 0]]]}
     for ids, inputs in ((two, {}), (two, dates), (prompt(5, "image"), {})):
-        inputs = inputs | {"pixel_values": pixels[: int((ids == IMAGE).any()) + (ids is two)], "budgets": [1, 2, 4] if ids is two else None}
+        inputs = inputs | {
+            "pixel_values": pixels[: int((ids == IMAGE).any()) + (ids is two)],
+            "budgets": [1, 2, 4] if ids is two else None,
+        }
         if ids is two:
             inputs["budgets"] = [2, 4, 8]
         found = [one.compress(input_ids=ids, **inputs) for one in (model, plain)]
         with torch.no_grad():
-            logits = [one(input_ids=ids, mm_encoder_outputs={"image": kept}).logits for one, kept in zip((model, plain), found)]
+            logits = [
+                one(input_ids=ids, mm_encoder_outputs={"image": kept}).logits
+                for one, kept in zip((model, plain), found)
+            ]
         assert torch.equal(*logits)
         assert found[0].pointed is None or all(one is None for one in found[0].pointed)
         assert model.point([[1]], found[0]) == [None]

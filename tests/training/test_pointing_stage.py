@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
-from uhr_bat.common.asking import ask
+from uhr_bat.common.asking import ask, compress, encode, write_prompts
 from uhr_bat.common.loading import ROOT, load_model
 from uhr_bat.scenes.layout import make_scene
 from uhr_bat.scenes.native import native_scene
@@ -32,6 +32,9 @@ def encoded(tiny, tmp_path_factory):
             (folder / kind).mkdir()
             stored = pointing.encode_scene(model, processor, collator, SEED, kind == "native")
             save_file(stored, folder / kind / f"{SEED}.safetensors")
+        (folder / "crowded").mkdir()
+        seed = pointing.CROWDED_SEED
+        save_file(pointing.encode_crowd(model, processor, seed), folder / "crowded" / f"{seed}.safetensors")
         yield folder
 
 
@@ -49,7 +52,9 @@ def test_a_token_shows_the_object_whose_middle_lies_in_it():
         ]  # fmt: skip
         largest = max(inside, key=lambda idx: scene.objects[idx].size, default=-1)
         assert shown[token] == largest
-        assert pixels[token] == pytest.approx(0 if largest < 0 else scene.objects[largest].size * side[token] * 8 / 10000)
+        assert pixels[token] == pytest.approx(
+            0 if largest < 0 else scene.objects[largest].size * side[token] * 8 / 10000
+        )
     for idx, site in enumerate(scene.sites):
         middle = np.argmin(around[64:, idx])
         row, column = scene.to_square(site.centre) * 48
@@ -61,7 +66,7 @@ def test_a_token_shows_the_object_whose_middle_lies_in_it():
 def test_what_is_meant_is_what_the_words_name():
     for seed in range(30):
         scene = make_scene(seed)
-        for question in sum(pointing.draw_questions(scene), []):
+        for question in (one for drawn in pointing.draw_questions(scene) for one in drawn):
             if question.kind == "absent" and question.sites:
                 assert not any(pointing.is_meant(question, thing) for thing in scene.objects_of[question.sites[0]])
             elif question.kind in ("colour", "type") or question.answer == "yes":
@@ -82,7 +87,20 @@ def test_states_of_other_questions_are_refused(tiny, encoded):
 
 def test_a_run_learns_to_point_and_its_model_loads_and_points(tiny, encoded, tmp_path):
     processor, model = tiny
-    arguments = ["--model", ROOT, "--output", tmp_path / "out", "--encoded", encoded, "--scenes", 1, "--native", 1]
+    arguments = [
+        "--model",
+        ROOT,
+        "--output",
+        tmp_path / "out",
+        "--encoded",
+        encoded,
+        "--scenes",
+        1,
+        "--native",
+        1,
+        "--crowded",
+        1,
+    ]
     arguments += ["--steps", 30, "--batch-size", 2]
     assert not pointing.main(list(map(str, arguments)))
     processor, trained = load_model(tmp_path / "out", device_map=None)
@@ -96,7 +114,7 @@ def test_a_run_learns_to_point_and_its_model_loads_and_points(tiny, encoded, tmp
     collator = pointing.PointCollator(processor, model.config.grids, None, True)
     lost = []
     untrained = load_model(device_map=None)[1]
-    pointing.start_pointer(untrained, processor.tokenizer)
+    pointing.start_pointer(untrained)
     for one in (untrained, trained):
         scenes = [
             pointing.PointedScene(made(SEED), pointing.load_file(encoded / kind / f"{SEED}.safetensors"), collator, 8)
@@ -106,6 +124,14 @@ def test_a_run_learns_to_point_and_its_model_loads_and_points(tiny, encoded, tmp
             found = [pointing.losses(one, batch) for scene in scenes for batch in pointing.batches_of(scene)]
         lost.append({name: np.mean([float(of[name]) for of in found if name in of]) for name in found[0]})
     assert all(lost[1][name] < 0.8 * lost[0][name] for name in lost[0]), lost
+    # What is not there ends an answer.
+    image = encode(trained, processor.image_processor([paint(make_scene(3))], return_tensors="pt"))[0]
+    inputs = write_prompts(trained, processor, ["How many objects are at the castle?"], [[image]], 30)
+    ids = torch.cat((inputs["input_ids"], torch.tensor([[none]])), dim=1)
+    seen = trained.visual_inputs(ids, None, compress(trained, inputs))
+    with torch.no_grad():
+        logits = trained(input_ids=ids, mm_encoder_outputs={**seen["mm_encoder_outputs"], "told": True}).logits[0, -1]
+    assert processor.tokenizer.decode([int(logits.argmax())]) == pointing.END
     answer = ask(processor, trained, paint(make_scene(SEED)), "How many objects are at the pier?")
     assert all(one.source == "token" for one in answer.objects)
     assert not any(parameter.requires_grad for parameter in trained.model.pointer.parameters())

@@ -41,10 +41,13 @@ from ...scenes.native import native_scene, picture_of
 from ...scenes.painting import paint
 from ...scenes.questions import ABSENT, draw_question, make_absent_question
 from ..collator import IGNORED
-from .finetune import Collator
+from .finetune import NOISE, Collator
 from .stages import ByTheClock, add_minutes, make_parser, read_arguments, train
+from .vision import CROWDED
 
 FIRST_SEED = FINETUNING_SEED + 200_000  # of either kind of scenes
+CROWDED_SEED = FIRST_SEED + 2000
+
 TOGETHER, ALONE, NATIVE_ALONE = 16, 4, 8  # questions of a scene
 ABSENT_SHARE = 0.15  # of the questions
 FRACTIONS = (0.005, 0.06)  # of all tokens, from which a question alone is answered, drawn log-uniformly
@@ -53,12 +56,12 @@ NATIVE_TILES = 128
 LEAST_PIXELS, UNSEEN_PIXELS = 1.5, 0.8
 EDGE = (0.9, 1.4)  # of a site, in its own frame: nothing stands between the two
 NEAR_PIXELS = 1.2  # of a level, from the middle of an object to the edge of its token
-NOISE = 0.1  # on visual tokens of length 1 (root mean square)
-TOKENS_ALONE = 3  # scenes for each other one, of which the pointer learns which tokens show an object
+STATE_NOISE = 0.1  # on the decoder's states and words, as a part of their own length
+CROWDS = 2  # crowded scenes of a step, for each other one
 THINNED = 0.7
 EMPTY_TIMES = 4  # tokens that show nothing, for each one that is looked at
 PLACE_WEIGHTS = (1.0, 3.0)  # fewer questions have a second place
-REFUSAL = 3.0  # how far the word for what is not there moves
+REFUSED_SCENES, END = 12, "<|im_end|>"
 ONE_FOR_ALL = ("tokens", "centres", "sides", "shown", "pixels", "object")  # of questions that share tokens
 
 
@@ -135,11 +138,27 @@ def encode_scene(model, processor, collator, seed, native):
     return stored | of_group("together", model, compressed, scene, states)
 
 
+@torch.no_grad()
+def encode_crowd(model, processor, seed):
+    """What a file keeps of a crowded scene, of which nothing is asked: "tokens", bfloat16[N, D], of all that show an object and some
+    others, and "object", long[N], whether they do (-1: that is not known)."""
+    scene = make_scene(seed, objects_outside=CROWDED)
+    image = encode(model, processor.image_processor([paint(scene)], return_tensors="pt"))[0]
+    side = np.repeat([grid[0] for grid in image.grids], image.available)
+    position = torch.cat(image.positions).numpy()
+    known = objects_of_tokens(label_tokens(scene, side, position, model.config.patch_size))
+    tokens = torch.cat([model.model.without_scale(image, idx) for idx in range(len(image.grids))])
+    kept = thin(known)
+    return {"tokens": tokens[kept].bfloat16(), "object": known[kept]}
+
+
 def of_group(name, model, compressed, scene, states):
     tokens = model.model.seen_tokens(compressed, 0)[0]
     lengths = torch.tensor([len(one) for one in states])
     padded = pad_sequence([one.flip(0) for one in states], True).flip(1)
-    found = {"tokens": tokens.bfloat16(), "states": padded.bfloat16(), "length": lengths} | read_levels(compressed, scene)
+    found = {"tokens": tokens.bfloat16(), "states": padded.bfloat16(), "length": lengths} | read_levels(
+        compressed, scene
+    )
     return {f"{name}.{key}": value.contiguous() for key, value in found.items()}
 
 
@@ -185,7 +204,9 @@ def states_together(model, collator, questions, compressed):
     start = expand_placeholder(before, model.config.image_token_id, len(compressed.pooler_output[0]))[None]
     cache = model.model(input_ids=start, **model.visual_inputs(start, None, compressed), use_cache=True)[CACHE]
     cache.batch_repeat_interleave(len(questions))
-    mask = torch.cat((padded["attention_mask"].new_ones(len(questions), start.shape[1]), padded["attention_mask"]), dim=1)
+    mask = torch.cat(
+        (padded["attention_mask"].new_ones(len(questions), start.shape[1]), padded["attention_mask"]), dim=1
+    )
     states = model.model(input_ids=padded["input_ids"], attention_mask=mask, cache=cache).last_hidden_state
     ends = (padded["labels"] != IGNORED).int().argmax(1).tolist()
     return [of_question[:end] for of_question, end in zip(states, ends)]
@@ -200,19 +221,27 @@ def _start_worker(folder):
     _worker["about"] = model, processor, PointCollator(processor, model.config.grids, None, True)
 
 
-def _make(seed, native, folder):
-    stored = encode_scene(*_worker["about"], seed, native)
+def _make(seed, kind, folder):
+    model, processor, collator = _worker["about"]
+    torch.manual_seed(seed)
+    crowded = kind == "crowded"
+    stored = (
+        encode_crowd(model, processor, seed)
+        if crowded
+        else encode_scene(model, processor, collator, seed, kind == "native")
+    )
     with whole_files(folder) as built:
         save_file(stored, built / f"{seed}.safetensors")
 
 
-def encode_scenes(model_folder: Path, seeds, native: bool, folder: Path, workers: int) -> dict[int, dict]:
-    """{seed: what `encode_scene` returned}, read from files, which are made where they are missing."""
+def encode_scenes(model_folder: Path, seeds, kind: str, folder: Path, workers: int) -> dict[int, dict]:
+    """{seed: what is kept of a scene, "fixed", "native" or "crowded"}, read from files, which are made where they are missing."""
+    folder = folder / kind
     missing = [seed for seed in seeds if not (folder / f"{seed}.safetensors").exists()]
     if missing:
         folder.mkdir(parents=True, exist_ok=True)
         with ProcessPoolExecutor(workers, get_context("spawn"), _start_worker, (model_folder,)) as pool:
-            jobs = [pool.submit(partial(_make, native=native, folder=folder), seed) for seed in missing]
+            jobs = [pool.submit(partial(_make, kind=kind, folder=folder), seed) for seed in missing]
             for job in tqdm(jobs, desc=f"Encoding {folder.name}", unit="scene"):
                 job.result()
     return {seed: load_file(folder / f"{seed}.safetensors") for seed in seeds}
@@ -243,13 +272,26 @@ def label_tokens(scene, side, position, patch_size):
             if (idx := found.get(int(position[row]))) is not None:
                 shown[row], pixels[row] = idx, scene.objects[idx].size * per_unit
         # An object at the edge of its token is seen in its neighbour, too: which is no fault.
-        centres = np.array([thing.centre for thing in scene.objects if thing.size * per_unit >= LEAST_PIXELS]).reshape(-1, 2)
+        centres = np.array([thing.centre for thing in scene.objects if thing.size * per_unit >= LEAST_PIXELS]).reshape(
+            -1, 2
+        )
         around_them = (centres[:, None] + offsets / per_unit).reshape(-1, 2).tolist()
         near[rows] = np.isin(position[rows], tokens_at(scene, around_them, grid))
         points = points_of_tokens(scene, grid, position[rows])
         for idx, site in enumerate(scene.sites):
             around[rows, idx] = np.abs(site.local(points)).max(-1)
     return shown, pixels, near, around
+
+
+def objects_of_tokens(labels) -> torch.Tensor:
+    """long[V]: 1 where a token shows an object, 0 where it shows none, -1 where neither would be wrong; of `label_tokens`."""
+    _, pixels, near, _ = labels
+    return torch.from_numpy(np.where(pixels >= LEAST_PIXELS, 1, np.where((pixels > UNSEEN_PIXELS) | near, -1, 0)))
+
+
+def thin(known) -> torch.Tensor:
+    """bool[V]: of tokens all that show an object, and of the others one of EMPTY_TIMES."""
+    return (known != 0) | (torch.rand(len(known)) < 1 / EMPTY_TIMES)
 
 
 def is_meant(question, thing) -> bool:
@@ -277,7 +319,8 @@ class PointedScene:
         for name, questions in names:
             group = {key: stored[f"{name}.{key}"] for key in ("tokens", "states", "length", "side", "position")}
             side, position = group["side"].numpy(), group["position"].numpy()
-            shown, pixels, near, around = label_tokens(scene, side, position, patch_size)
+            labels = label_tokens(scene, side, position, patch_size)
+            shown, pixels, _, around = labels
             words = pad_sequence([collator.words(question).flip(0) for question in questions], True).flip(1)
             if words.shape != group["states"].shape[:2]:
                 raise ValueError(f"Scene {scene.seed}: the states of {name} are of other questions.")
@@ -292,7 +335,7 @@ class PointedScene:
                 "centres": torch.from_numpy((np.stack((position // side, position % side), axis=1) + 0.5) / side[:, None]).float(),
                 "sides": 1 / group["side"].float(),
                 "shown": torch.from_numpy(shown), "pixels": torch.from_numpy(pixels).float(),
-                "object": torch.from_numpy(np.where(pixels >= LEAST_PIXELS, 1, np.where((pixels > UNSEEN_PIXELS) | near, -1, 0))),
+                "object": objects_of_tokens(labels),
                 "meant": torch.from_numpy(np.array(meant)[:, shown]),
                 "there": torch.from_numpy(inside.T[np.array(places)]),  # [Q, 2, V]
                 "second": torch.tensor([len(question.sites) > 1 for question in questions]).float(),
@@ -332,28 +375,21 @@ def batches_of(scene: PointedScene, share_thinned: float = 0.0):
 
 def thinned(group):
     """long[V']: of the tokens of a group all that show an object or lie at a site, and a part of the others."""
-    empty = (group["object"] == 0) & (group["there"] <= 0).all(1).all(0)
-    return (~empty | (torch.rand(len(empty)) < 1 / EMPTY_TIMES)).nonzero()[:, 0]
+    at_sites = (group["there"] > 0).any(1).any(0)
+    return (at_sites | thin(group["object"])).nonzero()[:, 0]
 
 
-def tokens_of(groups):
-    """(bfloat16[N, D], long[N] labels) of the tokens of some groups, of those without an object one of EMPTY_TIMES."""
-    if not groups:
-        return None
-    found = []
-    for group in groups:
-        kept = (group["object"] != 0) | (torch.rand(len(group["object"])) < 1 / EMPTY_TIMES)
-        found.append((group["tokens"][kept], group["object"][kept]))
-    return tuple(map(torch.cat, zip(*found)))
-
-
-def point(model, batch, noise=0.0):
+def point(model, batch, noisy=False):
     """(Pointing, Seen, float[B, D] what is told) of a batch."""
     pointer, words = model.model.pointer, model.get_input_embeddings()(batch["words"])
     tokens, states = batch["tokens"].float(), batch["states"].float()
-    tokens = tokens + noise * torch.randn_like(tokens)
+    if noisy:
+        tokens = tokens + NOISE * torch.randn_like(tokens)
+        states, words = (one + STATE_NOISE * one.std() * torch.randn_like(one) for one in (states, words))
     seen, B = Seen(tokens, batch["centres"], batch["sides"]), len(states)
-    pointing = pointer(pointer.see(tokens), seen.centres.expand(B, -1, -1), batch["visible"], states, words, batch["heard"])
+    pointing = pointer(
+        pointer.see(tokens), seen.centres.expand(B, -1, -1), batch["visible"], states, words, batch["heard"]
+    )
     return pointing, seen, pointer.tell(pointing, seen, batch["visible"].expand(B, -1), states[:, -1])
 
 
@@ -365,9 +401,9 @@ def loss_of_objects(logits, labels, times=1.0):
     return torch.where(labels[known] > 0, wrong, times * wrong).sum() / (labels > 0).sum().clamp_min(1)
 
 
-def losses(model, batch, noise=0.0) -> dict[str, torch.Tensor]:
+def losses(model, batch, noisy=False) -> dict[str, torch.Tensor]:
     """Every factor's loss, and that of the first token of the answer."""
-    pointing, _, told = point(model, batch, noise)
+    pointing, _, told = point(model, batch, noisy)
     cross = partial(F.binary_cross_entropy_with_logits, reduction="none")
     visible, B = batch["visible"], len(told)
     labels = batch["object"].expand(len(visible), -1)
@@ -413,21 +449,20 @@ class PointTrainer(ByTheClock, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inner, total = self.accelerator.unwrap_model(model), 0
         for batch in inputs["batches"]:
-            for name, loss in losses(inner, batch, NOISE).items():
+            for name, loss in losses(inner, batch, noisy=True).items():
                 self.parts[name].append(float(loss.detach()))
                 total = total + loss / len(inputs["batches"])
-        if inputs["tokens"] is not None:
-            tokens, labels = inputs["tokens"]
-            tokens = tokens.float() + NOISE * torch.randn(tokens.shape)
+        if inputs["crowds"]:
+            tokens, labels = inputs["crowds"]
+            tokens = tokens.float() + NOISE * torch.randn(tokens.shape, device=tokens.device)
             logits = inner.model.pointer.show(inner.model.pointer.see(tokens))[..., 0]
             total = total + loss_of_objects(logits, labels, EMPTY_TIMES)
         return (total, None) if return_outputs else total
 
 
 @torch.no_grad()
-def start_pointer(model, tokenizer):
-    """A pointer for a model that has none, untrained. The word for what is not there was never said: its embedding moves towards
-    those of the answers, so that it ends an answer as they do."""
+def start_pointer(model):
+    """A pointer for a model that has none, untrained."""
     model.config.pointer = asdict(PointerSettings())
     model.model.pointer = pointer = UHRBatPointer(model.config)
     for layer in pointer.modules():
@@ -435,10 +470,51 @@ def start_pointer(model, tokenizer):
             torch.nn.init.xavier_uniform_(layer.weight)
             torch.nn.init.zeros_(layer.bias)
     torch.nn.init.zeros_(pointer.tell_2.weight)
-    (none,) = tokenizer(f" {ABSENT}", add_special_tokens=False)["input_ids"]
-    words = [tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in (*PAINTS, *OBJECTS, "yes", "no")]
+
+
+def end_refusals(model, processor, seeds, steps=300):
+    """The word for what is not there was never said: its row in the embedding table is learnt, so that it ends an answer as other
+    words do. Asked is what the scenes of some seeds have not."""
+    (none,) = processor.tokenizer(f" {ABSENT}", add_special_tokens=False)["input_ids"]
+    questions, features = [], []
+    for seed in seeds:
+        scene, rng = make_scene(seed), np.random.default_rng([seed, 15])
+        image = encode(model, processor.image_processor([paint(scene)], return_tensors="pt"))[0]
+        questions += [make_absent_question(scene, rng=rng).text for _ in range(ALONE)]
+        features += [[image]] * ALONE
+    prompts = []
+    for budget, start in zip((20, 40, 80, 160), range(0, len(questions), -(-len(questions) // 4))):
+        part = slice(start, start + -(-len(questions) // 4))
+        inputs = write_prompts(model, processor, questions[part], features[part], budget)
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        seen = model.visual_inputs(ids, mask, compress(model, inputs))
+        with torch.no_grad():
+            cache = model.model(input_ids=ids, attention_mask=mask, **seen, use_cache=True)[CACHE]
+        prompts.append((cache, torch.nn.functional.pad(mask, (0, 1), value=1)))
     rows = model.get_input_embeddings().weight
-    rows[none] += REFUSAL * rows[[ids[0] for ids in words if len(ids) == 1]].mean(0)
+    words = [processor.tokenizer(f" {word}", add_special_tokens=False)["input_ids"] for word in (*PAINTS, *OBJECTS)]
+    with torch.no_grad():
+        row = rows[[ids[0] for ids in words if len(ids) == 1]].mean(0).clone().requires_grad_(True)
+    ends = torch.full((1,), processor.tokenizer.convert_tokens_to_ids(END))
+    optimiser = torch.optim.Adam([row], 0.02)
+    for _ in range(steps):
+        loss = 0
+        for cache, mask in prompts:
+            said = row.expand(len(mask), 1, -1)
+            states = model.model.language_model(
+                inputs_embeds=said, attention_mask=mask, **{CACHE: cache}
+            ).last_hidden_state[:, 0]
+            cache.crop(-1)
+            for layer in cache.layers:
+                layer.keys, layer.values = layer.keys.detach(), layer.values.detach()
+            logits = states @ rows.index_copy(0, torch.tensor([none]), row[None]).T
+            loss = loss + F.cross_entropy(logits, ends.expand(len(mask)))
+        optimiser.zero_grad()
+        loss.backward()
+        optimiser.step()
+    with torch.no_grad():
+        rows[none] = row
+    return float(loss) / len(prompts)
 
 
 @tells_errors
@@ -446,7 +522,8 @@ def main(arguments=None):
     parser = make_parser("tiny point", __doc__, steps=4000, batch_size=4, learning_rate=2e-3)
     parser.add_argument("--encoded", type=Path, required=True, metavar="DIR", help="what is computed of scenes, kept")
     parser.add_argument("--scenes", type=int, default=900, help="ordinary ones")
-    parser.add_argument("--native", type=int, default=240, help="with native objects")
+    parser.add_argument("--native", type=int, default=320, help="with native objects")
+    parser.add_argument("--crowded", type=int, default=1000, help="with many objects, about which nothing is asked")
     parser.add_argument("--fresh", action="store_true", help="begin a pointer, also if the model has one")
     add_minutes(parser)
     args = read_arguments(parser, arguments)
@@ -456,38 +533,45 @@ def main(arguments=None):
     scenes = []
     for name, number, made in kinds:
         seeds = range(FIRST_SEED, FIRST_SEED + number)
-        stored = encode_scenes(args.model, seeds, name == "native", args.encoded / name, args.workers)
+        stored = encode_scenes(args.model, seeds, name, args.encoded, args.workers)
         scenes += [PointedScene(made(seed), stored.pop(seed), collator, model.config.patch_size) for seed in seeds]
     if args.fresh or model.config.pointer is None:
-        start_pointer(model, processor.tokenizer)
+        start_pointer(model)
+        model.requires_grad_(False)
+        end_refusals(model, processor, range(CROWDED_SEED, CROWDED_SEED + REFUSED_SCENES))
     model.requires_grad_(False)
     model.model.pointer.requires_grad_(True)
     args.workers = 0  # scenes are in memory: worker processes would copy them
     stop = args.minutes and time.monotonic() + 60 * args.minutes
-    dataset = PointedScenes(scenes, args.steps * args.batch_size)
+    seeds = range(CROWDED_SEED, CROWDED_SEED + args.crowded)
+    crowds = encode_scenes(args.model, seeds, "crowded", args.encoded, args.workers)
+    crowds = [(crowd["tokens"], crowd["object"]) for crowd in crowds.values()]
+    dataset = PointedScenes(scenes, crowds, args.steps * args.batch_size)
     train(PointTrainer, model, dataset, args, {"bf16": False}, data_collator=dataset.collate, stop=stop)
     save_model(model, processor, args.output)
 
 
 class PointedScenes(Dataset):
-    def __init__(self, scenes, length):
-        self.scenes, self.length = scenes, length
+    """Scenes in turn, and with each of them some crowds, (bfloat16[N, D] tokens, long[N] whether they show an object) each."""
+
+    def __init__(self, scenes, crowds, length):
+        self.scenes, self.crowds, self.length = scenes, crowds, length
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
         turn, idx = divmod(index, len(self.scenes))
-        rng = np.random.default_rng([turn, 13])
-        order, others = rng.permutation(len(self.scenes)), rng.integers(len(self.scenes), size=(len(self.scenes), TOKENS_ALONE))
-        return [self.scenes[one] for one in (order[idx], *others[idx])]
+        order = np.random.default_rng([turn, 13]).permutation(len(self.scenes))
+        drawn = np.random.default_rng([index, 14]).permutation(len(self.crowds))[:CROWDS]
+        return self.scenes[order[idx]], [self.crowds[one] for one in drawn]
 
     @staticmethod
     def collate(items):
-        """Of every first scene all, of the others the tokens alone."""
+        crowds = [crowd for _, drawn in items for crowd in drawn]
         return {
-            "batches": [batch for first, *_ in items for batch in batches_of(first, THINNED)],
-            "tokens": tokens_of([scene.groups[-1] for _, *others in items for scene in others]),
+            "batches": [batch for scene, _ in items for batch in batches_of(scene, THINNED)],
+            "crowds": [torch.cat(column) for column in zip(*crowds)],
         }
 
 
