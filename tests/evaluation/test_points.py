@@ -93,7 +93,7 @@ def test_the_questions_are_those_of_the_other_tables_and_two_about_what_is_not_t
 
 def test_the_command_asks_a_model_that_points(tmp_path, monkeypatch, capsys):
     processor, model = load_model(device_map=None)
-    start_pointer(model, processor.tokenizer)
+    start_pointer(model)
     model.config.pointer["threshold"] = 1e-4  # untrained, it is never sure
     save_model(model, processor, tmp_path / "model")
     suite = SUITES[points.NATIVE]
