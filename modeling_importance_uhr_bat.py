@@ -138,7 +138,8 @@ class UHRBatImportanceMixin:
             maps.append(prior)
         if zooms:
             tokens, positions = map(list, zip(*levels))
-            if rules.superseded_weight != 1:
+            # Of the configuration's scales all tokens compete alike, whether all tiles are encoded or some.
+            if rules.superseded_weight != 1 and list(image.scales) != list(self.config.scales):
                 maps = weigh_superseded(maps, positions, grids, image.pyramid.patches_per_side, rules.superseded_weight)
             image = UHRBatImageFeatures(
                 image.anchor_tokens, image.anchor_positions, tokens, positions, image.scales, image.grids
