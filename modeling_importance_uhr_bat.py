@@ -138,7 +138,8 @@ class UHRBatImportanceMixin:
             maps.append(prior)
         if zooms:
             tokens, positions = map(list, zip(*levels))
-            # Of the configuration's scales all tokens compete alike, whether all tiles are encoded or some.
+            # CODEPATH: UHR-BAT-Tiny has a weight, released weights have none. Of the configuration's own scales all tokens compete
+            # alike, whether all tiles are encoded or some.
             if rules.superseded_weight != 1 and list(image.scales) != list(self.config.scales):
                 maps = weigh_superseded(maps, positions, grids, image.pyramid.patches_per_side, rules.superseded_weight)
             image = UHRBatImageFeatures(

@@ -29,6 +29,7 @@ MAP_SIDE = 48  # cells of the map on which places are found, over the square tha
 BLURS = (1.0, 2.5)  # cells, standard deviations with which the map is smoothed
 MOST_COUNTED = 9  # what is more is said by the decoder alone
 LEAST_TRUST = 0.02
+FACT_WEIGHT = 8.0  # of a number beside hundreds of entries of states, each about 1
 TOLD_FACTS = 3 * (MOST_COUNTED + 1) + 3 + 6  # numbers of all and of either place, which is more, how sure that is
 
 
@@ -165,7 +166,8 @@ class UHRBatPointer(nn.Module):
         sure = torch.stack((scores.amax(1), *there.amax(2).unbind(1), second, asked, of_places.amax(2)[:, 0]), dim=1)
         read = (scores[..., None] * pointing.shown.detach()).sum(1) / (scores.sum(1, keepdim=True) + 0.1)
         best = pointing.places.detach()[torch.arange(len(last), device=device), winners]
-        known = torch.cat((counted.to(last), facts.to(last), sure.to(last), read.to(last), best, last.detach()), dim=1)
+        counted, facts = FACT_WEIGHT * counted.to(last), FACT_WEIGHT * facts.to(last)
+        known = torch.cat((counted, facts, sure.to(last), read.to(last), best, last.detach()), dim=1)
         return self.tell_2(F.gelu(self.tell_1(known)))
 
 

@@ -61,6 +61,7 @@ CROWDS = 2  # crowded scenes of a step, for each other one
 THINNED = 0.7
 EMPTY_TIMES = 4  # tokens that show nothing, for each one that is looked at
 PLACE_WEIGHTS = (1.0, 3.0)  # fewer questions have a second place
+LEFT_ALONE = ("colour", "type", "yes/no", "quadrant")  # kinds that the decoder answers well by itself
 REFUSED_SCENES, END = 12, "<|im_end|>"
 ONE_FOR_ALL = ("tokens", "centres", "sides", "shown", "pixels", "object")  # of questions that share tokens
 
@@ -435,9 +436,32 @@ def losses(model, batch, noisy=False) -> dict[str, torch.Tensor]:
     return found
 
 
+def loss_of_answers(model, batch) -> dict[str, torch.Tensor]:
+    """Of the first token of the answer alone, from what is pointed to without noise; and how far the decoder is led away where it is
+    right by itself, of questions that it answers well: the divergence of its tokens."""
+    with torch.no_grad():
+        pointing, seen, _ = point(model, batch)
+    last = batch["states"][:, -1].float()
+    told = model.model.pointer.tell(pointing, seen, batch["visible"].expand(len(last), -1), last)
+    logits, alone = model.lm_head(last + told), model.lm_head(last)
+    found = {"answer": F.cross_entropy(logits, batch["answer"])}
+    own = torch.tensor([question.kind in LEFT_ALONE for question in batch["questions"]])
+    own &= alone.argmax(-1) == batch["answer"]
+    if own.any():
+        found["led away"] = F.kl_div(
+            logits[own].log_softmax(-1), alone[own].log_softmax(-1), reduction="batchmean", log_target=True
+        )
+    return found
+
+
 class PointTrainer(ByTheClock, Trainer):
-    def __init__(self, *args, **kwargs):
+    """Args:
+    told: whether what is told is trained alone (`loss_of_answers`).
+    """
+
+    def __init__(self, *args, told=False, **kwargs):
         super().__init__(*args, **kwargs)
+        self.told = told
         self.parts = defaultdict(list)  # of the loss, since the last line of the log
 
     def log(self, logs, *args, **kwargs):
@@ -449,10 +473,11 @@ class PointTrainer(ByTheClock, Trainer):
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inner, total = self.accelerator.unwrap_model(model), 0
         for batch in inputs["batches"]:
-            for name, loss in losses(inner, batch, noisy=True).items():
+            of_batch = loss_of_answers(inner, batch) if self.told else losses(inner, batch, noisy=True)
+            for name, loss in of_batch.items():
                 self.parts[name].append(float(loss.detach()))
                 total = total + loss / len(inputs["batches"])
-        if inputs["crowds"]:
+        if inputs["crowds"] and not self.told:
             tokens, labels = inputs["crowds"]
             tokens = tokens.float() + NOISE * torch.randn(tokens.shape, device=tokens.device)
             logits = inner.model.pointer.show(inner.model.pointer.see(tokens))[..., 0]
@@ -525,6 +550,9 @@ def main(arguments=None):
     parser.add_argument("--native", type=int, default=320, help="with native objects")
     parser.add_argument("--crowded", type=int, default=1000, help="with many objects, about which nothing is asked")
     parser.add_argument("--fresh", action="store_true", help="begin a pointer, also if the model has one")
+    parser.add_argument(
+        "--told", action="store_true", help="train what is told to the answer alone, by what is pointed to"
+    )
     add_minutes(parser)
     args = read_arguments(parser, arguments)
     processor, model = load_model(args.model, torch.float32, device_map=None)
@@ -540,14 +568,16 @@ def main(arguments=None):
         model.requires_grad_(False)
         end_refusals(model, processor, range(CROWDED_SEED, CROWDED_SEED + REFUSED_SCENES))
     model.requires_grad_(False)
-    model.model.pointer.requires_grad_(True)
+    pointer = model.model.pointer
+    for part in (pointer.tell_1, pointer.tell_2) if args.told else (pointer,):
+        part.requires_grad_(True)
     args.workers = 0  # scenes are in memory: worker processes would copy them
     stop = args.minutes and time.monotonic() + 60 * args.minutes
     seeds = range(CROWDED_SEED, CROWDED_SEED + args.crowded)
     crowds = encode_scenes(args.model, seeds, "crowded", args.encoded, args.workers)
     crowds = [(crowd["tokens"], crowd["object"]) for crowd in crowds.values()]
     dataset = PointedScenes(scenes, crowds, args.steps * args.batch_size)
-    train(PointTrainer, model, dataset, args, {"bf16": False}, data_collator=dataset.collate, stop=stop)
+    train(PointTrainer, model, dataset, args, {"bf16": False}, data_collator=dataset.collate, stop=stop, told=args.told)
     save_model(model, processor, args.output)
 
 
