@@ -102,7 +102,13 @@ class UHRBatPointer(nn.Module):
         """float[.., V, D] -> float[.., V, H], which no question has a part in."""
         return F.gelu(self.see_2(F.gelu(self.see_1(tokens))))
 
-    def forward(self, seen, centres, visible, states, words, heard) -> Pointing:
+    def forward(self, seen: Seen, visible, states, words, heard) -> tuple[Pointing, torch.Tensor]:
+        """What is pointed to, and float[B, D] to be added to the states behind which the answers begin. The arguments are those of
+        `point` and `tell`."""
+        found = self.point(self.see(seen.tokens), seen.centres, visible, states, words, heard)
+        return found, self.tell(found, seen, visible, states[:, -1])
+
+    def point(self, seen, centres, visible, states, words, heard) -> Pointing:
         """
         Args:
             seen: float[B, V, H] or [1, V, H] of `see`.
@@ -228,7 +234,7 @@ class UHRBatPointingMixin:
             states: float[B, M, D], the decoder's last ones.
         """
         M = placeholder.shape[1]
-        visible = torch.ones_like(placeholder) if attention_mask is None else attention_mask[:, -M:].bool()
+        visible = visible_of(attention_mask, placeholder)
         place = torch.arange(M, device=visible.device)
         ends = visible & (visible.flip(1).cumsum(1).flip(1) == 1)
         compressed.pointed, image_idx = [None] * len(compressed.pooler_output), 0
@@ -251,17 +257,31 @@ class UHRBatPointingMixin:
             known = torch.ones(1, len(compressed.pooler_output[first_idx]), dtype=torch.bool, device=own.device)
             heard = torch.ones_like(own[..., 0], dtype=torch.bool)
             said = words[row : row + 1, start:end].to(own)
-            pointing = self.pointer(self.pointer.see(seen.tokens), seen.centres, known, own, said, heard)
+            pointing, told = self.pointer(seen, known, own, said, heard)
             scores = pointing.scores[0].detach().float()
             chosen = count_points(scores, Seen(None, seen.centres[0], seen.sides[0]), self.pointer.settings.threshold)
             compressed.pointed[first_idx] = torch.zeros_like(scores).index_copy(0, chosen, scores[chosen])
             rows.append(row)
             lasts.append(end - 1)
-            changes.append(self.pointer.tell(pointing, seen, known, own[:, -1])[0])
+            changes.append(told[0])
         if not rows:
             return states
         where = torch.tensor(rows, device=states.device), torch.tensor(lasts, device=states.device)
         return states.index_put(where, torch.stack(changes).to(states), accumulate=True)
+
+
+def visible_of(attention_mask, placeholder) -> torch.Tensor:
+    """bool[B, M]: where a prompt is not padded, by any mask that the decoder takes: int[B, .., M], the library's masks float or
+    bool[B, 1, M, ..] of queries and keys, one or a dictionary of them, or None. Masks of other kinds say that nothing is padded."""
+    if isinstance(attention_mask, dict):
+        attention_mask = next(iter(attention_mask.values()))
+    B, M = placeholder.shape
+    if not isinstance(attention_mask, torch.Tensor):
+        return torch.ones_like(placeholder)
+    if attention_mask.ndim == 2:
+        return attention_mask[:, -M:].bool()
+    last = attention_mask[:, 0, -1, :M]  # what the last token sees
+    return (last if last.dtype == torch.bool else last == 0).expand(B, M)
 
 
 def is_pointed_at(compressed) -> bool:

@@ -150,6 +150,7 @@ def tiny_config(tokenizer):
         coord_weight=8.0,
         **RULES,
         native_scales=NATIVE_SCALES,
+        superseded_weight=0.1,
         image_token_index=image,
         importance_layer=1,
         scale_embedding_grid=8,

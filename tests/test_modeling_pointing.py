@@ -86,9 +86,9 @@ def test_padding_of_tokens_and_of_text_changes_nothing():
     tokens, centres = torch.randn(1, 5, 24), torch.rand(1, 5, 2)
     states, words = torch.randn(1, 3, 24), torch.randn(1, 3, 24)
     visible, heard = torch.ones(1, 5, dtype=torch.bool), torch.ones(1, 3, dtype=torch.bool)
-    alone = pointer(pointer.see(tokens), centres, visible, states, words, heard)
+    alone = pointer.point(pointer.see(tokens), centres, visible, states, words, heard)
     pad = torch.nn.functional.pad
-    padded = pointer(
+    padded = pointer.point(
         pointer.see(pad(tokens, (0, 0, 0, 2), value=3.0)),
         pad(centres, (0, 0, 0, 2), value=0.5),
         pad(visible, (0, 2)),

@@ -106,7 +106,8 @@ def test_an_answer_says_how_sure_the_model_is_of_it(loaded):
     whole, probability = torch.cat((inputs["input_ids"], ids), dim=1), 1.0
     with torch.no_grad():
         seen = model.visual_inputs(inputs["input_ids"], inputs["attention_mask"], compressed)
-        scores = model(input_ids=whole, **seen).logits[0].softmax(-1)
+        answered = torch.arange(whole.shape[1]) >= inputs["input_ids"].shape[1]
+        scores = model(input_ids=whole, answer_mask=answered[None], **seen).logits[0].softmax(-1)
     for place, token in enumerate(ids[0].tolist(), start=inputs["input_ids"].shape[1]):
         if token == model.generation_config.eos_token_id:
             break

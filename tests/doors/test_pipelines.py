@@ -171,8 +171,9 @@ BOX = '[{"box_2d": [450, 100, 550, 200], "label": "ship"}]'  # of a square of 16
 
 
 @pytest.fixture
-def says_box(monkeypatch):
-    """UHR-BAT-Tiny answers in words alone."""
+def says_box(monkeypatch, pipe):
+    """A model that writes boxes and points to nothing itself."""
+    monkeypatch.setattr(type(pipe.model), "point", lambda self, ids, compressed: [None] * len(ids))
     monkeypatch.setattr(asking_tools, "answer_texts", lambda processor, ids: [BOX] * len(ids))
 
 

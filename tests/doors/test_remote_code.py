@@ -285,7 +285,7 @@ def test_any_attention_implementation_finds_the_same_importance(model_folder, mo
 
 
 def test_modules_that_are_offloaded_to_disk_give_the_same_logits(model_folder, model, processor, tmp_path):
-    on_disk = ["vision_tower", "multi_modal_projector", "scale_embedding", "language_model.layers"]
+    on_disk = ["vision_tower", "multi_modal_projector", "scale_embedding", "pointer", "language_model.layers"]
     in_memory = ["language_model.embed_tokens", "language_model.norm", "language_model.rotary_emb"]
     device_map = {f"model.{name}": "disk" for name in on_disk} | {f"model.{name}": "cpu" for name in in_memory}
     offloaded = load(

@@ -17,6 +17,7 @@ def test_the_configuration_files_are_what_the_build_writes(tmp_path):
         written, kept = (json.loads(file.read_text(encoding="utf-8")) for file in (path, ROOT / path.name))
         for values in (written, kept):
             values.pop("transformers_version", None)
+            values.pop("pointer", None)  # which its stage adds
         assert written == kept, path.name
 
 
@@ -25,7 +26,8 @@ def test_the_untrained_model_is_a_whole_folder_that_never_replaces_weights(tmp_p
     build_tiny.main(["--output", str(tmp_path)])
     processor = AutoProcessor.from_pretrained(tmp_path, trust_remote_code=True)
     model = AutoModelForImageTextToText.from_pretrained(tmp_path, trust_remote_code=True)
-    shapes = {name: weight.shape for name, weight in load_file(ROOT / "model.safetensors").items()}
+    kept = load_file(ROOT / "model.safetensors").items()
+    shapes = {name: weight.shape for name, weight in kept if ".pointer." not in name}
     assert {name: weight.shape for name, weight in load_file(tmp_path / "model.safetensors").items()} == shapes
     assert processor.image_processor.scales == model.config.scales == [64, 128, 256, 384]
     weights = (tmp_path / "model.safetensors").read_bytes()

@@ -35,7 +35,7 @@ def loaded():
     processor, model = load_model()
     model.generation_config.eos_token_id = [1019]
     torch.manual_seed(0)
-    start_pointer(model, processor.tokenizer)
+    start_pointer(model)
     pointer = model.model.pointer
     with torch.no_grad():
         for layer in (pointer.show, pointer.near_2, pointer.ask, pointer.mean):

@@ -56,6 +56,7 @@ NATIVE_TILES = 128
 LEAST_PIXELS, UNSEEN_PIXELS = 1.5, 0.8
 EDGE = (0.9, 1.4)  # of a site, in its own frame: nothing stands between the two
 NEAR_PIXELS = 1.2  # of a level, from the middle of an object to the edge of its token
+TELL_NOISE = 0.5  # on what a told answer hears of them, likewise
 STATE_NOISE = 0.1  # on the decoder's states and words, as a part of their own length
 CROWDS = 2  # crowded scenes of a step, for each other one
 THINNED = 0.7
@@ -388,7 +389,7 @@ def point(model, batch, noisy=False):
         tokens = tokens + NOISE * torch.randn_like(tokens)
         states, words = (one + STATE_NOISE * one.std() * torch.randn_like(one) for one in (states, words))
     seen, B = Seen(tokens, batch["centres"], batch["sides"]), len(states)
-    pointing = pointer(
+    pointing = pointer.point(
         pointer.see(tokens), seen.centres.expand(B, -1, -1), batch["visible"], states, words, batch["heard"]
     )
     return pointing, seen, pointer.tell(pointing, seen, batch["visible"].expand(B, -1), states[:, -1])
@@ -441,8 +442,11 @@ def loss_of_answers(model, batch) -> dict[str, torch.Tensor]:
     right by itself, of questions that it answers well: the divergence of its tokens."""
     with torch.no_grad():
         pointing, seen, _ = point(model, batch)
-    last = batch["states"][:, -1].float()
-    told = model.model.pointer.tell(pointing, seen, batch["visible"].expand(len(last), -1), last)
+    last, places = batch["states"][:, -1].float(), pointing.places
+    # Noise, so that answers are not learnt by heart from the states.
+    heard, places = (one + TELL_NOISE * one.std() * torch.randn_like(one) for one in (last, places))
+    visible = batch["visible"].expand(len(last), -1)
+    told = model.model.pointer.tell(pointing._replace(places=places), seen, visible, heard)
     logits, alone = model.lm_head(last + told), model.lm_head(last)
     found = {"answer": F.cross_entropy(logits, batch["answer"])}
     own = torch.tensor([question.kind in LEFT_ALONE for question in batch["questions"]])
