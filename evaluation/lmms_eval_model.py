@@ -154,7 +154,8 @@ class UHRBat(lmms):
         inputs["attention_mask"] = torch.cat((prompt["attention_mask"], mask), 1)
         if compressed is not None:
             inputs |= self.model.visual_inputs(**inputs, compressed=compressed)
-        output = self.model(**inputs, logits_to_keep=length + 1)
+        answer_mask = torch.cat((torch.zeros_like(prompt["input_ids"]), mask), 1).bool()
+        output = self.model(**inputs, answer_mask=answer_mask, logits_to_keep=length + 1)
         scores = output.logits[:, :-1].float().log_softmax(-1)
         chosen = scores.gather(-1, ends[..., None])[..., 0]
         likeliest = (scores.argmax(-1) == ends) | ~mask.bool()

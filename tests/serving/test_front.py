@@ -37,8 +37,11 @@ def test_the_decoder_answers_embeddings_as_the_model_answers_images(front):
     inputs = front.processor(text=SHIPS, images=picture(), return_tensors="pt")
     options = {"do_sample": False, "max_new_tokens": 6}
     expected = front.model.generate(**inputs, **options)[0, inputs["input_ids"].shape[1] :]
-    embeds = front.select(SHIPS, [front.encode(source())]).embeds[None]
-    assert torch.equal(front.model.generate(inputs_embeds=embeds, **options)[0], expected)
+    selection = front.select(SHIPS, [front.encode(source())])
+    assert selection.first_logits.argmax() == expected[0]  # which a pointer has a part in
+    said = front.model.get_input_embeddings()(expected[:1])
+    embeds = torch.cat((selection.embeds, said.to(selection.embeds)))[None]
+    assert torch.equal(front.model.generate(inputs_embeds=embeds, **options)[0], expected[1:])
 
 
 def test_a_second_question_costs_no_encoding_and_has_a_selection_of_its_own(front):

@@ -26,6 +26,7 @@ from rasters import random_bands, write_dates, write_raster  # noqa: E402
 from served import serve_app  # noqa: E402
 from uhr_bat import ask  # noqa: E402
 from uhr_bat.common.loading import ROOT  # noqa: E402
+from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from uhr_bat.serving import mcp, mcp_tools  # noqa: E402
 from uhr_bat.serving.engine import Piece  # noqa: E402
 
@@ -217,6 +218,8 @@ def test_objects_are_told_rows_first_in_pixels_and_on_the_ground(call, monkeypat
         return [Piece('{"box_2d": [100, 300, 240, 330], "label": "ship"}', [], 9)]
 
     monkeypatch.setattr(mcp_tools, "said", said)
+    # A model that points to nothing itself.
+    monkeypatch.setattr(UHRBatForConditionalGeneration, "point", lambda self, ids, compressed: [None] * len(ids))
     (found,) = call("objects", image="scene.tif", question=QUESTION, **FEW)["objects"]
     assert found["label"] == "ship" and found["box"] == pytest.approx([40, 70, 96, 82])
     assert found["ground"]["type"] == "Polygon"
