@@ -385,6 +385,11 @@ class UHRBatForConditionalGeneration(UHRBatPreTrainedModel, UHRBatGenerationMixi
                     attention_mask = torch.ones_like(input_ids)
                 compressed = self.model.compress(input_ids, attention_mask, answer_mask=answer_mask, **images)
                 images, mm_encoder_outputs = {}, {"image": compressed}
+                if answer_mask is not None:
+                    *_, answered = self.expand_placeholders(
+                        input_ids, attention_mask, compressed, labels=answer_mask.long()
+                    )
+                    answer_mask = answered == 1
                 input_ids, attention_mask, labels = self.expand_placeholders(
                     input_ids, attention_mask, compressed, labels=labels
                 )

@@ -35,7 +35,7 @@ from .rates import Rates, check_device, free_bytes, is_here, rates_of
 
 # In the order in which they run.
 STAGES = (
-    "preprocess", "encode", "importance", "refinement", "regions", "selection", "prefill", "answer",
+    "preprocess", "encode", "importance", "refinement", "regions", "selection", "prefill", "pointing", "answer",
 )  # fmt: skip
 UNITS = {
     "TiB": 2**40, "GiB": 2**30, "MiB": 2**20, "KiB": 2**10, "TB": 10**12, "GB": 10**9, "MB": 10**6, "KB": 10**3, "s": 1,
@@ -311,7 +311,7 @@ class UHRBatPlanner:
                 steps = (question.num_answer_tokens - 1) * with_head * rates.decoder_layer
                 seconds[stage] = steps + number * (1 - 1 / question.num_questions) * rates.decoder
             else:
-                seconds[stage] = number * rates.decoder + passes[stage] * rates.decoder_layer
+                seconds[stage] = number * rates.decoder + passes.get(stage, 0) * rates.decoder_layer
         return seconds
 
     def _refusal(self, least: UHRBatPlan, limit, kind) -> str:

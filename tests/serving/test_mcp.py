@@ -26,7 +26,7 @@ from rasters import random_bands, write_dates, write_raster  # noqa: E402
 from served import serve_app  # noqa: E402
 from uhr_bat import ask  # noqa: E402
 from uhr_bat.common.loading import ROOT  # noqa: E402
-from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
+from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration  # noqa: E402
 from uhr_bat.serving import mcp, mcp_tools  # noqa: E402
 from uhr_bat.serving.engine import Piece  # noqa: E402
 
