@@ -60,6 +60,8 @@ def freeze_parts(model, names: list[str]):
     for name in names:
         parts[name].requires_grad_(False)
     model.model.vision_tower.freeze_unread_layers()
+    if model.model.pointer is not None:  # which answers do not train
+        model.model.pointer.requires_grad_(False)
 
 
 def unread_modules(model) -> list[str]:
