@@ -15,8 +15,8 @@ grid, unless "tile by tile" is said.
 """
 
 import warnings
-from itertools import accumulate
 from importlib import import_module
+from itertools import accumulate
 
 import torch
 from torch import nn
