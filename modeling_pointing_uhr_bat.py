@@ -27,6 +27,7 @@ from .modeling_outputs_uhr_bat import UHRBatCompressionOutput
 
 MAP_SIDE = 48  # cells of the map on which places are found, over the square that the model sees
 BLURS = (1.0, 2.5)  # cells, standard deviations with which the map is smoothed
+MOST_POINTED = 1000  # tokens that are compared with each other
 MOST_COUNTED = 9  # what is more is said by the decoder alone
 LEAST_TRUST = 0.02
 FACT_WEIGHT = 8.0  # of a number beside hundreds of entries of states, each about 1
@@ -189,9 +190,9 @@ def count_points(scores, seen: Seen, threshold: float) -> torch.Tensor:
     chosen = (scores >= threshold).nonzero()[:, 0]
     if not len(chosen):
         return chosen
-    order = chosen[scores[chosen].argsort(descending=True, stable=True)]
+    order = chosen[scores[chosen].argsort(descending=True, stable=True)][:MOST_POINTED]
     order = order[seen.sides[order].argsort(stable=True)]
-    centres, sides = seen.centres[order].double(), seen.sides[order].double()
+    centres, sides = seen.centres[order].cpu().double(), seen.sides[order].cpu().double()
     apart = (centres[:, None] - centres).abs().amax(-1)
     touch = (apart <= 1.001 * (sides[:, None] + sides) / 2).tolist()
     kept = []
@@ -239,6 +240,7 @@ class UHRBatPointingMixin:
         ends = visible & (visible.flip(1).cumsum(1).flip(1) == 1)
         compressed.pointed, image_idx = [None] * len(compressed.pooler_output), 0
         rows, lasts, changes = [], [], []
+        dtype = self.pointer.see_1.weight.dtype  # float32, where the rest is float16 or quantised
         for row, num_images in enumerate(compressed.images_per_prompt):
             first_idx, image_idx = image_idx, image_idx + num_images
             spots = placeholder[row].nonzero()[:, 0]
@@ -251,7 +253,7 @@ class UHRBatPointingMixin:
                 end = int(answered[0]) if len(answered) else end
             if start >= end:
                 continue
-            own = states[row : row + 1, start:end]
+            own = states[row : row + 1, start:end].to(dtype)
             seen = self.seen_tokens(compressed, first_idx)
             seen = Seen(seen.tokens.to(own)[None], seen.centres[None], seen.sides[None])
             known = torch.ones(1, len(compressed.pooler_output[first_idx]), dtype=torch.bool, device=own.device)
@@ -268,6 +270,11 @@ class UHRBatPointingMixin:
             return states
         where = torch.tensor(rows, device=states.device), torch.tensor(lasts, device=states.device)
         return states.index_put(where, torch.stack(changes).to(states), accumulate=True)
+
+
+def _apart(position: int, point, width: int) -> float:
+    """Squared distance of a token from a point (row, column) of its grid."""
+    return (position // width - point[0]) ** 2 + (position % width - point[1]) ** 2
 
 
 def visible_of(attention_mask, placeholder) -> torch.Tensor:
@@ -300,9 +307,14 @@ def pointed_tokens(compressed, image_idx: int) -> list[tuple[int, int, float]] |
     scores = scores.tolist()
     for level, (slots, positions) in enumerate(zip(maps.values, maps.positions)):
         kept = slots >= 0
-        by_slot = {}
-        for slot, position in zip(slots[kept].tolist(), positions[kept].tolist()):
-            by_slot.setdefault(slot, position)
+        slots, positions = slots[kept].tolist(), positions[kept].tolist()
+        by_slot = dict(zip(slots, positions))
+        if len(by_slot) < len(slots):  # of a merged token that which lies nearest to where it was counted
+            means, width = compressed.places(image_idx)[level].points.tolist(), maps.grids[level][1]
+            by_slot = {}
+            for slot, position in zip(slots, positions):
+                here = min((by_slot.get(slot, position), position), key=lambda one: _apart(one, means[slot], width))
+                by_slot[slot] = here
         found += [
             (level, position, scores[start + slot])
             for slot, position in sorted(by_slot.items())

@@ -70,6 +70,7 @@ class UHRBatPreTrainedModel(PreTrainedModel):
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
     _no_split_modules = ["UHRBatScaleEmbedding", "UHRBatPointer"]  # the towers bring their own
+    _keep_in_fp32_modules = ["pointer", "model.pointer"]  # which quantisation leaves alone, too
     _skip_keys_device_placement = ["past_key_values", "cache", "image_features", "mm_encoder_outputs"]
     _supports_sdpa = True
     _supports_flash_attn = True

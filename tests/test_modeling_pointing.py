@@ -189,6 +189,24 @@ def test_objects_are_the_tokens_that_are_pointed_to():
         assert label == "" and score == pytest.approx(float(scores[starts[level] + slot]))
 
 
+def test_the_box_of_a_merged_token_is_where_it_was_counted():
+    model = pointing_model(selector="preserve_and_merge", num_regions=2)
+    with torch.no_grad():
+        _, compressed = read(model, budgets=[1, 2, 3], ids=prompt(5, "image", 6, 7, 8, num_tokens=6))
+    compressed.pointed = [torch.full((6,), 0.9)]
+    (named,) = model.point([[1]], compressed)
+    places = [(level, row) for level, one in enumerate(compressed.places(0)) for row in one.points.tolist()]
+    assert len(named) == len(places) == 6
+    for (_, level, position, _), (of_level, mean) in zip(named, places):
+        members = (compressed.slots[0][level].flatten() == compressed.slots[0][level].flatten()[position]).nonzero()[
+            :, 0
+        ]
+        width = GRIDS[level][1]
+        apart = [(int(one) // width - mean[0]) ** 2 + (int(one) % width - mean[1]) ** 2 for one in members]
+        own = (position // width - mean[0]) ** 2 + (position % width - mean[1]) ** 2
+        assert level == of_level and own == pytest.approx(min(apart))
+
+
 def test_prompts_that_nobody_points_in_are_as_without_a_pointer():
     model, plain = pointing_model(), small_model()
     plain.load_state_dict(model.state_dict(), strict=False)
