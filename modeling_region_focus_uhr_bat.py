@@ -88,6 +88,17 @@ class LevelTokens:
         return (self.places - self.rows)[~self.is_newline]  # a newline stands at the end of each row before
 
 
+def pool_tokens(tiles: torch.Tensor) -> torch.Tensor:
+    """float[T, P, D] of whole tiles -> float[T, D, p, p]."""
+    side = round(tiles.shape[1] ** 0.5)
+    return F.interpolate(
+        tiles.transpose(1, 2).unflatten(2, (side, side)),
+        size=(side // POOLING,) * 2,
+        mode="bilinear",
+        align_corners=False,
+    )
+
+
 def next_tiles(places: torch.Tensor, level, finer) -> torch.Tensor:
     """long[T], ascending: the tiles of the next finer level where the middle of some tokens lies, a newline's the last of its
     row."""
@@ -119,14 +130,8 @@ class UHRBatRegionFocusMixin:
         level = image.pyramid.levels[level_idx - 1]
         (H, W), device = level.grid, image.thumbnail.device
         tiles = self.encode_tiles(image, level_idx, tile_idx)
-        side = round(tiles.shape[1] ** 0.5)
-        pooled = F.interpolate(
-            tiles.transpose(1, 2).unflatten(2, (side, side)),
-            size=(side // POOLING,) * 2,
-            mode="bilinear",
-            align_corners=False,
-        )
-        p, where = side // POOLING, torch.tensor(tile_idx, device=device)
+        pooled = pool_tokens(tiles)
+        p, where = pooled.shape[-1], torch.tensor(tile_idx, device=device)
         steps = torch.arange(p, device=device)
         rows = (where // level.tiles[1] * p)[:, None, None] + steps[:, None]
         columns = (where % level.tiles[1] * p)[:, None, None] + steps

@@ -9,7 +9,6 @@ Letters: T tiles, P patches of a tile, p pooled tokens a side, D decoder width, 
 """
 
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
 from pathlib import Path
@@ -29,6 +28,7 @@ from ...common.loading import load_model
 from ...image_pyramids_uhr_bat import POOLING, DynamicPyramid, dynamic_levels
 from ...image_views_uhr_bat import normalize_tiles
 from ...modeling_layers_uhr_bat import queries_and_keys
+from ...modeling_region_focus_uhr_bat import pool_tokens
 from ...modeling_uhr_bat import UHRBatForConditionalGeneration
 from ...scenes.layout import FINETUNING_SEED, OBJECTS, PAD_SIDE, PAINTS, SITE_SIDE, WIDTH, Object, make_scene
 from ...scenes.native import native_scene, picture_of
@@ -37,7 +37,7 @@ from ...scenes.questions import make_question
 from ..collator import IGNORED
 from .encoding import freeze_vision
 from .finetune import Collator
-from .stages import ByTheClock, train
+from .stages import ByTheClock, LogsParts, train
 from .zooming import NATIVE_SEED
 
 TILE, PATCH = 96, 8
@@ -217,14 +217,7 @@ def pooled_target(tokens, counts):
 
 def pool(tokens):
     """float[T, P, D] -> float[T, p * p, D], as `level_tokens` does."""
-    side = round(tokens.shape[1] ** 0.5)
-    pooled = F.interpolate(
-        tokens.transpose(1, 2).unflatten(2, (side, side)),
-        size=(side // POOLING,) * 2,
-        mode="bilinear",
-        align_corners=False,
-    )
-    return pooled.flatten(2).transpose(1, 2)
+    return pool_tokens(tokens).flatten(2).transpose(1, 2)
 
 
 def start_large_tiles(folder, layers):
@@ -342,18 +335,8 @@ class TowerTraining(nn.Module):
         return {"loss": loss, "parts": parts}
 
 
-class PartsTrainer(ByTheClock, Trainer):
-    """Whose log has the mean of what is noted in `parts`."""
-
-    def __init__(self, *args, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.parts = defaultdict(list)
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
-            logs |= {name: round(float(np.nanmean(values)), 4) for name, values in self.parts.items()}
-            self.parts.clear()
-        super().log(logs, *args, **kwargs)
+class PartsTrainer(LogsParts, ByTheClock, Trainer):
+    mean = staticmethod(np.nanmean)  # a step may have nothing to measure
 
 
 class TowerTrainer(PartsTrainer):

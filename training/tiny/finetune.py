@@ -34,7 +34,7 @@ from ...scenes.questions import draw_question
 from ...token_rules_uhr_bat import CompressionRules, compress_image
 from ..collator import IGNORED
 from .encoding import all_tokens, cached_features, freeze_vision
-from .stages import load_with_attentions, make_parser, read_arguments, train
+from .stages import LogsParts, load_with_attentions, make_parser, read_arguments, train
 
 ANSWER_WEIGHT = 3.0  # of the language model's loss, beside those that say where to look
 NOISE = 0.25  # on visual tokens of length 1 (root mean square): without it, scenes are learnt by heart
@@ -220,7 +220,7 @@ def divergence(portion, importance) -> torch.Tensor:
     return F.kl_div(found.log(), portion.to(found), reduction="sum")
 
 
-class GuidedTrainer(Trainer):
+class GuidedTrainer(LogsParts, Trainer):
     """The language model's loss, the divergence of the importance (eq. 2) from where the sites of the question lie, and
     four losses that say what to look at, -log of the attention each:
 
@@ -237,13 +237,6 @@ class GuidedTrainer(Trainer):
     def __init__(self, *args, taught=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.taught = taught
-        self.parts = defaultdict(list)  # of the loss, since the last line of the log
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
-            logs |= {name: round(sum(values) / len(values), 4) for name, values in self.parts.items()}
-            self.parts.clear()
-        super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inner = self.accelerator.unwrap_model(model)

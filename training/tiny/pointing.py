@@ -11,7 +11,6 @@ Letters: Q questions, V visual tokens, M text tokens, D decoder width.
 """
 
 import time
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from functools import partial
@@ -42,7 +41,7 @@ from ...scenes.painting import paint
 from ...scenes.questions import ABSENT, draw_question, make_absent_question
 from ..collator import IGNORED
 from .finetune import NOISE, Collator
-from .stages import ByTheClock, add_minutes, make_parser, read_arguments, train
+from .stages import ByTheClock, LogsParts, add_minutes, make_parser, read_arguments, train
 from .vision import CROWDED
 
 FIRST_SEED = FINETUNING_SEED + 200_000  # of either kind of scenes
@@ -64,7 +63,7 @@ EMPTY_TIMES = 4  # tokens that show nothing, for each one that is looked at
 PLACE_WEIGHTS = (1.0, 3.0)  # fewer questions have a second place
 LEFT_ALONE = ("colour", "type", "yes/no", "quadrant")  # kinds that the decoder answers well by itself
 REFUSED_SCENES, END = 12, "<|im_end|>"
-ONE_FOR_ALL = ("tokens", "centres", "sides", "shown", "pixels", "object")  # of questions that share tokens
+ONE_FOR_ALL = ("tokens", "centres", "sides", "object")  # of questions that share tokens
 
 
 def draw_questions(scene):
@@ -93,9 +92,9 @@ class PointCollator(Collator):
         return self.processor.tokenizer(said, add_special_tokens=False)["input_ids"][0]
 
 
-def read_levels(compressed, scene, image_idx=0):
+def read_levels(compressed):
     """{name: tensor of all visual tokens of an image}: level's side in tokens, position on its grid."""
-    maps, sides, positions = compressed.slots[image_idx], [], []
+    maps, sides, positions = compressed.slots[0], [], []
     for slots, places, grid in zip(maps.values, maps.positions, maps.grids):
         kept = places[slots >= 0][slots[slots >= 0].argsort()]
         positions.append(kept)
@@ -129,7 +128,7 @@ def encode_scene(model, processor, collator, seed, native):
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
         states = model.model(input_ids=ids, attention_mask=mask, **model.visual_inputs(ids, mask, compressed))
         start = int((ids[0] == processor.image_token_id).nonzero()[-1]) + 1
-        stored |= of_group(f"alone.{idx}", model, compressed, scene, [states.last_hidden_state[0, start:]])
+        stored |= of_group(f"alone.{idx}", model, compressed, [states.last_hidden_state[0, start:]])
         kept.append(compressed)
     if native:
         compressed = joined(kept)
@@ -137,7 +136,7 @@ def encode_scene(model, processor, collator, seed, native):
         fraction = 1.0 if rng.random() < 0.3 else float(np.exp(rng.uniform(*np.log((0.05, 1.0)))))
         compressed = choose_any(model, features, scene, fraction, rng)
     states = states_together(model, collator, shared, compressed)
-    return stored | of_group("together", model, compressed, scene, states)
+    return stored | of_group("together", model, compressed, states)
 
 
 @torch.no_grad()
@@ -154,13 +153,11 @@ def encode_crowd(model, processor, seed):
     return {"tokens": tokens[kept].bfloat16(), "object": known[kept]}
 
 
-def of_group(name, model, compressed, scene, states):
+def of_group(name, model, compressed, states):
     tokens = model.model.seen_tokens(compressed, 0)[0]
     lengths = torch.tensor([len(one) for one in states])
     padded = pad_sequence([one.flip(0) for one in states], True).flip(1)
-    found = {"tokens": tokens.bfloat16(), "states": padded.bfloat16(), "length": lengths} | read_levels(
-        compressed, scene
-    )
+    found = {"tokens": tokens.bfloat16(), "states": padded.bfloat16(), "length": lengths} | read_levels(compressed)
     return {f"{name}.{key}": value.contiguous() for key, value in found.items()}
 
 
@@ -322,7 +319,7 @@ class PointedScene:
             group = {key: stored[f"{name}.{key}"] for key in ("tokens", "states", "length", "side", "position")}
             side, position = group["side"].numpy(), group["position"].numpy()
             labels = label_tokens(scene, side, position, patch_size)
-            shown, pixels, _, around = labels
+            shown, _, _, around = labels
             words = pad_sequence([collator.words(question).flip(0) for question in questions], True).flip(1)
             if words.shape != group["states"].shape[:2]:
                 raise ValueError(f"Scene {scene.seed}: the states of {name} are of other questions.")
@@ -336,7 +333,6 @@ class PointedScene:
                 "heard": torch.arange(group["states"].shape[1]).flip(0) < group["length"][:, None],
                 "centres": torch.from_numpy((np.stack((position // side, position % side), axis=1) + 0.5) / side[:, None]).float(),
                 "sides": 1 / group["side"].float(),
-                "shown": torch.from_numpy(shown), "pixels": torch.from_numpy(pixels).float(),
                 "object": objects_of_tokens(labels),
                 "meant": torch.from_numpy(np.array(meant)[:, shown]),
                 "there": torch.from_numpy(inside.T[np.array(places)]),  # [Q, 2, V]
@@ -356,11 +352,11 @@ def batches_of(scene: PointedScene, share_thinned: float = 0.0):
     *alone, together = scene.groups
     if torch.rand(()) < share_thinned:
         kept = thinned(together)
-        axis = {"meant": 1, "there": 2} | dict.fromkeys((*ONE_FOR_ALL,), 0)
+        axis = {"meant": 1, "there": 2} | dict.fromkeys(ONE_FOR_ALL, 0)
         together = together | {name: together[name].index_select(at, kept) for name, at in axis.items()}
     pad = partial(pad_sequence, batch_first=True)
     joined = {}
-    for name in ("tokens", "centres", "sides", "shown", "pixels", "object"):
+    for name in ONE_FOR_ALL:
         joined[name] = pad([group[name] for group in alone])
     for name in ("states", "words", "heard"):
         joined[name] = pad([group[name][0].flip(0) for group in alone]).flip(1)
@@ -458,7 +454,7 @@ def loss_of_answers(model, batch) -> dict[str, torch.Tensor]:
     return found
 
 
-class PointTrainer(ByTheClock, Trainer):
+class PointTrainer(LogsParts, ByTheClock, Trainer):
     """Args:
     told: whether what is told is trained alone (`loss_of_answers`).
     """
@@ -466,13 +462,6 @@ class PointTrainer(ByTheClock, Trainer):
     def __init__(self, *args, told=False, **kwargs):
         super().__init__(*args, **kwargs)
         self.told = told
-        self.parts = defaultdict(list)  # of the loss, since the last line of the log
-
-    def log(self, logs, *args, **kwargs):
-        if "loss" in logs:
-            logs |= {name: round(sum(values) / len(values), 4) for name, values in self.parts.items()}
-            self.parts.clear()
-        super().log(logs, *args, **kwargs)
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inner, total = self.accelerator.unwrap_model(model), 0
@@ -568,6 +557,7 @@ def main(arguments=None):
         stored = encode_scenes(args.model, seeds, name, args.encoded, args.workers)
         scenes += [PointedScene(made(seed), stored.pop(seed), collator, model.config.patch_size) for seed in seeds]
     if args.fresh or model.config.pointer is None:
+        torch.manual_seed(args.seed)
         start_pointer(model)
         model.requires_grad_(False)
         end_refusals(model, processor, range(CROWDED_SEED, CROWDED_SEED + REFUSED_SCENES))

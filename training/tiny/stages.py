@@ -2,6 +2,7 @@
 
 import argparse
 import time
+from collections import defaultdict
 from pathlib import Path
 
 import numpy as np
@@ -86,6 +87,22 @@ def add_minutes(parser):
     parser.add_argument(
         "--minutes", type=float, help="of training, after the scenes are encoded; or --steps, if sooner"
     )
+
+
+class LogsParts:
+    """For a Trainer whose log has the mean of what was noted in `parts` {name: [float]} since its last line."""
+
+    mean = staticmethod(np.mean)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.parts = defaultdict(list)
+
+    def log(self, logs, *args, **kwargs):
+        if "loss" in logs:
+            logs |= {name: round(float(self.mean(values)), 4) for name, values in self.parts.items()}
+            self.parts.clear()
+        super().log(logs, *args, **kwargs)
 
 
 class ByTheClock:
