@@ -40,7 +40,7 @@ def question_of(things: str, folder: Path) -> str:
     """The question by which a model is asked for all `things` of a picture, in the words of its family.
 
     Raises:
-        ValueError: it neither writes boxes in a form that is known nor names its tokens (`common.objects`).
+        ValueError: it writes no boxes in a form that is known (`common.objects`).
     """
     folder = base_of(folder) or folder
     if is_host(folder):
@@ -50,12 +50,8 @@ def question_of(things: str, folder: Path) -> str:
         if model_type in POINTING:
             return POINTING[model_type].prompt.format(things=things)
         why = f"how models of the type {model_type!r} write boxes is not known"
-    else:
-        from ..modeling_uhr_bat import UHRBatForConditionalGeneration
-
-        if hasattr(UHRBatForConditionalGeneration, "point"):
-            return things
-        why = "it answers in words, and points to nothing"
+    else:  # its pointer, if it has one, learnt what stands at a place that a question names, in the whole image
+        why = "it answers in words, and what it points to it has from a question about the whole image (`ask --objects`)"
     known = ", ".join(name for name in POINTING if name in FAMILIES)
     raise ValueError(f"{model_name(folder)} cannot be asked for boxes: {why}. Ask one of these families: {known}.")
 
@@ -121,7 +117,7 @@ class Asker:
         compressed = asking.compress(self.model, inputs)
         ids = asking.generate(self.model, inputs, compressed, max_new_tokens=self.max_new_tokens)
         (text,) = asking.answer_texts(self.processor, ids)
-        found = asking.answer_objects(self.model, text, compressed, self.size, ids=ids, part=window)
+        found = asking.answer_objects(self.model, text, compressed, self.size, part=window)
         return labelled(found, self.things)
 
 

@@ -259,7 +259,7 @@ def test_what_cannot_be_detected_is_refused_before_the_weights(painted, host_fol
     monkeypatch.delattr(detect, "load_model")
     for model, why in (
         (["--model", host_folder("llava")], "how models of the type 'llava' write boxes is not known"),
-        ([], "it answers in words, and points to nothing. Ask one of these families: qwen3_vl,"),
+        ([], "it answers in words, and what it points to it has from a question about the whole image (`ask --objects`). Ask one of these families: qwen3_vl,"),
         (["--max-windows", "0"], "--max-windows must be at least 1. Got 0"),
         (["--output", path.with_name("painted.csv")], "would write over a file that is read"),
     ):

@@ -169,7 +169,7 @@ def test_what_was_kept_is_downloaded(page, tmp_path):
     open_scene(page)
     page.get_by_role("button", name="Ask").click()
     wait_for_tokens(page, 146)
-    for name, file in (("GeoJSON", "kept.geojson"), ("PNG", "kept.png")):
+    for name, file in (("GeoJSON of the kept tokens", "kept.geojson"), ("PNG", "kept.png")):
         with page.expect_download() as download:
             page.get_by_role("link", name=name).click()
         assert download.value.suggested_filename == file
