@@ -313,9 +313,10 @@ class Front:
         if not images:
             return self._handed(inputs)
         compressed = asking.compress(self.model, inputs)
-        for image, seen in zip(images, features):  # regions that were computed on another device
-            for name, regions in (seen.partitions if seen.kind == "whole" else {}).items():
-                image.features.partitions.setdefault(name, regions.cpu())
+        for image, seen in zip(images, features):
+            if seen is not image.features:  # regions that were computed on another device
+                found = {name: regions for name, regions in seen.partitions.items() if name != "dates"}
+                image.features.partitions.update(_to_cpu(found))
         first_logits = self._point(inputs, compressed)
         kept = UHRBatCompressionOutput(
             importance=_to_cpu(compressed.importance),

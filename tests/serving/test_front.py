@@ -13,6 +13,7 @@ from uhr_bat.serving.cache import ContentCache
 from uhr_bat.serving.engine import Engine
 from uhr_bat.serving.front import Front, ImageFile, fingerprint
 from uhr_bat.serving.sources import SourceRules
+from uhr_bat.training.tiny.dates import SAME_PLACE
 
 SHIPS, TRUCKS = PROMPT.format("How many ships are there?"), PROMPT.format("What colour is the truck at the road?")
 
@@ -50,6 +51,19 @@ def test_a_second_question_costs_no_encoding_and_has_a_selection_of_its_own(fron
     assert front.cache.made == {"image": 1, "selection": 2}
     assert any(not torch.equal(*slots) for slots in zip(first.compressed.slots[0], second.compressed.slots[0]))
     assert front.select(SHIPS, [front.encode(source())]) is first
+
+
+@pytest.mark.parametrize("elsewhere", [False, True])
+def test_images_that_were_two_dates_are_asked_about_alone_afterwards(front, monkeypatch, elsewhere):
+    alone = front.select(TRUCKS, [front.encode(source())])
+    if elsewhere:  # as of a model on a GPU, which is handed copies
+        monkeypatch.setattr(front, "_to", lambda features, device: features.to(device))
+    earlier, later = (front.encode(source(seed)) for seed in (1, 0))
+    both = front.processor.image_token + SHIPS
+    compared = front.select(both, [earlier, later], dates=[SAME_PLACE])
+    assert compared.compressed.images_per_prompt == [2]
+    again = front.select(TRUCKS, [later], budgets=front.processor.default_budgets)
+    assert again is not alone and torch.equal(again.first_logits, alone.first_logits)
 
 
 @pytest.mark.parametrize("change", [{"budgets": [2, 4, 8, 16]}, {"prompt": TRUCKS}, {"seed": 1}])

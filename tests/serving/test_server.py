@@ -285,8 +285,9 @@ def two_dates(open_folder):
     return write_dates(open_folder)
 
 
-def test_two_dates_are_compared_as_ask_compares_them(client, loaded, two_dates):
-    (earlier, later, _), fields = two_dates, {"max_tiles": 20, "native": True, "budgets": 60}
+@pytest.mark.parametrize("fields", [{"max_tiles": 20, "native": True, "budgets": 60}, {"budgets": 60}])
+def test_two_dates_are_compared_as_ask_compares_them(client, loaded, two_dates, fields):
+    earlier, later, _ = two_dates
     said = uhr_bat.ask(*loaded, later, SHIPS, before=earlier, max_new_tokens=NUM_TOKENS, **fields)
     answer = ask(client, earlier, later, extra_body={"dates": True, "evidence": True, "objects": True} | fields)
     assert answer.choices[0].message.content.strip() == said.text
