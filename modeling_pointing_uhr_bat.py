@@ -29,6 +29,7 @@ MAP_SIDE = 48  # cells of the map on which places are found, over the square tha
 BLURS = (1.0, 2.5)  # cells, standard deviations with which the map is smoothed
 MOST_POINTED = 1000  # tokens that are compared with each other
 MOST_COUNTED = 9  # what is more is said by the decoder alone
+LEAST_HEARD = 0.05  # probability of a token that says which of two places has more, where equally many are counted
 LEAST_TRUST = 0.02
 FACT_WEIGHT = 8.0  # of a number beside hundreds of entries of states, each about 1
 TOLD_FACTS = 3 * (MOST_COUNTED + 1) + 3 + 6  # numbers of all and of either place, which is more, how sure that is
@@ -98,16 +99,18 @@ class UHRBatPointer(nn.Module):
         self.near_2 = nn.Linear(K, 1)
         self.tell_1 = nn.Linear(TOLD_FACTS + K + 3 * D, H)
         self.tell_2 = nn.Linear(H, D)
+        # What was counted, or where there is more, in words: where the question asks for a number, or for a place.
+        self.tell_number = nn.Linear(MOST_COUNTED + 1, D, bias=False)
+        self.tell_place, self.tell_which = nn.Linear(2 * D, D, bias=False), nn.Linear(D, 2)
 
     def see(self, tokens) -> torch.Tensor:
         """float[.., V, D] -> float[.., V, H], which no question has a part in."""
         return F.gelu(self.see_2(F.gelu(self.see_1(tokens))))
 
-    def forward(self, seen: Seen, visible, states, words, heard) -> tuple[Pointing, torch.Tensor]:
-        """What is pointed to, and float[B, D] to be added to the states behind which the answers begin. The arguments are those of
-        `point` and `tell`."""
+    def forward(self, seen: Seen, visible, states, words, heard) -> tuple[Pointing, list[torch.Tensor], torch.Tensor]:
+        """What is pointed to, and what `tell` returns of it. The arguments are those of `point` and `tell`."""
         found = self.point(self.see(seen.tokens), seen.centres, visible, states, words, heard)
-        return found, self.tell(found, seen, visible, states[:, -1])
+        return found, *self.tell(found, seen, visible, states[:, -1])
 
     def point(self, seen, centres, visible, states, words, heard) -> Pointing:
         """
@@ -151,31 +154,46 @@ class UHRBatPointer(nn.Module):
             found += [smooth[:, :2] / weight, weight.log().expand(-1, 2, -1)]
         return self.near_2(F.gelu(self.near_1(torch.stack(found, dim=-1))))[..., 0]
 
-    def tell(self, pointing, seen: Seen, visible, last) -> torch.Tensor:
-        """float[B, D], to be added to the states `last` float[B, D] behind which the answer begins. Nothing that points is trained
-        by it."""
+    def tell(self, pointing, seen: Seen, visible, last) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """([long[n] tokens that are counted] of every prompt; float[B, D], to be added to the states `last` float[B, D] behind
+        which the answer begins). Nothing that points is trained by it."""
         scores, of_places = pointing.scores.detach() * visible, pointing.of_places.detach() * visible[:, None]
         there = pointing.there.detach().sigmoid() * visible[:, None]
         second, asked = pointing.second.detach().sigmoid(), pointing.asked.detach().sigmoid()
-        numbers, facts, winners = [], [], []
+        every, numbers, orders = [], [], []
         for row in range(len(last)):
             own = Seen(None, *(one[row if len(one) > 1 else 0] for one in seen[1:]))
             chosen = count_points(scores[row], own, self.settings.threshold)
-            first = of_places[row, 0, chosen] >= of_places[row, 1, chosen]
-            counts = len(chosen), int(first.sum()), int((~first).sum())
-            numbers.append([min(count, MOST_COUNTED) for count in counts])
-            order = (counts[1] > counts[2]) - (counts[1] < counts[2])
-            facts.append([order == sign for sign in (-1, 0, 1)])
-            winners.append(int(order < 0))
-        device = last.device
-        counted = F.one_hot(torch.tensor(numbers, device=device), MOST_COUNTED + 1).flatten(1)
-        facts, winners = torch.tensor(facts, device=device), torch.tensor(winners, device=device)
+            counts = of_either(of_places[row, :, chosen])
+            every.append(chosen)
+            numbers.append([min(count, MOST_COUNTED) for count in (len(chosen), *map(len, counts))])
+            if len(counts[0]) == len(counts[1]):  # the surer ones, then
+                counts = of_either(of_places[row, :, count_points(scores[row], own, LEAST_HEARD)])
+                more = float(counts[0].sum() - counts[1].sum())
+            else:
+                more = len(counts[0]) - len(counts[1])
+            orders.append((more > 0) - (more < 0))
+        device, places = last.device, pointing.places.detach()
+        counted = F.one_hot(torch.tensor(numbers, device=device), MOST_COUNTED + 1).to(last)
+        order = torch.tensor(orders, device=device)
+        facts = F.one_hot(order + 1, 3).to(last)
         sure = torch.stack((scores.amax(1), *there.amax(2).unbind(1), second, asked, of_places.amax(2)[:, 0]), dim=1)
         read = (scores[..., None] * pointing.shown.detach()).sum(1) / (scores.sum(1, keepdim=True) + 0.1)
-        best = pointing.places.detach()[torch.arange(len(last), device=device), winners]
-        counted, facts = FACT_WEIGHT * counted.to(last), FACT_WEIGHT * facts.to(last)
-        known = torch.cat((counted, facts, sure.to(last), read.to(last), best, last.detach()), dim=1)
-        return self.tell_2(F.gelu(self.tell_1(known)))
+        best = torch.where(order[:, None] < 0, places[:, 1], places[:, 0])
+        known = torch.cat(
+            (FACT_WEIGHT * counted.flatten(1), FACT_WEIGHT * facts, sure.to(last), read.to(last), best, last.detach()),
+            dim=1,
+        )
+        number, place = self.tell_which(last.detach()).sigmoid().split(1, dim=1)
+        told = number * self.tell_number(counted[:, 0])
+        told = told + place * order[:, None] * self.tell_place(places[:, 0] - places[:, 1])
+        return every, told + self.tell_2(F.gelu(self.tell_1(known)))
+
+
+def of_either(of_places) -> tuple[torch.Tensor, torch.Tensor]:
+    """The probabilities float[2, n] of tokens for either place, each token's for the place that it is surer of."""
+    first = of_places[0] >= of_places[1]
+    return of_places[0, first], of_places[1, ~first]
 
 
 def count_points(scores, seen: Seen, threshold: float) -> torch.Tensor:
@@ -259,9 +277,8 @@ class UHRBatPointingMixin:
             known = torch.ones(1, len(compressed.pooler_output[first_idx]), dtype=torch.bool, device=own.device)
             heard = torch.ones_like(own[..., 0], dtype=torch.bool)
             said = words[row : row + 1, start:end].to(own)
-            pointing, told = self.pointer(seen, known, own, said, heard)
+            pointing, (chosen,), told = self.pointer(seen, known, own, said, heard)
             scores = pointing.scores[0].detach().float()
-            chosen = count_points(scores, Seen(None, seen.centres[0], seen.sides[0]), self.pointer.settings.threshold)
             compressed.pointed[first_idx] = torch.zeros_like(scores).index_copy(0, chosen, scores[chosen])
             rows.append(row)
             lasts.append(end - 1)

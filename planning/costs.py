@@ -14,7 +14,7 @@ from ..budgets_uhr_bat import bounds_of_regions, count_tokens, first_with_tokens
 from ..geometry_uhr_bat import shown_patches
 from ..image_pyramids_uhr_bat import ImagePyramid, UnreadImage, split_tiles
 from ..image_reading_uhr_bat import HELD_PIXELS
-from ..modeling_pointing_uhr_bat import BLURS, MAP_SIDE, TOLD_FACTS
+from ..modeling_pointing_uhr_bat import BLURS, MAP_SIDE, MOST_COUNTED, TOLD_FACTS
 from ..token_clustering_uhr_bat import BLOCK_ELEMENTS, GPU_BLOCK_ELEMENTS
 
 # Text tokens of a prompt before and after the image (the chat template with a question of a dozen words), and those of
@@ -241,7 +241,7 @@ def pointer_flops(config, N, num_text) -> int:
     of_token += K + 2 * K + 2 * (2 + 2 * len(BLURS) + 1) * K  # meant, fitting, near either place
     of_text = 2 * 2 * D * 3  # heard and gathered
     of_question = 2 * 2 * D * K + 3 * D + 2 * D * (K + 1) + D  # places, second, meant, asked
-    told = (TOLD_FACTS + K + 3 * D) * H + H * D
+    told = (TOLD_FACTS + K + 3 * D) * H + H * D + (MOST_COUNTED + 1) * D + 2 * D * D + 2 * D
     on_map = len(BLURS) * 2 * 3 * MAP_SIDE**3
     return 2 * (N * of_token + num_text * of_text + of_question + told + on_map)
 

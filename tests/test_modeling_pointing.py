@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 from small import BUDGETS, GRIDS, IMAGE, pad_left, prompt, random_pixels, small_config, small_model
-from uhr_bat.modeling_pointing_uhr_bat import BLURS, MAP_SIDE, Seen, count_points
+from uhr_bat.modeling_pointing_uhr_bat import BLURS, MAP_SIDE, Pointing, Seen, count_points
 from uhr_bat.modeling_uhr_bat import UHRBatForConditionalGeneration
 from uhr_bat.planning.costs import pointer_flops
 from uhr_bat.planning.flops import FlopMeter
@@ -115,6 +115,48 @@ def test_tokens_are_seen_without_where_they_lie():
         assert torch.allclose(seen.tokens[start : start + len(rows)], means, atol=1e-5)
 
 
+def pointing_of(of_places, places):
+    """What is pointed to with given probabilities float[2, V] for either place, in words float[2, 2 D]."""
+    certain = torch.full((1, of_places.shape[1]), 50.0)
+    one = torch.full((1,), 50.0)
+    zeros = torch.zeros(1, 2, of_places.shape[1])
+    return Pointing(
+        certain,
+        certain,
+        of_places.logit()[None],
+        zeros,
+        one,
+        one,
+        places[None],
+        torch.zeros(1, certain.shape[1], POINTER["width"]),
+    )
+
+
+@pytest.mark.parametrize(
+    ("of_places", "more"),
+    [
+        (((0.9, 0.0, 0.0, 0.9), (0.0, 0.9, 0.0, 0.0)), 1),  # two and one
+        (((0.9, 0.0, 0.0, 0.0), (0.0, 0.9, 0.0, 0.8)), -1),
+        (((0.9, 0.0, 0.3, 0.0), (0.0, 0.9, 0.0, 0.2)), 1),  # one each, and what is not counted
+        (((0.9, 0.0, 0.0, 0.0), (0.0, 0.9, 0.0, 0.2)), -1),
+    ],
+)
+def test_what_is_counted_and_where_there_is_more_is_told(of_places, more):
+    pointer, D = pointing_model().model.pointer, 24
+    places, last = torch.randn(2, 2 * D), torch.randn(1, D)
+    pointer.tell_2.weight.data.zero_(), pointer.tell_2.bias.data.zero_()
+    seen = Seen(None, torch.tensor([[0.1, 0.1], [0.4, 0.4], [0.7, 0.7], [0.9, 0.9]])[None], torch.full((1, 4), 0.05))
+    with torch.no_grad():
+        torch.nn.init.normal_(pointer.tell_number.weight)
+        pointing = pointing_of(torch.tensor(of_places), places)
+        (chosen,), told = pointer.tell(pointing, seen, torch.ones(1, 4, dtype=torch.bool), last)
+        number, place = pointer.tell_which(last)[0].sigmoid()
+        counted = (torch.tensor(of_places).amax(0) >= pointer.settings.threshold).nonzero()[:, 0]
+        wanted = number * pointer.tell_number.weight[:, len(counted)]
+        wanted = wanted + place * more * pointer.tell_place(places[0] - places[1])
+    assert sorted(chosen.tolist()) == counted.tolist() and torch.allclose(told[0], wanted, atol=1e-4)
+
+
 # ---- Answers ---------------------------------------------------------------------------------------------------------
 
 
@@ -122,8 +164,9 @@ def test_a_pointer_changes_the_first_token_of_an_answer_and_nothing_else():
     model = pointing_model()
     logits, compressed = read(model)
     assert 0 < int((compressed.pointed[0] > 0).sum()) < sum(BUDGETS)
-    model.model.pointer.tell_2.weight.data.zero_()
-    model.model.pointer.tell_2.bias.data.zero_()
+    for name, parameter in model.model.pointer.named_parameters():
+        if name.startswith(("tell_2", "tell_number", "tell_place")):
+            parameter.data.zero_()
     silent, _ = read(model)
     assert (logits - silent).abs().max() > 0.1
     loud = pointing_model()

@@ -38,7 +38,7 @@ from ...scenes.evidence import points_of_tokens, site_tokens, tokens_at
 from ...scenes.layout import FINETUNING_SEED, OBJECTS, PAINTS, WIDTH, make_scene
 from ...scenes.native import native_scene, picture_of
 from ...scenes.painting import paint
-from ...scenes.questions import ABSENT, draw_question, make_absent_question
+from ...scenes.questions import ABSENT, draw_question, make_absent_question, make_question
 from ..collator import IGNORED
 from .finetune import NOISE, Collator
 from .stages import ByTheClock, LogsParts, add_minutes, make_parser, read_arguments, train
@@ -49,6 +49,7 @@ CROWDED_SEED = FIRST_SEED + 2000
 
 TOGETHER, ALONE, NATIVE_ALONE = 16, 4, 8  # questions of a scene
 ABSENT_SHARE = 0.15  # of the questions
+COMPARED_SHARE = 0.3  # of them, beside those that are drawn: what is compared at a second place is missed most
 FRACTIONS = (0.005, 0.06)  # of all tokens, from which a question alone is answered, drawn log-uniformly
 NATIVE_TILES = 128
 # An object of fewer pixels of a level is not wanted there; of even fewer it is wrong to be found.
@@ -74,7 +75,11 @@ def draw_questions(scene):
 
 
 def draw_asked(scene, rng):
-    return make_absent_question(scene, rng=rng) if rng.random() < ABSENT_SHARE else draw_question(scene, rng)
+    kind = rng.random()
+    if kind < ABSENT_SHARE:
+        return make_absent_question(scene, rng=rng)
+    compared = make_question(scene, "comparison", rng=rng) if kind < ABSENT_SHARE + COMPARED_SHARE else None
+    return compared or draw_question(scene, rng)
 
 
 class PointCollator(Collator):
@@ -378,7 +383,7 @@ def thinned(group):
 
 
 def point(model, batch, noisy=False):
-    """(Pointing, Seen, float[B, D] what is told) of a batch."""
+    """(Pointing, Seen) of a batch."""
     pointer, words = model.model.pointer, model.get_input_embeddings()(batch["words"])
     tokens, states = batch["tokens"].float(), batch["states"].float()
     if noisy:
@@ -388,7 +393,7 @@ def point(model, batch, noisy=False):
     pointing = pointer.point(
         pointer.see(tokens), seen.centres.expand(B, -1, -1), batch["visible"], states, words, batch["heard"]
     )
-    return pointing, seen, pointer.tell(pointing, seen, batch["visible"].expand(B, -1), states[:, -1])
+    return pointing, seen
 
 
 def loss_of_objects(logits, labels, times=1.0):
@@ -401,9 +406,10 @@ def loss_of_objects(logits, labels, times=1.0):
 
 def losses(model, batch, noisy=False) -> dict[str, torch.Tensor]:
     """Every factor's loss, and that of the first token of the answer."""
-    pointing, _, told = point(model, batch, noisy)
+    pointing, seen = point(model, batch, noisy)
     cross = partial(F.binary_cross_entropy_with_logits, reduction="none")
-    visible, B = batch["visible"], len(told)
+    visible, last = batch["visible"], batch["states"][:, -1].float()
+    B = len(last)
     labels = batch["object"].expand(len(visible), -1)
     found = {}
     if len(visible) > 1:  # of tokens that are asked about together, others are looked at
@@ -429,7 +435,8 @@ def losses(model, batch, noisy=False) -> dict[str, torch.Tensor]:
         found["fits"] = (missed[named] * weight).sum() / weight.sum()
     found["second"] = cross(pointing.second, batch["second"]).mean()
     found["asked"] = cross(pointing.asked, batch["asked"]).mean()
-    found["answer"] = F.cross_entropy(model.lm_head(batch["states"][:, -1].float() + told), batch["answer"])
+    _, told = model.model.pointer.tell(pointing, seen, visible.expand(B, -1), last)
+    found["answer"] = F.cross_entropy(model.lm_head(last + told), batch["answer"])
     return found
 
 
@@ -437,12 +444,12 @@ def loss_of_answers(model, batch) -> dict[str, torch.Tensor]:
     """Of the first token of the answer alone, from what is pointed to without noise; and how far the decoder is led away where it is
     right by itself, of questions that it answers well: the divergence of its tokens."""
     with torch.no_grad():
-        pointing, seen, _ = point(model, batch)
+        pointing, seen = point(model, batch)
     last, places = batch["states"][:, -1].float(), pointing.places
     # Noise, so that answers are not learnt by heart from the states.
     heard, places = (one + TELL_NOISE * one.std() * torch.randn_like(one) for one in (last, places))
     visible = batch["visible"].expand(len(last), -1)
-    told = model.model.pointer.tell(pointing._replace(places=places), seen, visible, heard)
+    _, told = model.model.pointer.tell(pointing._replace(places=places), seen, visible, heard)
     logits, alone = model.lm_head(last + told), model.lm_head(last)
     found = {"answer": F.cross_entropy(logits, batch["answer"])}
     own = torch.tensor([question.kind in LEFT_ALONE for question in batch["questions"]])
@@ -486,8 +493,10 @@ def start_pointer(model):
     for layer in pointer.modules():
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.xavier_uniform_(layer.weight)
-            torch.nn.init.zeros_(layer.bias)
-    torch.nn.init.zeros_(pointer.tell_2.weight)
+            if layer.bias is not None:
+                torch.nn.init.zeros_(layer.bias)
+    for layer in (pointer.tell_2, pointer.tell_number):
+        torch.nn.init.zeros_(layer.weight)
 
 
 def end_refusals(model, processor, seeds, steps=300):
@@ -563,8 +572,8 @@ def main(arguments=None):
         end_refusals(model, processor, range(CROWDED_SEED, CROWDED_SEED + REFUSED_SCENES))
     model.requires_grad_(False)
     pointer = model.model.pointer
-    for part in (pointer.tell_1, pointer.tell_2) if args.told else (pointer,):
-        part.requires_grad_(True)
+    for name, parameter in pointer.named_parameters():
+        parameter.requires_grad_(name.startswith("tell") or not args.told)
     args.workers = 0  # scenes are in memory: worker processes would copy them
     stop = args.minutes and time.monotonic() + 60 * args.minutes
     seeds = range(CROWDED_SEED, CROWDED_SEED + args.crowded)
