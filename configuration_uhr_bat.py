@@ -69,7 +69,7 @@ class PointerSettings:
 
     hidden: int = 256
     width: int = 32
-    threshold: float = 0.5
+    threshold: float = 0.2
 
     def check(self):
         """Raises `ValueError` for what cannot be."""

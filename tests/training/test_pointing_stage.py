@@ -28,10 +28,10 @@ def encoded(tiny, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         for name, value in (("ALONE", 2), ("NATIVE_ALONE", 2), ("TOGETHER", 5), ("NATIVE_TILES", 40)):
             patch.setattr(pointing, name, value)
-        for kind in ("fixed", "native"):
-            (folder / kind).mkdir()
-            stored = pointing.encode_scene(model, processor, collator, SEED, kind == "native")
-            save_file(stored, folder / kind / f"{SEED}.safetensors")
+        for kind, seed in (("fixed", SEED), ("native", SEED), ("fixed", pointing.TOLD_SEED)):
+            (folder / kind).mkdir(exist_ok=True)
+            stored = pointing.encode_scene(model, processor, collator, seed, kind == "native")
+            save_file(stored, folder / kind / f"{seed}.safetensors")
         (folder / "crowded").mkdir()
         seed = pointing.CROWDED_SEED
         save_file(pointing.encode_crowd(model, processor, seed), folder / "crowded" / f"{seed}.safetensors")
@@ -87,24 +87,11 @@ def test_states_of_other_questions_are_refused(tiny, encoded):
 
 def test_a_run_learns_to_point_and_its_model_loads_and_points(tiny, encoded, tmp_path):
     processor, model = tiny
-    arguments = [
-        "--model",
-        ROOT,
-        "--output",
-        tmp_path / "out",
-        "--encoded",
-        encoded,
-        "--scenes",
-        1,
-        "--native",
-        1,
-        "--crowded",
-        1,
-    ]
-    arguments += ["--fresh", "--steps", 30, "--batch-size", 2]
+    shared = ["--encoded", encoded, "--scenes", 1, "--crowded", 1, "--batch-size", 2]
+    arguments = ["--model", ROOT, "--output", tmp_path / "out", *shared, "--native", 1, "--fresh", "--steps", 30]
     assert not pointing.main(list(map(str, arguments)))
     processor, trained = load_model(tmp_path / "out", device_map=None)
-    assert trained.config.pointer == {"hidden": 256, "width": 32, "threshold": 0.5}
+    assert trained.config.pointer == {"hidden": 256, "width": 32, "threshold": 0.2}
     (none,) = processor.tokenizer(" none", add_special_tokens=False)["input_ids"]
     before, after = model.state_dict(), trained.state_dict()
     changed = {name for name in before if not torch.equal(before[name], after[name]) and ".pointer." not in name}
@@ -136,3 +123,20 @@ def test_a_run_learns_to_point_and_its_model_loads_and_points(tiny, encoded, tmp
     answer = ask(processor, trained, paint(make_scene(SEED)), "How many objects are at the pier?")
     assert all(one.source == "token" for one in answer.objects)
     assert not any(parameter.requires_grad for parameter in trained.model.pointer.parameters())
+    # And then what is told, by other scenes.
+    arguments = [
+        "--model",
+        tmp_path / "out",
+        "--output",
+        tmp_path / "told",
+        *shared,
+        "--native",
+        0,
+        "--told",
+        "--steps",
+        2,
+    ]
+    assert not pointing.main(list(map(str, arguments)))
+    told = load_model(tmp_path / "told", device_map=None)[1].state_dict()
+    changed = {name for name, value in trained.state_dict().items() if not torch.equal(value, told[name])}
+    assert changed and all(".pointer.tell" in name for name in changed)

@@ -45,6 +45,7 @@ from .stages import ByTheClock, LogsParts, add_minutes, make_parser, read_argume
 from .vision import CROWDED
 
 FIRST_SEED = FINETUNING_SEED + 200_000  # of either kind of scenes
+TOLD_SEED = FIRST_SEED + 1000  # others, of which a pointer is no surer than of what it will be asked
 CROWDED_SEED = FIRST_SEED + 2000
 
 TOGETHER, ALONE, NATIVE_ALONE = 16, 4, 8  # questions of a scene
@@ -553,7 +554,9 @@ def main(arguments=None):
     parser.add_argument("--crowded", type=int, default=1000, help="with many objects, about which nothing is asked")
     parser.add_argument("--fresh", action="store_true", help="begin a pointer, also if the model has one")
     parser.add_argument(
-        "--told", action="store_true", help="train what is told to the answer alone, by what is pointed to"
+        "--told",
+        action="store_true",
+        help="train what is told to the answer alone, by what is pointed to in other scenes",
     )
     add_minutes(parser)
     args = read_arguments(parser, arguments)
@@ -562,7 +565,8 @@ def main(arguments=None):
     collator = PointCollator(processor, model.config.grids, None, True)
     scenes = []
     for name, number, made in kinds:
-        seeds = range(FIRST_SEED, FIRST_SEED + number)
+        first = TOLD_SEED if args.told else FIRST_SEED
+        seeds = range(first, first + number)
         stored = encode_scenes(args.model, seeds, name, args.encoded, args.workers)
         scenes += [PointedScene(made(seed), stored.pop(seed), collator, model.config.patch_size) for seed in seeds]
     if args.fresh or model.config.pointer is None:
