@@ -76,6 +76,17 @@ def test_what_is_meant_is_what_the_words_name():
                 assert all(pointing.is_meant(question, thing) for thing in scene.objects)
 
 
+def test_the_states_that_are_kept_are_the_decoders_whatever_points(tiny, encoded, monkeypatch):
+    processor, model = tiny
+    for name, value in (("ALONE", 2), ("TOGETHER", 5)):
+        monkeypatch.setattr(pointing, name, value)
+    monkeypatch.setattr(model.model, "pointer", None)
+    collator = pointing.PointCollator(processor, model.config.grids, None, True)
+    plain = pointing.encode_scene(model, processor, collator, SEED, False)
+    stored = pointing.load_file(encoded / "fixed" / f"{SEED}.safetensors")
+    assert all(torch.equal(value, plain[name]) for name, value in stored.items())
+
+
 def test_states_of_other_questions_are_refused(tiny, encoded):
     processor, model = tiny
     collator = pointing.PointCollator(processor, model.config.grids, None, True)
