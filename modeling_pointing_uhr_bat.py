@@ -58,7 +58,6 @@ class Pointing(NamedTuple):
         fits: float[B, 2, V], of either place by what a token shows alone.
         second, asked: float[B], whether there is a second place, and whether objects are asked for.
         places: float[B, 2, 2 * D], the words for either place.
-        shown: float[B, V, K], what tokens show.
     """
 
     object: torch.Tensor
@@ -68,7 +67,6 @@ class Pointing(NamedTuple):
     second: torch.Tensor
     asked: torch.Tensor
     places: torch.Tensor
-    shown: torch.Tensor
 
     @property
     def of_places(self) -> torch.Tensor:
@@ -80,6 +78,20 @@ class Pointing(NamedTuple):
     @property
     def scores(self) -> torch.Tensor:
         return self.of_places.amax(1)
+
+
+class Counted(NamedTuple):
+    """What is counted of what B prompts point to.
+
+    Attributes:
+        tokens: long[n] of each prompt, one for each object.
+        numbers: long[B, 3], of all, and of those that are surer of the first place and of the second one.
+        order: long[B], 1 where the first place has more, -1 where the second one has, 0 where nothing says so.
+    """
+
+    tokens: list[torch.Tensor]
+    numbers: torch.Tensor
+    order: torch.Tensor
 
 
 class UHRBatPointer(nn.Module):
@@ -97,20 +109,22 @@ class UHRBatPointer(nn.Module):
         self.mean, self.ask = nn.Linear(2 * D, K + 1), nn.Linear(D, 1)
         self.near_1 = nn.Linear(2 + 2 * len(BLURS), K)
         self.near_2 = nn.Linear(K, 1)
-        self.tell_1 = nn.Linear(TOLD_FACTS + K + 3 * D, H)
-        self.tell_2 = nn.Linear(H, D)
-        # What was counted, or where there is more, in words: where the question asks for a number, or for a place.
+        # What was counted, where there is more, and anything else, each by how much the question asks for it: it hears nothing
+        # else of the question, or it learns answers by heart.
         self.tell_number = nn.Linear(MOST_COUNTED + 1, D, bias=False)
-        self.tell_place, self.tell_which = nn.Linear(2 * D, D, bias=False), nn.Linear(D, 2)
+        self.tell_name, self.tell_which = nn.Linear(2 * D, 2), nn.Linear(D, 3)
+        self.tell_loud = nn.Linear(1, 1, bias=False)
+        self.tell_1, self.tell_2 = nn.Linear(TOLD_FACTS, H), nn.Linear(H, D)
 
     def see(self, tokens) -> torch.Tensor:
         """float[.., V, D] -> float[.., V, H], which no question has a part in."""
         return F.gelu(self.see_2(F.gelu(self.see_1(tokens))))
 
-    def forward(self, seen: Seen, visible, states, words, heard) -> tuple[Pointing, list[torch.Tensor], torch.Tensor]:
-        """What is pointed to, and what `tell` returns of it. The arguments are those of `point` and `tell`."""
+    def forward(self, seen: Seen, visible, states, words, heard) -> tuple[Pointing, Counted, torch.Tensor]:
+        """What is pointed to, what is counted of it, and what is told. The arguments are those of `point`."""
         found = self.point(self.see(seen.tokens), seen.centres, visible, states, words, heard)
-        return found, *self.tell(found, seen, visible, states[:, -1])
+        counted, names = self.count(found, seen, visible), self.names(states, words, heard) @ words
+        return found, counted, self.tell(found, counted, names, visible, states[:, -1])
 
     def point(self, seen, centres, visible, states, words, heard) -> Pointing:
         """
@@ -135,7 +149,7 @@ class UHRBatPointer(nn.Module):
         fits = self.place(places) @ ground.transpose(1, 2) / self.settings.width**0.5  # [B, 2, V]
         there = self._there(fits, trust, centres)
         objects = self.show(seen)[..., 0].expand(B, -1)
-        return Pointing(objects, match, there, fits, second, self.ask(last)[:, 0], places, shown)
+        return Pointing(objects, match, there, fits, second, self.ask(last)[:, 0], places)
 
     def _there(self, fits, trust, centres):
         """float[B, 2, V] logits: whether tokens lie at places, by what they and the tokens around them show."""
@@ -154,40 +168,44 @@ class UHRBatPointer(nn.Module):
             found += [smooth[:, :2] / weight, weight.log().expand(-1, 2, -1)]
         return self.near_2(F.gelu(self.near_1(torch.stack(found, dim=-1))))[..., 0]
 
-    def tell(self, pointing, seen: Seen, visible, last) -> tuple[list[torch.Tensor], torch.Tensor]:
-        """([long[n] tokens that are counted] of every prompt; float[B, D], to be added to the states `last` float[B, D] behind
-        which the answer begins). Nothing that points is trained by it."""
+    def count(self, pointing, seen: Seen, visible) -> Counted:
+        """The tokens that count, of prompts whose tokens are `visible`, bool[B, V]."""
+        scores, of_places = pointing.scores.detach() * visible, pointing.of_places.detach() * visible[:, None]
+        tokens, numbers, orders = [], [], []
+        for row in range(len(scores)):
+            own = Seen(None, *(one[row if len(one) > 1 else 0] for one in seen[1:]))
+            chosen = count_points(scores[row], own, self.settings.threshold)
+            either = of_either(of_places[row, :, chosen])
+            tokens.append(chosen)
+            numbers.append([len(chosen), *map(len, either)])
+            if len(either[0]) == len(either[1]):  # the surer ones, then
+                either = of_either(of_places[row, :, count_points(scores[row], own, LEAST_HEARD)])
+                more = float(either[0].sum() - either[1].sum())
+            else:
+                more = len(either[0]) - len(either[1])
+            orders.append((more > 0) - (more < 0))
+        return Counted(tokens, *(torch.tensor(one, device=scores.device) for one in (numbers, orders)))
+
+    def names(self, states, words, heard) -> torch.Tensor:
+        """float[B, 2, M]: how much every word of the question is that by which an answer names either place; the arguments are those
+        of `point`."""
+        logits = self.tell_name(torch.cat((states, words), dim=-1))
+        return logits.masked_fill(~heard[..., None], -torch.inf).softmax(1).transpose(1, 2)
+
+    def tell(self, pointing, counted: Counted, names, visible, last) -> torch.Tensor:
+        """float[B, D], to be added to the states `last` float[B, D] behind which the answer begins, with the `names` float[B, 2, D] of
+        either place. Nothing that points is trained by it."""
         scores, of_places = pointing.scores.detach() * visible, pointing.of_places.detach() * visible[:, None]
         there = pointing.there.detach().sigmoid() * visible[:, None]
         second, asked = pointing.second.detach().sigmoid(), pointing.asked.detach().sigmoid()
-        every, numbers, orders = [], [], []
-        for row in range(len(last)):
-            own = Seen(None, *(one[row if len(one) > 1 else 0] for one in seen[1:]))
-            chosen = count_points(scores[row], own, self.settings.threshold)
-            counts = of_either(of_places[row, :, chosen])
-            every.append(chosen)
-            numbers.append([min(count, MOST_COUNTED) for count in (len(chosen), *map(len, counts))])
-            if len(counts[0]) == len(counts[1]):  # the surer ones, then
-                counts = of_either(of_places[row, :, count_points(scores[row], own, LEAST_HEARD)])
-                more = float(counts[0].sum() - counts[1].sum())
-            else:
-                more = len(counts[0]) - len(counts[1])
-            orders.append((more > 0) - (more < 0))
-        device, places = last.device, pointing.places.detach()
-        counted = F.one_hot(torch.tensor(numbers, device=device), MOST_COUNTED + 1).to(last)
-        order = torch.tensor(orders, device=device)
-        facts = F.one_hot(order + 1, 3).to(last)
+        numbers = F.one_hot(counted.numbers.clamp_max(MOST_COUNTED), MOST_COUNTED + 1).to(last)
+        facts = F.one_hot(counted.order + 1, 3).to(last)
         sure = torch.stack((scores.amax(1), *there.amax(2).unbind(1), second, asked, of_places.amax(2)[:, 0]), dim=1)
-        read = (scores[..., None] * pointing.shown.detach()).sum(1) / (scores.sum(1, keepdim=True) + 0.1)
-        best = torch.where(order[:, None] < 0, places[:, 1], places[:, 0])
-        known = torch.cat(
-            (FACT_WEIGHT * counted.flatten(1), FACT_WEIGHT * facts, sure.to(last), read.to(last), best, last.detach()),
-            dim=1,
-        )
-        number, place = self.tell_which(last.detach()).sigmoid().split(1, dim=1)
-        told = number * self.tell_number(counted[:, 0])
-        told = told + place * order[:, None] * self.tell_place(places[:, 0] - places[:, 1])
-        return every, told + self.tell_2(F.gelu(self.tell_1(known)))
+        known = torch.cat((FACT_WEIGHT * numbers.flatten(1), FACT_WEIGHT * facts, sure.to(last)), dim=1)
+        number, place, other = self.tell_which(last.detach()).sigmoid().split(1, dim=1)
+        told = number * self.tell_number(numbers[:, 0]) + other * self.tell_2(F.gelu(self.tell_1(known)))
+        more = self.tell_loud(counted.order[:, None].to(last)) * (names[:, 0] - names[:, 1])
+        return told + place * more
 
 
 def of_either(of_places) -> tuple[torch.Tensor, torch.Tensor]:
@@ -277,8 +295,9 @@ class UHRBatPointingMixin:
             known = torch.ones(1, len(compressed.pooler_output[first_idx]), dtype=torch.bool, device=own.device)
             heard = torch.ones_like(own[..., 0], dtype=torch.bool)
             said = words[row : row + 1, start:end].to(own)
-            pointing, (chosen,), told = self.pointer(seen, known, own, said, heard)
+            pointing, counted, told = self.pointer(seen, known, own, said, heard)
             scores = pointing.scores[0].detach().float()
+            chosen = counted.tokens[0]
             compressed.pointed[first_idx] = torch.zeros_like(scores).index_copy(0, chosen, scores[chosen])
             rows.append(row)
             lasts.append(end - 1)

@@ -33,7 +33,7 @@ from ...common.files import whole_files
 from ...common.loading import load_model, save_model
 from ...configuration_uhr_bat import PointerSettings
 from ...modeling_outputs_uhr_bat import CACHE, TokenMaps, UHRBatCompressionOutput
-from ...modeling_pointing_uhr_bat import Seen, UHRBatPointer
+from ...modeling_pointing_uhr_bat import MOST_COUNTED, Seen, UHRBatPointer
 from ...scenes.evidence import points_of_tokens, site_tokens, tokens_at
 from ...scenes.layout import FINETUNING_SEED, OBJECTS, PAINTS, WIDTH, make_scene
 from ...scenes.native import native_scene, picture_of
@@ -58,6 +58,7 @@ LEAST_PIXELS, UNSEEN_PIXELS = 1.5, 0.8
 EDGE = (0.9, 1.4)  # of a site, in its own frame: nothing stands between the two
 NEAR_PIXELS = 1.2  # of a level, from the middle of an object to the edge of its token
 TELL_NOISE = 0.5  # on what a told answer hears of them, likewise
+LOUD = 0.1  # of a name that is told, at first
 STATE_NOISE = 0.1  # on the decoder's states and words, as a part of their own length
 CROWDS = 2  # crowded scenes of a step, for each other one
 THINNED = 0.7
@@ -92,10 +93,20 @@ class PointCollator(Collator):
         _, after, labels = self.write(question)
         return after[: int((labels != IGNORED).nonzero()[0])]
 
-    def first_token(self, question) -> int:
-        """Id of the first token of the right answer."""
-        said = question.answer if question.kind == "count" else f" {question.answer}"
+    def first_token(self, kind, answer) -> int:
+        """Id of the first token of an answer to a question of some kind."""
+        said = answer if kind == "count" else f" {answer}"
         return self.processor.tokenizer(said, add_special_tokens=False)["input_ids"][0]
+
+    def tokens_of_counted(self, question, scene) -> list[int]:
+        """First tokens of the answers by what is counted: of every number; of a comparison of the second place, of what is right and
+        of the first place, as an order of -1, 0 and 1 says; of other questions none."""
+        if question.kind == "count":
+            return [self.first_token("count", str(number)) for number in range(MOST_COUNTED + 1)]
+        if question.kind != "comparison":
+            return []
+        first, second = (scene.sites[index].kind for index in question.sites)
+        return [self.first_token(question.kind, one) for one in (second, question.answer, first)]
 
 
 def read_levels(compressed):
@@ -346,7 +357,8 @@ class PointedScene:
                 "there": torch.from_numpy(inside.T[np.array(places)]),  # [Q, 2, V]
                 "second": torch.tensor([len(question.sites) > 1 for question in questions]).float(),
                 "asked": torch.tensor([question.kind != "quadrant" for question in questions]).float(),
-                "answer": torch.tensor([collator.first_token(question) for question in questions]),
+                "answer": torch.tensor([collator.first_token(one.kind, one.answer) for one in questions]),
+                "by_count": [collator.tokens_of_counted(question, scene) for question in questions],
                 "questions": questions,
             })  # fmt: skip
 
@@ -374,7 +386,8 @@ def batches_of(scene: PointedScene, share_thinned: float = 0.0):
         joined[name] = torch.cat([group[name] for group in alone])
     lengths = torch.tensor([len(group["sides"]) for group in alone])
     joined["visible"] = torch.arange(joined["sides"].shape[1]) < lengths[:, None]
-    joined["questions"] = [group["questions"][0] for group in alone]
+    for name in ("questions", "by_count"):
+        joined[name] = [group[name][0] for group in alone]
     one = {name: value[None] if name in ONE_FOR_ALL else value for name, value in together.items()}
     return joined, one | {"visible": torch.ones(1, len(together["sides"]), dtype=torch.bool)}
 
@@ -438,23 +451,47 @@ def losses(model, batch, noisy=False) -> dict[str, torch.Tensor]:
         found["fits"] = (missed[named] * weight).sum() / weight.sum()
     found["second"] = cross(pointing.second, batch["second"]).mean()
     found["asked"] = cross(pointing.asked, batch["asked"]).mean()
-    _, told = model.model.pointer.tell(pointing, seen, visible.expand(B, -1), last)
+    pointer, visible = model.model.pointer, visible.expand(B, -1)
+    words = model.get_input_embeddings()(batch["words"])
+    names = pointer.names(batch["states"].float(), words, batch["heard"])
+    told = pointer.tell(pointing, pointer.count(pointing, seen, visible), names @ words, visible, last)
     found["answer"] = F.cross_entropy(model.lm_head(last + told), batch["answer"])
     return found
 
 
 def loss_of_answers(model, batch) -> dict[str, torch.Tensor]:
     """Of the first token of the answer alone, from what is pointed to without noise; and how far the decoder is led away where it is
-    right by itself, of questions that it answers well: the divergence of its tokens."""
+    right by itself, of questions that it answers well: the divergence of its tokens. Numbers and comparisons are to say what was
+    counted, right or wrong: else an answer that is right by chance teaches that points need not be heard."""
+    pointer = model.model.pointer
     with torch.no_grad():
         pointing, seen = point(model, batch)
-    last, places = batch["states"][:, -1].float(), pointing.places
+        visible = batch["visible"].expand(len(batch["states"]), -1)
+        counted = pointer.count(pointing, seen, visible)
+    last, words = batch["states"][:, -1].float(), model.get_input_embeddings()(batch["words"])
     # Noise, so that answers are not learnt by heart from the states.
-    heard, places = (one + TELL_NOISE * one.std() * torch.randn_like(one) for one in (last, places))
-    visible = batch["visible"].expand(len(last), -1)
-    _, told = model.model.pointer.tell(pointing._replace(places=places), seen, visible, heard)
+    heard = last + TELL_NOISE * last.std() * torch.randn_like(last)
+    names = pointer.names(batch["states"].float(), words, batch["heard"])
+    told = pointer.tell(pointing, counted, names @ words, visible, heard)
     logits, alone = model.lm_head(last + told), model.lm_head(last)
-    found = {"answer": F.cross_entropy(logits, batch["answer"])}
+    answer = batch["answer"].clone()
+    for row, tokens in enumerate(batch["by_count"]):
+        if tokens:
+            kind = batch["questions"][row].kind
+            number = (
+                int(counted.numbers[row, 0].clamp_max(MOST_COUNTED)) if kind == "count" else int(counted.order[row]) + 1
+            )
+            answer[row] = tokens[number]
+    found = {"answer": F.cross_entropy(logits, answer)}
+    # Which words name the places, and which answers are a number or one of them.
+    kinds = [question.kind for question in batch["questions"]]
+    wanted = torch.tensor([[kind == "count", kind == "comparison"] for kind in kinds]).float()
+    found["which"] = F.binary_cross_entropy_with_logits(pointer.tell_which(heard)[:, :2], wanted)
+    compared = [row for row, kind in enumerate(kinds) if kind == "comparison"]
+    if compared:
+        ids = torch.tensor([[tokens[2], tokens[0]] for tokens in (batch["by_count"][row] for row in compared)])
+        there = batch["words"][compared][:, None] == ids[..., None]
+        found["names"] = -(names[compared] * there).sum(-1).clamp_min(1e-6).log().mean()
     own = torch.tensor([question.kind in LEFT_ALONE for question in batch["questions"]])
     own &= alone.argmax(-1) == batch["answer"]
     if own.any():
@@ -500,6 +537,7 @@ def start_pointer(model):
                 torch.nn.init.zeros_(layer.bias)
     for layer in (pointer.tell_2, pointer.tell_number):
         torch.nn.init.zeros_(layer.weight)
+    torch.nn.init.constant_(pointer.tell_loud.weight, LOUD)
 
 
 def end_refusals(model, processor, seeds, steps=300):
