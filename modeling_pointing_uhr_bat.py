@@ -112,7 +112,7 @@ class UHRBatPointer(nn.Module):
         # What was counted, where there is more, and anything else, each by how much the question asks for it: it hears nothing
         # else of the question, or it learns answers by heart.
         self.tell_number = nn.Linear(MOST_COUNTED + 1, D, bias=False)
-        self.tell_name, self.tell_which = nn.Linear(2 * D, 2), nn.Linear(D, 3)
+        self.tell_name, self.tell_which = nn.Linear(2 * D, 1), nn.Linear(D, 3)
         self.tell_loud = nn.Linear(1, 1, bias=False)
         self.tell_1, self.tell_2 = nn.Linear(TOLD_FACTS, H), nn.Linear(H, D)
 
@@ -189,8 +189,10 @@ class UHRBatPointer(nn.Module):
     def names(self, states, words, heard) -> torch.Tensor:
         """float[B, 2, M]: how much every word of the question is that by which an answer names either place; the arguments are those
         of `point`."""
-        logits = self.tell_name(torch.cat((states, words), dim=-1))
-        return logits.masked_fill(~heard[..., None], -torch.inf).softmax(1).transpose(1, 2)
+        logits = self.tell_name(torch.cat((states, words), dim=-1))[..., 0]
+        weights = logits.masked_fill(~heard, -torch.inf).softmax(1)
+        first = weights.cumsum(1) - weights / 2 < 0.5  # the place that is named first
+        return 2 * torch.stack((weights * first, weights * ~first), dim=1)
 
     def tell(self, pointing, counted: Counted, names, visible, last) -> torch.Tensor:
         """float[B, D], to be added to the states `last` float[B, D] behind which the answer begins, with the `names` float[B, 2, D] of

@@ -239,7 +239,7 @@ def pointer_flops(config, N, num_text) -> int:
     D, H, K = config.text_config.hidden_size, config.pointing.hidden, config.pointing.width
     of_token = D * H + H * H + 2 * H + 2 * H * K  # seen; object and trust; ground and kind
     of_token += K + 2 * K + 2 * (2 + 2 * len(BLURS) + 1) * K  # meant, fitting, near either place
-    of_text = 2 * 2 * D * 3 + 2 * D * 2 + 2 * D  # heard and gathered; names
+    of_text = 2 * 2 * D * 3 + 2 * D + 2 * D  # heard and gathered; names
     of_question = 2 * 2 * D * K + 3 * D + 2 * D * (K + 1) + D  # places, second, meant, asked
     told = TOLD_FACTS * H + H * D + (MOST_COUNTED + 1) * D + 1 + 3 * D
     on_map = len(BLURS) * 2 * 3 * MAP_SIDE**3
