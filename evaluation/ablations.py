@@ -135,8 +135,9 @@ def pruning_rows(config):
 
 
 def alpha_rows(config):
-    shares = (0.02, 0.05, 0.1, 0.25, 0.5)
-    return [focus_row(f"alpha {one:g}", one, alpha_select=one, alpha_keep=one) for one in shares]
+    shares = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # of all tokens the descent ends where N_max does not hold them
+    rows = [focus_row(f"alpha {one:g}", one, alpha_select=one, alpha_keep=one) for one in shares]
+    return [*rows, focus_row("as configured", config.focus.alpha_select)]
 
 
 def n_max_rows(config):

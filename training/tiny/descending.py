@@ -41,12 +41,10 @@ from .stages import ByTheClock, LogsParts, train
 from .zooming import NATIVE_SEED
 
 TILE, PATCH = 96, 8
+ALPHA_SELECT = 0.1  # by validation scenes: of a quarter of a level N_max holds no level that shows objects of a few native pixels
 WHOLE = 40  # tiles of a level that is painted whole
-SITES, PER_SITE, ELSEWHERE = (
-    3,
-    7,
-    6,
-)  # of a finer level: sites, tiles of each beyond those of its objects, and of anything else
+# Of a finer level: sites, tiles of each beyond those of its objects, and of anything else.
+SITES, PER_SITE, ELSEWHERE = 3, 7, 6
 SEEDS = {"native": NATIVE_SEED + 10_000, "fixed": FINETUNING_SEED + 30_000}
 
 
@@ -233,7 +231,9 @@ def start_large_tiles(folder, layers):
     config.vision_feature_layer = -1
     config.scales = [TILE * times for times in (1, 2, 4, 6)][: len(config.scales)]
     separator = processor.tokenizer.convert_tokens_to_ids(":")
-    config.region_focus = {"layers": list(layers), "mask_mode": "packed", "separator_token_id": separator}
+    config.region_focus = {
+        "layers": list(layers), "mask_mode": "packed", "separator_token_id": separator, "alpha_select": ALPHA_SELECT,
+    }  # fmt: skip
     model = UHRBatForConditionalGeneration(config)
     held = old.state_dict()
     name = next(name for name in held if name.endswith("position_embedding.weight"))
