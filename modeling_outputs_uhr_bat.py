@@ -216,11 +216,13 @@ class UHRBatDynamicFeatures(_Levels):
         thumbnail: float[P, D].
         pyramid: the [`DynamicPyramid`].
         cache: tiles that were encoded so far.
+        partitions: of no region, as those of other images.
     """
 
     thumbnail: torch.Tensor
     pyramid: Any
     cache: TileCache
+    partitions: dict = field(default_factory=dict)
 
     kind = "dynamic"
 

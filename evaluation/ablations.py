@@ -28,7 +28,7 @@ from ..common.loading import load_model
 from ..common.measured import told_as_measured
 from ..common.models import ROOT, model_in_words, model_name
 from ..common.tables import table
-from ..configuration_uhr_bat import UHRBatConfig
+from ..configuration_uhr_bat import RegionFocus, UHRBatConfig
 from ..modeling_uhr_bat import UHRBatForConditionalGeneration
 from ..planning import planner_of
 from ..planning.costs import ANSWER_TOKENS
@@ -137,7 +137,10 @@ def pruning_rows(config):
 def alpha_rows(config):
     shares = (0.02, 0.05, 0.1, 0.25, 0.5, 1.0)  # of all tokens the descent ends where N_max does not hold them
     rows = [focus_row(f"alpha {one:g}", one, alpha_select=one, alpha_keep=one) for one in shares]
-    return [*rows, focus_row("as configured", config.focus.alpha_select)]
+    return [
+        *rows,
+        focus_row("as configured", (config.region_focus or {}).get("alpha_select", RegionFocus.alpha_select)),
+    ]
 
 
 def n_max_rows(config):

@@ -557,7 +557,7 @@ def records_of(
             for number, row in enumerate(rows):
                 seen = views.seen(row.view, row.settings)
                 if apart:
-                    getattr(seen.features, "partitions", {}).clear()  # which a descended image has none of
+                    seen.features.partitions.clear()
                 elif hasattr(seen.model, "host") and id(seen.model) not in hosts:
                     hosts.add(id(seen.model))
                     looks.enter_context(looked_once(seen.model))

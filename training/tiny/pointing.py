@@ -143,9 +143,9 @@ def encode_scene(model, processor, collator, seed, native):
         inputs = write_prompts(model, processor, [question.text], [[features]], **options)
         compressed = compress(model, inputs)
         ids, mask = inputs["input_ids"], inputs["attention_mask"]
-        seen = model.visual_inputs(ids, mask, compressed)
-        seen["mm_encoder_outputs"]["told"] = True  # states are the decoder's, whatever the model points to already
-        states = model.model(input_ids=ids, attention_mask=mask, **seen)
+        pointer, model.model.pointer = model.model.pointer, None  # states are the decoder's, whatever is pointed to already
+        states = model.model(input_ids=ids, attention_mask=mask, **model.visual_inputs(ids, mask, compressed))
+        model.model.pointer = pointer
         start = int((ids[0] == processor.image_token_id).nonzero()[-1]) + 1
         stored |= of_group(f"alone.{idx}", model, compressed, [states.last_hidden_state[0, start:]])
         kept.append(compressed)
@@ -582,7 +582,7 @@ def end_refusals(model, processor, seeds, steps=300):
         optimiser.step()
     with torch.no_grad():
         rows[none] = row
-    return float(loss) / len(prompts)
+    return float(loss.detach()) / len(prompts)
 
 
 @tells_errors
