@@ -207,7 +207,9 @@ def test_a_look_with_a_question_is_yellow_where_that_looks(talk, tmp_path, folde
     assert 0 < yellow.mean() < 0.5
 
 
-def test_an_answer_without_objects_says_so(call):
+def test_an_answer_without_objects_says_so(call, monkeypatch):
+    # A model that points to nothing itself.
+    monkeypatch.setattr(UHRBatForConditionalGeneration, "point", lambda self, ids, compressed: [None] * len(ids))
     found = call("objects", image="scene.tif", question=QUESTION, **FEW)
     assert found["objects"] == [] and found["note"].startswith("The answer holds no box and no point")
     assert found["image_size"] == [400, 300] and found["ground_error"] is None
