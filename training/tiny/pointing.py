@@ -517,7 +517,7 @@ class PointTrainer(LogsParts, ByTheClock, Trainer):
             for name, loss in of_batch.items():
                 self.parts[name].append(float(loss.detach()))
                 total = total + loss / len(inputs["batches"])
-        if inputs["crowds"] and not self.told:
+        if inputs["crowds"]:
             tokens, labels = inputs["crowds"]
             tokens = tokens.float() + NOISE * torch.randn(tokens.shape, device=tokens.device)
             logits = inner.model.pointer.show(inner.model.pointer.see(tokens))[..., 0]
@@ -618,11 +618,11 @@ def main(arguments=None):
     pointer = model.model.pointer
     for name, parameter in pointer.named_parameters():
         parameter.requires_grad_(name.startswith("tell") or not args.told)
-    args.workers = 0  # scenes are in memory: worker processes would copy them
-    stop = args.minutes and time.monotonic() + 60 * args.minutes
-    seeds = range(CROWDED_SEED, CROWDED_SEED + args.crowded)
+    seeds = range(CROWDED_SEED, CROWDED_SEED + (0 if args.told else args.crowded))
     crowds = encode_scenes(args.model, seeds, "crowded", args.encoded, args.workers)
     crowds = [(crowd["tokens"], crowd["object"]) for crowd in crowds.values()]
+    args.workers = 0  # scenes are in memory: worker processes would copy them
+    stop = args.minutes and time.monotonic() + 60 * args.minutes
     dataset = PointedScenes(scenes, crowds, args.steps * args.batch_size)
     train(PointTrainer, model, dataset, args, {"bf16": False}, data_collator=dataset.collate, stop=stop, told=args.told)
     save_model(model, processor, args.output)
